@@ -1,0 +1,101 @@
+// Batch normalization of dense float32 and float64 arrays.
+//
+// Per channel, over the m = outer*inner values of that channel:
+//     mean = sum(x)/m,  var = sum((x - mean)^2)/m  (biased),  rstd = 1/sqrt(var + eps)
+//     y = (x - mean)*rstd*gamma + beta             (Ioffe & Szegedy 2015, algorithm 1)
+// Where var + eps is 0, rstd is taken as 0, so that y = beta.
+//
+// All functions here:
+// - are templates instantiated for T = float and T = double;
+// - check their arguments and throw std::invalid_argument ("gamma must have 64 values, got 32") before
+//   anything is written; may throw std::bad_alloc, again before anything is written;
+// - hold the bounds of the numerical contract (README) for every finite float input, and give the same bits for
+//   any number of threads, any instruction set of the list in info.hpp, in place or not;
+// - keep a NaN or infinity in its own channel;
+// - may be called from several threads at once, on outputs that do not overlap;
+// - neither use nor change the caller's floating-point environment: subnormals count even under FTZ/DAZ.
+// Spans may start at any address that is a multiple of alignof(T).
+#pragma once
+
+#include <span>
+
+#include "batchnorm/info.hpp"
+#include "batchnorm/types.hpp"
+#include "batchnorm/version.hpp"
+
+namespace batchnorm {
+
+// ---- moments ---------------------------------------------------------------------------------------------------
+
+// Moments of each channel of x.
+// x: problem.size() values, not modified. out: problem.channels values.
+template <class T>
+void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options = {});
+
+// Moments of the union of two sets of values (Chan, Golub, LeVeque 1979). A set of count 0 changes nothing.
+[[nodiscard]] Moments merge(const Moments& a, const Moments& b);
+
+// m2/(count - ddof), rounded once: ddof = 0 is the biased variance that normalizes, 1 the unbiased one.
+// NaN where count <= ddof.
+[[nodiscard]] double variance(const Moments& moments, int ddof = 0);
+
+// 1/sqrt(var + eps) with the biased variance, rounded once; 0 where var + eps is 0.
+[[nodiscard]] double rstd(const Moments& moments, double eps);
+
+// running = (1 - update_rate)*running + update_rate*batch, in float64, for the mean and for the variance with `ddof`
+// (1: unbiased; 0: biased). update_rate is in [0, 1]: 0 leaves the bits, 1 stores the batch value.
+// A channel of count 0 is left alone; count <= ddof throws before anything changes.
+void update_running(std::span<double> running_mean, std::span<double> running_var, std::span<const Moments> batch,
+                    double update_rate, int ddof);
+
+// ---- forward ---------------------------------------------------------------------------------------------------
+
+// Training: y from the statistics of this batch, which `saved` receives for the backward pass.
+// gamma, beta: problem.channels values each, or none. eps: finite, >= 0.
+// y: problem.size() values; may be exactly x, must not overlap it otherwise.
+// Throws where a channel has exactly one value: one value has no variance. An empty batch gives moments of count 0.
+template <class T>
+void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps,
+                std::span<T> y, std::span<Moments> saved, const Options& options = {});
+
+// Inference: y from given statistics; var is the biased variance (or what the caller takes for it), >= 0 or NaN.
+template <class T>
+void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var,
+               ChannelValues gamma, ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
+
+// Second half of training alone: y from moments() that may have been merged with those of other batches or ranks.
+template <class T>
+void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
+               ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
+
+// ---- backward --------------------------------------------------------------------------------------------------
+
+// First half of the backward pass of training alone: sums over this part of the batch, about the means of `moments`.
+template <class T>
+void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+               std::span<GradSums> out, const Options& options = {});
+
+// Second half alone. With xhat = (x - mean)*rstd and n = moments.count (that of the whole batch, over all ranks):
+//     dx = gamma*rstd*(dy - sum(dy)/n - xhat*sum(dy*xhat)/n)
+// dx: problem.size() values; may be exactly dy or exactly x, must not overlap them otherwise.
+template <class T>
+void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+                std::span<const GradSums> sums, ChannelValues gamma, double eps, std::span<T> dx,
+                const Options& options = {});
+
+// Both halves: gradients of batch_norm() from what it saved.
+//     dgamma = sum(dy*xhat), dbeta = sum(dy), dx as above
+// dx: problem.size() values, dgamma and dbeta: problem.channels values; an empty span is not computed.
+template <class T>
+void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
+                         std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
+                         std::span<double> dgamma, std::span<double> dbeta, const Options& options = {});
+
+// Gradients of normalize(), whose statistics are constants: dx = gamma*rstd*dy, dgamma and dbeta as above.
+// x is read only where dgamma is asked for.
+template <class T>
+void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
+                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx,
+                        std::span<double> dgamma, std::span<double> dbeta, const Options& options = {});
+
+}  // namespace batchnorm

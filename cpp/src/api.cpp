@@ -1,0 +1,209 @@
+// The public functions: check, run, return.
+#include <cmath>
+#include <stdexcept>
+
+#include "batchnorm/batchnorm.hpp"
+#include "channel_math.hpp"
+#include "check.hpp"
+#include "parallel.hpp"
+#include "passes.hpp"
+
+namespace batchnorm {
+namespace {
+
+void check_common(const Problem& problem, const Options& options) {
+  check::problem(problem);
+  check::threads(options.threads);
+}
+
+template <class T>
+void check_output(const char* name, std::span<T> out, const Problem& problem, std::span<const T> in,
+                  const char* in_name) {
+  check::size(name, out.size(), problem);
+  check::no_partial_overlap(name, out.data(), in_name, in.data(), in.size_bytes());
+}
+
+template <class T>
+void check_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, const Options& options) {
+  check_common(problem, options);
+  check::size("dy", dy.size(), problem);
+  check::size("x", x.size(), problem);
+}
+
+template <class T>
+void check_gradients(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues gamma,
+                     double eps, std::span<T> dx, std::span<double> dgamma, std::span<double> dbeta) {
+  check::channels_or_absent("gamma", gamma, problem);
+  check::eps(eps);
+  if (!dx.empty()) {
+    check_output("dx", dx, problem, dy, "dy");
+    check::no_partial_overlap("dx", dx.data(), "x", x.data(), x.size_bytes());
+  }
+  if (!dgamma.empty()) check::channels("dgamma", dgamma.size(), problem);
+  if (!dbeta.empty()) check::channels("dbeta", dbeta.size(), problem);
+}
+
+template <class T>
+T* data_or_null(std::span<T> s) {
+  return s.empty() ? nullptr : s.data();
+}
+
+}  // namespace
+
+template <class T>
+void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options) {
+  check_common(problem, options);
+  check::size("x", x.size(), problem);
+  check::channels("out", out.size(), problem);
+  run_moments(x.data(), problem, out.data(), options.threads);
+}
+
+Moments merge(const Moments& a, const Moments& b) { return merge_moments(a, b); }
+
+double variance(const Moments& moments, int ddof) {
+  const DoubleDouble v = variance_of(moments, ddof);
+  return v.hi;
+}
+
+double rstd(const Moments& moments, double eps) { return rstd_of(moments, eps); }
+
+void update_running(std::span<double> running_mean, std::span<double> running_var, std::span<const Moments> batch,
+                    double update_rate, int ddof) {
+  const Problem channels{1, static_cast<std::int64_t>(batch.size()), 1};
+  check::channels("running_mean", running_mean.size(), channels);
+  check::channels("running_var", running_var.size(), channels);
+  check::counts("batch", batch);
+  check::update_rate(update_rate);
+  for (const Moments& m : batch) {
+    if (m.count > 0 && m.count <= ddof) {
+      throw std::invalid_argument("batch must have more than ddof values in every channel");
+    }
+  }
+  const auto blend = [update_rate](double& running, double value) {
+    // The ends are exact: (1 - 0)*running + 0*value would lose a running value to value = infinity.
+    if (update_rate == 0) return;
+    running = update_rate == 1 ? value : (1 - update_rate) * running + update_rate * value;
+  };
+  parallel(1, [&](const Team&) {
+    for (std::size_t c = 0; c < batch.size(); ++c) {
+      if (batch[c].count == 0) continue;
+      blend(running_mean[c], batch[c].mean);
+      blend(running_var[c], variance_of(batch[c], ddof).hi);
+    }
+  });
+}
+
+template <class T>
+void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps,
+                std::span<T> y, std::span<Moments> saved, const Options& options) {
+  check_common(problem, options);
+  check::size("x", x.size(), problem);
+  check::channels_or_absent("gamma", gamma, problem);
+  check::channels_or_absent("beta", beta, problem);
+  check::eps(eps);
+  check_output("y", y, problem, x, "x");
+  check::channels("saved", saved.size(), problem);
+  check::batch_values(problem);
+  run_batch_norm(x.data(), problem, gamma, beta, eps, y.data(), saved.data(), options.threads);
+}
+
+template <class T>
+void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var,
+               ChannelValues gamma, ChannelValues beta, double eps, std::span<T> y, const Options& options) {
+  check_common(problem, options);
+  check::size("x", x.size(), problem);
+  check::channels_present("mean", mean, problem);
+  check::channels_present("var", var, problem);
+  check::channels_or_absent("gamma", gamma, problem);
+  check::channels_or_absent("beta", beta, problem);
+  check::eps(eps);
+  check::variances(var);
+  check_output("y", y, problem, x, "x");
+  run_normalize(x.data(), problem, {mean, var}, gamma, beta, eps, y.data(), options.threads);
+}
+
+template <class T>
+void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
+               ChannelValues beta, double eps, std::span<T> y, const Options& options) {
+  check_common(problem, options);
+  check::size("x", x.size(), problem);
+  check::channels("moments", moments.size(), problem);
+  check::counts("moments", moments);
+  check::channels_or_absent("gamma", gamma, problem);
+  check::channels_or_absent("beta", beta, problem);
+  check::eps(eps);
+  check_output("y", y, problem, x, "x");
+  run_normalize(x.data(), problem, {{}, {}, moments.data()}, gamma, beta, eps, y.data(), options.threads);
+}
+
+template <class T>
+void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+               std::span<GradSums> out, const Options& options) {
+  check_backward(dy, x, problem, options);
+  check::channels("moments", moments.size(), problem);
+  check::counts("moments", moments);
+  check::channels("out", out.size(), problem);
+  run_grad_sums(dy.data(), x.data(), problem, moments.data(), out.data(), options.threads);
+}
+
+template <class T>
+void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+                std::span<const GradSums> sums, ChannelValues gamma, double eps, std::span<T> dx,
+                const Options& options) {
+  check_backward(dy, x, problem, options);
+  check::channels("moments", moments.size(), problem);
+  check::counts("moments", moments);
+  check::channels("sums", sums.size(), problem);
+  check::size("dx", dx.size(), problem);
+  check_gradients(dy, x, problem, gamma, eps, dx, {}, {});
+  run_grad_input(dy.data(), x.data(), problem, moments.data(), sums.data(), gamma, eps, dx.data(), options.threads);
+}
+
+template <class T>
+void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
+                         std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
+                         std::span<double> dgamma, std::span<double> dbeta, const Options& options) {
+  check_backward(dy, x, problem, options);
+  check::channels("saved", saved.size(), problem);
+  check::counts("saved", saved);
+  check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  run_batch_norm_backward(dy.data(), x.data(), problem, saved.data(), gamma, eps, data_or_null(dx),
+                          data_or_null(dgamma), data_or_null(dbeta), options.threads);
+}
+
+template <class T>
+void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
+                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx,
+                        std::span<double> dgamma, std::span<double> dbeta, const Options& options) {
+  check_backward(dy, x, problem, options);
+  check::channels_present("mean", mean, problem);
+  check::channels_present("var", var, problem);
+  check::variances(var);
+  check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  run_normalize_backward(dy.data(), x.data(), problem, {mean, var}, gamma, eps, data_or_null(dx),
+                         data_or_null(dgamma), data_or_null(dbeta), options.threads);
+}
+
+#define BN_INSTANTIATE(T)                                                                                             \
+  template void moments(std::span<const T>, const Problem&, std::span<Moments>, const Options&);                      \
+  template void batch_norm(std::span<const T>, const Problem&, ChannelValues, ChannelValues, double, std::span<T>,    \
+                           std::span<Moments>, const Options&);                                                       \
+  template void normalize(std::span<const T>, const Problem&, ChannelValues, ChannelValues, ChannelValues,            \
+                          ChannelValues, double, std::span<T>, const Options&);                                       \
+  template void normalize(std::span<const T>, const Problem&, std::span<const Moments>, ChannelValues, ChannelValues, \
+                          double, std::span<T>, const Options&);                                                      \
+  template void grad_sums(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,           \
+                          std::span<GradSums>, const Options&);                                                       \
+  template void grad_input(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,          \
+                           std::span<const GradSums>, ChannelValues, double, std::span<T>, const Options&);           \
+  template void batch_norm_backward(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>, \
+                                    ChannelValues, double, std::span<T>, std::span<double>, std::span<double>,        \
+                                    const Options&);                                                                  \
+  template void normalize_backward(std::span<const T>, std::span<const T>, const Problem&, ChannelValues,             \
+                                   ChannelValues, ChannelValues, double, std::span<T>, std::span<double>,             \
+                                   std::span<double>, const Options&);
+BN_INSTANTIATE(float)
+BN_INSTANTIATE(double)
+#undef BN_INSTANTIATE
+
+}  // namespace batchnorm

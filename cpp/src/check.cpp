@@ -1,0 +1,102 @@
+#include "check.hpp"
+
+#include <cmath>
+#include <cstdint>
+#include <sstream>
+#include <stdexcept>
+#include <string>
+
+namespace batchnorm::check {
+namespace {
+
+template <class... Part>
+[[noreturn]] void fail(const Part&... part) {
+  std::ostringstream message;
+  (message << ... << part);
+  throw std::invalid_argument(message.str());
+}
+
+std::string text(const Problem& p) {
+  std::ostringstream s;
+  s << "{outer " << p.outer << ", channels " << p.channels << ", inner " << p.inner << "}";
+  return s.str();
+}
+
+}  // namespace
+
+void problem(const Problem& p) {
+  if (p.outer < 0 || p.channels < 0 || p.inner < 0) fail("problem must have sizes >= 0, got ", text(p));
+  // Any order of the products must fit, so zeros do not excuse the others.
+  const auto at_least_one = [](std::int64_t n) { return n > 0 ? n : 1; };
+  std::int64_t product = 0;
+  if (__builtin_mul_overflow(at_least_one(p.outer), at_least_one(p.channels), &product) ||
+      __builtin_mul_overflow(product, at_least_one(p.inner), &product) ||
+      product > INT64_MAX / static_cast<std::int64_t>(sizeof(double))) {
+    fail("problem must have fewer than 2^60 values, got ", text(p));
+  }
+}
+
+void size(const char* name, std::size_t got, const Problem& p) {
+  if (got != static_cast<std::size_t>(p.size())) fail(name, " must have ", p.size(), " values, got ", got);
+}
+
+void channels(const char* name, std::size_t got, const Problem& p) {
+  if (got != static_cast<std::size_t>(p.channels)) {
+    fail(name, " must have ", p.channels, " values (one per channel), got ", got);
+  }
+}
+
+void channels_or_absent(const char* name, const ChannelValues& values, const Problem& p) {
+  if (values.present()) channels(name, values.size(), p);
+}
+
+void channels_present(const char* name, const ChannelValues& values, const Problem& p) {
+  if (!values.present()) fail(name, " must have ", p.channels, " values (one per channel), got none");
+  channels(name, values.size(), p);
+}
+
+void eps(double value) {
+  if (!(value >= 0) || !std::isfinite(value)) fail("eps must be finite and >= 0, got ", value);
+}
+
+void variances(const ChannelValues& var) {
+  for (std::int64_t c = 0; c < static_cast<std::int64_t>(var.size()); ++c) {
+    if (var[c] < 0) fail("var must be >= 0 in every channel, got ", var[c], " in channel ", c);
+  }
+}
+
+void counts(const char* name, std::span<const Moments> moments) {
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    if (!(moments[c].count >= 0)) {
+      fail(name, " must have count >= 0 in every channel, got ", moments[c].count, " in channel ", c);
+    }
+    if (moments[c].m2 < 0) {
+      fail(name, " must have m2 >= 0 in every channel, got ", moments[c].m2, " in channel ", c);
+    }
+  }
+}
+
+void batch_values(const Problem& p) {
+  if (p.channels > 0 && p.count() == 1) {
+    fail("x must have at least 2 values per channel for batch statistics, got 1 in problem ", text(p));
+  }
+}
+
+void update_rate(double rate) {
+  if (!(rate >= 0 && rate <= 1)) fail("update_rate must be in [0, 1], got ", rate);
+}
+
+void threads(int threads) {
+  if (threads < 0) fail("threads must be >= 0, got ", threads);
+}
+
+void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in,
+                        std::size_t bytes) {
+  const auto a = reinterpret_cast<std::uintptr_t>(out), b = reinterpret_cast<std::uintptr_t>(in);
+  const std::uintptr_t apart = a > b ? a - b : b - a;
+  if (apart != 0 && apart < bytes) {
+    fail(out_name, " must be ", in_name, " itself or share no memory with it, got a partial overlap");
+  }
+}
+
+}  // namespace batchnorm::check

@@ -1,0 +1,29 @@
+// All argument checks of the C++ API and their messages: argument, what was needed, what came.
+#pragma once
+
+#include <span>
+
+#include "batchnorm/types.hpp"
+
+namespace batchnorm::check {
+
+// Sizes >= 0 whose product fits std::int64_t.
+void problem(const Problem& problem);
+// Lengths. `name` is the argument's name in the public API.
+void size(const char* name, std::size_t got, const Problem& problem);
+void channels(const char* name, std::size_t got, const Problem& problem);
+void channels_or_absent(const char* name, const ChannelValues& values, const Problem& problem);
+void channels_present(const char* name, const ChannelValues& values, const Problem& problem);
+// Finite and >= 0.
+void eps(double eps);
+// No negative variance. NaN passes: it stays in its channel.
+void variances(const ChannelValues& var);
+void counts(const char* name, std::span<const Moments> moments);
+// A batch that has a variance: no values at all, or at least 2 a channel.
+void batch_values(const Problem& problem);
+void update_rate(double rate);
+void threads(int threads);
+// `out` is exactly `in`, or does not touch it.
+void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
+
+}  // namespace batchnorm::check

@@ -1,0 +1,44 @@
+// Arithmetic on unevaluated sums of two float64, about 106 bits: for the few values a channel has, never for elements.
+// Dekker 1971; Knuth, The Art of Computer Programming 2, 4.2.2. Needs round-to-nearest and no contraction.
+#pragma once
+
+#include <cmath>
+
+namespace batchnorm {
+
+struct DoubleDouble {
+  double hi = 0, lo = 0;
+};
+
+// a + b exactly.
+inline DoubleDouble two_sum(double a, double b) {
+  const double s = a + b, b_part = s - a;
+  return {s, (a - (s - b_part)) + (b - b_part)};
+}
+// a + b exactly where |a| >= |b|, or a is 0.
+inline DoubleDouble fast_two_sum(double a, double b) {
+  const double s = a + b;
+  return {s, b - (s - a)};
+}
+// a * b exactly, unless it over- or underflows.
+inline DoubleDouble two_product(double a, double b) {
+  const double p = a * b;
+  return {p, std::fma(a, b, -p)};
+}
+
+inline DoubleDouble operator+(DoubleDouble a, DoubleDouble b) {
+  const DoubleDouble s = two_sum(a.hi, b.hi);
+  return fast_two_sum(s.hi, s.lo + (a.lo + b.lo));
+}
+inline DoubleDouble operator-(DoubleDouble a, DoubleDouble b) { return a + DoubleDouble{-b.hi, -b.lo}; }
+inline DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
+  const DoubleDouble p = two_product(a.hi, b.hi);
+  return fast_two_sum(p.hi, p.lo + (a.hi * b.lo + a.lo * b.hi));
+}
+inline DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
+  const double q = a.hi / b.hi;
+  const DoubleDouble rest = a - b * DoubleDouble{q, 0};
+  return fast_two_sum(q, rest.hi / b.hi);
+}
+
+}  // namespace batchnorm

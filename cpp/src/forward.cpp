@@ -1,0 +1,165 @@
+// Forward: moments -> coefficients -> normalize, or parts of that.
+#include "coefficients.hpp"
+#include "passes.hpp"
+#include "settle.hpp"
+#include "traverse.hpp"
+
+namespace batchnorm {
+namespace {
+
+using kernels::Affine;
+using kernels::AffineColumns;
+using kernels::ColumnSums;
+using kernels::Rows;
+using kernels::Runs;
+using kernels::Sums;
+
+template <class T>
+class ForwardPass {
+ public:
+  using Table = CoefficientTable<T, Affine>;
+
+  bool reduces, applies;
+  const Plan& plan;
+  const kernels::Kernels<T>& kernels;
+  const T* x;
+  T* y;
+  Moments* saved;  // where the pass reduces
+  GivenStatistics given;  // where it does not
+  ChannelValues gamma, beta;
+  double eps;
+  Table* coefficients;  // where it applies
+
+  void sum_runs(std::int64_t offset, Runs runs, std::int64_t, Sums& out) const {
+    kernels.runs_moments(x + offset, runs, &out);
+  }
+  void sum_rows(std::int64_t offset, Rows rows, const ColumnSums& out) const {
+    kernels.rows_moments(x + offset, rows, out);
+  }
+
+  void finish(Range channels, const Sums* totals) {
+    if (reduces && totals != nullptr) settle(plan, kernels, x, channels, totals, saved);
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      if (reduces && totals == nullptr) saved[c] = Moments{};  // an empty batch
+      if (applies) (*coefficients)[c] = coefficients_of(c);
+    }
+  }
+  void lay_out(const Team& team) { coefficients->lay_out(team); }
+
+  void apply_runs(std::int64_t offset, Runs runs, std::int64_t c) const {
+    const ForwardCoefficients<T>& k = (*coefficients)[c];
+    if (k.is_wide) {
+      kernels.runs_normalize_wide(x + offset, y + offset, runs, k.wide);
+    } else {
+      kernels.runs_normalize(x + offset, y + offset, runs, k.narrow);
+    }
+  }
+  void apply_rows(std::int64_t offset, Rows rows) const {
+    const Table& k = *coefficients;
+    const AffineColumns<T> narrow{k.narrow(0), k.narrow(1), k.narrow(2)};
+    if (k.any_wide()) {
+      kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), {k.wide(0), k.wide(1), k.wide(2)}});
+    } else {
+      kernels.rows_normalize(x + offset, y + offset, rows, narrow);
+    }
+  }
+
+ private:
+  [[nodiscard]] ForwardCoefficients<T> coefficients_of(std::int64_t c) const {
+    const double g = gamma.value_or(c, 1), b = beta.value_or(c, 0);
+    if (reduces) return forward_coefficients<T>(saved[c].mean, saved[c].mean_lo, rstd_of(saved[c], eps), g, b);
+    if (given.moments != nullptr) {
+      const Moments& m = given.moments[c];
+      return forward_coefficients<T>(m.mean, m.mean_lo, rstd_of(m, eps), g, b);
+    }
+    const double rstd = rstd_of(DoubleDouble{given.var[c], 0}, eps);
+    if (given.only_scale) return frozen_backward_coefficients<T>(rstd, g);
+    return forward_coefficients<T>(given.mean[c], 0, rstd, g, b);
+  }
+};
+
+template <class T>
+void run(ForwardPass<T>& pass, const Plan& plan) {
+  using Table = typename ForwardPass<T>::Table;
+  Workspace workspace((pass.applies ? Table::bytes(plan) : 0) +
+                      Traversal<ForwardPass<T>>::bytes(plan, pass.reduces));
+  Traversal<ForwardPass<T>> traversal(plan, pass, workspace);
+  if (!pass.applies) return traversal.run();
+  Table coefficients(plan, workspace);
+  pass.coefficients = &coefficients;
+  traversal.run();
+}
+
+template <class T>
+Plan plan_for(const Problem& problem, bool reduces, bool applies, int threads) {
+  return make_plan(problem, {reduces, applies, applies ? 2 : 1, sizeof(T)}, machine(), available_threads(threads));
+}
+
+}  // namespace
+
+template <class T>
+void run_moments(const T* x, const Problem& problem, Moments* out, int threads) {
+  const Plan plan = plan_for<T>(problem, true, false, threads);
+  ForwardPass<T> pass{.reduces = true,
+                      .applies = false,
+                      .plan = plan,
+                      .kernels = active_implementation().table->of<T>(),
+                      .x = x,
+                      .y = nullptr,
+                      .saved = out,
+                      .given = {},
+                      .gamma = {},
+                      .beta = {},
+                      .eps = 0,
+                      .coefficients = nullptr};
+  run(pass, plan);
+}
+
+template <class T>
+void run_batch_norm(const T* x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps, T* y,
+                    Moments* saved, int threads) {
+  const Plan plan = plan_for<T>(problem, true, true, threads);
+  ForwardPass<T> pass{.reduces = true,
+                      .applies = true,
+                      .plan = plan,
+                      .kernels = active_implementation().table->of<T>(),
+                      .x = x,
+                      .y = y,
+                      .saved = saved,
+                      .given = {},
+                      .gamma = gamma,
+                      .beta = beta,
+                      .eps = eps,
+                      .coefficients = nullptr};
+  run(pass, plan);
+}
+
+template <class T>
+void run_normalize(const T* x, const Problem& problem, const GivenStatistics& given, ChannelValues gamma,
+                   ChannelValues beta, double eps, T* y, int threads) {
+  const Plan plan = plan_for<T>(problem, false, true, threads);
+  ForwardPass<T> pass{.reduces = false,
+                      .applies = true,
+                      .plan = plan,
+                      .kernels = active_implementation().table->of<T>(),
+                      .x = x,
+                      .y = y,
+                      .saved = nullptr,
+                      .given = given,
+                      .gamma = gamma,
+                      .beta = beta,
+                      .eps = eps,
+                      .coefficients = nullptr};
+  run(pass, plan);
+}
+
+#define BN_INSTANTIATE(T)                                                                                          \
+  template void run_moments(const T*, const Problem&, Moments*, int);                                              \
+  template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int); \
+  template void run_normalize(const T*, const Problem&, const GivenStatistics&, ChannelValues, ChannelValues,      \
+                              double, T*, int);
+BN_INSTANTIATE(float)
+BN_INSTANTIATE(double)
+#undef BN_INSTANTIATE
+
+}  // namespace batchnorm

@@ -1,0 +1,117 @@
+// Sums on virtual lanes, plain and compensated, and the two walks (runs, rows) that feed them.
+// moments-inl.hpp and grad_sums-inl.hpp say what is summed.
+#pragma once
+
+#include "kernels/lanes-inl.hpp"
+#include "kernels/table.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+struct Plain {
+  static constexpr bool kHasLow = false;
+  Lanes<double> sum = broadcast(0.0);
+
+  BN_INLINE void add(const Lanes<double>& term) { sum = sum + term; }
+};
+
+// sum + low is the sum to about twice float64's digits.
+struct Compensated {
+  static constexpr bool kHasLow = true;
+  Lanes<double> sum = broadcast(0.0), low = broadcast(0.0);
+
+  BN_INLINE void add(const Lanes<double>& term) {
+    const Lanes<double> next = sum + term;
+    low = low + sum_error(sum, term, next);
+    sum = next;
+  }
+};
+
+// Folds the lanes of one channel: (l, l+8), (l, l+4), (l, l+2), (l, l+1).
+BN_INLINE void fold(const Plain& a, double* sum, double* low) {
+  double s[kLanes];
+  store(s, a.sum);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) s[l] = s[l] + s[l + half];
+  }
+  *sum = s[0];
+  *low = 0.0;
+}
+BN_INLINE void fold(const Compensated& a, double* sum, double* low) {
+  double s[kLanes], e[kLanes];
+  store(s, a.sum);
+  store(e, a.low);
+  for (int half = kLanes / 2; half > 0; half /= 2) {
+    for (int l = 0; l < half; ++l) {
+      const double t = s[l] + s[l + half];
+      e[l] = (e[l] + e[l + half]) + sum_error(s[l], s[l + half], t);
+      s[l] = t;
+    }
+  }
+  *sum = s[0];
+  *low = e[0];
+}
+
+// Pair is what is summed: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of each input.
+// Inputs are one or two pointers that walk together.
+template <class Pair, class... Input>
+BN_INLINE void sum_runs(Pair& pair, Runs runs, Sums* out, const Input*... input) {
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    const std::int64_t start = k * runs.stride;
+    std::int64_t i = 0;
+    for (; i + kLanes <= runs.length; i += kLanes) pair.add((input + start + i)..., kLanes);
+    if (i < runs.length) pair.add((input + start + i)..., runs.length - i);
+  }
+  fold(pair.first, &out->first, &out->first_lo);
+  fold(pair.second, &out->second, &out->second_lo);
+}
+
+// Accumulators of a block of rows stay in memory (one per column); eight rows are taken per visit, so that they are
+// loaded and stored once for eight vectors of input, and the machine's prefetchers see eight streams.
+constexpr std::int64_t kRowsPerVisit = 8;
+
+BN_INLINE void restore(Plain& a, const double* sum, const double*, std::int64_t n) {
+  a.sum = load_upto<double>(sum, n, 0.0);
+}
+BN_INLINE void restore(Compensated& a, const double* sum, const double* low, std::int64_t n) {
+  a.sum = load_upto<double>(sum, n, 0.0);
+  a.low = load_upto<double>(low, n, 0.0);
+}
+BN_INLINE void keep(const Plain& a, double* sum, double*, std::int64_t n) { store_upto(sum, n, a.sum); }
+BN_INLINE void keep(const Compensated& a, double* sum, double* low, std::int64_t n) {
+  store_upto(sum, n, a.sum);
+  store_upto(low, n, a.low);
+}
+
+// One visit: up to eight rows of the n <= 16 columns from `c` on.
+template <class Pair, class... Input>
+BN_INLINE void visit_columns(Pair pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t c,
+                             std::int64_t n, const ColumnSums& out, const Input*... input) {
+  if (!first_visit) {
+    restore(pair.first, out.first + c, out.first_lo + c, n);
+    restore(pair.second, out.second + c, out.second_lo + c, n);
+  }
+  for (std::int64_t r = 0; r < rows; ++r) pair.add((input + r * stride)..., n);
+  keep(pair.first, out.first + c, out.first_lo + c, n);
+  keep(pair.second, out.second + c, out.second_lo + c, n);
+}
+
+// make(c, n) gives the empty Pair of the n columns from c on.
+template <class Make, class... Input>
+BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input*... input) {
+  for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
+    const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
+    const std::int64_t start = r * rows.stride;
+    std::int64_t c = 0;
+    for (; c + kLanes <= rows.columns; c += kLanes) {
+      visit_columns(make(c, kLanes), r == 0, visit, rows.stride, c, kLanes, out, (input + start + c)...);
+    }
+    if (c < rows.columns) {
+      const std::int64_t n = rows.columns - c;
+      visit_columns(make(c, n), r == 0, visit, rows.stride, c, n, out, (input + start + c)...);
+    }
+  }
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

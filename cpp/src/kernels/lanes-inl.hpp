@@ -1,0 +1,129 @@
+// The 16 virtual lanes that every kernel computes on, whatever the width of the machine's vectors.
+// Include after one vec/<isa>.hpp.
+#pragma once
+
+#include <cstdint>
+
+#include "kernels/table.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+constexpr int kLanes = kVectorColumns;
+
+// 16 values of A (float or double) in as many native vectors as that takes. Arithmetic is lane by lane, each
+// operation rounded on its own.
+template <class A>
+struct Lanes;
+
+template <>
+struct Lanes<float> {
+  static constexpr int kWidth = static_cast<int>(sizeof(NativeFloat) / sizeof(float));
+  static constexpr int kVectors = kLanes / kWidth;
+  NativeFloat v[kVectors];
+};
+template <>
+struct Lanes<double> {
+  static constexpr int kWidth = static_cast<int>(sizeof(NativeDouble) / sizeof(double));
+  static constexpr int kVectors = kLanes / kWidth;
+  NativeDouble v[kVectors];
+};
+
+#define BN_LANEWISE(op)                                                         \
+  template <class A>                                                            \
+  BN_INLINE Lanes<A> operator op(const Lanes<A>& a, const Lanes<A>& b) {        \
+    Lanes<A> r;                                                                 \
+    for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = a.v[k] op b.v[k];     \
+    return r;                                                                   \
+  }
+BN_LANEWISE(+)
+BN_LANEWISE(-)
+BN_LANEWISE(*)
+#undef BN_LANEWISE
+
+template <class A>
+BN_INLINE Lanes<A> broadcast(A value) {
+  Lanes<A> r{};
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = value - r.v[k];  // value - 0, which keeps the sign of -0
+  return r;
+}
+
+// Loads and stores of 16 values, converting between the storage type T and the arithmetic type A.
+template <class A>
+BN_INLINE Lanes<A> load(const A* p) {
+  Lanes<A> r;
+  __builtin_memcpy(&r, p, sizeof r);
+  return r;
+}
+template <class A>
+BN_INLINE void store(A* p, const Lanes<A>& a) {
+  __builtin_memcpy(p, &a, sizeof a);
+}
+template <class A, class T>
+BN_INLINE Lanes<A> load_as(const T* p) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    return load(p);
+  } else {
+    Lanes<double> r;
+    for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = widen_load(p + k * Lanes<double>::kWidth);
+    return r;
+  }
+}
+template <class A, class T>
+BN_INLINE void store_as(T* p, const Lanes<A>& a) {
+  if constexpr (sizeof(A) == sizeof(T)) {
+    store(p, a);
+  } else {
+    for (int k = 0; k < Lanes<double>::kVectors; ++k) narrow_store(p + k * Lanes<double>::kWidth, a.v[k]);
+  }
+}
+
+// The same for the first n < 16 values; the other lanes are loaded as `fill` and not stored.
+template <class A, class T>
+BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, T fill) {
+  T buffer[kLanes];
+  for (std::int64_t l = 0; l < kLanes; ++l) buffer[l] = fill;
+  for (std::int64_t l = 0; l < n; ++l) buffer[l] = p[l];
+  return load_as<A>(buffer);
+}
+template <class A, class T>
+BN_INLINE void store_first(T* p, std::int64_t n, const Lanes<A>& a) {
+  T buffer[kLanes];
+  store_as(buffer, a);
+  for (std::int64_t l = 0; l < n; ++l) p[l] = buffer[l];
+}
+
+// 16 values, or the n there are. `n` is known to be 16 wherever the compiler can see a whole vector.
+template <class A, class T>
+BN_INLINE Lanes<A> load_upto(const T* p, std::int64_t n, T fill) {
+  return n >= kLanes ? load_as<A>(p) : load_first<A>(p, n, fill);
+}
+template <class A, class T>
+BN_INLINE void store_upto(T* p, std::int64_t n, const Lanes<A>& a) {
+  if (n >= kLanes) {
+    store_as(p, a);
+  } else {
+    store_first(p, n, a);
+  }
+}
+
+BN_INLINE Lanes<double> multiply_add_exact(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& c) {
+  Lanes<double> r;
+  for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = multiply_add_exact(a.v[k], b.v[k], c.v[k]);
+  return r;
+}
+BN_INLINE Lanes<double> product_error(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& product) {
+  Lanes<double> r;
+  for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = product_error(a.v[k], b.v[k], product.v[k]);
+  return r;
+}
+
+// What rounding took from sum = a + b, exactly (Knuth's TwoSum). V is double or Lanes<double>.
+template <class V>
+BN_INLINE V sum_error(const V& a, const V& b, const V& sum) {
+  const V b_part = sum - a;
+  return (a - (sum - b_part)) + (b - b_part);
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

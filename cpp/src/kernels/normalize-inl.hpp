@@ -1,0 +1,43 @@
+// Pass 2 of forward: y = (x - center)*scale + offset.
+#pragma once
+
+#include "kernels/apply-inl.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+template <class T, class A>
+struct NormalizeMap {
+  Lanes<A> center, scale, offset;
+
+  BN_INLINE Lanes<A> operator()(const T* x, std::int64_t n) const {
+    return (load_upto<A>(x, n, T(0)) - center) * scale + offset;
+  }
+};
+
+template <class T, class A>
+BN_INLINE NormalizeMap<T, A> normalize_map(const AffineColumns<A>& k, std::int64_t c, std::int64_t n) {
+  return {load_upto<A>(k.center + c, n, A(0)), load_upto<A>(k.scale + c, n, A(0)), load_upto<A>(k.offset + c, n, A(0))};
+}
+
+template <class T, class A>
+void runs_normalize(const T* x, T* y, Runs runs, const Affine<A>& k) {
+  apply_runs(NormalizeMap<T, A>{broadcast(k.center), broadcast(k.scale), broadcast(k.offset)}, runs, y, x);
+}
+
+template <class T>
+void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
+  apply_rows([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);
+}
+
+void rows_normalize_mixed(const float* x, float* y, Rows rows, const AffineColumns<float>& k,
+                          const WideColumns<AffineColumns<double>>& wide) {
+  const auto make = [&k, &wide](std::int64_t c, std::int64_t n) {
+    return Mixed<NormalizeMap<float, float>, NormalizeMap<float, double>>{
+        normalize_map<float>(k, c, n), normalize_map<float>(wide.coefficients, c, n), wide.mask[c / kLanes]};
+  };
+  apply_rows(make, rows, y, x);
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

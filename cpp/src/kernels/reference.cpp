@@ -1,0 +1,170 @@
+// The definition: every pass as plain float64 loops, in the order a person would write them.
+//
+// This is what the vector kernels are held to. It is not one of them: it sums one value after the other, so its last
+// bits differ. BATCHNORM_ISA=reference runs the library on it.
+#include "kernels/table.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+// moments: sum(x - shift) and sum((x - shift)^2).
+template <class T>
+void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
+  double first = 0, second = 0;
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const double d = static_cast<double>(x[k * runs.stride + i]) - static_cast<double>(shift);
+      first += d;
+      second += d * d;
+    }
+  }
+  *out = Sums{first, 0, second, 0};
+}
+template <class T>
+void runs_moments(const T* x, Runs runs, Sums* out) {
+  runs_moments_about(x, runs, T(0), out);
+}
+
+// normalize: y = (x - center)*scale + offset.
+template <class T, class A>
+void runs_normalize(const T* x, T* y, Runs runs, const Affine<A>& k) {
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = r * runs.stride + i;
+      y[at] = static_cast<T>((static_cast<double>(x[at]) - static_cast<double>(k.center)) * static_cast<double>(k.scale) +
+                             static_cast<double>(k.offset));
+    }
+  }
+}
+
+// grad_sums: sum(dy) and sum(dy*(x - mean)).
+template <class T>
+void runs_grad_sums(const T* dy, const T* x, Runs runs, double mean, Sums* out) {
+  double first = 0, second = 0;
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = k * runs.stride + i;
+      first += static_cast<double>(dy[at]);
+      second += static_cast<double>(dy[at]) * (static_cast<double>(x[at]) - mean);
+    }
+  }
+  *out = Sums{first, 0, second, 0};
+}
+
+// grad_input: dx = (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset.
+template <class T, class A>
+void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<A>& k) {
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = r * runs.stride + i;
+      const double from_dy =
+          (static_cast<double>(dy[at]) - static_cast<double>(k.dy_center)) * static_cast<double>(k.dy_scale);
+      const double from_x =
+          (static_cast<double>(x[at]) - static_cast<double>(k.x_center)) * static_cast<double>(k.x_scale);
+      dx[at] = static_cast<T>(from_dy + from_x + static_cast<double>(k.offset));
+    }
+  }
+}
+
+// A column of a block of rows is a channel whose runs have length 1.
+Runs column(Rows rows) { return Runs{1, rows.count, rows.stride}; }
+
+void put(const ColumnSums& out, std::int64_t c, const Sums& s) {
+  out.first[c] = s.first;
+  out.first_lo[c] = s.first_lo;
+  out.second[c] = s.second;
+  out.second_lo[c] = s.second_lo;
+}
+
+template <class T>
+void rows_moments(const T* x, Rows rows, const ColumnSums& out) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    Sums s;
+    runs_moments(x + c, column(rows), &s);
+    put(out, c, s);
+  }
+}
+template <class T>
+void rows_moments_about(const T* x, Rows rows, const T* shift, const ColumnSums& out) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    Sums s;
+    runs_moments_about(x + c, column(rows), shift[c], &s);
+    put(out, c, s);
+  }
+}
+
+template <class T>
+void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    runs_normalize(x + c, y + c, column(rows), Affine<T>{k.center[c], k.scale[c], k.offset[c]});
+  }
+}
+void rows_normalize_mixed(const float* x, float* y, Rows rows, const AffineColumns<float>& k,
+                          const WideColumns<AffineColumns<double>>& wide) {
+  const AffineColumns<double>& w = wide.coefficients;
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    if ((wide.mask[c / 16] >> (c % 16)) & 1) {
+      runs_normalize(x + c, y + c, column(rows), Affine<double>{w.center[c], w.scale[c], w.offset[c]});
+    } else {
+      runs_normalize(x + c, y + c, column(rows), Affine<float>{k.center[c], k.scale[c], k.offset[c]});
+    }
+  }
+}
+
+template <class T>
+void rows_grad_sums(const T* dy, const T* x, Rows rows, const double* mean, const ColumnSums& out) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    Sums s;
+    runs_grad_sums(dy + c, x + c, column(rows), mean[c], &s);
+    put(out, c, s);
+  }
+}
+
+template <class A>
+GradAffine<A> at(const GradAffineColumns<A>& k, std::int64_t c) {
+  return {k.dy_center[c], k.dy_scale[c], k.x_center[c], k.x_scale[c], k.offset[c]};
+}
+template <class T>
+void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) runs_grad_input(dy + c, x + c, dx + c, column(rows), at(k, c));
+}
+void rows_grad_input_mixed(const float* dy, const float* x, float* dx, Rows rows, const GradAffineColumns<float>& k,
+                           const WideColumns<GradAffineColumns<double>>& wide) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    if ((wide.mask[c / 16] >> (c % 16)) & 1) {
+      runs_grad_input(dy + c, x + c, dx + c, column(rows), at(wide.coefficients, c));
+    } else {
+      runs_grad_input(dy + c, x + c, dx + c, column(rows), at(k, c));
+    }
+  }
+}
+
+template <class T>
+constexpr Kernels<T> make_kernels() {
+  Kernels<T> k{};
+  k.runs_moments = runs_moments<T>;
+  k.rows_moments = rows_moments<T>;
+  k.runs_moments_about = runs_moments_about<T>;
+  k.rows_moments_about = rows_moments_about<T>;
+  k.runs_moments_compensated = runs_moments<T>;
+  k.rows_moments_compensated = rows_moments<T>;
+  k.runs_normalize = runs_normalize<T, T>;
+  k.runs_normalize_wide = runs_normalize<T, double>;
+  k.rows_normalize = rows_normalize<T>;
+  k.runs_grad_sums = runs_grad_sums<T>;
+  k.rows_grad_sums = rows_grad_sums<T>;
+  k.runs_grad_input = runs_grad_input<T, T>;
+  k.runs_grad_input_wide = runs_grad_input<T, double>;
+  k.rows_grad_input = rows_grad_input<T>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    k.rows_normalize_mixed = rows_normalize_mixed;
+    k.rows_grad_input_mixed = rows_grad_input_mixed;
+  }
+  return k;
+}
+
+}  // namespace
+
+const KernelTable reference_table = {make_kernels<float>(), make_kernels<double>()};
+
+}  // namespace batchnorm::kernels

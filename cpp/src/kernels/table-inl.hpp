@@ -1,0 +1,51 @@
+// The table of one ISA, from the passes compiled for it. Include last, after one vec/<isa>.hpp.
+#pragma once
+
+#include "kernels/grad_input-inl.hpp"
+#include "kernels/grad_sums-inl.hpp"
+#include "kernels/moments-inl.hpp"
+#include "kernels/normalize-inl.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+constexpr KernelTable make_table() {
+  KernelTable t{};
+  t.f32 = {.runs_moments = runs_moments<float, Plain>,
+           .rows_moments = rows_moments<float, Plain>,
+           .runs_moments_about = runs_moments_about<float, Plain>,
+           .rows_moments_about = rows_moments_about<float, Plain>,
+           .runs_moments_compensated = runs_moments<float, Compensated>,
+           .rows_moments_compensated = rows_moments<float, Compensated>,
+           .runs_normalize = runs_normalize<float, float>,
+           .runs_normalize_wide = runs_normalize<float, double>,
+           .rows_normalize = rows_normalize<float>,
+           .rows_normalize_mixed = rows_normalize_mixed,
+           .runs_grad_sums = runs_grad_sums<float, Plain>,
+           .rows_grad_sums = rows_grad_sums<float, Plain>,
+           .runs_grad_input = runs_grad_input<float, float>,
+           .runs_grad_input_wide = runs_grad_input<float, double>,
+           .rows_grad_input = rows_grad_input<float>,
+           .rows_grad_input_mixed = rows_grad_input_mixed};
+  // float64 has nothing wider to go to.
+  t.f64 = {.runs_moments = runs_moments<double, Compensated>,
+           .rows_moments = rows_moments<double, Compensated>,
+           .runs_moments_about = runs_moments_about<double, Compensated>,
+           .rows_moments_about = rows_moments_about<double, Compensated>,
+           .runs_moments_compensated = runs_moments<double, Compensated>,
+           .rows_moments_compensated = rows_moments<double, Compensated>,
+           .runs_normalize = runs_normalize<double, double>,
+           .runs_normalize_wide = runs_normalize<double, double>,
+           .rows_normalize = rows_normalize<double>,
+           .rows_normalize_mixed = nullptr,
+           .runs_grad_sums = runs_grad_sums<double, Compensated>,
+           .rows_grad_sums = rows_grad_sums<double, Compensated>,
+           .runs_grad_input = runs_grad_input<double, double>,
+           .runs_grad_input_wide = runs_grad_input<double, double>,
+           .rows_grad_input = rows_grad_input<double>,
+           .rows_grad_input_mixed = nullptr};
+  return t;
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

@@ -1,0 +1,130 @@
+// The kernel contract: what one instruction set must give. dispatch.cpp lists the tables.
+//
+// A kernel does one pass over one piece of a tensor and decides nothing: pieces, threads and order are the plan's.
+// Kernels do not allocate, throw, check or start threads; they touch no byte outside the piece; pointers need
+// alignof(T) only. There are two shapes of a piece:
+//   runs  (planar)       one channel: `count` runs of `length` contiguous values, `stride` values apart;
+//   rows  (interleaved)  many channels: `count` rows of `columns` contiguous values, `stride` values apart, where
+//                        per-channel arguments become arrays with one entry per column.
+//
+// Same bits on every instruction set, because all of this is part of the contract:
+// - Sums are taken on 16 virtual lanes: value j of a run goes to lane j % 16, lanes live on from run to run, and fold
+//   at the end as (l, l+8), (l, l+4), (l, l+2), (l, l+1). A column of a row has a single lane, rows in order.
+// - "plain" sums are float64 additions; "compensated" ones add with the error of each addition (Knuth's TwoSum) and of
+//   each product kept in a low part.
+// - Multiplications and additions are separate, each rounded, except where a product is exact (float*float in
+//   float64), when a fused one is the same.
+//
+// Room kept for what follows: a storage type other than the arithmetic type (float16) enters where the lanes are
+// loaded and stored; a weight per position multiplies the terms of moments and grad_sums; a tail after the affine
+// map (ReLU, add) is applied before the store of normalize, its mirror after the load of dy in grad_*; merging over
+// ranks happens between the passes, where no kernel runs.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm::kernels {
+
+// Lanes of the kernels: rows whose columns are a multiple of it leave none empty.
+constexpr std::int64_t kVectorColumns = 16;
+
+// One channel's piece of a planar tensor.
+struct Runs {
+  std::int64_t length, count, stride;
+};
+
+// A block of rows of an interleaved tensor.
+struct Rows {
+  std::int64_t count, columns, stride;
+};
+
+// Two sums of one channel, each as high and low part (plain sums have a low part of 0):
+// moments: sum(x - shift), sum((x - shift)^2); grad_sums: sum(dy), sum(dy*(x - mean)).
+struct Sums {
+  double first = 0, first_lo = 0, second = 0, second_lo = 0;
+};
+
+// The same for each column of a block. Entries are overwritten, not added to.
+struct ColumnSums {
+  double *first, *first_lo, *second, *second_lo;
+};
+
+// y = (x - center)*scale + offset, in the arithmetic type A. Subtracting first is what keeps the digits of x where
+// its mean is large; what center leaves of the mean is in offset.
+template <class A>
+struct Affine {
+  A center, scale, offset;
+};
+
+// dx = (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset, summed from left to right.
+template <class A>
+struct GradAffine {
+  A dy_center, dy_scale, x_center, x_scale, offset;
+};
+
+// One entry per column; the same fields.
+template <class A>
+struct AffineColumns {
+  const A *center, *scale, *offset;
+};
+template <class A>
+struct GradAffineColumns {
+  const A *dy_center, *dy_scale, *x_center, *x_scale, *offset;
+};
+
+// Columns whose coefficients leave float32's normal range, to be applied in float64: bit l of mask[k] stands for
+// column 16*k + l.
+template <class Columns>
+struct WideColumns {
+  const std::uint16_t* mask;
+  Columns coefficients;
+};
+
+template <class T>
+struct Kernels {
+  // moments. float: plain, about 0. double: compensated, about 0.
+  void (*runs_moments)(const T* x, Runs, Sums*);
+  void (*rows_moments)(const T* x, Rows, const ColumnSums&);
+  // About a shift, which is a value of T: no cancellation where |mean| is far above std. float: plain. double: compensated.
+  void (*runs_moments_about)(const T* x, Runs, T shift, Sums*);
+  void (*rows_moments_about)(const T* x, Rows, const T* shift, const ColumnSums&);
+  // Compensated, about 0: keeps the digits of a mean far below std.
+  void (*runs_moments_compensated)(const T* x, Runs, Sums*);
+  void (*rows_moments_compensated)(const T* x, Rows, const ColumnSums&);
+
+  // normalize. y may be exactly x. The wide form reads and writes T and computes in float64.
+  void (*runs_normalize)(const T* x, T* y, Runs, const Affine<T>&);
+  void (*runs_normalize_wide)(const T* x, T* y, Runs, const Affine<double>&);
+  void (*rows_normalize)(const T* x, T* y, Rows, const AffineColumns<T>&);
+  void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<T>&, const WideColumns<AffineColumns<double>>&);
+
+  // grad_sums. float: plain. double: compensated.
+  void (*runs_grad_sums)(const T* dy, const T* x, Runs, double mean, Sums*);
+  void (*rows_grad_sums)(const T* dy, const T* x, Rows, const double* mean, const ColumnSums&);
+
+  // grad_input. dx may be exactly dy or exactly x.
+  void (*runs_grad_input)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>&);
+  void (*runs_grad_input_wide)(const T* dy, const T* x, T* dx, Runs, const GradAffine<double>&);
+  void (*rows_grad_input)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&);
+  void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&,
+                                const WideColumns<GradAffineColumns<double>>&);
+};
+
+struct KernelTable {
+  Kernels<float> f32;
+  Kernels<double> f64;
+
+  template <class T>
+  [[nodiscard]] const Kernels<T>& of() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return f32;
+    } else {
+      return f64;
+    }
+  }
+};
+
+// Exactly these symbols leave the per-ISA objects. Which of them are linked in is CMake's choice, told to dispatch.cpp.
+extern const KernelTable reference_table, generic_table, x86_64_v2_table, x86_64_v3_table, x86_64_v4_table, neon_table;
+
+}  // namespace batchnorm::kernels

@@ -1,0 +1,26 @@
+// What any machine gives: 16-byte vectors that the compiler lowers to what it has.
+#pragma once
+
+#include "kernels/vec/native.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+using NativeFloat = float __attribute__((vector_size(16)));
+using NativeDouble = double __attribute__((vector_size(16)));
+
+BN_INLINE NativeDouble widen_load(const float* p) {
+  return NativeDouble{static_cast<double>(p[0]), static_cast<double>(p[1])};
+}
+BN_INLINE void narrow_store(float* p, NativeDouble v) {
+  p[0] = static_cast<float>(v[0]);
+  p[1] = static_cast<float>(v[1]);
+}
+// a*b + c where a*b is exact.
+BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return a * b + c; }
+BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
+  return product_error_by_splitting(a, b, product);
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

@@ -1,0 +1,27 @@
+// What the per-ISA vector headers share. Included only by them.
+//
+// Everything below kernels/ that is compiled once per ISA lives in an anonymous namespace and uses nothing of std::.
+// Otherwise the linker would keep one copy of a shared inline function, maybe the AVX-512 one, and an older machine
+// would run it.
+#pragma once
+
+#include <cstdint>
+
+#define BN_INLINE [[maybe_unused]] inline __attribute__((always_inline))
+
+namespace batchnorm::kernels {
+namespace {
+
+// a*b - product, exactly, without fused multiply-add (Dekker 1971): each factor is split into halves of 26 bits.
+// Differs from the fused form only where the error itself underflows (|a*b| < 1e-290) or a split overflows (> 1e300).
+template <class V>
+BN_INLINE V product_error_by_splitting(V a, V b, V product) {
+  const double splitter = 134217729.0;  // 2^27 + 1
+  const V ca = a * splitter, cb = b * splitter;
+  const V a_hi = ca - (ca - a), b_hi = cb - (cb - b);
+  const V a_lo = a - a_hi, b_lo = b - b_hi;
+  return ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

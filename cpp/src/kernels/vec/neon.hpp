@@ -1,0 +1,23 @@
+// aarch64 NEON, which every aarch64 machine has: 16-byte vectors.
+#pragma once
+
+#include <arm_neon.h>
+
+#include "kernels/vec/native.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+using NativeFloat = float32x4_t;
+using NativeDouble = float64x2_t;
+
+BN_INLINE NativeDouble widen_load(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
+BN_INLINE void narrow_store(float* p, NativeDouble v) { vst1_f32(p, vcvt_f32_f64(v)); }
+// a*b + c where a*b is exact, so that fusing changes no bit.
+BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return vfmaq_f64(c, a, b); }
+BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
+  return vfmaq_f64(-product, a, b);
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

@@ -1,0 +1,28 @@
+// AVX-512 (F, BW, DQ, VL): 64-byte vectors.
+#pragma once
+
+#include <immintrin.h>
+
+#include "kernels/vec/native.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+using NativeFloat = __m512;
+using NativeDouble = __m512d;
+
+// Straight from memory: taking the upper half out of a 64-byte register would cost a port.
+// The masked forms with all lanes on are the plain instructions; GCC 12 warns inside its header for the plain names.
+constexpr __mmask8 kAll = 0xff;
+BN_INLINE NativeDouble widen_load(const float* p) { return _mm512_maskz_cvtps_pd(kAll, _mm256_loadu_ps(p)); }
+BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(kAll, v)); }
+// a*b + c where a*b is exact, so that fusing changes no bit.
+BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
+  return _mm512_fmadd_pd(a, b, c);
+}
+BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
+  return _mm512_fmsub_pd(a, b, product);
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

@@ -1,0 +1,18 @@
+// What the machine is: the facts that plans and dispatch decide on.
+#pragma once
+
+#include <cstdint>
+
+namespace batchnorm {
+
+struct Machine {
+  std::int64_t l2_bytes;  // private cache of one core
+};
+
+// Read once from the operating system.
+const Machine& machine();
+
+// Whether CPU and operating system run code compiled for "x86-64-v2", "x86-64-v3", "x86-64-v4", "neon" or "generic".
+bool machine_runs(const char* isa);
+
+}  // namespace batchnorm

@@ -1,0 +1,160 @@
+#include "settle.hpp"
+
+#include <algorithm>
+#include <cmath>
+
+#include "channel_math.hpp"
+#include "exact_sum.hpp"
+#include "sums.hpp"
+
+namespace batchnorm {
+namespace {
+
+using kernels::Runs;
+using kernels::Rows;
+using kernels::Sums;
+
+// The two ways of summing a channel again.
+enum class Again { about_shift, compensated };
+
+template <class T>
+bool needs(Again again, const Moments& m) {
+  return again == Again::about_shift ? needs_shift<T>(m) : mean_below(m, Conditioning<T>::kCompensateBelow);
+}
+// Any value of T near the mean will do as a shift; the nearest one makes a constant channel exact.
+template <class T>
+T shift_for(Again again, const Moments& m) {
+  return again == Again::about_shift ? static_cast<T>(m.mean) : T(0);
+}
+
+template <class T>
+Sums sum_channel_again(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, std::int64_t c, Again again,
+                       T shift) {
+  Sums total;
+  for (std::int64_t k = 0; k < plan.chunks; ++k) {
+    const T* chunk = x + plan.chunk_offset(k, c);
+    Sums part;
+    if (again == Again::about_shift) {
+      kernels.runs_moments_about(chunk, plan.chunk_runs(k), shift, &part);
+    } else {
+      kernels.runs_moments_compensated(chunk, plan.chunk_runs(k), &part);
+    }
+    add(total, part);
+  }
+  return total;
+}
+
+// Interleaved: a tile is a few neighbouring channels, summed together because their columns share cache lines.
+constexpr std::int64_t kTileColumns = 256;
+// Rows between two compensated additions; the bound of plan.cpp.
+constexpr std::int64_t kTileRows = 1024;
+
+template <class T>
+struct Tile {
+  T shift[kTileColumns];
+  double block_memory[4 * kTileColumns], total_memory[4 * kTileColumns];
+};
+
+// Sums of `columns` columns from column `first` on, over all rows of the tensor, into the tile's totals.
+template <class T>
+kernels::ColumnSums sum_tile_again(const Problem& problem, const kernels::Kernels<T>& kernels, const T* x,
+                                   std::int64_t first, std::int64_t columns, Again again, Tile<T>& tile) {
+  const std::int64_t width = problem.channels * problem.inner;
+  const kernels::ColumnSums part = column_sums(tile.block_memory, columns);
+  const kernels::ColumnSums total = column_sums(tile.total_memory, columns);
+  for (std::int64_t e = 0; e < columns; ++e) total.first[e] = total.second[e] = 0;
+  for (std::int64_t row = 0; row < problem.outer; row += kTileRows) {
+    const Rows rows{std::min(kTileRows, problem.outer - row), columns, width};
+    const T* block = x + row * width + first;
+    if (again == Again::about_shift) {
+      kernels.rows_moments_about(block, rows, tile.shift, part);
+    } else {
+      kernels.rows_moments_compensated(block, rows, part);
+    }
+    for (std::int64_t e = 0; e < columns; ++e) {
+      Sums sum = at(total, e);
+      add(sum, at(part, e));
+      put(total, e, sum);
+    }
+  }
+  return total;
+}
+
+template <class T>
+void settle_planar(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, std::int64_t c, Again again,
+                   Moments& m) {
+  if (!needs<T>(again, m)) return;
+  const T shift = shift_for<T>(again, m);
+  m = moments_from_sums(plan.problem.count(), shift, sum_channel_again(plan, kernels, x, c, again, shift));
+}
+
+// Channels [begin, end) of an interleaved tensor, at most a tile of them.
+template <class T>
+void settle_tile(const Problem& problem, const kernels::Kernels<T>& kernels, const T* x, Range channels, Again again,
+                 Moments* out) {
+  const auto bad = [again](const Moments& m) { return needs<T>(again, m); };
+  if (std::none_of(out + channels.begin, out + channels.end, bad)) return;
+  const std::int64_t inner = problem.inner;
+  Tile<T> tile;
+  for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+    std::fill_n(tile.shift + (c - channels.begin) * inner, inner, shift_for<T>(again, out[c]));
+  }
+  const kernels::ColumnSums columns = sum_tile_again(problem, kernels, x, channels.begin * inner,
+                                                     (channels.end - channels.begin) * inner, again, tile);
+  for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+    if (!bad(out[c])) continue;
+    const std::int64_t first = (c - channels.begin) * inner;
+    Sums total;
+    for (std::int64_t e = first; e < first + inner; ++e) add(total, at(columns, e));
+    out[c] = moments_from_sums(problem.count(), tile.shift[first], total);
+  }
+}
+
+template <class T>
+void settle_exactly(const Problem& p, const T* x, std::int64_t c, Moments& m) {
+  ExactSum sum;
+  std::int64_t since_carry = 0;
+  for (std::int64_t o = 0; o < p.outer; ++o) {
+    for (std::int64_t i = 0; i < p.inner; ++i) {
+      sum.add(static_cast<double>(x[(o * p.channels + c) * p.inner + i]));
+      if (++since_carry == (std::int64_t{1} << 30)) {
+        sum.carry();
+        since_carry = 0;
+      }
+    }
+  }
+  const DoubleDouble mean = sum.value() / DoubleDouble{m.count, 0};
+  m.mean = mean.hi;
+  m.mean_lo = mean.lo;  // m2 is about the old mean, which is off by less than 2^-40 std: no digit of m2
+}
+
+}  // namespace
+
+template <class T>
+void settle(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Range channels, const Sums* totals,
+            Moments* out) {
+  const Problem& problem = plan.problem;
+  for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+    out[c] = moments_from_sums(problem.count(), T(0), totals[c - channels.begin]);
+  }
+  for (const Again again : {Again::about_shift, Again::compensated}) {
+    if (plan.planar()) {
+      for (std::int64_t c = channels.begin; c < channels.end; ++c) settle_planar(plan, kernels, x, c, again, out[c]);
+    } else {
+      const std::int64_t tile = kTileColumns / problem.inner;
+      for (std::int64_t c = channels.begin; c < channels.end; c += tile) {
+        settle_tile(problem, kernels, x, {c, std::min(c + tile, channels.end)}, again, out);
+      }
+    }
+  }
+  for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+    if (mean_below(out[c], Conditioning<T>::kExactBelow) && std::isfinite(out[c].m2)) {
+      settle_exactly(problem, x, c, out[c]);
+    }
+  }
+}
+
+template void settle(const Plan&, const kernels::Kernels<float>&, const float*, Range, const Sums*, Moments*);
+template void settle(const Plan&, const kernels::Kernels<double>&, const double*, Range, const Sums*, Moments*);
+
+}  // namespace batchnorm

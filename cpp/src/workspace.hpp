@@ -1,0 +1,49 @@
+// Memory of one call: a small buffer on the caller's stack, the heap beyond it.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <memory>
+#include <new>
+
+namespace batchnorm {
+
+class Workspace {
+ public:
+  // Holds `bytes` in all; throws std::bad_alloc where the heap has not that much.
+  explicit Workspace(std::size_t bytes) {
+    if (bytes > sizeof stack_) {
+      heap_.reset(static_cast<std::byte*>(::operator new(bytes, kAlign)));
+      next_ = heap_.get();
+    } else {
+      next_ = stack_;
+    }
+  }
+  Workspace(const Workspace&) = delete;
+  Workspace& operator=(const Workspace&) = delete;
+
+  // Bytes that take<T>(count) uses.
+  template <class T>
+  static constexpr std::size_t bytes_for(std::int64_t count) {
+    constexpr auto line = static_cast<std::size_t>(kAlign);
+    return (static_cast<std::size_t>(count) * sizeof(T) + line - 1) / line * line;
+  }
+  // The next `count` values, uninitialized, on a cache line of their own. The caller has asked for enough bytes.
+  template <class T>
+  T* take(std::int64_t count) {
+    T* p = reinterpret_cast<T*>(next_);
+    next_ += bytes_for<T>(count);
+    return p;
+  }
+
+ private:
+  static constexpr std::align_val_t kAlign{64};
+  struct Free {
+    void operator()(std::byte* p) const { ::operator delete(p, kAlign); }
+  };
+  alignas(64) std::byte stack_[16 * 1024];
+  std::unique_ptr<std::byte, Free> heap_;
+  std::byte* next_ = nullptr;
+};
+
+}  // namespace batchnorm
