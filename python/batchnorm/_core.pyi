@@ -1,0 +1,78 @@
+"""The C++ core of batchnorm on dense NumPy arrays. Private: use the functions of the package."""
+
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+_Array = NDArray[Any]
+_Table = NDArray[np.float64]
+_Sizes = tuple[int, int, int]
+
+__version__: str
+
+def moments(x: _Array, sizes: _Sizes, threads: int) -> _Table: ...
+def batch_norm(
+    x: _Array, sizes: _Sizes, gamma: _Array | None, beta: _Array | None, eps: float, out: _Array, threads: int
+) -> _Table: ...
+def normalize(
+    x: _Array,
+    sizes: _Sizes,
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> None: ...
+def grad_sums(dy: _Array, x: _Array, sizes: _Sizes, moments: _Table, threads: int) -> _Table: ...
+def grad_input(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    moments: _Table,
+    sums: _Table,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> None: ...
+def batch_norm_backward(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    moments: _Table,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array | None,
+    need_gamma: bool,
+    need_beta: bool,
+    threads: int,
+) -> tuple[_Table | None, _Table | None]: ...
+def normalize_backward(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array | None,
+    need_gamma: bool,
+    need_beta: bool,
+    threads: int,
+) -> tuple[_Table | None, _Table | None]: ...
+def merge(a: _Table, b: _Table) -> _Table: ...
+def variance(moments: _Table, ddof: int) -> _Table: ...
+def rstd(moments: _Table, eps: float) -> _Table: ...
+def update_running(
+    mean: _Table, var: _Table, moments: _Table, update_rate: float, ddof: int
+) -> tuple[_Table, _Table]: ...
+def built_isas() -> list[str]: ...
+def available_isas() -> list[str]: ...
+def active_isa() -> str: ...
+def set_num_threads(threads: int) -> None: ...
+def get_num_threads() -> int: ...
+def build_info() -> dict[str, Any]: ...
+def explain(sizes: _Sizes, item_size: int, threads: int) -> str: ...

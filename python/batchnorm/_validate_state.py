@@ -1,0 +1,265 @@
+"""Checks of a layer's settings and of its saved state, with all their error text.
+
+Each message has three parts: the argument, what was needed, what came. A check returns the value in the form
+that the rest of the package uses, or raises before anything has changed.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Mapping
+from numbers import Real
+from operator import index
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+FLOAT_DTYPES = ("float16", "float32", "float64")
+
+# A low part is at most 2^-53 of its high part; the rest is room for other ways to normalize a pair.
+_LOW_PART = 2.0**-48
+# Derived statistics are one division of stored values: this forgives its rounding and no real difference.
+_DERIVED_RTOL = 1e-12
+
+
+class Entry(NamedTuple):
+    """What a state must hold under one name."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+# ---- settings of a layer ---------------------------------------------------------------------------------
+
+
+def check_no_other_arguments(others: Mapping[str, object]) -> None:
+    """Refuse unknown keywords of BatchNorm(), and say what to write instead of ``momentum``."""
+    if "momentum" in others:
+        raise TypeError(
+            "update_rate must be given instead of momentum, whose meaning differs between frameworks: write "
+            "update_rate=momentum for PyTorch's, update_rate=1-momentum for Keras's or Flax's, "
+            f"got momentum={others['momentum']!r}"
+        )
+    if others:
+        raise TypeError(
+            "keywords of BatchNorm() must be of axis, eps, update_rate, ddof, gamma, beta, dtype, "
+            f"num_threads, got {', '.join(others)}"
+        )
+
+
+def check_channels(channels: object) -> int:
+    value = _integer("channels", channels)
+    if value < 0:
+        raise ValueError(f"channels must be >= 0, got {value}")
+    return value
+
+
+def check_layer_axis(axis: object) -> int:
+    """Accept an axis that some array could have; whether x has it is only known when x comes."""
+    value = _integer("axis", axis)
+    if not -8 <= value <= 7:
+        raise ValueError(f"axis must be from -8 to 7, got {value}")
+    return value
+
+
+def check_layer_eps(eps: object) -> float:
+    value = _real("eps", eps, "a number")
+    if not (math.isfinite(value) and value >= 0):
+        raise ValueError(f"eps must be finite and >= 0, got {value}")
+    return value
+
+
+def check_update_rate(update_rate: object) -> float | None:
+    if update_rate is None:
+        return None
+    value = _real("update_rate", update_rate, "a number from 0 to 1, or None")
+    if not 0 <= value <= 1:
+        raise ValueError(f"update_rate must be from 0 to 1, or None, got {value}")
+    return value
+
+
+def check_layer_ddof(ddof: object) -> int:
+    value = _integer("ddof", ddof)
+    if value not in (0, 1):
+        raise ValueError(f"ddof must be 0 (biased) or 1 (unbiased), got {value}")
+    return value
+
+
+def check_flag(name: str, value: object) -> bool:
+    if not isinstance(value, (bool, np.bool_)):
+        raise TypeError(f"{name} must be True or False, got {_kind(value)}")
+    return bool(value)
+
+
+def check_layer_dtype(dtype: Any) -> np.dtype[Any]:
+    try:
+        value: np.dtype[Any] | None = np.dtype(dtype)
+    except (TypeError, ValueError, SyntaxError):  # all mean the same: np.dtype cannot make sense of it
+        value = None
+    # np.dtype(None) is float64: nobody who writes None means that.
+    if dtype is None or value is None or not value.isnative or value.name not in FLOAT_DTYPES:
+        raise TypeError(f"dtype must be float16, float32 or float64, got {dtype!r}")
+    return value
+
+
+def check_layer_num_threads(num_threads: object) -> int | None:
+    if num_threads is None:
+        return None
+    value = _integer("num_threads", num_threads)
+    if value < 1:
+        raise ValueError(f"num_threads must be >= 1, or None, got {value}")
+    return value
+
+
+# ---- what a layer is given -------------------------------------------------------------------------------
+
+
+def check_x_channels(x: object, axis: int, channels: int) -> None:
+    """Refuse an x of another number of channels. What is wrong with x itself is the functions' to say."""
+    if isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and x.shape[axis] != channels:
+        raise ValueError(f"x must have {channels} channels on axis {axis}, got shape {x.shape}")
+
+
+def check_parameter(name: str, value: object, present: bool, entry: Entry) -> NDArray[Any] | None:
+    """Return a copy of a layer's new gamma or beta; None exactly where the layer was built without it."""
+    if not present:
+        if value is not None:
+            raise ValueError(f"{name} must be None in a layer built with {name}=False, got {_kind(value)}")
+        return None
+    return _array(name, value, entry)
+
+
+def no_forward_call() -> RuntimeError:
+    return RuntimeError(
+        "backward must follow a call of the layer that left its x intact, got no such call: "
+        "call the layer first, and without out=x"
+    )
+
+
+# ---- state -----------------------------------------------------------------------------------------------
+
+
+def check_state(state: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
+    """Return fresh copies of all entries of a state, after checking each on its own.
+
+    Exactly the names of `entries`, with their shapes and dtypes; all floats finite; running_var >= 0;
+    update_count >= 0, which may also be a plain int.
+    """
+    if not isinstance(state, Mapping):
+        raise TypeError(f"state must be a mapping of names to arrays, got {_kind(state)}")
+    if set(state) != set(entries):
+        raise ValueError(f"state must have the entries {_names(entries)}, got {_names(state)}")
+    return {name: _check_entry(name, state[name], entry) for name, entry in entries.items()}
+
+
+def check_pooled_table(table: NDArray[np.float64], update_count: int) -> None:
+    """Refuse moments that `update_count` batches cannot have left; count, mean, mean_lo, m2, m2_lo."""
+    count, mean, mean_lo, m2, m2_lo = table.T
+    if update_count == 0:
+        _all_channels("running_moments", table == 0, "be 0 where update_count is 0", table)
+    else:
+        _all_channels("running_moments", count >= 2, "have counts >= 2 where update_count is not 0", count)
+    _all_channels("running_moments", m2 >= 0, "have m2 >= 0", m2)
+    for high, low in ((mean, mean_lo), (m2, m2_lo)):
+        _all_channels(
+            "running_moments",
+            np.abs(low) <= _LOW_PART * np.abs(high),
+            "have low parts below 2**-48 of the high",
+            low,
+        )
+
+
+def check_derived(name: str, given: NDArray[np.float64], derived: NDArray[np.float64]) -> None:
+    """Refuse a running statistic that says something else than the pooled moments stored beside it."""
+    agrees = np.isclose(given, derived, rtol=_DERIVED_RTOL, atol=0)
+    _all_channels(name, agrees, "be what running_moments and the layer's ddof give", given)
+
+
+def malformed(what: str, needed: str, came: object) -> ValueError:
+    """Return the error for a file that is not a state file as this package writes it."""
+    return ValueError(f"{what} must {needed}, got {came}")
+
+
+def check_path(path: object) -> str:
+    if not isinstance(path, (str, bytes, os.PathLike)):
+        raise TypeError(f"path must be a str or os.PathLike, got {_kind(path)}")
+    return os.fsdecode(path)
+
+
+def _check_entry(name: str, value: object, entry: Entry) -> NDArray[Any]:
+    if name == "update_count":
+        return _update_count(value)
+    array = _array(name, value, entry)
+    _all_channels(name, np.isfinite(array), "be finite", array)
+    if name == "running_var":
+        _all_channels(name, array >= 0, "be >= 0", array)
+    return array
+
+
+def _update_count(value: object) -> NDArray[np.int64]:
+    is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
+    if isinstance(value, np.ndarray):
+        if value.shape != ():
+            raise ValueError(f"update_count must have shape (), got {value.shape}")
+        is_integer = value.dtype.kind in "iu"
+    if not is_integer:
+        raise TypeError(f"update_count must be an integer, got {_kind(value)}")
+    count = int(value)  # type: ignore[call-overload]
+    if not 0 <= count < 2**63:
+        raise ValueError(f"update_count must be from 0 to 2**63 - 1, got {count}")
+    return np.array(count, np.int64)
+
+
+def _array(name: str, value: object, entry: Entry) -> NDArray[Any]:
+    """Return a copy of `value` as a C-contiguous array of the package's own."""
+    if not isinstance(value, np.ndarray):
+        raise TypeError(f"{name} must be a numpy.ndarray of shape {entry.shape}, got {_kind(value)}")
+    if value.dtype != entry.dtype:
+        raise TypeError(f"{name} must have dtype {entry.dtype}, got {value.dtype}")
+    if value.shape != entry.shape:
+        raise ValueError(f"{name} must have shape {entry.shape}, got {value.shape}")
+    return np.array(value, order="C")
+
+
+def _all_channels(name: str, holds: NDArray[np.bool_], needed: str, values: NDArray[Any]) -> None:
+    """Raise for the first channel, the first axis of `values`, where `holds` is false."""
+    if not holds.all():
+        first = tuple(np.argwhere(~holds)[0])
+        raise ValueError(f"{name} must {needed}, got {values[first]} in channel {first[0]}")
+
+
+def _integer(name: str, value: Any) -> int:
+    if not isinstance(value, (bool, np.bool_)):
+        try:
+            return index(value)
+        except TypeError:
+            pass
+    raise TypeError(f"{name} must be an int, got {_kind(value)}")
+
+
+def _real(name: str, value: object, needed: str) -> float:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {needed}, got {_kind(value)}")
+    try:
+        return float(value)
+    except OverflowError:
+        return math.inf if value > 0 else -math.inf
+
+
+def _kind(value: object) -> str:
+    """Say what came, in short whatever it is: None, the name of its type, or the dtype of an array."""
+    if value is None:
+        return "None"
+    if isinstance(value, np.ndarray):
+        return f"an array of {value.dtype}"
+    return type(value).__name__
+
+
+def _names(keys: object) -> str:
+    return ", ".join(sorted(map(str, keys))) or "none"  # type: ignore[call-overload]

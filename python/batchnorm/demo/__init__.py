@@ -1,0 +1,5 @@
+"""``python -m batchnorm demo``: what batch norm does to two small networks, measured claim by claim."""
+
+from batchnorm.demo.command import add_arguments, run
+
+__all__ = ["add_arguments", "run"]

@@ -1,0 +1,469 @@
+"""Batch normalization as pure functions: statistics go in, statistics come out, nothing is remembered.
+
+Per channel, over its m values: mean = sum(x)/m, var = sum((x - mean)²)/m (biased), rstd = 1/√(var + eps),
+y = (x - mean)·rstd·gamma + beta. Where var + eps is 0, rstd is 0, so that y = beta.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from batchnorm import _core, _layout, _validate
+from batchnorm.moments import Moments
+
+Array = NDArray[Any]
+PerChannel = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False)
+class Saved:
+    """What `batch_norm` leaves for its backward pass.
+
+    Attributes
+    ----------
+    x : the input, by reference (not copied): it must be unchanged when the backward pass reads it.
+    moments : Moments of the batch.
+    rstd : (C,) float64, 1/√(var + eps) with the biased variance.
+    gamma : (C,) or None, by reference.
+    axis : int >= 0, the channel axis.
+    eps : float.
+
+    For statistics that were merged over several batches or ranks, use
+    ``dataclasses.replace(saved, moments=merged, rstd=...)``; the backward pass takes mean, variance and count from
+    `moments`.
+    """
+
+    x: Array
+    moments: Moments
+    rstd: PerChannel
+    gamma: Array | None
+    axis: int
+    eps: float
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss: `dx` like x, `dgamma` and `dbeta` (C,); None where not asked for."""
+
+    dx: Array | None
+    dgamma: Array | None
+    dbeta: Array | None
+
+
+class GradSums:
+    """The sums of the first half of the backward pass; those of several parts of a batch add up with ``+``.
+
+    Attributes
+    ----------
+    count : (C,) float64, values that were summed.
+    sum_dy : (C,) float64, sum(dy).
+    sum_dy_xmu : (C,) float64, sum(dy·(x - mean)), about the mean of the moments they were computed with.
+    """
+
+    __slots__ = ("_table", "count")
+
+    def __init__(self, count: PerChannel, table: PerChannel) -> None:
+        self.count = count
+        self._table = table  # (C, 4): sum_dy, its low part, sum_dy_xmu, its low part
+
+    @property
+    def sum_dy(self) -> PerChannel:
+        """sum(dy), which is dbeta."""  # noqa: D403
+        return self._table[:, 0] + self._table[:, 1]
+
+    @property
+    def sum_dy_xmu(self) -> PerChannel:
+        """sum(dy·(x - mean)), which is dgamma/rstd."""  # noqa: D403
+        return self._table[:, 2] + self._table[:, 3]
+
+    def __add__(self, other: GradSums) -> GradSums:
+        if not isinstance(other, GradSums):
+            return NotImplemented
+        if other._table.shape != self._table.shape:
+            raise ValueError(
+                f"sums must have {self._table.shape[0]} channels to be added, got {other._table.shape[0]}"
+            )
+        a, b = self._table, other._table
+        table = np.empty_like(a)
+        total = a[:, ::2] + b[:, ::2]
+        part = total - a[:, ::2]
+        error = (a[:, ::2] - (total - part)) + (b[:, ::2] - part)  # Knuth's TwoSum: what the addition rounded off
+        table[:, ::2], table[:, 1::2] = total, a[:, 1::2] + b[:, 1::2] + error
+        return GradSums(self.count + other.count, table)
+
+    def __repr__(self) -> str:
+        return f"GradSums(channels={self._table.shape[0]})"
+
+
+def batch_norm(
+    x: Array,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, Saved]:
+    """Normalize each channel of `x` by the statistics of this batch (training).
+
+    y = (x - mean)/√(var + eps)·gamma + beta, with the batch's mean and biased variance (divided by the m values of a
+    channel). Source: Ioffe & Szegedy (2015), "Batch Normalization", algorithm 1.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order. An array that fills one block of memory
+        (C-contiguous, channels-last, transposed) is used in place; a sliced, strided or broadcast one costs a copy.
+    gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
+    axis : the channel axis; every other axis is summed over.
+    eps : added to the variance; finite, >= 0. Frameworks differ: 1e-5 in PyTorch and Flax, 1e-3 in Keras.
+    out : where to put y: shape and dtype of `x`; may be `x` itself, must not overlap it otherwise. A memory order
+        other than that of `x` costs a copy.
+    num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
+
+    Returns
+    -------
+    y : shape, dtype and memory order of `x`; `out` where given. Within 3·2⁻²⁴ (float32) of the channel's largest
+        abs(y) before beta is added, and one rounding; a constant channel gives exactly beta.
+    saved : Saved, for `batch_norm_backward`; ``saved.moments`` updates running statistics.
+
+    Raises
+    ------
+    ValueError
+        For one value per channel, which has no variance; for shapes, eps or out that do not fit.
+    TypeError
+        For other dtypes. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    An empty batch gives an empty y and moments of count 0. NaN and infinity stay in their channel. Memory: y, and 40
+    bytes a channel. Releases the GIL for large `x`. `saved` keeps `x` alive.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
+    >>> y, saved = batch_norm(x, eps=0.0)
+    >>> y
+    array([[-1.,  0.],
+           [ 1.,  0.]])
+    >>> saved.moments.mean, saved.moments.var()
+    (array([2., 5.]), array([1., 0.]))
+    """
+    _validate.array("x", x)
+    axis = _validate.axis(axis, x.ndim)
+    eps = _validate.eps(eps)
+    threads = _validate.num_threads(num_threads)
+    scale = _validate.optional_channel_values("gamma", gamma, x.shape[axis])
+    shift = _validate.optional_channel_values("beta", beta, x.shape[axis])
+    if out is not None:
+        _validate.output(out, x, {"x": x}, {"gamma": scale, "beta": shift})
+    _validate.batch_values(x, axis)
+    block, sizes = _layout.dense(x, axis)
+    y = _target(out, block)
+    table = _core.batch_norm(block, sizes, scale, shift, eps, y, threads)
+    kept = None if gamma is None else np.asarray(gamma)
+    return _deliver(y, out), Saved(x, Moments._from_table(table), _core.rstd(table, eps), kept, axis, eps)
+
+
+def normalize(
+    x: Array,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Array:
+    """Normalize each channel of `x` by statistics that are given (inference).
+
+    y = (x - mean)/√(var + eps)·gamma + beta. Source: Ioffe & Szegedy (2015), algorithm 2, steps 10 and 11, whose
+    population variance is the unbiased one; any variance will do here, and is used as it is.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order; copied only where `batch_norm` copies.
+    mean, var : (C,) of any floating dtype; var >= 0. NaN is let through and stays in its channel.
+    gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
+    axis : the channel axis.
+    eps : added to var; finite, >= 0.
+    out : where to put y, as in `batch_norm`.
+    num_threads : as in `batch_norm`.
+
+    Returns
+    -------
+    y : shape, dtype and memory order of `x`; `out` where given. Each channel's y is within 3·2⁻²⁴ (float32) of its
+        largest abs(y) before beta is added, and one rounding, however large mean/std is.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; for a negative variance. One value per channel is fine here. Nothing is written by a call
+        that raises.
+
+    Notes
+    -----
+    Memory: y. Releases the GIL for large `x`.
+
+    Examples
+    --------
+    >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
+    array([[0.5, 2. ]])
+    """
+    _validate.array("x", x)
+    axis = _validate.axis(axis, x.ndim)
+    eps = _validate.eps(eps)
+    threads = _validate.num_threads(num_threads)
+    channels = x.shape[axis]
+    center = _validate.channel_values("mean", mean, channels)
+    spread = _validate.variances(var, channels)
+    scale = _validate.optional_channel_values("gamma", gamma, channels)
+    shift = _validate.optional_channel_values("beta", beta, channels)
+    if out is not None:
+        apart = {"mean": center, "var": spread, "gamma": scale, "beta": shift}
+        _validate.output(out, x, {"x": x}, apart)
+    block, sizes = _layout.dense(x, axis)
+    y = _target(out, block)
+    _core.normalize(block, sizes, center, spread, scale, shift, eps, y, threads)
+    return _deliver(y, out)
+
+
+def batch_norm_backward(
+    dy: Array,
+    saved: Saved,
+    *,
+    needs: Iterable[str] = ("x", "gamma", "beta"),
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `batch_norm`, through the batch's statistics.
+
+    With x̂ = (x - mean)·rstd and means over the m values of a channel:
+
+        dbeta = sum(dy),    dgamma = sum(dy·x̂),    dx = gamma·rstd·(dy - mean(dy) - x̂·mean(dy·x̂)).
+
+    Source: Ioffe & Szegedy (2015), section 3, simplified.
+
+    Parameters
+    ----------
+    dy : gradient of y: shape and dtype of x. A memory order other than that of x costs a copy.
+    saved : what `batch_norm` returned. Its x must not have been overwritten (by ``out=x``, say).
+    needs : which of "x", "gamma", "beta" to compute.
+    out : where to put dx: shape and dtype of x; may be `dy` or x itself, must not overlap them otherwise.
+    num_threads : as in `batch_norm`.
+
+    Returns
+    -------
+    Gradients(dx, dgamma, dbeta): dx like x; dgamma and dbeta (C,) in the dtype of gamma (float64 where that is None);
+    None where not asked for. Each within 4·2⁻²⁴ (float32) of the sum of its absolute terms.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dy or out unlike x, and unknown names in `needs`. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    An empty batch gives an empty dx, and zeros. Memory: dx, and some hundred bytes a channel. Releases the GIL for
+    large x.
+
+    Examples
+    --------
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0], [8.0]]), np.array([2.0]))
+    >>> dx, dgamma, dbeta = batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), saved)
+    >>> dx.round(4), dbeta
+    (array([[ 0.2219],
+           [-0.3107],
+           [ 0.0888]]), array([1.]))
+    """
+    _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
+    x = saved.x
+    need_x, need_gamma, need_beta = _validate.needs(needs)
+    threads = _validate.num_threads(num_threads)
+    _validate.array_like("dy", dy, x)
+    scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
+    if out is not None:
+        _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
+    block, sizes = _layout.dense(x, saved.axis)
+    dx = _target(out, block) if need_x else None
+    dgamma, dbeta = _core.batch_norm_backward(
+        _layout.like(block, dy), block, sizes, saved.moments._table, scale, saved.eps, dx, need_gamma, need_beta, threads
+    )
+    return _gradients(dx, out, dgamma, dbeta, saved.gamma)
+
+
+def normalize_backward(
+    dy: Array,
+    x: Array,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    needs: Iterable[str] = ("x", "gamma", "beta"),
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `normalize`, whose statistics are constants (frozen statistics, fine-tuning).
+
+    With rstd = 1/√(var + eps): dbeta = sum(dy), dgamma = sum(dy·(x - mean))·rstd, dx = gamma·rstd·dy.
+
+    Parameters
+    ----------
+    dy : gradient of y: shape and dtype of `x`.
+    x : what was normalized. Read only for dgamma.
+    mean, var, gamma, axis, eps : what `normalize` was given.
+    needs, out, num_threads : as in `batch_norm_backward`.
+
+    Returns
+    -------
+    Gradients(dx, dgamma, dbeta), as `batch_norm_backward` gives them.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `normalize` and `batch_norm_backward`. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    Memory: dx, and some hundred bytes a channel. Releases the GIL for large `x`.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0], [3.0]])
+    >>> normalize_backward(np.ones_like(x), x, mean=[1.0], var=[4.0], eps=0.0)
+    Gradients(dx=array([[0.5],
+           [0.5]]), dgamma=array([1.]), dbeta=array([2.]))
+    """
+    _validate.array("x", x)
+    axis = _validate.axis(axis, x.ndim)
+    eps = _validate.eps(eps)
+    need_x, need_gamma, need_beta = _validate.needs(needs)
+    threads = _validate.num_threads(num_threads)
+    _validate.array_like("dy", dy, x)
+    channels = x.shape[axis]
+    center = _validate.channel_values("mean", mean, channels)
+    spread = _validate.variances(var, channels)
+    scale = _validate.optional_channel_values("gamma", gamma, channels)
+    if out is not None:
+        _validate.output(out, x, {"dy": dy, "x": x}, {"mean": center, "var": spread, "gamma": scale})
+    block, sizes = _layout.dense(x, axis)
+    dx = _target(out, block) if need_x else None
+    dgamma, dbeta = _core.normalize_backward(
+        _layout.like(block, dy), block, sizes, center, spread, scale, eps, dx, need_gamma, need_beta, threads
+    )
+    return _gradients(dx, out, dgamma, dbeta, gamma)
+
+
+def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> GradSums:
+    """First half of `batch_norm_backward`: the sums over the batch that it needs.
+
+    Between the halves, the sums of several parts of a batch (ranks, micro-batches) may be added. All parts must have
+    been summed about the same mean: that of the merged moments.
+
+    Parameters
+    ----------
+    dy, saved, num_threads : as in `batch_norm_backward`.
+
+    Returns
+    -------
+    GradSums: sum(dy) and sum(dy·(x - mean)) per channel, float64.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dy unlike x.
+
+    Examples
+    --------
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0]]))
+    >>> grad_sums(np.array([[1.0], [2.0]]), saved).sum_dy_xmu
+    array([1.])
+    """
+    _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
+    threads = _validate.num_threads(num_threads)
+    _validate.array_like("dy", dy, saved.x)
+    block, sizes = _layout.dense(saved.x, saved.axis)
+    table = _core.grad_sums(_layout.like(block, dy), block, sizes, saved.moments._table, threads)
+    return GradSums(np.full(sizes[1], float(sizes[0] * sizes[2])), table)
+
+
+def grad_input(
+    dy: Array, saved: Saved, sums: GradSums, *, out: Array | None = None, num_threads: int | None = None
+) -> Array:
+    """Second half of `batch_norm_backward`: dx from sums that may have been added over parts of the batch.
+
+    dx = gamma·rstd·(dy - S/n - x̂·rstd·D/n), with S = sums.sum_dy, D = sums.sum_dy_xmu, n = saved.moments.count.
+
+    Parameters
+    ----------
+    dy, saved, out, num_threads : as in `batch_norm_backward`.
+    sums : GradSums over all the values that `saved.moments` counts.
+
+    Returns
+    -------
+    dx : shape, dtype and memory order of x; `out` where given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dy or out unlike x, and sums over another number of values than the moments have.
+
+    Examples
+    --------
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0], [8.0]]))
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> bool((grad_input(dy, saved, grad_sums(dy, saved)) == batch_norm_backward(dy, saved).dx).all())
+    True
+    """
+    _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
+    _validate.instance("sums", sums, GradSums, "GradSums")
+    threads = _validate.num_threads(num_threads)
+    x = saved.x
+    _validate.array_like("dy", dy, x)
+    scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
+    if out is not None:
+        _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
+    needed = saved.moments.count
+    if sums.count.shape != needed.shape or (sums.count != needed).any():
+        raise ValueError("sums must count the values that saved.moments count, got others")
+    block, sizes = _layout.dense(x, saved.axis)
+    dx = _target(out, block)
+    table = saved.moments._table
+    _core.grad_input(
+        _layout.like(block, dy), block, sizes, table, sums._table, scale, saved.eps, dx, threads
+    )
+    return _deliver(dx, out)
+
+
+def _target(out: Array | None, block: Array) -> Array:
+    """Where the core writes: `out` if it lies in memory as the input does, else an array that does."""
+    if out is not None and _layout.same(block, out):
+        return out
+    return np.empty_like(block, subok=False)
+
+
+def _deliver(result: Array, out: Array | None) -> Array:
+    if out is None or result is out:
+        return result
+    out[...] = result
+    return out
+
+
+def _gradients(
+    dx: Array | None, out: Array | None, dgamma: Any, dbeta: Any, gamma: ArrayLike | None
+) -> Gradients:
+    if dx is not None:
+        dx = _deliver(dx, out)
+    if gamma is not None:
+        dtype = np.asarray(gamma).dtype
+        dgamma = None if dgamma is None else dgamma.astype(dtype, copy=False)
+        dbeta = None if dbeta is None else dbeta.astype(dtype, copy=False)
+    return Gradients(dx, dgamma, dbeta)

@@ -1,0 +1,109 @@
+"""What this build is, what this machine runs of it, and the process's setting of threads."""
+
+from __future__ import annotations
+
+import platform
+from typing import Any, Literal
+
+import numpy as np
+
+from batchnorm import _core, _validate
+
+
+def available_isas() -> list[str]:
+    """Instruction sets compiled in that this machine runs, best first.
+
+    All give the same bits. The environment variable BATCHNORM_ISA, read at the first call that computes, forces one by
+    name; also "reference", the definition in plain float64 loops.
+
+    >>> available_isas()[-1]
+    'generic'
+    """
+    return _core.available_isas()
+
+
+def active_isa() -> str:
+    """Name the instruction set in use.
+
+    Raises
+    ------
+    ValueError
+        Where BATCHNORM_ISA names none that can run here; the text lists those that can.
+
+    Examples
+    --------
+    >>> active_isa() in [*available_isas(), "reference"]
+    True
+    """
+    return _core.active_isa()
+
+
+def set_num_threads(num_threads: int | None) -> None:
+    """Limit the threads of every call in this process that has no `num_threads` of its own; None removes the limit.
+
+    Results do not depend on it. OMP_NUM_THREADS and threadpoolctl work too, and the smallest wins.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is not an int >= 1 or None.
+
+    Examples
+    --------
+    >>> set_num_threads(1)
+    >>> get_num_threads()
+    1
+    >>> set_num_threads(None)
+    """
+    _core.set_num_threads(_validate.num_threads(num_threads))
+
+
+def get_num_threads() -> int:
+    """Tell how many threads a large call from this thread would use now."""
+    return _core.get_num_threads()
+
+
+def config() -> dict[str, dict[str, Any]]:
+    """Collect what `show_config` shows."""
+    build = _core.build_info()
+    return {
+        "batchnorm": {"version": build["version"], "build type": build["build_type"]},
+        "compiler": {"name": build["compiler"], "flags": build["flags"], "assertions": build["assertions"]},
+        "isa": {"built": _core.built_isas(), "available": available_isas(), "active": active_isa()},
+        "threads": {"openmp": build["openmp"], "num_threads": get_num_threads()},
+        "python": {
+            "version": platform.python_version(),
+            "numpy": np.__version__,
+            "platform": platform.platform(),
+        },
+    }
+
+
+def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, dict[str, Any]] | None:
+    """Show version, compiler, flags, instruction sets (built, available, active) and threads.
+
+    Parameters
+    ----------
+    mode : "stdout" prints text; "dicts" returns the same as nested dictionaries that JSON can hold.
+
+    Raises
+    ------
+    ValueError
+        For another mode.
+
+    Examples
+    --------
+    >>> sorted(show_config("dicts"))
+    ['batchnorm', 'compiler', 'isa', 'python', 'threads']
+    """
+    if mode not in ("stdout", "dicts"):
+        raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")
+    facts = config()
+    if mode == "dicts":
+        return facts
+    for title, entries in facts.items():
+        print(f"{title}:")
+        for name, value in entries.items():
+            text = ", ".join(value) if isinstance(value, list) else value
+            print(f"  {name}: {text}")
+    return None

@@ -1,0 +1,216 @@
+"""Moments: what is known of a set of values, mergeable with what is known of another."""
+
+from __future__ import annotations
+
+from functools import reduce
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from batchnorm import _core, _layout, _validate
+
+_FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
+
+
+class Moments:
+    """Count, mean and sum of squared deviations of each channel; two of them merge into those of the union.
+
+    For the n values x of a channel: mean = sum(x)/n and m2 = sum((x - mean)²). Merging (``a | b``) is the rule of
+    Chan, Golub and LeVeque (1979): with δ = mean_b - mean_a and n = n_a + n_b,
+
+        mean = mean_a + δ·n_b/n,    m2 = m2_a + m2_b + δ²·n_a·n_b/n.
+
+    Mean and m2 are held to about twice float64's digits, so merging any number of parts adds no error that could
+    be seen, in whatever order.
+
+    Parameters
+    ----------
+    count : float or (C,) of float; values in each channel, >= 0.
+    mean, m2 : (C,) of float; m2 >= 0. A channel of count 0 must have mean and m2 of 0.
+
+    Attributes
+    ----------
+    count, mean, m2 : (C,) float64, read-only.
+    channels : int, C.
+
+    Instances do not change; they can be compared, copied, pickled, and used from any thread.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For shapes and values that do not fit.
+
+    Examples
+    --------
+    >>> a, b = moments(np.array([[1.0], [2.0]])), moments(np.array([[6.0]]))
+    >>> (a | b).mean, (a | b).var()
+    (array([3.]), array([4.66666667]))
+    """
+
+    __slots__ = ("_table",)
+    _table: NDArray[np.float64]
+
+    def __init__(self, count: ArrayLike, mean: ArrayLike, m2: ArrayLike) -> None:
+        means = np.asarray(mean, np.float64)
+        if means.ndim != 1:
+            raise ValueError(f"mean must have 1 dimension, got {means.ndim}")
+        channels = means.size
+        counts = np.asarray(count, np.float64)
+        if counts.ndim == 0:
+            counts = np.full(channels, counts)
+        counts = _validate.channel_values("count", counts, channels)
+        squares = _validate.channel_values("m2", np.asarray(m2, np.float64), channels)
+        _validate.not_negative("count", counts)
+        _validate.not_negative("m2", squares)
+        table = np.zeros((channels, _FIELDS))
+        table[:, 0], table[:, 1], table[:, 3] = counts, means, squares
+        self._set(table)
+
+    def _set(self, table: NDArray[np.float64]) -> None:
+        table.flags.writeable = False
+        object.__setattr__(self, "_table", table)
+
+    @classmethod
+    def _from_table(cls, table: NDArray[np.float64]) -> Self:
+        """Take over a table of the core. The caller gives up writing to it."""
+        self = cls.__new__(cls)
+        self._set(table)
+        return self
+
+    @classmethod
+    def empty(cls, channels: int) -> Self:
+        """Moments of no values at all: the identity of merging."""
+        return cls._from_table(np.zeros((channels, _FIELDS)))
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are."""
+        return self._table.shape[0]
+
+    @property
+    def count(self) -> NDArray[np.float64]:
+        """How many values each channel has, (C,) float64."""
+        return self._table[:, 0]
+
+    @property
+    def mean(self) -> NDArray[np.float64]:
+        """Mean of each channel, (C,) float64."""
+        return self._table[:, 1]
+
+    @property
+    def m2(self) -> NDArray[np.float64]:
+        """Sum of squared deviations from the mean, (C,) float64."""
+        return self._table[:, 3]
+
+    def var(self, ddof: int = 0) -> NDArray[np.float64]:
+        """Variance m2/(count - ddof) of each channel, (C,) float64.
+
+        ddof=0 is the biased variance, which normalizes; ddof=1 the unbiased one. NaN where count <= ddof.
+        """
+        return _core.variance(self._table, ddof)
+
+    def __or__(self, other: Moments) -> Moments:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return merge(self, other)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Moments):
+            return NotImplemented
+        return np.array_equal(self._table, other._table)
+
+    def __hash__(self) -> int:
+        return hash(self._table.tobytes())
+
+    def __setattr__(self, name: str, value: object) -> None:
+        raise AttributeError(f"Moments do not change; {name} cannot be set")
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _restore, (np.array(self._table),)
+
+    def __repr__(self) -> str:
+        counts = np.unique(self.count)
+        values = f"{counts[0]:g}" if counts.size == 1 else "various"
+        return f"Moments(channels={self.channels}, count={values})"
+
+
+def _restore(table: NDArray[np.float64]) -> Moments:
+    return Moments._from_table(table)
+
+
+def merge(*parts: Moments) -> Moments:
+    """Moments of the union of all `parts`: ``a | b | c``.
+
+    Parameters
+    ----------
+    *parts : Moments of the same number of channels, at least one.
+
+    Returns
+    -------
+    Moments. Any order of the parts gives the same to within a float64 rounding.
+
+    Raises
+    ------
+    TypeError
+        For no parts, or what is not Moments.
+    ValueError
+        For different numbers of channels.
+
+    Notes
+    -----
+    Source: Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
+
+    Examples
+    --------
+    >>> x = np.arange(12.0).reshape(6, 2)
+    >>> merge(moments(x[:1]), moments(x[1:4]), moments(x[4:])) == moments(x)
+    True
+    """
+    if not parts:
+        raise TypeError("merge must have at least 1 Moments, got none")
+    for part in parts:
+        if not isinstance(part, Moments):
+            raise TypeError(f"merge must have Moments, got {type(part).__name__}")
+        if part.channels != parts[0].channels:
+            raise ValueError(
+                f"moments must have {parts[0].channels} channels to merge with the first, got {part.channels}"
+            )
+    return Moments._from_table(reduce(_core.merge, (np.array(p._table) for p in parts)))
+
+
+def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -> Moments:
+    """Count, mean and m2 of each channel of `x`.
+
+    For the n values of a channel: mean = sum(x)/n, m2 = sum((x - mean)²); ``.var()`` is m2/n, biased.
+
+    Parameters
+    ----------
+    x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order. An array that fills one block of memory
+        (C-contiguous, channels-last, transposed) is read in place; a sliced, strided or broadcast one costs a copy.
+    axis : the channel axis; every other axis is summed over.
+    num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
+
+    Returns
+    -------
+    Moments, float64. For float32 `x`, mean and variance are within 1 float32 ulp of the exact ones for every finite
+    input. No values: count, mean and m2 are 0. NaN and infinity stay in their channel.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For an `x` that is no such array (byte order and alignment included), an axis out of range.
+
+    Notes
+    -----
+    Memory: 40 bytes a channel, and a few percent of `x` while it runs. Releases the GIL for large `x`.
+
+    Examples
+    --------
+    >>> m = moments(np.array([[1.0, 10.0], [3.0, 10.0]]))
+    >>> m.count, m.mean, m.var()
+    (array([2., 2.]), array([ 2., 10.]), array([1., 0.]))
+    """
+    _validate.array("x", x)
+    block, sizes = _layout.dense(x, _validate.axis(axis, x.ndim))
+    return Moments._from_table(_core.moments(block, sizes, _validate.num_threads(num_threads)))

@@ -1,0 +1,284 @@
+"""State files: the arrays of a layer's state in one ``.npz``, written atomically and read without trust.
+
+The file is a zip archive of uncompressed ``.npy`` members (little-endian, format 1.0): ``format_version`` and
+one per entry of the state, so that ``numpy.load(path, allow_pickle=False)`` and any zip tool read it too.
+
+The reader is its own, and strict: it takes no pickle, no compression, no encryption, no bytes that are not
+accounted for, and evaluates nothing. It knows beforehand how large each array is, so a file can ask for no
+more memory than the state needs: every claim is compared with the bytes that are there, or with what is
+expected.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import os
+import re
+import secrets
+import stat
+import struct
+import zipfile
+import zlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm._validate_state import Entry, check_path, malformed
+
+FORMAT_VERSION = 1
+
+_VERSION_NAME = "format_version"
+_VERSION_ENTRY = Entry((), np.dtype(np.int64))
+
+# Room for everything in a file that is not an array: a hundred times what the headers of a state take.
+_OVERHEAD_BYTES = 64 * 1024
+_MEMBERS = 64
+
+# The records of a zip file (APPNOTE 6.3, sections 4.3.7, 4.3.12 and 4.3.16).
+_LOCAL = struct.Struct("<4s5H3I2H")
+_CENTRAL = struct.Struct("<4s6H3I5H2I")
+_END = struct.Struct("<4s4H2IH")
+_ZIP64 = 0xFFFFFFFF  # in a local header: the size is in an extra field of 20 bytes, as numpy.savez writes it
+_ZIP64_EXTRA_BYTES = 20
+
+# The header as NumPy writes it for a plain dtype, and no other text that Python would evaluate to the same.
+_NPY_MAGIC = b"\x93NUMPY\x01\x00"
+_NPY_HEADER = re.compile(
+    rb"\{'descr': '([<>|=]?[A-Za-z]\d{0,3})', 'fortran_order': (False|True), "
+    rb"'shape': \(([\d, ]{0,64})\), \} *\n"
+)
+
+
+def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]]) -> None:
+    """Write the arrays of `state` to `path`, all or nothing.
+
+    path : used as it is (no ``.npz`` is added); a symbolic link is followed. An existing file is replaced.
+    state : names to arrays of plain numbers. Equal states give equal bytes.
+
+    The bytes go to a new file in the same directory, are flushed to the disk, and only then take the name
+    `path`. A call that raises leaves the old file as it was and no other file behind; a process that is
+    killed leaves the old or the new file, and at worst a ``.batchnorm-*.tmp`` beside it.
+
+    Raises TypeError for a path of another type, OSError where the file cannot be written.
+    Memory: twice the state. Threads: any; of several writers of one path, one whole file wins.
+
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state(os.path.join(folder, "state.npz"), {"running_mean": np.zeros(3)})
+    ...     sorted(np.load(os.path.join(folder, "state.npz"), allow_pickle=False))
+    ['format_version', 'running_mean']
+    """
+    target = Path(os.path.realpath(check_path(path)))
+    content = _encode({_VERSION_NAME: np.array(FORMAT_VERSION, np.int64), **state})
+
+    temporary = target.with_name(f".batchnorm-{secrets.token_hex(8)}.tmp")
+    file = temporary.open("xb")  # fails rather than take another's file; the permissions are the umask's
+    try:
+        with file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_directory(target.parent)
+
+
+def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
+    """Read from `path` exactly the arrays that `entries` names, each with the shape and dtype given there.
+
+    Returns names to fresh arrays in native byte order. What the numbers mean is not checked here.
+    Raises ValueError for a file that is not such a state file or is of another format version, TypeError for
+    a path of another type, OSError where the file cannot be read. No content of a file raises anything else.
+    Memory: three times the state at most, whatever the file claims. Threads: any.
+
+    >>> import os, tempfile
+    >>> with tempfile.TemporaryDirectory() as folder:
+    ...     write_state(os.path.join(folder, "state.npz"), {"running_mean": np.zeros(3)})
+    ...     read_state(os.path.join(folder, "state.npz"), {"running_mean": Entry((3,), np.dtype(np.float64))})
+    {'running_mean': array([0., 0., 0.])}
+    """
+    source = check_path(path)
+    try:
+        members = _unpack(_read_bounded(source, sum(entry.nbytes for entry in entries.values())))
+        _check_version(members)
+        expected = {_member_name(name): entry for name, entry in entries.items()}
+        if set(members) != {_member_name(_VERSION_NAME), *expected}:
+            needed = ", ".join([_member_name(_VERSION_NAME), *expected])
+            raise malformed("file", f"have the members {needed}", ", ".join(map(repr, members)) or "none")
+        return {
+            name: _decode(_member_name(name), members[_member_name(name)], e) for name, e in entries.items()
+        }
+    except ValueError as error:
+        error.add_note(f"while reading the state file {source!r}")
+        raise
+
+
+# ---- writing ---------------------------------------------------------------------------------------------
+
+
+def _encode(state: Mapping[str, NDArray[Any]]) -> bytes:
+    content = io.BytesIO()
+    with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
+        for name, array in state.items():
+            member = io.BytesIO()
+            little_endian = array.astype(array.dtype.newbyteorder("<"), order="C")
+            np.lib.format.write_array(member, little_endian, version=(1, 0), allow_pickle=False)
+            # Fixed date, system and permissions: the bytes depend on the state alone.
+            info = zipfile.ZipInfo(_member_name(name), date_time=(1980, 1, 1, 0, 0, 0))
+            info.create_system, info.external_attr = 3, 0o644 << 16
+            archive.writestr(info, member.getvalue())
+    return content.getvalue()
+
+
+def _sync_directory(directory: Path) -> None:
+    """Make a rename survive a power cut, where the system can. The file itself is whole either way."""
+    if os.name != "posix":
+        return
+    with contextlib.suppress(OSError):  # some network file systems refuse fsync of a directory
+        descriptor = os.open(directory, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+
+
+# ---- reading ---------------------------------------------------------------------------------------------
+
+
+def _read_bounded(path: str, array_bytes: int) -> bytes:
+    limit = array_bytes + _OVERHEAD_BYTES
+    with open(path, "rb", opener=_open_without_waiting) as file:
+        status = os.fstat(file.fileno())
+        if not stat.S_ISREG(status.st_mode):
+            raise malformed("file", "be a regular file", stat.filemode(status.st_mode))
+        if status.st_size > limit:
+            raise malformed("file", f"have at most {limit} bytes for this state", status.st_size)
+        return file.read(limit)
+
+
+def _open_without_waiting(path: str, flags: int) -> int:
+    return os.open(path, flags | getattr(os, "O_NONBLOCK", 0))  # a pipe without a writer would hang the open
+
+
+def _unpack(raw: bytes) -> dict[str, bytes]:
+    """Split a zip file that has nothing but stored members, one after the other, and their directory."""
+    end = len(raw) - _END.size
+    if end < 0 or not raw.startswith(b"PK") or raw[end : end + 4] != b"PK\x05\x06":
+        raise malformed("file", "be a whole .npz file without a comment", f"{len(raw)} bytes that are not")
+    _, disk, first_disk, here, count, size, start, comment_bytes = _END.unpack_from(raw, end)
+    if (disk, first_disk, comment_bytes) != (0, 0, 0) or here != count:
+        raise malformed("zip end record", "describe one whole file", _END.unpack_from(raw, end)[1:])
+    if count > _MEMBERS:
+        raise malformed("file", f"have at most {_MEMBERS} members", count)
+    if start + size != end:
+        raise malformed("zip directory", f"end at byte {end}", start + size)
+
+    members: dict[str, bytes] = {}
+    at, data_end = start, 0
+    for _ in range(count):
+        name, at, data_begin, data_end = _locate(raw, at, end, data_end, start)
+        if name in members:
+            raise malformed(f"member {name!r}", "be there once", "a second one")
+        members[name] = raw[data_begin:data_end]
+    if at != end:
+        raise malformed("zip directory", f"have {count} records", f"{end - at} bytes more")
+    if data_end != start:
+        raise malformed(
+            "file", "have nothing between its members and their directory", f"{start - data_end} bytes"
+        )
+    return members
+
+
+def _locate(
+    raw: bytes, at: int, end: int, expected_offset: int, data_limit: int
+) -> tuple[str, int, int, int]:
+    """Return the member whose directory record begins at `at`: name, record's end, data's begin and end.
+
+    All of the record is checked, and its local header must say the same: where the two differ, parsers
+    disagree.
+    """
+    if at + _CENTRAL.size > end:
+        raise malformed("zip directory", "hold its records", f"{end - at} bytes for one")
+    (magic, _, _, flags, method, _, _, crc, stored, size, name_bytes, extra, comment, disk, _, _, offset) = (
+        _CENTRAL.unpack_from(raw, at)
+    )
+    record_end = at + _CENTRAL.size + name_bytes
+    if magic != b"PK\x01\x02" or record_end > end or (extra, comment, disk) != (0, 0, 0):
+        raise malformed("zip directory", "have plain records", f"another at byte {at}")
+    raw_name = raw[at + _CENTRAL.size : record_end]
+    name = raw_name.decode("ascii", "backslashreplace")
+    what = f"member {name!r}"
+    if (flags, method) != (0, 0) or stored != size:
+        raise malformed(
+            what, "be stored as it is", f"method {method}, flags {flags}, {stored} bytes for {size}"
+        )
+    if offset != expected_offset:
+        raise malformed(what, f"begin at byte {expected_offset}", offset)
+
+    name_begin = offset + _LOCAL.size
+    if name_begin + name_bytes > data_limit:
+        raise malformed(what, f"end before byte {data_limit}", name_begin + name_bytes)
+    magic, _, *local, local_name_bytes, extra = _LOCAL.unpack_from(raw, offset)
+    local_flags, local_method, _, _, local_crc, local_stored, local_size = local
+    sizes_agree = (local_stored, local_size, extra) in ((size, size, 0), (_ZIP64, _ZIP64, _ZIP64_EXTRA_BYTES))
+    if (
+        magic != b"PK\x03\x04"
+        or (local_flags, local_method, local_crc, local_name_bytes) != (flags, method, crc, name_bytes)
+        or raw[name_begin : name_begin + name_bytes] != raw_name
+        or not sizes_agree
+    ):
+        raise malformed(what, "have a local header that agrees with the directory", "another")
+    data_begin = name_begin + name_bytes + extra
+    data_end = data_begin + size
+    if data_end > data_limit:
+        raise malformed(what, f"end before byte {data_limit}", data_end)
+    actual = zlib.crc32(memoryview(raw)[data_begin:data_end])
+    if actual != crc:
+        raise malformed(what, f"have the checksum {crc:#010x}", f"{actual:#010x}")
+    return name, record_end, data_begin, data_end
+
+
+def _check_version(members: Mapping[str, bytes]) -> None:
+    name = _member_name(_VERSION_NAME)
+    if name not in members:
+        raise malformed("file", f"have a member {name!r}", ", ".join(map(repr, members)) or "no members")
+    version = int(_decode(name, members[name], _VERSION_ENTRY))
+    if version != FORMAT_VERSION:
+        raise malformed(
+            "format_version", f"be {FORMAT_VERSION}, the one that this release of batchnorm reads", version
+        )
+
+
+def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
+    """Return the array of one .npy member, whose header is compared before its data is looked at."""
+    what = f"member {name!r}"
+    if content[:8] != _NPY_MAGIC:
+        raise malformed(what, "begin as .npy format 1.0", content[:8])
+    begin = 10 + int.from_bytes(content[8:10], "little")
+    header = _NPY_HEADER.fullmatch(content[10:begin])
+    if header is None or begin > len(content):
+        raise malformed(what, "have the .npy header of a plain array", content[10 : min(begin, 138)])
+    descr, fortran, shape = (group.decode("ascii") for group in header.groups())
+    # A spelling of the expected dtype or nothing: no text of the file is ever made into a dtype.
+    expected = entry.dtype.newbyteorder("<").str
+    if descr != expected:
+        raise malformed(what, f"have dtype {expected!r}", repr(descr))
+    if fortran != "False":
+        raise malformed(what, "be in C order", "Fortran order")
+    if shape != str(entry.shape)[1:-1]:
+        raise malformed(what, f"have shape {entry.shape}", f"({shape})")
+    if len(content) - begin != entry.nbytes:
+        raise malformed(what, f"have {entry.nbytes} bytes of data", len(content) - begin)
+    stored = np.frombuffer(content, expected, offset=begin) if entry.nbytes else np.empty(0, expected)
+    return stored.astype(entry.dtype).reshape(entry.shape)
+
+
+def _member_name(name: str) -> str:
+    return f"{name}.npy"

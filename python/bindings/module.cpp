@@ -1,0 +1,252 @@
+// batchnorm._core: the C++ API on NumPy arrays. No logic: views in, outputs made, GIL released, core called.
+//
+// Tensors are dense arrays together with their Problem as three sizes (outer, channels, inner) in memory order; how an
+// axis and strides become that is the Python layer's affair. Moments are float64 tables (channels, 5): count, mean,
+// mean_lo, m2, m2_lo. GradSums are float64 tables (channels, 4): sum_dy, sum_dy_lo, sum_dy_xmu, sum_dy_xmu_lo.
+#include <pybind11/stl.h>
+
+#include <optional>
+#include <tuple>
+
+#include "arrays.hpp"
+#include "batchnorm/batchnorm.hpp"
+
+namespace batchnorm::bindings {
+namespace {
+
+using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
+
+Problem problem_of(const Sizes& sizes) { return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes)}; }
+
+// Releases the GIL around work worth it: giving it up and taking it back costs about as much as a few thousand values,
+// and while another thread wants it, up to a switch interval (5 ms).
+class ReleaseForWork {
+ public:
+  explicit ReleaseForWork(std::int64_t values) {
+    if (values >= kWorth) released_.emplace();
+  }
+
+ private:
+  static constexpr std::int64_t kWorth = 32 * 1024;
+  std::optional<py::gil_scoped_release> released_;
+};
+
+// f(T{}) for the dtype of x.
+template <class F>
+auto with_dtype_of(const py::array& x, F&& f) {
+  check_memory(x, "x", Access::read);
+  return is_float32(x) ? f(float{}) : f(double{});
+}
+
+py::array_t<double> py_moments(const py::array& x, const Sizes& sizes, int threads) {
+  const Problem problem = problem_of(sizes);
+  auto out = new_table<Moments>(problem.channels);
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto values = tensor<T>(x, "x");
+    const auto result = rows<Moments>(out);
+    const ReleaseForWork gil(x.size());
+    moments<T>(values, problem, result, {threads});
+  });
+  return out;
+}
+
+py::array_t<double> py_batch_norm(const py::array& x, const Sizes& sizes, const py::object& gamma,
+                                  const py::object& beta, double eps, py::array y, int threads) {
+  const Problem problem = problem_of(sizes);
+  const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
+  auto saved = new_table<Moments>(problem.channels);
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto in = tensor<T>(x, "x");
+    const auto out = output<T>(y, "out");
+    const auto result = rows<Moments>(saved);
+    const ReleaseForWork gil(x.size());
+    batch_norm<T>(in, problem, g, b, eps, out, result, {threads});
+  });
+  return saved;
+}
+
+void py_normalize(const py::array& x, const Sizes& sizes, const py::object& mean, const py::object& var,
+                  const py::object& gamma, const py::object& beta, double eps, py::array y, int threads) {
+  const Problem problem = problem_of(sizes);
+  const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
+  const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto in = tensor<T>(x, "x");
+    const auto out = output<T>(y, "out");
+    const ReleaseForWork gil(x.size());
+    normalize<T>(in, problem, m, v, g, b, eps, out, {threads});
+  });
+}
+
+py::array_t<double> py_grad_sums(const py::array& dy, const py::array& x, const Sizes& sizes,
+                                 const py::array& moments_table, int threads) {
+  const Problem problem = problem_of(sizes);
+  const auto stats = table<Moments>(moments_table, "moments");
+  auto out = new_table<GradSums>(problem.channels);
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto g = tensor<T>(dy, "dy");
+    const auto in = tensor<T>(x, "x");
+    const auto result = rows<GradSums>(out);
+    const ReleaseForWork gil(x.size());
+    grad_sums<T>(g, in, problem, stats, result, {threads});
+  });
+  return out;
+}
+
+void py_grad_input(const py::array& dy, const py::array& x, const Sizes& sizes, const py::array& moments_table,
+                   const py::array& sums_table, const py::object& gamma, double eps, py::array dx, int threads) {
+  const Problem problem = problem_of(sizes);
+  const auto stats = table<Moments>(moments_table, "moments");
+  const auto sums = table<GradSums>(sums_table, "sums");
+  const ChannelValues scale = channel_values(gamma, "gamma");
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto g = tensor<T>(dy, "dy");
+    const auto in = tensor<T>(x, "x");
+    const auto out = output<T>(dx, "out");
+    const ReleaseForWork gil(x.size());
+    grad_input<T>(g, in, problem, stats, sums, scale, eps, out, {threads});
+  });
+}
+
+// An array of one value per channel where it is wanted, to be filled through `values`.
+struct WantedGradient {
+  explicit WantedGradient(bool wanted, std::int64_t channels) {
+    if (wanted) array = py::array_t<double>(static_cast<py::ssize_t>(channels));
+  }
+  std::span<double> span() { return array ? values(*array) : std::span<double>{}; }
+  std::optional<py::array_t<double>> array;
+};
+using ChannelGradients = std::tuple<std::optional<py::array_t<double>>, std::optional<py::array_t<double>>>;
+
+ChannelGradients py_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
+                                        const py::array& moments_table, const py::object& gamma, double eps,
+                                        std::optional<py::array> dx, bool need_gamma, bool need_beta, int threads) {
+  const Problem problem = problem_of(sizes);
+  const auto stats = table<Moments>(moments_table, "moments");
+  const ChannelValues scale = channel_values(gamma, "gamma");
+  WantedGradient dgamma(need_gamma, problem.channels), dbeta(need_beta, problem.channels);
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto g = tensor<T>(dy, "dy");
+    const auto in = tensor<T>(x, "x");
+    const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
+    const auto dgamma_values = dgamma.span(), dbeta_values = dbeta.span();
+    const ReleaseForWork gil(x.size());
+    batch_norm_backward<T>(g, in, problem, stats, scale, eps, out, dgamma_values, dbeta_values, {threads});
+  });
+  return {dgamma.array, dbeta.array};
+}
+
+ChannelGradients py_normalize_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
+                                       const py::object& mean, const py::object& var, const py::object& gamma,
+                                       double eps, std::optional<py::array> dx, bool need_gamma, bool need_beta,
+                                       int threads) {
+  const Problem problem = problem_of(sizes);
+  const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
+  const ChannelValues scale = channel_values(gamma, "gamma");
+  WantedGradient dgamma(need_gamma, problem.channels), dbeta(need_beta, problem.channels);
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto g = tensor<T>(dy, "dy");
+    const auto in = tensor<T>(x, "x");
+    const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
+    const auto dgamma_values = dgamma.span(), dbeta_values = dbeta.span();
+    const ReleaseForWork gil(x.size());
+    normalize_backward<T>(g, in, problem, m, v, scale, eps, out, dgamma_values, dbeta_values, {threads});
+  });
+  return {dgamma.array, dbeta.array};
+}
+
+py::array_t<double> py_merge(const py::array& a, const py::array& b) {
+  const auto left = table<Moments>(a, "a"), right = table<Moments>(b, "b");
+  if (left.size() != right.size()) {
+    throw py::value_error("moments must have the same channels to be merged, got " + std::to_string(left.size()) +
+                          " and " + std::to_string(right.size()));
+  }
+  auto out = new_table<Moments>(static_cast<std::int64_t>(left.size()));
+  const auto result = rows<Moments>(out);
+  for (std::size_t c = 0; c < left.size(); ++c) result[c] = merge(left[c], right[c]);
+  return out;
+}
+
+py::array_t<double> py_variance(const py::array& moments_table, int ddof) {
+  const auto stats = table<Moments>(moments_table, "moments");
+  py::array_t<double> out(static_cast<py::ssize_t>(stats.size()));
+  const auto result = values(out);
+  for (std::size_t c = 0; c < stats.size(); ++c) result[c] = variance(stats[c], ddof);
+  return out;
+}
+
+py::array_t<double> py_rstd(const py::array& moments_table, double eps) {
+  const auto stats = table<Moments>(moments_table, "moments");
+  py::array_t<double> out(static_cast<py::ssize_t>(stats.size()));
+  const auto result = values(out);
+  for (std::size_t c = 0; c < stats.size(); ++c) result[c] = rstd(stats[c], eps);
+  return out;
+}
+
+// New arrays: what is given is not changed.
+std::tuple<py::array_t<double>, py::array_t<double>> py_update_running(const py::array_t<double>& mean,
+                                                                       const py::array_t<double>& var,
+                                                                       const py::array& moments_table,
+                                                                       double update_rate, int ddof) {
+  py::array_t<double> new_mean(mean.size(), mean.data()), new_var(var.size(), var.data());
+  update_running(values(new_mean), values(new_var), table<Moments>(moments_table, "moments"), update_rate, ddof);
+  return {new_mean, new_var};
+}
+
+py::dict py_build_info() {
+  const BuildInfo info = build_info();
+  py::dict d;
+  d["version"] = info.version;
+  d["compiler"] = info.compiler;
+  d["flags"] = info.flags;
+  d["build_type"] = info.build_type;
+  d["openmp"] = info.openmp;
+  d["assertions"] = info.assertions;
+  return d;
+}
+
+}  // namespace
+}  // namespace batchnorm::bindings
+
+// Every function is safe to call from several threads at once: the core keeps no state but atomic settings.
+PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+  using namespace batchnorm::bindings;
+  m.doc() = "The C++ core of batchnorm on dense NumPy arrays. Private: use the functions of the package.";
+
+  m.def("moments", &py_moments, py::arg("x"), py::arg("sizes"), py::arg("threads"), "Moments of each channel.");
+  m.def("batch_norm", &py_batch_norm, py::arg("x"), py::arg("sizes"), py::arg("gamma"), py::arg("beta"), py::arg("eps"),
+        py::arg("out"), py::arg("threads"), "Training forward into out; returns the moments.");
+  m.def("normalize", &py_normalize, py::arg("x"), py::arg("sizes"), py::arg("mean"), py::arg("var"), py::arg("gamma"),
+        py::arg("beta"), py::arg("eps"), py::arg("out"), py::arg("threads"), "Inference forward into out.");
+  m.def("grad_sums", &py_grad_sums, py::arg("dy"), py::arg("x"), py::arg("sizes"), py::arg("moments"),
+        py::arg("threads"), "First half of the backward pass.");
+  m.def("grad_input", &py_grad_input, py::arg("dy"), py::arg("x"), py::arg("sizes"), py::arg("moments"),
+        py::arg("sums"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("threads"),
+        "Second half of the backward pass, into out.");
+  m.def("batch_norm_backward", &py_batch_norm_backward, py::arg("dy"), py::arg("x"), py::arg("sizes"),
+        py::arg("moments"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("need_gamma"),
+        py::arg("need_beta"), py::arg("threads"), "Gradients of batch_norm; returns dgamma and dbeta.");
+  m.def("normalize_backward", &py_normalize_backward, py::arg("dy"), py::arg("x"), py::arg("sizes"), py::arg("mean"),
+        py::arg("var"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("need_gamma"), py::arg("need_beta"),
+        py::arg("threads"), "Gradients of normalize; returns dgamma and dbeta.");
+
+  m.def("merge", &py_merge, py::arg("a"), py::arg("b"), "Moments of the union, channel by channel.");
+  m.def("variance", &py_variance, py::arg("moments"), py::arg("ddof"), "m2/(count - ddof).");
+  m.def("rstd", &py_rstd, py::arg("moments"), py::arg("eps"), "1/sqrt(var + eps), var biased.");
+  m.def("update_running", &py_update_running, py::arg("mean"), py::arg("var"), py::arg("moments"),
+        py::arg("update_rate"), py::arg("ddof"), "The running statistics after one batch, as new arrays.");
+
+  m.def("built_isas", &batchnorm::built_isas, "Instruction sets compiled in, best first.");
+  m.def("available_isas", &batchnorm::available_isas, "Those that run on this machine, best first.");
+  m.def("active_isa", &batchnorm::active_isa, "The one in use.");
+  m.def("set_num_threads", &batchnorm::set_num_threads, py::arg("threads"), "Limit for the process; 0 removes it.");
+  m.def("get_num_threads", &batchnorm::get_num_threads, "Threads that a large call would use now.");
+  m.def("build_info", &py_build_info, "Version, compiler, flags.");
+  m.def(
+      "explain",
+      [](const Sizes& sizes, std::size_t item_size, int threads) {
+        return batchnorm::explain(problem_of(sizes), item_size, {threads});
+      },
+      py::arg("sizes"), py::arg("item_size"), py::arg("threads"), "The plan of a training call, as text.");
+  m.attr("__version__") = BATCHNORM_VERSION;
+}

@@ -1,0 +1,409 @@
+"""The oracle: batch normalization as its formulas, and once more in exact integers. Never imports batchnorm.
+
+Three levels, each held to the next by test_accuracy.py:
+
+formulas   float64, or complex128 for complex steps: the definition, for reading.
+fsum_*     float64 with correctly rounded sums: for tensors too large for integers, good to about 2^-50.
+exact_*    every float is an integer times 2^k, so sums, means and variances are exact rationals of Python
+           integers; the one square root is taken to 320 bits. A few microseconds an element.
+
+Arrays have any rank; `axis` is the channel axis. mean, var (biased: m2 / count) and rstd are (C,).
+"""
+
+import math
+from fractions import Fraction
+from typing import NamedTuple
+
+import numpy as np
+
+
+class Forward(NamedTuple):
+    y: object
+    mean: object
+    var: object
+    rstd: object
+
+
+class Backward(NamedTuple):
+    dx: object
+    dgamma: object
+    dbeta: object
+
+
+class Moments(NamedTuple):
+    count: object
+    mean: object
+    m2: object
+
+
+# ---- formulas ---------------------------------------------------------------------------------------------
+
+
+def per_channel(values, x, axis):
+    """Shape (C,) values so that they broadcast against x."""
+    shape = [1] * x.ndim
+    shape[axis] = -1
+    return np.asarray(values).reshape(shape)
+
+
+def other_axes(x, axis):
+    return tuple(i for i in range(x.ndim) if i != axis % x.ndim)
+
+
+def _wide(x):
+    return x.astype(np.result_type(x.dtype, np.float64))
+
+
+def _gamma_beta(x, gamma, beta, axis):
+    channels = x.shape[axis]
+    gamma = np.ones(channels) if gamma is None else _wide(np.asarray(gamma))
+    beta = np.zeros(channels) if beta is None else _wide(np.asarray(beta))
+    return per_channel(gamma, x, axis), per_channel(beta, x, axis)
+
+
+def moments(x, axis):
+    """Give count = values a channel, mean = sum(x) / count, m2 = sum((x - mean)^2); zeros for an empty channel."""
+    x = _wide(x)
+    axes = other_axes(x, axis)
+    count = math.prod(x.shape[i] for i in axes)
+    mean = x.sum(axes) / max(count, 1)
+    m2 = ((x - per_channel(mean, x, axis)) ** 2).sum(axes)
+    return Moments(np.full(x.shape[axis], float(count)), mean, m2)
+
+
+def merge(a, b):
+    """Give the moments of both parts together (Chan, Golub, LeVeque 1979, eq. 2.1)."""
+    count = a.count + b.count
+    share = b.count / np.where(count == 0, 1.0, count)
+    delta = b.mean - a.mean
+    return Moments(count, a.mean + delta * share, a.m2 + b.m2 + delta**2 * a.count * share)
+
+
+def reciprocal_std(var, eps):
+    """Give 1 / sqrt(var + eps), and 0 where var + eps is 0, so that y is beta there."""
+    total = np.asarray(var) + eps
+    return np.where(total == 0, 0.0, 1.0 / np.sqrt(np.where(total == 0, 1.0, total)))
+
+
+def normalize(x, mean, var, gamma, beta, *, axis, eps):
+    """Give y = (x - mean) * rstd * gamma + beta."""
+    gamma, beta = _gamma_beta(x, gamma, beta, axis)
+    x = _wide(x)
+    rstd = per_channel(reciprocal_std(var, eps), x, axis)
+    return (x - per_channel(mean, x, axis)) * rstd * gamma + beta
+
+
+def forward(x, gamma, beta, *, axis, eps):
+    """Normalize with the statistics of this batch."""
+    m = moments(x, axis)
+    var = m.m2 / np.maximum(m.count, 1)
+    y = normalize(x, m.mean, var, gamma, beta, axis=axis, eps=eps)
+    return Forward(y, m.mean, var, reciprocal_std(var, eps))
+
+
+def _sums(dy, xhat, axis):
+    axes = other_axes(dy, axis)
+    return (dy * xhat).sum(axes), dy.sum(axes)
+
+
+def backward(dy, x, gamma, *, axis, eps):
+    """Give dx = gamma * rstd * (dy - mean(dy) - xhat * mean(dy * xhat)): the batch statistics depend on x too."""
+    dy, stats = _wide(dy), forward(x, None, None, axis=axis, eps=eps)
+    xhat = stats.y
+    dgamma, dbeta = _sums(dy, xhat, axis)
+    count = max(math.prod(x.shape[i] for i in other_axes(x, axis)), 1)
+    a = per_channel(stats.rstd, x, axis) * _gamma_beta(x, gamma, None, axis)[0]
+    dx = a * (dy - per_channel(dbeta, x, axis) / count - xhat * per_channel(dgamma, x, axis) / count)
+    return Backward(dx, dgamma, dbeta)
+
+
+def normalize_backward(dy, x, mean, var, gamma, *, axis, eps):
+    """Give dx = gamma * rstd * dy: the statistics are constants."""
+    dy = _wide(dy)
+    xhat = normalize(x, mean, var, None, None, axis=axis, eps=eps)
+    a = per_channel(reciprocal_std(var, eps), x, axis) * _gamma_beta(x, gamma, None, axis)[0]
+    return Backward(a * dy, *_sums(dy, xhat, axis))
+
+
+def running_update(running, batch, update_rate):
+    """Give running = (1 - update_rate) * running + update_rate * batch."""
+    return (1.0 - update_rate) * running + update_rate * batch
+
+
+# ---- values known better than a float64 --------------------------------------------------------------------
+
+
+class Exact(NamedTuple):
+    """A value known to about 2^-106 of itself: the nearest float64, and the float64 nearest to what is left."""
+
+    high: np.ndarray
+    low: np.ndarray
+
+    def distance(self, got):
+        """Give |got - value|, rounded once or twice in float64. Equal infinities are at distance 0."""
+        got = np.asarray(got, np.float64)
+        with np.errstate(invalid="ignore", over="ignore"):
+            return np.where(got == self.high, np.abs(self.low), np.abs((got - self.high) - self.low))
+
+    def moveaxis(self, source, destination):
+        return Exact(np.moveaxis(self.high, source, destination), np.moveaxis(self.low, source, destination))
+
+
+def ulp(values, dtype, stored=None):
+    """Give the distance between neighbouring floats of `dtype` at `values`, with the exponent range of `stored`.
+
+    Statistics of float32 data are judged in float32 ulps but live in float64: var of 1e30 does not overflow.
+    """
+    info, least = np.finfo(dtype), float(np.finfo(stored or dtype).smallest_subnormal)
+    exponent = np.frexp(np.abs(np.asarray(values, np.float64)))[1]
+    return np.maximum(np.ldexp(1.0, exponent - 1 - info.nmant), least)
+
+
+def ulp_error(got, exact, dtype, stored=None):
+    """Give |got - exact| in units of the spacing of `dtype` at exact: 0.5 is correctly rounded."""
+    return exact.distance(got) / ulp(exact.high, dtype, stored)
+
+
+def relative_to_channel_max(got, exact, axis):
+    """Give max |got - exact| / max |exact| of each channel, (C,). A channel of exact zeros gives 0 or inf."""
+    axes = other_axes(exact.high, axis)
+    error = exact.distance(got).max(axes, initial=0.0)
+    largest = np.abs(exact.high).max(axes, initial=0.0)
+    with np.errstate(divide="ignore"):
+        return np.where(error == 0, 0.0, error / np.where(error == 0, 1.0, largest))
+
+
+# ---- exact integers ----------------------------------------------------------------------------------------
+
+_ROOT_BITS = 320
+
+
+def _to_integers(values):
+    """Find integers m and one exponent k with values == m * 2^k, exactly."""
+    values = np.asarray(values, np.float64).ravel()
+    assert np.isfinite(values).all(), "the exact oracle takes finite values"
+    fraction, exponent = np.frexp(values)
+    mantissa = (fraction * 2.0**53).astype(np.int64).tolist()
+    exponent = (exponent.astype(np.int64) - 53).tolist()
+    k = min((e for m, e in zip(mantissa, exponent, strict=True) if m), default=0)
+    return [m << (e - k) if m else 0 for m, e in zip(mantissa, exponent, strict=True)], k
+
+
+def _divide(numerator, denominator):
+    try:
+        return numerator / denominator  # correctly rounded for integers of any size
+    except OverflowError:
+        return math.inf if numerator > 0 else -math.inf
+
+
+def _to_exact(numerators, denominator, exponent):
+    """Give the Exact of numerators * 2^exponent / denominator, denominator > 0."""
+    up, denominator = max(exponent, 0), denominator << max(-exponent, 0)
+    high, low = np.zeros(len(numerators)), np.zeros(len(numerators))
+    for i, numerator in enumerate(numerators):
+        numerator <<= up
+        high[i] = nearest = _divide(numerator, denominator)
+        if math.isfinite(nearest):
+            p, q = nearest.as_integer_ratio()
+            low[i] = _divide(numerator * q - p * denominator, denominator * q)
+    return Exact(high, low)
+
+
+def _reciprocal_root(value):
+    """Find integers r, h with 1 / sqrt(value) = r * 2^-h to 320 bits; 0 for value 0."""
+    if value == 0:
+        return 0, 0
+    p, q = value.numerator, value.denominator
+    shift = 2 * _ROOT_BITS - (q.bit_length() - p.bit_length())
+    shift += shift % 2
+    square = (q << shift) // p if shift >= 0 else q // (p << -shift)
+    return math.isqrt(square), shift // 2
+
+
+class _Channel:
+    """One channel in integers: x - mean = deviation * 2^k / count, var a Fraction, rstd = root * 2^-root_shift."""
+
+    def __init__(self, x, eps, mean, var):
+        if mean is None:
+            integers, self.k = _to_integers(x)
+            self.count = max(len(integers), 1)
+            total = sum(integers)
+            self.mean = _to_exact([total], self.count, self.k)
+            self.deviation = [self.count * m - total for m in integers]
+            square = sum(d * d for d in self.deviation)
+            self.var = Fraction(square, self.count**3) * Fraction(2) ** (2 * self.k)
+        else:
+            (*integers, center), self.k = _to_integers([*np.asarray(x, np.float64).ravel(), float(mean)])
+            self.count = 1
+            self.mean = _to_exact([center], 1, self.k)
+            self.deviation = [m - center for m in integers]
+            self.var = Fraction(float(var))
+        self.total = self.var + Fraction(float(eps))
+        self.root, self.root_shift = _reciprocal_root(self.total)
+
+    def statistics(self):
+        var = _to_exact([self.var.numerator], self.var.denominator, 0)
+        return self.mean, var, _to_exact([self.root], 1, -self.root_shift)
+
+    def y(self, gamma, beta):
+        ((g,), g_k), ((b,), b_k) = _to_integers([gamma]), _to_integers([beta])
+        scale_k = g_k + self.k - self.root_shift
+        k = min(scale_k, b_k)
+        scale, shift = (g * self.root) << (scale_k - k), (self.count * b) << (b_k - k)
+        return _to_exact([scale * d + shift for d in self.deviation], self.count, k)
+
+    def dgamma_dbeta(self, dy):
+        integers, k = _to_integers(dy)
+        along_x = sum(m * d for m, d in zip(integers, self.deviation, strict=True))
+        dgamma = _to_exact([along_x * self.root], self.count, k + self.k - self.root_shift)
+        return dgamma, _to_exact([sum(integers)], 1, k)
+
+    def dx(self, dy, gamma, frozen):
+        integers, k = _to_integers(dy)
+        ((g,), g_k) = _to_integers([gamma])
+        scale, scale_k = g * self.root, g_k - self.root_shift + k
+        if frozen or self.total == 0:
+            return _to_exact([scale * m for m in integers], 1, scale_k)
+        # dy - mean(dy) - deviation * sum(dy * deviation) * 2^2k / (count^3 * (var + eps)), over one denominator
+        n, total = self.count, sum(integers)
+        along_x = sum(m * d for m, d in zip(integers, self.deviation, strict=True))
+        inverse = Fraction(2) ** (2 * self.k) / self.total
+        p, q = inverse.denominator * n * n, along_x * inverse.numerator
+        terms = [(n * m - total) * p - d * q for m, d in zip(integers, self.deviation, strict=True)]
+        return _to_exact([scale * t for t in terms], n * p, scale_k)
+
+
+def _rows(x, axis):
+    """View x as (C, values of a channel), in index order."""
+    return np.moveaxis(x, axis, 0).reshape(x.shape[axis], math.prod(x.shape[i] for i in other_axes(x, axis)))
+
+
+def _stack(channels, like, axis):
+    """Put the rows of _rows back in the shape of `like`."""
+    shape = np.moveaxis(like, axis, 0).shape
+    parts = [np.array([getattr(c, name) for c in channels]).reshape(shape) for name in ("high", "low")]
+    return Exact(*(np.moveaxis(part, 0, axis) for part in parts))
+
+
+def _concatenate(values):
+    return Exact(*(np.array([getattr(v, name)[0] for v in values]) for name in ("high", "low")))
+
+
+def _each(values, channels, default):
+    return [default] * channels if values is None else np.asarray(values, np.float64).tolist()
+
+
+def _channels(x, axis, eps, mean, var):
+    rows = _rows(x, axis)
+    means, variances = _each(mean, len(rows), None), _each(var, len(rows), None)
+    return [_Channel(r, eps, m, v) for r, m, v in zip(rows, means, variances, strict=True)]
+
+
+def exact_forward(x, gamma=None, beta=None, *, axis, eps, mean=None, var=None):
+    """Give a Forward of Exact; with mean and var given it is inference, else training."""
+    channels = _channels(x, axis, eps, mean, var)
+    gammas, betas = _each(gamma, len(channels), 1.0), _each(beta, len(channels), 0.0)
+    y = _stack([c.y(g, b) for c, g, b in zip(channels, gammas, betas, strict=True)], x, axis)
+    statistics = [c.statistics() for c in channels]
+    return Forward(y, *(_concatenate([s[i] for s in statistics]) for i in range(3)))
+
+
+def exact_backward(dy, x, gamma=None, *, axis, eps, mean=None, var=None):
+    """Give a Backward of Exact; with mean and var given the statistics are constants."""
+    channels, rows = _channels(x, axis, eps, mean, var), _rows(dy, axis)
+    gammas = _each(gamma, len(channels), 1.0)
+    dx = [c.dx(r, g, mean is not None) for c, r, g in zip(channels, rows, gammas, strict=True)]
+    sums = [c.dgamma_dbeta(r) for c, r in zip(channels, rows, strict=True)]
+    return Backward(_stack(dx, x, axis), *(_concatenate([s[i] for s in sums]) for i in range(2)))
+
+
+# ---- correctly rounded sums --------------------------------------------------------------------------------
+
+
+def _fsum(values):
+    return math.fsum(values.ravel().tolist())
+
+
+def _fsum_channel(row, eps):
+    """Give mean as high and low part, var, rstd and x - mean of one channel."""
+    row = row.astype(np.float64)
+    first = _fsum(row) / row.size
+    deviation = row - first
+    rest = _fsum(deviation) / row.size
+    mean = first + rest
+    deviation -= rest
+    var = _fsum(deviation * deviation) / row.size
+    return (
+        Exact(np.array([mean]), np.array([rest - (mean - first)])),
+        var,
+        reciprocal_std(var, eps),
+        deviation,
+    )
+
+
+def _known(values):
+    values = np.asarray(values, np.float64)
+    return Exact(values, np.zeros_like(values))
+
+
+def fsum_forward(x, gamma=None, beta=None, *, axis, eps):
+    """Do what exact_forward does for large float32 tensors."""
+    rows = _rows(x, axis)
+    gammas, betas = _each(gamma, len(rows), 1.0), _each(beta, len(rows), 0.0)
+    parts = [_fsum_channel(row, eps) for row in rows]
+    y = [_known(p[3] * p[2] * g + b) for p, g, b in zip(parts, gammas, betas, strict=True)]
+    mean = _concatenate([p[0] for p in parts])
+    return Forward(_stack(y, x, axis), mean, _known([p[1] for p in parts]), _known([p[2] for p in parts]))
+
+
+def fsum_backward(dy, x, gamma=None, *, axis, eps):
+    """Do what exact_backward does for large float32 tensors."""
+    rows = _rows(dy, axis).astype(np.float64)
+    dx, sums = [], []
+    for row, x_row, g in zip(rows, _rows(x, axis), _each(gamma, len(rows), 1.0), strict=True):
+        _, _, rstd, deviation = _fsum_channel(x_row, eps)
+        xhat = deviation * rstd
+        dgamma, dbeta = _fsum(row * xhat), _fsum(row)
+        dx.append(_known(g * rstd * ((row - dbeta / row.size) - xhat * (dgamma / row.size))))
+        sums.append((dgamma, dbeta))
+    return Backward(_stack(dx, x, axis), _known([s[0] for s in sums]), _known([s[1] for s in sums]))
+
+
+# ---- what errors are measured against ----------------------------------------------------------------------
+
+
+class Scales(NamedTuple):
+    """The sums of absolute terms that tolerances.py multiplies by u, in float64."""
+
+    y: np.ndarray  # max |y - beta| of the channel, broadcast to x
+    y_at: np.ndarray  # max(|y|, |beta|), elementwise: what the last two roundings act on
+
+
+class GradientScales(NamedTuple):
+    dx: np.ndarray  # |a dy| + |a mean(dy)| + |a xhat mean(dy xhat)|, a = gamma * rstd, elementwise
+    dgamma: np.ndarray  # sum |dy xhat|, (C,)
+    dbeta: np.ndarray  # sum |dy|, (C,)
+
+
+def _xhat(x, exact, axis):
+    mean, low = per_channel(exact.mean.high, x, axis), per_channel(exact.mean.low, x, axis)
+    return ((x.astype(np.float64) - mean) - low) * per_channel(exact.rstd.high, x, axis)
+
+
+def forward_scales(x, gamma, beta, exact, *, axis):
+    gamma, beta = _gamma_beta(x, gamma, beta, axis)
+    before_beta = np.abs(_xhat(x, exact, axis) * gamma)
+    largest = before_beta.max(other_axes(x, axis), initial=0.0, keepdims=True)
+    return Scales(np.broadcast_to(largest, x.shape), np.maximum(np.abs(exact.y.high), np.abs(beta)))
+
+
+def backward_scales(dy, x, gamma, exact, gradients, *, axis, frozen=False):
+    dy, xhat = dy.astype(np.float64), _xhat(x, exact, axis)
+    a = per_channel(exact.rstd.high, x, axis) * _gamma_beta(x, gamma, None, axis)[0]
+    dx = np.abs(a * dy)
+    if not frozen:
+        count = max(math.prod(x.shape[i] for i in other_axes(x, axis)), 1)
+        dx = dx + np.abs(a * per_channel(gradients.dbeta.high / count, x, axis))
+        dx = dx + np.abs(a * xhat * per_channel(gradients.dgamma.high / count, x, axis))
+    dgamma, dbeta = _sums(np.abs(dy), np.abs(xhat), axis)
+    return GradientScales(dx, dgamma, dbeta)

@@ -1,0 +1,32 @@
+"""The Python of README.md runs: every block, in order, in one namespace, as a reader would type it."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+README = Path(__file__).parents[1] / "README.md"
+_BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
+
+
+def blocks(text):
+    """(line, code) of every block; code keeps its place in the file, so that a traceback names README's lines."""
+    for match in _BLOCK.finditer(text):
+        line = text.count("\n", 0, match.start(1))
+        yield line + 1, "\n" * line + match.group(1)
+
+
+def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
+    if not README.exists():
+        pytest.skip("README.md is not here: these tests run outside the repository")
+    monkeypatch.chdir(tmp_path)
+    found = list(blocks(README.read_text(encoding="utf-8")))
+    assert found, "README.md has no block marked python"
+    namespace = {"__name__": "readme"}
+    for line, code in found:
+        # Blocks with prompts are doctests, which pytest collects by itself.
+        if not code.lstrip().startswith(">>>"):
+            try:
+                exec(compile(code, str(README), "exec"), namespace)  # noqa: S102 - the repository's own README
+            except Exception as error:
+                raise AssertionError(f"README.md, block at line {line}: {error!r}") from error

@@ -1,0 +1,732 @@
+"""State files: what is saved comes back bit for bit, a save is all or nothing, and no file can do harm.
+
+The hostile files are built here, from the bytes up. Each must be refused with a ValueError that says what was wrong,
+change nothing in the layer that tried to load it, and cost no more memory than a good file of its size.
+"""
+
+import io
+import os
+import pickle
+import re
+import signal
+import struct
+import subprocess
+import sys
+import tarfile
+import tracemalloc
+import zipfile
+from pathlib import Path
+
+import batchnorm as bn
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+C = 3
+STATE = {
+    "gamma": np.array([1.5, -0.0, 3e38], np.float32),
+    "beta": np.array([1e-45, -2.0, 0.1], np.float32),
+    "running_mean": np.array([-0.0, 5e-324, 1 / 3]),
+    "running_var": np.array([0.0, 1e300, 2 / 3]),
+    "update_count": np.array(2**40 + 1, np.int64),
+}
+
+
+def same_bits(a, b):
+    return a.dtype == b.dtype and a.shape == b.shape and a.tobytes() == b.tobytes()
+
+
+def layer_with_state(**settings):
+    layer = bn.BatchNorm(C, **settings)
+    state = layer.state_dict()
+    layer.load_state_dict(state | {name: value for name, value in STATE.items() if name in state})
+    return layer
+
+
+def pooled_layer():
+    layer = bn.BatchNorm(C, update_rate=None)
+    for seed in range(3):
+        layer(np.random.default_rng(seed).normal(1e3, 2, (5, C, 4)))
+    return layer
+
+
+def snapshot(layer):
+    return {name: (value.dtype, value.shape, value.tobytes()) for name, value in layer.state_dict().items()}
+
+
+# ---- good files -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        layer_with_state,
+        pooled_layer,
+        lambda: bn.BatchNorm(C, dtype=np.float16),
+        lambda: bn.BatchNorm(C, dtype=np.float64, gamma=False),
+        lambda: bn.BatchNorm(C, gamma=False, beta=False),
+        lambda: bn.BatchNorm(0, update_rate=None),
+        lambda: bn.BatchNorm(100_000),
+    ],
+    ids=["extreme_values", "pooled", "float16", "no_gamma", "no_parameters", "no_channels", "many_channels"],
+)
+def test_a_saved_state_comes_back_bit_for_bit(build, tmp_path):
+    layer = build()
+    layer.save(tmp_path / "layer.npz")
+    other = eval(repr(layer), {"BatchNorm": bn.BatchNorm})
+    other.load(tmp_path / "layer.npz")
+    assert snapshot(other) == snapshot(layer)
+
+
+def test_training_resumed_from_a_file_gives_the_same_bits(tmp_path):
+    layer, resumed = pooled_layer(), bn.BatchNorm(C, update_rate=None)
+    layer.save(tmp_path / "layer.npz")
+    resumed.load(tmp_path / "layer.npz")
+    x = np.random.default_rng(9).normal(1e3, 2, (5, C))
+    assert same_bits(layer(x), resumed(x))
+    assert snapshot(layer) == snapshot(resumed)
+
+
+def test_numpy_reads_a_state_file_without_pickle(tmp_path):
+    layer = layer_with_state()
+    layer.save(tmp_path / "layer.npz")
+    with np.load(tmp_path / "layer.npz", allow_pickle=False) as file:
+        assert int(file["format_version"]) == 1
+        assert all(same_bits(file[name], value) for name, value in layer.state_dict().items())
+
+
+def test_a_file_that_numpy_wrote_from_a_state_can_be_loaded(tmp_path):
+    np.savez(tmp_path / "layer.npz", format_version=np.int64(1), **STATE)
+    layer = bn.BatchNorm(C)
+    layer.load(tmp_path / "layer.npz")
+    assert all(same_bits(value, STATE[name]) for name, value in layer.state_dict().items())
+
+
+def test_a_file_of_the_first_format_loads_forever(tmp_path):
+    # Written out in full: whatever becomes of the writer, these bytes must be read.
+    def npy(descr, shape, data):
+        header = f"{{'descr': '{descr}', 'fortran_order': False, 'shape': {shape}, }}"
+        return b"\x93NUMPY\x01\x00\x76\x00" + header.ljust(117).encode() + b"\n" + data
+
+    members = {
+        "format_version": npy("<i8", "()", struct.pack("<q", 1)),
+        "gamma": npy("<f4", "(2,)", struct.pack("<2f", 0.5, -2)),
+        "beta": npy("<f4", "(2,)", struct.pack("<2f", 0.25, 4)),
+        "running_mean": npy("<f8", "(2,)", struct.pack("<2d", 0.1, -3)),
+        "running_var": npy("<f8", "(2,)", struct.pack("<2d", 0.2, 5)),
+        "update_count": npy("<i8", "()", struct.pack("<q", 12)),
+    }
+    (tmp_path / "layer.npz").write_bytes(zip_of({f"{name}.npy": data for name, data in members.items()}))
+    layer = bn.BatchNorm(2)
+    layer.load(tmp_path / "layer.npz")
+    assert [(name, value.tolist()) for name, value in layer.state_dict().items()] == [
+        ("gamma", [0.5, -2]),
+        ("beta", [0.25, 4]),
+        ("running_mean", [0.1, -3]),
+        ("running_var", [0.2, 5]),
+        ("update_count", 12),
+    ]
+
+
+def test_equal_states_give_equal_bytes(tmp_path):
+    for name in ("a", "b"):
+        layer_with_state().save(tmp_path / name)
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_loading_keeps_gradients_and_mode(tmp_path):
+    layer = layer_with_state().eval()
+    layer(np.ones((4, C)))
+    layer.backward(np.ones((4, C)))
+    layer.save(tmp_path / "layer.npz")
+    dbeta = layer.dbeta
+    layer.load(tmp_path / "layer.npz")
+    assert (layer.training, layer.dbeta is dbeta) == (False, True)
+
+
+# ---- paths ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", [Path, str, os.fsencode], ids=["path", "str", "bytes"])
+def test_the_path_is_used_as_it_is(kind, tmp_path):
+    layer_with_state().save(kind(tmp_path / "no suffix é"))
+    bn.BatchNorm(C).load(kind(tmp_path / "no suffix é"))
+    assert [p.name for p in tmp_path.iterdir()] == ["no suffix é"]
+
+
+def test_a_symbolic_link_is_followed_and_stays_one(tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "target")
+    layer_with_state().save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    bn.BatchNorm(C).load(tmp_path / "target")
+
+
+@pytest.mark.parametrize("method", ["save", "load"])
+def test_a_path_of_another_type_is_refused(method):
+    with pytest.raises(TypeError, match=r"^path must be a str or os.PathLike, got int$"):
+        getattr(bn.BatchNorm(C), method)(3)
+
+
+def test_a_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError):
+        bn.BatchNorm(C).load(tmp_path / "missing.npz")
+
+
+def test_a_directory_is_an_os_error(tmp_path):
+    for method in ("save", "load"):
+        with pytest.raises(OSError):
+            getattr(bn.BatchNorm(C), method)(tmp_path)
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_refused_without_waiting(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"^file must be a regular file, got p"):
+        bn.BatchNorm(C).load(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
+def test_an_endless_device_is_refused():
+    with pytest.raises(ValueError, match=r"^file must be a regular file, got c"):
+        bn.BatchNorm(C).load("/dev/zero")
+
+
+# ---- saving is all or nothing -----------------------------------------------------------------------------
+
+
+def no_space(*_):
+    raise OSError(28, "No space left on device")
+
+
+def interrupted(*_):
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("failure", [no_space, interrupted])
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+@pytest.mark.parametrize("old", [True, False])
+def test_a_save_that_fails_leaves_the_old_file_and_no_other(step, failure, old, tmp_path, monkeypatch):
+    if old:
+        bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    monkeypatch.setattr(os, step, failure)
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        layer_with_state().save(tmp_path / "layer.npz")
+    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")
+@pytest.mark.parametrize("step", ["fsync", "replace"])
+def test_a_killed_save_leaves_the_old_file(step, tmp_path):
+    layer_with_state().save(tmp_path / "layer.npz")
+    before = (tmp_path / "layer.npz").read_bytes()
+    program = (
+        "import os, signal, sys, batchnorm\n"
+        f"os.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
+        f"batchnorm.BatchNorm({C}).save(sys.argv[1])\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", program, tmp_path / "layer.npz"], timeout=60)
+    assert killed.returncode == -signal.SIGKILL
+    assert (tmp_path / "layer.npz").read_bytes() == before
+
+
+def test_what_could_not_be_loaded_is_not_saved(tmp_path):
+    layer = layer_with_state()
+    layer.save(tmp_path / "layer.npz")
+    before = (tmp_path / "layer.npz").read_bytes()
+    layer.gamma[1] = np.nan
+    with pytest.raises(ValueError, match=r"^gamma must be finite, got nan in channel 1$"):
+        layer.save(tmp_path / "layer.npz")
+    assert (tmp_path / "layer.npz").read_bytes() == before
+
+
+# ---- hostile files ----------------------------------------------------------------------------------------
+
+
+def npy(array, version=(1, 0)):
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.asanyarray(array), version=version)
+    return buffer.getvalue()
+
+
+def npy_with_header(header, data, version=b"\x01\x00", length=None):
+    header = header if isinstance(header, bytes) else header.encode()
+    return (
+        b"\x93NUMPY" + version + struct.pack("<H", len(header) if length is None else length) + header + data
+    )
+
+
+def members(**changes):
+    """The .npy members of a good state, with some changed; None leaves one out."""
+    contents = {"format_version": npy(np.int64(1))} | {name: npy(value) for name, value in STATE.items()}
+    contents |= changes
+    return {f"{name}.npy": content for name, content in contents.items() if content is not None}
+
+
+def zip_of(contents, compression=zipfile.ZIP_STORED, extra=(), comment=b""):
+    buffer = io.BytesIO()
+    with zipfile.ZipFile(buffer, "w", compression) as archive:
+        for name, content in [*contents.items(), *extra]:
+            archive.writestr(zipfile.ZipInfo(name), content, compression)
+        archive.comment = comment
+    return buffer.getvalue()
+
+
+def good():
+    return zip_of(members())
+
+
+def with_name(name):
+    """A good file in which gamma.npy has another name, as raw bytes: zipfile would repair some of them."""
+    placeholder = "x" * len(name)
+    contents = {placeholder if key == "gamma.npy" else key: value for key, value in members().items()}
+    return zip_of(contents).replace(placeholder.encode(), name)
+
+
+def duplicated():
+    # zipfile warns of a name it has written before: give it another one, and change that in the bytes.
+    return zip_of(members(), extra=[("gamma.npx", npy(np.zeros(C, np.float32)))]).replace(
+        b"gamma.npx", b"gamma.npy"
+    )
+
+
+def patched(at, fmt, value, record):
+    """A good file with one field changed in the `record`: of gamma.npy, or the end record."""
+    raw = bytearray(good())
+    begin = {
+        "local": raw.index(b"gamma.npy") - 30,
+        "directory": raw.rindex(b"gamma.npy") - 46,
+        "end": len(raw) - 22,
+    }[record]
+    struct.pack_into(fmt, raw, begin + at, value)
+    return bytes(raw)
+
+
+def with_gap():
+    """A byte between the last member and the directory, with all offsets right."""
+    raw = good()
+    start = struct.unpack_from("<I", raw, len(raw) - 6)[0]
+    return raw[:start] + b"?" + raw[start:-6] + struct.pack("<IH", start + 1, 0)
+
+
+def with_data_changed():
+    raw = bytearray(good())
+    at = raw.index(STATE["gamma"].tobytes())
+    raw[at] ^= 1
+    return bytes(raw)
+
+
+def with_zip64_end():
+    """A zip64 end record before the usual one, which claims a directory of 2**60 bytes."""
+    raw = good()
+    end = len(raw) - 22
+    record = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 6, 6, 2**60, 0)
+    locator = struct.pack("<4sIQI", b"PK\x06\x07", 0, end, 1)
+    return raw[:end] + record + locator + raw[end:]
+
+
+def overlapping():
+    """Two directory records for one local header: a "better zip bomb"."""
+    raw = bytearray(good())
+    struct.pack_into("<I", raw, raw.rindex(b"beta.npy") - 46 + 42, raw.index(b"gamma.npy") - 30)
+    return bytes(raw)
+
+
+def encrypted():
+    raw = bytearray(patched(6, "<H", 1, "local"))
+    struct.pack_into("<H", raw, raw.rindex(b"gamma.npy") - 46 + 8, 1)
+    return bytes(raw)
+
+
+class Exploit:
+    """What a pickle would run: it leaves a file behind."""
+
+    def __reduce__(self):
+        return (open, (os.environ["BATCHNORM_TEST_EXPLOIT"], "w"))
+
+
+def object_array():
+    buffer = io.BytesIO()
+    np.lib.format.write_array(buffer, np.array([Exploit()] * C, object), allow_pickle=True)
+    return buffer.getvalue()
+
+
+def tar():
+    buffer = io.BytesIO()
+    with tarfile.open(fileobj=buffer, mode="w:gz") as archive:
+        archive.addfile(tarfile.TarInfo("gamma.npy"))
+    return buffer.getvalue()
+
+
+F4 = STATE["gamma"].tobytes()
+HEADER = "{'descr': '<f4', 'fortran_order': False, 'shape': (3,), }\n"
+BOMB = b"\0" * 50_000_000
+BIG = {"shape_4_tib": "(1099511627776,)", "shape_exabytes": "(9223372036854775807,)"}
+
+
+def gamma(content):
+    return lambda: zip_of(members(gamma=content))
+
+
+HOSTILE = {
+    # Not a zip file, or not a whole one.
+    "empty_file": (lambda: b"", "file must be a whole .npz file without a comment, got 0 bytes"),
+    "text": (lambda: b"gamma: [1, 2, 3]\n" * 10, "file must be a whole .npz file"),
+    "pickle": (lambda: pickle.dumps({"gamma": [1, 2, 3]}), "file must be a whole .npz file"),
+    "bare_npy": (lambda: npy(STATE["gamma"]), "file must be a whole .npz file"),
+    "tar": (tar, "file must be a whole .npz file"),
+    "first_half": (lambda: good()[: len(good()) // 2], "file must be a whole .npz file"),
+    "last_half": (lambda: good()[len(good()) // 2 :], "file must be a whole .npz file"),
+    "one_byte_short": (lambda: good()[:-1], "file must be a whole .npz file"),
+    "one_byte_more": (lambda: good() + b"\0", "file must be a whole .npz file"),
+    "comment": (lambda: zip_of(members(), comment=b"hello"), "file must be a whole .npz file"),
+    "program_in_front": (lambda: b"#!/bin/sh\nexit\n" + good(), "file must be a whole .npz file"),
+    "zip_in_front": (lambda: good() + good(), "zip directory must end at byte"),
+    "empty_zip": (lambda: zip_of({}), "file must have a member 'format_version.npy', got no members"),
+    "many_disks": (lambda: patched(4, "<H", 7, "end"), "zip end record must describe one whole file"),
+    "counts_disagree": (lambda: patched(8, "<H", 3, "end"), "zip end record must describe one whole file"),
+    "many_members": (
+        lambda: zip_of({f"{i}.npy": b"" for i in range(65)}),
+        "file must have at most 64 members, got 65",
+    ),
+    "zip64_end": (with_zip64_end, "zip directory must end at byte"),
+    "directory_too_long": (lambda: patched(12, "<I", 2**32 - 1, "end"), "zip directory must end at byte"),
+    "directory_elsewhere": (lambda: patched(16, "<I", 0, "end"), "zip directory must end at byte"),
+    "too_large": (
+        lambda: b"PK" + b"\0" * 200_000,
+        "file must have at most 65616 bytes for this state, got 200002",
+    ),
+    "bytes_between": (
+        with_gap,
+        "file must have nothing between its members and their directory, got 1 bytes",
+    ),
+    # Members that are not the ones.
+    "no_gamma": (
+        lambda: zip_of(members(gamma=None)),
+        "file must have the members format_version.npy, gamma.npy",
+    ),
+    "no_version": (
+        lambda: zip_of(members(format_version=None)),
+        "file must have a member 'format_version.npy'",
+    ),
+    "one_more_array": (
+        lambda: zip_of(members(delta=npy(1.0))),
+        "file must have the members format_version.npy",
+    ),
+    "one_more_file": (
+        lambda: zip_of(members(), extra=[("readme.txt", "hello")]),
+        "file must have the members format_version.npy",
+    ),
+    "one_more_folder": (
+        lambda: zip_of(members(), extra=[("folder/", "")]),
+        "file must have the members format_",
+    ),
+    "duplicate": (duplicated, "member 'gamma.npy' must be there once, got a second one"),
+    "parent_folder": (lambda: with_name(b"../gamma.npy"), "file must have the members format_version.npy"),
+    "absolute_name": (lambda: with_name(b"/etc/gamma.npy"), "file must have the members format_version.npy"),
+    "backslash": (lambda: with_name(b"..\\gamma.npy"), "file must have the members format_version.npy"),
+    "null_in_name": (lambda: with_name(b"gamma.npy\0.npy"), "file must have the members format_version.npy"),
+    "other_case": (lambda: with_name(b"Gamma.npy"), "file must have the members format_version.npy"),
+    "no_suffix": (lambda: with_name(b"gamma"), "file must have the members format_version.npy"),
+    "latin_name": (lambda: with_name(b"g\xe4mma.npy"), "file must have the members format_version.npy"),
+    # Members that are not stored as they are.
+    "deflated": (
+        lambda: zip_of(members(), zipfile.ZIP_DEFLATED),
+        "member 'format_version.npy' must be stored as it is, got method 8",
+    ),
+    "bomb": (
+        lambda: zip_of(members(gamma=npy_with_header(HEADER, BOMB)), zipfile.ZIP_DEFLATED),
+        "member 'format_version.npy' must be stored as it is, got method 8",
+    ),
+    "bzip2": (
+        lambda: zip_of(members(), zipfile.ZIP_BZIP2),
+        "member 'format_version.npy' must be stored as it is",
+    ),
+    "lzma": (
+        lambda: zip_of(members(), zipfile.ZIP_LZMA),
+        "member 'format_version.npy' must be stored as it is",
+    ),
+    "encrypted": (encrypted, "member 'gamma.npy' must be stored as it is, got method 0, flags 1"),
+    "streamed": (
+        lambda: patched(8, "<H", 8, "directory"),
+        "member 'gamma.npy' must be stored as it is, got method 0, flags 8",
+    ),
+    "sizes_disagree": (
+        lambda: patched(24, "<I", 10**9, "directory"),
+        "member 'gamma.npy' must be stored as it is",
+    ),
+    "larger_than_the_file": (
+        lambda: patched(24, "<I", 10**6, "directory").replace(
+            struct.pack("<2I", len(npy(STATE["gamma"])), 10**6), struct.pack("<2I", 10**6, 10**6)
+        ),
+        "member 'gamma.npy' must have a local header that agrees with the directory",
+    ),
+    "offset_outside": (
+        lambda: patched(42, "<I", 2**31, "directory"),
+        "member 'gamma.npy' must begin at byte",
+    ),
+    "overlapping": (overlapping, "member 'beta.npy' must begin at byte"),
+    "checksum": (with_data_changed, "member 'gamma.npy' must have the checksum 0x"),
+    "names_disagree": (
+        lambda: good().replace(b"gamma.npy", b"delta.npy", 1),
+        "member 'gamma.npy' must have a local header that agrees with the directory, got another",
+    ),
+    "local_method": (
+        lambda: patched(8, "<H", 8, "local"),
+        "member 'gamma.npy' must have a local header that agrees",
+    ),
+    "local_size": (
+        lambda: patched(22, "<I", 5, "local"),
+        "member 'gamma.npy' must have a local header that agrees",
+    ),
+    "local_extra": (
+        lambda: patched(28, "<H", 9, "local"),
+        "member 'gamma.npy' must have a local header that agrees",
+    ),
+    "directory_extra": (lambda: patched(30, "<H", 9, "directory"), "zip directory must have plain records"),
+    "directory_comment": (lambda: patched(32, "<H", 9, "directory"), "zip directory must have plain records"),
+    "directory_magic": (lambda: patched(0, "<I", 0, "directory"), "zip directory must have plain records"),
+    "name_too_long": (lambda: patched(28, "<H", 60000, "directory"), "zip directory must have plain records"),
+    # Arrays that are not the ones.
+    "not_npy": (gamma(b"hello"), "member 'gamma.npy' must begin as .npy format 1.0, got b'hello'"),
+    "no_bytes": (gamma(b""), "member 'gamma.npy' must begin as .npy format 1.0, got b''"),
+    "npy_2": (gamma(npy(STATE["gamma"], (2, 0))), "member 'gamma.npy' must begin as .npy format 1.0"),
+    "npy_3": (gamma(npy(STATE["gamma"], (3, 0))), "member 'gamma.npy' must begin as .npy format 1.0"),
+    "magic_only": (
+        gamma(b"\x93NUMPY\x01\x00"),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_too_long": (
+        gamma(npy_with_header(HEADER, F4, length=60000)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_too_short": (
+        gamma(npy_with_header(HEADER, F4, length=20)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_is_code": (
+        gamma(npy_with_header("__import__('os').abort()\n", F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_is_nested": (
+        gamma(npy_with_header("(" * 20000 + "\n", F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_has_more": (
+        gamma(npy_with_header(HEADER + "0", F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_has_two_shapes": (
+        gamma(npy_with_header(HEADER.replace(", }", ", 'shape': (9,), }"), F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_has_another_key": (
+        gamma(npy_with_header(HEADER.replace(", }", ", 'extra': 0, }"), F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "header_is_not_ascii": (
+        gamma(npy_with_header(HEADER.replace("3", "٣"), F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    **{
+        name: (
+            gamma(npy_with_header(HEADER.replace("(3,)", shape), F4)),
+            f"member 'gamma.npy' must have shape (3,), got {shape}",
+        )
+        for name, shape in BIG.items()
+    },
+    "shape_of_digits": (
+        gamma(npy_with_header(HEADER.replace("3", "9" * 20000), F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "shape_negative": (
+        gamma(npy_with_header(HEADER.replace("3", "-3"), F4)),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "shape_shorter": (gamma(npy(STATE["gamma"][:2])), "member 'gamma.npy' must have shape (3,), got (2,)"),
+    "shape_scalar": (gamma(npy(STATE["gamma"][0])), "member 'gamma.npy' must have shape (3,), got ()"),
+    "shape_2d": (gamma(npy(STATE["gamma"][None])), "member 'gamma.npy' must have shape (3,), got (1, 3)"),
+    "fortran_order": (
+        gamma(npy_with_header(HEADER.replace("False", "True"), F4)),
+        "member 'gamma.npy' must be in C order, got Fortran order",
+    ),
+    "object_dtype": (object_array, "member 'gamma.npy' must have dtype '<f4', got '|O'"),
+    "structured_dtype": (
+        gamma(npy(np.zeros(C, [("a", "<f4")]))),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "big_endian": (
+        gamma(npy(STATE["gamma"].astype(">f4"))),
+        "member 'gamma.npy' must have dtype '<f4', got '>f4'",
+    ),
+    "wider_dtype": (gamma(npy(np.ones(C))), "member 'gamma.npy' must have dtype '<f4', got '<f8'"),
+    "integer_dtype": (gamma(npy(np.ones(C, "<i4"))), "member 'gamma.npy' must have dtype '<f4', got '<i4'"),
+    "text_dtype": (gamma(npy(np.array(["a"] * C))), "member 'gamma.npy' must have dtype '<f4', got '<U1'"),
+    "time_dtype": (
+        gamma(npy(np.zeros(C, "<M8[s]"))),
+        "member 'gamma.npy' must have the .npy header of a plain array",
+    ),
+    "data_short": (
+        gamma(npy_with_header(HEADER, F4[:-1])),
+        "member 'gamma.npy' must have 12 bytes of data, got 11",
+    ),
+    "data_long": (
+        gamma(npy_with_header(HEADER, F4 + b"\0")),
+        "member 'gamma.npy' must have 12 bytes of data, got 13",
+    ),
+    "data_missing": (
+        gamma(npy_with_header(HEADER, b"")),
+        "member 'gamma.npy' must have 12 bytes of data, got 0",
+    ),
+    # Values that are not the ones.
+    "format_version_2": (
+        lambda: zip_of(members(format_version=npy(np.int64(2)), future=npy(1.0))),
+        "format_version must be 1, the one that this release of batchnorm reads, got 2",
+    ),
+    "format_version_0": (
+        lambda: zip_of(members(format_version=npy(np.int64(0)))),
+        "format_version must be 1",
+    ),
+    "format_version_text": (
+        lambda: zip_of(members(format_version=npy(np.array("1")))),
+        "member 'format_version.npy' must have dtype '<i8', got '<U1'",
+    ),
+    "nan_gamma": (
+        gamma(npy(np.array([1, np.nan, 1], np.float32))),
+        "gamma must be finite, got nan in channel 1",
+    ),
+    "inf_mean": (
+        lambda: zip_of(members(running_mean=npy(np.array([0, 0, np.inf])))),
+        "running_mean must be finite, got inf in channel 2",
+    ),
+    "negative_var": (
+        lambda: zip_of(members(running_var=npy(np.array([1, 1, -1e-300])))),
+        "running_var must be >= 0, got -1e-300 in channel 2",
+    ),
+    "negative_count": (
+        lambda: zip_of(members(update_count=npy(np.int64(-1)))),
+        "update_count must be from 0 to 2**63 - 1, got -1",
+    ),
+}
+HOSTILE["object_dtype"] = (lambda: zip_of(members(gamma=object_array())), HOSTILE["object_dtype"][1])
+
+
+def test_the_good_file_that_the_hostile_ones_are_made_of_loads(tmp_path):
+    (tmp_path / "layer.npz").write_bytes(good())
+    layer = bn.BatchNorm(C)
+    layer.load(tmp_path / "layer.npz")
+    assert all(same_bits(value, STATE[name]) for name, value in layer.state_dict().items())
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_is_refused_and_changes_nothing(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCHNORM_TEST_EXPLOIT", str(tmp_path / "exploited"))
+    build, text = HOSTILE[name]
+    path = tmp_path / "layer.npz"
+    path.write_bytes(build())
+    layer = layer_with_state()
+    before = snapshot(layer)
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        layer.load(path)
+    assert snapshot(layer) == before
+    assert [p.name for p in tmp_path.iterdir()] == ["layer.npz"]
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_file_cannot_ask_for_memory(name, tmp_path, monkeypatch):
+    monkeypatch.setenv("BATCHNORM_TEST_EXPLOIT", str(tmp_path / "exploited"))
+    path = tmp_path / "layer.npz"
+    path.write_bytes(HOSTILE[name][0]())
+    layer = bn.BatchNorm(C)
+    tracemalloc.start()
+    try:
+        with pytest.raises(ValueError):
+            layer.load(path)
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 512 * 1024  # a file is at most 64 KiB, and read, split and decoded once
+
+
+def test_a_terabyte_of_file_is_not_read(tmp_path):
+    with (tmp_path / "layer.npz").open("wb") as file:
+        try:
+            file.truncate(2**40)  # takes no room on a file system with sparse files
+        except OSError:
+            pytest.skip("no sparse files here")
+    with pytest.raises(ValueError, match=rf"^file must have at most 65616 bytes for this state, got {2**40}"):
+        bn.BatchNorm(C).load(tmp_path / "layer.npz")
+
+
+def test_a_refused_file_is_named_in_a_note(tmp_path):
+    (tmp_path / "layer.npz").write_bytes(b"")
+    with pytest.raises(ValueError) as caught:
+        bn.BatchNorm(C).load(tmp_path / "layer.npz")
+    assert caught.value.__notes__ == [f"while reading the state file {str(tmp_path / 'layer.npz')!r}"]
+
+
+@pytest.mark.parametrize(
+    ("saved", "loading", "text"),
+    [
+        ({"channels": 4}, {"channels": C}, "member 'gamma.npy' must have shape (3,), got (4,)"),
+        (
+            {"channels": C, "dtype": "float64"},
+            {"channels": C},
+            "member 'gamma.npy' must have dtype '<f4', got '<f8'",
+        ),
+        ({"channels": C, "beta": False}, {"channels": C}, "file must have the members"),
+        ({"channels": C, "update_rate": None}, {"channels": C}, "file must have the members"),
+        ({"channels": C}, {"channels": C, "update_rate": None}, "file must have the members"),
+    ],
+)
+def test_a_file_of_a_layer_with_other_settings_is_refused(saved, loading, text, tmp_path):
+    bn.BatchNorm(**saved).save(tmp_path / "layer.npz")
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}"):
+        bn.BatchNorm(**loading).load(tmp_path / "layer.npz")
+
+
+def test_a_file_of_pooled_statistics_with_another_ddof_is_refused(tmp_path):
+    pooled_layer().save(tmp_path / "layer.npz")
+    text = "running_var must be what running_moments and the layer's ddof give, got "
+    with pytest.raises(ValueError, match=f"^{text}"):
+        bn.BatchNorm(C, update_rate=None, ddof=0).load(tmp_path / "layer.npz")
+
+
+def load_or_refuse(raw, path, layer=None):
+    """Load `raw`: True where it is the good state, False where it is refused. Nothing else may happen."""
+    path.write_bytes(raw)
+    layer = layer or bn.BatchNorm(C)
+    before = snapshot(layer)
+    try:
+        layer.load(path)
+    except ValueError:
+        assert snapshot(layer) == before
+        return False
+    assert all(same_bits(value, STATE[name]) for name, value in layer.state_dict().items())
+    return True
+
+
+def test_every_truncation_is_refused(tmp_path):
+    raw, layer = good(), bn.BatchNorm(C)
+    assert not any(load_or_refuse(raw[:size], tmp_path / "layer.npz", layer) for size in range(len(raw)))
+
+
+def test_every_changed_byte_is_refused_or_makes_no_difference(tmp_path):
+    raw, layer = good(), bn.BatchNorm(C)
+    harmless = 0
+    for at in range(len(raw)):
+        changed = bytearray(raw)
+        changed[at] ^= 0x55
+        harmless += load_or_refuse(changed, tmp_path / "layer.npz", layer)
+    # Dates, versions and permissions: 2 + 4 bytes of a local header, 4 + 4 + 6 of a directory record, 6 members.
+    assert harmless == 6 * (2 + 4 + 4 + 4 + 6)
+
+
+@given(data=st.data())
+def test_spliced_files_are_refused_or_make_no_difference(data, tmp_path_factory):
+    raw = good()
+    begin = data.draw(st.integers(0, len(raw)), "begin")
+    end = data.draw(st.integers(begin, len(raw)), "end")
+    inserted = data.draw(st.binary(max_size=64) | st.just(raw[end:]) | st.just(raw[:begin]), "inserted")
+    load_or_refuse(raw[:begin] + inserted + raw[end:], tmp_path_factory.mktemp("splice") / "layer.npz")

@@ -1,0 +1,481 @@
+"""Every error: its type, its full text in three parts (argument, need, got), and that nothing was changed by it."""
+
+import functools
+import operator
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+
+
+class Arrays:
+    """Valid arguments, fresh for every call, and what may be broken about them. All of it is kept to be compared."""
+
+    def __init__(self):
+        rng = np.random.default_rng(41)
+        self.x = rng.normal(size=(2, 3, 4, 5)).astype(np.float32)
+        self.dy = rng.normal(size=self.x.shape).astype(np.float32)
+        self.gamma, self.beta = rng.normal(size=3).astype(np.float32), rng.normal(size=3).astype(np.float32)
+        self.mean, self.var = rng.normal(size=3), rng.uniform(1, 2, 3)
+        self.out = np.full_like(self.x, 7)
+        self.out64 = np.full_like(self.x, 7, np.float64)
+        self.out_transposed = np.full((5, 4, 3, 2), 7, np.float32)
+        self.out_read_only = self._read_only(self.out.copy())
+        self.short = np.ones(2, np.float32)
+        self.column = np.ones((3, 1), np.float32)
+        self.var_negative = np.array([1.0, 2.0, -1.0])
+        self.var_nan = np.array([1.0, np.nan, 2.0])
+        self.line = np.arange(2 * self.x.size, dtype=np.float32)
+        self.saved = bn.batch_norm(self.x, self.gamma, self.beta)[1]
+        # Views, of which the memory is compared through their owners.
+        self.x_of_line, self.out_shifted = (
+            self.line[start : start + self.x.size].reshape(self.x.shape) for start in (0, 1)
+        )
+        self.x_misaligned = self._misaligned(self.x)
+        self.out_misaligned = self._misaligned(self.out)
+        self.out_stride_0 = np.lib.stride_tricks.as_strided(self.line, self.x.shape, (240, 80, 20, 0))
+
+    @staticmethod
+    def _read_only(array):
+        array.flags.writeable = False
+        return array
+
+    @staticmethod
+    def _misaligned(array):
+        room = np.zeros(array.nbytes + 1, np.uint8)
+        view = room[1:].view(array.dtype).reshape(array.shape)
+        view[...] = array
+        return view
+
+    def bytes(self):
+        return {name: value.tobytes() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
+
+
+class Mistake(NamedTuple):
+    name: str
+    call: object  # takes Arrays
+    error: type
+    text: str
+
+
+def forward(name):
+    """Bring the functions that normalize x under one signature."""
+    if name == "batch_norm":
+        return lambda a, x=None, gamma=None, beta=None, **options: bn.batch_norm(
+            a.x if x is None else x, gamma, beta, **options
+        )
+    return lambda a, x=None, gamma=None, beta=None, **options: bn.normalize(
+        a.x if x is None else x, a.mean, a.var, gamma, beta, **options
+    )
+
+
+def backward(name):
+    """Bring the functions that take dy under one signature."""
+    if name == "batch_norm_backward":
+        return lambda a, dy=None, **options: bn.batch_norm_backward(
+            a.dy if dy is None else dy, a.saved, **options
+        )
+    return lambda a, dy=None, **options: bn.normalize_backward(
+        a.dy if dy is None else dy, a.x, a.mean, a.var, a.gamma, **options
+    )
+
+
+# ---- what each mistake says ---------------------------------------------------------------------------------
+
+X = [  # (name, x from Arrays, error, text): for moments, batch_norm, normalize and normalize_backward
+    ("list", lambda a: a.x.tolist(), TypeError, "x must be a numpy.ndarray, got list"),
+    ("str", lambda a: "text", TypeError, "x must be a numpy.ndarray, got str"),
+    ("masked", lambda a: np.ma.array(a.x), TypeError, "x must be a numpy.ndarray, got MaskedArray"),
+    ("int64", lambda a: a.x.astype(np.int64), TypeError, "x must have dtype float32 or float64, got int64"),
+    ("bool", lambda a: a.x > 0, TypeError, "x must have dtype float32 or float64, got bool"),
+    (
+        "float16",
+        lambda a: a.x.astype(np.float16),
+        TypeError,
+        "x must have dtype float32 or float64, got float16",
+    ),
+    (
+        "complex64",
+        lambda a: a.x.astype(np.complex64),
+        TypeError,
+        "x must have dtype float32 or float64, got complex64",
+    ),
+    ("object", lambda a: a.x.astype(object), TypeError, "x must have dtype float32 or float64, got object"),
+    ("big_endian", lambda a: a.x.astype(">f4"), TypeError, "x must be in native byte order, got dtype >f4"),
+    (
+        "big_endian_64",
+        lambda a: a.x.astype(">f8"),
+        TypeError,
+        "x must be in native byte order, got dtype >f8",
+    ),
+    (
+        "misaligned",
+        lambda a: a.x_misaligned,
+        ValueError,
+        "x must be aligned to its item size, got an address that is not a multiple of 4",
+    ),
+    (
+        "no_dimension",
+        lambda a: np.array(1, np.float32),
+        ValueError,
+        "x must have 1 to 8 dimensions, got 0",
+    ),
+    ("nine_dimensions", lambda a: np.ones((1,) * 9), ValueError, "x must have 1 to 8 dimensions, got 9"),
+]
+
+AXIS = [  # (name, axis, error, text): of x with 4 dimensions
+    ("4", 4, ValueError, "axis must be in [-4, 3] for an array of 4 dimensions, got 4"),
+    ("minus_5", -5, ValueError, "axis must be in [-4, 3] for an array of 4 dimensions, got -5"),
+    ("float", 1.0, TypeError, "axis must be an int, got float"),
+    ("none", None, TypeError, "axis must be an int, got None"),
+    ("tuple", (0, 1), TypeError, "axis must be an int, got tuple"),
+    ("str", "1", TypeError, "axis must be an int, got str"),
+]
+
+EPS = [  # (name, eps, error, text)
+    ("negative", -1.0, ValueError, "eps must be finite and >= 0, got -1.0"),
+    ("nan", float("nan"), ValueError, "eps must be finite and >= 0, got nan"),
+    ("infinite", float("inf"), ValueError, "eps must be finite and >= 0, got inf"),
+    ("str", "1e-5", TypeError, "eps must be a number, got str"),
+    ("none", None, TypeError, "eps must be a number, got None"),
+]
+
+CHANNEL_VALUES = [  # (name, value from Arrays, error, text with {}): for gamma, beta, mean and var
+    ("short", lambda a: a.short, ValueError, "{} must have shape (3,), got (2,)"),
+    ("column", lambda a: a.column, ValueError, "{} must have shape (3,), got (3, 1)"),
+    ("int64", lambda a: np.ones(3, np.int64), TypeError, "{} must have a floating dtype, got int64"),
+    ("complex128", lambda a: np.ones(3, complex), TypeError, "{} must have a floating dtype, got complex128"),
+    ("object", lambda a: np.ones(3, object), TypeError, "{} must have a floating dtype, got object"),
+]
+
+VAR = [  # (name, var from Arrays, error, text)
+    (
+        "negative",
+        lambda a: a.var_negative,
+        ValueError,
+        "var must be >= 0 in every channel, got -1.0 at channel 2",
+    ),
+    ("nan", lambda a: a.var_nan, ValueError, "var must be >= 0 in every channel, got nan at channel 1"),
+]
+
+NUM_THREADS = [  # (name, num_threads, error, text)
+    ("0", 0, ValueError, "num_threads must be an int >= 1 or None, got 0"),
+    ("minus_1", -1, ValueError, "num_threads must be an int >= 1 or None, got -1"),
+    ("float", 2.0, TypeError, "num_threads must be an int >= 1 or None, got float"),
+    ("str", "2", TypeError, "num_threads must be an int >= 1 or None, got str"),
+]
+
+OUT = [  # (name, out from Arrays, error, text with {} for what it may be: x or dy)
+    ("list", lambda a: a.x.tolist(), TypeError, "out must be a numpy.ndarray, got list"),
+    ("shape", lambda a: a.out_transposed, ValueError, "out must have shape (2, 3, 4, 5), got (5, 4, 3, 2)"),
+    ("dtype", lambda a: a.out64, TypeError, "out must have dtype float32, got float64"),
+    ("read_only", lambda a: a.out_read_only, ValueError, "out must be writeable, got a read-only array"),
+    (
+        "misaligned",
+        lambda a: a.out_misaligned,
+        ValueError,
+        "out must be aligned to its item size, got an address that is not a multiple of 4",
+    ),
+    (
+        "stride_0",
+        lambda a: a.out_stride_0,
+        ValueError,
+        "out must have one address per value, got stride 0 on axis 3",
+    ),
+]
+OVERLAP = "out must be {0} itself or share no memory with {0}, got a partial overlap"
+
+DY = [  # (name, dy from Arrays, error, text)
+    ("list", lambda a: a.dy.tolist(), TypeError, "dy must be a numpy.ndarray, got list"),
+    ("shape", lambda a: a.dy[..., 1:], ValueError, "dy must have shape (2, 3, 4, 5), got (2, 3, 4, 4)"),
+    ("transposed", lambda a: a.dy.T, ValueError, "dy must have shape (2, 3, 4, 5), got (5, 4, 3, 2)"),
+    ("dtype", lambda a: a.dy.astype(np.float64), TypeError, "dy must have dtype float32, got float64"),
+    ("big_endian", lambda a: a.dy.astype(">f4"), TypeError, "dy must be in native byte order, got dtype >f4"),
+    (
+        "misaligned",
+        lambda a: a.x_misaligned,
+        ValueError,
+        "dy must be aligned to its item size, got an address that is not a multiple of 4",
+    ),
+]
+
+NEEDS = [  # (name, needs, error, text)
+    ("weight", ("x", "weight"), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'weight'"),
+    ("dx", ("dx",), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'dx'"),
+    ("number", ("x", 1), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 1"),
+    ("int", 3, TypeError, "needs must be a tuple of names, got int"),
+]
+
+
+def mistakes():
+    for name, x, error, text in X:
+        yield Mistake(f"moments-x-{name}", lambda a, x=x: bn.moments(x(a)), error, text)
+        yield Mistake(f"batch_norm-x-{name}", lambda a, x=x: bn.batch_norm(x(a)), error, text)
+        yield Mistake(f"normalize-x-{name}", lambda a, x=x: bn.normalize(x(a), a.mean, a.var), error, text)
+        yield Mistake(
+            f"normalize_backward-x-{name}",
+            lambda a, x=x: bn.normalize_backward(a.dy, x(a), a.mean, a.var),
+            error,
+            text,
+        )
+    for name, axis, error, text in AXIS:
+        yield Mistake(f"moments-axis-{name}", lambda a, axis=axis: bn.moments(a.x, axis=axis), error, text)
+    text = "axis must be in [-1, 0] for an array of 1 dimensions, got 1"
+    yield Mistake("moments-axis-of-a-line", lambda a: bn.moments(a.gamma), ValueError, text)
+
+    for function in ("batch_norm", "normalize"):
+        yield from of_forward(function, forward(function))
+    for function in ("batch_norm_backward", "normalize_backward"):
+        yield from of_backward(function, backward(function))
+    yield from of_statistics()
+    yield from of_the_halves()
+    yield from of_moments()
+    yield from of_settings()
+
+
+def of_forward(function, call):
+    for argument, table in (("axis", AXIS), ("eps", EPS), ("num_threads", NUM_THREADS)):
+        for name, value, error, text in table:
+            option = {argument: value}
+            yield Mistake(
+                f"{function}-{argument}-{name}", lambda a, o=option: call(a, out=a.out, **o), error, text
+            )
+    for argument in ("gamma", "beta"):
+        for name, value, error, text in CHANNEL_VALUES:
+            yield Mistake(
+                f"{function}-{argument}-{name}",
+                lambda a, argument=argument, value=value: call(a, out=a.out, **{argument: value(a)}),
+                error,
+                text.format(argument),
+            )
+    for name, out, error, text in OUT:
+        yield Mistake(f"{function}-out-{name}", lambda a, out=out: call(a, out=out(a)), error, text)
+    for name, out in (("shifted", lambda a: a.out_shifted), ("reversed", lambda a: a.x_of_line[::-1])):
+        yield Mistake(
+            f"{function}-out-{name}",
+            lambda a, out=out: call(a, x=a.x_of_line, out=out(a)),
+            ValueError,
+            OVERLAP.format("x"),
+        )
+
+
+def of_backward(function, call):
+    for name, dy, error, text in DY:
+        yield Mistake(f"{function}-dy-{name}", lambda a, dy=dy: call(a, dy(a), out=a.out), error, text)
+    for argument, table in (("needs", NEEDS), ("num_threads", NUM_THREADS)):
+        for name, value, error, text in table:
+            option = {argument: value}
+            yield Mistake(
+                f"{function}-{argument}-{name}", lambda a, o=option: call(a, out=a.out, **o), error, text
+            )
+    for name, out, error, text in OUT:
+        yield Mistake(f"{function}-out-{name}", lambda a, out=out: call(a, out=out(a)), error, text)
+    for name, out in (("shifted", lambda a: a.out_shifted), ("reversed", lambda a: a.x_of_line[::-1])):
+        yield Mistake(
+            f"{function}-out-{name}",
+            lambda a, out=out: call(a, a.x_of_line, out=out(a)),
+            ValueError,
+            OVERLAP.format("dy"),
+        )
+
+
+def of_statistics():
+    """List mistakes in a mean and var that are given."""
+    functions = {
+        "normalize": lambda a, mean, var, **o: bn.normalize(a.x, mean, var, out=a.out, **o),
+        "normalize_backward": lambda a, mean, var, **o: bn.normalize_backward(
+            a.dy, a.x, mean, var, out=a.out, **o
+        ),
+    }
+    for function, call in functions.items():
+        for name, value, error, text in CHANNEL_VALUES:
+            mean, var = text.format("mean"), text.format("var")
+            yield Mistake(
+                f"{function}-mean-{name}", lambda a, c=call, value=value: c(a, value(a), a.var), error, mean
+            )
+            yield Mistake(
+                f"{function}-var-{name}", lambda a, c=call, value=value: c(a, a.mean, value(a)), error, var
+            )
+        for name, value, error, text in VAR:
+            yield Mistake(
+                f"{function}-var-{name}", lambda a, c=call, value=value: c(a, a.mean, value(a)), error, text
+            )
+    frozen = functions["normalize_backward"]
+    for name, eps, error, text in EPS:
+        yield Mistake(
+            f"normalize_backward-eps-{name}", lambda a, e=eps: frozen(a, a.mean, a.var, eps=e), error, text
+        )
+    for name, axis, error, text in AXIS:
+        yield Mistake(
+            f"normalize_backward-axis-{name}", lambda a, x=axis: frozen(a, a.mean, a.var, axis=x), error, text
+        )
+    for name, value, error, text in CHANNEL_VALUES:
+        yield Mistake(
+            f"normalize_backward-gamma-{name}",
+            lambda a, value=value: bn.normalize_backward(a.dy, a.x, a.mean, a.var, value(a), out=a.out),
+            error,
+            text.format("gamma"),
+        )
+    for shape in ((1, 4), (1, 4, 1), (1, 3, 1, 1)):
+        yield Mistake(
+            f"batch_norm-one-value-a-channel-{len(shape)}d",
+            lambda a, shape=shape: bn.batch_norm(np.ones(shape, np.float32)),
+            ValueError,
+            f"x must have at least 2 values per channel for batch statistics, got shape {shape}",
+        )
+    yield Mistake(
+        "batch_norm-one-value-a-channel-1d",
+        lambda a: bn.batch_norm(np.ones(5), axis=0),
+        ValueError,
+        "x must have at least 2 values per channel for batch statistics, got shape (5,)",
+    )
+
+
+def of_the_halves():
+    for name, dy, error, text in DY:
+        yield Mistake(f"grad_sums-dy-{name}", lambda a, dy=dy: bn.grad_sums(dy(a), a.saved), error, text)
+        yield Mistake(
+            f"grad_input-dy-{name}",
+            lambda a, dy=dy: bn.grad_input(dy(a), a.saved, bn.grad_sums(a.dy, a.saved), out=a.out),
+            error,
+            text,
+        )
+    calls = {
+        "batch_norm_backward": lambda a, saved: bn.batch_norm_backward(a.dy, saved),
+        "grad_sums": lambda a, saved: bn.grad_sums(a.dy, saved),
+        "grad_input": lambda a, saved: bn.grad_input(a.dy, saved, bn.grad_sums(a.dy, a.saved)),
+    }
+    for function, call in calls.items():
+        text = "saved must be the Saved of a batch_norm call, got tuple"
+        yield Mistake(f"{function}-saved-tuple", lambda a, c=call: c(a, (a.x, a.gamma)), TypeError, text)
+    yield Mistake(
+        "grad_input-sums-tuple",
+        lambda a: bn.grad_input(a.dy, a.saved, (1, 2, 3)),
+        TypeError,
+        "sums must be GradSums, got tuple",
+    )
+
+
+def of_moments():
+    two, three = bn.Moments.empty(2), bn.Moments.empty(3)
+    text = "moments must have 3 channels to merge with the first, got 2"
+    yield Mistake("merge-channels", lambda a: bn.merge(three, two), ValueError, text)
+    yield Mistake("bar-channels", lambda a: three | two, ValueError, text)
+    yield Mistake(
+        "merge-nothing", lambda a: bn.merge(), TypeError, "merge must have at least 1 Moments, got none"
+    )
+    yield Mistake(
+        "merge-array", lambda a: bn.merge(three, a.mean), TypeError, "merge must have Moments, got ndarray"
+    )
+    values = {
+        "mean-shape": ((2, np.ones((3, 1)), np.ones(3)), ValueError, "mean must have 1 dimension, got 2"),
+        "m2-shape": ((2, np.ones(3), np.ones(2)), ValueError, "m2 must have shape (3,), got (2,)"),
+        "count-shape": (
+            (np.ones(2), np.ones(3), np.ones(3)),
+            ValueError,
+            "count must have shape (3,), got (2,)",
+        ),
+        "count-negative": (
+            (-1, np.ones(3), np.ones(3)),
+            ValueError,
+            "count must be >= 0 in every channel, got -1.0 at channel 0",
+        ),
+        "m2-negative": (
+            (2, np.ones(3), np.array([0.0, -1.0, 0.0])),
+            ValueError,
+            "m2 must be >= 0 in every channel, got -1.0 at channel 1",
+        ),
+    }
+    for name, (arguments, error, text) in values.items():
+        yield Mistake(f"moments-{name}", lambda a, arguments=arguments: bn.Moments(*arguments), error, text)
+
+
+def of_settings():
+    for name, num_threads, error, text in NUM_THREADS:
+        yield Mistake(
+            f"moments-num_threads-{name}",
+            lambda a, n=num_threads: bn.moments(a.x, num_threads=n),
+            error,
+            text,
+        )
+        yield Mistake(f"set_num_threads-{name}", lambda a, n=num_threads: bn.set_num_threads(n), error, text)
+    yield Mistake(
+        "show_config-mode",
+        lambda a: bn.show_config("json"),
+        ValueError,
+        "mode must be 'stdout' or 'dicts', got 'json'",
+    )
+
+
+@pytest.fixture(autouse=True)
+def _keep_num_threads():
+    before = bn.get_num_threads()
+    yield
+    bn.set_num_threads(before)
+
+
+@pytest.mark.parametrize("mistake", list(mistakes()), ids=operator.attrgetter("name"))
+def test_a_mistake_says_what_was_needed_and_what_came_and_changes_nothing(mistake):
+    arrays = Arrays()
+    before, num_threads = arrays.bytes(), bn.get_num_threads()
+    with pytest.raises(mistake.error) as caught:
+        mistake.call(arrays)
+    assert str(caught.value) == mistake.text
+    assert type(caught.value) is mistake.error
+    assert arrays.bytes() == before
+    assert bn.get_num_threads() == num_threads
+
+
+def test_every_mistake_has_a_name_of_its_own():
+    names = [mistake.name for mistake in mistakes()]
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda a: bn.batch_norm(a.x, axis=np.int64(1), eps=np.float32(1e-5), num_threads=np.int32(1)),
+        lambda a: bn.batch_norm(a.x, eps=0, num_threads=None),
+        lambda a: bn.normalize(a.x, a.mean, a.var.astype(np.float16)),
+        lambda a: bn.batch_norm_backward(a.dy, a.saved, needs=["x"]),
+        lambda a: bn.batch_norm_backward(a.dy, a.saved, needs=()),
+        lambda a: bn.batch_norm(np.lib.stride_tricks.as_strided(a.x, writeable=False)),
+    ],
+    ids=["numpy_scalars", "int_eps", "float16_var", "list_of_needs", "no_needs", "read_only_x"],
+)
+def test_what_is_close_to_a_mistake_is_accepted(call):
+    call(Arrays())
+
+
+def test_options_are_keyword_only():
+    a = Arrays()
+    with pytest.raises(TypeError):
+        bn.batch_norm(a.x, a.gamma, a.beta, 1)
+    with pytest.raises(TypeError):
+        bn.normalize(a.x, a.mean, a.var, a.gamma, a.beta, 1)
+
+
+def test_an_unknown_instruction_set_is_refused_with_the_list_of_known_ones(python_with_isa):
+    code = """
+import numpy as np
+try:
+    import batchnorm as bn
+    bn.moments(np.ones((2, 3)))
+except ValueError as error:
+    print(error)
+"""
+    names = ", ".join([*bn.available_isas(), "reference"])
+    assert python_with_isa("sse9", code).stdout.strip() == f"BATCHNORM_ISA must be one of {names}, got sse9"
+
+
+@functools.cache
+def huge_view():
+    """View 4 bytes of memory as 2^40 values."""
+    return np.broadcast_to(np.float32(1), (2**20, 2, 2**19))
+
+
+def test_an_impossible_amount_of_memory_is_a_memory_error():
+    with pytest.raises(MemoryError):
+        bn.normalize(huge_view(), np.zeros(2), np.ones(2))
