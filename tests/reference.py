@@ -380,7 +380,9 @@ class Scales(NamedTuple):
 
 
 class GradientScales(NamedTuple):
-    dx: np.ndarray  # |a dy| + |a mean(dy)| + |a xhat mean(dy xhat)|, a = gamma * rstd, elementwise
+    # |a dy| + |a mean(dy)| + |a xhat mean(dy xhat)|, a = gamma * rstd, elementwise. For float64 the two means are
+    # those of |dy| and |dy xhat|: their own terms are rounded too, with nothing wider to hold them.
+    dx: np.ndarray
     dgamma: np.ndarray  # sum |dy xhat|, (C,)
     dbeta: np.ndarray  # sum |dy|, (C,)
 
@@ -400,10 +402,13 @@ def forward_scales(x, gamma, beta, exact, *, axis):
 def backward_scales(dy, x, gamma, exact, gradients, *, axis, frozen=False):
     dy, xhat = dy.astype(np.float64), _xhat(x, exact, axis)
     a = per_channel(exact.rstd.high, x, axis) * _gamma_beta(x, gamma, None, axis)[0]
+    dgamma, dbeta = _sums(np.abs(dy), np.abs(xhat), axis)
     dx = np.abs(a * dy)
     if not frozen:
+        along_x, total = (
+            (dgamma, dbeta) if x.dtype == np.float64 else (gradients.dgamma.high, gradients.dbeta.high)
+        )
         count = max(math.prod(x.shape[i] for i in other_axes(x, axis)), 1)
-        dx = dx + np.abs(a * per_channel(gradients.dbeta.high / count, x, axis))
-        dx = dx + np.abs(a * xhat * per_channel(gradients.dgamma.high / count, x, axis))
-    dgamma, dbeta = _sums(np.abs(dy), np.abs(xhat), axis)
+        dx = dx + np.abs(a * per_channel(total / count, x, axis))
+        dx = dx + np.abs(a * xhat * per_channel(along_x / count, x, axis))
     return GradientScales(dx, dgamma, dbeta)

@@ -1,7 +1,7 @@
 """State files: what is saved comes back bit for bit, a save is all or nothing, and no file can do harm.
 
-The hostile files are built here, from the bytes up. Each must be refused with a ValueError that says what was wrong,
-change nothing in the layer that tried to load it, and cost no more memory than a good file of its size.
+The hostile files are built here, from the bytes up. Each must be refused with a ValueError that says what was
+wrong, change nothing in the layer that tried to load it, and cost no more memory than a good file would.
 """
 
 import io
@@ -17,11 +17,12 @@ import tracemalloc
 import zipfile
 from pathlib import Path
 
-import batchnorm as bn
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+
+import batchnorm as bn
 
 C = 3
 STATE = {
@@ -226,7 +227,7 @@ def test_a_killed_save_leaves_the_old_file(step, tmp_path):
         f"os.{step} = lambda *_: os.kill(os.getpid(), signal.SIGKILL)\n"
         f"batchnorm.BatchNorm({C}).save(sys.argv[1])\n"
     )
-    killed = subprocess.run([sys.executable, "-c", program, tmp_path / "layer.npz"], timeout=60)
+    killed = subprocess.run([sys.executable, "-c", program, tmp_path / "layer.npz"], timeout=60, check=False)
     assert killed.returncode == -signal.SIGKILL
     assert (tmp_path / "layer.npz").read_bytes() == before
 
@@ -258,7 +259,7 @@ def npy_with_header(header, data, version=b"\x01\x00", length=None):
 
 
 def members(**changes):
-    """The .npy members of a good state, with some changed; None leaves one out."""
+    """Give the .npy members of a good state, with some changed; None leaves one out."""
     contents = {"format_version": npy(np.int64(1))} | {name: npy(value) for name, value in STATE.items()}
     contents |= changes
     return {f"{name}.npy": content for name, content in contents.items() if content is not None}
@@ -278,7 +279,7 @@ def good():
 
 
 def with_name(name):
-    """A good file in which gamma.npy has another name, as raw bytes: zipfile would repair some of them."""
+    """Give gamma.npy another name in a good file, as raw bytes: zipfile would repair some of them."""
     placeholder = "x" * len(name)
     contents = {placeholder if key == "gamma.npy" else key: value for key, value in members().items()}
     return zip_of(contents).replace(placeholder.encode(), name)
@@ -292,7 +293,7 @@ def duplicated():
 
 
 def patched(at, fmt, value, record):
-    """A good file with one field changed in the `record`: of gamma.npy, or the end record."""
+    """Change one field of a good file in the `record`: of gamma.npy, or the end record."""
     raw = bytearray(good())
     begin = {
         "local": raw.index(b"gamma.npy") - 30,
@@ -304,7 +305,7 @@ def patched(at, fmt, value, record):
 
 
 def with_gap():
-    """A byte between the last member and the directory, with all offsets right."""
+    """Put a byte between the last member and the directory, with all offsets right."""
     raw = good()
     start = struct.unpack_from("<I", raw, len(raw) - 6)[0]
     return raw[:start] + b"?" + raw[start:-6] + struct.pack("<IH", start + 1, 0)
@@ -318,7 +319,7 @@ def with_data_changed():
 
 
 def with_zip64_end():
-    """A zip64 end record before the usual one, which claims a directory of 2**60 bytes."""
+    """Put a zip64 end record before the usual one, which claims a directory of 2**60 bytes."""
     raw = good()
     end = len(raw) - 22
     record = struct.pack("<4sQ2H2I4Q", b"PK\x06\x06", 44, 45, 45, 0, 0, 6, 6, 2**60, 0)
@@ -719,7 +720,7 @@ def test_every_changed_byte_is_refused_or_makes_no_difference(tmp_path):
         changed = bytearray(raw)
         changed[at] ^= 0x55
         harmless += load_or_refuse(changed, tmp_path / "layer.npz", layer)
-    # Dates, versions and permissions: 2 + 4 bytes of a local header, 4 + 4 + 6 of a directory record, 6 members.
+    # Dates, versions and permissions of 6 members: 2 + 4 bytes in a local header, 4 + 4 + 6 in the directory.
     assert harmless == 6 * (2 + 4 + 4 + 4 + 6)
 
 

@@ -47,7 +47,8 @@ def _contract(dtype, u):
             0,
             1,
             "three terms of at most one coefficient, one difference and one product each, and the sum; "
-            "scale: |a dy| + |a mean(dy)| + |a xhat mean(dy xhat)|; one subnormal where dx underflows",
+            "scale: |a dy| + |a mean(dy)| + |a xhat mean(dy xhat)|, in float64 with the means of |dy| and |dy xhat|, "
+            "as dy and x - mean are rounded before they are summed; one subnormal where dx underflows",
         ),
         ("dgamma", dtype): Bound(
             4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy xhat|"

@@ -32,15 +32,15 @@ void check_backward(std::span<const T> dy, std::span<const T> x, const Problem& 
 
 template <class T>
 void check_gradients(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues gamma,
-                     double eps, std::span<T> dx, std::span<double> dgamma, std::span<double> dbeta) {
+                     double eps, std::span<T> dx, ChannelOutput dgamma, ChannelOutput dbeta) {
   check::channels_or_absent("gamma", gamma, problem);
   check::eps(eps);
   if (!dx.empty()) {
     check_output("dx", dx, problem, dy, "dy");
     check::no_partial_overlap("dx", dx.data(), "x", x.data(), x.size_bytes());
   }
-  if (!dgamma.empty()) check::channels("dgamma", dgamma.size(), problem);
-  if (!dbeta.empty()) check::channels("dbeta", dbeta.size(), problem);
+  if (dgamma.wanted()) check::channels("dgamma", dgamma.size(), problem);
+  if (dbeta.wanted()) check::channels("dbeta", dbeta.size(), problem);
 }
 
 template <class T>
@@ -65,7 +65,7 @@ double variance(const Moments& moments, int ddof) {
   return v.hi;
 }
 
-double rstd(const Moments& moments, double eps) { return rstd_of(moments, eps); }
+double rstd(const Moments& moments, double eps) { return rstd_of(moments, eps).hi; }
 
 void update_running(std::span<double> running_mean, std::span<double> running_var, std::span<const Moments> batch,
                     double update_rate, int ddof) {
@@ -108,8 +108,8 @@ void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamm
 }
 
 template <class T>
-void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var,
-               ChannelValues gamma, ChannelValues beta, double eps, std::span<T> y, const Options& options) {
+void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
+               ChannelValues beta, double eps, std::span<T> y, const Options& options) {
   check_common(problem, options);
   check::size("x", x.size(), problem);
   check::channels_present("mean", mean, problem);
@@ -162,26 +162,26 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& prob
 template <class T>
 void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
                          std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
-                         std::span<double> dgamma, std::span<double> dbeta, const Options& options) {
+                         ChannelOutput dgamma, ChannelOutput dbeta, const Options& options) {
   check_backward(dy, x, problem, options);
   check::channels("saved", saved.size(), problem);
   check::counts("saved", saved);
   check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
-  run_batch_norm_backward(dy.data(), x.data(), problem, saved.data(), gamma, eps, data_or_null(dx),
-                          data_or_null(dgamma), data_or_null(dbeta), options.threads);
+  run_batch_norm_backward(dy.data(), x.data(), problem, saved.data(), gamma, eps, data_or_null(dx), dgamma, dbeta,
+                          options.threads);
 }
 
 template <class T>
 void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
-                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx,
-                        std::span<double> dgamma, std::span<double> dbeta, const Options& options) {
+                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
+                        ChannelOutput dbeta, const Options& options) {
   check_backward(dy, x, problem, options);
   check::channels_present("mean", mean, problem);
   check::channels_present("var", var, problem);
   check::variances(var);
   check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
-  run_normalize_backward(dy.data(), x.data(), problem, {mean, var}, gamma, eps, data_or_null(dx),
-                         data_or_null(dgamma), data_or_null(dbeta), options.threads);
+  run_normalize_backward(dy.data(), x.data(), problem, {mean, var}, gamma, eps, data_or_null(dx), dgamma, dbeta,
+                         options.threads);
 }
 
 #define BN_INSTANTIATE(T)                                                                                             \
@@ -197,11 +197,11 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
   template void grad_input(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,          \
                            std::span<const GradSums>, ChannelValues, double, std::span<T>, const Options&);           \
   template void batch_norm_backward(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>, \
-                                    ChannelValues, double, std::span<T>, std::span<double>, std::span<double>,        \
+                                    ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,                \
                                     const Options&);                                                                  \
   template void normalize_backward(std::span<const T>, std::span<const T>, const Problem&, ChannelValues,             \
-                                   ChannelValues, ChannelValues, double, std::span<T>, std::span<double>,             \
-                                   std::span<double>, const Options&);
+                                   ChannelValues, ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,  \
+                                   const Options&);
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

@@ -23,12 +23,12 @@ class BackwardPass {
   bool reduces, applies;
   const kernels::Kernels<T>& kernels;
   const T *dy, *x;
-  T* dx;                      // where the pass applies
+  T* dx;  // where the pass applies
   const Moments* moments;
   const double* column_mean;  // interleaved and reduces: moments[...].mean, per column
   GradSums* sums_out;         // may be null
   const GradSums* sums_in;    // where it applies but does not reduce
-  double *dgamma, *dbeta;     // may be null
+  ChannelOutput dgamma, dbeta;
   ChannelValues gamma;
   double eps;
   Table* coefficients;  // where it applies
@@ -50,10 +50,10 @@ class BackwardPass {
         s = {t.first, t.first_lo, t.second, t.second_lo};
       }
       const bool empty = moments[c].count == 0;
-      const double r = empty ? 0 : rstd_of(moments[c], eps);
+      const DoubleDouble r = empty ? DoubleDouble{} : rstd_of(moments[c], eps);
       if (sums_out != nullptr) sums_out[c] = s;
-      if (dgamma != nullptr) dgamma[c] = dgamma_of(moments[c], s, r);
-      if (dbeta != nullptr) dbeta[c] = dbeta_of(s);
+      dgamma.set(c, dgamma_of(moments[c], s, r));
+      dbeta.set(c, dbeta_of(s));
       if (applies) (*coefficients)[c] = backward_coefficients<T>(moments[c], s, r, gamma.value_or(c, 1));
     }
   }
@@ -118,8 +118,8 @@ BackwardPass<T> pass_over(const T* dy, const T* x, const Moments* moments) {
           .column_mean = nullptr,
           .sums_out = nullptr,
           .sums_in = nullptr,
-          .dgamma = nullptr,
-          .dbeta = nullptr,
+          .dgamma = {},
+          .dbeta = {},
           .gamma = {},
           .eps = 0,
           .coefficients = nullptr};
@@ -149,8 +149,8 @@ void run_grad_input(const T* dy, const T* x, const Problem& problem, const Momen
 }
 
 template <class T>
-void run_batch_norm_backward(const T* dy, const T* x, const Problem& problem, const Moments* saved,
-                             ChannelValues gamma, double eps, T* dx, double* dgamma, double* dbeta, int threads) {
+void run_batch_norm_backward(const T* dy, const T* x, const Problem& problem, const Moments* saved, ChannelValues gamma,
+                             double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta, int threads) {
   BackwardPass<T> pass = pass_over(dy, x, saved);
   pass.applies = dx != nullptr;
   pass.dx = dx;
@@ -163,34 +163,37 @@ void run_batch_norm_backward(const T* dy, const T* x, const Problem& problem, co
 
 template <class T>
 void run_normalize_backward(const T* dy, const T* x, const Problem& problem, const GivenStatistics& given,
-                            ChannelValues gamma, double eps, T* dx, double* dgamma, double* dbeta, int threads) {
+                            ChannelValues gamma, double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta,
+                            int threads) {
   const auto channels = static_cast<std::size_t>(problem.channels);
-  std::vector<Moments> moments(dgamma != nullptr || dbeta != nullptr ? channels : 0);
+  std::vector<Moments> moments(dgamma.wanted() || dbeta.wanted() ? channels : 0);
   std::vector<GradSums> sums(moments.size());
   if (!moments.empty()) {
     for (std::size_t c = 0; c < channels; ++c) moments[c].mean = given.mean[static_cast<std::int64_t>(c)];
-    run_grad_sums(dy, dgamma != nullptr ? x : dy, problem, moments.data(), sums.data(), threads);
+    run_grad_sums(dy, dgamma.wanted() ? x : dy, problem, moments.data(), sums.data(), threads);
   }
   if (dx != nullptr) {
     GivenStatistics scale = given;
     scale.only_scale = true;
     run_normalize(dy, problem, scale, gamma, {}, eps, dx, threads);
   }
-  for (std::size_t c = 0; c < moments.size(); ++c) {
-    const double rstd = rstd_of(DoubleDouble{given.var[static_cast<std::int64_t>(c)], 0}, eps);
-    if (dgamma != nullptr) dgamma[c] = dgamma_of(moments[c], sums[c], rstd);
-    if (dbeta != nullptr) dbeta[c] = dbeta_of(sums[c]);
-  }
+  parallel(1, [&](const Team&) {
+    for (std::int64_t c = 0; c < static_cast<std::int64_t>(moments.size()); ++c) {
+      const auto at = static_cast<std::size_t>(c);
+      dgamma.set(c, dgamma_of(moments[at], sums[at], rstd_of(DoubleDouble{given.var[c], 0}, eps)));
+      dbeta.set(c, dbeta_of(sums[at]));
+    }
+  });
 }
 
-#define BN_INSTANTIATE(T)                                                                                            \
-  template void run_grad_sums(const T*, const T*, const Problem&, const Moments*, GradSums*, int);                   \
-  template void run_grad_input(const T*, const T*, const Problem&, const Moments*, const GradSums*, ChannelValues,   \
-                               double, T*, int);                                                                     \
-  template void run_batch_norm_backward(const T*, const T*, const Problem&, const Moments*, ChannelValues, double,   \
-                                        T*, double*, double*, int);                                                  \
-  template void run_normalize_backward(const T*, const T*, const Problem&, const GivenStatistics&, ChannelValues,    \
-                                       double, T*, double*, double*, int);
+#define BN_INSTANTIATE(T)                                                                                              \
+  template void run_grad_sums(const T*, const T*, const Problem&, const Moments*, GradSums*, int);                     \
+  template void run_grad_input(const T*, const T*, const Problem&, const Moments*, const GradSums*, ChannelValues,     \
+                               double, T*, int);                                                                       \
+  template void run_batch_norm_backward(const T*, const T*, const Problem&, const Moments*, ChannelValues, double, T*, \
+                                        ChannelOutput, ChannelOutput, int);                                            \
+  template void run_normalize_backward(const T*, const T*, const Problem&, const GivenStatistics&, ChannelValues,      \
+                                       double, T*, ChannelOutput, ChannelOutput, int);
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

@@ -102,18 +102,19 @@ inline DoubleDouble variance_of(const Moments& m, int ddof) {
   return DoubleDouble{m.m2, m.m2_lo} / DoubleDouble{freedom, 0};
 }
 
-// 1/sqrt(var + eps), rounded once; 0 where var + eps is 0, so that a channel without spread gives exactly beta.
-inline double rstd_of(DoubleDouble var, double eps) {
+// 1/sqrt(var + eps) to about 100 bits; 0 where var + eps is 0, so that a channel without spread gives exactly beta.
+inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
   const DoubleDouble v = var + DoubleDouble{eps, 0};
-  if (v.hi == 0) return 0;
+  if (v.hi == 0) return {0, 0};
   const double r = 1 / std::sqrt(v.hi);
   const DoubleDouble square = two_product(r, r);
-  // One Newton step from 1/sqrt's two roundings: r*(1 + e/2), e = 1 - r^2*v.
+  // One Newton step from there: r*(1 + e/2), e = 1 - r^2*v.
   const double e = std::fma(-square.hi, v.hi, 1.0) - (square.lo * v.hi + square.hi * v.lo);
-  const double refined = r + r * (e / 2);
-  return std::isfinite(refined) ? refined : r;  // r*r may overflow where v is near the smallest float64
+  const DoubleDouble refined = fast_two_sum(r, r * (e / 2));
+  // r*r overflows where v is near the smallest float64; an infinite or NaN v has nothing to refine.
+  return std::isfinite(refined.hi) ? refined : DoubleDouble{r, 0};
 }
-inline double rstd_of(const Moments& m, double eps) { return rstd_of(variance_of(m, 0), eps); }
+inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(variance_of(m, 0), eps); }
 
 // ---- coefficients ----------------------------------------------------------------------------------------------
 
@@ -133,18 +134,25 @@ using BackwardCoefficients = Coefficients<T, kernels::GradAffine>;
 template <class T>
 bool factor_fits(double exact) {
   const double a = std::abs(static_cast<double>(static_cast<T>(exact)));
-  return exact == 0 ||
-         (a >= static_cast<double>(std::numeric_limits<T>::min()) && a <= static_cast<double>(std::numeric_limits<T>::max()));
+  return exact == 0 || (a >= static_cast<double>(std::numeric_limits<T>::min()) &&
+                        a <= static_cast<double>(std::numeric_limits<T>::max()));
 }
 // A center that a finite float32 minus it cannot overflow: below half a spacing (2^103) of the largest float32.
 inline bool center_fits(double center) { return std::abs(center) < 0x1p102; }
 // An offset that cannot bring an overflowed product back into range, nor overflow with it.
 inline bool offset_fits(double offset) { return std::abs(offset) < 0x1p100; }
 
+// The split mean makes the low part of a mean count, so the factors must be right to the last bit too: they are formed
+// in double-double and rounded once. (For float32 tensors, float64 would do.)
+inline double factor(double gamma, DoubleDouble rstd) {
+  const DoubleDouble f = DoubleDouble{gamma, 0} * rstd;
+  return std::isfinite(f.lo) ? f.hi + f.lo : gamma * rstd.hi;
+}
+
 template <class T>
-ForwardCoefficients<T> forward_coefficients(double mean, double mean_lo, double rstd, double gamma, double beta) {
+ForwardCoefficients<T> forward_coefficients(double mean, double mean_lo, DoubleDouble rstd, double gamma, double beta) {
   ForwardCoefficients<T> k;
-  const double scale = gamma * rstd;
+  const double scale = factor(gamma, rstd);
   k.wide = {mean, scale, beta - mean_lo * scale};
   const T center = static_cast<T>(mean), t_scale = static_cast<T>(scale);
   const double offset = beta + ((static_cast<double>(center) - mean) - mean_lo) * static_cast<double>(t_scale);
@@ -155,28 +163,36 @@ ForwardCoefficients<T> forward_coefficients(double mean, double mean_lo, double 
 
 // dx = scale*dy, for statistics that are constants: a normalize pass over dy. The offset -0 keeps the sign of a zero.
 template <class T>
-ForwardCoefficients<T> frozen_backward_coefficients(double rstd, double gamma) {
-  const double scale = gamma * rstd;
-  return {{T(0), static_cast<T>(scale), T(-0.0)},
-          {0.0, scale, -0.0},
-          sizeof(T) == sizeof(float) && !factor_fits<T>(scale)};
+ForwardCoefficients<T> frozen_backward_coefficients(DoubleDouble rstd, double gamma) {
+  const double scale = factor(gamma, rstd);
+  return {
+      {T(0), static_cast<T>(scale), T(-0.0)}, {0.0, scale, -0.0}, sizeof(T) == sizeof(float) && !factor_fits<T>(scale)};
 }
 
 // D about the true mean, from the sum about its high part.
-inline double centered_dot(const Moments& m, const GradSums& s) {
-  return (s.sum_dy_xmu + s.sum_dy_xmu_lo) - m.mean_lo * (s.sum_dy + s.sum_dy_lo);
+inline DoubleDouble centered_dot(const Moments& m, const GradSums& s) {
+  const double rest = m.mean_lo * (s.sum_dy + s.sum_dy_lo);
+  return two_sum(s.sum_dy_xmu, s.sum_dy_xmu_lo - rest);
 }
-inline double dgamma_of(const Moments& m, const GradSums& s, double rstd) { return rstd * centered_dot(m, s); }
+inline double dgamma_of(const Moments& m, const GradSums& s, DoubleDouble rstd) {
+  const DoubleDouble dot = centered_dot(m, s), d = dot * rstd;
+  return std::isfinite(d.lo) ? d.hi + d.lo : dot.hi * rstd.hi;
+}
 inline double dbeta_of(const GradSums& s) { return s.sum_dy + s.sum_dy_lo; }
 
 template <class T>
-BackwardCoefficients<T> backward_coefficients(const Moments& m, const GradSums& s, double rstd, double gamma) {
+BackwardCoefficients<T> backward_coefficients(const Moments& m, const GradSums& s, DoubleDouble rstd, double gamma) {
   BackwardCoefficients<T> k;
-  const DoubleDouble g = DoubleDouble{s.sum_dy, s.sum_dy_lo} / DoubleDouble{m.count, 0};
-  const double a = gamma * rstd;
-  const double p = -(a * rstd) * (rstd * (centered_dot(m, s) / m.count));
+  const DoubleDouble n{m.count, 0}, dot = centered_dot(m, s);
+  const DoubleDouble g = DoubleDouble{s.sum_dy, s.sum_dy_lo} / n;
+  const double a = factor(gamma, rstd);
+  // Grouped so that rstd^2 alone is never formed: it may overflow where p does not.
+  const DoubleDouble p_exact = (DoubleDouble{-gamma, 0} * rstd * rstd) * (rstd * (dot / n));
+  const double p = std::isfinite(p_exact.lo) ? p_exact.hi + p_exact.lo
+                                             : -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));
   k.wide = {g.hi, a, m.mean, p, -(a * g.lo + p * m.mean_lo)};
-  const T g_hi = static_cast<T>(g.hi), center = static_cast<T>(m.mean), t_a = static_cast<T>(a), t_p = static_cast<T>(p);
+  const T g_hi = static_cast<T>(g.hi), center = static_cast<T>(m.mean), t_a = static_cast<T>(a),
+          t_p = static_cast<T>(p);
   const double offset = static_cast<double>(t_a) * ((static_cast<double>(g_hi) - g.hi) - g.lo) +
                         static_cast<double>(t_p) * ((static_cast<double>(center) - m.mean) - m.mean_lo);
   k.narrow = {g_hi, t_a, center, t_p, static_cast<T>(offset)};

@@ -90,8 +90,7 @@ void threads(int threads) {
   if (threads < 0) fail("threads must be >= 0, got ", threads);
 }
 
-void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in,
-                        std::size_t bytes) {
+void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes) {
   const auto a = reinterpret_cast<std::uintptr_t>(out), b = reinterpret_cast<std::uintptr_t>(in);
   const std::uintptr_t apart = a > b ? a - b : b - a;
   if (apart != 0 && apart < bytes) {

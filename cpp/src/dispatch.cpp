@@ -11,8 +11,7 @@ namespace {
 
 constexpr std::array kImplementations = {
 #ifdef BATCHNORM_HAS_X86_64
-    Implementation{"x86-64-v4", &kernels::x86_64_v4_table},
-    Implementation{"x86-64-v3", &kernels::x86_64_v3_table},
+    Implementation{"x86-64-v4", &kernels::x86_64_v4_table}, Implementation{"x86-64-v3", &kernels::x86_64_v3_table},
     Implementation{"x86-64-v2", &kernels::x86_64_v2_table},
 #endif
 #ifdef BATCHNORM_HAS_NEON

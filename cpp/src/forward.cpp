@@ -24,7 +24,7 @@ class ForwardPass {
   const kernels::Kernels<T>& kernels;
   const T* x;
   T* y;
-  Moments* saved;  // where the pass reduces
+  Moments* saved;         // where the pass reduces
   GivenStatistics given;  // where it does not
   ChannelValues gamma, beta;
   double eps;
@@ -72,7 +72,7 @@ class ForwardPass {
       const Moments& m = given.moments[c];
       return forward_coefficients<T>(m.mean, m.mean_lo, rstd_of(m, eps), g, b);
     }
-    const double rstd = rstd_of(DoubleDouble{given.var[c], 0}, eps);
+    const DoubleDouble rstd = rstd_of(DoubleDouble{given.var[c], 0}, eps);
     if (given.only_scale) return frozen_backward_coefficients<T>(rstd, g);
     return forward_coefficients<T>(given.mean[c], 0, rstd, g, b);
   }
@@ -81,8 +81,7 @@ class ForwardPass {
 template <class T>
 void run(ForwardPass<T>& pass, const Plan& plan) {
   using Table = typename ForwardPass<T>::Table;
-  Workspace workspace((pass.applies ? Table::bytes(plan) : 0) +
-                      Traversal<ForwardPass<T>>::bytes(plan, pass.reduces));
+  Workspace workspace((pass.applies ? Table::bytes(plan) : 0) + Traversal<ForwardPass<T>>::bytes(plan, pass.reduces));
   Traversal<ForwardPass<T>> traversal(plan, pass, workspace);
   if (!pass.applies) return traversal.run();
   Table coefficients(plan, workspace);
@@ -153,11 +152,11 @@ void run_normalize(const T* x, const Problem& problem, const GivenStatistics& gi
   run(pass, plan);
 }
 
-#define BN_INSTANTIATE(T)                                                                                          \
-  template void run_moments(const T*, const Problem&, Moments*, int);                                              \
-  template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int); \
-  template void run_normalize(const T*, const Problem&, const GivenStatistics&, ChannelValues, ChannelValues,      \
-                              double, T*, int);
+#define BN_INSTANTIATE(T)                                                                                             \
+  template void run_moments(const T*, const Problem&, Moments*, int);                                                 \
+  template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int);    \
+  template void run_normalize(const T*, const Problem&, const GivenStatistics&, ChannelValues, ChannelValues, double, \
+                              T*, int);
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

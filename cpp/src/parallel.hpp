@@ -33,8 +33,7 @@ void run_in_parallel(int threads, void (*f)(void* context, const Team& team), vo
 
 template <class F>
 void parallel(int threads, F&& f) {
-  run_in_parallel(
-      threads, [](void* context, const Team& team) { (*static_cast<F*>(context))(team); }, &f);
+  run_in_parallel(threads, [](void* context, const Team& team) { (*static_cast<F*>(context))(team); }, &f);
 }
 
 // Threads for a call that asks for `requested` (0: the process's setting, else OpenMP's). 1 inside a parallel region,

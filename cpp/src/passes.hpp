@@ -23,7 +23,7 @@ template <class T>
 void run_normalize(const T* x, const Problem& problem, const GivenStatistics& given, ChannelValues gamma,
                    ChannelValues beta, double eps, T* y, int threads);
 
-// backward.cpp. dx, dgamma, dbeta may be null.
+// backward.cpp. dx may be null.
 template <class T>
 void run_grad_sums(const T* dy, const T* x, const Problem& problem, const Moments* moments, GradSums* out, int threads);
 template <class T>
@@ -31,9 +31,10 @@ void run_grad_input(const T* dy, const T* x, const Problem& problem, const Momen
                     ChannelValues gamma, double eps, T* dx, int threads);
 template <class T>
 void run_batch_norm_backward(const T* dy, const T* x, const Problem& problem, const Moments* saved, ChannelValues gamma,
-                             double eps, T* dx, double* dgamma, double* dbeta, int threads);
+                             double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta, int threads);
 template <class T>
 void run_normalize_backward(const T* dy, const T* x, const Problem& problem, const GivenStatistics& given,
-                            ChannelValues gamma, double eps, T* dx, double* dgamma, double* dbeta, int threads);
+                            ChannelValues gamma, double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta,
+                            int threads);
 
 }  // namespace batchnorm

@@ -12,10 +12,10 @@ namespace batchnorm {
 
 // The orders in which the pieces of a tensor can be visited.
 enum class Path {
-  nothing,         // no values at all
-  channel_tasks,   // planar: a thread reduces one channel and applies it while its values are still in cache
-  chunk_tasks,     // planar: all threads reduce chunks, meet, and apply chunks
-  row_blocks,      // interleaved: all threads reduce blocks of rows, meet, and apply blocks
+  nothing,        // no values at all
+  channel_tasks,  // planar: a thread reduces one channel and applies it while its values are still in cache
+  chunk_tasks,    // planar: all threads reduce chunks, meet, and apply chunks
+  row_blocks,     // interleaved: all threads reduce blocks of rows, meet, and apply blocks
 };
 
 // The geometry (everything but path and threads) decides the order of summation, so it is a function of the Problem
@@ -27,9 +27,9 @@ struct Plan {
   // `piece_length` values. Chunk k starts at outer index k / pieces_per_run * runs_per_chunk.
   std::int64_t piece_length = 0, runs_per_chunk = 0, pieces_per_run = 0, chunks = 0;
 
-  // Interleaved: `repeat` rows of the tensor stand side by side in one row of the kernels, of `columns` values; column e
-  // belongs to channel (e / problem.inner) % problem.channels. `rows` of them are cut into `blocks` of `block_rows`; the
-  // last block holds, instead, the rows of the tensor (single ones) that did not fill a row of the kernels, if any.
+  // Interleaved: `repeat` rows of the tensor stand side by side in one row of the kernels, of `columns` values; column
+  // e belongs to channel (e / problem.inner) % problem.channels. `rows` of them are cut into `blocks` of `block_rows`;
+  // the last block holds, instead, the rows of the tensor (single ones) that did not fill a row of the kernels, if any.
   std::int64_t repeat = 0, columns = 0, rows = 0, block_rows = 0, full_blocks = 0, rest_rows = 0, blocks = 0;
 
   Path path = Path::nothing;
@@ -49,7 +49,7 @@ struct Plan {
 // What a call does to the tensor, for the choice of a path.
 struct Work {
   bool reduces, applies;
-  int streams;            // tensors read and written: x and y are 2; dy, x and dx are 3
+  int streams;             // tensors read and written: x and y are 2; dy, x and dx are 3
   std::int64_t item_size;  // bytes of a value
 };
 

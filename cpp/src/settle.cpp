@@ -10,8 +10,8 @@
 namespace batchnorm {
 namespace {
 
-using kernels::Runs;
 using kernels::Rows;
+using kernels::Runs;
 using kernels::Sums;
 
 // The two ways of summing a channel again.
@@ -99,8 +99,8 @@ void settle_tile(const Problem& problem, const kernels::Kernels<T>& kernels, con
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
     std::fill_n(tile.shift + (c - channels.begin) * inner, inner, shift_for<T>(again, out[c]));
   }
-  const kernels::ColumnSums columns = sum_tile_again(problem, kernels, x, channels.begin * inner,
-                                                     (channels.end - channels.begin) * inner, again, tile);
+  const kernels::ColumnSums columns =
+      sum_tile_again(problem, kernels, x, channels.begin * inner, (channels.end - channels.begin) * inner, again, tile);
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
     if (!bad(out[c])) continue;
     const std::int64_t first = (c - channels.begin) * inner;

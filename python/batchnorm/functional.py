@@ -462,8 +462,12 @@ def _gradients(
 ) -> Gradients:
     if dx is not None:
         dx = _deliver(dx, out)
-    if gamma is not None:
+    if gamma is not None:  # the core gives float32 or float64; other dtypes round from there
         dtype = np.asarray(gamma).dtype
-        dgamma = None if dgamma is None else dgamma.astype(dtype, copy=False)
-        dbeta = None if dbeta is None else dbeta.astype(dtype, copy=False)
+        dgamma, dbeta = (g if g is None or g.dtype == dtype else _rounded(g, dtype) for g in (dgamma, dbeta))
     return Gradients(dx, dgamma, dbeta)
+
+
+def _rounded(values: Array, dtype: np.dtype[Any]) -> Array:
+    with np.errstate(over="ignore"):  # a float16 gradient may well overflow to infinity
+        return values.astype(dtype)

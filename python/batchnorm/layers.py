@@ -12,8 +12,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
+from batchnorm import _validate, state_file
 from batchnorm import _validate_state as check
-from batchnorm import state_file
 from batchnorm.functional import batch_norm, batch_norm_backward, normalize, normalize_backward
 from batchnorm.moments import Moments
 
@@ -127,11 +127,11 @@ class BatchNorm:
         check.check_no_other_arguments(others)
         self._channels = check.check_channels(channels)
         self._axis = check.check_layer_axis(axis)
-        self._eps = check.check_layer_eps(eps)
+        self._eps = _validate.eps(eps)
         self._update_rate = check.check_update_rate(update_rate)
         self._ddof = check.check_layer_ddof(ddof)
         self._dtype = check.check_layer_dtype(dtype)
-        self._num_threads = check.check_layer_num_threads(num_threads)
+        self._num_threads = _validate.num_threads(num_threads) or None
         self._gamma = np.ones(self._channels, self._dtype) if check.check_flag("gamma", gamma) else None
         self._beta = np.zeros(self._channels, self._dtype) if check.check_flag("beta", beta) else None
         self._dgamma: NDArray[Any] | None = None
@@ -254,17 +254,35 @@ class BatchNorm:
     def __call__(self, x: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
-        x : float32 or float64, 1 to 8 axes, C values along `axis`. Not modified; a reference is kept.
-        out : array for y, of x's shape and dtype. ``out=x`` is allowed, but then backward is not.
-        Returns y, of x's shape, dtype and memory order.
+        Training: ``y = (x - mean)/sqrt(var + eps)*gamma + beta`` with the batch's mean and biased variance
+        (Ioffe & Szegedy 2015, algorithm 1). Evaluation: the same with `running_mean` and `running_var`.
 
-        In training, x needs 2 or more values a channel; an empty x gives an empty y and updates nothing.
-        Raises TypeError or ValueError, naming the argument, before anything is written.
+        Parameters
+        ----------
+        x : ndarray of float32 or float64, 1 to 8 dimensions, C long on `axis`, any memory order. Kept by
+            reference for backward. In training 2 or more values a channel; an empty x updates nothing.
+        out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
 
+        Returns
+        -------
+        y : shape, dtype and memory order of x; `out` where given.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For an x or out that does not fit. Nothing has changed or been written then.
+
+        Notes
+        -----
+        Memory: y, and some hundred bytes a channel. Training: one thread at a time; evaluation: any.
+
+        Examples
+        --------
         >>> layer = BatchNorm(1, eps=0)
         >>> layer(np.array([[1.0], [3.0]]))
         array([[-1.],
                [ 1.]])
+
         """
         check.check_x_channels(x, self._axis, self._channels)
         return self._train(x, out) if self._training else self._evaluate(x, out)
@@ -288,14 +306,29 @@ class BatchNorm:
         and ``train()``, ``eval()`` or a change of gamma in between make no difference. It may be called
         again.
 
-        dy : shape and dtype of that x. Not modified.
-        needs : which of "x", "gamma" and "beta" to compute; the others become None.
-        out : array for dx, of x's shape and dtype. ``out=dy`` is allowed.
-        Returns dx, of x's shape, dtype and memory order, or None without "x" in `needs`.
+        Parameters
+        ----------
+        dy : gradient of y: shape and dtype of that x.
+        needs : which of "x", "gamma", "beta" to compute; the others become None.
+        out : where to put dx: shape and dtype of x. It may be dy itself; or x itself, for the last backward.
 
-        Raises RuntimeError without such a call, or if that call was given ``out=x``; TypeError or ValueError,
-        naming the argument, before anything is written. (Ioffe & Szegedy 2015, section 3)
+        Returns
+        -------
+        dx : shape, dtype and memory order of x; None without "x" in `needs`.
 
+        Raises
+        ------
+        RuntimeError
+            Without such a call, or where x has been overwritten by ``out=x``.
+        TypeError, ValueError
+            For a dy, needs or out that does not fit. Nothing has changed or been written then.
+
+        Notes
+        -----
+        Source: Ioffe & Szegedy (2015), section 3, simplified. Memory: dx, and some hundred bytes a channel.
+
+        Examples
+        --------
         >>> layer = BatchNorm(1, update_rate=1, eps=0)
         >>> y = layer(np.array([[1.0], [2.0], [6.0]]))
         >>> layer.backward(np.array([[1.0], [1.0], [1.0]]))       # a shift of all x changes no y
@@ -304,12 +337,14 @@ class BatchNorm:
                [0.]])
         >>> layer.dbeta
         array([3.], dtype=float32)
+
         """
         last = self._last_call
         if last is None:
             raise check.no_forward_call()
-        dx, dgamma, dbeta = last.gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
-        dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
+        with np.errstate(over="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
+            dx, dgamma, dbeta = last.gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
+            dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
         if _same_memory(last.x, out):
             self._last_call = None
         self._dgamma, self._dbeta = dgamma, dbeta
@@ -353,8 +388,7 @@ class BatchNorm:
     ) -> NDArray[Any] | None:
         if gradient is None or parameter is None:
             return None
-        with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, as everywhere
-            return gradient.astype(self._dtype, copy=False)
+        return gradient.astype(self._dtype, copy=False)
 
     # ---- saved state ----
 
@@ -378,16 +412,23 @@ class BatchNorm:
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the state as fresh arrays: what a layer of the same settings needs to go on bit for bit.
 
+        Returns
+        -------
         gamma, beta : (C,) of `dtype`; absent where the layer has none.
-        running_mean, running_var : float64 (C,).
+        running_mean, running_var : float64 (C,); the variance unbiased or not, as `ddof` says.
         update_count : int64, no axes.
         running_moments : float64 (C, 5), only with ``update_rate=None``: for each channel the count of values
             seen, their mean and m2 = sum((x - mean)**2), mean and m2 in two parts each.
 
+        Notes
+        -----
         Settings (axis, eps, update_rate, ddof), mode and gradients are not state.
 
+        Examples
+        --------
         >>> sorted(BatchNorm(2, beta=False).state_dict())
         ['gamma', 'running_mean', 'running_var', 'update_count']
+
         """
         statistics = self._statistics
         state: dict[str, NDArray[Any]] = {}
@@ -411,13 +452,19 @@ class BatchNorm:
         with running_moments, from which they are then derived. Gradients, mode and what is kept for backward
         stay.
 
-        Raises TypeError or ValueError naming the entry.
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the entry that does not fit. Nothing has changed then.
 
+        Examples
+        --------
         >>> a, b = BatchNorm(2), BatchNorm(2)
         >>> y = a(np.array([[1.0, 2.0], [3.0, 4.0]]))
         >>> b.load_state_dict(a.state_dict())
         >>> b.running_mean
         array([0.2, 0.3])
+
         """
         checked = check.check_state(state, self._state_entries())
         count = int(checked["update_count"])
@@ -439,15 +486,23 @@ class BatchNorm:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to the file `path` (.npz, no pickle), all or nothing.
 
-        A call that raises leaves the old file, if there was one, as it was. The path is used as it is: no
-        suffix is added. The file holds state, not settings. Raises ValueError for what `load` would refuse
-        (NaN or infinity in a parameter or a running statistic), OSError where the file cannot be written.
+        The path is used as it is: no suffix is added. The file holds state, not settings.
 
+        Raises
+        ------
+        ValueError
+            For what `load` would refuse: NaN or infinity in a parameter or a running statistic.
+        OSError
+            Where the file cannot be written. An old file is as it was, whatever is raised.
+
+        Examples
+        --------
         >>> import os, tempfile
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     BatchNorm(2).save(os.path.join(folder, "layer.npz"))
         ...     print(np.load(os.path.join(folder, "layer.npz"))["gamma"])
         [1. 1.]
+
         """
         entries = self._state_entries()
         state = check.check_state(self.state_dict(), entries)
@@ -457,9 +512,18 @@ class BatchNorm:
         """Read from the file `path` what `save` wrote, all or nothing; the layer's settings must fit it.
 
         Safe on files from anywhere: nothing in them is executed, and they can ask for no more memory than a
-        few times the layer's own state. Raises ValueError, naming the member or entry, for any file that is
-        not such a state or is of another format version; OSError where the file cannot be read.
+        few times the layer's own state.
 
+        Raises
+        ------
+        ValueError
+            For any file that is not such a state or is of another format version, naming the member or entry.
+            Nothing has changed then.
+        OSError
+            Where the file cannot be read.
+
+        Examples
+        --------
         >>> import os, tempfile
         >>> a, b = BatchNorm(2), BatchNorm(2)
         >>> y = a(np.array([[1.0, 2.0], [3.0, 4.0]]))
@@ -468,6 +532,7 @@ class BatchNorm:
         ...     b.load(os.path.join(folder, "layer.npz"))
         >>> b.running_var
         array([1.1, 1.1])
+
         """
         self.load_state_dict(state_file.read_state(path, self._state_entries()))
 

@@ -56,21 +56,34 @@ _NPY_HEADER = re.compile(
 def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]]) -> None:
     """Write the arrays of `state` to `path`, all or nothing.
 
+    Parameters
+    ----------
     path : used as it is (no ``.npz`` is added); a symbolic link is followed. An existing file is replaced.
     state : names to arrays of plain numbers. Equal states give equal bytes.
 
+    Raises
+    ------
+    TypeError
+        For a path of another type.
+    OSError
+        Where the file cannot be written.
+
+    Notes
+    -----
     The bytes go to a new file in the same directory, are flushed to the disk, and only then take the name
     `path`. A call that raises leaves the old file as it was and no other file behind; a process that is
     killed leaves the old or the new file, and at worst a ``.batchnorm-*.tmp`` beside it.
 
-    Raises TypeError for a path of another type, OSError where the file cannot be written.
     Memory: twice the state. Threads: any; of several writers of one path, one whole file wins.
 
+    Examples
+    --------
     >>> import os, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_state(os.path.join(folder, "state.npz"), {"running_mean": np.zeros(3)})
     ...     sorted(np.load(os.path.join(folder, "state.npz"), allow_pickle=False))
     ['format_version', 'running_mean']
+
     """
     target = Path(os.path.realpath(check_path(path)))
     content = _encode({_VERSION_NAME: np.array(FORMAT_VERSION, np.int64), **state})
@@ -93,16 +106,32 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
 def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
     """Read from `path` exactly the arrays that `entries` names, each with the shape and dtype given there.
 
-    Returns names to fresh arrays in native byte order. What the numbers mean is not checked here.
-    Raises ValueError for a file that is not such a state file or is of another format version, TypeError for
-    a path of another type, OSError where the file cannot be read. No content of a file raises anything else.
+    Returns
+    -------
+    Names to fresh arrays in native byte order. What the numbers mean is not checked here.
+
+    Raises
+    ------
+    ValueError
+        For a file that is not such a state file or is of another format version. No content of a file raises
+        anything else.
+    TypeError
+        For a path of another type.
+    OSError
+        Where the file cannot be read.
+
+    Notes
+    -----
     Memory: three times the state at most, whatever the file claims. Threads: any.
 
+    Examples
+    --------
     >>> import os, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_state(os.path.join(folder, "state.npz"), {"running_mean": np.zeros(3)})
     ...     read_state(os.path.join(folder, "state.npz"), {"running_mean": Entry((3,), np.dtype(np.float64))})
     {'running_mean': array([0., 0., 0.])}
+
     """
     source = check_path(path)
     try:

@@ -32,8 +32,10 @@ inline void check_memory(const py::array& a, const char* name, Access access) {
                          a.dtype().attr("str").cast<std::string>());
   }
   if ((a.flags() & py::detail::npy_api::NPY_ARRAY_ALIGNED_) == 0) {
-    throw py::value_error(std::string(name) + " must be aligned to its item size, got an address or a stride that is "
-                          "not a multiple of " + std::to_string(a.itemsize()));
+    throw py::value_error(std::string(name) +
+                          " must be aligned to its item size, got an address or a stride that is "
+                          "not a multiple of " +
+                          std::to_string(a.itemsize()));
   }
   if (access == Access::write && !a.writeable()) {
     throw py::value_error(std::string(name) + " must be writeable, got a read-only array");

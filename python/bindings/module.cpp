@@ -108,15 +108,30 @@ void py_grad_input(const py::array& dy, const py::array& x, const Sizes& sizes, 
   });
 }
 
-// An array of one value per channel where it is wanted, to be filled through `values`.
-struct WantedGradient {
-  explicit WantedGradient(bool wanted, std::int64_t channels) {
-    if (wanted) array = py::array_t<double>(static_cast<py::ssize_t>(channels));
+// An array of one value per channel where it is wanted, in the dtype of gamma (float64 where there is none).
+class WantedGradient {
+ public:
+  WantedGradient(bool wanted, std::int64_t channels, const py::object& gamma) {
+    if (!wanted) return;
+    const auto size = static_cast<py::ssize_t>(channels);
+    if (!gamma.is_none() && is_float32(py::reinterpret_borrow<py::array>(gamma))) {
+      py::array_t<float> array(size);
+      output_ = std::span<float>(array.mutable_data(), static_cast<std::size_t>(channels));
+      array_ = array;
+    } else {
+      py::array_t<double> array(size);
+      output_ = values(array);
+      array_ = array;
+    }
   }
-  std::span<double> span() { return array ? values(*array) : std::span<double>{}; }
-  std::optional<py::array_t<double>> array;
+  [[nodiscard]] ChannelOutput output() const { return output_; }
+  [[nodiscard]] std::optional<py::array> array() const { return array_; }
+
+ private:
+  std::optional<py::array> array_;
+  ChannelOutput output_;
 };
-using ChannelGradients = std::tuple<std::optional<py::array_t<double>>, std::optional<py::array_t<double>>>;
+using ChannelGradients = std::tuple<std::optional<py::array>, std::optional<py::array>>;
 
 ChannelGradients py_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
                                         const py::array& moments_table, const py::object& gamma, double eps,
@@ -124,16 +139,15 @@ ChannelGradients py_batch_norm_backward(const py::array& dy, const py::array& x,
   const Problem problem = problem_of(sizes);
   const auto stats = table<Moments>(moments_table, "moments");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  WantedGradient dgamma(need_gamma, problem.channels), dbeta(need_beta, problem.channels);
+  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
-    const auto dgamma_values = dgamma.span(), dbeta_values = dbeta.span();
     const ReleaseForWork gil(x.size());
-    batch_norm_backward<T>(g, in, problem, stats, scale, eps, out, dgamma_values, dbeta_values, {threads});
+    batch_norm_backward<T>(g, in, problem, stats, scale, eps, out, dgamma.output(), dbeta.output(), {threads});
   });
-  return {dgamma.array, dbeta.array};
+  return {dgamma.array(), dbeta.array()};
 }
 
 ChannelGradients py_normalize_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
@@ -143,16 +157,15 @@ ChannelGradients py_normalize_backward(const py::array& dy, const py::array& x, 
   const Problem problem = problem_of(sizes);
   const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  WantedGradient dgamma(need_gamma, problem.channels), dbeta(need_beta, problem.channels);
+  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
-    const auto dgamma_values = dgamma.span(), dbeta_values = dbeta.span();
     const ReleaseForWork gil(x.size());
-    normalize_backward<T>(g, in, problem, m, v, scale, eps, out, dgamma_values, dbeta_values, {threads});
+    normalize_backward<T>(g, in, problem, m, v, scale, eps, out, dgamma.output(), dbeta.output(), {threads});
   });
-  return {dgamma.array, dbeta.array};
+  return {dgamma.array(), dbeta.array()};
 }
 
 py::array_t<double> py_merge(const py::array& a, const py::array& b) {

@@ -60,8 +60,8 @@ void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamm
 
 // Inference: y from given statistics; var is the biased variance (or what the caller takes for it), >= 0 or NaN.
 template <class T>
-void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var,
-               ChannelValues gamma, ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
+void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
+               ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
 
 // Second half of training alone: y from moments() that may have been merged with those of other batches or ranks.
 template <class T>
@@ -85,17 +85,17 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& prob
 
 // Both halves: gradients of batch_norm() from what it saved.
 //     dgamma = sum(dy*xhat), dbeta = sum(dy), dx as above
-// dx: problem.size() values, dgamma and dbeta: problem.channels values; an empty span is not computed.
+// dx: problem.size() values, dgamma and dbeta: problem.channels values; what is empty is not computed.
 template <class T>
 void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
                          std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
-                         std::span<double> dgamma, std::span<double> dbeta, const Options& options = {});
+                         ChannelOutput dgamma, ChannelOutput dbeta, const Options& options = {});
 
 // Gradients of normalize(), whose statistics are constants: dx = gamma*rstd*dy, dgamma and dbeta as above.
 // x is read only where dgamma is asked for.
 template <class T>
 void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
-                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx,
-                        std::span<double> dgamma, std::span<double> dbeta, const Options& options = {});
+                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
+                        ChannelOutput dbeta, const Options& options = {});
 
 }  // namespace batchnorm

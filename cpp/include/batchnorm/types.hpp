@@ -65,6 +65,28 @@ class ChannelValues {
   bool present_ = false;
 };
 
+// Where one float32 or float64 value per channel goes, or {} where it is not wanted.
+class ChannelOutput {
+ public:
+  constexpr ChannelOutput() = default;
+  constexpr ChannelOutput(std::span<float> v) : f32_(v.data()), size_(v.size()), wanted_(true) {}
+  constexpr ChannelOutput(std::span<double> v) : f64_(v.data()), size_(v.size()), wanted_(true) {}
+
+  [[nodiscard]] constexpr bool wanted() const { return wanted_; }
+  [[nodiscard]] constexpr std::size_t size() const { return size_; }
+  // Rounds to the type of the output; does nothing where none is wanted.
+  constexpr void set(std::int64_t c, double value) const {
+    if (f32_ != nullptr) f32_[c] = static_cast<float>(value);
+    if (f64_ != nullptr) f64_[c] = value;
+  }
+
+ private:
+  float* f32_ = nullptr;
+  double* f64_ = nullptr;
+  std::size_t size_ = 0;
+  bool wanted_ = false;
+};
+
 // How to run a call; what it computes does not depend on it: the bits are the same for any number of threads.
 struct Options {
   // Threads to use at most; 0 means set_num_threads(), else OMP_NUM_THREADS, else the machine's.

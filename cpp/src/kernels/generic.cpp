@@ -1,5 +1,6 @@
 // The kernels for any machine.
 #include "kernels/vec/generic.hpp"
+
 #include "kernels/table-inl.hpp"
 
 namespace batchnorm::kernels {

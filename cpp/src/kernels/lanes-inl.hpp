@@ -29,12 +29,12 @@ struct Lanes<double> {
   NativeDouble v[kVectors];
 };
 
-#define BN_LANEWISE(op)                                                         \
-  template <class A>                                                            \
-  BN_INLINE Lanes<A> operator op(const Lanes<A>& a, const Lanes<A>& b) {        \
-    Lanes<A> r;                                                                 \
-    for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = a.v[k] op b.v[k];     \
-    return r;                                                                   \
+#define BN_LANEWISE(op)                                                     \
+  template <class A>                                                        \
+  BN_INLINE Lanes<A> operator op(const Lanes<A>& a, const Lanes<A>& b) {    \
+    Lanes<A> r;                                                             \
+    for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = a.v[k] op b.v[k]; \
+    return r;                                                               \
   }
 BN_LANEWISE(+)
 BN_LANEWISE(-)

@@ -1,5 +1,6 @@
 // The kernels for aarch64 NEON.
 #include "kernels/vec/neon.hpp"
+
 #include "kernels/table-inl.hpp"
 
 namespace batchnorm::kernels {

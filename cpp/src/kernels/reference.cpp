@@ -31,8 +31,9 @@ void runs_normalize(const T* x, T* y, Runs runs, const Affine<A>& k) {
   for (std::int64_t r = 0; r < runs.count; ++r) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
       const std::int64_t at = r * runs.stride + i;
-      y[at] = static_cast<T>((static_cast<double>(x[at]) - static_cast<double>(k.center)) * static_cast<double>(k.scale) +
-                             static_cast<double>(k.offset));
+      y[at] =
+          static_cast<T>((static_cast<double>(x[at]) - static_cast<double>(k.center)) * static_cast<double>(k.scale) +
+                         static_cast<double>(k.offset));
     }
   }
 }

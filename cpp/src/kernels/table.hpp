@@ -85,7 +85,8 @@ struct Kernels {
   // moments. float: plain, about 0. double: compensated, about 0.
   void (*runs_moments)(const T* x, Runs, Sums*);
   void (*rows_moments)(const T* x, Rows, const ColumnSums&);
-  // About a shift, which is a value of T: no cancellation where |mean| is far above std. float: plain. double: compensated.
+  // About a shift, which is a value of T: no cancellation where |mean| is far above std. float: plain. double:
+  // compensated.
   void (*runs_moments_about)(const T* x, Runs, T shift, Sums*);
   void (*rows_moments_about)(const T* x, Rows, const T* shift, const ColumnSums&);
   // Compensated, about 0: keeps the digits of a mean far below std.
@@ -96,7 +97,8 @@ struct Kernels {
   void (*runs_normalize)(const T* x, T* y, Runs, const Affine<T>&);
   void (*runs_normalize_wide)(const T* x, T* y, Runs, const Affine<double>&);
   void (*rows_normalize)(const T* x, T* y, Rows, const AffineColumns<T>&);
-  void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<T>&, const WideColumns<AffineColumns<double>>&);
+  void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<T>&,
+                               const WideColumns<AffineColumns<double>>&);
 
   // grad_sums. float: plain. double: compensated.
   void (*runs_grad_sums)(const T* dy, const T* x, Runs, double mean, Sums*);

@@ -1,5 +1,6 @@
 // The kernels for x86-64-v2 (SSE4.2).
 #include "kernels/vec/x86_64_v2.hpp"
+
 #include "kernels/table-inl.hpp"
 
 namespace batchnorm::kernels {

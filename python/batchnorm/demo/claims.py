@@ -2,8 +2,8 @@
 
 A criterion is a function of measured numbers alone. It was written before the numbers were seen, and no
 setting of the demonstration follows from its answer. Arguments named ``plain`` and ``normalized`` hold one
-number per seed, in the same order of seeds; accuracies are shares from 0 to 1, and steps that were never enough
-are inf.
+number per seed, in the same order of seeds. Accuracies are shares from 0 to 1; a number of steps is inf where
+none was enough.
 """
 
 from __future__ import annotations
@@ -50,8 +50,8 @@ class Claim:
 FEWER_STEPS = Claim(
     "fewer_steps",
     f"It reaches {TARGET_ACCURACY:.0%} validation accuracy in fewer steps",
-    f"fewer steps than the plain net in at least {MOST:.0%} of the seeds, each net at its own best rate of the "
-    "sweep",
+    f"fewer steps than the plain net in at least {MOST:.0%} of the seeds, each net at its own best rate of "
+    "the sweep",
 )
 HIGHER_RATES = Claim(
     "higher_rates",
@@ -62,19 +62,19 @@ HIGHER_RATES = Claim(
 INIT_SCALE = Claim(
     "init_scale",
     "It depends less on the scale of the initial weights",
-    f"the range of test accuracy over the scales is smaller in at least {MOST:.0%} of the seeds, and its median "
-    f"is at most {RANGE_RATIO:g} times the plain net's",
+    f"the range of test accuracy over the scales is smaller in at least {MOST:.0%} of the seeds, and its "
+    f"median is at most {RANGE_RATIO:g} times the plain net's",
 )
 REGULARIZES = Claim(
     "regularizes",
     "It regularizes: the gap between training and test accuracy is smaller",
-    f"the gap is smaller in at least {MOST:.0%} of the seeds, and both nets reach a median training accuracy of "
-    f"{FIT_ACCURACY:.0%}",
+    f"the gap is smaller in at least {MOST:.0%} of the seeds, and both nets reach a median training accuracy "
+    f"of {FIT_ACCURACY:.0%}",
 )
 BATCH_NOISE = Claim(
     "batch_noise",
     "Its noise grows as the batch shrinks, until training suffers",
-    f"in at least {MOST:.0%} of the seeds the noise is larger at every smaller batch; and in as many the step "
+    f"in at least {MOST:.0%} of the seeds the noise is larger at every smaller batch; and in as many the way "
     f"from the best to the smallest batch costs at least {100 * SUFFERS_BY:g} points more test accuracy than "
     "without batch norm",
 )

@@ -18,16 +18,16 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m batchnorm demo`` to its parser."""
     parser.description = (
-        "Train a small multilayer perceptron and a small convolutional network on 1797 real images of digits, "
-        "with and without batch norm, and measure the claims made for it. The table goes to stdout, progress to "
-        "stderr."
+        "Train a small multilayer perceptron and a small convolutional network on 1797 real images of "
+        "digits, with and without batch norm, and measure the claims made for it. The table goes to stdout, "
+        "progress to stderr."
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="five seeds, under half a minute (the default)")
     size.add_argument("--full", action="store_true", help="ten seeds, more steps, finer sweeps; some minutes")
     parser.add_argument("--seeds", type=_at_least_one, metavar="N", help="seeds (5, or 10 with --full)")
     out = Path("batchnorm-demo")
-    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="folder for results (%(default)s)")
+    parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="results folder (%(default)s)")
     parser.add_argument("--no-plots", action="store_true", help="write the JSON only")
     jobs = "processes (as many as processors); no effect on the numbers"
     parser.add_argument("--jobs", type=_at_least_one, metavar="N", help=jobs)

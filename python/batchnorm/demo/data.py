@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-# 1024 samples are a whole number of batches of every power of two up to 256. The 256 choose the learning rates.
-# The 517 that are left are the test part.
+# 1024 samples are a whole number of batches of every power of two up to 256. The 256 choose the learning
+# rates. The 517 that are left are the test part.
 TRAINING, VALIDATION = 1024, 256
 
 

@@ -20,7 +20,7 @@ VARIANTS = (False, True)
 
 @dataclass(frozen=True)
 class Settings:
-    """The size of the experiment. ``jobs`` decides how soon the numbers come, all else decides the numbers."""
+    """The size of the experiment. ``jobs`` decides how soon the numbers come, all else the numbers."""
 
     seeds: int
     steps: int

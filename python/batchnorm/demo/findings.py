@@ -17,7 +17,7 @@ from batchnorm.demo.training import CHANCE, Record
 class Quantity:
     """One number per seed without and with batch norm, None where there is none.
 
-    ``unit`` is "steps" (inf: never), "rate" (0: none), "ratio", or "share" and "points", which run from 0 to 1.
+    ``unit`` is "steps" (inf: never), "rate" (0: none), "ratio", or "share" or "points" (both from 0 to 1).
     """
 
     name: str

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -53,8 +54,8 @@ def inspect(run: Run, split: Split, batch_sizes: Sequence[int], shuffles: int) -
     if record.failed_at is not None:
         return Inspection([], [], [], [], [])
     rng = np.random.default_rng([run.seed, 3])
-    x = split.training.x
-    found.noise.extend(companion_noise(network, x, size, shuffles, rng) for size in batch_sizes)
+    for size in batch_sizes:
+        found.noise.append(companion_noise(network, split.training.x, size, shuffles, rng))
     return found
 
 
@@ -79,7 +80,8 @@ def population_moments(network: Network, x: Array, part: int = 128) -> list[bn.M
     found: list[bn.Moments] = []
 
     def pool_then_normalize(_position: int, layer: bn.BatchNorm, x: Array) -> Array:
-        parts = (bn.moments(x[start : start + part], axis=-1) for start in range(0, len(x), part))
+        starts = range(0, len(x), part)
+        parts = (bn.moments(x[start : start + part], axis=-1, num_threads=1) for start in starts)
         found.append(bn.merge(*parts))
         return _normalize(x, found[-1], layer)
 
@@ -93,26 +95,32 @@ def with_moments(network: Network, x: Array, moments: Sequence[bn.Moments]) -> A
 
 
 def _normalize(x: Array, moments: bn.Moments, layer: bn.BatchNorm) -> Array:
-    return bn.normalize(x, moments.mean, moments.var(), layer.gamma, layer.beta, axis=-1, eps=EPS)
+    mean, var = moments.mean, moments.var()
+    return bn.normalize(x, mean, var, layer.gamma, layer.beta, axis=-1, eps=EPS, num_threads=1)
 
 
 def companion_noise(network: Network, x: Array, batch: int, shuffles: int, rng: np.random.Generator) -> float:
     """Measure how much the output for a sample depends on the other samples of its batch.
 
     x is shuffled ``shuffles`` times and passed in batches with their own statistics, as in training, so that
-    every sample is seen with that many random sets of companions. Returns, over the samples and classes,
+    every sample is seen with that many random sets of companions. A logit then varies between the shuffles of
+    one sample (noise, var divides by shuffles - 1) and between the samples (signal, what remains of the
+    variance of its means over the shuffles without the noise still in them). Returns, with means over samples
+    and classes,
 
-        sqrt(mean of the variance of a logit between shuffles) / (deviation of the mean logits between samples)
+        sqrt(noise variance / signal variance)
 
-    The variance is unbiased (divides by shuffles - 1). 0 means no noise; at 1 it is as large as the signal.
+    0 means that companions do not matter; at 1 they matter as much as the sample itself.
     """
 
     def batch_statistics(_position: int, layer: bn.BatchNorm, x: Array) -> Array:
-        return bn.batch_norm(x, layer.gamma, layer.beta, axis=-1, eps=EPS, num_threads=1)[0]
+        y, _saved = bn.batch_norm(x, layer.gamma, layer.beta, axis=-1, eps=EPS, num_threads=1)
+        return y
 
     logits = np.empty((shuffles, len(x), CLASSES))
     for shuffled in logits:
         for chosen in np.split(rng.permutation(len(x)), len(x) // batch):
             shuffled[chosen] = forward(network, x[chosen], batch_statistics)
-    signal = logits.mean(axis=0).std(axis=0)
-    return float(np.sqrt(logits.var(axis=0, ddof=1).mean() / np.square(signal).mean()))
+    noise = logits.var(axis=0, ddof=1).mean()
+    signal = logits.mean(axis=0).var(axis=0).mean() - noise / shuffles
+    return math.sqrt(noise / signal) if signal > 0 else math.inf

@@ -59,10 +59,11 @@ class Linear:
 class Conv3x3:
     """Cross-correlation with windows of 3x3 pixels, one pixel of zero padding, stride 1 or 2.
 
-    y[n, p, q, k] = bias[k] + sum over i, j, c of padded[n, stride*p + i, stride*q + j, c] * weight[i, j, c, k]
+    y[n, p, q, k] = bias[k] + sum over i, j, c of padded[n, s*p + i, s*q + j, c] * weight[i, j, c, k]
 
-    with x (N, H, W, C), padded (N, H+2, W+2, C), weight (3, 3, C, K) and y (N, ceil(H/stride), ceil(W/stride), K). The windows are
-    copied into the rows of a matrix, so that one product of matrices does the arithmetic.
+    with s the stride, padded (N, H+2, W+2, C) from x (N, H, W, C), weight (3, 3, C, K), bias (K,) or None and
+    y (N, ceil(H/s), ceil(W/s), K). The windows are copied into the rows of a matrix, so that one product of
+    matrices does the arithmetic.
     """
 
     def __init__(self, weight: Array, bias: Array | None, *, stride: int = 1, needs_dx: bool = True) -> None:

@@ -7,7 +7,7 @@ import math
 import os
 import platform
 import textwrap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
 from importlib.metadata import PackageNotFoundError, version
 from itertools import groupby, zip_longest
@@ -28,9 +28,9 @@ def table(results: Results, findings: Sequence[Finding]) -> str:
     """Return, per claim: its criterion and, for each network, what was measured and whether it held here."""
     s = results.settings
     heading = (
-        f"Medians over {s.seeds} seeds [smallest, largest]. Plain SGD, {s.steps} steps, batch {s.batch} unless "
-        f"said otherwise. A net's best rate is the one of {', '.join(f'{rate:g}' for rate in s.rates)} that reaches "
-        f"{TARGET_ACCURACY:.0%} validation accuracy in the fewest steps (median)."
+        f"Medians over {s.seeds} seeds [smallest, largest]. Plain SGD, {s.steps} steps, batch {s.batch} "
+        f"unless said otherwise. A net's best rate is the one of {', '.join(f'{r:g}' for r in s.rates)} that "
+        f"reaches {TARGET_ACCURACY:.0%} validation accuracy in the fewest steps (median)."
     )
     return "\n".join([*textwrap.wrap(heading, WIDTH), "", *_blocks(findings), "", *_answers(findings)])
 
@@ -60,7 +60,7 @@ def _answers(findings: Sequence[Finding]) -> Iterator[str]:
 
 
 def _by_claim(findings: Sequence[Finding]) -> list[tuple[Claim, list[Finding]]]:
-    return [(claim, list(of_claim)) for claim, of_claim in groupby(findings, key=lambda finding: finding.claim)]
+    return [(claim, list(group)) for claim, group in groupby(findings, key=lambda finding: finding.claim)]
 
 
 def _yes_or_no(finding: Finding) -> str:
@@ -80,20 +80,23 @@ def summary(values: Sequence[float], unit: str) -> str:
     """Return "median [smallest, largest]" of one number per seed, in the unit of a :class:`Quantity`."""
     if not values:
         return "no run"
-    shown = {
-        "steps": lambda v: f"{v:.0f}" if math.isfinite(v) else "never",
-        "rate": lambda v: f"{v:g}" if v else "none",
-        "ratio": lambda v: f"{v:.3f}",
-        "points": lambda v: f"{100 * v:.1f}",
-        "share": lambda v: f"{100 * v:.1f}",
-    }[unit]
+    show = FORMATS[unit]
     percent = "%" if unit == "share" else ""
-    return f"{shown(median(values))}{percent} [{shown(min(values))}, {shown(max(values))}]"
+    return f"{show(median(values))}{percent} [{show(min(values))}, {show(max(values))}]"
+
+
+FORMATS: dict[str, Callable[[float], str]] = {
+    "steps": lambda value: f"{value:.0f}" if math.isfinite(value) else "never",
+    "rate": lambda value: f"{value:g}" if value else "none",
+    "ratio": lambda value: f"{value:.3f}",
+    "points": lambda value: f"{100 * value:.1f}",
+    "share": lambda value: f"{100 * value:.1f}",
+}
 
 
 def write_json(path: Path, results: Results, findings: Sequence[Finding], seconds: float) -> None:
     """Write all that was measured, seed by seed, and what it takes to measure it again. Never is null."""
-    document = {
+    document: dict[str, object] = {
         "versions": _versions(),
         "machine": {"platform": platform.platform(), "processors": os.cpu_count(), "isa": bn.active_isa()},
         "settings": asdict(results.settings),
