@@ -15,6 +15,7 @@ import sys
 import tarfile
 import tracemalloc
 import zipfile
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -237,7 +238,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     layer.save(tmp_path / "layer.npz")
     before = (tmp_path / "layer.npz").read_bytes()
     layer.gamma[1] = np.nan
-    with pytest.raises(ValueError, match=r"^gamma must be finite, got nan in channel 1$"):
+    with pytest.raises(ValueError, match=r"^gamma must be finite, got nan at channel 1$"):
         layer.save(tmp_path / "layer.npz")
     assert (tmp_path / "layer.npz").read_bytes() == before
 
@@ -334,6 +335,23 @@ def overlapping():
     return bytes(raw)
 
 
+def running_into_the_directory():
+    """Let the last member go on for 10 bytes of the directory, with sizes and checksum that agree."""
+    raw = bytearray(good())
+    local, directory = raw.index(b"update_count.npy") - 30, raw.rindex(b"update_count.npy") - 46
+    begin, size = local + 30 + len(b"update_count.npy"), len(npy(STATE["update_count"])) + 10
+    for _ in range(2):  # once more, where the record itself lies in those 10 bytes
+        fields = struct.pack("<3I", zlib.crc32(raw[begin : begin + size]), size, size)
+        raw[local + 14 : local + 26] = raw[directory + 16 : directory + 28] = fields
+    return bytes(raw)
+
+
+def with_record_uncounted():
+    raw = bytearray(good())
+    struct.pack_into("<2H", raw, len(raw) - 14, 5, 5)
+    return bytes(raw)
+
+
 def encrypted():
     raw = bytearray(patched(6, "<H", 1, "local"))
     struct.pack_into("<H", raw, raw.rindex(b"gamma.npy") - 46 + 8, 1)
@@ -386,6 +404,7 @@ HOSTILE = {
     "zip_in_front": (lambda: good() + good(), "zip directory must end at byte"),
     "empty_zip": (lambda: zip_of({}), "file must have a member 'format_version.npy', got no members"),
     "many_disks": (lambda: patched(4, "<H", 7, "end"), "zip end record must describe one whole file"),
+    "record_uncounted": (with_record_uncounted, "zip directory must have 5 records, got 62 bytes more"),
     "counts_disagree": (lambda: patched(8, "<H", 3, "end"), "zip end record must describe one whole file"),
     "many_members": (
         lambda: zip_of({f"{i}.npy": b"" for i in range(65)}),
@@ -468,6 +487,7 @@ HOSTILE = {
         "member 'gamma.npy' must begin at byte",
     ),
     "overlapping": (overlapping, "member 'beta.npy' must begin at byte"),
+    "into_the_directory": (running_into_the_directory, "member 'update_count.npy' must end before byte"),
     "checksum": (with_data_changed, "member 'gamma.npy' must have the checksum 0x"),
     "names_disagree": (
         lambda: good().replace(b"gamma.npy", b"delta.npy", 1),
@@ -595,15 +615,15 @@ HOSTILE = {
     ),
     "nan_gamma": (
         gamma(npy(np.array([1, np.nan, 1], np.float32))),
-        "gamma must be finite, got nan in channel 1",
+        "gamma must be finite, got nan at channel 1",
     ),
     "inf_mean": (
         lambda: zip_of(members(running_mean=npy(np.array([0, 0, np.inf])))),
-        "running_mean must be finite, got inf in channel 2",
+        "running_mean must be finite, got inf at channel 2",
     ),
     "negative_var": (
         lambda: zip_of(members(running_var=npy(np.array([1, 1, -1e-300])))),
-        "running_var must be >= 0, got -1e-300 in channel 2",
+        "running_var must be >= 0, got -1e-300 at channel 2",
     ),
     "negative_count": (
         lambda: zip_of(members(update_count=npy(np.int64(-1)))),

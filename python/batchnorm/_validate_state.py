@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-FLOAT_DTYPES = ("float16", "float32", "float64")
+_PARAMETER_DTYPES = ("float16", "float32", "float64")
 
 # A low part is at most 2^-53 of its high part; the rest is room for other ways to normalize a pair.
 _LOW_PART = 2.0**-48
@@ -37,7 +37,7 @@ class Entry(NamedTuple):
 # ---- settings of a layer ---------------------------------------------------------------------------------
 
 
-def check_no_other_arguments(others: Mapping[str, object]) -> None:
+def no_other_arguments(others: Mapping[str, object]) -> None:
     """Refuse unknown keywords of BatchNorm(), and say what to write instead of ``momentum``."""
     if "momentum" in others:
         raise TypeError(
@@ -52,64 +52,70 @@ def check_no_other_arguments(others: Mapping[str, object]) -> None:
         )
 
 
-def check_channels(channels: object) -> int:
-    value = _integer("channels", channels)
-    if value < 0:
-        raise ValueError(f"channels must be >= 0, got {value}")
-    return value
+def channels(value: object) -> int:
+    """Give the number of channels as an int."""
+    number = _integer("channels", value)
+    if number < 0:
+        raise ValueError(f"channels must be >= 0, got {number}")
+    return number
 
 
-def check_layer_axis(axis: object) -> int:
+def axis(value: object) -> int:
     """Accept an axis that some array could have; whether x has it is only known when x comes."""
-    value = _integer("axis", axis)
-    if not -8 <= value <= 7:
-        raise ValueError(f"axis must be from -8 to 7, got {value}")
-    return value
+    number = _integer("axis", value)
+    if not -8 <= number <= 7:
+        raise ValueError(f"axis must be from -8 to 7, got {number}")
+    return number
 
 
-def check_update_rate(update_rate: object) -> float | None:
-    if update_rate is None:
+def update_rate(value: Any) -> float | None:
+    """Give the update rate as a float from 0 to 1, or None."""
+    if value is None:
         return None
-    value = _real("update_rate", update_rate, "a number from 0 to 1, or None")
-    if not 0 <= value <= 1:
+    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
+        raise TypeError(f"update_rate must be a number from 0 to 1, or None, got {_kind(value)}")
+    if not 0 <= value <= 1:  # type: ignore[operator]  # all real numbers compare with int
         raise ValueError(f"update_rate must be from 0 to 1, or None, got {value}")
-    return value
+    return float(value)
 
 
-def check_layer_ddof(ddof: object) -> int:
-    value = _integer("ddof", ddof)
-    if value not in (0, 1):
-        raise ValueError(f"ddof must be 0 (biased) or 1 (unbiased), got {value}")
-    return value
+def ddof(value: object) -> int:
+    """Give ddof as an int, 0 or 1."""
+    number = _integer("ddof", value)
+    if number not in (0, 1):
+        raise ValueError(f"ddof must be 0 (biased) or 1 (unbiased), got {number}")
+    return number
 
 
-def check_flag(name: str, value: object) -> bool:
+def flag(name: str, value: object) -> bool:
+    """Give a bool, and refuse what merely looks like one."""
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {_kind(value)}")
     return bool(value)
 
 
-def check_layer_dtype(dtype: Any) -> np.dtype[Any]:
+def dtype(value: Any) -> np.dtype[Any]:
+    """Give a dtype for parameters."""
     try:
-        value: np.dtype[Any] | None = np.dtype(dtype)
+        # np.dtype(None) is float64: nobody who writes None means that.
+        parsed: np.dtype[Any] | None = None if value is None else np.dtype(value)
     except (TypeError, ValueError, SyntaxError):  # all mean the same: np.dtype cannot make sense of it
-        value = None
-    # np.dtype(None) is float64: nobody who writes None means that.
-    if dtype is None or value is None or not value.isnative or value.name not in FLOAT_DTYPES:
-        raise TypeError(f"dtype must be float16, float32 or float64, got {dtype!r}")
-    return value
+        parsed = None
+    if parsed is None or not parsed.isnative or parsed.name not in _PARAMETER_DTYPES:
+        raise TypeError(f"dtype must be float16, float32 or float64, got {value!r}")
+    return parsed
 
 
 # ---- what a layer is given -------------------------------------------------------------------------------
 
 
-def check_x_channels(x: object, axis: int, channels: int) -> None:
+def x_channels(x: object, axis: int, needed: int) -> None:
     """Refuse an x of another number of channels. What is wrong with x itself is the functions' to say."""
-    if isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and x.shape[axis] != channels:
-        raise ValueError(f"x must have {channels} channels on axis {axis}, got shape {x.shape}")
+    if isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and x.shape[axis] != needed:
+        raise ValueError(f"x must have {needed} channels on axis {axis}, got shape {x.shape}")
 
 
-def check_parameter(name: str, value: object, present: bool, entry: Entry) -> NDArray[Any] | None:
+def parameter(name: str, value: object, present: bool, entry: Entry) -> NDArray[Any] | None:
     """Return a copy of a layer's new gamma or beta; None exactly where the layer was built without it."""
     if not present:
         if value is not None:
@@ -119,6 +125,7 @@ def check_parameter(name: str, value: object, present: bool, entry: Entry) -> ND
 
 
 def no_forward_call() -> RuntimeError:
+    """Return the error for a backward that belongs to no call."""
     return RuntimeError(
         "backward must follow a call of the layer that left its x intact, got no such call: "
         "call the layer first, and without out=x"
@@ -128,20 +135,20 @@ def no_forward_call() -> RuntimeError:
 # ---- state -----------------------------------------------------------------------------------------------
 
 
-def check_state(state: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
+def state(values: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
     """Return fresh copies of all entries of a state, after checking each on its own.
 
     Exactly the names of `entries`, with their shapes and dtypes; all floats finite; running_var >= 0;
     update_count >= 0, which may also be a plain int.
     """
-    if not isinstance(state, Mapping):
-        raise TypeError(f"state must be a mapping of names to arrays, got {_kind(state)}")
-    if set(state) != set(entries):
-        raise ValueError(f"state must have the entries {_names(entries)}, got {_names(state)}")
-    return {name: _check_entry(name, state[name], entry) for name, entry in entries.items()}
+    if not isinstance(values, Mapping):
+        raise TypeError(f"state must be a mapping of names to arrays, got {_kind(values)}")
+    if set(values) != set(entries):
+        raise ValueError(f"state must have the entries {_names(entries)}, got {_names(values)}")
+    return {name: _check_entry(name, values[name], entry) for name, entry in entries.items()}
 
 
-def check_pooled_table(table: NDArray[np.float64], update_count: int) -> None:
+def pooled_table(table: NDArray[np.float64], update_count: int) -> None:
     """Refuse moments that `update_count` batches cannot have left; count, mean, mean_lo, m2, m2_lo."""
     count, mean, mean_lo, m2, m2_lo = table.T
     if update_count == 0:
@@ -158,10 +165,10 @@ def check_pooled_table(table: NDArray[np.float64], update_count: int) -> None:
         )
 
 
-def check_derived(name: str, given: NDArray[np.float64], derived: NDArray[np.float64]) -> None:
+def derived(name: str, given: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
     """Refuse a running statistic that says something else than the pooled moments stored beside it."""
     with np.errstate(over="ignore"):  # of a difference that is far too large anyway
-        agrees = np.isclose(given, derived, rtol=_DERIVED_RTOL, atol=0)
+        agrees = np.isclose(given, expected, rtol=_DERIVED_RTOL, atol=0)
     _all_channels(name, agrees, "be what running_moments and the layer's ddof give", given)
 
 
@@ -170,10 +177,11 @@ def malformed(what: str, needed: str, came: object) -> ValueError:
     return ValueError(f"{what} must {needed}, got {came}")
 
 
-def check_path(path: object) -> str:
-    if not isinstance(path, (str, bytes, os.PathLike)):
-        raise TypeError(f"path must be a str or os.PathLike, got {_kind(path)}")
-    return os.fsdecode(path)
+def path(value: object) -> str:
+    """Give a path as a str."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"path must be a str or os.PathLike, got {_kind(value)}")
+    return os.fsdecode(value)
 
 
 def _check_entry(name: str, value: object, entry: Entry) -> NDArray[Any]:
@@ -215,7 +223,7 @@ def _all_channels(name: str, holds: NDArray[np.bool_], needed: str, values: NDAr
     """Raise for the first channel, the first axis of `values`, where `holds` is false."""
     if not holds.all():
         first = tuple(np.argwhere(~holds)[0])
-        raise ValueError(f"{name} must {needed}, got {values[first]} in channel {first[0]}")
+        raise ValueError(f"{name} must {needed}, got {values[first]} at channel {first[0]}")
 
 
 def _integer(name: str, value: Any) -> int:
@@ -225,15 +233,6 @@ def _integer(name: str, value: Any) -> int:
         except TypeError:
             pass
     raise TypeError(f"{name} must be an int, got {_kind(value)}")
-
-
-def _real(name: str, value: Any, needed: str) -> float:
-    if isinstance(value, (bool, np.bool_)) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {needed}, got {_kind(value)}")
-    try:
-        return float(value)
-    except OverflowError:
-        return math.inf if value > 0 else -math.inf
 
 
 def _kind(value: object) -> str:

@@ -12,8 +12,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from batchnorm import _validate, state_file
-from batchnorm import _validate_state as check
+from batchnorm import _validate, _validate_state, state_file
 from batchnorm.functional import batch_norm, batch_norm_backward, normalize, normalize_backward
 from batchnorm.moments import Moments
 
@@ -124,16 +123,16 @@ class BatchNorm:
         num_threads: int | None = None,
         **others: Any,
     ) -> None:
-        check.check_no_other_arguments(others)
-        self._channels = check.check_channels(channels)
-        self._axis = check.check_layer_axis(axis)
+        _validate_state.no_other_arguments(others)
+        self._channels = _validate_state.channels(channels)
+        self._axis = _validate_state.axis(axis)
         self._eps = _validate.eps(eps)
-        self._update_rate = check.check_update_rate(update_rate)
-        self._ddof = check.check_layer_ddof(ddof)
-        self._dtype = check.check_layer_dtype(dtype)
+        self._update_rate = _validate_state.update_rate(update_rate)
+        self._ddof = _validate_state.ddof(ddof)
+        self._dtype = _validate_state.dtype(dtype)
         self._num_threads = _validate.num_threads(num_threads) or None
-        self._gamma = np.ones(self._channels, self._dtype) if check.check_flag("gamma", gamma) else None
-        self._beta = np.zeros(self._channels, self._dtype) if check.check_flag("beta", beta) else None
+        self._gamma = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
+        self._beta = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
         self._dgamma: NDArray[Any] | None = None
         self._dbeta: NDArray[Any] | None = None
         self._training = True
@@ -190,7 +189,7 @@ class BatchNorm:
     @gamma.setter
     def gamma(self, value: NDArray[Any] | None) -> None:
         # In-place operators assign the very array they have changed: it must stay the same array.
-        checked = check.check_parameter("gamma", value, self._gamma is not None, self._parameter_entry)
+        checked = _validate_state.parameter("gamma", value, self._gamma is not None, self._parameter_entry)
         self._gamma = value if value is self._gamma else checked
 
     @property
@@ -203,7 +202,7 @@ class BatchNorm:
 
     @beta.setter
     def beta(self, value: NDArray[Any] | None) -> None:
-        checked = check.check_parameter("beta", value, self._beta is not None, self._parameter_entry)
+        checked = _validate_state.parameter("beta", value, self._beta is not None, self._parameter_entry)
         self._beta = value if value is self._beta else checked
 
     @property
@@ -238,7 +237,7 @@ class BatchNorm:
 
     def train(self, mode: bool = True) -> Self:
         """Switch to training (or, with False, to evaluation); return the layer. TypeError if not a bool."""
-        self._training = check.check_flag("mode", mode)
+        self._training = _validate_state.flag("mode", mode)
         return self
 
     def eval(self) -> Self:
@@ -284,7 +283,7 @@ class BatchNorm:
                [ 1.]])
 
         """
-        check.check_x_channels(x, self._axis, self._channels)
+        _validate_state.x_channels(x, self._axis, self._channels)
         return self._train(x, out) if self._training else self._evaluate(x, out)
 
     def backward(
@@ -341,7 +340,7 @@ class BatchNorm:
         """
         last = self._last_call
         if last is None:
-            raise check.no_forward_call()
+            raise _validate_state.no_forward_call()
         with np.errstate(over="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
             dx, dgamma, dbeta = last.gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
             dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
@@ -393,20 +392,20 @@ class BatchNorm:
     # ---- saved state ----
 
     @property
-    def _parameter_entry(self) -> check.Entry:
-        return check.Entry((self._channels,), self._dtype)
+    def _parameter_entry(self) -> _validate_state.Entry:
+        return _validate_state.Entry((self._channels,), self._dtype)
 
-    def _state_entries(self) -> dict[str, check.Entry]:
-        per_channel = check.Entry((self._channels,), np.dtype(np.float64))
+    def _state_entries(self) -> dict[str, _validate_state.Entry]:
+        per_channel = _validate_state.Entry((self._channels,), np.dtype(np.float64))
         entries = {}
         if self._gamma is not None:
             entries["gamma"] = self._parameter_entry
         if self._beta is not None:
             entries["beta"] = self._parameter_entry
         entries |= {"running_mean": per_channel, "running_var": per_channel}
-        entries["update_count"] = check.Entry((), np.dtype(np.int64))
+        entries["update_count"] = _validate_state.Entry((), np.dtype(np.int64))
         if self._update_rate is None:
-            entries["running_moments"] = check.Entry((self._channels, 5), np.dtype(np.float64))
+            entries["running_moments"] = _validate_state.Entry((self._channels, 5), np.dtype(np.float64))
         return entries
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
@@ -466,7 +465,7 @@ class BatchNorm:
         array([0.2, 0.3])
 
         """
-        checked = check.check_state(state, self._state_entries())
+        checked = _validate_state.state(state, self._state_entries())
         count = int(checked["update_count"])
         if self._update_rate is None:
             statistics = self._checked_pooled(checked, count)
@@ -477,10 +476,10 @@ class BatchNorm:
 
     def _checked_pooled(self, checked: Mapping[str, NDArray[Any]], count: int) -> _Statistics:
         table = checked["running_moments"]
-        check.check_pooled_table(table, count)
+        _validate_state.pooled_table(table, count)
         statistics = _pooled_statistics(Moments._from_table(table), count, self._ddof)
-        check.check_derived("running_mean", checked["running_mean"], statistics.mean)
-        check.check_derived("running_var", checked["running_var"], statistics.var)
+        _validate_state.derived("running_mean", checked["running_mean"], statistics.mean)
+        _validate_state.derived("running_var", checked["running_var"], statistics.var)
         return statistics
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -505,7 +504,7 @@ class BatchNorm:
 
         """
         entries = self._state_entries()
-        state = check.check_state(self.state_dict(), entries)
+        state = _validate_state.state(self.state_dict(), entries)
         state_file.write_state(path, state)
 
     def load(self, path: str | os.PathLike[str]) -> None:

@@ -27,7 +27,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm._validate_state import Entry, check_path, malformed
+from batchnorm import _validate_state
+from batchnorm._validate_state import Entry, malformed
 
 FORMAT_VERSION = 1
 
@@ -85,7 +86,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
     ['format_version', 'running_mean']
 
     """
-    target = Path(os.path.realpath(check_path(path)))
+    target = Path(os.path.realpath(_validate_state.path(path)))
     content = _encode({_VERSION_NAME: np.array(FORMAT_VERSION, np.int64), **state})
 
     temporary = target.with_name(f".batchnorm-{secrets.token_hex(8)}.tmp")
@@ -133,7 +134,7 @@ def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> di
     {'running_mean': array([0., 0., 0.])}
 
     """
-    source = check_path(path)
+    source = _validate_state.path(path)
     try:
         members = _unpack(_read_bounded(source, sum(entry.nbytes for entry in entries.values())))
         _check_version(members)
@@ -292,7 +293,7 @@ def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
         raise malformed(what, "begin as .npy format 1.0", content[:8])
     begin = 10 + int.from_bytes(content[8:10], "little")
     header = _NPY_HEADER.fullmatch(content[10:begin])
-    if header is None or begin > len(content):
+    if header is None:
         raise malformed(what, "have the .npy header of a plain array", content[10 : min(begin, 138)])
     descr, fortran, shape = (group.decode("ascii") for group in header.groups())
     # A spelling of the expected dtype or nothing: no text of the file is ever made into a dtype.

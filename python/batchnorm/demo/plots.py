@@ -102,7 +102,7 @@ def regularizes(column: Column, results: Results, network: str) -> None:
     ax.axhline(0, color=NEUTRAL, linewidth=1)
     ax.set_xlim(-0.4, 1.4)
     ax.set_xticks([0, 1], labels)
-    finish(ax, "", "training minus test accuracy (points)", share=False)
+    finish(ax, "", "training minus test accuracy (points)", share=False, legend="lower center")
 
 
 def batch_noise(column: Column, results: Results, network: str) -> None:

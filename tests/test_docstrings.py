@@ -1,0 +1,38 @@
+"""Every example of every docstring of the installed package runs and shows what it says."""
+
+import doctest
+import importlib
+import inspect
+
+import pytest
+
+import batchnorm as bn
+
+MODULES = [f"batchnorm.{name}" for name in ("functional", "info", "layers", "moments", "state_file")]
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_examples_show_what_they_say(name):
+    result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.failed == 0
+
+
+def public():
+    for name in bn.__all__:
+        value = getattr(bn, name)
+        if callable(value):
+            yield value
+
+
+@pytest.mark.parametrize("value", public(), ids=lambda v: v.__name__)
+def test_everything_public_has_a_docstring(value):
+    assert inspect.getdoc(value)
+
+
+def functions():
+    return [f for f in public() if inspect.isfunction(f) and f is not bn.get_num_threads]
+
+
+@pytest.mark.parametrize("function", functions(), ids=lambda f: f.__name__)
+def test_every_public_function_has_an_example(function):
+    assert ">>> " in inspect.getdoc(function)
