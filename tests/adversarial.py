@@ -38,6 +38,7 @@ X = {
     "first_value_outlier_1e12": lambda rng, n, dtype: _with(rng.normal(size=n), {0: 1e12}),
     "two_outliers_cancel_1e6": lambda rng, n, dtype: _with(rng.normal(size=n), {7: 1e6, n - 9: -1e6}),
     "two_outliers_cancel_1e18": lambda rng, n, dtype: _with(rng.normal(size=n), {7: 1e18, n - 9: -1e18}),
+    "two_outliers_cancel_1e30": lambda rng, n, dtype: _with(rng.normal(size=n), {7: 1e30, n - 9: -1e30}),
     "sum_cancellation": lambda rng, n, dtype: _shuffled(rng, [1e15, -1e15, 1.0], n),
     "subnormal": lambda rng, n, dtype: rng.uniform(-1, 1, n) * float(np.finfo(dtype).smallest_normal),
     "subnormal_smallest": lambda rng, n, dtype: (
@@ -71,6 +72,9 @@ X = {
     "huge_1e30": lambda rng, n, dtype: 1e30 * rng.normal(size=n),
     "near_max_both_signs": lambda rng, n, dtype: rng.uniform(-1, 1, n) * float(np.finfo(np.float32).max),
     "near_max_one_sign": lambda rng, n, dtype: rng.uniform(0.9, 1, n) * float(np.finfo(np.float32).max),
+    "near_max_mostly_one_sign": lambda rng, n, dtype: (
+        np.resize([1.0] * 9 + [-1.0], n) * float(np.finfo(np.float32).max)
+    ),
     "one_value_max": lambda rng, n, dtype: _with(np.zeros(n), {n // 3: float(np.finfo(np.float32).max)}),
     "one_value_not_zero": lambda rng, n, dtype: _with(np.zeros(n), {n - 1: 1.0}),
     "two_values": lambda rng, n, dtype: np.resize([3.0, 5.0], n),
@@ -170,6 +174,8 @@ _OPTIONS = {
     "beta_1000": {"beta": 1000.0},
     "beta_1024_near_power_of_two": {"beta": 1024.0001},
     "beta_1e30": {"beta": 1e30},
+    # 16.9 * gamma is beyond float32 until beta is added.
+    "beta_brings_overflow_back": {"x": "one_value_not_zero", "gamma": 3e37, "beta": -3e38},
     "beta_subnormal": {"beta": 1e-41, "gamma": 1e-38},
     **{f"dy_{name}": {"dy": name} for name in DY},
     "dy_and_x_offset_1e4": {"x": "mean_std_1e4", "dy": "parallel_to_x"},

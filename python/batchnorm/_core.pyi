@@ -1,13 +1,13 @@
 """The C++ core of batchnorm on dense NumPy arrays. Private: use the functions of the package."""
 
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
-_Array = NDArray[Any]
-_Table = NDArray[np.float64]
-_Sizes = tuple[int, int, int]
+_Array: TypeAlias = NDArray[Any]
+_Table: TypeAlias = NDArray[np.float64]
+_Sizes: TypeAlias = tuple[int, int, int]
 
 __version__: str
 

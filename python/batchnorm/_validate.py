@@ -56,7 +56,9 @@ def axis(value: object, ndim: int) -> int:
     except TypeError:
         raise TypeError(f"axis must be an int, got {_kind(value)}") from None
     if not -ndim <= index < ndim:
-        raise ValueError(f"axis must be in [{-ndim}, {ndim - 1}] for an array of {ndim} dimensions, got {index}")
+        raise ValueError(
+            f"axis must be in [{-ndim}, {ndim - 1}] for an array of {ndim} dimensions, got {index}"
+        )
     return index % ndim
 
 
@@ -145,7 +147,9 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
             raise ValueError(f"out must have one address per value, got stride 0 on axis {d}")
     for name, a in may_be.items():
         if not _same_memory(checked, a) and _share_memory(checked, a):
-            raise ValueError(f"out must be {name} itself or share no memory with {name}, got a partial overlap")
+            raise ValueError(
+                f"out must be {name} itself or share no memory with {name}, got a partial overlap"
+            )
     for name, values in apart_from.items():
         if values is not None and _share_memory(checked, values):
             raise ValueError(f"out must share no memory with {name}, got an overlap")
@@ -171,6 +175,6 @@ def _share_memory(a: Array, b: Array) -> bool:
         return False
     try:
         # Two strided views of one buffer are a small integer problem; a hard one counts as an overlap.
-        return bool(np.shares_memory(a, b, max_work=100_000))
+        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # its stub knows 0 and -1
     except np.exceptions.TooHardError:
         return True

@@ -72,12 +72,12 @@ class GradSums:
 
     @property
     def sum_dy(self) -> PerChannel:
-        """sum(dy), which is dbeta."""  # noqa: D403
+        """sum(dy), which is dbeta."""
         return self._table[:, 0] + self._table[:, 1]
 
     @property
     def sum_dy_xmu(self) -> PerChannel:
-        """sum(dy·(x - mean)), which is dgamma/rstd."""  # noqa: D403
+        """sum(dy·(x - mean)), which is dgamma/rstd."""
         return self._table[:, 2] + self._table[:, 3]
 
     def __add__(self, other: GradSums) -> GradSums:
@@ -91,7 +91,9 @@ class GradSums:
         table = np.empty_like(a)
         total = a[:, ::2] + b[:, ::2]
         part = total - a[:, ::2]
-        error = (a[:, ::2] - (total - part)) + (b[:, ::2] - part)  # Knuth's TwoSum: what the addition rounded off
+        error = (a[:, ::2] - (total - part)) + (
+            b[:, ::2] - part
+        )  # Knuth's TwoSum: what the addition rounded off
         table[:, ::2], table[:, 1::2] = total, a[:, 1::2] + b[:, 1::2] + error
         return GradSums(self.count + other.count, table)
 
@@ -293,7 +295,16 @@ def batch_norm_backward(
     block, sizes = _layout.dense(x, saved.axis)
     dx = _target(out, block) if need_x else None
     dgamma, dbeta = _core.batch_norm_backward(
-        _layout.like(block, dy), block, sizes, saved.moments._table, scale, saved.eps, dx, need_gamma, need_beta, threads
+        _layout.like(block, dy),
+        block,
+        sizes,
+        saved.moments._table,
+        scale,
+        saved.eps,
+        dx,
+        need_gamma,
+        need_beta,
+        threads,
     )
     return _gradients(dx, out, dgamma, dbeta, saved.gamma)
 
@@ -437,9 +448,7 @@ def grad_input(
     block, sizes = _layout.dense(x, saved.axis)
     dx = _target(out, block)
     table = saved.moments._table
-    _core.grad_input(
-        _layout.like(block, dy), block, sizes, table, sums._table, scale, saved.eps, dx, threads
-    )
+    _core.grad_input(_layout.like(block, dy), block, sizes, table, sums._table, scale, saved.eps, dx, threads)
     return _deliver(dx, out)
 
 

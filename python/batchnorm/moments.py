@@ -86,7 +86,7 @@ class Moments:
     @property
     def channels(self) -> int:
         """How many channels there are."""
-        return self._table.shape[0]
+        return int(self._table.shape[0])
 
     @property
     def count(self) -> NDArray[np.float64]:

@@ -15,13 +15,10 @@ import contextlib
 import io
 import os
 import re
-import secrets
 import stat
 import struct
-import zipfile
 import zlib
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -86,10 +83,13 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
     ['format_version', 'running_mean']
 
     """
+    # pathlib and zipfile would take half of the package's import time, and most processes save nothing.
+    from pathlib import Path
+
     target = Path(os.path.realpath(_validate_state.path(path)))
     content = _encode({_VERSION_NAME: np.array(FORMAT_VERSION, np.int64), **state})
 
-    temporary = target.with_name(f".batchnorm-{secrets.token_hex(8)}.tmp")
+    temporary = target.with_name(f".batchnorm-{os.urandom(8).hex()}.tmp")
     file = temporary.open("xb")  # fails rather than take another's file; the permissions are the umask's
     try:
         with file:
@@ -101,7 +101,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
         with contextlib.suppress(OSError):
             temporary.unlink()
         raise
-    _sync_directory(target.parent)
+    _sync_directory(str(target.parent))
 
 
 def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
@@ -154,6 +154,8 @@ def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> di
 
 
 def _encode(state: Mapping[str, NDArray[Any]]) -> bytes:
+    import zipfile  # here and not above: see write_state
+
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
         for name, array in state.items():
@@ -167,7 +169,7 @@ def _encode(state: Mapping[str, NDArray[Any]]) -> bytes:
     return content.getvalue()
 
 
-def _sync_directory(directory: Path) -> None:
+def _sync_directory(directory: str) -> None:
     """Make a rename survive a power cut, where the system can. The file itself is whole either way."""
     if os.name != "posix":
         return
