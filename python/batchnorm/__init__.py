@@ -11,6 +11,7 @@ from batchnorm.functional import (
     grad_sums,
     normalize,
     normalize_backward,
+    update_running,
 )
 from batchnorm.info import active_isa, available_isas, get_num_threads, set_num_threads, show_config
 from batchnorm.layers import BatchNorm
@@ -37,4 +38,5 @@ __all__ = [
     "normalize_backward",
     "set_num_threads",
     "show_config",
+    "update_running",
 ]

@@ -64,9 +64,12 @@ def axis(value: object, ndim: int) -> int:
 
 def eps(value: object) -> float:
     """Give eps as a float, finite and >= 0."""
-    if isinstance(value, str) or not hasattr(type(value), "__float__"):
+    if isinstance(value, str | bool) or not hasattr(type(value), "__float__"):
         raise TypeError(f"eps must be a number, got {_kind(value)}")
-    number = float(value)  # type: ignore[arg-type]
+    try:
+        number = float(value)  # type: ignore[arg-type]
+    except OverflowError:  # an int beyond float64
+        number = math.inf
     if not 0 <= number < math.inf:
         raise ValueError(f"eps must be finite and >= 0, got {number}")
     return number
@@ -116,7 +119,7 @@ def num_threads(value: object) -> int:
     """Give the threads asked for, 0 standing for None."""
     if value is None:
         return 0
-    if not isinstance(value, int | np.integer):
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
         raise TypeError(f"num_threads must be an int >= 1 or None, got {_kind(value)}")
     if value < 1:
         raise ValueError(f"num_threads must be an int >= 1 or None, got {value}")

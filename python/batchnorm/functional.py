@@ -373,6 +373,48 @@ def normalize_backward(
     return _gradients(dx, out, dgamma, dbeta, gamma)
 
 
+def update_running(
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    moments: Moments,
+    *,
+    update_rate: float = 0.1,
+    ddof: int = 1,
+) -> tuple[PerChannel, PerChannel]:
+    """Give the running statistics after one more batch.
+
+    running = (1 - update_rate)·running + update_rate·batch, for the mean and for the variance m2/(count - ddof), in
+    float64. PyTorch calls update_rate momentum; the momentum of Keras, Flax and ONNX is 1 - update_rate.
+
+    Parameters
+    ----------
+    running_mean, running_var : (C,) of any floating dtype. Not changed.
+    moments : of the batch: ``saved.moments``, say. A channel of count 0 leaves its running statistics alone.
+    update_rate : from 0 (leaves the bits) to 1 (stores the batch's).
+    ddof : 1 for the unbiased variance (PyTorch), 0 for the biased one (Keras, Flax, ONNX).
+
+    Returns
+    -------
+    running_mean, running_var : new (C,) float64 arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For shapes and dtypes that do not fit, a rate out of range, a batch of no more than `ddof` values.
+
+    Examples
+    --------
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0]]))
+    >>> update_running([0.0], [1.0], saved.moments, update_rate=0.5)
+    (array([1.]), array([1.5]))
+    """
+    _validate.instance("moments", moments, Moments, "Moments")
+    mean = _validate.channel_values("running_mean", running_mean, moments.channels)
+    var = _validate.channel_values("running_var", running_var, moments.channels)
+    mean, var = mean.astype(np.float64, copy=False), var.astype(np.float64, copy=False)
+    return _core.update_running(mean, var, moments._table, update_rate, ddof)
+
+
 def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> GradSums:
     """First half of `batch_norm_backward`: the sums over the batch that it needs.
 

@@ -13,7 +13,13 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _validate, _validate_state, state_file
-from batchnorm.functional import batch_norm, batch_norm_backward, normalize, normalize_backward
+from batchnorm.functional import (
+    batch_norm,
+    batch_norm_backward,
+    normalize,
+    normalize_backward,
+    update_running,
+)
 from batchnorm.moments import Moments
 
 __all__ = ["BatchNorm"]
@@ -580,9 +586,9 @@ def _updated_statistics(
     count = statistics.update_count + 1
     if statistics.pooled is not None:
         return _pooled_statistics(statistics.pooled | batch, count, ddof)
-    mean = _blend(statistics.mean, batch.mean, update_rate)
-    var = _blend(statistics.var, batch.var(ddof), update_rate)
-    return _Statistics(mean, var, count, None)
+    assert update_rate is not None
+    mean, var = update_running(statistics.mean, statistics.var, batch, update_rate=update_rate, ddof=ddof)
+    return _Statistics(_read_only(mean), _read_only(var), count, None)
 
 
 def _pooled_statistics(pooled: Moments, update_count: int, ddof: int) -> _Statistics:
@@ -590,19 +596,6 @@ def _pooled_statistics(pooled: Moments, update_count: int, ddof: int) -> _Statis
         zeros = np.zeros(pooled.channels)
         return _Statistics(_read_only(zeros), _read_only(zeros + 1), 0, pooled)
     return _Statistics(_read_only(pooled.mean), _read_only(pooled.var(ddof)), update_count, pooled)
-
-
-def _blend(
-    running: NDArray[np.float64], batch: NDArray[np.float64], rate: float | None
-) -> NDArray[np.float64]:
-    # The formula itself would make NaN of 0*inf, and 0.0 of -0.0.
-    if rate == 0:
-        return running
-    if rate == 1:
-        return _read_only(batch)
-    assert rate is not None
-    with np.errstate(all="ignore"):  # infinities in a batch are its own matter, and no reason for a warning
-        return _read_only((1 - rate) * running + rate * batch)
 
 
 def _read_only(array: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -74,25 +74,25 @@ inline int run_tests(const char* wanted = nullptr) {
 }  // namespace expect
 
 // TEST(the_claim_in_snake_case) { ... }
-#define TEST(claim)                                          \
-  static void claim();                                       \
+#define TEST(claim)                                           \
+  static void claim();                                        \
   static const expect::Registered claim##_is_(#claim, claim); \
   static void claim()
 
 // EXPECT(condition, values that explain it...); the values are only looked at on failure.
-#define EXPECT(condition, ...)                                                                         \
-  do {                                                                                                 \
+#define EXPECT(condition, ...)                                                                                     \
+  do {                                                                                                             \
     if (!(condition)) expect::fail(__FILE__, __LINE__, expect::text(#condition, "  " __VA_OPT__(, ) __VA_ARGS__)); \
   } while (false)
 
-#define EXPECT_EQUAL(got, wanted, ...)                                                                              \
-  do {                                                                                                              \
-    const auto& got_ = got;                                                                                         \
-    const auto& wanted_ = wanted;                                                                                   \
-    if (!(got_ == wanted_)) {                                                                                       \
-      expect::fail(__FILE__, __LINE__,                                                                              \
-                   expect::text(#got, " must be ", wanted_, ", got ", got_, "  " __VA_OPT__(, ) __VA_ARGS__));      \
-    }                                                                                                               \
+#define EXPECT_EQUAL(got, wanted, ...)                                                                         \
+  do {                                                                                                         \
+    const auto& got_ = got;                                                                                    \
+    const auto& wanted_ = wanted;                                                                              \
+    if (!(got_ == wanted_)) {                                                                                  \
+      expect::fail(__FILE__, __LINE__,                                                                         \
+                   expect::text(#got, " must be ", wanted_, ", got ", got_, "  " __VA_OPT__(, ) __VA_ARGS__)); \
+    }                                                                                                          \
   } while (false)
 
 // EXPECT_THROWS(std::invalid_argument, "the whole text", expression).

@@ -94,8 +94,10 @@ class Array {
   [[nodiscard]] bool untouched() const { return std::memcmp(first_, before_.data(), before_.size()) == 0; }
   // Whether nothing but the elements of the piece has changed.
   [[nodiscard]] bool untouched_outside(const Strided& piece) {
-    const T* before = reinterpret_cast<const T*>(before_.data() + (reinterpret_cast<std::byte*>(data_) - first_));
-    piece.for_each([&](std::int64_t at, std::int64_t) { std::memcpy(data_ + at, before + at, sizeof(T)); });
+    const std::byte* before = before_.data() + (reinterpret_cast<std::byte*>(data_) - first_);
+    piece.for_each([&](std::int64_t at, std::int64_t) {
+      std::memcpy(data_ + at, before + at * static_cast<std::int64_t>(sizeof(T)), sizeof(T));
+    });
     return untouched();
   }
 
@@ -113,7 +115,7 @@ class Array {
 inline std::string (*describe_call)() = nullptr;
 
 inline void report_faults() {
-  struct sigaction action {};
+  struct sigaction action{};
   action.sa_handler = [](int) {
     // The program ends here, so that allocating in a handler harms nobody.
     std::printf("memory outside of an array was touched: %s\n0 passed, 1 failed\n", describe_call().c_str());

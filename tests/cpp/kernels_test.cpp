@@ -1,0 +1,619 @@
+// The kernel contract (kernels/table.hpp), for every table that runs on this machine and the reference.
+#include <array>
+#include <cfloat>
+#include <cmath>
+#include <limits>
+#include <string>
+#include <vector>
+
+#include "data.hpp"
+#include "dispatch.hpp"
+#include "exact_sum.hpp"
+#include "expect.hpp"
+#include "guarded.hpp"
+#include "kernels/table.hpp"
+#include "machine.hpp"
+
+namespace {
+
+using namespace batchnorm;
+using data::Generator;
+using guarded::Place;
+using guarded::Strided;
+using kernels::Kernels;
+using kernels::Rows;
+using kernels::Runs;
+using kernels::Sums;
+
+enum class Pass {
+  moments,
+  moments_about,
+  moments_compensated,
+  grad_sums,
+  normalize,
+  normalize_wide,  // rows: the mixed form
+  grad_input,
+  grad_input_wide,
+};
+constexpr const char* kPassNames[] = {"moments",   "moments_about",  "moments_compensated", "grad_sums",
+                                      "normalize", "normalize_wide", "grad_input",          "grad_input_wide"};
+constexpr Pass kSums[] = {Pass::moments, Pass::moments_about, Pass::moments_compensated, Pass::grad_sums};
+constexpr Pass kNormalize[] = {Pass::normalize, Pass::normalize_wide};
+constexpr Pass kGradInput[] = {Pass::grad_input, Pass::grad_input_wide};
+
+// Which array the output is written to.
+enum class Output { its_own, x, dy };
+constexpr const char* kOutputNames[] = {"out of place", "onto x", "onto dy"};
+
+enum class Values { ordinary, extreme, not_finite };
+
+// A piece with its data and coefficients: one column for runs, `piece.length` columns for rows.
+template <class T>
+struct Inputs {
+  Strided piece;
+  bool is_rows;
+  std::vector<T> x, dy, shift;
+  std::vector<double> mean;
+  std::array<std::vector<T>, 5> narrow;
+  std::array<std::vector<double>, 5> wide;
+  std::vector<std::uint16_t> mask;
+
+  [[nodiscard]] std::int64_t columns() const { return is_rows ? piece.length : 1; }
+  [[nodiscard]] std::size_t column_of(std::int64_t element) const {
+    return is_rows ? static_cast<std::size_t>(element % piece.length) : 0;
+  }
+  [[nodiscard]] bool is_wide(std::size_t column) const {
+    return !is_rows || ((mask[column / 16] >> (column % 16)) & 1);
+  }
+};
+
+template <class T>
+struct Outcome {
+  std::vector<double> sums;  // first, first_lo, second, second_lo of all columns; without low parts where none is kept
+  std::vector<T> values;
+};
+
+// What is being called, for messages.
+struct Call {
+  const char* isa = "";
+  const char* type = "";
+  Pass pass = Pass::moments;
+  Output output = Output::its_own;
+  Place place = Place::ends_at_guard;
+  Strided piece{};
+  bool is_rows = false;
+} current;
+
+std::string described() {
+  return expect::text(current.isa, " ", current.type, " ", current.is_rows ? "rows_" : "runs_",
+                      kPassNames[static_cast<int>(current.pass)], " ", kOutputNames[static_cast<int>(current.output)],
+                      ", ", guarded::name(current.place), ", ", current.piece.count, " x ", current.piece.length,
+                      " values, stride ", current.piece.stride);
+}
+
+// ---- data ------------------------------------------------------------------------------------------------------
+
+// Sums of a thousand of these and of their squares stay finite.
+template <class T>
+T extreme(Generator& g) {
+  constexpr T kHuge = sizeof(T) == sizeof(float) ? std::numeric_limits<T>::max() : T(0x1p500);
+  constexpr T kTiny = std::numeric_limits<T>::denorm_min();
+  switch (g.below(8)) {
+    case 0:
+      return kHuge;
+    case 1:
+      return -kHuge;
+    case 2:
+      return std::numeric_limits<T>::min();
+    case 3:
+      return kTiny;
+    case 4:
+      return -kTiny * static_cast<T>(g.below(1000));
+    case 5:
+      return T(0) * g.value<T>();  // 0 or -0
+    default:
+      return g.value<T>();
+  }
+}
+
+template <class T>
+T not_finite(Generator& g) {
+  switch (g.below(20)) {
+    case 0:
+      return std::numeric_limits<T>::quiet_NaN();
+    case 1:
+      return std::numeric_limits<T>::infinity();
+    case 2:
+      return -std::numeric_limits<T>::infinity();
+    case 3:
+      return std::numeric_limits<T>::max() * T(0x1p-12);  // squares overflow in float64, sums do not
+    default:
+      return g.value<T>();
+  }
+}
+
+template <class T>
+std::vector<T> fill(Generator& g, std::int64_t count, Values kind) {
+  std::vector<T> v(static_cast<std::size_t>(count));
+  for (T& e : v) {
+    e = kind == Values::ordinary ? g.value<T>() : kind == Values::extreme ? extreme<T>(g) : not_finite<T>(g);
+  }
+  return v;
+}
+
+// A tensor piece: data at its elements, canaries (which are NaN) between them.
+template <class T>
+std::vector<T> fill(Generator& g, const Strided& piece, Values kind) {
+  std::vector<T> v(static_cast<std::size_t>(piece.extent()));
+  if (!v.empty()) std::memset(v.data(), guarded::kCanary, v.size() * sizeof(T));
+  const std::vector<T> elements = fill<T>(g, piece.elements(), kind);
+  piece.for_each([&](std::int64_t at, std::int64_t e) { v.data()[at] = elements.data()[e]; });
+  return v;
+}
+
+template <class T>
+Inputs<T> make_inputs(const Strided& piece, bool is_rows, Values kind, std::uint64_t seed) {
+  Generator g(seed);
+  Inputs<T> in{piece, is_rows, fill<T>(g, piece, kind), fill<T>(g, piece, kind), {}, {}, {}, {}, {}};
+  const std::int64_t columns = in.columns();
+  in.shift = fill<T>(g, columns, kind == Values::extreme ? kind : Values::ordinary);
+  in.mean = fill<double>(g, columns, Values::ordinary);
+  for (auto& field : in.narrow) field = fill<T>(g, columns, kind == Values::extreme ? kind : Values::ordinary);
+  for (auto& field : in.wide) {
+    field = fill<double>(g, columns, Values::ordinary);
+    if (kind == Values::extreme) {
+      for (double& k : field) k *= std::ldexp(1.0, 40 * (g.below(7) - 3));
+    }
+  }
+  in.mask.resize(static_cast<std::size_t>((columns + 15) / 16));
+  // None, all, or some of the columns; bits beyond the last column mean nothing.
+  const int some = g.below(4);
+  for (auto& m : in.mask) m = static_cast<std::uint16_t>(some == 0 ? 0 : some == 1 ? 0xffff : g.next());
+  return in;
+}
+
+// ---- calls -----------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Memory {
+  guarded::Array<T> x, dy, out, shift;
+  std::array<guarded::Array<T>, 5> narrow;
+  std::array<guarded::Array<double>, 5> wide;
+  guarded::Array<double> mean;
+  guarded::Array<std::uint16_t> mask;
+  std::array<guarded::Array<double>, 4> column_sums;
+  guarded::Array<Sums> sums;
+};
+template <class T>
+Memory<T>& memory() {
+  static Memory<T> m;
+  return m;
+}
+
+template <class T>
+Outcome<T> call_sums(const Kernels<T>& k, const Inputs<T>& in, bool low_is_kept) {
+  Memory<T>& m = memory<T>();
+  const Place place = current.place;
+  const bool has_dy = current.pass == Pass::grad_sums;
+  const T* x = m.x.place(in.x, place, 1);
+  const T* dy = m.dy.place(has_dy ? in.dy : std::vector<T>{}, place, 2);
+  const T* shift = m.shift.place(in.shift, place, 3);
+  const double* mean = m.mean.place(in.mean, place, 4);
+  Outcome<T> outcome;
+  if (!in.is_rows) {
+    const Runs runs{in.piece.length, in.piece.count, in.piece.stride};
+    Sums canary;
+    std::memset(&canary, guarded::kCanary, sizeof canary);
+    Sums* sums = m.sums.place({canary}, place, 5);
+    switch (current.pass) {
+      case Pass::moments:
+        k.runs_moments(x, runs, sums);
+        break;
+      case Pass::moments_about:
+        k.runs_moments_about(x, runs, *shift, sums);
+        break;
+      case Pass::moments_compensated:
+        k.runs_moments_compensated(x, runs, sums);
+        break;
+      default:
+        k.runs_grad_sums(dy, x, runs, *mean, sums);
+    }
+    outcome.sums = {sums->first, sums->first_lo, sums->second, sums->second_lo};
+    if (!low_is_kept) {
+      EXPECT(sums->first_lo == 0 && sums->second_lo == 0, described());
+      outcome.sums = {sums->first, sums->second};
+    }
+    EXPECT(m.sums.untouched_outside({1, 1, 1}), described());
+  } else {
+    const Rows rows{in.piece.count, in.piece.length, in.piece.stride};
+    std::vector<double> canaries(static_cast<std::size_t>(rows.columns));
+    std::memset(canaries.data(), guarded::kCanary, canaries.size() * sizeof(double));
+    double* field[4];
+    for (std::size_t f = 0; f < 4; ++f) field[f] = m.column_sums[f].place(canaries, place, 5 + f);
+    const kernels::ColumnSums sums{field[0], field[1], field[2], field[3]};
+    switch (current.pass) {
+      case Pass::moments:
+        k.rows_moments(x, rows, sums);
+        break;
+      case Pass::moments_about:
+        k.rows_moments_about(x, rows, shift, sums);
+        break;
+      case Pass::moments_compensated:
+        k.rows_moments_compensated(x, rows, sums);
+        break;
+      default:
+        k.rows_grad_sums(dy, x, rows, mean, sums);
+    }
+    const bool is_reference = &k == &reference_implementation.table->of<T>();
+    for (std::size_t f = 0; f < 4; ++f) {
+      const bool is_low = f % 2 == 1;
+      if (!is_low || low_is_kept) {
+        const std::vector<double> column = m.column_sums[f].all();
+        outcome.sums.insert(outcome.sums.end(), column.begin(), column.end());
+      } else if (!is_reference) {
+        EXPECT(m.column_sums[f].untouched(), "low part ", f, " of plain sums: ", described());
+      }
+      EXPECT(m.column_sums[f].untouched_outside({rows.columns, 1, rows.columns}), described());
+    }
+  }
+  EXPECT(m.x.untouched() && m.dy.untouched() && m.shift.untouched() && m.mean.untouched(), described());
+  return outcome;
+}
+
+template <class T>
+Outcome<T> call_elements(const Kernels<T>& k, const Inputs<T>& in) {
+  Memory<T>& m = memory<T>();
+  const Place place = current.place;
+  const bool has_dy = current.pass == Pass::grad_input || current.pass == Pass::grad_input_wide;
+  const bool is_wide = current.pass == Pass::normalize_wide || current.pass == Pass::grad_input_wide;
+  const std::vector<T> none;
+  T* x = m.x.place(in.x, place, 1);
+  T* dy = m.dy.place(has_dy ? in.dy : none, place, 2);
+  std::vector<T> canaries(in.x.size());
+  if (!canaries.empty()) std::memset(canaries.data(), guarded::kCanary, canaries.size() * sizeof(T));
+  T* out = m.out.place(current.output == Output::its_own ? canaries : none, place, 3);
+  if (current.output == Output::x) out = x;
+  if (current.output == Output::dy) out = dy;
+  const std::size_t fields = has_dy ? 5 : 3;
+  const T* n[5];
+  const double* w[5];
+  for (std::size_t f = 0; f < fields; ++f) {
+    n[f] = m.narrow[f].place(in.narrow[f], place, f + 4);
+    w[f] = m.wide[f].place(in.wide[f], place, f + 5);
+  }
+  const std::uint16_t* mask = m.mask.place(in.mask, place, 6);
+  const Runs runs{in.piece.length, in.piece.count, in.piece.stride};
+  const Rows rows{in.piece.count, in.piece.length, in.piece.stride};
+  if (!in.is_rows && !has_dy) {
+    is_wide ? k.runs_normalize_wide(x, out, runs, {*w[0], *w[1], *w[2]})
+            : k.runs_normalize(x, out, runs, {*n[0], *n[1], *n[2]});
+  } else if (!in.is_rows) {
+    is_wide ? k.runs_grad_input_wide(dy, x, out, runs, {*w[0], *w[1], *w[2], *w[3], *w[4]})
+            : k.runs_grad_input(dy, x, out, runs, {*n[0], *n[1], *n[2], *n[3], *n[4]});
+  } else if (!has_dy) {
+    is_wide ? k.rows_normalize_mixed(x, out, rows, {n[0], n[1], n[2]}, {mask, {w[0], w[1], w[2]}})
+            : k.rows_normalize(x, out, rows, {n[0], n[1], n[2]});
+  } else {
+    is_wide ? k.rows_grad_input_mixed(dy, x, out, rows, {n[0], n[1], n[2], n[3], n[4]},
+                                      {mask, {w[0], w[1], w[2], w[3], w[4]}})
+            : k.rows_grad_input(dy, x, out, rows, {n[0], n[1], n[2], n[3], n[4]});
+  }
+  guarded::Array<T>& written = current.output == Output::its_own ? m.out : current.output == Output::x ? m.x : m.dy;
+  Outcome<T> outcome{{}, written.elements(in.piece)};
+  EXPECT(written.untouched_outside(in.piece), described());
+  EXPECT(m.x.untouched() && m.dy.untouched() && m.out.untouched() && m.mask.untouched(), described());
+  for (std::size_t f = 0; f < fields; ++f) EXPECT(m.narrow[f].untouched() && m.wide[f].untouched(), described());
+  return outcome;
+}
+
+bool is_sums(Pass pass) { return pass <= Pass::grad_sums; }
+
+template <class T>
+Outcome<T> call(const Implementation& implementation, Pass pass, Output output, const Inputs<T>& in, Place place) {
+  current = {implementation.name, sizeof(T) == sizeof(float) ? "float" : "double", pass, output, place, in.piece,
+             in.is_rows};
+  const Kernels<T>& k = implementation.table->of<T>();
+  if (!is_sums(pass)) return call_elements(k, in);
+  return call_sums(k, in, sizeof(T) == sizeof(double) || pass == Pass::moments_compensated);
+}
+
+// ---- bounds ----------------------------------------------------------------------------------------------------
+
+// The two terms that one element adds to the sums of a pass.
+template <class T>
+std::array<double, 2> terms(const Inputs<T>& in, Pass pass, std::int64_t at, std::int64_t element) {
+  const std::size_t column = in.column_of(element);
+  const auto x = static_cast<double>(in.x.data()[at]);
+  if (pass == Pass::grad_sums) {
+    const auto dy = static_cast<double>(in.dy.data()[at]);
+    return {dy, dy * (x - in.mean[column])};
+  }
+  const double d = pass == Pass::moments_about ? x - static_cast<double>(in.shift[column]) : x;
+  return {d, d * d};
+}
+
+// got and reference are two sums of n terms, each term rounded on its way there (a difference and a product: at most
+// 3 roundings), in any order: each differs from the exact sum by at most (n + 2)*2^-53*sum(|term|) to first order.
+// Where a term is infinite or NaN, both are the same infinity or both NaN.
+template <class T>
+void expect_sums_near(const Inputs<T>& in, Pass pass, const Outcome<T>& got, const Outcome<T>& reference) {
+  const auto columns = static_cast<std::size_t>(in.columns());
+  std::vector<double> magnitude(2 * columns, 0.0);
+  in.piece.for_each([&](std::int64_t at, std::int64_t e) {
+    const std::array<double, 2> term = terms(in, pass, at, e);
+    for (std::size_t s = 0; s < 2; ++s) magnitude[s * columns + in.column_of(e)] += std::abs(term[s]);
+  });
+  const auto n = static_cast<double>(in.is_rows ? in.piece.count : in.piece.elements());
+  const std::size_t stride = got.sums.size() / 2;  // with or without low parts
+  for (std::size_t s = 0; s < 2; ++s) {
+    for (std::size_t c = 0; c < columns; ++c) {
+      const double high = got.sums[s * stride + c], low = stride == columns ? 0 : got.sums[s * stride + columns + c];
+      const double want = reference.sums[s * (reference.sums.size() / 2) + c];
+      if (!std::isfinite(magnitude[s * columns + c])) {
+        EXPECT(data::same_bits(high, want), high, " ", want, " column ", c, " ", described());
+      } else {
+        const double bound = 2 * (n + 3) * 0x1p-53 * magnitude[s * columns + c];
+        EXPECT(std::abs(high + low - want) <= bound, high + low, " ", want, " bound ", bound, " column ", c, " ",
+               described());
+      }
+    }
+  }
+}
+
+// What an element pass computes in T is p = (x - center)*scale, maybe a second such product, and offset, added. Each
+// product has two roundings and each of at most two additions one, relative to what is added: 4u*sum(|part|), to which
+// the reference adds its one rounding of the result: 5u. A float32 product may lose half of 2^-149 to underflow: 2^-149
+// for two of them, and as much for the reference. What is computed in float64 is the reference, bit for bit.
+template <class T>
+void expect_elements_near(const Inputs<T>& in, Pass pass, const Outcome<T>& got, const Outcome<T>& reference) {
+  const bool may_be_wide = pass == Pass::normalize_wide || pass == Pass::grad_input_wide;
+  const bool has_dy = pass == Pass::grad_input || pass == Pass::grad_input_wide;
+  in.piece.for_each([&](std::int64_t at, std::int64_t e) {
+    const T y = got.values.data()[e], want = reference.values.data()[e];
+    const std::size_t c = in.column_of(e);
+    if (sizeof(T) == sizeof(double) || (may_be_wide && in.is_wide(c))) {
+      EXPECT(data::same_bits(y, want), y, " ", want, " column ", c, " element ", e, " ", described());
+      return;
+    }
+    double magnitude = std::abs(static_cast<double>(in.narrow[has_dy ? 4 : 2][c]));
+    bool finite = true;
+    const auto add_part = [&](T value, std::size_t field) {
+      const double d = static_cast<double>(value) - static_cast<double>(in.narrow[field][c]);
+      const double scale = static_cast<double>(in.narrow[field + 1][c]);
+      magnitude += std::abs(d * scale) + (std::abs(d) > FLT_MAX / 2 ? std::abs(d) : 0);
+      finite = finite && std::isfinite(value);
+    };
+    if (has_dy) add_part(in.dy.data()[at], 0);
+    add_part(in.x.data()[at], has_dy ? 2 : 0);
+    if (!finite) {
+      EXPECT(data::same_bits(y, want), y, " ", want, " column ", c, " element ", e, " ", described());
+    } else if (magnitude < FLT_MAX / 2) {  // else an intermediate result may overflow, which is what wide is for
+      const double bound = 5 * 0x1p-24 * magnitude + 2 * 0x1p-149;
+      EXPECT(std::abs(static_cast<double>(y) - static_cast<double>(want)) <= bound, y, " ", want, " bound ", bound,
+             " column ", c, " element ", e, " ", described());
+    }
+  });
+}
+
+// ---- what is tried ---------------------------------------------------------------------------------------------
+
+std::vector<Implementation> runnable() {
+  std::vector<Implementation> list{reference_implementation};
+  for (const Implementation& implementation : implementations()) {
+    if (machine_runs(implementation.name)) list.push_back(implementation);
+  }
+  return list;
+}
+const Implementation& generic() { return implementations().back(); }
+
+// All implementations at all places agree: among the tables bit for bit, with the reference within the bound.
+template <class T>
+void expect_agreement(Pass pass, Output output, const Inputs<T>& in) {
+  const Outcome<T> expected = call(generic(), pass, output, in, Place::ends_at_guard);
+  const Outcome<T> reference = call(reference_implementation, pass, output, in, Place::ends_at_guard);
+  if (is_sums(pass)) {
+    expect_sums_near(in, pass, expected, reference);
+  } else {
+    expect_elements_near(in, pass, expected, reference);
+  }
+  for (const Implementation& implementation : runnable()) {
+    const Outcome<T>& same = implementation.table == reference_implementation.table ? reference : expected;
+    for (const Place place : guarded::kPlaces) {
+      const Outcome<T> got = call(implementation, pass, output, in, place);
+      EXPECT(data::same_bits(got.sums, same.sums) && data::same_bits(got.values, same.values), described());
+    }
+  }
+}
+
+// f(piece): every tail length, of one run and of several, side by side and apart.
+template <class F>
+void for_each_runs(F&& f) {
+  for (std::int64_t length = 0; length <= 2 * kernels::kVectorColumns + 1; ++length) {
+    for (const Strided& piece : {Strided{length, 1, length}, Strided{length, 1, length + 5}, Strided{length, 2, length},
+                                 Strided{length, 3, length + 1}, Strided{length, 7, length + 16}}) {
+      f(piece);
+    }
+  }
+}
+// f(piece): every number of columns and of rows, side by side and apart in turn.
+template <class F>
+void for_each_rows(F&& f) {
+  for (std::int64_t columns = 1; columns <= 50; ++columns) {
+    for (std::int64_t count = 1; count <= 20; ++count) f(Strided{columns, count, columns + (columns + count) % 4});
+  }
+}
+
+// f(inputs) for runs with every kind of values, then for rows with one kind after the other.
+template <class T, class F>
+void for_each_input(F&& f) {
+  std::uint64_t seed = 1;
+  for_each_runs([&](const Strided& piece) {
+    for (const Values kind : {Values::ordinary, Values::extreme, Values::not_finite}) {
+      f(make_inputs<T>(piece, false, kind, seed++));
+    }
+  });
+  for_each_rows([&](const Strided& piece) {
+    const auto kind = static_cast<Values>(seed % 3);
+    f(make_inputs<T>(piece, true, kind, seed++));
+  });
+}
+
+template <class T>
+bool exists(Pass pass, const Inputs<T>& in) {
+  const bool is_mixed = in.is_rows && (pass == Pass::normalize_wide || pass == Pass::grad_input_wide);
+  return !is_mixed || sizeof(T) == sizeof(float);
+}
+
+template <class T>
+void try_sums() {
+  for_each_input<T>([](const Inputs<T>& in) {
+    for (const Pass pass : kSums) expect_agreement(pass, Output::its_own, in);
+  });
+}
+template <class T>
+void try_normalize() {
+  for_each_input<T>([](const Inputs<T>& in) {
+    for (const Pass pass : kNormalize) {
+      if (!exists(pass, in)) continue;
+      for (const Output output : {Output::its_own, Output::x}) expect_agreement(pass, output, in);
+    }
+  });
+}
+template <class T>
+void try_grad_input() {
+  for_each_input<T>([](const Inputs<T>& in) {
+    for (const Pass pass : kGradInput) {
+      if (!exists(pass, in)) continue;
+      for (const Output output : {Output::its_own, Output::x, Output::dy}) expect_agreement(pass, output, in);
+    }
+  });
+}
+
+TEST(every_table_has_every_kernel) {
+  for (const Implementation& implementation : runnable()) {
+    const auto complete = [](const auto& k) {
+      return k.runs_moments && k.rows_moments && k.runs_moments_about && k.rows_moments_about &&
+             k.runs_moments_compensated && k.rows_moments_compensated && k.runs_normalize && k.runs_normalize_wide &&
+             k.rows_normalize && k.runs_grad_sums && k.rows_grad_sums && k.runs_grad_input && k.runs_grad_input_wide &&
+             k.rows_grad_input;
+    };
+    EXPECT(complete(implementation.table->f32) && complete(implementation.table->f64), implementation.name);
+    EXPECT(implementation.table->f32.rows_normalize_mixed && implementation.table->f32.rows_grad_input_mixed,
+           implementation.name);
+  }
+}
+
+TEST(generic_is_the_last_of_the_list) { EXPECT_EQUAL(std::string(generic().name), "generic"); }
+
+TEST(sums_of_float_agree_and_stay_inside_their_arrays) { try_sums<float>(); }
+TEST(sums_of_double_agree_and_stay_inside_their_arrays) { try_sums<double>(); }
+TEST(normalize_of_float_agrees_and_stays_inside_its_arrays) { try_normalize<float>(); }
+TEST(normalize_of_double_agrees_and_stays_inside_its_arrays) { try_normalize<double>(); }
+TEST(grad_input_of_float_agrees_and_stays_inside_its_arrays) { try_grad_input<float>(); }
+TEST(grad_input_of_double_agrees_and_stays_inside_its_arrays) { try_grad_input<double>(); }
+
+// The order of the contract, written down once more: value j of a run goes to lane j % 16, lanes live on from run to
+// run, and fold as (l, l+8), (l, l+4), (l, l+2), (l, l+1).
+TEST(plain_sums_of_runs_are_taken_in_the_lane_order_of_the_contract) {
+  for_each_runs([](const Strided& piece) {
+    const Inputs<float> in = make_inputs<float>(piece, false, Values::ordinary, 7);
+    for (const Pass pass : {Pass::moments, Pass::moments_about, Pass::grad_sums}) {
+      double lane[2][16] = {};
+      piece.for_each([&](std::int64_t at, std::int64_t e) {
+        const std::array<double, 2> term = terms(in, pass, at, e);
+        for (std::size_t s = 0; s < 2; ++s) lane[s][(e % piece.length) % 16] += term[s];
+      });
+      for (auto& l : lane) {
+        for (int half = 8; half > 0; half /= 2) {
+          for (int k = 0; k < half; ++k) l[k] += l[k + half];
+        }
+      }
+      const Outcome<float> got = call(generic(), pass, Output::its_own, in, Place::ends_at_guard);
+      EXPECT(data::same_bits(got.sums, {lane[0][0], lane[1][0]}), described());
+    }
+  });
+}
+
+// A column has one lane and its rows come in order, which is how the reference sums.
+TEST(plain_sums_of_rows_are_the_reference_bit_for_bit) {
+  for_each_rows([](const Strided& piece) {
+    const Inputs<float> in = make_inputs<float>(piece, true, Values::ordinary, 8);
+    for (const Pass pass : {Pass::moments, Pass::moments_about, Pass::grad_sums}) {
+      const Outcome<float> got = call(generic(), pass, Output::its_own, in, Place::ends_at_guard);
+      const Outcome<float> want = call(reference_implementation, pass, Output::its_own, in, Place::ends_at_guard);
+      EXPECT(data::same_bits(got.sums, want.sums), described());
+    }
+  });
+}
+
+// |error| <= 2^-53*|sum| + n^2*2^-106*sum(|term|) for a compensated sum of n terms (Ogita, Rump, Oishi 2005, prop.
+// 4.5; the low part is kept apart here, so the first term is 2^-106*|sum|). Twice n^2 covers the errors of products.
+template <class T>
+void expect_compensated(bool is_rows) {
+  const std::int64_t length = is_rows ? 3 : 203, count = is_rows ? 151 : 2;
+  Inputs<T> in = make_inputs<T>({length, count, length}, is_rows, Values::ordinary, 9);
+  // Large values that cancel, and small ones that remain.
+  Generator g(10);
+  for (std::size_t e = 0; e < in.x.size(); ++e) in.x[e] *= static_cast<T>(std::ldexp(1.0, 3 * g.below(10)));
+  for (const std::int64_t c : {std::int64_t{0}, in.columns() - 1}) {
+    ExactSum first, second, magnitude;
+    in.piece.for_each([&](std::int64_t at, std::int64_t e) {
+      if (static_cast<std::int64_t>(in.column_of(e)) != c) return;
+      const auto x = static_cast<double>(in.x.data()[at]);
+      const DoubleDouble square = two_product(x, x);
+      first.add(x);
+      magnitude.add(std::abs(x));
+      second.add(square.hi);
+      second.add(square.lo);
+    });
+    const DoubleDouble exact[2] = {first.value(), second.value()};
+    const double sizes[2] = {magnitude.value().hi, exact[1].hi};
+    const auto n = static_cast<double>(in.is_rows ? count : length * count);
+    for (const Implementation& implementation : implementations()) {
+      if (!machine_runs(implementation.name)) continue;
+      const Outcome<T> got = call(implementation, Pass::moments_compensated, Output::its_own, in, Place::unaligned);
+      const auto columns = static_cast<std::size_t>(in.columns());
+      for (std::size_t s = 0; s < 2; ++s) {
+        const double* high = got.sums.data() + 2 * s * columns + c;
+        const DoubleDouble error = exact[s] - two_sum(high[0], high[columns]);
+        EXPECT(std::abs(error.hi) <= 2 * n * n * 0x1p-106 * sizes[s], error.hi, " of ", exact[s].hi, " ", described());
+      }
+    }
+  }
+}
+TEST(compensated_sums_keep_about_100_bits) {
+  for (const bool is_rows : {false, true}) {
+    expect_compensated<float>(is_rows);
+    expect_compensated<double>(is_rows);
+  }
+}
+
+TEST(no_values_sum_to_zero) {
+  for (const Strided& piece : {Strided{0, 1, 0}, Strided{0, 5, 3}, Strided{4, 0, 4}}) {
+    const Inputs<float> in = make_inputs<float>(piece, false, Values::ordinary, 11);
+    for (const Pass pass : kSums) {
+      for (const Implementation& implementation : runnable()) {
+        const Outcome<float> got = call(implementation, pass, Output::its_own, in, Place::ends_at_guard);
+        for (const double sum : got.sums) EXPECT(sum == 0, described());
+      }
+    }
+  }
+}
+
+// Squares below 2^-969 have errors that float64 cannot hold, so fused and split products see different ones.
+TEST(float64_squares_near_underflow_give_the_same_bits_on_every_table) {
+  for (int exponent = -560; exponent <= -470; exponent += 3) {
+    Inputs<double> in = make_inputs<double>({19, 3, 20}, false, Values::ordinary, 12);
+    for (double& x : in.x) x *= std::ldexp(1.0, exponent);
+    in.shift[0] = 0;
+    for (const Pass pass : {Pass::moments, Pass::moments_about}) expect_agreement(pass, Output::its_own, in);
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) {
+  guarded::describe_call = described;
+  guarded::report_faults();
+  return expect::run_tests(argc > 1 ? argv[1] : nullptr);
+}
