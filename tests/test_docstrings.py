@@ -18,10 +18,7 @@ def test_examples_show_what_they_say(name):
 
 
 def public():
-    for name in bn.__all__:
-        value = getattr(bn, name)
-        if callable(value):
-            yield value
+    return [value for value in (getattr(bn, name) for name in bn.__all__) if callable(value)]
 
 
 @pytest.mark.parametrize("value", public(), ids=lambda v: v.__name__)

@@ -26,7 +26,6 @@ class Arrays:
         self.short = np.ones(2, np.float32)
         self.column = np.ones((3, 1), np.float32)
         self.var_negative = np.array([1.0, 2.0, -1.0])
-        self.var_nan = np.array([1.0, np.nan, 2.0])
         self.line = np.arange(2 * self.x.size, dtype=np.float32)
         self.saved = bn.batch_norm(self.x, self.gamma, self.beta)[1]
         # Views, of which the memory is compared through their owners.
@@ -157,7 +156,6 @@ VAR = [  # (name, var from Arrays, error, text)
         ValueError,
         "var must be >= 0 in every channel, got -1.0 at channel 2",
     ),
-    ("nan", lambda a: a.var_nan, ValueError, "var must be >= 0 in every channel, got nan at channel 1"),
 ]
 
 NUM_THREADS = [  # (name, num_threads, error, text)

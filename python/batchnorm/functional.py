@@ -280,9 +280,9 @@ def batch_norm_backward(
     >>> y, saved = batch_norm(np.array([[1.0], [3.0], [8.0]]), np.array([2.0]))
     >>> dx, dgamma, dbeta = batch_norm_backward(np.array([[1.0], [0.0], [0.0]]), saved)
     >>> dx.round(4), dbeta
-    (array([[ 0.2219],
-           [-0.3107],
-           [ 0.0888]]), array([1.]))
+    (array([[ 0.2177],
+           [-0.3048],
+           [ 0.0871]]), array([1.]))
     """
     _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
     x = saved.x

@@ -28,7 +28,7 @@ def table(results: Results, findings: Sequence[Finding]) -> str:
     """Return, per claim: its criterion and, for each network, what was measured and whether it held here."""
     s = results.settings
     heading = (
-        f"Medians over {s.seeds} seeds [smallest, largest]. Plain SGD, {s.steps} steps, batch {s.batch} unless "
+        f"Medians over {s.seeds} seeds [smallest, largest]. SGD, {s.steps} steps, batch {s.batch} unless "
         "said otherwise. Nets of one seed share the split, the order of the samples and the initial weights. "
         f"A net's best rate is the one of {', '.join(f'{rate:g}' for rate in s.rates)} that reaches "
         f"{TARGET_ACCURACY:.0%} validation accuracy in the fewest steps (median); claims 1, 3, 4 and 6 are "
