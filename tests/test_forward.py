@@ -272,3 +272,11 @@ def test_saved_is_frozen(dtype):
     _, saved = bn.batch_norm(np.ones((2, 3), dtype))
     with pytest.raises(dataclasses.FrozenInstanceError):
         saved.eps = 1.0
+
+
+def test_a_nan_variance_that_is_given_stays_in_its_channel():
+    x = np.arange(12, dtype=np.float32).reshape(4, 3)
+    y = bn.normalize(x, [0, 1, 2.0], [1, np.nan, 2.0])
+    assert np.isnan(y[:, 1]).all()
+    expected = bn.normalize(x, [0, 1, 2.0], [1, 1, 2.0])
+    np.testing.assert_array_equal(y[:, ::2], expected[:, ::2])

@@ -1,0 +1,250 @@
+// Plans (plan.hpp): pieces cover a tensor exactly once, their geometry is a function of the problem alone, and threads
+// are asked for only where there is work.
+#include "plan.hpp"
+
+#include <cstdint>
+#include <string>
+#include <vector>
+
+#include "batchnorm/info.hpp"
+#include "expect.hpp"
+
+namespace {
+
+using namespace batchnorm;
+
+constexpr Machine kMachine{1 << 20};
+constexpr Machine kMachines[] = {{1}, {256 * 1024}, {1 << 20}, {std::int64_t{1} << 40}};
+constexpr int kThreads[] = {1, 2, 3, 7, 64, 1000};
+// moments, normalize, batch_norm, grad_sums, grad_input, batch_norm_backward; float and double.
+constexpr Work kWorks[] = {{true, false, 1, 4}, {false, true, 2, 4}, {true, true, 2, 4},
+                           {true, false, 2, 8}, {false, true, 3, 8}, {true, true, 3, 8}};
+constexpr Work kTraining{true, true, 2, 4};
+
+std::string text(const Problem& p) { return expect::text("{", p.outer, ", ", p.channels, ", ", p.inner, "}"); }
+
+// Small enough to look at every value: sizes around a vector (16), a short row (128), a row of the kernels, a chunk
+// (16384) and nothing.
+std::vector<Problem> small_problems() {
+  std::vector<Problem> list;
+  for (const std::int64_t outer : {0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 1025}) {
+    for (const std::int64_t channels : {0, 1, 2, 3, 7, 16, 17, 64, 127, 128, 129}) {
+      for (const std::int64_t inner : {0, 1, 2, 5, 15, 16, 17, 31, 49, 128}) {
+        if (outer * channels * inner <= 200'000) list.push_back({outer, channels, inner});
+      }
+    }
+  }
+  for (const std::int64_t edge : {16 * 1024 - 1, 16 * 1024, 16 * 1024 + 1, 40 * 1024 + 7}) {
+    for (const Problem& p : {Problem{1, 1, edge}, Problem{edge, 1, 1}, Problem{1, 3, edge}, Problem{3, 2, edge},
+                             Problem{edge, 2, 1}, Problem{edge, 3, 2}, Problem{1, edge, 1}, Problem{2, edge, 3}}) {
+      list.push_back(p);
+    }
+  }
+  return list;
+}
+
+// Near 2^40 values and more; nobody allocates them.
+std::vector<Problem> huge_problems() {
+  constexpr std::int64_t kOne = 1;
+  return {{kOne << 40, 1, 1},          {1, 1, kOne << 40},
+          {1, kOne << 40, 1},          {(kOne << 40) + 1, 3, 1},
+          {(kOne << 33) + 7, 64, 1},   {1, 2, (kOne << 39) + 5},
+          {kOne << 20, 2, kOne << 19}, {(kOne << 31) + 1, 8, 17},
+          {kOne << 22, 1 << 17, 2},    {(kOne << 20) + 3, 1000, 16},
+          {3, (kOne << 36) + 1, 5},    {kOne << 24, 256, 196},
+          {(kOne << 36) - 1, 127, 1},  {1, kOne << 30, 1024},
+          {(kOne << 40) - 1, 17, 1},   {1 << 10, 1 << 10, kOne << 20}};
+}
+
+std::vector<Problem> all_problems() {
+  std::vector<Problem> list = small_problems();
+  for (const Problem& p : huge_problems()) list.push_back(p);
+  return list;
+}
+
+bool is_interleaved(const Plan& plan) { return plan.path == Path::row_blocks; }
+
+// f(first value, values, expected channel of the first, distance of equal channels) for each stretch of a piece.
+std::vector<int> visits(const Plan& plan, const Problem& problem) {
+  std::vector<int> seen(static_cast<std::size_t>(problem.size()), 0);
+  const std::int64_t end = problem.size();
+  const auto see = [&](std::int64_t at, std::int64_t channel) {
+    const bool inside = at >= 0 && at < end;
+    EXPECT(inside, "value ", at, " of ", text(problem));
+    if (!inside) return;
+    EXPECT_EQUAL(channel, at / problem.inner % problem.channels, "channel of value ", at, " of ", text(problem));
+    ++seen.data()[at];
+  };
+  if (is_interleaved(plan)) {
+    for (std::int64_t b = 0; b < plan.blocks; ++b) {
+      const kernels::Rows rows = plan.block(b);
+      EXPECT(rows.count >= 1 && rows.columns >= 1 && rows.columns <= plan.columns, "block ", b, " of ", text(problem));
+      for (std::int64_t r = 0; r < rows.count; ++r) {
+        for (std::int64_t e = 0; e < rows.columns; ++e) {
+          see(plan.block_offset(b) + r * rows.stride + e, e / plan.problem.inner % plan.problem.channels);
+        }
+      }
+    }
+  } else if (plan.planar()) {
+    for (std::int64_t c = 0; c < plan.problem.channels; ++c) {
+      for (std::int64_t k = 0; k < plan.chunks; ++k) {
+        const kernels::Runs runs = plan.chunk_runs(k);
+        EXPECT(runs.count >= 1 && runs.length >= 1, "chunk ", k, " of ", text(problem));
+        for (std::int64_t r = 0; r < runs.count; ++r) {
+          for (std::int64_t i = 0; i < runs.length; ++i) see(plan.chunk_offset(k, c) + r * runs.stride + i, c);
+        }
+      }
+    }
+  }
+  return seen;
+}
+
+std::string geometry(const Plan& p) {
+  return expect::text(text(p.problem), " ", is_interleaved(p), " ", p.piece_length, " ", p.runs_per_chunk, " ",
+                      p.pieces_per_run, " ", p.chunks, " ", p.repeat, " ", p.columns, " ", p.rows, " ", p.block_rows,
+                      " ", p.full_blocks, " ", p.rest_rows, " ", p.blocks);
+}
+
+std::int64_t tasks(const Plan& plan) {
+  switch (plan.path) {
+    case Path::nothing:
+      return 1;
+    case Path::channel_tasks:
+      return plan.problem.channels;
+    case Path::chunk_tasks:
+      return plan.problem.channels * plan.chunks;
+    default:
+      return plan.blocks;
+  }
+}
+
+// f(plan, problem, work, threads asked for) over everything.
+template <class F>
+void for_each_plan(F&& f) {
+  for (const Problem& problem : all_problems()) {
+    for (const Work& work : kWorks) {
+      for (const Machine& machine : kMachines) {
+        for (const int threads : kThreads) f(make_plan(problem, work, machine, threads), problem, work, threads);
+      }
+    }
+  }
+}
+
+TEST(pieces_hold_every_value_once_and_know_its_channel) {
+  for (const Problem& problem : small_problems()) {
+    for (const Work& work : {kTraining, kWorks[0]}) {
+      const std::vector<int> seen = visits(make_plan(problem, work, kMachine, 3), problem);
+      for (std::size_t at = 0; at < seen.size(); ++at) {
+        EXPECT(seen[at] == 1, "value ", at, " of ", text(problem), " is visited ", seen[at], " times");
+      }
+    }
+  }
+}
+
+TEST(pieces_of_huge_problems_add_up_and_end_at_the_end) {
+  for (const Problem& problem : huge_problems()) {
+    const Plan plan = make_plan(problem, kTraining, kMachine, 8);
+    if (is_interleaved(plan)) {
+      const kernels::Rows first = plan.block(0), last = plan.block(plan.blocks - 1);
+      const std::int64_t end = plan.block_offset(plan.blocks - 1) + (last.count - 1) * last.stride + last.columns;
+      EXPECT_EQUAL(end, problem.size(), text(problem));
+      EXPECT_EQUAL(plan.block_offset(0), 0, text(problem));
+      for (const std::int64_t b : {std::int64_t{0}, plan.blocks / 2, plan.blocks - 2}) {
+        if (b < 0 || b + 1 >= plan.blocks) continue;
+        const kernels::Rows rows = plan.block(b);
+        EXPECT_EQUAL(plan.block_offset(b) + rows.count * rows.stride, plan.block_offset(b + 1), text(problem));
+      }
+      EXPECT(first.count > 0 && last.count > 0, text(problem));
+    } else {
+      const std::int64_t k = plan.chunks - 1, c = plan.problem.channels - 1;
+      const kernels::Runs last = plan.chunk_runs(k);
+      EXPECT_EQUAL(plan.chunk_offset(0, 0), 0, text(problem));
+      EXPECT_EQUAL(plan.chunk_offset(k, c) + (last.count - 1) * last.stride + last.length, problem.size(),
+                   text(problem));
+      // All chunks but the last of a run, or the last of a channel, are full.
+      const std::int64_t full = plan.chunk_values(), values = problem.count();
+      EXPECT(full * plan.chunks >= values, text(problem));
+      if (plan.pieces_per_run == 1) EXPECT(full * (plan.chunks - 1) < values, text(problem));
+      if (plan.pieces_per_run > 1) EXPECT(full * (plan.pieces_per_run - 1) < plan.problem.inner, text(problem));
+    }
+  }
+}
+
+TEST(geometry_is_the_same_for_all_threads_machines_and_passes) {
+  std::string expected;
+  Problem of{-1, -1, -1};
+  for_each_plan([&](const Plan& plan, const Problem& problem, const Work&, int) {
+    const bool is_new = of.outer != problem.outer || of.channels != problem.channels || of.inner != problem.inner;
+    if (is_new) expected = geometry(plan);
+    of = problem;
+    EXPECT(geometry(plan) == expected, geometry(plan), " and ", expected);
+  });
+}
+
+TEST(threads_are_at_least_one_and_never_more_than_asked_for_or_than_tasks) {
+  for_each_plan([](const Plan& plan, const Problem& problem, const Work&, int threads) {
+    EXPECT(plan.threads >= 1 && plan.threads <= threads && plan.threads <= tasks(plan), plan.threads, " threads for ",
+           text(problem));
+  });
+}
+
+TEST(small_problems_are_serial_and_large_ones_are_not) {
+  for_each_plan([](const Plan& plan, const Problem& problem, const Work& work, int threads) {
+    const std::int64_t bytes = problem.size() * work.item_size * work.streams;
+    if (bytes <= 64 * 1024) EXPECT_EQUAL(plan.threads, 1, text(problem));
+    if (bytes >= 1024 * 1024 && threads > 1 && tasks(plan) > 1) EXPECT(plan.threads > 1, text(problem));
+  });
+}
+
+// What the bounds of channel_math.hpp count on, up to the factor of 2 that runs just longer than a vector cost.
+TEST(a_lane_adds_at_most_2048_values_of_a_piece) {
+  for (const Problem& problem : all_problems()) {
+    const Plan plan = make_plan(problem, kTraining, kMachine, 8);
+    if (is_interleaved(plan)) {
+      EXPECT(plan.block_rows <= 2048 && plan.rest_rows <= 2048, text(problem));
+    } else if (plan.planar()) {
+      EXPECT(plan.runs_per_chunk * ((plan.piece_length + 15) / 16) <= 2048, text(problem));
+    }
+  }
+}
+
+TEST(a_channel_that_fits_the_cache_is_reduced_and_applied_by_one_task) {
+  EXPECT(make_plan({8, 64, 196}, kTraining, {1 << 20}, 4).path == Path::channel_tasks);
+  EXPECT(make_plan({8, 64, 196}, kTraining, {1024}, 4).path == Path::chunk_tasks);
+  EXPECT(make_plan({8, 2, 50'000}, kTraining, {1 << 30}, 4).path == Path::chunk_tasks);  // fewer channels than threads
+  EXPECT(make_plan({8, 64, 196}, {false, true, 2, 4}, {1 << 20}, 4).path == Path::chunk_tasks);  // nothing to reduce
+}
+
+TEST(nothing_is_planned_for_no_values) {
+  for (const Problem& problem :
+       {Problem{0, 3, 4}, Problem{3, 0, 4}, Problem{3, 4, 0}, Problem{0, 1, 1}, Problem{0, 0, 0}}) {
+    const Plan plan = make_plan(problem, kTraining, kMachine, 8);
+    EXPECT(plan.path == Path::nothing, text(problem));
+    EXPECT_EQUAL(plan.threads, 1, text(problem));
+  }
+}
+
+TEST(the_text_of_a_plan_names_its_path_and_threads) {
+  const auto says = [](const Problem& problem, const Machine& machine, int threads, const std::string& words) {
+    const std::string said = to_string(make_plan(problem, kTraining, machine, threads));
+    EXPECT(said.find(words) != std::string::npos, said);
+    EXPECT(said.find("threads ") != std::string::npos, said);
+  };
+  says({0, 3, 4}, kMachine, 1, "nothing to do");
+  says({8, 64, 196}, kMachine, 4, "a task is a channel");
+  says({8, 64, 196}, {1024}, 4, "a task is a chunk");
+  says({4096, 64, 1}, kMachine, 4, "a task is a block of rows");
+  says({4096, 64, 1}, kMachine, 4, "threads 4");
+}
+
+// The largest problem that the checks let through has 2^60 - 1 values: its bytes, read and written, exceed 2^63.
+TEST(the_largest_allowed_problem_is_planned_for_all_threads) {
+  const std::int64_t most = (std::int64_t{1} << 60) - 1;
+  for (const Problem& problem : {Problem{1, 1, most}, Problem{most, 1, 1}, Problem{most / 2, 2, 1}}) {
+    for (const Work& work : kWorks) EXPECT_EQUAL(make_plan(problem, work, kMachine, 8).threads, 8, text(problem));
+  }
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }
