@@ -259,7 +259,9 @@ def _locate(
         raise malformed(what, f"end before byte {data_limit}", name_begin + name_bytes)
     magic, _, *local, local_name_bytes, extra = _LOCAL.unpack_from(raw, offset)
     local_flags, local_method, _, _, local_crc, local_stored, local_size = local
-    sizes_agree = (local_stored, local_size, extra) in ((size, size, 0), (_ZIP64, _ZIP64, _ZIP64_EXTRA_BYTES))
+    # The last form is what numpy.savez leaves under Python 3.11.0 to 3.11.3: the extra field is there, but not used.
+    forms = ((size, size, 0), (_ZIP64, _ZIP64, _ZIP64_EXTRA_BYTES), (size, size, _ZIP64_EXTRA_BYTES))
+    sizes_agree = (local_stored, local_size, extra) in forms
     if (
         magic != b"PK\x03\x04"
         or (local_flags, local_method, local_crc, local_name_bytes) != (flags, method, crc, name_bytes)

@@ -1,7 +1,7 @@
 """The six claims made for batch norm and, for each, the criterion that decides whether it held.
 
-A criterion is a function of measured numbers alone. It was written before the numbers were seen, and no
-setting of the demonstration follows from its answer. Arguments named ``plain`` and ``normalized`` hold one
+A criterion is a function of measured numbers alone. It was written before they were seen and has not followed
+them since: that a claim does not hold here is a result. Arguments named ``plain`` and ``normalized`` hold one
 number per seed, in the same order of seeds. Accuracies are shares from 0 to 1; a number of steps is inf where
 none was enough.
 """
