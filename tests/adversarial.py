@@ -39,6 +39,11 @@ X = {
     "two_outliers_cancel_1e6": lambda rng, n, dtype: _with(rng.normal(size=n), {7: 1e6, n - 9: -1e6}),
     "two_outliers_cancel_1e18": lambda rng, n, dtype: _with(rng.normal(size=n), {7: 1e18, n - 9: -1e18}),
     "two_outliers_cancel_1e30": lambda rng, n, dtype: _with(rng.normal(size=n), {7: 1e30, n - 9: -1e30}),
+    # Three magnitudes in one lane of 16: while the largest is in the high part of a compensated sum, the next fills the
+    # low part.
+    "nested_outliers_cancel": lambda rng, n, dtype: _with(
+        rng.normal(size=n), {0: 1e38, 16: 1e18, 48: -1e18, 64: -1e38}
+    ),
     "sum_cancellation": lambda rng, n, dtype: _shuffled(rng, [1e15, -1e15, 1.0], n),
     "subnormal": lambda rng, n, dtype: rng.uniform(-1, 1, n) * float(np.finfo(dtype).smallest_normal),
     "subnormal_smallest": lambda rng, n, dtype: (
@@ -174,8 +179,10 @@ _OPTIONS = {
     "beta_1000": {"beta": 1000.0},
     "beta_1024_near_power_of_two": {"beta": 1024.0001},
     "beta_1e30": {"beta": 1e30},
-    # 16.9 * gamma is beyond float32 until beta is added.
-    "beta_brings_overflow_back": {"x": "one_value_not_zero", "gamma": 3e37, "beta": -3e38},
+    # The outlier's xhat is 17: 17 * gamma is beyond float32 until beta is added.
+    "beta_brings_overflow_back": {"x": "one_outlier_1e6", "gamma": 3e37, "beta": -3e38},
+    # gamma brings the coefficient into range, but x - mean is beyond float32.
+    "near_max_mostly_one_sign_gamma_1e10": {"x": "near_max_mostly_one_sign", "gamma": 1e10},
     "beta_subnormal": {"beta": 1e-41, "gamma": 1e-38},
     **{f"dy_{name}": {"dy": name} for name in DY},
     "dy_and_x_offset_1e4": {"x": "mean_std_1e4", "dy": "parallel_to_x"},

@@ -276,12 +276,20 @@ def arguments(*words):
     return parser.parse_args(words)
 
 
-def test_both_sizes_use_five_seeds_or_more_and_batches_from_2_to_256():
-    for settings in (QUICK, FULL):
-        assert settings.seeds >= 5
-        assert (settings.batch_sizes[0], settings.batch_sizes[-1]) == (2, 256)
-        assert list(settings.batch_sizes) == sorted(settings.batch_sizes)
-        assert 1.0 in settings.init_scales
+def test_both_sizes_use_five_seeds_or_more_and_sweep_between_the_same_ends():
+    assert QUICK.seeds >= 5
+    assert FULL.seeds > QUICK.seeds
+    for name in ("rates", "init_scales", "batch_sizes"):
+        quick, full = getattr(QUICK, name), getattr(FULL, name)
+        assert list(quick) == sorted(quick)
+        assert list(full) == sorted(full)
+        assert set(quick) < set(full)
+        assert (quick[0], quick[-1]) == (full[0], full[-1])
+
+
+def test_batches_run_from_2_to_256_and_scales_on_both_sides_of_1():
+    assert (QUICK.batch_sizes[0], QUICK.batch_sizes[-1]) == (2, 256)
+    assert QUICK.init_scales[0] < 1.0 < QUICK.init_scales[-1]
 
 
 def test_the_demonstration_prints_a_table_and_writes_every_claim(tmp_path, capsys):

@@ -64,7 +64,7 @@ std::vector<Problem> all_problems() {
 
 bool is_interleaved(const Plan& plan) { return plan.path == Path::row_blocks; }
 
-// f(first value, values, expected channel of the first, distance of equal channels) for each stretch of a piece.
+// How often the pieces of a plan hold each value. The channel that a piece gives a value must be the value's own.
 std::vector<int> visits(const Plan& plan, const Problem& problem) {
   std::vector<int> seen(static_cast<std::size_t>(problem.size()), 0);
   const std::int64_t end = problem.size();

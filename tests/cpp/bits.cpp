@@ -1,0 +1,107 @@
+// Prints a hash of the bits of every result, one line a pass, shape and type. Two machines, or two instruction sets,
+// that print the same have computed the same bits. The threads 1, 2, 3 and 7 are held against each other at once.
+//     bits            the hashes, after a line that names the instruction set in use
+//     bits --list     the instruction sets that run here
+#include <cstdio>
+#include <cstring>
+#include <exception>
+#include <string>
+#include <utility>
+#include <vector>
+
+#include "all_passes.hpp"
+
+namespace {
+
+using namespace batchnorm;
+using all_passes::Bits;
+using all_passes::Kind;
+
+struct Shape {
+  Problem problem;
+  std::vector<Kind> kinds;
+};
+
+const std::vector<Shape>& shapes() {
+  const std::vector<Kind> every(std::begin(all_passes::kKinds), std::end(all_passes::kKinds));
+  static const std::vector<Shape> list = {
+      // planar: a few long runs, many short ones, tails, more than one chunk a channel and a run, one channel
+      {{4, 7, 49}, every},
+      {{3, 5, 17}, every},
+      {{16, 8, 100}, every},
+      {{2, 3, 20'011}, every},
+      {{700, 4, 33}, {Kind::ordinary, Kind::cancelling}},
+      {{1, 1, 50'000}, {Kind::ordinary, Kind::huge_mean, Kind::cancelling}},
+      {{5000, 1, 3}, {Kind::ordinary}},
+      // interleaved: channels that are and are not whole vectors, short rows side by side, several blocks
+      {{300, 64, 1}, every},
+      {{301, 7, 1}, every},
+      {{5, 130, 1}, every},
+      {{5000, 33, 1}, {Kind::ordinary, Kind::huge_mean, Kind::wide}},
+      {{2100, 100, 1}, {Kind::ordinary, Kind::cancelling}},
+      {{2, 4099, 1}, {Kind::ordinary, Kind::wide}},
+      // short runs, which are columns too
+      {{50, 6, 4}, every},
+      {{33, 3, 16}, every},
+      {{900, 20, 5}, {Kind::ordinary, Kind::huge_mean, Kind::cancelling, Kind::wide}},
+  };
+  return list;
+}
+
+// FNV-1a over 64-bit words.
+std::uint64_t hash(const Bits& bits) {
+  std::uint64_t h = 0xcbf29ce484222325u;
+  for (const std::uint64_t word : bits) h = (h ^ word) * 0x100000001b3u;
+  return h ^ (h >> 32);
+}
+
+template <class T>
+std::vector<std::pair<const char*, std::uint64_t>> hashes(const all_passes::Results<T>& r) {
+  using all_passes::bits_of;
+  return {{"moments", hash(bits_of(r.moments, r.saved))},
+          {"y", hash(bits_of(r.y, r.y_from_moments))},
+          {"normalize", hash(bits_of(r.y_given))},
+          {"grad_sums", hash(bits_of(r.sums))},
+          {"dx", hash(bits_of(r.dx, r.dx_from_sums))},
+          {"dgamma", hash(bits_of(r.dgamma))},
+          {"dbeta", hash(bits_of(r.dbeta))},
+          {"frozen_backward", hash(bits_of(r.dx_frozen, r.dgamma_frozen, r.dbeta_frozen))},
+          {"running", hash(bits_of(r.running_mean, r.running_var))}};
+}
+
+// Returns whether all numbers of threads gave the same bits.
+template <class T>
+bool print(const Problem& p, Kind kind) {
+  const all_passes::Batch<T> batch = all_passes::make_batch<T>(p, kind);
+  const auto expected = hashes(all_passes::run(batch, {.threads = 1}));
+  bool same = true;
+  for (const int threads : {2, 3, 7}) same = hashes(all_passes::run(batch, {.threads = threads})) == expected && same;
+  for (const auto& [pass, value] : expected) {
+    std::printf("%s {%lld, %lld, %lld} %s %s %016llx%s\n", sizeof(T) == sizeof(float) ? "float32" : "float64",
+                static_cast<long long>(p.outer), static_cast<long long>(p.channels), static_cast<long long>(p.inner),
+                all_passes::kKindNames[static_cast<int>(kind)], pass, static_cast<unsigned long long>(value),
+                same ? "" : "  differs between numbers of threads");
+  }
+  return same;
+}
+
+}  // namespace
+
+int main(int argc, char** argv) try {
+  if (argc > 1 && std::strcmp(argv[1], "--list") == 0) {
+    for (const std::string& isa : available_isas()) std::printf("%s\n", isa.c_str());
+    return 0;
+  }
+  std::printf("isa %s\n", active_isa().c_str());
+  bool same = true;
+  for (const Shape& shape : shapes()) {
+    for (const Kind kind : shape.kinds) {
+      same = print<float>(shape.problem, kind) && same;
+      same = print<double>(shape.problem, kind) && same;
+    }
+  }
+  return same ? 0 : 1;
+} catch (const std::exception& error) {
+  std::fprintf(stderr, "%s\n", error.what());
+  return 2;
+}
