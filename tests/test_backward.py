@@ -262,3 +262,12 @@ def test_dx_has_the_memory_order_of_x(layout, dtype, dx_order):
     x = np.asarray(x, order=dx_order)
     dx = bn.batch_norm_backward(dy, bn.batch_norm(x, gamma, axis=layout.axis)[1]).dx
     assert dx.strides == x.strides
+
+
+def test_a_batch_that_was_overwritten_has_no_backward(dtype):
+    x = np.arange(6, dtype=dtype).reshape(3, 2)
+    _, saved = bn.batch_norm(x, out=x)
+    text = r"saved must hold x, got that of a call with out=x, which has overwritten it"
+    for backward in (bn.batch_norm_backward, bn.grad_sums):
+        with pytest.raises(ValueError, match=text):
+            backward(x, saved)

@@ -915,13 +915,13 @@ NAN, INF = math.nan, math.inf
 UNFIT_ENTRIES = [
     ({"gamma": np.ones(2, np.float32)}, ValueError, "gamma must have shape (3,), got (2,)"),
     ({"gamma": np.ones(3)}, TypeError, "gamma must have dtype float32, got float64"),
-    ({"gamma": np.array([1, NAN, 1], np.float32)}, ValueError, "gamma must be finite, got nan at channel 1"),
-    ({"beta": np.array([1, 1, -INF], np.float32)}, ValueError, "beta must be finite, got -inf at channel 2"),
+    ({"gamma": np.array([1, NAN, 1], np.float32)}, ValueError, "gamma must be finite, got nan in channel 1"),
+    ({"beta": np.array([1, 1, -INF], np.float32)}, ValueError, "beta must be finite, got -inf in channel 2"),
     ({"beta": [0.0, 0.0, 0.0]}, TypeError, "beta must be a numpy.ndarray of shape (3,), got list"),
     (
         {"running_mean": np.array([NAN, 0, 0])},
         ValueError,
-        "running_mean must be finite, got nan at channel 0",
+        "running_mean must be finite, got nan in channel 0",
     ),
     (
         {"running_mean": np.zeros(3, np.float32)},
@@ -930,8 +930,8 @@ UNFIT_ENTRIES = [
     ),
     ({"running_mean": np.zeros(3, ">f8")}, TypeError, "running_mean must have dtype float64, got >f8"),
     ({"running_mean": np.zeros((1, 3))}, ValueError, "running_mean must have shape (3,), got (1, 3)"),
-    ({"running_var": np.array([1, 1, -1.5])}, ValueError, "running_var must be >= 0, got -1.5 at channel 2"),
-    ({"running_var": np.array([1, INF, 1])}, ValueError, "running_var must be finite, got inf at channel 1"),
+    ({"running_var": np.array([1, 1, -1.5])}, ValueError, "running_var must be >= 0, got -1.5 in channel 2"),
+    ({"running_var": np.array([1, INF, 1])}, ValueError, "running_var must be finite, got inf in channel 1"),
     ({"running_var": np.ones(3, object)}, TypeError, "running_var must have dtype float64, got object"),
     ({"update_count": -1}, ValueError, "update_count must be from 0 to 2**63 - 1, got -1"),
     ({"update_count": 2**63}, ValueError, f"update_count must be from 0 to 2**63 - 1, got {2**63}"),
@@ -995,19 +995,19 @@ def far_away(table):
 UNFIT_POOLED_STATES = {
     "nan": (
         _table(lambda t: _set(t, (1, 3), NAN)),
-        "running_moments must be finite, got nan at channel 1",
+        "running_moments must be finite, got nan in channel 1",
     ),
     "negative_m2": (
         _table(lambda t: _set(t, (1, 3), -1)),
-        "running_moments must have m2 >= 0, got -1.0 at channel 1",
+        "running_moments must have m2 >= 0, got -1.0 in channel 1",
     ),
     "count_of_one": (
         _table(lambda t: _set(t, (2, 0), 1)),
-        "running_moments must have counts >= 2 where update_count is not 0, got 1.0 at channel 2",
+        "running_moments must have counts >= 2 where update_count is not 0, got 1.0 in channel 2",
     ),
     "low_part_too_high": (
         _table(lambda t: _set(t, (0, 2), 1)),
-        "running_moments must have low parts below 2**-48 of the high, got 1.0 at channel 0",
+        "running_moments must have low parts below 2**-48 of the high, got 1.0 in channel 0",
     ),
     "another_mean": (
         lambda s: s | {"running_mean": s["running_mean"] + [0, 1e-9, 0]},
@@ -1017,7 +1017,7 @@ UNFIT_POOLED_STATES = {
         lambda s: (
             s | {"running_mean": np.full(3, 1.7e308), "running_moments": far_away(s["running_moments"])}
         ),
-        "running_mean must be what running_moments and the layer's ddof give, got 1.7e+308 at channel 0",
+        "running_mean must be what running_moments and the layer's ddof give, got 1.7e+308 in channel 0",
     ),
     "another_ddof": (
         lambda s: s | {"running_var": s["running_var"] * 0.99},
@@ -1025,11 +1025,11 @@ UNFIT_POOLED_STATES = {
     ),
     "count_without_updates": (
         lambda s: s | {"update_count": 0},
-        "running_moments must be 0 where update_count is 0, got 80.0 at channel 0",
+        "running_moments must be 0 where update_count is 0, got 80.0 in channel 0",
     ),
     "updates_without_count": (
         lambda s: s | {"running_moments": np.zeros((3, 5))},
-        "running_moments must have counts >= 2 where update_count is not 0, got 0.0 at channel 0",
+        "running_moments must have counts >= 2 where update_count is not 0, got 0.0 in channel 0",
     ),
 }
 

@@ -238,7 +238,7 @@ def test_what_could_not_be_loaded_is_not_saved(tmp_path):
     layer.save(tmp_path / "layer.npz")
     before = (tmp_path / "layer.npz").read_bytes()
     layer.gamma[1] = np.nan
-    with pytest.raises(ValueError, match=r"^gamma must be finite, got nan at channel 1$"):
+    with pytest.raises(ValueError, match=r"^gamma must be finite, got nan in channel 1$"):
         layer.save(tmp_path / "layer.npz")
     assert (tmp_path / "layer.npz").read_bytes() == before
 
@@ -615,15 +615,15 @@ HOSTILE = {
     ),
     "nan_gamma": (
         gamma(npy(np.array([1, np.nan, 1], np.float32))),
-        "gamma must be finite, got nan at channel 1",
+        "gamma must be finite, got nan in channel 1",
     ),
     "inf_mean": (
         lambda: zip_of(members(running_mean=npy(np.array([0, 0, np.inf])))),
-        "running_mean must be finite, got inf at channel 2",
+        "running_mean must be finite, got inf in channel 2",
     ),
     "negative_var": (
         lambda: zip_of(members(running_var=npy(np.array([1, 1, -1e-300])))),
-        "running_var must be >= 0, got -1e-300 at channel 2",
+        "running_var must be >= 0, got -1e-300 in channel 2",
     ),
     "negative_count": (
         lambda: zip_of(members(update_count=npy(np.int64(-1)))),

@@ -154,7 +154,7 @@ VAR = [  # (name, var from Arrays, error, text)
         "negative",
         lambda a: a.var_negative,
         ValueError,
-        "var must be >= 0 in every channel, got -1.0 at channel 2",
+        "var must be >= 0 in every channel, got -1.0 in channel 2",
     ),
 ]
 
@@ -378,12 +378,12 @@ def of_moments():
         "count-negative": (
             (-1, np.ones(3), np.ones(3)),
             ValueError,
-            "count must be >= 0 in every channel, got -1.0 at channel 0",
+            "count must be >= 0 in every channel, got -1.0 in channel 0",
         ),
         "m2-negative": (
             (2, np.ones(3), np.array([0.0, -1.0, 0.0])),
             ValueError,
-            "m2 must be >= 0 in every channel, got -1.0 at channel 1",
+            "m2 must be >= 0 in every channel, got -1.0 in channel 1",
         ),
     }
     for name, (arguments, error, text) in values.items():

@@ -104,7 +104,7 @@ def not_negative(name: str, a: Array) -> None:
     negative = a < 0
     if negative.any():
         c = int(negative.argmax())
-        raise ValueError(f"{name} must be >= 0 in every channel, got {a[c]} at channel {c}")
+        raise ValueError(f"{name} must be >= 0 in every channel, got {a[c]} in channel {c}")
 
 
 def batch_values(x: Array, axis: int) -> None:
@@ -149,7 +149,7 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
         if checked.strides[d] == 0 and checked.shape[d] > 1:
             raise ValueError(f"out must have one address per value, got stride 0 on axis {d}")
     for name, a in may_be.items():
-        if not _same_memory(checked, a) and _share_memory(checked, a):
+        if not same_memory(checked, a) and _share_memory(checked, a):
             raise ValueError(
                 f"out must be {name} itself or share no memory with {name}, got a partial overlap"
             )
@@ -165,12 +165,13 @@ def instance(name: str, value: object, kind: type, text: str) -> None:
         raise TypeError(f"{name} must be {text}, got {_kind(value)}")
 
 
+def same_memory(a: Array, b: Array) -> bool:
+    """Tell whether two arrays are the same values in the same memory."""
+    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape)
+
+
 def _kind(value: object) -> str:
     return "None" if value is None else type(value).__name__
-
-
-def _same_memory(a: Array, b: Array) -> bool:
-    return a is b or (a.ctypes.data == b.ctypes.data and a.strides == b.strides and a.shape == b.shape)
 
 
 def _share_memory(a: Array, b: Array) -> bool:

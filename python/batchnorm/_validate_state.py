@@ -223,7 +223,7 @@ def _all_channels(name: str, holds: NDArray[np.bool_], needed: str, values: NDAr
     """Raise for the first channel, the first axis of `values`, where `holds` is false."""
     if not holds.all():
         first = tuple(np.argwhere(~holds)[0])
-        raise ValueError(f"{name} must {needed}, got {values[first]} at channel {first[0]}")
+        raise ValueError(f"{name} must {needed}, got {values[first]} in channel {first[0]}")
 
 
 def _integer(name: str, value: Any) -> int:

@@ -26,7 +26,8 @@ class Saved:
 
     Attributes
     ----------
-    x : the input, by reference (not copied): it must be unchanged when the backward pass reads it.
+    x : the input, by reference (not copied): it must be unchanged when the backward pass reads it. None after
+        ``out=x``, which has overwritten it: there is no backward pass then.
     moments : Moments of the batch.
     rstd : (C,) float64, 1/√(var + eps) with the biased variance.
     gamma : (C,) or None, by reference.
@@ -38,7 +39,7 @@ class Saved:
     `moments`.
     """
 
-    x: Array
+    x: Array | None
     moments: Moments
     rstd: PerChannel
     gamma: Array | None
@@ -168,7 +169,9 @@ def batch_norm(
     y = _target(out, block)
     table = _core.batch_norm(block, sizes, scale, shift, eps, y, threads)
     kept = None if gamma is None else np.asarray(gamma)
-    return _deliver(y, out), Saved(x, Moments._from_table(table), _core.rstd(table, eps), kept, axis, eps)
+    kept_x = None if out is not None and _validate.same_memory(out, x) else x
+    moments = Moments._from_table(table)
+    return _deliver(y, out), Saved(kept_x, moments, _core.rstd(table, eps), kept, axis, eps)
 
 
 def normalize(
@@ -255,7 +258,7 @@ def batch_norm_backward(
     Parameters
     ----------
     dy : gradient of y: shape and dtype of x. A memory order other than that of x costs a copy.
-    saved : what `batch_norm` returned. Its x must not have been overwritten (by ``out=x``, say).
+    saved : what `batch_norm` returned, called without ``out=x``. Its x must be unchanged.
     needs : which of "x", "gamma", "beta" to compute.
     out : where to put dx: shape and dtype of x; may be `dy` or x itself, must not overlap them otherwise.
     num_threads : as in `batch_norm`.
@@ -284,8 +287,7 @@ def batch_norm_backward(
            [-0.3048],
            [ 0.0871]]), array([1.]))
     """
-    _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
-    x = saved.x
+    x = _input_of(saved)
     need_x, need_gamma, need_beta = _validate.needs(needs)
     threads = _validate.num_threads(num_threads)
     _validate.array_like("dy", dy, x)
@@ -440,10 +442,10 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     >>> grad_sums(np.array([[1.0], [2.0]]), saved).sum_dy_xmu
     array([1.])
     """
-    _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
+    x = _input_of(saved)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, saved.x)
-    block, sizes = _layout.dense(saved.x, saved.axis)
+    _validate.array_like("dy", dy, x)
+    block, sizes = _layout.dense(x, saved.axis)
     table = _core.grad_sums(_layout.like(block, dy), block, sizes, saved.moments._table, threads)
     return GradSums(np.full(sizes[1], float(sizes[0] * sizes[2])), table)
 
@@ -476,10 +478,9 @@ def grad_input(
     >>> bool((grad_input(dy, saved, grad_sums(dy, saved)) == batch_norm_backward(dy, saved).dx).all())
     True
     """
-    _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
+    x = _input_of(saved)
     _validate.instance("sums", sums, GradSums, "GradSums")
     threads = _validate.num_threads(num_threads)
-    x = saved.x
     _validate.array_like("dy", dy, x)
     scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
     if out is not None:
@@ -492,6 +493,13 @@ def grad_input(
     table = saved.moments._table
     _core.grad_input(_layout.like(block, dy), block, sizes, table, sums._table, scale, saved.eps, dx, threads)
     return _deliver(dx, out)
+
+
+def _input_of(saved: Saved) -> Array:
+    _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
+    if saved.x is None:
+        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
+    return saved.x
 
 
 def _target(out: Array | None, block: Array) -> Array:

@@ -565,7 +565,15 @@ TEST(rstd_is_0_where_nothing_can_be_divided_by) {
   EXPECT_EQUAL(rstd(constant, 0), 0.0);
   EXPECT_EQUAL(rstd(quarter, 0), 2.0);
   EXPECT_EQUAL(rstd(constant, 0.0625), 4.0);
+}
+
+TEST(an_infinite_variance_has_an_rstd_of_0) {
   EXPECT_EQUAL(rstd(Moments{4, 0, 0, kInfinity, 0}, 1e-5), 0.0);
+  const std::vector<float> x = {1, 2}, beta = {5};
+  const std::vector<double> mean = {0}, var = {kInfinity};
+  std::vector<float> y(2);
+  normalize<float>(x, {2, 1, 1}, std::span(mean), std::span(var), {}, std::span(beta), 1e-5, y);
+  EXPECT(y == std::vector<float>(2, 5), y[0], " ", y[1]);
 }
 
 TEST(update_rate_0_leaves_the_bits_and_1_stores_the_batch) {

@@ -1,0 +1,40 @@
+# Fails unless an object compiled for one instruction set defines its kernel table as its only external symbol, and
+# needs nothing from outside.
+#     cmake -D NM=nm -D OBJECT=FILE -D TABLE=NAME -P isa_symbols.cmake
+#
+# The linker may choose a second external or a weak symbol (an inline function, a template) for the whole program,
+# which would then run instructions of a newer machine on an older one.
+
+# What the compiler may call on its own. No kernel needs any of it today.
+set(allowed_undefined "")
+
+execute_process(COMMAND ${NM} --format=posix ${OBJECT} OUTPUT_VARIABLE listing RESULT_VARIABLE code)
+if(NOT code EQUAL 0)
+  message(FATAL_ERROR "nm must read ${OBJECT}, got exit code ${code}")
+endif()
+
+# A line is: name, letter, value, size. W, V, w, v are weak, u is unique, i and I are indirect functions; other
+# capitals are external.
+set(exported "")
+string(STRIP "${listing}" listing)
+string(REPLACE "\n" ";" lines "${listing}")
+foreach(line IN LISTS lines)
+  if(NOT line MATCHES "^([^ ]+) ([A-Za-z])")
+    continue()
+  endif()
+  set(symbol ${CMAKE_MATCH_1})
+  set(letter ${CMAKE_MATCH_2})
+  if(letter MATCHES "[WVwvuiI]")
+    message(SEND_ERROR "${OBJECT} must have no weak symbol, got ${letter} ${symbol}")
+  elseif(letter STREQUAL "U")
+    if(NOT symbol IN_LIST allowed_undefined)
+      message(SEND_ERROR "${OBJECT} must need nothing but [${allowed_undefined}] from outside, got ${symbol}")
+    endif()
+  elseif(letter MATCHES "[A-Z]" AND NOT letter STREQUAL "N")
+    list(APPEND exported ${symbol})
+  endif()
+endforeach()
+list(LENGTH exported count)
+if(NOT count EQUAL 1 OR NOT exported MATCHES "[0-9]${TABLE}E?$")
+  message(SEND_ERROR "${OBJECT} must export exactly ${TABLE}, got ${count}: ${exported}")
+endif()
