@@ -38,9 +38,13 @@ void stream_part(float* to, const float* from, std::size_t n) {
 #endif
 }
 
+// Below this many bytes moved a copy is one thread's work, as it is in the library.
+constexpr std::size_t kSerialBytes = 128 * 1024;
+
 // f(begin, end) on each thread's part, cut at multiples of 1024 values.
 template <class F>
 void in_parts(std::size_t n, int threads, F f) {
+  if (2 * n * sizeof(float) <= kSerialBytes) threads = 1;
   constexpr std::size_t kGrain = 1024;
   const std::size_t grains = (n + kGrain - 1) / kGrain,
                     each = (grains + static_cast<std::size_t>(threads) - 1) / static_cast<std::size_t>(threads);

@@ -20,7 +20,7 @@ class ForwardPass {
   using Table = CoefficientTable<T, Affine>;
 
   bool reduces, applies;
-  const Plan& plan;
+  Plan plan;
   const kernels::Kernels<T>& kernels;
   const T* x;
   T* y;
@@ -78,78 +78,71 @@ class ForwardPass {
   }
 };
 
+// Moments alone; callers add what else they want.
 template <class T>
-void run(ForwardPass<T>& pass, const Plan& plan) {
-  using Table = typename ForwardPass<T>::Table;
-  Workspace workspace((pass.applies ? Table::bytes(plan) : 0) + Traversal<ForwardPass<T>>::bytes(plan, pass.reduces));
-  Traversal<ForwardPass<T>> traversal(plan, pass, workspace);
-  if (!pass.applies) return traversal.run();
-  Table coefficients(plan, workspace);
-  pass.coefficients = &coefficients;
-  traversal.run();
+ForwardPass<T> pass_over(const T* x) {
+  return {.reduces = true,
+          .applies = false,
+          .plan = {},
+          .kernels = active_implementation().table->of<T>(),
+          .x = x,
+          .y = nullptr,
+          .saved = nullptr,
+          .given = {},
+          .gamma = {},
+          .beta = {},
+          .eps = 0,
+          .coefficients = nullptr};
 }
 
 template <class T>
-Plan plan_for(const Problem& problem, bool reduces, bool applies, int threads) {
-  return make_plan(problem, {reduces, applies, applies ? 2 : 1, sizeof(T)}, machine(), available_threads(threads));
+void run(ForwardPass<T> pass, const Problem& problem, int threads) {
+  using Table = typename ForwardPass<T>::Table;
+  pass.plan = make_plan(problem, {pass.reduces, pass.applies, pass.applies ? 2 : 1, sizeof(T)}, machine(),
+                        available_threads(threads));
+  Workspace workspace((pass.applies ? Table::bytes(pass.plan) : 0) +
+                      Traversal<ForwardPass<T>>::bytes(pass.plan, pass.reduces));
+  Traversal<ForwardPass<T>> traversal(pass.plan, pass, workspace);
+  if (!pass.applies) return traversal.run();
+  Table coefficients(pass.plan, workspace);
+  pass.coefficients = &coefficients;
+  traversal.run();
 }
 
 }  // namespace
 
 template <class T>
 void run_moments(const T* x, const Problem& problem, Moments* out, int threads) {
-  const Plan plan = plan_for<T>(problem, true, false, threads);
-  ForwardPass<T> pass{.reduces = true,
-                      .applies = false,
-                      .plan = plan,
-                      .kernels = active_implementation().table->of<T>(),
-                      .x = x,
-                      .y = nullptr,
-                      .saved = out,
-                      .given = {},
-                      .gamma = {},
-                      .beta = {},
-                      .eps = 0,
-                      .coefficients = nullptr};
-  run(pass, plan);
+  ForwardPass<T> pass = pass_over(x);
+  pass.saved = out;
+  run(pass, problem, threads);
 }
 
 template <class T>
 void run_batch_norm(const T* x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps, T* y,
                     Moments* saved, int threads) {
-  const Plan plan = plan_for<T>(problem, true, true, threads);
-  ForwardPass<T> pass{.reduces = true,
-                      .applies = true,
-                      .plan = plan,
-                      .kernels = active_implementation().table->of<T>(),
-                      .x = x,
-                      .y = y,
-                      .saved = saved,
-                      .given = {},
-                      .gamma = gamma,
-                      .beta = beta,
-                      .eps = eps,
-                      .coefficients = nullptr};
-  run(pass, plan);
+  ForwardPass<T> pass = pass_over(x);
+  pass.applies = true;
+  pass.y = y;
+  pass.saved = saved;
+  pass.gamma = gamma;
+  pass.beta = beta;
+  pass.eps = eps;
+  run(pass, problem, threads);
 }
 
 template <class T>
 void run_normalize(const T* x, const Problem& problem, const GivenStatistics& given, ChannelValues gamma,
                    ChannelValues beta, double eps, T* y, int threads) {
-  const Plan plan = plan_for<T>(problem, false, true, threads);
-  ForwardPass<T> pass{.reduces = false,
-                      .applies = true,
-                      .plan = plan,
-                      .kernels = active_implementation().table->of<T>(),
-                      .x = x,
-                      .y = y,
-                      .saved = nullptr,
-                      .given = given,
-                      .gamma = gamma,
-                      .beta = beta,
-                      .eps = eps,
-                      .coefficients = nullptr};
-  run(pass, plan);
+  ForwardPass<T> pass = pass_over(x);
+  pass.reduces = false;
+  pass.applies = true;
+  pass.y = y;
+  pass.given = given;
+  pass.gamma = gamma;
+  pass.beta = beta;
+  pass.eps = eps;
+  run(pass, problem, threads);
 }
 
 #define BN_INSTANTIATE(T)                                                                                             \

@@ -121,7 +121,7 @@ std::string to_string(const Plan& plan) {
     case Path::channel_tasks:
     case Path::chunk_tasks:
       s << (plan.path == Path::channel_tasks ? "a task is a channel" : "a task is a chunk") << " (" << plan.chunks
-        << " chunks a channel, " << plan.runs_per_chunk << " x " << plan.piece_length << " values each)";
+        << " chunk(s) a channel, " << plan.runs_per_chunk << " x " << plan.piece_length << " values each)";
       break;
     case Path::row_blocks:
       s << "a task is a block of rows (" << plan.blocks << " blocks of up to " << plan.block_rows << " rows of "

@@ -13,7 +13,7 @@ from batchnorm.functional import (
     normalize_backward,
     update_running,
 )
-from batchnorm.info import active_isa, available_isas, get_num_threads, set_num_threads, show_config
+from batchnorm.info import active_isa, available_isas, explain, get_num_threads, set_num_threads, show_config
 from batchnorm.layers import BatchNorm
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
@@ -29,6 +29,7 @@ __all__ = [
     "available_isas",
     "batch_norm",
     "batch_norm_backward",
+    "explain",
     "get_num_threads",
     "grad_input",
     "grad_sums",

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import operator
 import platform
+from collections.abc import Sequence
+from math import prod
 from typing import Any, Literal
 
 import numpy as np
+from numpy.typing import DTypeLike
 
 from batchnorm import _core, _validate
 
@@ -61,6 +65,27 @@ def set_num_threads(num_threads: int | None) -> None:
 def get_num_threads() -> int:
     """Tell how many threads a large call from this thread would use now."""
     return _core.get_num_threads()
+
+
+def explain(
+    shape: Sequence[int], *, axis: int = 1, dtype: DTypeLike = np.float32, num_threads: int | None = None
+) -> str:
+    """Say how a training call on a C-contiguous array of this shape would be cut and visited, for people.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For sizes, axis or threads that do not fit.
+
+    Examples
+    --------
+    >>> print(explain((32, 3, 8, 8), num_threads=1))
+    problem {outer 32, channels 3, inner 64}: a task is a channel (1 chunk(s) a channel, 32 x 64 values each), threads 1
+    """
+    sizes = [operator.index(n) for n in shape]
+    axis = _validate.axis(axis, len(sizes))
+    problem = (prod(sizes[:axis]), sizes[axis], prod(sizes[axis + 1 :]))
+    return _core.explain(problem, np.dtype(dtype).itemsize, _validate.num_threads(num_threads))
 
 
 def config() -> dict[str, dict[str, Any]]:

@@ -1,6 +1,8 @@
 # Installs a build into an empty prefix; configures, builds and runs example/ against it.
 #     cmake -D BUILD=DIR -D CONFIG=NAME -D WORK=DIR -D GENERATOR=NAME -D COMPILER=FILE [-D FLAGS=...]
 #           [-D TOOLCHAIN=FILE] [-D EMULATOR=COMMAND] -P example.cmake
+cmake_minimum_required(VERSION 3.24...4.3)
+
 function(run)
   execute_process(COMMAND ${ARGN} RESULT_VARIABLE code OUTPUT_VARIABLE text ERROR_VARIABLE text)
   if(NOT code EQUAL 0)

@@ -1,5 +1,7 @@
 # Runs `bits` once for each instruction set that this machine has, and fails unless all print the same.
 #     cmake -D BITS=PROGRAM [-D EMULATOR=COMMAND] -P isa_bits.cmake
+cmake_minimum_required(VERSION 3.24...4.3)
+
 function(run_bits isa result)
   execute_process(COMMAND ${CMAKE_COMMAND} -E env BATCHNORM_ISA=${isa} ${EMULATOR} ${BITS} ${ARGN}
     OUTPUT_VARIABLE text RESULT_VARIABLE code)
