@@ -1,10 +1,8 @@
 // The public functions: check, run, return.
-#include <cmath>
-#include <stdexcept>
-
 #include "batchnorm/batchnorm.hpp"
 #include "channel_math.hpp"
 #include "check.hpp"
+#include "floating_point.hpp"
 #include "parallel.hpp"
 #include "passes.hpp"
 
@@ -43,6 +41,14 @@ void check_gradients(std::span<const T> dy, std::span<const T> x, const Problem&
   if (dbeta.wanted()) check::channels("dbeta", dbeta.size(), problem);
 }
 
+// f() as a function of its own, which the compiler cannot mix with the caller's arithmetic.
+template <class F>
+auto in_default_environment(F f) {
+  decltype(f()) result{};
+  parallel(1, [&](const Team&) { result = f(); });
+  return result;
+}
+
 template <class T>
 T* data_or_null(std::span<T> s) {
   return s.empty() ? nullptr : s.data();
@@ -52,33 +58,34 @@ T* data_or_null(std::span<T> s) {
 
 template <class T>
 void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options) {
+  const DefaultFloatingPoint environment;
   check_common(problem, options);
   check::size("x", x.size(), problem);
   check::channels("out", out.size(), problem);
   run_moments(x.data(), problem, out.data(), options.threads);
 }
 
-Moments merge(const Moments& a, const Moments& b) { return merge_moments(a, b); }
-
-double variance(const Moments& moments, int ddof) {
-  const DoubleDouble v = variance_of(moments, ddof);
-  return v.hi;
+Moments merge(const Moments& a, const Moments& b) {
+  return in_default_environment([&] { return merge_moments(a, b); });
 }
 
-double rstd(const Moments& moments, double eps) { return rstd_of(moments, eps).hi; }
+double variance(const Moments& moments, int ddof) {
+  return in_default_environment([&] { return variance_of(moments, ddof).hi; });
+}
+
+double rstd(const Moments& moments, double eps) {
+  return in_default_environment([&] { return rstd_of(moments, eps).hi; });
+}
 
 void update_running(std::span<double> running_mean, std::span<double> running_var, std::span<const Moments> batch,
                     double update_rate, int ddof) {
+  const DefaultFloatingPoint environment;
   const Problem channels{1, static_cast<std::int64_t>(batch.size()), 1};
   check::channels("running_mean", running_mean.size(), channels);
   check::channels("running_var", running_var.size(), channels);
   check::counts("batch", batch);
   check::update_rate(update_rate);
-  for (const Moments& m : batch) {
-    if (m.count > 0 && m.count <= ddof) {
-      throw std::invalid_argument("batch must have more than ddof values in every channel");
-    }
-  }
+  check::counts_above("batch", batch, ddof);
   const auto blend = [update_rate](double& running, double value) {
     // The ends are exact: (1 - 0)*running + 0*value would lose a running value to value = infinity.
     if (update_rate == 0) return;
@@ -96,6 +103,7 @@ void update_running(std::span<double> running_mean, std::span<double> running_va
 template <class T>
 void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps,
                 std::span<T> y, std::span<Moments> saved, const Options& options) {
+  const DefaultFloatingPoint environment;
   check_common(problem, options);
   check::size("x", x.size(), problem);
   check::channels_or_absent("gamma", gamma, problem);
@@ -110,6 +118,7 @@ void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamm
 template <class T>
 void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
                ChannelValues beta, double eps, std::span<T> y, const Options& options) {
+  const DefaultFloatingPoint environment;
   check_common(problem, options);
   check::size("x", x.size(), problem);
   check::channels_present("mean", mean, problem);
@@ -125,6 +134,7 @@ void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean,
 template <class T>
 void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
                ChannelValues beta, double eps, std::span<T> y, const Options& options) {
+  const DefaultFloatingPoint environment;
   check_common(problem, options);
   check::size("x", x.size(), problem);
   check::channels("moments", moments.size(), problem);
@@ -139,6 +149,7 @@ void normalize(std::span<const T> x, const Problem& problem, std::span<const Mom
 template <class T>
 void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
                std::span<GradSums> out, const Options& options) {
+  const DefaultFloatingPoint environment;
   check_backward(dy, x, problem, options);
   check::channels("moments", moments.size(), problem);
   check::counts("moments", moments);
@@ -150,6 +161,7 @@ template <class T>
 void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
                 std::span<const GradSums> sums, ChannelValues gamma, double eps, std::span<T> dx,
                 const Options& options) {
+  const DefaultFloatingPoint environment;
   check_backward(dy, x, problem, options);
   check::channels("moments", moments.size(), problem);
   check::counts("moments", moments);
@@ -163,6 +175,7 @@ template <class T>
 void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
                          std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
                          ChannelOutput dgamma, ChannelOutput dbeta, const Options& options) {
+  const DefaultFloatingPoint environment;
   check_backward(dy, x, problem, options);
   check::channels("saved", saved.size(), problem);
   check::counts("saved", saved);
@@ -175,6 +188,7 @@ template <class T>
 void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
                         ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
                         ChannelOutput dbeta, const Options& options) {
+  const DefaultFloatingPoint environment;
   check_backward(dy, x, problem, options);
   check::channels_present("mean", mean, problem);
   check::channels_present("var", var, problem);

@@ -49,25 +49,26 @@ Moments moments_from_sums(std::int64_t count, T shift, const kernels::Sums& sums
   }
 }
 
-// What sums about 0 are good for. A lane adds at most 2^10 values of a chunk (plan.cpp) before they are compensated.
+// What sums about 0 are good for. A lane adds fewer than 2^11 values of a chunk (plan.cpp) before its sum is added to
+// the others with the error kept.
 template <class T>
 struct Conditioning;
 template <>
 struct Conditioning<float> {
-  // m2 = second - first^2/n cancels mean^2/var-fold: 2^10 roundings * 2^-53 * 2^14 = 2^-29 of m2 at most.
+  // m2 = second - first^2/n cancels mean^2/var-fold: 2^11 roundings * 2^-53 * 2^14 = 2^-28 of m2 at most.
   static constexpr double kShiftAbove = 0x1p14;
-  // The mean's error is at most 2^10 * 2^-53 * rms: within 2^-24 of a mean above 2^-19 rms.
-  static constexpr double kCompensateBelow = 0x1p-38;
-  // Compensated: 2^10 * 2^-106 * rms: within 2^-24 of a mean above 2^-72 rms.
-  static constexpr double kExactBelow = 0x1p-144;
+  // The mean's error is at most 2^11 * 2^-53 * rms: within 2^-24 of a mean above 2^-18 rms.
+  static constexpr double kCompensateBelow = 0x1p-36;
+  // Compensated: 2^11 * 2^-106 * rms: within 2^-24 of a mean above 2^-71 rms.
+  static constexpr double kExactBelow = 0x1p-142;
 };
 template <>
 struct Conditioning<double> {
-  // Compensated sums: 2^10 * 2^-106 * 2^34 = 2^-62 of m2 at most.
+  // Compensated sums: 2^11 * 2^-106 * 2^34 = 2^-61 of m2 at most.
   static constexpr double kShiftAbove = 0x1p34;
-  // 2^10 * 2^-106 * rms: within 2^-53 of a mean above 2^-43 rms. There is nothing between compensated and exact.
-  static constexpr double kCompensateBelow = 0x1p-86;
-  static constexpr double kExactBelow = 0x1p-86;
+  // 2^11 * 2^-106 * rms: within 2^-53 of a mean above 2^-42 rms. There is nothing between compensated and exact.
+  static constexpr double kCompensateBelow = 0x1p-84;
+  static constexpr double kExactBelow = 0x1p-84;
 };
 
 // True where mean^2 is so far above var that m2 about 0 has too few digits. False for NaN.
@@ -104,6 +105,7 @@ inline DoubleDouble variance_of(const Moments& m, int ddof) {
 
 // 1/sqrt(var + eps) to about 100 bits; 0 where var + eps is 0, so that a channel without spread gives exactly beta.
 inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
+  if (!std::isfinite(var.hi)) return {1 / std::sqrt(var.hi), 0};  // infinity gives 0, NaN itself
   const DoubleDouble v = var + DoubleDouble{eps, 0};
   if (v.hi == 0) return {0, 0};
   const double r = 1 / std::sqrt(v.hi);
@@ -111,7 +113,7 @@ inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
   // One Newton step from there: r*(1 + e/2), e = 1 - r^2*v.
   const double e = std::fma(-square.hi, v.hi, 1.0) - (square.lo * v.hi + square.hi * v.lo);
   const DoubleDouble refined = fast_two_sum(r, r * (e / 2));
-  // r*r overflows where v is near the smallest float64; an infinite or NaN v has nothing to refine.
+  // r*r overflows where v is near the smallest float64.
   return std::isfinite(refined.hi) ? refined : DoubleDouble{r, 0};
 }
 inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(variance_of(m, 0), eps); }

@@ -76,6 +76,14 @@ void counts(const char* name, std::span<const Moments> moments) {
   }
 }
 
+void counts_above(const char* name, std::span<const Moments> moments, int ddof) {
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    if (moments[c].count > 0 && moments[c].count <= ddof) {
+      fail(name, " must have more than ", ddof, " values in every channel, got ", moments[c].count, " in channel ", c);
+    }
+  }
+}
+
 void batch_values(const Problem& p) {
   if (p.channels > 0 && p.count() == 1) {
     fail("x must have at least 2 values per channel for batch statistics, got 1 in problem ", text(p));

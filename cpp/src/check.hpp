@@ -19,6 +19,8 @@ void eps(double eps);
 // No negative variance. NaN passes: it stays in its channel.
 void variances(const ChannelValues& var);
 void counts(const char* name, std::span<const Moments> moments);
+// No values at all in a channel, or more than `ddof`.
+void counts_above(const char* name, std::span<const Moments> moments, int ddof);
 // A batch that has a variance: no values at all, or at least 2 a channel.
 void batch_values(const Problem& problem);
 void update_rate(double rate);

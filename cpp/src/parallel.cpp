@@ -3,14 +3,11 @@
 #include <algorithm>
 #include <atomic>
 
+#include "floating_point.hpp"
+
 #ifdef _OPENMP
 #include <omp.h>
 #include <pthread.h>
-#endif
-#if defined(__x86_64__)
-#include <xmmintrin.h>
-#elif defined(__aarch64__)
-#include <cstdint>
 #endif
 
 namespace batchnorm {
@@ -21,34 +18,6 @@ constexpr int kMostThreads = 64;
 std::atomic<int> thread_limit{0};
 std::atomic<bool> used_threads{false};
 std::atomic<bool> forked_after_use{false};
-
-// The default environment (round to nearest, subnormals kept, no traps) for as long as it lives. The caller's control
-// bits and exception flags come back unchanged.
-class DefaultFloatingPoint {
- public:
-#if defined(__x86_64__)
-  DefaultFloatingPoint() : caller_(_mm_getcsr()) {
-    if (caller_ != kDefault) _mm_setcsr(kDefault);
-  }
-  ~DefaultFloatingPoint() { _mm_setcsr(caller_); }
-
- private:
-  static constexpr unsigned kDefault = 0x1f80;
-  unsigned caller_;
-#elif defined(__aarch64__)
-  DefaultFloatingPoint() {
-    __asm__ __volatile__("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(control_), "=r"(status_));
-    __asm__ __volatile__("msr fpcr, %0" ::"r"(std::uint64_t{0}));
-  }
-  ~DefaultFloatingPoint() { __asm__ __volatile__("msr fpcr, %0\n\tmsr fpsr, %1" ::"r"(control_), "r"(status_)); }
-
- private:
-  std::uint64_t control_, status_;
-#endif
- public:
-  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
-  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
-};
 
 #ifdef _OPENMP
 void note_fork() {

@@ -6,8 +6,9 @@
 namespace batchnorm {
 namespace {
 
-// Values of one chunk. 16 lanes then add at most 2^10 values each before the sums are compensated, which is what the
-// error bounds in channel_math.hpp count on. A chunk of 64 KB is small enough to share one channel between threads.
+// Values of one chunk. A lane then adds 2^10 of them (up to 1926 where runs are just longer than a vector) before sums
+// are added with the error kept; the error bounds in channel_math.hpp count on fewer than 2^11. A chunk of 64 KB is
+// small enough to share one channel between threads.
 constexpr std::int64_t kChunkValues = 16 * 1024;
 
 // Rows of one block: at most 2^10 for the same bound; at least 64, so that the sums of a block (32 bytes a column) are
@@ -92,7 +93,8 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   const Problem& p = plan.problem;
   if (p.size() == 0) return plan;
 
-  const std::int64_t bytes = p.size() * work.item_size * work.streams;
+  const std::int64_t bytes_a_value = work.item_size * work.streams;  // divided by, since bytes may not fit 64 bits
+  const bool serial = p.size() <= kSerialBytes / bytes_a_value;
   std::int64_t tasks = 0;
   if (p.channels > 1 && p.inner <= kShortRun) {
     cut_interleaved(plan);
@@ -101,12 +103,12 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   } else {
     cut_planar(plan);
     // A channel's slab must survive in the core's own cache between the two passes, beside what is written.
-    const std::int64_t slab = p.count() * work.item_size * work.streams;
-    const bool enough_channels = p.channels >= threads || bytes <= kSerialBytes;
-    plan.path = work.reduces && enough_channels && slab <= machine.l2_bytes ? Path::channel_tasks : Path::chunk_tasks;
+    const bool slab_stays = p.count() <= machine.l2_bytes / bytes_a_value;
+    const bool enough_channels = p.channels >= threads || serial;
+    plan.path = work.reduces && enough_channels && slab_stays ? Path::channel_tasks : Path::chunk_tasks;
     tasks = plan.path == Path::channel_tasks ? p.channels : p.channels * plan.chunks;
   }
-  if (bytes > kSerialBytes) plan.threads = static_cast<int>(std::clamp<std::int64_t>(tasks, 1, threads));
+  if (!serial) plan.threads = static_cast<int>(std::clamp<std::int64_t>(tasks, 1, threads));
   return plan;
 }
 

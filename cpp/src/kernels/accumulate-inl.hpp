@@ -85,7 +85,7 @@ BN_INLINE void keep(const Compensated& a, double* sum, double* low, std::int64_t
 
 // One visit: up to eight rows of the n <= 16 columns from `c` on.
 template <class Pair, class... Input>
-BN_INLINE void visit_columns(Pair pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t c,
+BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t c,
                              std::int64_t n, const ColumnSums& out, const Input*... input) {
   if (!first_visit) {
     restore(pair.first, out.first + c, out.first_lo + c, n);

@@ -112,9 +112,14 @@ BN_INLINE Lanes<double> multiply_add_exact(const Lanes<double>& a, const Lanes<d
   for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = multiply_add_exact(a.v[k], b.v[k], c.v[k]);
   return r;
 }
-BN_INLINE Lanes<double> product_error(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& product) {
+// a*a - square, exactly; taken as 0 where it reaches below float64's smallest number, since there the fused and the
+// split form round it differently. 2^-960 is above the square whose last exact bit is 2^-1074.
+BN_INLINE Lanes<double> square_error(const Lanes<double>& a, const Lanes<double>& square) {
   Lanes<double> r;
-  for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = product_error(a.v[k], b.v[k], product.v[k]);
+  for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+    const NativeDouble error = product_error(a.v[k], a.v[k], square.v[k]);
+    r.v[k] = square.v[k] >= 0x1p-960 ? error : NativeDouble{};
+  }
   return r;
 }
 

@@ -38,7 +38,7 @@ struct MomentTerms {
       const Lanes<double> square = x * x;
       first.add(x);
       second.add(square);
-      if constexpr (sizeof(T) == sizeof(double)) second.low = second.low + product_error(x, x, square);
+      if constexpr (sizeof(T) == sizeof(double)) second.low = second.low + square_error(x, square);
     } else {
       const Lanes<double> d = x - shift;
       const Lanes<double> d_lo = sum_error(x, broadcast(0.0) - shift, d);
@@ -46,7 +46,7 @@ struct MomentTerms {
       first.add(d);
       first.low = first.low + d_lo;
       second.add(square);
-      second.low = second.low + (product_error(d, d, square) + (d + d) * d_lo);
+      second.low = second.low + (square_error(d, square) + (d + d) * d_lo);
     }
   }
 };

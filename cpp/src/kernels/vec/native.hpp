@@ -13,7 +13,7 @@ namespace batchnorm::kernels {
 namespace {
 
 // a*b - product, exactly, without fused multiply-add (Dekker 1971): each factor is split into halves of 26 bits.
-// Differs from the fused form only where the error itself underflows (|a*b| < 1e-290) or a split overflows (> 1e300).
+// Differs from the fused form only where the error itself underflows or a split overflows (|a| > 2^995).
 template <class V>
 BN_INLINE V product_error_by_splitting(V a, V b, V product) {
   const double splitter = 134217729.0;  // 2^27 + 1

@@ -11,11 +11,15 @@ namespace {
 using NativeFloat = __m128;
 using NativeDouble = __m128d;
 
+// Eight bytes at any address: through memcpy, which is one move.
 BN_INLINE NativeDouble widen_load(const float* p) {
-  return _mm_cvtps_pd(_mm_castpd_ps(_mm_load_sd(reinterpret_cast<const double*>(p))));
+  double two;
+  __builtin_memcpy(&two, p, sizeof two);
+  return _mm_cvtps_pd(_mm_castpd_ps(_mm_set_sd(two)));
 }
 BN_INLINE void narrow_store(float* p, NativeDouble v) {
-  _mm_store_sd(reinterpret_cast<double*>(p), _mm_castps_pd(_mm_cvtpd_ps(v)));
+  const double two = _mm_cvtsd_f64(_mm_castps_pd(_mm_cvtpd_ps(v)));
+  __builtin_memcpy(p, &two, sizeof two);
 }
 // a*b + c where a*b is exact.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return a * b + c; }

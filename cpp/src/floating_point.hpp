@@ -1,0 +1,41 @@
+// The floating-point environment that all arithmetic of the library runs in, whatever the caller's is.
+#pragma once
+
+#include <cstdint>
+
+#if defined(__x86_64__)
+#include <xmmintrin.h>
+#endif
+
+namespace batchnorm {
+
+// The default environment (round to nearest, subnormals kept, no traps) for as long as it lives. The caller's control
+// bits and exception flags come back unchanged. The compiler may move arithmetic past its constructor, so what it is to
+// protect must be in a function of another file.
+class DefaultFloatingPoint {
+ public:
+#if defined(__x86_64__)
+  DefaultFloatingPoint() : caller_(_mm_getcsr()) {
+    if (caller_ != kDefault) _mm_setcsr(kDefault);
+  }
+  ~DefaultFloatingPoint() { _mm_setcsr(caller_); }
+
+ private:
+  static constexpr unsigned kDefault = 0x1f80;
+  unsigned caller_;
+#elif defined(__aarch64__)
+  DefaultFloatingPoint() {
+    __asm__ __volatile__("mrs %0, fpcr\n\tmrs %1, fpsr" : "=r"(control_), "=r"(status_));
+    __asm__ __volatile__("msr fpcr, %0" ::"r"(std::uint64_t{0}));
+  }
+  ~DefaultFloatingPoint() { __asm__ __volatile__("msr fpcr, %0\n\tmsr fpsr, %1" ::"r"(control_), "r"(status_)); }
+
+ private:
+  std::uint64_t control_, status_;
+#endif
+ public:
+  DefaultFloatingPoint(const DefaultFloatingPoint&) = delete;
+  DefaultFloatingPoint& operator=(const DefaultFloatingPoint&) = delete;
+};
+
+}  // namespace batchnorm
