@@ -30,3 +30,12 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
                 exec(compile(code, str(README), "exec"), namespace)  # noqa: S102 - the repository's own README
             except Exception as error:
                 raise AssertionError(f"README.md, block at line {line}: {error!r}") from error
+
+
+def test_the_cpp_block_of_the_readme_is_part_of_the_example_that_is_compiled():
+    found = re.findall(r"^```cpp\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    example = (README.parent / "tests" / "cpp" / "example" / "main.cpp").read_text(encoding="utf-8").splitlines()
+    assert found
+    for block in found:
+        missing = [line for line in block.splitlines() if line not in example]
+        assert not missing

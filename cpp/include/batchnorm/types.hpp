@@ -1,6 +1,7 @@
 // The plain values that the library's functions take and give.
 #pragma once
 
+#include <concepts>
 #include <cstddef>
 #include <cstdint>
 #include <span>
@@ -46,6 +47,13 @@ class ChannelValues {
   constexpr ChannelValues() = default;
   constexpr ChannelValues(std::span<const float> v) : f32_(v.data()), size_(v.size()), present_(true) {}
   constexpr ChannelValues(std::span<const double> v) : f64_(v.data()), size_(v.size()), present_(true) {}
+  // Vectors and arrays of either.
+  template <class Range>
+    requires std::convertible_to<const Range&, std::span<const float>>
+  constexpr ChannelValues(const Range& v) : ChannelValues(std::span<const float>(v)) {}
+  template <class Range>
+    requires std::convertible_to<const Range&, std::span<const double>>
+  constexpr ChannelValues(const Range& v) : ChannelValues(std::span<const double>(v)) {}
 
   [[nodiscard]] constexpr bool present() const { return present_; }
   [[nodiscard]] constexpr std::size_t size() const { return size_; }
@@ -71,6 +79,13 @@ class ChannelOutput {
   constexpr ChannelOutput() = default;
   constexpr ChannelOutput(std::span<float> v) : f32_(v.data()), size_(v.size()), wanted_(true) {}
   constexpr ChannelOutput(std::span<double> v) : f64_(v.data()), size_(v.size()), wanted_(true) {}
+  // Vectors and arrays of either.
+  template <class Range>
+    requires std::convertible_to<Range&, std::span<float>>
+  constexpr ChannelOutput(Range& v) : ChannelOutput(std::span<float>(v)) {}
+  template <class Range>
+    requires std::convertible_to<Range&, std::span<double>>
+  constexpr ChannelOutput(Range& v) : ChannelOutput(std::span<double>(v)) {}
 
   [[nodiscard]] constexpr bool wanted() const { return wanted_; }
   [[nodiscard]] constexpr std::size_t size() const { return size_; }
