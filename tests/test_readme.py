@@ -34,8 +34,11 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
 
 def test_the_cpp_block_of_the_readme_is_part_of_the_example_that_is_compiled():
     found = re.findall(r"^```cpp\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    example = (README.parent / "tests" / "cpp" / "example" / "main.cpp").read_text(encoding="utf-8").splitlines()
+    example = (
+        (README.parent / "tests" / "cpp" / "example" / "main.cpp").read_text(encoding="utf-8").splitlines()
+    )
+    lines = {line.strip() for line in example}
     assert found
     for block in found:
-        missing = [line for line in block.splitlines() if line not in example]
+        missing = [line for line in block.splitlines() if line.strip() not in lines]
         assert not missing
