@@ -279,7 +279,7 @@ class BatchNorm:
 
         Notes
         -----
-        Memory: y, and some hundred bytes a channel. Training: one thread at a time; evaluation: any.
+        Memory: y, and what `batch_norm` takes. Training: one thread at a time; evaluation: any.
 
         Examples
         --------
@@ -330,7 +330,7 @@ class BatchNorm:
 
         Notes
         -----
-        Source: Ioffe & Szegedy (2015), section 3, simplified. Memory: dx, and some hundred bytes a channel.
+        Source: Ioffe & Szegedy (2015), section 3, simplified. Memory: dx, and what `batch_norm_backward` takes.
 
         Examples
         --------

@@ -203,7 +203,7 @@ def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -
 
     Notes
     -----
-    Memory: 40 bytes a channel, and a few percent of `x` while it runs. Releases the GIL for large `x`.
+    Memory: 40 bytes a channel; while it runs, up to 2 KB a channel and a few percent of `x`. Releases the GIL for large `x`.
 
     Examples
     --------
