@@ -271,3 +271,11 @@ def test_a_batch_that_was_overwritten_has_no_backward(dtype):
     for backward in (bn.batch_norm_backward, bn.grad_sums):
         with pytest.raises(ValueError, match=text):
             backward(x, saved)
+
+
+def test_a_gradient_that_underflows_its_dtype_raises_nothing_whatever_numpy_is_told():
+    x = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+    _, saved = bn.batch_norm(x, np.ones(3, np.float16))
+    with np.errstate(all="raise"):
+        gradients = bn.batch_norm_backward(x * np.float32(1e-9), saved)
+    assert gradients.dgamma.dtype == np.float16

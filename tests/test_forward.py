@@ -280,3 +280,10 @@ def test_a_nan_variance_that_is_given_stays_in_its_channel():
     assert np.isnan(y[:, 1]).all()
     expected = bn.normalize(x, [0, 1, 2.0], [1, 1, 2.0])
     np.testing.assert_array_equal(y[:, ::2], expected[:, ::2])
+
+
+def test_out_may_be_x_seen_with_axes_of_length_one():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    expected, _ = bn.batch_norm(x)
+    bn.batch_norm(x[:, :, None], out=x.reshape(4, 3, 1))
+    np.testing.assert_array_equal(x, expected)

@@ -161,3 +161,9 @@ def test_moments_of_other_data_are_not_equal():
 
 def test_repr_tells_count_and_channels():
     assert "3" in repr(bn.moments(np.eye(3)))
+
+
+def test_equal_moments_have_equal_hashes():
+    a, b = bn.Moments(1, [0.0], [0.0]), bn.Moments(1, [-0.0], [0.0])
+    assert a == b
+    assert hash(a) == hash(b)

@@ -1,5 +1,6 @@
 """Every error: its type, its full text in three parts (argument, need, got), and that nothing was changed by it."""
 
+import dataclasses
 import functools
 import operator
 from typing import NamedTuple
@@ -137,6 +138,10 @@ EPS = [  # (name, eps, error, text)
     ("negative", -1.0, ValueError, "eps must be finite and >= 0, got -1.0"),
     ("nan", float("nan"), ValueError, "eps must be finite and >= 0, got nan"),
     ("infinite", float("inf"), ValueError, "eps must be finite and >= 0, got inf"),
+    ("minus_huge", -(10**400), ValueError, "eps must be finite and >= 0, got -inf"),
+    ("bool", True, TypeError, "eps must be a number, got bool"),
+    ("complex", np.complex128(1e-5), TypeError, "eps must be a number, got complex128"),
+    ("array", np.array([1e-5]), TypeError, "eps must be a number, got ndarray"),
     ("str", "1e-5", TypeError, "eps must be a number, got str"),
     ("none", None, TypeError, "eps must be a number, got None"),
 ]
@@ -147,6 +152,13 @@ CHANNEL_VALUES = [  # (name, value from Arrays, error, text with {}): for gamma,
     ("int64", lambda a: np.ones(3, np.int64), TypeError, "{} must have a floating dtype, got int64"),
     ("complex128", lambda a: np.ones(3, complex), TypeError, "{} must have a floating dtype, got complex128"),
     ("object", lambda a: np.ones(3, object), TypeError, "{} must have a floating dtype, got object"),
+    ("ragged", lambda a: [1.0, [2.0, 3.0]], TypeError, "{} must be an array of numbers, got list"),
+    (
+        "masked",
+        lambda a: np.ma.array(np.ones(3)),
+        TypeError,
+        "{} must be a numpy.ndarray or a sequence, got MaskedArray",
+    ),
 ]
 
 VAR = [  # (name, var from Arrays, error, text)
@@ -182,6 +194,12 @@ OUT = [  # (name, out from Arrays, error, text with {} for what it may be: x or 
         ValueError,
         "out must have one address per value, got stride 0 on axis 3",
     ),
+    (
+        "overlapping_itself",
+        lambda a: np.lib.stride_tricks.as_strided(a.line, a.x.shape, (240, 80, 20, 8)),
+        ValueError,
+        "out must have one address per value, got overlapping strides (240, 80, 20, 8)",
+    ),
 ]
 OVERLAP = "out must be {0} itself or share no memory with {0}, got a partial overlap"
 
@@ -203,7 +221,52 @@ NEEDS = [  # (name, needs, error, text)
     ("weight", ("x", "weight"), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'weight'"),
     ("dx", ("dx",), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'dx'"),
     ("number", ("x", 1), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 1"),
+    (
+        "array",
+        [np.array([1, 2])],
+        ValueError,
+        "needs must name some of 'x', 'gamma', 'beta', got array([1, 2])",
+    ),
     ("int", 3, TypeError, "needs must be a tuple of names, got int"),
+]
+
+
+REPLACED = [  # (name, changed fields from Arrays, error, text): of a Saved for x with 3 channels
+    ("list", lambda a: {"x": [1.0]}, TypeError, "saved.x must be a numpy.ndarray, got list"),
+    (
+        "int_x",
+        lambda a: {"x": a.x.astype(np.int64)},
+        TypeError,
+        "saved.x must have dtype float32 or float64, got int64",
+    ),
+    ("no_moments", lambda a: {"moments": None}, TypeError, "saved.moments must be Moments, got None"),
+    (
+        "channels",
+        lambda a: {"moments": bn.Moments.empty(2)},
+        ValueError,
+        "saved.moments must have 3 channels, got 2",
+    ),
+    (
+        "axis",
+        lambda a: {"axis": 4},
+        ValueError,
+        "axis must be in [-4, 3] for an array of 4 dimensions, got 4",
+    ),
+    ("negative_axis", lambda a: {"axis": -3}, ValueError, "saved.axis must be >= 0, got -3"),
+    ("eps", lambda a: {"eps": "a"}, TypeError, "eps must be a number, got str"),
+]
+
+DDOF = [  # (name, ddof, error, text)
+    ("float", 1.0, TypeError, "ddof must be an int >= 0, got float"),
+    ("none", None, TypeError, "ddof must be an int >= 0, got None"),
+    ("negative", -3, ValueError, "ddof must be an int >= 0, got -3"),
+]
+
+UPDATE_RATE = [  # (name, update_rate, error, text)
+    ("str", "a", TypeError, "update_rate must be a number, got str"),
+    ("bool", True, TypeError, "update_rate must be a number, got bool"),
+    ("large", 10**400, ValueError, "update_rate must be from 0 to 1, got inf"),
+    ("negative", -0.1, ValueError, "update_rate must be from 0 to 1, got -0.1"),
 ]
 
 
@@ -230,6 +293,8 @@ def mistakes():
     yield from of_statistics()
     yield from of_the_halves()
     yield from of_moments()
+    yield from of_updates()
+    yield from of_explain()
     yield from of_settings()
 
 
@@ -348,6 +413,13 @@ def of_the_halves():
     for function, call in calls.items():
         text = "saved must be the Saved of a batch_norm call, got tuple"
         yield Mistake(f"{function}-saved-tuple", lambda a, c=call: c(a, (a.x, a.gamma)), TypeError, text)
+        for name, change, error, text in REPLACED:
+            yield Mistake(
+                f"{function}-saved-{name}",
+                lambda a, c=call, change=change: c(a, dataclasses.replace(a.saved, **change(a))),
+                error,
+                text,
+            )
     yield Mistake(
         "grad_input-sums-tuple",
         lambda a: bn.grad_input(a.dy, a.saved, (1, 2, 3)),
@@ -380,6 +452,16 @@ def of_moments():
             ValueError,
             "count must be >= 0 in every channel, got -1.0 in channel 0",
         ),
+        "count-nan": (
+            (np.array([1, np.nan, 1]), np.ones(3), np.ones(3)),
+            ValueError,
+            "count must be finite, got nan in channel 1",
+        ),
+        "mean-of-nothing": (
+            (0, np.array([0.0, 5.0, 0.0]), np.zeros(3)),
+            ValueError,
+            "mean must be 0 where count is 0, got 5.0 in channel 1",
+        ),
         "m2-negative": (
             (2, np.ones(3), np.array([0.0, -1.0, 0.0])),
             ValueError,
@@ -388,6 +470,48 @@ def of_moments():
     }
     for name, (arguments, error, text) in values.items():
         yield Mistake(f"moments-{name}", lambda a, arguments=arguments: bn.Moments(*arguments), error, text)
+
+
+def of_updates():
+    for name, ddof, error, text in DDOF:
+        yield Mistake(f"var-ddof-{name}", lambda a, d=ddof: a.saved.moments.var(d), error, text)
+        yield Mistake(
+            f"update_running-ddof-{name}",
+            lambda a, d=ddof: bn.update_running(a.mean, a.var, a.saved.moments, ddof=d),
+            error,
+            text,
+        )
+    for name, rate, error, text in UPDATE_RATE:
+        yield Mistake(
+            f"update_running-update_rate-{name}",
+            lambda a, r=rate: bn.update_running(a.mean, a.var, a.saved.moments, update_rate=r),
+            error,
+            text,
+        )
+    yield Mistake(
+        "update_running-too-few-values",
+        lambda a: bn.update_running(a.mean, a.var, bn.Moments(1, a.mean, np.zeros(3))),
+        ValueError,
+        "batch must have more than 1 values in every channel, got 1 in channel 0",
+    )
+    text = "moments must count the values of x in every channel, got count 0 in channel 0"
+    yield Mistake(
+        "grad_input-moments-of-nothing",
+        lambda a: bn.grad_input(
+            a.dy,
+            dataclasses.replace(a.saved, moments=bn.Moments.empty(3)),
+            bn.GradSums(np.zeros(3), np.zeros((3, 4))),
+        ),
+        ValueError,
+        text,
+    )
+
+
+def of_explain():
+    text = "an array of this shape and dtype must have dtype float32 or float64, got <U1"
+    yield Mistake("explain-dtype", lambda a: bn.explain((2, 3), dtype="U0"), TypeError, text)
+    text = "an array of this shape and dtype must have 1 to 8 dimensions, got 0"
+    yield Mistake("explain-nothing", lambda a: bn.explain(()), ValueError, text)
 
 
 def of_settings():

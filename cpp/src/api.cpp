@@ -85,6 +85,7 @@ void update_running(std::span<double> running_mean, std::span<double> running_va
   check::channels("running_var", running_var.size(), channels);
   check::counts("batch", batch);
   check::update_rate(update_rate);
+  check::ddof(ddof);
   check::counts_above("batch", batch, ddof);
   const auto blend = [update_rate](double& running, double value) {
     // The ends are exact: (1 - 0)*running + 0*value would lose a running value to value = infinity.
@@ -164,7 +165,7 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& prob
   const DefaultFloatingPoint environment;
   check_backward(dy, x, problem, options);
   check::channels("moments", moments.size(), problem);
-  check::counts("moments", moments);
+  check::counts_of_batch("moments", moments, problem);
   check::channels("sums", sums.size(), problem);
   check::size("dx", dx.size(), problem);
   check_gradients(dy, x, problem, gamma, eps, dx, {}, {});
@@ -178,7 +179,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Prob
   const DefaultFloatingPoint environment;
   check_backward(dy, x, problem, options);
   check::channels("saved", saved.size(), problem);
-  check::counts("saved", saved);
+  check::counts_of_batch("saved", saved, problem);
   check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
   run_batch_norm_backward(dy.data(), x.data(), problem, saved.data(), gamma, eps, data_or_null(dx), dgamma, dbeta,
                           options.threads);

@@ -31,7 +31,7 @@ void problem(const Problem& p) {
   std::int64_t product = 0;
   if (__builtin_mul_overflow(at_least_one(p.outer), at_least_one(p.channels), &product) ||
       __builtin_mul_overflow(product, at_least_one(p.inner), &product) ||
-      product > INT64_MAX / static_cast<std::int64_t>(sizeof(double))) {
+      (p.size() > INT64_MAX / static_cast<std::int64_t>(sizeof(double)))) {
     fail("problem must have fewer than 2^60 values, got ", text(p));
   }
 }
@@ -96,6 +96,22 @@ void update_rate(double rate) {
 
 void threads(int threads) {
   if (threads < 0) fail("threads must be >= 0, got ", threads);
+}
+
+void ddof(int ddof) {
+  if (ddof < 0) fail("ddof must be >= 0, got ", ddof);
+}
+
+void item_size(std::size_t bytes) {
+  if (bytes != sizeof(float) && bytes != sizeof(double)) fail("item_size must be 4 or 8 bytes, got ", bytes);
+}
+
+void counts_of_batch(const char* name, std::span<const Moments> moments, const Problem& p) {
+  counts(name, moments);
+  if (p.count() == 0) return;
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    if (moments[c].count == 0) fail(name, " must count the values of x in every channel, got count 0 in channel ", c);
+  }
 }
 
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes) {

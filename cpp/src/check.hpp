@@ -25,6 +25,11 @@ void counts_above(const char* name, std::span<const Moments> moments, int ddof);
 void batch_values(const Problem& problem);
 void update_rate(double rate);
 void threads(int threads);
+void ddof(int ddof);
+// Bytes of a float32 or a float64.
+void item_size(std::size_t bytes);
+// Moments over at least one value in every channel, where there are gradients to be taken.
+void counts_of_batch(const char* name, std::span<const Moments> moments, const Problem& problem);
 // `out` is exactly `in`, or does not touch it.
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
 

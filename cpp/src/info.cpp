@@ -44,6 +44,7 @@ BuildInfo build_info() {
 
 std::string explain(const Problem& problem, std::size_t item_size, const Options& options) {
   check::problem(problem);
+  check::item_size(item_size);
   check::threads(options.threads);
   const Work training{true, true, 2, static_cast<std::int64_t>(item_size)};
   return to_string(make_plan(problem, training, machine(), available_threads(options.threads)));

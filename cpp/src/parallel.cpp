@@ -16,13 +16,10 @@ namespace {
 constexpr int kMostThreads = 64;
 
 std::atomic<int> thread_limit{0};
-std::atomic<bool> used_threads{false};
-std::atomic<bool> forked_after_use{false};
+std::atomic<bool> is_forked_child{false};
 
 #ifdef _OPENMP
-void note_fork() {
-  if (used_threads.load(std::memory_order_relaxed)) forked_after_use.store(true, std::memory_order_relaxed);
-}
+void note_fork() { is_forked_child.store(true, std::memory_order_relaxed); }
 const int fork_handler_registered = pthread_atfork(nullptr, nullptr, note_fork);
 #endif
 
@@ -39,7 +36,6 @@ void Team::barrier() const {
 void run_in_parallel(int threads, void (*f)(void*, const Team&), void* context) {
 #ifdef _OPENMP
   if (threads > 1) {
-    used_threads.store(true, std::memory_order_relaxed);
 #pragma omp parallel num_threads(threads)
     {
       const DefaultFloatingPoint environment;
@@ -56,11 +52,12 @@ void run_in_parallel(int threads, void (*f)(void*, const Team&), void* context) 
 int available_threads(int requested) {
 #ifdef _OPENMP
   (void)fork_handler_registered;
-  if (requested == 1 || forked_after_use.load(std::memory_order_relaxed) || omp_in_parallel()) return 1;
-  // More threads than any machine would use are a mistake that must not end in "cannot create thread".
-  if (requested > 0) return std::min(requested, std::max(kMostThreads, omp_get_num_procs()));
-  const int limit = thread_limit.load(std::memory_order_relaxed), machine = omp_get_max_threads();
-  return limit > 0 && limit < machine ? limit : machine;
+  if (requested == 1 || is_forked_child.load(std::memory_order_relaxed) || omp_in_parallel()) return 1;
+  const int limit = thread_limit.load(std::memory_order_relaxed);
+  int threads = requested > 0 ? requested : omp_get_max_threads();
+  if (requested == 0 && limit > 0) threads = std::min(threads, limit);
+  // More than any machine would use is a mistake in a setting, which must not end in "cannot create thread".
+  return std::clamp(threads, 1, std::max(kMostThreads, omp_get_num_procs()));
 #else
   (void)requested;
   return 1;

@@ -37,7 +37,8 @@ void parallel(int threads, F&& f) {
 }
 
 // Threads for a call that asks for `requested` (0: the process's setting, else OpenMP's). 1 inside a parallel region,
-// and in a child forked from a process that used threads (libgomp would wait there for threads that do not exist).
+// and in a forked child: if anything in the parent had used OpenMP, libgomp would wait for threads that do not exist
+// there.
 int available_threads(int requested);
 
 void set_thread_limit(int threads);

@@ -45,7 +45,8 @@ Sums sum_channel_again(const Plan& plan, const kernels::Kernels<T>& kernels, con
 }
 
 // Interleaved: a tile is a few neighbouring channels, summed together because their columns share cache lines.
-constexpr std::int64_t kTileColumns = 256;
+// It lives on the stack of a thread, which may be small.
+constexpr std::int64_t kTileColumns = 64;
 // Rows between two compensated additions; the bound of plan.cpp.
 constexpr std::int64_t kTileRows = 1024;
 

@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm import _layout
+
 Array = NDArray[Any]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -62,29 +64,67 @@ def axis(value: object, ndim: int) -> int:
     return index % ndim
 
 
+def number(name: str, value: object) -> float:
+    """Give a real number as a float; one beyond float64 becomes an infinity."""
+    if isinstance(value, bool | np.bool) or not isinstance(value, int | float | np.integer | np.floating):
+        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+    try:
+        return float(value)
+    except OverflowError:  # an int beyond float64
+        return math.inf if value > 0 else -math.inf
+
+
 def eps(value: object) -> float:
     """Give eps as a float, finite and >= 0."""
-    if isinstance(value, str | bool) or not hasattr(type(value), "__float__"):
-        raise TypeError(f"eps must be a number, got {_kind(value)}")
-    try:
-        number = float(value)  # type: ignore[arg-type]
-    except OverflowError:  # an int beyond float64
-        number = math.inf
-    if not 0 <= number < math.inf:
-        raise ValueError(f"eps must be finite and >= 0, got {number}")
-    return number
+    checked = number("eps", value)
+    if not 0 <= checked < math.inf:
+        raise ValueError(f"eps must be finite and >= 0, got {checked}")
+    return checked
+
+
+def update_rate(value: object) -> float:
+    """Give the share of a new batch as a float from 0 to 1."""
+    checked = number("update_rate", value)
+    if not 0 <= checked <= 1:
+        raise ValueError(f"update_rate must be from 0 to 1, got {checked}")
+    return checked
+
+
+def ddof(value: object) -> int:
+    """Give the delta degrees of freedom of a variance as an int >= 0."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"ddof must be an int >= 0, got {_kind(value)}")
+    if value < 0:
+        raise ValueError(f"ddof must be an int >= 0, got {value}")
+    return min(int(value), 2**31 - 1)
 
 
 def channel_values(name: str, values: Any, channels: int) -> Array:
     """Give one value per channel as a contiguous float32 or float64 array; a copy only where that takes one."""
-    a = np.asarray(values)
+    # As for x: a subclass may mean something else by its values.
+    if isinstance(values, np.ndarray) and type(values) is not np.ndarray and type(values) is not np.memmap:
+        raise TypeError(f"{name} must be a numpy.ndarray or a sequence, got {type(values).__name__}")
+    try:
+        a = np.asarray(values)
+    except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
+        raise TypeError(f"{name} must be an array of numbers, got {_kind(values)}") from None
     if a.dtype.kind != "f":
         raise TypeError(f"{name} must have a floating dtype, got {a.dtype}")
     if a.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {a.shape}")
     if a.dtype in _FLOATS and a.flags.c_contiguous and a.flags.aligned:
         return a
-    return np.array(a, dtype=np.float32 if a.dtype.itemsize <= 4 else np.float64)
+    with np.errstate(all="ignore"):  # a long double may well be beyond float64
+        return np.array(a, dtype=np.float32 if a.dtype.itemsize <= 4 else np.float64)
+
+
+def table(name: str, values: Any, columns: int) -> Array:
+    """Refuse what is not a float64 table of so many columns."""
+    if type(values) is not np.ndarray or values.dtype != np.float64 or values.ndim != 2:
+        raise TypeError(f"{name} must be a float64 array of 2 dimensions, got {_kind(values)}")
+    if values.shape[1] != columns:
+        raise ValueError(f"{name} must have {columns} columns, got {values.shape[1]}")
+    return np.ascontiguousarray(values)
 
 
 def optional_channel_values(name: str, values: Any, channels: int) -> Array | None:
@@ -100,11 +140,15 @@ def variances(values: Any, channels: int) -> Array:
 
 
 def not_negative(name: str, a: Array) -> None:
-    """Refuse a negative value, naming its channel."""
-    negative = a < 0
-    if negative.any():
-        c = int(negative.argmax())
-        raise ValueError(f"{name} must be >= 0 in every channel, got {a[c]} in channel {c}")
+    """Refuse a negative value, naming its channel. NaN passes."""
+    each_channel(name, a, ~(a < 0), "be >= 0 in every channel")
+
+
+def each_channel(name: str, a: Array, good: NDArray[np.bool], needed: str) -> None:
+    """Refuse the first value that is not good, naming its channel."""
+    if not good.all():
+        c = int(good.argmin())
+        raise ValueError(f"{name} must {needed}, got {a[c]} in channel {c}")
 
 
 def batch_values(x: Array, axis: int) -> None:
@@ -132,7 +176,7 @@ def needs(names: Any) -> tuple[bool, bool, bool]:
         raise TypeError(f"needs must be a tuple of names, got {_kind(names)}")
     asked = tuple(names)
     for name in asked:
-        if name not in _GRADIENTS:
+        if not isinstance(name, str) or name not in _GRADIENTS:
             raise ValueError(f"needs must name some of 'x', 'gamma', 'beta', got {name!r}")
     return "x" in asked, "gamma" in asked, "beta" in asked
 
@@ -145,9 +189,7 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     checked = array_like("out", out, x)
     if not checked.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
-    for d in range(checked.ndim):
-        if checked.strides[d] == 0 and checked.shape[d] > 1:
-            raise ValueError(f"out must have one address per value, got stride 0 on axis {d}")
+    _one_address_per_value(checked)
     for name, a in may_be.items():
         if overlap(checked, a) and not same_memory(checked, a):
             raise ValueError(
@@ -165,9 +207,21 @@ def instance(name: str, value: object, kind: type, text: str) -> None:
         raise TypeError(f"{name} must be {text}, got {_kind(value)}")
 
 
+def _one_address_per_value(out: Array) -> None:
+    if out.flags.c_contiguous:
+        return
+    block = 0  # bytes that the axes so far, from the smallest stride on, reach over
+    for stride, n, d in sorted((abs(out.strides[d]), out.shape[d], d) for d in range(out.ndim)):
+        if n > 1 and stride == 0:
+            raise ValueError(f"out must have one address per value, got stride 0 on axis {d}")
+        if n > 1 and stride < block + out.itemsize:
+            raise ValueError(f"out must have one address per value, got overlapping strides {out.strides}")
+        block += (n - 1) * stride
+
+
 def same_memory(a: Array, b: Array) -> bool:
     """Tell whether two arrays of one shape are the same values in the same memory."""
-    return a is b or (np.may_share_memory(a, b) and _address(a) == _address(b) and a.strides == b.strides)
+    return a is b or (np.may_share_memory(a, b) and _address(a) == _address(b) and _layout.same(a, b))
 
 
 def overlap(a: Array, b: Array) -> bool:

@@ -68,8 +68,9 @@ class GradSums:
     __slots__ = ("_table", "count")
 
     def __init__(self, count: PerChannel, table: PerChannel) -> None:
-        self.count = count
-        self._table = table  # (C, 4): sum_dy, its low part, sum_dy_xmu, its low part
+        # The table is (C, 4): sum_dy, its low part, sum_dy_xmu, its low part. Made by grad_sums, added here.
+        self.count = _validate.channel_values("count", count, len(table))
+        self._table = _validate.table("table", table, 4)
 
     @property
     def sum_dy(self) -> PerChannel:
@@ -414,7 +415,8 @@ def update_running(
     mean = _validate.channel_values("running_mean", running_mean, moments.channels)
     var = _validate.channel_values("running_var", running_var, moments.channels)
     mean, var = mean.astype(np.float64, copy=False), var.astype(np.float64, copy=False)
-    return _core.update_running(mean, var, moments._table, update_rate, ddof)
+    rate, ddof = _validate.update_rate(update_rate), _validate.ddof(ddof)
+    return _core.update_running(mean, var, moments._table, rate, ddof)
 
 
 def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> GradSums:
@@ -496,10 +498,20 @@ def grad_input(
 
 
 def _input_of(saved: Saved) -> Array:
+    """Give the x of `saved`, whose fields may have been replaced since `batch_norm` made it."""
     _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
     if saved.x is None:
         raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
-    return saved.x
+    x = _validate.array("saved.x", saved.x)
+    _validate.instance("saved.moments", saved.moments, Moments, "Moments")
+    _validate.eps(saved.eps)
+    if _validate.axis(saved.axis, x.ndim) != saved.axis:
+        raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
+    if saved.moments.channels != x.shape[saved.axis]:
+        raise ValueError(
+            f"saved.moments must have {x.shape[saved.axis]} channels, got {saved.moments.channels}"
+        )
+    return x
 
 
 def _target(out: Array | None, block: Array) -> Array:
@@ -528,5 +540,7 @@ def _gradients(
 
 
 def _rounded(values: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(over="ignore"):  # a float16 gradient may well overflow to infinity
+    with np.errstate(
+        all="ignore"
+    ):  # a float16 gradient may well overflow or underflow; dx is written already
         return values.astype(dtype)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 import platform
 from collections.abc import Sequence
 from math import prod
@@ -82,10 +81,12 @@ def explain(
     >>> print(explain((32, 3, 8, 8), num_threads=1))
     problem {outer 32, channels 3, inner 64}: a task is a channel (1 chunk(s) a channel, 32 x 64 values each), threads 1
     """
-    sizes = [operator.index(n) for n in shape]
-    axis = _validate.axis(axis, len(sizes))
-    problem = (prod(sizes[:axis]), sizes[axis], prod(sizes[axis + 1 :]))
-    return _core.explain(problem, np.dtype(dtype).itemsize, _validate.num_threads(num_threads))
+    # An array of that shape that takes no memory: what it would be checked for, it is.
+    x = np.broadcast_to(np.zeros((), dtype), shape)
+    _validate.array("an array of this shape and dtype", x)
+    axis = _validate.axis(axis, x.ndim)
+    problem = (prod(x.shape[:axis]), x.shape[axis], prod(x.shape[axis + 1 :]))
+    return _core.explain(problem, x.itemsize, _validate.num_threads(num_threads))
 
 
 def config() -> dict[str, dict[str, Any]]:

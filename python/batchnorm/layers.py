@@ -347,7 +347,7 @@ class BatchNorm:
         last = self._last_call
         if last is None:
             raise _validate_state.no_forward_call()
-        with np.errstate(over="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
+        with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
             dx, dgamma, dbeta = last.gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
             dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
         if _same_memory(last.x, out):
@@ -583,7 +583,7 @@ def _updated_statistics(
     statistics: _Statistics, batch: Moments, update_rate: float | None, ddof: int
 ) -> _Statistics:
     """Return the statistics after one more batch. Changes none of its arguments."""
-    count = statistics.update_count + 1
+    count = min(statistics.update_count + 1, 2**63 - 1)  # what a state file can hold
     if statistics.pooled is not None:
         return _pooled_statistics(statistics.pooled | batch, count, ddof)
     assert update_rate is not None

@@ -63,6 +63,9 @@ class Moments:
         squares = _validate.channel_values("m2", np.asarray(m2, np.float64), channels)
         _validate.not_negative("count", counts)
         _validate.not_negative("m2", squares)
+        _validate.each_channel("count", counts, np.isfinite(counts), "be finite")
+        for name, values in (("mean", means), ("m2", squares)):
+            _validate.each_channel(name, values, (counts > 0) | (values == 0), "be 0 where count is 0")
         table = np.zeros((channels, _FIELDS))
         table[:, 0], table[:, 1], table[:, 3] = counts, means, squares
         self._set(table)
@@ -107,8 +110,9 @@ class Moments:
         """Variance m2/(count - ddof) of each channel, (C,) float64.
 
         ddof=0 is the biased variance, which normalizes; ddof=1 the unbiased one. NaN where count <= ddof.
+        TypeError or ValueError for what is not an int >= 0.
         """
-        return _core.variance(self._table, ddof)
+        return _core.variance(self._table, _validate.ddof(ddof))
 
     def __or__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
@@ -121,7 +125,7 @@ class Moments:
         return np.array_equal(self._table, other._table)
 
     def __hash__(self) -> int:
-        return hash(self._table.tobytes())
+        return hash((self._table + 0.0).tobytes())  # -0.0 equals 0.0
 
     def __setattr__(self, name: str, value: object) -> None:
         raise AttributeError(f"Moments do not change; {name} cannot be set")
