@@ -180,28 +180,36 @@ py::array_t<double> py_merge(const py::array& a, const py::array& b) {
   return out;
 }
 
-py::array_t<double> py_variance(const py::array& moments_table, int ddof) {
+// f of the moments of each channel.
+template <class F>
+py::array_t<double> each_channel(const py::array& moments_table, F f) {
   const auto stats = table<Moments>(moments_table, "moments");
   py::array_t<double> out(static_cast<py::ssize_t>(stats.size()));
   const auto result = values(out);
-  for (std::size_t c = 0; c < stats.size(); ++c) result[c] = variance(stats[c], ddof);
+  for (std::size_t c = 0; c < stats.size(); ++c) result[c] = f(stats[c]);
   return out;
+}
+
+py::array_t<double> py_variance(const py::array& moments_table, int ddof) {
+  return each_channel(moments_table, [ddof](const Moments& m) { return variance(m, ddof); });
 }
 
 py::array_t<double> py_rstd(const py::array& moments_table, double eps) {
-  const auto stats = table<Moments>(moments_table, "moments");
-  py::array_t<double> out(static_cast<py::ssize_t>(stats.size()));
-  const auto result = values(out);
-  for (std::size_t c = 0; c < stats.size(); ++c) result[c] = rstd(stats[c], eps);
-  return out;
+  return each_channel(moments_table, [eps](const Moments& m) { return rstd(m, eps); });
+}
+
+// A new array of the same float64 values.
+py::array_t<double> copy_of(const py::array& a, const char* name) {
+  check_contiguous(a, name);
+  if (!is_float64(a)) throw py::type_error(std::string(name) + " must have dtype float64");
+  return py::array_t<double>(a.size(), static_cast<const double*>(a.data()));
 }
 
 // New arrays: what is given is not changed.
-std::tuple<py::array_t<double>, py::array_t<double>> py_update_running(const py::array_t<double>& mean,
-                                                                       const py::array_t<double>& var,
+std::tuple<py::array_t<double>, py::array_t<double>> py_update_running(const py::array& mean, const py::array& var,
                                                                        const py::array& moments_table,
                                                                        double update_rate, int ddof) {
-  py::array_t<double> new_mean(mean.size(), mean.data()), new_var(var.size(), var.data());
+  auto new_mean = copy_of(mean, "running_mean"), new_var = copy_of(var, "running_var");
   update_running(values(new_mean), values(new_var), table<Moments>(moments_table, "moments"), update_rate, ddof);
   return {new_mean, new_var};
 }
