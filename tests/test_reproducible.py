@@ -162,3 +162,24 @@ def test_alignment_of_x_does_not_change_the_bits(start, dtype):
     expected, expected_saved = bn.batch_norm(values)
     np.testing.assert_array_equal(y, expected)
     np.testing.assert_array_equal(saved.moments.m2, expected_saved.moments.m2)
+
+
+@pytest.mark.parametrize("axis", [1, -1], ids=["planar", "interleaved"])
+def test_a_tensor_beyond_the_caches_has_the_same_bits_wherever_it_is_written(axis):
+    # Large outputs are stored around the caches where their address allows it; in place they are not.
+    rng = np.random.default_rng(5)
+    shape = (8, 32, 160, 160) if axis == 1 else (8, 160, 160, 32)
+    x = rng.normal(size=shape).astype(np.float32)
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    y, saved = bn.batch_norm(x, axis=axis)
+    dx = bn.batch_norm_backward(dy, saved).dx
+    room = np.empty(x.size + 16, np.float32)
+    start = 1 + (-room.ctypes.data // 4) % 16  # one value past a line
+    unaligned = room[start : start + x.size].reshape(x.shape)
+    bn.batch_norm(x, axis=axis, out=unaligned)
+    np.testing.assert_array_equal(unaligned, y)
+    np.testing.assert_array_equal(bn.batch_norm_backward(dy, saved, out=unaligned).dx, dx)
+    bn.batch_norm_backward(dy, saved, out=dy)
+    np.testing.assert_array_equal(dy, dx)
+    bn.batch_norm(x, axis=axis, out=x)
+    np.testing.assert_array_equal(x, y)

@@ -21,6 +21,7 @@ class BackwardPass {
   using Table = CoefficientTable<T, GradAffine>;
 
   bool reduces, applies;
+  Plan plan;
   const kernels::Kernels<T>& kernels;
   const T *dy, *x;
   T* dx;  // where the pass applies
@@ -63,6 +64,8 @@ class BackwardPass {
     const BackwardCoefficients<T>& k = (*coefficients)[c];
     if (k.is_wide) {
       kernels.runs_grad_input_wide(dy + offset, x + offset, dx + offset, runs, k.wide);
+    } else if (plan.around_cache && dx != dy && dx != x) {
+      kernels.runs_grad_input_around_cache(dy + offset, x + offset, dx + offset, runs, k.narrow);
     } else {
       kernels.runs_grad_input(dy + offset, x + offset, dx + offset, runs, k.narrow);
     }
@@ -73,6 +76,8 @@ class BackwardPass {
     if (k.any_wide()) {
       kernels.rows_grad_input_mixed(dy + offset, x + offset, dx + offset, rows, narrow,
                                     {k.mask(), {k.wide(0), k.wide(1), k.wide(2), k.wide(3), k.wide(4)}});
+    } else if (plan.around_cache && dx != dy && dx != x && rows.columns == plan.columns && is_line_aligned(dx)) {
+      kernels.rows_grad_input_around_cache(dy + offset, x + offset, dx + offset, rows, narrow);
     } else {
       kernels.rows_grad_input(dy + offset, x + offset, dx + offset, rows, narrow);
     }
@@ -94,8 +99,9 @@ const double* lay_out_means(const Plan& plan, const Moments* moments, Workspace&
 template <class T>
 void run(BackwardPass<T> pass, const Problem& problem, int threads) {
   using Table = typename BackwardPass<T>::Table;
-  const Plan plan = make_plan(problem, {pass.reduces, pass.applies, pass.applies ? 3 : 2, sizeof(T)}, machine(),
-                              available_threads(threads));
+  const Plan& plan = pass.plan;
+  pass.plan = make_plan(problem, {pass.reduces, pass.applies, pass.applies ? 3 : 2, sizeof(T)}, machine(),
+                        available_threads(threads));
   Workspace workspace((pass.applies ? Table::bytes(plan) : 0) + column_mean_bytes(plan, pass.reduces) +
                       Traversal<BackwardPass<T>>::bytes(plan, pass.reduces));
   if (column_mean_bytes(plan, pass.reduces) > 0) pass.column_mean = lay_out_means(plan, pass.moments, workspace);
@@ -110,6 +116,7 @@ template <class T>
 BackwardPass<T> pass_over(const T* dy, const T* x, const Moments* moments) {
   return {.reduces = true,
           .applies = false,
+          .plan = {},
           .kernels = active_implementation().table->of<T>(),
           .dy = dy,
           .x = x,

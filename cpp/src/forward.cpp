@@ -50,6 +50,8 @@ class ForwardPass {
     const ForwardCoefficients<T>& k = (*coefficients)[c];
     if (k.is_wide) {
       kernels.runs_normalize_wide(x + offset, y + offset, runs, k.wide);
+    } else if (plan.around_cache && x != y) {
+      kernels.runs_normalize_around_cache(x + offset, y + offset, runs, k.narrow);
     } else {
       kernels.runs_normalize(x + offset, y + offset, runs, k.narrow);
     }
@@ -59,6 +61,8 @@ class ForwardPass {
     const AffineColumns<T> narrow{k.narrow(0), k.narrow(1), k.narrow(2)};
     if (k.any_wide()) {
       kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), {k.wide(0), k.wide(1), k.wide(2)}});
+    } else if (plan.around_cache && x != y && rows.columns == plan.columns && is_line_aligned(y)) {
+      kernels.rows_normalize_around_cache(x + offset, y + offset, rows, narrow);
     } else {
       kernels.rows_normalize(x + offset, y + offset, rows, narrow);
     }

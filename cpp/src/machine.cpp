@@ -7,21 +7,26 @@
 namespace batchnorm {
 namespace {
 
-// Where the system does not say (some containers and aarch64 kernels report 0).
-constexpr std::int64_t kTypicalL2 = 512 * 1024;
+// Bytes of a cache by its sysconf name, or what is typical where the system does not say (some containers and aarch64
+// kernels report 0).
+std::int64_t cache_bytes(int name, std::int64_t typical) {
+  const long bytes = sysconf(name);
+  return bytes > 0 ? bytes : typical;
+}
 
-std::int64_t l2_bytes() {
-#ifdef _SC_LEVEL2_CACHE_SIZE
-  const long bytes = sysconf(_SC_LEVEL2_CACHE_SIZE);
-  if (bytes > 0) return bytes;
+Machine read_machine() {
+  constexpr std::int64_t kTypicalL2 = 512 * 1024, kTypicalL3 = 16 * 1024 * 1024;
+#if defined(_SC_LEVEL2_CACHE_SIZE) && defined(_SC_LEVEL3_CACHE_SIZE)
+  return {cache_bytes(_SC_LEVEL2_CACHE_SIZE, kTypicalL2), cache_bytes(_SC_LEVEL3_CACHE_SIZE, kTypicalL3)};
+#else
+  return {kTypicalL2, kTypicalL3};
 #endif
-  return kTypicalL2;
 }
 
 }  // namespace
 
 const Machine& machine() {
-  static const Machine m{l2_bytes()};
+  static const Machine m = read_machine();
   return m;
 }
 

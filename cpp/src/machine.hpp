@@ -7,6 +7,7 @@ namespace batchnorm {
 
 struct Machine {
   std::int64_t l2_bytes;  // private cache of one core
+  std::int64_t l3_bytes;  // shared cache; of the host, on a virtual machine
 };
 
 // Read once from the operating system.

@@ -26,6 +26,14 @@ constexpr std::int64_t kShortRow = 128;
 // about as much from its caches.
 constexpr std::int64_t kSerialBytes = 128 * 1024;
 
+// Outputs above this many times a core's own cache, and above half the shared one, are stored around the caches. On a
+// Sapphire Rapids (2 MB L2) a copy that does takes 1.7 times as long at 4 MB, 1.1 at 8 MB, 0.8 at 16 MB, 0.7 at 32 MB.
+// A virtual machine tells the host's shared cache, of which it has only a part: no more than 16 MB of it are believed.
+constexpr std::int64_t kAroundCacheAboveL2 = 6, kMostBelievedShare = 16 * 1024 * 1024;
+
+// Runs shorter than this many values are stored as usual: the parts of lines at both ends would outweigh the lines.
+constexpr std::int64_t kShortestStream = 128;
+
 std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // One channel is one run; one run per channel stays planar; runs of 1 are interleaved.
@@ -66,6 +74,15 @@ void cut_interleaved(Plan& plan) {
   plan.blocks = plan.full_blocks + (plan.rest_rows > 0 ? 1 : 0);
 }
 
+bool stores_go_around_cache(const Plan& plan, bool interleaved, const Work& work, const Machine& machine) {
+  if (!work.applies) return false;
+  const std::int64_t stays =
+      std::max(kAroundCacheAboveL2 * machine.l2_bytes, std::min(machine.l3_bytes / 2, kMostBelievedShare));
+  const bool whole_lines =
+      interleaved ? plan.columns % kernels::kVectorColumns == 0 : plan.problem.inner >= kShortestStream;
+  return whole_lines && plan.problem.size() > stays / work.item_size;
+}
+
 }  // namespace
 
 std::int64_t Plan::chunk_offset(std::int64_t k, std::int64_t c) const {
@@ -93,17 +110,24 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   const Problem& p = plan.problem;
   if (p.size() == 0) return plan;
 
+  const bool interleaved = p.channels > 1 && p.inner <= kShortRun;
+  if (interleaved) {
+    cut_interleaved(plan);
+  } else {
+    cut_planar(plan);
+  }
+  plan.around_cache = stores_go_around_cache(plan, interleaved, work, machine);
+
   const std::int64_t bytes_a_value = work.item_size * work.streams;  // divided by, since bytes may not fit 64 bits
   const bool serial = p.size() <= kSerialBytes / bytes_a_value;
   std::int64_t tasks = 0;
-  if (p.channels > 1 && p.inner <= kShortRun) {
-    cut_interleaved(plan);
+  if (interleaved) {
     plan.path = Path::row_blocks;
     tasks = plan.blocks;
   } else {
-    cut_planar(plan);
-    // A channel's slab must survive in the core's own cache between the two passes, beside what is written.
-    const bool slab_stays = p.count() <= machine.l2_bytes / bytes_a_value;
+    // A channel's slab must survive in the core's own cache between the two passes, beside what is written there.
+    const std::int64_t cached_streams = work.streams - (plan.around_cache ? 1 : 0);
+    const bool slab_stays = p.count() <= machine.l2_bytes / (work.item_size * cached_streams);
     const bool enough_channels = p.channels >= threads || serial;
     plan.path = work.reduces && enough_channels && slab_stays ? Path::channel_tasks : Path::chunk_tasks;
     tasks = plan.path == Path::channel_tasks ? p.channels : p.channels * plan.chunks;
@@ -130,6 +154,7 @@ std::string to_string(const Plan& plan) {
         << plan.columns << " columns, " << plan.repeat << " rows of the tensor in each)";
       break;
   }
+  if (plan.around_cache) s << ", stores around the caches";
   s << ", threads " << plan.threads;
   return s.str();
 }

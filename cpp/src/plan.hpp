@@ -33,6 +33,8 @@ struct Plan {
   std::int64_t repeat = 0, columns = 0, rows = 0, block_rows = 0, full_blocks = 0, rest_rows = 0, blocks = 0;
 
   Path path = Path::nothing;
+  // Whether outputs are stored around the caches. Interleaved: only if the output is aligned (passes see to that).
+  bool around_cache = false;
   int threads = 1;
 
   [[nodiscard]] bool planar() const { return path == Path::channel_tasks || path == Path::chunk_tasks; }
@@ -52,6 +54,9 @@ struct Work {
   int streams;             // tensors read and written: x and y are 2; dy, x and dx are 3
   std::int64_t item_size;  // bytes of a value
 };
+
+// Whether a store around the caches may begin here.
+inline bool is_line_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % kernels::kStreamBytes == 0; }
 
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads);
 

@@ -13,6 +13,7 @@
 #include "guarded.hpp"
 #include "kernels/table.hpp"
 #include "machine.hpp"
+#include "plan.hpp"
 
 namespace {
 
@@ -32,14 +33,24 @@ enum class Pass {
   grad_sums,
   normalize,
   normalize_wide,  // rows: the mixed form
+  normalize_around_cache,
   grad_input,
   grad_input_wide,
+  grad_input_around_cache,
 };
-constexpr const char* kPassNames[] = {"moments",   "moments_about",  "moments_compensated", "grad_sums",
-                                      "normalize", "normalize_wide", "grad_input",          "grad_input_wide"};
+constexpr const char* kPassNames[] = {
+    "moments",        "moments_about",          "moments_compensated", "grad_sums",       "normalize",
+    "normalize_wide", "normalize_around_cache", "grad_input",          "grad_input_wide", "grad_input_around_cache"};
 constexpr Pass kSums[] = {Pass::moments, Pass::moments_about, Pass::moments_compensated, Pass::grad_sums};
-constexpr Pass kNormalize[] = {Pass::normalize, Pass::normalize_wide};
-constexpr Pass kGradInput[] = {Pass::grad_input, Pass::grad_input_wide};
+constexpr Pass kNormalize[] = {Pass::normalize, Pass::normalize_wide, Pass::normalize_around_cache};
+constexpr Pass kGradInput[] = {Pass::grad_input, Pass::grad_input_wide, Pass::grad_input_around_cache};
+
+bool reads_dy(Pass pass) { return pass >= Pass::grad_input; }
+bool goes_around_cache(Pass pass) {
+  return pass == Pass::normalize_around_cache || pass == Pass::grad_input_around_cache;
+}
+// Pieces of rows that were stored around the caches: only aligned ones can be.
+int rows_around_cache = 0;
 
 // Which array the output is written to.
 enum class Output { its_own, x, dy };
@@ -284,7 +295,7 @@ template <class T>
 Outcome<T> call_elements(const Kernels<T>& k, const Inputs<T>& in) {
   Memory<T>& m = memory<T>();
   const Place place = current.place;
-  const bool has_dy = current.pass == Pass::grad_input || current.pass == Pass::grad_input_wide;
+  const bool has_dy = reads_dy(current.pass);
   const bool is_wide = current.pass == Pass::normalize_wide || current.pass == Pass::grad_input_wide;
   const std::vector<T> none;
   T* x = m.x.place(in.x, place, 1);
@@ -302,19 +313,26 @@ Outcome<T> call_elements(const Kernels<T>& k, const Inputs<T>& in) {
   const std::uint16_t* mask = m.mask.place(in.mask, place, 6);
   const Runs runs{in.piece.length, in.piece.count, in.piece.stride};
   const Rows rows{in.piece.count, in.piece.length, in.piece.stride};
+  const bool lines = in.piece.length % kernels::kVectorColumns == 0 && is_line_aligned(out) &&
+                     in.piece.stride * static_cast<std::int64_t>(sizeof(T)) % kernels::kStreamBytes == 0;
+  const bool around = goes_around_cache(current.pass) && (!in.is_rows || lines);
+  rows_around_cache += around && in.is_rows ? 1 : 0;
   if (!in.is_rows && !has_dy) {
-    is_wide ? k.runs_normalize_wide(x, out, runs, {*w[0], *w[1], *w[2]})
-            : k.runs_normalize(x, out, runs, {*n[0], *n[1], *n[2]});
+    const auto narrow = around ? k.runs_normalize_around_cache : k.runs_normalize;
+    is_wide ? k.runs_normalize_wide(x, out, runs, {*w[0], *w[1], *w[2]}) : narrow(x, out, runs, {*n[0], *n[1], *n[2]});
   } else if (!in.is_rows) {
+    const auto narrow = around ? k.runs_grad_input_around_cache : k.runs_grad_input;
     is_wide ? k.runs_grad_input_wide(dy, x, out, runs, {*w[0], *w[1], *w[2], *w[3], *w[4]})
-            : k.runs_grad_input(dy, x, out, runs, {*n[0], *n[1], *n[2], *n[3], *n[4]});
+            : narrow(dy, x, out, runs, {*n[0], *n[1], *n[2], *n[3], *n[4]});
   } else if (!has_dy) {
+    const auto narrow = around ? k.rows_normalize_around_cache : k.rows_normalize;
     is_wide ? k.rows_normalize_mixed(x, out, rows, {n[0], n[1], n[2]}, {mask, {w[0], w[1], w[2]}})
-            : k.rows_normalize(x, out, rows, {n[0], n[1], n[2]});
+            : narrow(x, out, rows, {n[0], n[1], n[2]});
   } else {
+    const auto narrow = around ? k.rows_grad_input_around_cache : k.rows_grad_input;
     is_wide ? k.rows_grad_input_mixed(dy, x, out, rows, {n[0], n[1], n[2], n[3], n[4]},
                                       {mask, {w[0], w[1], w[2], w[3], w[4]}})
-            : k.rows_grad_input(dy, x, out, rows, {n[0], n[1], n[2], n[3], n[4]});
+            : narrow(dy, x, out, rows, {n[0], n[1], n[2], n[3], n[4]});
   }
   guarded::Array<T>& written = current.output == Output::its_own ? m.out : current.output == Output::x ? m.x : m.dy;
   Outcome<T> outcome{{}, written.elements(in.piece)};
@@ -386,7 +404,7 @@ void expect_sums_near(const Inputs<T>& in, Pass pass, const Outcome<T>& got, con
 template <class T>
 void expect_elements_near(const Inputs<T>& in, Pass pass, const Outcome<T>& got, const Outcome<T>& reference) {
   const bool may_be_wide = pass == Pass::normalize_wide || pass == Pass::grad_input_wide;
-  const bool has_dy = pass == Pass::grad_input || pass == Pass::grad_input_wide;
+  const bool has_dy = reads_dy(pass);
   in.piece.for_each([&](std::int64_t at, std::int64_t e) {
     const T y = got.values.data()[e], want = reference.values.data()[e];
     const std::size_t c = in.column_of(e);
@@ -516,7 +534,8 @@ TEST(every_table_has_every_kernel) {
       return k.runs_moments && k.rows_moments && k.runs_moments_about && k.rows_moments_about &&
              k.runs_moments_compensated && k.rows_moments_compensated && k.runs_normalize && k.runs_normalize_wide &&
              k.rows_normalize && k.runs_grad_sums && k.rows_grad_sums && k.runs_grad_input && k.runs_grad_input_wide &&
-             k.rows_grad_input;
+             k.rows_grad_input && k.runs_normalize_around_cache && k.rows_normalize_around_cache &&
+             k.runs_grad_input_around_cache && k.rows_grad_input_around_cache;
     };
     EXPECT(complete(implementation.table->f32) && complete(implementation.table->f64), implementation.name);
     EXPECT(implementation.table->f32.rows_normalize_mixed && implementation.table->f32.rows_grad_input_mixed,
@@ -630,6 +649,9 @@ TEST(float64_squares_near_underflow_give_the_same_bits_on_every_table) {
     for (const Pass pass : {Pass::moments, Pass::moments_about}) expect_agreement(pass, Output::its_own, in);
   }
 }
+
+// Runs after those above, which count.
+TEST(rows_were_stored_around_the_caches_too) { EXPECT(rows_around_cache > 0, rows_around_cache); }
 
 }  // namespace
 

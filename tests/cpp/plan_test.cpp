@@ -13,8 +13,9 @@ namespace {
 
 using namespace batchnorm;
 
-constexpr Machine kMachine{1 << 20};
-constexpr Machine kMachines[] = {{1}, {256 * 1024}, {1 << 20}, {std::int64_t{1} << 40}};
+constexpr Machine kMachine{1 << 20, 32 << 20};
+constexpr Machine kMachines[] = {
+    {1, 1}, {256 * 1024, 4 << 20}, {1 << 20, 32 << 20}, {std::int64_t{1} << 40, std::int64_t{1} << 40}};
 constexpr int kThreads[] = {1, 2, 3, 7, 64, 1000};
 // moments, normalize, batch_norm, grad_sums, grad_input, batch_norm_backward; float and double.
 constexpr Work kWorks[] = {{true, false, 1, 4}, {false, true, 2, 4}, {true, true, 2, 4},
@@ -209,10 +210,12 @@ TEST(a_lane_adds_at_most_2048_values_of_a_piece) {
 }
 
 TEST(a_channel_that_fits_the_cache_is_reduced_and_applied_by_one_task) {
-  EXPECT(make_plan({8, 64, 196}, kTraining, {1 << 20}, 4).path == Path::channel_tasks);
-  EXPECT(make_plan({8, 64, 196}, kTraining, {1024}, 4).path == Path::chunk_tasks);
-  EXPECT(make_plan({8, 2, 50'000}, kTraining, {1 << 30}, 4).path == Path::chunk_tasks);  // fewer channels than threads
-  EXPECT(make_plan({8, 64, 196}, {false, true, 2, 4}, {1 << 20}, 4).path == Path::chunk_tasks);  // nothing to reduce
+  EXPECT(make_plan({8, 64, 196}, kTraining, {1 << 20, 32 << 20}, 4).path == Path::channel_tasks);
+  EXPECT(make_plan({8, 64, 196}, kTraining, {1024, 1024}, 4).path == Path::chunk_tasks);
+  EXPECT(make_plan({8, 2, 50'000}, kTraining, {1 << 30, 1 << 30}, 4).path ==
+         Path::chunk_tasks);  // fewer channels than threads
+  EXPECT(make_plan({8, 64, 196}, {false, true, 2, 4}, {1 << 20, 32 << 20}, 4).path ==
+         Path::chunk_tasks);  // nothing to reduce
 }
 
 TEST(nothing_is_planned_for_no_values) {
@@ -232,7 +235,7 @@ TEST(the_text_of_a_plan_names_its_path_and_threads) {
   };
   says({0, 3, 4}, kMachine, 1, "nothing to do");
   says({8, 64, 196}, kMachine, 4, "a task is a channel");
-  says({8, 64, 196}, {1024}, 4, "a task is a chunk");
+  says({8, 64, 196}, {1024, 1024}, 4, "a task is a chunk");
   says({4096, 64, 1}, kMachine, 4, "a task is a block of rows");
   says({4096, 64, 1}, kMachine, 4, "threads 4");
 }
@@ -243,6 +246,18 @@ TEST(the_largest_allowed_problem_is_planned_for_all_threads) {
   for (const Problem& problem : {Problem{1, 1, most}, Problem{most, 1, 1}, Problem{most / 2, 2, 1}}) {
     for (const Work& work : kWorks) EXPECT_EQUAL(make_plan(problem, work, kMachine, 8).threads, 8, text(problem));
   }
+}
+
+TEST(only_large_outputs_of_whole_lines_are_stored_around_the_caches) {
+  const auto around = [](const Problem& problem, const Work& work) {
+    return make_plan(problem, work, kMachine, 2).around_cache;  // half of 32 MB is the limit here
+  };
+  EXPECT(around({32, 64, 12544}, kTraining));
+  EXPECT(around({401408, 64, 1}, kTraining));
+  EXPECT(!around({4, 64, 12544}, kTraining));             // 12 MB
+  EXPECT(!around({32, 64, 12544}, {true, false, 1, 4}));  // nothing is written
+  EXPECT(!around({4096, 2048, 49}, kTraining));           // runs too short
+  EXPECT(!around({401408, 130, 1}, kTraining));           // rows are not whole vectors
 }
 
 }  // namespace

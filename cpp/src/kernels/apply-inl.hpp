@@ -22,6 +22,24 @@ BN_INLINE void apply_runs(const Map& map, Runs runs, T* out, const Input*... inp
   }
 }
 
+// The same with stores around the caches: values up to the first whole line of `out`, lines, and the rest.
+template <class Map, class T, class... Input>
+BN_INLINE void apply_runs_around_cache(const Map& map, Runs runs, T* out, const Input*... input) {
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    const std::int64_t start = k * runs.stride;
+    const auto past_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out + start) % kStreamBytes);
+    std::int64_t i = (kStreamBytes - past_line) % kStreamBytes / static_cast<std::int64_t>(sizeof(T));
+    if (i > runs.length) i = runs.length;
+    if (i > 0) store_first(out + start, i, map((input + start)..., i));
+    for (; i + kLanes <= runs.length; i += kLanes) stream_lanes(out + start + i, map((input + start + i)..., kLanes));
+    if (i < runs.length) {
+      const std::int64_t n = runs.length - i;
+      store_first(out + start + i, n, map((input + start + i)..., n));
+    }
+  }
+  finish_streams();
+}
+
 // Four rows a visit: coefficients are loaded once for four vectors of each input.
 constexpr std::int64_t kRowsPerApply = 4;
 
@@ -46,6 +64,19 @@ BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input*... input) {
       apply_columns(make(c, n), visit, rows.stride, n, out + start + c, (input + start + c)...);
     }
   }
+}
+
+// The same with stores around the caches: rows of whole vectors, `out` and its stride aligned to kStreamBytes. One row
+// a visit, so that each line is written in one go after the one before it.
+template <class Make, class T, class... Input>
+BN_INLINE void apply_rows_around_cache(Make make, Rows rows, T* out, const Input*... input) {
+  for (std::int64_t r = 0; r < rows.count; ++r) {
+    const std::int64_t start = r * rows.stride;
+    for (std::int64_t c = 0; c < rows.columns; c += kLanes) {
+      stream_lanes(out + start + c, make(c, kLanes)((input + start + c)..., kLanes));
+    }
+  }
+  finish_streams();
 }
 
 // A vector of columns of which those in `mask` are computed by `wide` (in float64), the others by `narrow`.

@@ -31,6 +31,18 @@ void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine
 }
 
 template <class T>
+void runs_grad_input_around_cache(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<T>& k) {
+  const GradInputMap<T, T> map{broadcast(k.dy_center), broadcast(k.dy_scale), broadcast(k.x_center),
+                               broadcast(k.x_scale), broadcast(k.offset)};
+  apply_runs_around_cache(map, runs, dx, dy, x);
+}
+
+template <class T>
+void rows_grad_input_around_cache(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
+  apply_rows_around_cache([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); }, rows, dx, dy, x);
+}
+
+template <class T>
 void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
   apply_rows([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); }, rows, dx, dy, x);
 }

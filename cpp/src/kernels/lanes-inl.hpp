@@ -78,6 +78,12 @@ BN_INLINE void store_as(T* p, const Lanes<A>& a) {
   }
 }
 
+// 16 values around the caches; p is aligned to kStreamBytes.
+template <class A>
+BN_INLINE void stream_lanes(A* p, const Lanes<A>& a) {
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) stream(p + k * Lanes<A>::kWidth, a.v[k]);
+}
+
 // The same for the first n < 16 values; the other lanes are loaded as `fill` and not stored.
 template <class A, class T>
 BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, T fill) {

@@ -26,6 +26,16 @@ void runs_normalize(const T* x, T* y, Runs runs, const Affine<A>& k) {
 }
 
 template <class T>
+void runs_normalize_around_cache(const T* x, T* y, Runs runs, const Affine<T>& k) {
+  apply_runs_around_cache(NormalizeMap<T, T>{broadcast(k.center), broadcast(k.scale), broadcast(k.offset)}, runs, y, x);
+}
+
+template <class T>
+void rows_normalize_around_cache(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
+  apply_rows_around_cache([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);
+}
+
+template <class T>
 void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
   apply_rows([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);
 }

@@ -152,11 +152,15 @@ constexpr Kernels<T> make_kernels() {
   k.runs_normalize = runs_normalize<T, T>;
   k.runs_normalize_wide = runs_normalize<T, double>;
   k.rows_normalize = rows_normalize<T>;
+  k.runs_normalize_around_cache = runs_normalize<T, T>;
+  k.rows_normalize_around_cache = rows_normalize<T>;
   k.runs_grad_sums = runs_grad_sums<T>;
   k.rows_grad_sums = rows_grad_sums<T>;
   k.runs_grad_input = runs_grad_input<T, T>;
   k.runs_grad_input_wide = runs_grad_input<T, double>;
   k.rows_grad_input = rows_grad_input<T>;
+  k.runs_grad_input_around_cache = runs_grad_input<T, T>;
+  k.rows_grad_input_around_cache = rows_grad_input<T>;
   if constexpr (sizeof(T) == sizeof(float)) {
     k.rows_normalize_mixed = rows_normalize_mixed;
     k.rows_grad_input_mixed = rows_grad_input_mixed;

@@ -21,12 +21,16 @@ constexpr KernelTable make_table() {
            .runs_normalize_wide = runs_normalize<float, double>,
            .rows_normalize = rows_normalize<float>,
            .rows_normalize_mixed = rows_normalize_mixed,
+           .runs_normalize_around_cache = runs_normalize_around_cache<float>,
+           .rows_normalize_around_cache = rows_normalize_around_cache<float>,
            .runs_grad_sums = runs_grad_sums<float, Plain>,
            .rows_grad_sums = rows_grad_sums<float, Plain>,
            .runs_grad_input = runs_grad_input<float, float>,
            .runs_grad_input_wide = runs_grad_input<float, double>,
            .rows_grad_input = rows_grad_input<float>,
-           .rows_grad_input_mixed = rows_grad_input_mixed};
+           .rows_grad_input_mixed = rows_grad_input_mixed,
+           .runs_grad_input_around_cache = runs_grad_input_around_cache<float>,
+           .rows_grad_input_around_cache = rows_grad_input_around_cache<float>};
   // float64 has nothing wider to go to.
   t.f64 = {.runs_moments = runs_moments<double, Compensated>,
            .rows_moments = rows_moments<double, Compensated>,
@@ -38,12 +42,16 @@ constexpr KernelTable make_table() {
            .runs_normalize_wide = runs_normalize<double, double>,
            .rows_normalize = rows_normalize<double>,
            .rows_normalize_mixed = nullptr,
+           .runs_normalize_around_cache = runs_normalize_around_cache<double>,
+           .rows_normalize_around_cache = rows_normalize_around_cache<double>,
            .runs_grad_sums = runs_grad_sums<double, Compensated>,
            .rows_grad_sums = rows_grad_sums<double, Compensated>,
            .runs_grad_input = runs_grad_input<double, double>,
            .runs_grad_input_wide = runs_grad_input<double, double>,
            .rows_grad_input = rows_grad_input<double>,
-           .rows_grad_input_mixed = nullptr};
+           .rows_grad_input_mixed = nullptr,
+           .runs_grad_input_around_cache = runs_grad_input_around_cache<double>,
+           .rows_grad_input_around_cache = rows_grad_input_around_cache<double>};
   return t;
 }
 

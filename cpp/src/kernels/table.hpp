@@ -28,6 +28,9 @@ namespace batchnorm::kernels {
 // Lanes of the kernels: rows whose columns are a multiple of it leave none empty.
 constexpr std::int64_t kVectorColumns = 16;
 
+// A cache line. Stores around the caches write whole ones.
+constexpr std::int64_t kStreamBytes = 64;
+
 // One channel's piece of a planar tensor.
 struct Runs {
   std::int64_t length, count, stride;
@@ -100,6 +103,11 @@ struct Kernels {
   void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<T>&,
                                const WideColumns<AffineColumns<double>>&);
 
+  // The same with stores that go around the caches, for outputs too large to be read from there. For rows: `columns` a
+  // multiple of kVectorColumns, y and the bytes of its stride multiples of kStreamBytes.
+  void (*runs_normalize_around_cache)(const T* x, T* y, Runs, const Affine<T>&);
+  void (*rows_normalize_around_cache)(const T* x, T* y, Rows, const AffineColumns<T>&);
+
   // grad_sums. float: plain. double: compensated.
   void (*runs_grad_sums)(const T* dy, const T* x, Runs, double mean, Sums*);
   void (*rows_grad_sums)(const T* dy, const T* x, Rows, const double* mean, const ColumnSums&);
@@ -110,6 +118,8 @@ struct Kernels {
   void (*rows_grad_input)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&);
   void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&,
                                 const WideColumns<GradAffineColumns<double>>&);
+  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>&);
+  void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&);
 };
 
 struct KernelTable {

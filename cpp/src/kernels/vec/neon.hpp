@@ -18,6 +18,10 @@ BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, Native
 BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
   return vfmaq_f64(-product, a, b);
 }
+// There are no stores that go around the caches here: ordinary ones.
+BN_INLINE void stream(float* p, NativeFloat v) { __builtin_memcpy(p, &v, sizeof v); }
+BN_INLINE void stream(double* p, NativeDouble v) { __builtin_memcpy(p, &v, sizeof v); }
+BN_INLINE void finish_streams() {}
 
 }  // namespace
 }  // namespace batchnorm::kernels

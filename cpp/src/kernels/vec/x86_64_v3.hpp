@@ -20,6 +20,10 @@ BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, Native
 BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
   return _mm256_fmsub_pd(a, b, product);
 }
+// Stores that go around the caches; p is aligned to a vector.
+BN_INLINE void stream(float* p, NativeFloat v) { _mm256_stream_ps(p, v); }
+BN_INLINE void stream(double* p, NativeDouble v) { _mm256_stream_pd(p, v); }
+BN_INLINE void finish_streams() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace batchnorm::kernels
