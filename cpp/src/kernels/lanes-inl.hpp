@@ -87,16 +87,27 @@ BN_INLINE void stream_lanes(A* p, const Lanes<A>& a) {
 // The same for the first n < 16 values; the other lanes are loaded as `fill` and not stored.
 template <class A, class T>
 BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, T fill) {
-  T buffer[kLanes];
-  for (std::int64_t l = 0; l < kLanes; ++l) buffer[l] = fill;
-  for (std::int64_t l = 0; l < n; ++l) buffer[l] = p[l];
-  return load_as<A>(buffer);
+  Lanes<A> r;
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) {
+    const int skip = k * Lanes<A>::kWidth;
+    if constexpr (sizeof(A) == sizeof(T)) {
+      r.v[k] = load_part(p + skip, n - skip, fill);
+    } else {
+      r.v[k] = widen_load_part(p + skip, n - skip, fill);
+    }
+  }
+  return r;
 }
 template <class A, class T>
 BN_INLINE void store_first(T* p, std::int64_t n, const Lanes<A>& a) {
-  T buffer[kLanes];
-  store_as(buffer, a);
-  for (std::int64_t l = 0; l < n; ++l) p[l] = buffer[l];
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) {
+    const int skip = k * Lanes<A>::kWidth;
+    if constexpr (sizeof(A) == sizeof(T)) {
+      store_part(p + skip, n - skip, a.v[k]);
+    } else {
+      narrow_store_part(p + skip, n - skip, a.v[k]);
+    }
+  }
 }
 
 // 16 values, or the n there are. `n` is known to be 16 wherever the compiler can see a whole vector.

@@ -24,6 +24,33 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 BN_INLINE void stream(float* p, NativeFloat v) { _mm256_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm256_stream_pd(p, v); }
 BN_INLINE void finish_streams() { _mm_sfence(); }
+// The first n values or lanes only, see native.hpp. Masked-off lanes touch no memory.
+BN_INLINE __m256i first_8(std::int64_t n) {
+  return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
+}
+BN_INLINE __m256i first_4(std::int64_t n) {
+  return _mm256_cmpgt_epi64(_mm256_set1_epi64x(n), _mm256_setr_epi64x(0, 1, 2, 3));
+}
+BN_INLINE __m128i first_4_narrow(std::int64_t n) {
+  return _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(n)), _mm_setr_epi32(0, 1, 2, 3));
+}
+BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {
+  const __m256i m = first_8(n);
+  return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));
+}
+BN_INLINE NativeDouble load_part(const double* p, std::int64_t n, double fill) {
+  const __m256i m = first_4(n);
+  return _mm256_blendv_pd(_mm256_set1_pd(fill), _mm256_maskload_pd(p, m), _mm256_castsi256_pd(m));
+}
+BN_INLINE NativeDouble widen_load_part(const float* p, std::int64_t n, float fill) {
+  const __m128i m = first_4_narrow(n);
+  return _mm256_cvtps_pd(_mm_blendv_ps(_mm_set1_ps(fill), _mm_maskload_ps(p, m), _mm_castsi128_ps(m)));
+}
+BN_INLINE void store_part(float* p, std::int64_t n, NativeFloat v) { _mm256_maskstore_ps(p, first_8(n), v); }
+BN_INLINE void store_part(double* p, std::int64_t n, NativeDouble v) { _mm256_maskstore_pd(p, first_4(n), v); }
+BN_INLINE void narrow_store_part(float* p, std::int64_t n, NativeDouble v) {
+  _mm_maskstore_ps(p, first_4_narrow(n), _mm256_cvtpd_ps(v));
+}
 
 }  // namespace
 }  // namespace batchnorm::kernels

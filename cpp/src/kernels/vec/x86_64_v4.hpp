@@ -27,6 +27,26 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 BN_INLINE void stream(float* p, NativeFloat v) { _mm512_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm512_stream_pd(p, v); }
 BN_INLINE void finish_streams() { _mm_sfence(); }
+// The first n values or lanes only, see native.hpp. Masked-off lanes touch no memory.
+BN_INLINE unsigned first(std::int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u; }
+BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {
+  return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(first(n)), p);
+}
+BN_INLINE NativeDouble load_part(const double* p, std::int64_t n, double fill) {
+  return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first(n)), p);
+}
+BN_INLINE NativeDouble widen_load_part(const float* p, std::int64_t n, float fill) {
+  return _mm512_maskz_cvtps_pd(kAll, _mm256_mask_loadu_ps(_mm256_set1_ps(fill), static_cast<__mmask8>(first(n)), p));
+}
+BN_INLINE void store_part(float* p, std::int64_t n, NativeFloat v) {
+  _mm512_mask_storeu_ps(p, static_cast<__mmask16>(first(n)), v);
+}
+BN_INLINE void store_part(double* p, std::int64_t n, NativeDouble v) {
+  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first(n)), v);
+}
+BN_INLINE void narrow_store_part(float* p, std::int64_t n, NativeDouble v) {
+  _mm256_mask_storeu_ps(p, static_cast<__mmask8>(first(n)), _mm512_maskz_cvtpd_ps(kAll, v));
+}
 
 }  // namespace
 }  // namespace batchnorm::kernels
