@@ -49,15 +49,16 @@ BN_INLINE Lanes<A> broadcast(A value) {
 }
 
 // Loads and stores of 16 values, converting between the storage type T and the arithmetic type A.
+// Vector by vector: GCC 12 takes a memcpy of all lanes at once through the stack.
 template <class A>
 BN_INLINE Lanes<A> load(const A* p) {
   Lanes<A> r;
-  __builtin_memcpy(&r, p, sizeof r);
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) __builtin_memcpy(&r.v[k], p + k * Lanes<A>::kWidth, sizeof r.v[k]);
   return r;
 }
 template <class A>
 BN_INLINE void store(A* p, const Lanes<A>& a) {
-  __builtin_memcpy(p, &a, sizeof a);
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) __builtin_memcpy(p + k * Lanes<A>::kWidth, &a.v[k], sizeof a.v[k]);
 }
 template <class A, class T>
 BN_INLINE Lanes<A> load_as(const T* p) {
