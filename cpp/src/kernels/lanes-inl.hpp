@@ -18,12 +18,14 @@ struct Lanes;
 
 template <>
 struct Lanes<float> {
+  using Native = NativeFloat;
   static constexpr int kWidth = static_cast<int>(sizeof(NativeFloat) / sizeof(float));
   static constexpr int kVectors = kLanes / kWidth;
   NativeFloat v[kVectors];
 };
 template <>
 struct Lanes<double> {
+  using Native = NativeDouble;
   static constexpr int kWidth = static_cast<int>(sizeof(NativeDouble) / sizeof(double));
   static constexpr int kVectors = kLanes / kWidth;
   NativeDouble v[kVectors];
@@ -43,8 +45,9 @@ BN_LANEWISE(*)
 
 template <class A>
 BN_INLINE Lanes<A> broadcast(A value) {
-  Lanes<A> r{};
-  for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = value - r.v[k];  // value - 0, which keeps the sign of -0
+  Lanes<A> r;
+  const typename Lanes<A>::Native zero{};
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = value - zero;  // which keeps the sign of -0
   return r;
 }
 
