@@ -8,7 +8,8 @@
 cmake_minimum_required(VERSION 3.24...4.3)
 
 # What the compiler may call on its own, all of it of the C library: GCC 12 zeroes accumulators with memset on aarch64 and
-# copies lanes with memcpy without optimization. Without optimization it writes exception tables, which point to libstdc++ through a weak pointer that holds no code of ours.
+# copies lanes with memcpy without optimization. It then also writes exception tables, which point to libstdc++ through a
+# weak pointer that holds no code of ours.
 set(allowed_undefined memcpy memset __gxx_personality_v0)
 set(allowed_weak DW.ref.__gxx_personality_v0)
 

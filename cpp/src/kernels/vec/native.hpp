@@ -23,20 +23,5 @@ BN_INLINE V product_error_by_splitting(V a, V b, V product) {
   return ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
 }
 
-// The first n values at p, the other lanes `fill`; and the first n lanes to p. Nothing beyond n is touched; n may be
-// anything: below 1 is none, above the width is all.
-template <class V, class T>
-BN_INLINE V load_part_by_scalars(const T* p, std::int64_t n, T fill) {
-  V v{};
-  for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(v[0])); ++l) v[l] = l < n ? p[l] : fill;
-  return v;
-}
-template <class V, class T>
-BN_INLINE void store_part_by_scalars(T* p, std::int64_t n, V v) {
-  for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(v[0])); ++l) {
-    if (l < n) p[l] = static_cast<T>(v[l]);
-  }
-}
-
 }  // namespace
 }  // namespace batchnorm::kernels

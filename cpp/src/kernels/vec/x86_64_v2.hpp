@@ -30,19 +30,8 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 BN_INLINE void stream(float* p, NativeFloat v) { _mm_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm_stream_pd(p, v); }
 BN_INLINE void finish_streams() { _mm_sfence(); }
-// The first n values or lanes only, see native.hpp.
-BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {
-  return load_part_by_scalars<NativeFloat>(p, n, fill);
-}
-BN_INLINE NativeDouble load_part(const double* p, std::int64_t n, double fill) {
-  return load_part_by_scalars<NativeDouble>(p, n, fill);
-}
-BN_INLINE NativeDouble widen_load_part(const float* p, std::int64_t n, float fill) {
-  return load_part_by_scalars<NativeDouble>(p, n, fill);
-}
-BN_INLINE void store_part(float* p, std::int64_t n, NativeFloat v) { store_part_by_scalars(p, n, v); }
-BN_INLINE void store_part(double* p, std::int64_t n, NativeDouble v) { store_part_by_scalars(p, n, v); }
-BN_INLINE void narrow_store_part(float* p, std::int64_t n, NativeDouble v) { store_part_by_scalars(p, n, v); }
 
 }  // namespace
 }  // namespace batchnorm::kernels
+
+#include "kernels/vec/parts_by_scalars.hpp"

@@ -24,7 +24,8 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 BN_INLINE void stream(float* p, NativeFloat v) { _mm256_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm256_stream_pd(p, v); }
 BN_INLINE void finish_streams() { _mm_sfence(); }
-// The first n values or lanes only, see native.hpp. Masked-off lanes touch no memory.
+// The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
+// no memory.
 BN_INLINE __m256i first_8(std::int64_t n) {
   return _mm256_cmpgt_epi32(_mm256_set1_epi32(static_cast<int>(n)), _mm256_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7));
 }

@@ -27,7 +27,8 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 BN_INLINE void stream(float* p, NativeFloat v) { _mm512_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm512_stream_pd(p, v); }
 BN_INLINE void finish_streams() { _mm_sfence(); }
-// The first n values or lanes only, see native.hpp. Masked-off lanes touch no memory.
+// The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
+// no memory.
 BN_INLINE unsigned first(std::int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u; }
 BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {
   return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(first(n)), p);
