@@ -34,11 +34,17 @@ class BackwardPass {
   double eps;
   Table* coefficients;  // where it applies
 
-  void sum_runs(std::int64_t offset, Runs runs, std::int64_t c, Sums& out) const {
-    kernels.runs_grad_sums(dy + offset, x + offset, runs, moments[c].mean, &out);
+  void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
+    double mean[kernels::kMostChannels];
+    for (std::int64_t i = 0; i < runs.channels; ++i) mean[i] = moments[c + i].mean;
+    kernels.runs_grad_sums(dy + offset, x + offset, runs, mean, out);
   }
   void sum_rows(std::int64_t offset, Rows rows, const ColumnSums& out) const {
     kernels.rows_grad_sums(dy + offset, x + offset, rows, column_mean, out);
+  }
+  void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                  const ColumnSums& total) const {
+    kernels.add_blocks(first, count, stride, columns, total);
   }
 
   void finish(Range channels, const Sums* totals) {
@@ -55,42 +61,53 @@ class BackwardPass {
       if (sums_out != nullptr) sums_out[c] = s;
       dgamma.set(c, dgamma_of(moments[c], s, r));
       dbeta.set(c, dbeta_of(s));
-      if (applies) (*coefficients)[c] = backward_coefficients<T>(moments[c], s, r, gamma.value_or(c, 1));
+      if (applies) coefficients->set(c, backward_coefficients<T>(moments[c], s, r, gamma.value_or(c, 1)));
     }
   }
-  void lay_out(const Team& team) { coefficients->lay_out(team); }
+  void lay_out(Range channels) { coefficients->lay_out(channels); }
 
-  void apply_runs(std::int64_t offset, Runs runs, std::int64_t c) const {
-    const BackwardCoefficients<T>& k = (*coefficients)[c];
-    if (k.is_wide) {
-      kernels.runs_grad_input_wide(dy + offset, x + offset, dx + offset, runs, k.wide);
-    } else if (plan.around_cache && dx != dy && dx != x) {
-      kernels.runs_grad_input_around_cache(dy + offset, x + offset, dx + offset, runs, k.narrow);
-    } else {
-      kernels.runs_grad_input(dy + offset, x + offset, dx + offset, runs, k.narrow);
+  void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
+    const T *from_dy = dy + offset, *from_x = x + offset;
+    T* to = dx + offset;
+    const auto narrow = goes_around_cache() ? kernels.runs_grad_input_around_cache : kernels.runs_grad_input;
+    if (!coefficients->any_wide()) return narrow(from_dy, from_x, to, runs, coefficients->narrow(c));
+    for (std::int64_t i = 0; i < runs.channels; ++i) {
+      const std::int64_t at = i * runs.length;
+      const Runs one{runs.length, runs.count, runs.stride};
+      if (coefficients->is_wide(c + i)) {
+        kernels.runs_grad_input_wide(from_dy + at, from_x + at, to + at, one, coefficients->wide(c + i));
+      } else {
+        narrow(from_dy + at, from_x + at, to + at, one, coefficients->narrow(c + i));
+      }
     }
   }
   void apply_rows(std::int64_t offset, Rows rows) const {
+    const T *from_dy = dy + offset, *from_x = x + offset;
+    T* to = dx + offset;
     const Table& k = *coefficients;
-    const GradAffineColumns<T> narrow{k.narrow(0), k.narrow(1), k.narrow(2), k.narrow(3), k.narrow(4)};
+    const GradAffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
+                                      k.narrow_columns(3), k.narrow_columns(4)};
     if (k.any_wide()) {
-      kernels.rows_grad_input_mixed(dy + offset, x + offset, dx + offset, rows, narrow,
-                                    {k.mask(), {k.wide(0), k.wide(1), k.wide(2), k.wide(3), k.wide(4)}});
-    } else if (plan.around_cache && dx != dy && dx != x && rows.columns == plan.columns && is_line_aligned(dx)) {
-      kernels.rows_grad_input_around_cache(dy + offset, x + offset, dx + offset, rows, narrow);
+      const GradAffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2), k.wide_columns(3),
+                                           k.wide_columns(4)};
+      kernels.rows_grad_input_mixed(from_dy, from_x, to, rows, narrow, {k.mask(), wide});
+    } else if (goes_around_cache()) {
+      kernels.rows_grad_input_around_cache(from_dy, from_x, to, rows, narrow);
     } else {
-      kernels.rows_grad_input(dy + offset, x + offset, dx + offset, rows, narrow);
+      kernels.rows_grad_input(from_dy, from_x, to, rows, narrow);
     }
   }
+
+  [[nodiscard]] bool goes_around_cache() const { return plan.around_cache && dx != dy && dx != x; }
 };
 
 // Interleaved tensors want the mean of every column.
 std::size_t column_mean_bytes(const Plan& plan, bool reduces) {
-  return reduces && !plan.planar() ? Workspace::bytes_for<double>(plan.columns) : 0;
+  return reduces && plan.path == Path::row_blocks ? Workspace::bytes_for<double>(plan.sum_rows.columns) : 0;
 }
 const double* lay_out_means(const Plan& plan, const Moments* moments, Workspace& workspace) {
-  auto* mean = workspace.take<double>(plan.columns);
-  for (std::int64_t e = 0; e < plan.columns; ++e) {
+  auto* mean = workspace.take<double>(plan.sum_rows.columns);
+  for (std::int64_t e = 0; e < plan.sum_rows.columns; ++e) {
     mean[e] = moments[(e / plan.problem.inner) % plan.problem.channels].mean;
   }
   return mean;

@@ -14,65 +14,94 @@
 
 namespace batchnorm {
 
-// Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input); their fields become one array each.
+// Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input). Interleaved, their fields become one array each.
 template <class T, template <class> class Map>
 class CoefficientTable {
  public:
   static std::size_t bytes(const Plan& plan) {
-    const std::size_t channels = Workspace::bytes_for<Coefficients<T, Map>>(plan.problem.channels);
-    if (plan.planar()) return channels;
-    return channels + Workspace::bytes_for<T>(kFields * plan.columns) +
-           Workspace::bytes_for<double>(kFields * plan.columns) + Workspace::bytes_for<std::uint16_t>(groups(plan));
+    const std::int64_t channels = plan.problem.channels;
+    const std::size_t per_channel = Workspace::bytes_for<Map<T>>(channels) + Workspace::bytes_for<Map<double>>(channels) +
+                                    Workspace::bytes_for<bool>(channels);
+    if (plan.planar()) return per_channel;
+    const std::int64_t columns = plan.apply_rows.columns;
+    return per_channel + Workspace::bytes_for<T>(kFields * columns) + Workspace::bytes_for<double>(kFields * columns) +
+           Workspace::bytes_for<std::uint16_t>(groups(columns));
   }
   CoefficientTable(const Plan& plan, Workspace& workspace)
-      : plan_(plan), channels_(workspace.take<Coefficients<T, Map>>(plan.problem.channels)) {
+      : plan_(plan),
+        channels_(workspace.take<Map<T>>(plan.problem.channels)),
+        wide_channels_(workspace.take<Map<double>>(plan.problem.channels)),
+        is_wide_(workspace.take<bool>(plan.problem.channels)) {
     if (plan.planar()) return;
-    narrow_ = workspace.take<T>(kFields * plan.columns);
-    wide_ = workspace.take<double>(kFields * plan.columns);
-    mask_ = workspace.take<std::uint16_t>(groups(plan));
+    const std::int64_t columns = plan.apply_rows.columns;
+    narrow_ = workspace.take<T>(kFields * columns);
+    wide_ = workspace.take<double>(kFields * columns);
+    mask_ = workspace.take<std::uint16_t>(groups(columns));
   }
 
   // One entry per channel, written by whoever owns the channel.
-  Coefficients<T, Map>& operator[](std::int64_t c) { return channels_[c]; }
-
-  // Interleaved: lays this thread's share of the columns out. Every entry must be there; a barrier must follow.
-  void lay_out(const Team& team) {
-    const Range mine = team.share(groups(plan_));
-    for (std::int64_t g = mine.begin; g < mine.end; ++g) {
-      const std::int64_t begin = g * kernels::kVectorColumns;
-      const std::int64_t end = std::min(begin + kernels::kVectorColumns, plan_.columns);
-      unsigned mask = 0;
-      for (std::int64_t e = begin; e < end; ++e) {
-        const Coefficients<T, Map>& k = channels_[(e / plan_.problem.inner) % plan_.problem.channels];
-        scatter(k.narrow, narrow_, e);
-        scatter(k.wide, wide_, e);
-        if (k.is_wide) mask |= 1u << (e - begin);
-      }
-      mask_[g] = static_cast<std::uint16_t>(mask);
-      if (mask != 0) any_wide_.store(true, std::memory_order_relaxed);
-    }
+  void set(std::int64_t c, const Coefficients<T, Map>& k) {
+    channels_[c] = k.narrow;
+    wide_channels_[c] = k.wide;
+    is_wide_[c] = k.is_wide;
+    if (k.is_wide) any_wide_.store(true, std::memory_order_relaxed);
   }
-
+  // Of channel c and those that follow it.
+  [[nodiscard]] const Map<T>* narrow(std::int64_t c) const { return channels_ + c; }
+  [[nodiscard]] const Map<double>& wide(std::int64_t c) const { return wide_channels_[c]; }
+  [[nodiscard]] bool is_wide(std::int64_t c) const { return is_wide_[c]; }
   [[nodiscard]] bool any_wide() const { return any_wide_.load(std::memory_order_relaxed); }
+
+  // Interleaved: lays out the columns of finished channels, whose columns are whole vectors or all there are.
+  void lay_out(Range channels) {
+    const std::int64_t inner = plan_.problem.inner, width = plan_.problem.channels * inner;
+    for (std::int64_t row = 0; row < plan_.apply_rows.repeat; ++row) {
+      std::int64_t e = row * width + channels.begin * inner;
+      for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+        for (std::int64_t i = 0; i < inner; ++i) scatter(channels_[c], narrow_, e++);
+      }
+    }
+    const bool all = channels.begin == 0 && channels.end == plan_.problem.channels;
+    lay_out_wide(channels.begin * inner, all ? plan_.apply_rows.columns : channels.end * inner);
+  }
+  // Array of field `f` of the maps, and the mask of the columns that are wide.
+  [[nodiscard]] const T* narrow_columns(int f) const { return narrow_ + f * plan_.apply_rows.columns; }
+  [[nodiscard]] const double* wide_columns(int f) const { return wide_ + f * plan_.apply_rows.columns; }
   [[nodiscard]] const std::uint16_t* mask() const { return mask_; }
-  // Array of field `f` of the maps.
-  [[nodiscard]] const T* narrow(int f) const { return narrow_ + f * plan_.columns; }
-  [[nodiscard]] const double* wide(int f) const { return wide_ + f * plan_.columns; }
 
  private:
   static constexpr std::int64_t kFields = sizeof(Map<double>) / sizeof(double);
 
-  static std::int64_t groups(const Plan& plan) {
-    return (plan.columns + kernels::kVectorColumns - 1) / kernels::kVectorColumns;
+  static std::int64_t groups(std::int64_t columns) {
+    return (columns + kernels::kVectorColumns - 1) / kernels::kVectorColumns;
+  }
+  [[nodiscard]] std::int64_t channel_of(std::int64_t column) const {
+    return column / plan_.problem.inner % plan_.problem.channels;
+  }
+  // The masks of columns [begin, end), and the float64 coefficients of the vectors that have a wide column.
+  void lay_out_wide(std::int64_t begin, std::int64_t end) {
+    for (std::int64_t first = begin; first < end; first += kernels::kVectorColumns) {
+      const std::int64_t last = std::min(first + kernels::kVectorColumns, end);
+      unsigned mask = 0;
+      for (std::int64_t e = first; any_wide() && e < last; ++e) {
+        if (is_wide_[channel_of(e)]) mask |= 1u << (e - first);
+      }
+      mask_[first / kernels::kVectorColumns] = static_cast<std::uint16_t>(mask);
+      for (std::int64_t e = first; mask != 0 && e < last; ++e) scatter(wide_channels_[channel_of(e)], wide_, e);
+    }
   }
   template <class A>
   void scatter(const Map<A>& map, A* arrays, std::int64_t column) {
     const auto fields = std::bit_cast<std::array<A, kFields>>(map);
-    for (std::size_t f = 0; f < kFields; ++f) arrays[static_cast<std::int64_t>(f) * plan_.columns + column] = fields[f];
+    for (std::size_t f = 0; f < kFields; ++f) {
+      arrays[static_cast<std::int64_t>(f) * plan_.apply_rows.columns + column] = fields[f];
+    }
   }
 
   const Plan& plan_;
-  Coefficients<T, Map>* channels_;
+  Map<T>* channels_;
+  Map<double>* wide_channels_;
+  bool* is_wide_;
   T* narrow_ = nullptr;
   double* wide_ = nullptr;
   std::uint16_t* mask_ = nullptr;

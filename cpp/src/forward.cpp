@@ -30,38 +30,48 @@ class ForwardPass {
   double eps;
   Table* coefficients;  // where it applies
 
-  void sum_runs(std::int64_t offset, Runs runs, std::int64_t, Sums& out) const {
-    kernels.runs_moments(x + offset, runs, &out);
+  void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t, Sums* out) const {
+    kernels.runs_moments(x + offset, runs, out);
   }
   void sum_rows(std::int64_t offset, Rows rows, const ColumnSums& out) const {
     kernels.rows_moments(x + offset, rows, out);
+  }
+  void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                  const ColumnSums& total) const {
+    kernels.add_blocks(first, count, stride, columns, total);
   }
 
   void finish(Range channels, const Sums* totals) {
     if (reduces && totals != nullptr) settle(plan, kernels, x, channels, totals, saved);
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
       if (reduces && totals == nullptr) saved[c] = Moments{};  // an empty batch
-      if (applies) (*coefficients)[c] = coefficients_of(c);
+      if (applies) coefficients->set(c, coefficients_of(c));
     }
   }
-  void lay_out(const Team& team) { coefficients->lay_out(team); }
+  void lay_out(Range channels) { coefficients->lay_out(channels); }
 
-  void apply_runs(std::int64_t offset, Runs runs, std::int64_t c) const {
-    const ForwardCoefficients<T>& k = (*coefficients)[c];
-    if (k.is_wide) {
-      kernels.runs_normalize_wide(x + offset, y + offset, runs, k.wide);
-    } else if (plan.around_cache && x != y) {
-      kernels.runs_normalize_around_cache(x + offset, y + offset, runs, k.narrow);
-    } else {
-      kernels.runs_normalize(x + offset, y + offset, runs, k.narrow);
+  void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
+    const T* from = x + offset;
+    T* to = y + offset;
+    const auto narrow =
+        plan.around_cache && x != y ? kernels.runs_normalize_around_cache : kernels.runs_normalize;
+    if (!coefficients->any_wide()) return narrow(from, to, runs, coefficients->narrow(c));
+    for (const std::int64_t end = c + runs.channels; c < end; ++c, from += runs.length, to += runs.length) {
+      const Runs one{runs.length, runs.count, runs.stride};
+      if (coefficients->is_wide(c)) {
+        kernels.runs_normalize_wide(from, to, one, coefficients->wide(c));
+      } else {
+        narrow(from, to, one, coefficients->narrow(c));
+      }
     }
   }
   void apply_rows(std::int64_t offset, Rows rows) const {
     const Table& k = *coefficients;
-    const AffineColumns<T> narrow{k.narrow(0), k.narrow(1), k.narrow(2)};
+    const AffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
     if (k.any_wide()) {
-      kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), {k.wide(0), k.wide(1), k.wide(2)}});
-    } else if (plan.around_cache && x != y && rows.columns == plan.columns && is_line_aligned(y)) {
+      const AffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2)};
+      kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), wide});
+    } else if (plan.around_cache && x != y) {
       kernels.rows_normalize_around_cache(x + offset, y + offset, rows, narrow);
     } else {
       kernels.rows_normalize(x + offset, y + offset, rows, narrow);

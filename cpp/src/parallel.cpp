@@ -49,6 +49,23 @@ void run_in_parallel(int threads, void (*f)(void*, const Team&), void* context) 
   f(context, Team(0, 1));
 }
 
+void run_phases(int threads, const Phase* phases, int count, void* context) {
+  if (threads == 1) {
+    const DefaultFloatingPoint environment;
+    for (int p = 0; p < count; ++p) {
+      if (phases[p].tasks > 0) phases[p].run(context, {0, phases[p].tasks});
+    }
+    return;
+  }
+  parallel(threads, [&](const Team& team) {
+    for (int p = 0; p < count; ++p) {
+      const Range r = team.share(phases[p].tasks);
+      if (r.begin < r.end) phases[p].run(context, r);
+      team.barrier();
+    }
+  });
+}
+
 int available_threads(int requested) {
 #ifdef _OPENMP
   (void)fork_handler_registered;

@@ -10,6 +10,13 @@ struct Range {
   std::int64_t begin, end;
 };
 
+struct Phase {
+  std::int64_t tasks, grain;
+  bool backwards;
+  void (*run)(void* context, Range tasks);
+};
+void run_phases(int threads, const Phase* phases, int count, void* context);
+
 // One thread's place in the running region.
 class Team {
  public:

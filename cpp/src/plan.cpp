@@ -19,20 +19,35 @@ constexpr std::int64_t kMostBlockRows = 1024, kLeastBlockRows = 64, kWantedBlock
 // one would leave lanes empty.
 constexpr std::int64_t kShortRun = 16;
 
-// Rows shorter than this stand side by side, so that no vector is left half empty: 8 vectors.
-constexpr std::int64_t kShortRow = 128;
+// Rows shorter than this stand side by side: a row of 64 values is four vectors, with one of them partly empty at worst.
+constexpr std::int64_t kShortRow = 64;
 
-// Serial below this many bytes read and written. A parallel region costs 2 to 5 microseconds, in which one core moves
-// about as much from its caches.
+// Rows that are not whole vectors stand side by side when they are applied, up to this many values: above, the two ends
+// of a row are few against the rest.
+constexpr std::int64_t kMostUneven = 256;
+
+// Serial below this many bytes read and written. Handing work to another thread costs 1 to 5 microseconds, in which one
+// core moves about as much from its caches.
 constexpr std::int64_t kSerialBytes = 128 * 1024;
 
 // Outputs above this many times a core's own cache, and above half the shared one, are stored around the caches. On a
 // Sapphire Rapids (2 MB L2) a copy that does takes 1.7 times as long at 4 MB, 1.1 at 8 MB, 0.8 at 16 MB, 0.7 at 32 MB.
-// A virtual machine tells the host's shared cache, of which it has only a part: no more than 16 MB of it are believed.
-constexpr std::int64_t kAroundCacheAboveL2 = 6, kMostBelievedShare = 16 * 1024 * 1024;
+// A virtual machine may tell the host's shared cache, of which it has only a part: no more than 32 MB are believed.
+constexpr std::int64_t kAroundCacheAboveL2 = 6, kMostBelievedL3 = 32 * 1024 * 1024;
 
-// Runs shorter than this many values are stored as usual: the parts of lines at both ends would outweigh the lines.
-constexpr std::int64_t kShortestStream = 128;
+// Runs and rows shorter than this many values are stored as usual: the parts of lines at both ends of a stretch would
+// outweigh its lines.
+constexpr std::int64_t kShortestStream = 16;
+
+// Neighbouring channels are visited together until a stretch has this many values (16 KB): several pages, which the
+// machine's prefetchers need to get going.
+constexpr std::int64_t kStretch = 4096;
+
+// A tile that is only applied: 64 KB.
+constexpr std::int64_t kAppliedValues = 16 * 1024;
+
+// Groups of channels that each thread should have, so that none waits long for the last.
+constexpr std::int64_t kGroupsAThread = 4;
 
 std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -42,66 +57,126 @@ Problem canonical(const Problem& p) {
   return p;
 }
 
-void cut_planar(Plan& plan) {
+void cut_planar(Plan& plan, std::int64_t chunk_values) {
   const Problem& p = plan.problem;
-  plan.pieces_per_run = ceil_divide(p.inner, kChunkValues);
+  plan.pieces_per_run = ceil_divide(p.inner, chunk_values);
   if (plan.pieces_per_run == 1) {
     plan.piece_length = p.inner;
-    plan.runs_per_chunk = std::min(p.outer, kChunkValues / p.inner);
+    plan.runs_per_chunk = std::min(p.outer, chunk_values / p.inner);
     plan.chunks = ceil_divide(p.outer, plan.runs_per_chunk);
   } else {
-    plan.piece_length = kChunkValues;
+    plan.piece_length = chunk_values;
     plan.runs_per_chunk = 1;
     plan.chunks = p.outer * plan.pieces_per_run;
   }
 }
 
-void cut_interleaved(Plan& plan) {
-  const Problem& p = plan.problem;
-  const std::int64_t width = p.channels * p.inner;
-  plan.repeat = 1;
-  if (width % kernels::kVectorColumns != 0 && width < kShortRow) {
-    plan.repeat = kernels::kVectorColumns;  // so that columns are whole vectors
-  } else if (width < kShortRow / 2) {
-    plan.repeat = kShortRow / 2 / width;
-  }
-  plan.repeat = std::min(plan.repeat, p.outer);
-  plan.columns = plan.repeat * width;
-  plan.rows = p.outer / plan.repeat;
-  plan.rest_rows = p.outer % plan.repeat;
-  plan.block_rows = std::clamp(ceil_divide(plan.rows, kWantedBlocks), kLeastBlockRows, kMostBlockRows);
-  plan.full_blocks = ceil_divide(plan.rows, plan.block_rows);
-  plan.blocks = plan.full_blocks + (plan.rest_rows > 0 ? 1 : 0);
+RowCut cut_rows(const Problem& p, std::int64_t repeat) {
+  RowCut cut;
+  cut.repeat = std::min(repeat, p.outer);
+  cut.columns = cut.repeat * p.channels * p.inner;
+  cut.rows = p.outer / cut.repeat;
+  cut.rest_rows = p.outer % cut.repeat;
+  cut.block_rows = std::clamp(ceil_divide(cut.rows, kWantedBlocks), kLeastBlockRows, kMostBlockRows);
+  cut.full_blocks = ceil_divide(cut.rows, cut.block_rows);
+  cut.blocks = cut.full_blocks + (cut.rest_rows > 0 ? 1 : 0);
+  return cut;
 }
+
+// Rows of `width` values side by side: whole vectors where they are uneven and shorter than `uneven`, and kShortRow.
+std::int64_t repeat_of(std::int64_t width, std::int64_t uneven) {
+  constexpr std::int64_t kLanes = kernels::kVectorColumns;
+  std::int64_t repeat = 1;
+  if (width < uneven) {
+    while (width * repeat % kLanes != 0) repeat *= 2;  // at most 16
+  }
+  while (width * repeat < kShortRow) repeat *= 2;
+  return repeat;
+}
+
+std::int64_t shared_cache(const Machine& machine) { return std::min(machine.l3_bytes, kMostBelievedL3) / 2; }
 
 bool stores_go_around_cache(const Plan& plan, bool interleaved, const Work& work, const Machine& machine) {
   if (!work.applies) return false;
-  const std::int64_t stays =
-      std::max(kAroundCacheAboveL2 * machine.l2_bytes, std::min(machine.l3_bytes / 2, kMostBelievedShare));
-  const bool whole_lines =
-      interleaved ? plan.columns % kernels::kVectorColumns == 0 : plan.problem.inner >= kShortestStream;
-  return whole_lines && plan.problem.size() > stays / work.item_size;
+  const std::int64_t stays = std::max(kAroundCacheAboveL2 * machine.l2_bytes, shared_cache(machine));
+  const bool long_enough = (interleaved ? plan.apply_rows.columns : plan.problem.inner) >= kShortestStream;
+  return long_enough && plan.problem.size() > stays / work.item_size;
+}
+
+// Channels side by side whose stretch is long enough, as far as they do not crowd the cache and leave each thread some.
+std::int64_t group_of(const Plan& plan, std::int64_t slab_bytes, const Machine& machine, int threads) {
+  const Problem& p = plan.problem;
+  const std::int64_t longest = std::min(ceil_divide(kStretch, plan.piece_length), kernels::kMostChannels);
+  const std::int64_t in_cache = machine.l2_bytes / 2 / std::max<std::int64_t>(slab_bytes, 1);
+  const std::int64_t shared = threads == 1 ? p.channels : p.channels / (kGroupsAThread * threads);
+  return std::clamp<std::int64_t>(std::min({longest, in_cache, shared}), 1, p.channels);
+}
+
+// Bytes of one channel that the passes leave in cache; 2^60 stands for more.
+std::int64_t slab_bytes_of(const Plan& plan, const Work& work) {
+  const std::int64_t streams = work.streams - (plan.around_cache ? 1 : 0), most = std::int64_t{1} << 60;
+  const std::int64_t count = plan.problem.count();
+  return count > most / (streams * work.item_size) ? most : count * streams * work.item_size;
+}
+
+// Planar and reducing. A slab of a channel is applied from the core's own cache, or from its part of the shared one.
+void choose_planar_path(Plan& plan, const Work& work, const Machine& machine, int threads) {
+  const Problem& p = plan.problem;
+  const std::int64_t slab = slab_bytes_of(plan, work);
+  const bool slab_stays = slab <= std::max(machine.l2_bytes, shared_cache(machine) / threads);
+  plan.path = p.channels >= threads && slab_stays ? Path::channel_tasks : Path::chunk_tasks;
+  plan.group = plan.pieces_per_run > 1 ? 1 : group_of(plan, slab, machine, threads);
+  if (plan.path == Path::channel_tasks) {
+    plan.wave = plan.group;
+  } else {
+    plan.wave = work.applies ? std::clamp<std::int64_t>(shared_cache(machine) / slab, 1, p.channels) : p.channels;
+    plan.wave = ceil_divide(plan.wave, plan.group) * plan.group;
+  }
+}
+
+// Planar and only applied: in the order of memory, tiles that are whole stretches where these are short.
+void cut_applied(Plan& plan) {
+  const Problem& p = plan.problem;
+  plan.path = Path::chunk_tasks;
+  plan.wave = p.channels;
+  plan.group = std::clamp<std::int64_t>(kAppliedValues / p.inner, 1, p.channels);
+  cut_planar(plan, std::max(kAppliedValues / plan.group, p.inner > kAppliedValues ? kAppliedValues : p.inner));
+}
+
+std::int64_t tasks_of(const Plan& plan) {
+  switch (plan.path) {
+    case Path::nothing:
+      return 1;
+    case Path::channel_tasks:
+      return plan.groups();
+    case Path::chunk_tasks:
+      return plan.groups() * plan.chunks;
+    default:
+      return std::max(plan.sum_rows.blocks, plan.apply_rows.blocks);
+  }
 }
 
 }  // namespace
+
+std::int64_t RowCut::offset(std::int64_t b) const { return std::min(b * block_rows, rows) * columns; }
+
+kernels::Rows RowCut::block(std::int64_t b) const {
+  if (b < full_blocks) return {std::min(block_rows, rows - b * block_rows), columns, columns};
+  const std::int64_t width = columns / repeat;
+  return {rest_rows, width, width};
+}
 
 std::int64_t Plan::chunk_offset(std::int64_t k, std::int64_t c) const {
   const std::int64_t o = k / pieces_per_run * runs_per_chunk, piece = k % pieces_per_run;
   return (o * problem.channels + c) * problem.inner + piece * piece_length;
 }
 
-kernels::Runs Plan::chunk_runs(std::int64_t k) const {
+kernels::Runs Plan::chunk_runs(std::int64_t k, std::int64_t channels) const {
   const std::int64_t o = k / pieces_per_run * runs_per_chunk, piece = k % pieces_per_run;
-  return {std::min(piece_length, problem.inner - piece * piece_length), std::min(runs_per_chunk, problem.outer - o),
-          problem.channels * problem.inner};
-}
-
-std::int64_t Plan::block_offset(std::int64_t b) const { return std::min(b * block_rows, rows) * columns; }
-
-kernels::Rows Plan::block(std::int64_t b) const {
-  if (b < full_blocks) return {std::min(block_rows, rows - b * block_rows), columns, columns};
-  const std::int64_t width = columns / repeat;
-  return {rest_rows, width, width};
+  return {.length = std::min(piece_length, problem.inner - piece * piece_length),
+          .count = std::min(runs_per_chunk, problem.outer - o),
+          .stride = problem.channels * problem.inner,
+          .channels = channels};
 }
 
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads) {
@@ -110,29 +185,22 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   const Problem& p = plan.problem;
   if (p.size() == 0) return plan;
 
+  const std::int64_t bytes_a_value = work.item_size * work.streams;  // divided by, since bytes may not fit 64 bits
+  if (p.size() <= kSerialBytes / bytes_a_value) threads = 1;
   const bool interleaved = p.channels > 1 && p.inner <= kShortRun;
   if (interleaved) {
-    cut_interleaved(plan);
-  } else {
-    cut_planar(plan);
+    plan.path = Path::row_blocks;
+    plan.sum_rows = cut_rows(p, repeat_of(p.channels * p.inner, kShortRow));
+    plan.apply_rows = cut_rows(p, repeat_of(p.channels * p.inner, kMostUneven));
   }
   plan.around_cache = stores_go_around_cache(plan, interleaved, work, machine);
-
-  const std::int64_t bytes_a_value = work.item_size * work.streams;  // divided by, since bytes may not fit 64 bits
-  const bool serial = p.size() <= kSerialBytes / bytes_a_value;
-  std::int64_t tasks = 0;
-  if (interleaved) {
-    plan.path = Path::row_blocks;
-    tasks = plan.blocks;
-  } else {
-    // A channel's slab must survive in the core's own cache between the two passes, beside what is written there.
-    const std::int64_t cached_streams = work.streams - (plan.around_cache ? 1 : 0);
-    const bool slab_stays = p.count() <= machine.l2_bytes / (work.item_size * cached_streams);
-    const bool enough_channels = p.channels >= threads || serial;
-    plan.path = work.reduces && enough_channels && slab_stays ? Path::channel_tasks : Path::chunk_tasks;
-    tasks = plan.path == Path::channel_tasks ? p.channels : p.channels * plan.chunks;
+  if (!interleaved && work.reduces) {
+    cut_planar(plan, kChunkValues);
+    choose_planar_path(plan, work, machine, threads);
+  } else if (!interleaved) {
+    cut_applied(plan);
   }
-  if (!serial) plan.threads = static_cast<int>(std::clamp<std::int64_t>(tasks, 1, threads));
+  plan.threads = static_cast<int>(std::clamp<std::int64_t>(tasks_of(plan), 1, threads));
   return plan;
 }
 
@@ -140,19 +208,25 @@ std::string to_string(const Plan& plan) {
   std::ostringstream s;
   s << "problem {outer " << plan.problem.outer << ", channels " << plan.problem.channels << ", inner "
     << plan.problem.inner << "}: ";
+  const RowCut& rows = plan.sum_rows;
   switch (plan.path) {
     case Path::nothing:
       s << "nothing to do";
       break;
     case Path::channel_tasks:
+      s << "a task is " << plan.group << " channel(s)";
+      break;
     case Path::chunk_tasks:
-      s << (plan.path == Path::channel_tasks ? "a task is a channel" : "a task is a chunk") << " (" << plan.chunks
-        << " chunk(s) a channel, " << plan.runs_per_chunk << " x " << plan.piece_length << " values each)";
+      s << "a task is a chunk of " << plan.group << " channel(s), " << plan.wave << " channels a wave";
       break;
     case Path::row_blocks:
-      s << "a task is a block of rows (" << plan.blocks << " blocks of up to " << plan.block_rows << " rows of "
-        << plan.columns << " columns, " << plan.repeat << " rows of the tensor in each)";
+      s << "a task is a block of rows (" << rows.blocks << " blocks of up to " << rows.block_rows << " rows of "
+        << rows.columns << " columns, " << rows.repeat << " row(s) of the tensor in each)";
       break;
+  }
+  if (plan.planar()) {
+    s << " (" << plan.chunks << " chunk(s) a channel, " << plan.runs_per_chunk << " x " << plan.piece_length
+      << " values each)";
   }
   if (plan.around_cache) s << ", stores around the caches";
   s << ", threads " << plan.threads;

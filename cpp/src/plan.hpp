@@ -13,39 +13,46 @@ namespace batchnorm {
 // The orders in which the pieces of a tensor can be visited.
 enum class Path {
   nothing,        // no values at all
-  channel_tasks,  // planar: a thread reduces one channel and applies it while its values are still in cache
-  chunk_tasks,    // planar: all threads reduce chunks, meet, and apply chunks
+  channel_tasks,  // planar: a thread reduces a group of channels and applies it while its values are still in cache
+  chunk_tasks,    // planar: all threads reduce the chunks of a wave of channels, meet, and apply them; then the next wave
   row_blocks,     // interleaved: all threads reduce blocks of rows, meet, and apply blocks
 };
 
-// The geometry (everything but path and threads) decides the order of summation, so it is a function of the Problem
-// alone: the bits cannot depend on the machine or on threads.
+// An interleaved tensor as rows of the kernels: `repeat` rows of the tensor stand side by side in one of `columns`
+// values; column e belongs to channel (e / inner) % channels. `rows` of them are cut into blocks of `block_rows`; the
+// last block holds, instead, the rows of the tensor (single ones) that did not fill a row of the kernels, if any.
+struct RowCut {
+  std::int64_t repeat = 0, columns = 0, rows = 0, block_rows = 0, full_blocks = 0, rest_rows = 0, blocks = 0;
+
+  // Where block b lies.
+  [[nodiscard]] std::int64_t offset(std::int64_t b) const;
+  [[nodiscard]] kernels::Rows block(std::int64_t b) const;
+};
+
+// What is summed together decides the order of summation. Where the pass reduces, chunks and `sum_rows` are therefore a
+// function of the Problem alone: the bits cannot depend on the machine, on threads or on the rest of the plan.
 struct Plan {
   Problem problem;  // as the kernels see it: one channel has become one run
 
   // Planar: a channel is cut into chunks of `runs_per_chunk` whole runs, or a long run into `pieces_per_run` pieces of
   // `piece_length` values. Chunk k starts at outer index k / pieces_per_run * runs_per_chunk.
   std::int64_t piece_length = 0, runs_per_chunk = 0, pieces_per_run = 0, chunks = 0;
+  // Planar: neighbouring channels that are visited together, and those that are reduced before any is applied.
+  std::int64_t group = 0, wave = 0;
 
-  // Interleaved: `repeat` rows of the tensor stand side by side in one row of the kernels, of `columns` values; column
-  // e belongs to channel (e / problem.inner) % problem.channels. `rows` of them are cut into `blocks` of `block_rows`;
-  // the last block holds, instead, the rows of the tensor (single ones) that did not fill a row of the kernels, if any.
-  std::int64_t repeat = 0, columns = 0, rows = 0, block_rows = 0, full_blocks = 0, rest_rows = 0, blocks = 0;
+  // Interleaved: how it is summed and how it is applied.
+  RowCut sum_rows, apply_rows;
 
   Path path = Path::nothing;
-  // Whether outputs are stored around the caches. Interleaved: only if the output is aligned (passes see to that).
-  bool around_cache = false;
+  bool around_cache = false;  // whether outputs are stored around the caches
   int threads = 1;
 
   [[nodiscard]] bool planar() const { return path == Path::channel_tasks || path == Path::chunk_tasks; }
-  [[nodiscard]] std::int64_t chunk_values() const { return runs_per_chunk * piece_length; }
+  [[nodiscard]] std::int64_t groups() const { return (problem.channels + group - 1) / group; }
 
-  // Planar: where chunk k of channel c lies.
+  // Planar: where chunk k of `channels` channels from c on lies.
   [[nodiscard]] std::int64_t chunk_offset(std::int64_t k, std::int64_t c) const;
-  [[nodiscard]] kernels::Runs chunk_runs(std::int64_t k) const;
-  // Interleaved: where block b lies.
-  [[nodiscard]] std::int64_t block_offset(std::int64_t b) const;
-  [[nodiscard]] kernels::Rows block(std::int64_t b) const;
+  [[nodiscard]] kernels::Runs chunk_runs(std::int64_t k, std::int64_t channels = 1) const;
 };
 
 // What a call does to the tensor, for the choice of a path.
@@ -54,9 +61,6 @@ struct Work {
   int streams;             // tensors read and written: x and y are 2; dy, x and dx are 3
   std::int64_t item_size;  // bytes of a value
 };
-
-// Whether a store around the caches may begin here.
-inline bool is_line_aligned(const void* p) { return reinterpret_cast<std::uintptr_t>(p) % kernels::kStreamBytes == 0; }
 
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads);
 

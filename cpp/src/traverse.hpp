@@ -3,13 +3,16 @@
 //
 // A Pass gives
 //   bool reduces, applies
-//   void sum_runs(offset, Runs, c, Sums&)      sums of one planar chunk of channel c
+//   void sum_runs(offset, Runs, c, Sums*)      sums of one planar piece, of each of its channels from c on
 //   void sum_rows(offset, Rows, ColumnSums)    sums of one interleaved block, per column
+//   void add_blocks(...)                       the kernel of that name
 //   void finish(Range channels, totals)        from the sums of channel c, totals[c - channels.begin], to its results
-//   void lay_out(Team)                         interleaved: coefficients per column; all channels are finished
+//   void lay_out(Range channels)               interleaved: the coefficients of finished channels, per column
 //   void apply_runs(offset, Runs, c), apply_rows(offset, Rows)
 // Where it does not reduce, finish() is called with null totals.
 #pragma once
+
+#include <algorithm>
 
 #include "kernels/table.hpp"
 #include "parallel.hpp"
@@ -24,130 +27,206 @@ class Traversal {
  public:
   static std::size_t bytes(const Plan& plan, bool reduces) {
     if (!reduces || plan.path == Path::nothing || plan.path == Path::channel_tasks) return 0;
-    const std::size_t totals = Workspace::bytes_for<kernels::Sums>(plan.problem.channels);
-    if (plan.path == Path::chunk_tasks) {
-      return totals + Workspace::bytes_for<kernels::Sums>(plan.problem.channels * plan.chunks);
-    }
-    return totals + Workspace::bytes_for<double>(4 * plan.columns * (plan.blocks + 1));
+    if (plan.path == Path::chunk_tasks) return Workspace::bytes_for<kernels::Sums>(plan.wave * plan.chunks);
+    return Workspace::bytes_for<double>(4 * plan.sum_rows.columns * (plan.sum_rows.blocks + 1));
   }
 
   Traversal(const Plan& plan, Pass& pass, Workspace& workspace) : plan_(plan), pass_(pass) {
     if (bytes(plan, pass.reduces) == 0) return;
-    totals_ = workspace.take<kernels::Sums>(plan.problem.channels);
     if (plan.path == Path::chunk_tasks) {
-      chunk_sums_ = workspace.take<kernels::Sums>(plan.problem.channels * plan.chunks);
+      chunk_sums_ = workspace.take<kernels::Sums>(plan.wave * plan.chunks);
     } else {
-      column_memory_ = workspace.take<double>(4 * plan.columns * (plan.blocks + 1));
+      column_memory_ = workspace.take<double>(4 * plan.sum_rows.columns * (plan.sum_rows.blocks + 1));
     }
   }
 
   void run() {
-    parallel(plan_.threads, [this](const Team& team) {
-      switch (plan_.path) {
-        case Path::nothing:
-          pass_.finish({0, plan_.problem.channels}, nullptr);  // on one thread
-          break;
-        case Path::channel_tasks:
-          channel_tasks(team);
-          break;
-        case Path::chunk_tasks:
-          chunk_tasks(team);
-          break;
-        case Path::row_blocks:
-          row_blocks(team);
-          break;
-      }
-    });
+    switch (plan_.path) {
+      case Path::nothing:
+        return run_phases({phase<&Traversal::finish_nothing>(1)});
+      case Path::channel_tasks:
+        return run_phases({phase<&Traversal::reduce_and_apply>(plan_.groups())});
+      case Path::chunk_tasks:
+        for (wave_ = {0, 0}; wave_.end < plan_.problem.channels;) {
+          wave_ = {wave_.end, std::min(wave_.end + plan_.wave, plan_.problem.channels)};
+          run_wave();
+        }
+        return;
+      case Path::row_blocks:
+        return run_row_blocks();
+    }
   }
 
  private:
-  void channel_tasks(const Team& team) {
-    const Range mine = team.share(plan_.problem.channels);
-    for (std::int64_t c = mine.begin; c < mine.end; ++c) {
-      kernels::Sums total;
+  // Channels that one task finishes: about 64 KB of sums and coefficients.
+  static constexpr std::int64_t kFinishedTogether = 64;
+
+  template <void (Traversal::*f)(Range)>
+  static Phase phase(std::int64_t tasks, bool backwards = false) {
+    return {tasks, 1, backwards,
+            [](void* self, Range range) { (static_cast<Traversal*>(self)->*f)(range); }};
+  }
+  void run_phases(std::initializer_list<Phase> phases) {
+    batchnorm::run_phases(plan_.threads, phases.begin(), static_cast<int>(phases.size()), this);
+  }
+
+  void finish_nothing(Range) { pass_.finish({0, plan_.problem.channels}, nullptr); }
+
+  // ---- planar ----
+
+  void reduce_and_apply(Range groups) {
+    for (std::int64_t g = groups.begin; g < groups.end; ++g) {
+      const Range channels = channels_of_group(g);
+      kernels::Sums totals[kernels::kMostChannels], part[kernels::kMostChannels];
+      const std::int64_t n = channels.end - channels.begin;
       for (std::int64_t k = 0; k < plan_.chunks; ++k) {
-        kernels::Sums part;
-        pass_.sum_runs(plan_.chunk_offset(k, c), plan_.chunk_runs(k), c, part);
-        add(total, part);
+        kernels::Sums* sums = k == 0 ? totals : part;
+        pass_.sum_runs(plan_.chunk_offset(k, channels.begin), plan_.chunk_runs(k, n), channels.begin, sums);
+        for (std::int64_t c = 0; k > 0 && c < n; ++c) add(totals[c], part[c]);
       }
-      pass_.finish({c, c + 1}, &total);
+      pass_.finish(channels, totals);
       if (!pass_.applies) continue;
       // Last chunk first: it is the one still nearest in cache.
-      for (std::int64_t k = plan_.chunks; k-- > 0;) pass_.apply_runs(plan_.chunk_offset(k, c), plan_.chunk_runs(k), c);
+      for (std::int64_t k = plan_.chunks; k-- > 0;) apply_chunk(k, channels);
     }
   }
 
-  // Chunks in the order they lie in memory: k outside, c inside.
-  void chunk_tasks(const Team& team) {
-    const std::int64_t channels = plan_.problem.channels;
-    const Range mine = team.share(plan_.chunks * channels), my_channels = team.share(channels);
-    if (pass_.reduces) {
-      for (std::int64_t t = mine.begin; t < mine.end; ++t) {
-        const std::int64_t k = t / channels, c = t % channels;
-        pass_.sum_runs(plan_.chunk_offset(k, c), plan_.chunk_runs(k), c, chunk_sums_[t]);
+  // Chunks in the order they lie in memory: k outside, groups of channels inside.
+  void run_wave() {
+    const std::int64_t groups = groups_in_wave(), tiles = groups * plan_.chunks;
+    const std::int64_t channels = wave_.end - wave_.begin;
+    const Phase finish = phase<&Traversal::finish_channels>((channels + kFinishedTogether - 1) / kFinishedTogether);
+    if (!pass_.reduces) return run_phases({finish, phase<&Traversal::apply_tiles>(tiles)});
+    const Phase sum = phase<&Traversal::sum_tiles>(tiles);
+    if (!pass_.applies) return run_phases({sum, finish});
+    run_phases({sum, finish, phase<&Traversal::apply_tiles_backwards>(tiles, true)});
+  }
+
+  void sum_tiles(Range tiles) {
+    for (std::int64_t t = tiles.begin; t < tiles.end; ++t) {
+      const std::int64_t k = t / groups_in_wave();
+      const Range channels = channels_of_tile(t);
+      pass_.sum_runs(plan_.chunk_offset(k, channels.begin), plan_.chunk_runs(k, channels.end - channels.begin),
+                     channels.begin, chunk_sums_ + k * plan_.wave + channels.begin - wave_.begin);
+    }
+  }
+  void finish_channels(Range parts) {
+    for (std::int64_t part = parts.begin; part < parts.end; ++part) {
+      const std::int64_t begin = wave_.begin + part * kFinishedTogether;
+      const Range channels{begin, std::min(begin + kFinishedTogether, wave_.end)};
+      if (!pass_.reduces) {
+        pass_.finish(channels, nullptr);
+        continue;
       }
-      team.barrier();
-      for (std::int64_t c = my_channels.begin; c < my_channels.end; ++c) {
-        totals_[c] = {};
-        for (std::int64_t k = 0; k < plan_.chunks; ++k) add(totals_[c], chunk_sums_[k * channels + c]);
+      kernels::Sums totals[kFinishedTogether];
+      for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+        for (std::int64_t k = 0; k < plan_.chunks; ++k) {
+          add(totals[c - begin], chunk_sums_[k * plan_.wave + c - wave_.begin]);
+        }
       }
+      pass_.finish(channels, totals);
     }
-    pass_.finish(my_channels, pass_.reduces ? totals_ + my_channels.begin : nullptr);
-    if (!pass_.applies) return;
-    team.barrier();
-    for (std::int64_t t = mine.end; t-- > mine.begin;) {
-      const std::int64_t k = t / channels, c = t % channels;
-      pass_.apply_runs(plan_.chunk_offset(k, c), plan_.chunk_runs(k), c);
+  }
+  void apply_tiles(Range tiles) {
+    for (std::int64_t t = tiles.begin; t < tiles.end; ++t) apply_chunk(t / groups_in_wave(), channels_of_tile(t));
+  }
+  void apply_tiles_backwards(Range tiles) {
+    for (std::int64_t t = tiles.end; t-- > tiles.begin;) apply_chunk(t / groups_in_wave(), channels_of_tile(t));
+  }
+
+  void apply_chunk(std::int64_t k, Range channels) {
+    kernels::Runs runs = plan_.chunk_runs(k, channels.end - channels.begin);
+    // What this place of the tensor holds for the next group or wave.
+    if (pass_.reduces && channels.begin + plan_.wave < plan_.problem.channels) {
+      runs.ahead = plan_.wave * plan_.problem.inner;
+    }
+    pass_.apply_runs(plan_.chunk_offset(k, channels.begin), runs, channels.begin);
+  }
+
+  [[nodiscard]] std::int64_t groups_in_wave() const {
+    return (wave_.end - wave_.begin + plan_.group - 1) / plan_.group;
+  }
+  [[nodiscard]] Range channels_of_group(std::int64_t g) const {
+    return {g * plan_.group, std::min((g + 1) * plan_.group, plan_.problem.channels)};
+  }
+  [[nodiscard]] Range channels_of_tile(std::int64_t t) const {
+    const std::int64_t begin = wave_.begin + t % groups_in_wave() * plan_.group;
+    return {begin, std::min(begin + plan_.group, wave_.end)};
+  }
+
+  // ---- interleaved ----
+
+  void run_row_blocks() {
+    const Phase sum = phase<&Traversal::sum_blocks>(plan_.sum_rows.blocks);
+    const Phase finish = phase<&Traversal::finish_columns>(
+        (plan_.problem.channels + channels_together() - 1) / channels_together());
+    const Phase apply = phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks, true);
+    if (!pass_.reduces) return run_phases({finish, apply});
+    if (!pass_.applies) return run_phases({sum, finish});
+    run_phases({sum, finish, apply});
+  }
+
+  void sum_blocks(Range blocks) {
+    for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
+      pass_.sum_rows(plan_.sum_rows.offset(b), plan_.sum_rows.block(b), block_sums(b));
+    }
+  }
+  void apply_blocks(Range blocks) {
+    for (std::int64_t b = blocks.end; b-- > blocks.begin;) {
+      pass_.apply_rows(plan_.apply_rows.offset(b), plan_.apply_rows.block(b));
     }
   }
 
-  void row_blocks(const Team& team) {
-    const Range mine = team.share(plan_.blocks), my_channels = team.share(plan_.problem.channels);
-    if (pass_.reduces) {
-      for (std::int64_t b = mine.begin; b < mine.end; ++b) {
-        pass_.sum_rows(plan_.block_offset(b), plan_.block(b), column_sums(block_memory(b), plan_.columns));
-      }
-      team.barrier();
-      total_columns(team.share(plan_.columns));
-      team.barrier();
-      for (std::int64_t c = my_channels.begin; c < my_channels.end; ++c) totals_[c] = channel_total(c);
-    }
-    pass_.finish(my_channels, pass_.reduces ? totals_ + my_channels.begin : nullptr);
-    if (!pass_.applies) return;
-    team.barrier();
-    pass_.lay_out(team);
-    team.barrier();
-    for (std::int64_t b = mine.end; b-- > mine.begin;) pass_.apply_rows(plan_.block_offset(b), plan_.block(b));
+  // All of them where rows stand side by side, since columns are then few; else so many that their columns are whole
+  // vectors.
+  [[nodiscard]] std::int64_t channels_together() const {
+    const bool side_by_side = plan_.sum_rows.repeat > 1 || plan_.apply_rows.repeat > 1;
+    return side_by_side ? plan_.problem.channels : kFinishedTogether;
   }
-
-  double* block_memory(std::int64_t b) { return column_memory_ + 4 * plan_.columns * b; }
-  // The arrays of block b as column_sums() laid them out; b == blocks holds the totals of all blocks.
-  kernels::ColumnSums block_sums(std::int64_t b) {
-    double* memory = block_memory(b);
-    return {memory, memory + plan_.columns, memory + 2 * plan_.columns, memory + 3 * plan_.columns};
-  }
-
-  void total_columns(Range columns) {
-    const kernels::ColumnSums total = block_sums(plan_.blocks);
-    for (double* sums : {total.first, total.first_lo, total.second, total.second_lo}) {
-      for (std::int64_t e = columns.begin; e < columns.end; ++e) sums[e] = 0;
+  void finish_columns(Range parts) {
+    for (std::int64_t part = parts.begin; part < parts.end; ++part) {
+      const std::int64_t begin = part * channels_together();
+      const Range channels{begin, std::min(begin + channels_together(), plan_.problem.channels)};
+      finish_columns_of(channels);
+      if (pass_.applies) pass_.lay_out(channels);
     }
-    for (std::int64_t b = 0; b < plan_.blocks; ++b) {
-      const kernels::ColumnSums part = block_sums(b);
-      const std::int64_t end = columns.end < plan_.block(b).columns ? columns.end : plan_.block(b).columns;
-      for (std::int64_t e = columns.begin; e < end; ++e) {
-        kernels::Sums sum = at(total, e);
-        add(sum, at(part, e));
-        put(total, e, sum);
-      }
+  }
+  void finish_columns_of(Range channels) {
+    if (!pass_.reduces) return pass_.finish(channels, nullptr);
+    add_columns_of(channels);
+    for (std::int64_t begin = channels.begin; begin < channels.end; begin += kFinishedTogether) {
+      const Range some{begin, std::min(begin + kFinishedTogether, channels.end)};
+      kernels::Sums totals[kFinishedTogether];
+      for (std::int64_t c = some.begin; c < some.end; ++c) totals[c - begin] = channel_total(c);
+      pass_.finish(some, totals);
     }
   }
 
+  // The arrays of block b; b == blocks holds the totals of all blocks.
+  kernels::ColumnSums block_sums(std::int64_t b) { return column_sums_at(b, 0); }
+  kernels::ColumnSums column_sums_at(std::int64_t b, std::int64_t column) {
+    const std::int64_t columns = plan_.sum_rows.columns;
+    double* memory = column_memory_ + 4 * columns * b + column;
+    return {memory, memory + columns, memory + 2 * columns, memory + 3 * columns};
+  }
+  // Totals of the columns of these channels, over all blocks. The last block may be of single rows of the tensor: it
+  // adds to the first `width` columns alone.
+  void add_columns_of(Range channels) {
+    const RowCut& cut = plan_.sum_rows;
+    const std::int64_t inner = plan_.problem.inner, stride = 4 * cut.columns;
+    const std::int64_t first = channels.begin * inner, count = (channels.end - channels.begin) * inner;
+    if (cut.repeat == 1) {
+      return pass_.add_blocks(column_sums_at(0, first), cut.blocks, stride, count, column_sums_at(cut.blocks, first));
+    }
+    pass_.add_blocks(block_sums(0), cut.blocks, stride, count, block_sums(cut.blocks));
+    pass_.add_blocks(column_sums_at(0, count), cut.full_blocks, stride, cut.columns - count,
+                     column_sums_at(cut.blocks, count));
+  }
   kernels::Sums channel_total(std::int64_t c) {
-    const kernels::ColumnSums columns = block_sums(plan_.blocks);
+    const kernels::ColumnSums columns = block_sums(plan_.sum_rows.blocks);
     const Problem& p = plan_.problem;
     kernels::Sums total;
-    for (std::int64_t r = 0; r < plan_.repeat; ++r) {
+    for (std::int64_t r = 0; r < plan_.sum_rows.repeat; ++r) {
       for (std::int64_t i = 0; i < p.inner; ++i) add(total, at(columns, (r * p.channels + c) * p.inner + i));
     }
     return total;
@@ -155,7 +234,8 @@ class Traversal {
 
   const Plan& plan_;
   Pass& pass_;
-  kernels::Sums *totals_ = nullptr, *chunk_sums_ = nullptr;
+  Range wave_{0, 0};
+  kernels::Sums* chunk_sums_ = nullptr;
   double* column_memory_ = nullptr;
 };
 

@@ -52,18 +52,48 @@ BN_INLINE void fold(const Compensated& a, double* sum, double* low) {
   *low = e[0];
 }
 
-// Pair is what is summed: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of each input.
-// Inputs are one or two pointers that walk together.
-template <class Pair, class... Input>
-BN_INLINE void sum_runs(Pair& pair, Runs runs, Sums* out, const Input*... input) {
-  for (std::int64_t k = 0; k < runs.count; ++k) {
-    const std::int64_t start = k * runs.stride;
-    std::int64_t i = 0;
-    for (; i + kLanes <= runs.length; i += kLanes) pair.add((input + start + i)..., kLanes);
-    if (i < runs.length) pair.add((input + start + i)..., runs.length - i);
+// How far ahead values of runs are fetched. The machine's own prefetchers stop at the end of a page and of a stretch:
+// without this, moments of 32 x 1024 runs of 192 values took 0.65 ms (Zen 4, two threads, 25 MB), with it 0.40;
+// at 512 bytes 0.71, at 1 KB 0.46, at 4 KB 0.39. Runs of 12544: 2.98 ms, with it 2.61.
+constexpr std::int64_t kAheadBytes = 2048;
+
+// Adds one run of a stretch that has `left` values from here on, the next stretch lying `jump` values behind its end.
+template <class Pair, class T, class... Rest>
+BN_INLINE void sum_run(Pair& pair, std::int64_t length, std::int64_t left, std::int64_t jump, const T* input,
+                       const Rest*... rest) {
+  constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
+  std::int64_t i = 0;
+  for (; i + kLanes <= length; i += kLanes) {
+    const std::int64_t ahead = i + kAhead + (i + kAhead < left ? 0 : jump);
+    fetch_lanes<Fetch::kNear>(input + ahead);
+    (fetch_lanes<Fetch::kNear>(rest + ahead), ...);
+    pair.add(input + i, (rest + i)..., kLanes);
   }
-  fold(pair.first, &out->first, &out->first_lo);
-  fold(pair.second, &out->second, &out->second_lo);
+  if (i < length) pair.add(input + i, (rest + i)..., length - i);
+}
+
+// Pair is what is summed: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of each input;
+// make(c) gives the empty one of channel c. Inputs are one or two pointers that walk together.
+template <class Pair, class Make, class... Input>
+BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input*... input) {
+  union Pairs {
+    Pair of[kMostChannels];
+    Pairs() {}  // no lane is set before its channel is begun
+  } pairs;
+  for (std::int64_t c = 0; c < runs.channels; ++c) pairs.of[c] = make(c);
+  const std::int64_t stretch = runs.channels * runs.length;
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const std::int64_t start = k * runs.stride + c * runs.length;
+      Pair pair = pairs.of[c];
+      sum_run(pair, runs.length, stretch - c * runs.length, runs.stride - stretch, (input + start)...);
+      pairs.of[c] = pair;
+    }
+  }
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    fold(pairs.of[c].first, &out[c].first, &out[c].first_lo);
+    fold(pairs.of[c].second, &out[c].second, &out[c].second_lo);
+  }
 }
 
 // Accumulators of a block of rows stay in memory (one per column); eight rows are taken per visit, so that they are
@@ -110,6 +140,33 @@ BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input
       const std::int64_t n = rows.columns - c;
       visit_columns(make(c, n), r == 0, visit, rows.stride, c, n, out, (input + start + c)...);
     }
+  }
+}
+
+// One sum of the 16 (or n < 16) columns from c on, over all blocks.
+template <class Accumulator>
+BN_INLINE void add_blocks_of_columns(const double* sum, const double* low, std::int64_t count, std::int64_t stride,
+                                     std::int64_t c, std::int64_t n, double* total, double* total_low) {
+  Compensated a;
+  for (std::int64_t b = 0; b < count; ++b) {
+    const Lanes<double> term = load_upto<double>(sum + b * stride + c, n, 0.0);
+    const Lanes<double> next = a.sum + term;
+    Lanes<double> error = sum_error(a.sum, term, next);
+    if constexpr (Accumulator::kHasLow) error = error + load_upto<double>(low + b * stride + c, n, 0.0);
+    a.low = a.low + error;
+    a.sum = next;
+  }
+  keep(a, total + c, total_low + c, n);
+}
+
+template <class Accumulator>
+void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                const ColumnSums& total) {
+  for (std::int64_t c = 0; c < columns; c += kLanes) {
+    const std::int64_t n = columns - c < kLanes ? columns - c : kLanes;
+    add_blocks_of_columns<Accumulator>(first.first, first.first_lo, count, stride, c, n, total.first, total.first_lo);
+    add_blocks_of_columns<Accumulator>(first.second, first.second_lo, count, stride, c, n, total.second,
+                                       total.second_lo);
   }
 }
 

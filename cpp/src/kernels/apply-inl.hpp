@@ -8,36 +8,60 @@
 namespace batchnorm::kernels {
 namespace {
 
-// map(p..., n) gives the outputs for the next 16 (or n < 16) values at the input pointers p.
-template <class Map, class T, class... Input>
-BN_INLINE void apply_runs(const Map& map, Runs runs, T* out, const Input*... input) {
-  for (std::int64_t k = 0; k < runs.count; ++k) {
-    const std::int64_t start = k * runs.stride;
-    std::int64_t i = 0;
-    for (; i + kLanes <= runs.length; i += kLanes) store_as(out + start + i, map((input + start + i)..., kLanes));
-    if (i < runs.length) {
-      const std::int64_t n = runs.length - i;
-      store_first(out + start + i, n, map((input + start + i)..., n));
-    }
+// Values up to the first whole line of memory at p.
+template <class T>
+BN_INLINE std::int64_t values_to_line(const T* p) {
+  const auto past_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % kStreamBytes);
+  return (kStreamBytes - past_line) % kStreamBytes / static_cast<std::int64_t>(sizeof(T));
+}
+
+enum class Stores { ordinary, around_cache };
+
+// 16 outputs at p, which begins a line; values `ahead` of the inputs are fetched where stores go around the caches.
+template <Stores kStores, class A, class T, class... Input>
+BN_INLINE void put(T* p, const Lanes<A>& outputs, std::int64_t ahead, const Input*... input) {
+  if constexpr (kStores == Stores::around_cache) {
+    stream_lanes(p, outputs);
+    (fetch_lanes<Fetch::kFar>(input + ahead), ...);
+  } else {
+    store_as(p, outputs);
   }
 }
 
-// The same with stores around the caches: values up to the first whole line of `out`, lines, and the rest.
-template <class Map, class T, class... Input>
-BN_INLINE void apply_runs_around_cache(const Map& map, Runs runs, T* out, const Input*... input) {
-  for (std::int64_t k = 0; k < runs.count; ++k) {
-    const std::int64_t start = k * runs.stride;
-    const auto past_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(out + start) % kStreamBytes);
-    std::int64_t i = (kStreamBytes - past_line) % kStreamBytes / static_cast<std::int64_t>(sizeof(T));
-    if (i > runs.length) i = runs.length;
-    if (i > 0) store_first(out + start, i, map((input + start)..., i));
-    for (; i + kLanes <= runs.length; i += kLanes) stream_lanes(out + start + i, map((input + start + i)..., kLanes));
-    if (i < runs.length) {
-      const std::int64_t n = runs.length - i;
-      store_first(out + start + i, n, map((input + start + i)..., n));
+// One stretch: the runs of neighbouring channels as one piece of memory, so that only its ends are not whole vectors
+// that begin at a line; a vector that holds the end of one run and the begin of the next computes with the
+// coefficients of both. make(c) gives the map of channel c; map(p..., n) the outputs for the next 16 (or n < 16) values
+// at the input pointers p.
+template <Stores kStores, class Make, class T, class... Input>
+BN_INLINE void apply_stretch(Make make, const Runs& runs, T* out, const Input*... input) {
+  auto map = make(0);
+  std::int64_t at = values_to_line(out);
+  if (at > runs.length) at = runs.length;
+  if (at > 0) store_first(out, at, map(input..., at));
+  for (std::int64_t c = 0, end = runs.length;; end += runs.length) {
+    for (; at + kLanes <= end; at += kLanes) {
+      put<kStores>(out + at, map((input + at)..., kLanes), runs.ahead, (input + at)...);
     }
+    const std::int64_t rest = end - at;
+    if (++c == runs.channels) {
+      if (rest > 0) store_first(out + at, rest, map((input + at)..., rest));
+      return;
+    }
+    const auto next = make(c);
+    if (rest > 0) {
+      put<kStores>(out + at, join(rest, map, next)((input + at)..., kLanes), runs.ahead, (input + at)...);
+      at += kLanes;
+    }
+    map = next;
   }
-  finish_streams();
+}
+
+template <Stores kStores, class Make, class T, class... Input>
+BN_INLINE void apply_runs(Make make, Runs runs, T* out, const Input*... input) {
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    apply_stretch<kStores>(make, runs, out + k * runs.stride, (input + k * runs.stride)...);
+  }
+  if constexpr (kStores == Stores::around_cache) finish_streams();
 }
 
 // Four rows a visit: coefficients are loaded once for four vectors of each input.
@@ -66,14 +90,21 @@ BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input*... input) {
   }
 }
 
-// The same with stores around the caches: rows of whole vectors, `out` and its stride aligned to kStreamBytes. One row
-// a visit, so that each line is written in one go after the one before it.
+// The same with stores around the caches. One row a visit, so that each line is written in one go after the one before
+// it.
 template <class Make, class T, class... Input>
 BN_INLINE void apply_rows_around_cache(Make make, Rows rows, T* out, const Input*... input) {
   for (std::int64_t r = 0; r < rows.count; ++r) {
     const std::int64_t start = r * rows.stride;
-    for (std::int64_t c = 0; c < rows.columns; c += kLanes) {
+    std::int64_t c = values_to_line(out + start);
+    if (c > rows.columns) c = rows.columns;
+    if (c > 0) store_first(out + start, c, make(0, c)((input + start)..., c));
+    for (; c + kLanes <= rows.columns; c += kLanes) {
       stream_lanes(out + start + c, make(c, kLanes)((input + start + c)..., kLanes));
+    }
+    if (c < rows.columns) {
+      const std::int64_t n = rows.columns - c;
+      store_first(out + start + c, n, make(c, n)((input + start + c)..., n));
     }
   }
   finish_streams();

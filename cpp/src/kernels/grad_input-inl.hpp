@@ -24,17 +24,25 @@ BN_INLINE GradInputMap<T, A> grad_input_map(const GradAffineColumns<A>& k, std::
 }
 
 template <class T, class A>
-void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<A>& k) {
-  const GradInputMap<T, A> map{broadcast(k.dy_center), broadcast(k.dy_scale), broadcast(k.x_center),
-                               broadcast(k.x_scale), broadcast(k.offset)};
-  apply_runs(map, runs, dx, dy, x);
+BN_INLINE GradInputMap<T, A> grad_input_map(const GradAffine<A>& k) {
+  return {broadcast(k.dy_center), broadcast(k.dy_scale), broadcast(k.x_center), broadcast(k.x_scale),
+          broadcast(k.offset)};
+}
+
+template <class T, class A>
+BN_INLINE GradInputMap<T, A> join(std::int64_t n, const GradInputMap<T, A>& a, const GradInputMap<T, A>& b) {
+  return {join(n, a.dy_center, b.dy_center), join(n, a.dy_scale, b.dy_scale), join(n, a.x_center, b.x_center),
+          join(n, a.x_scale, b.x_scale), join(n, a.offset, b.offset)};
+}
+
+template <class T, Stores kStores>
+void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<T>* k) {
+  apply_runs<kStores>([k](std::int64_t c) { return grad_input_map<T>(k[c]); }, runs, dx, dy, x);
 }
 
 template <class T>
-void runs_grad_input_around_cache(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<T>& k) {
-  const GradInputMap<T, T> map{broadcast(k.dy_center), broadcast(k.dy_scale), broadcast(k.x_center),
-                               broadcast(k.x_scale), broadcast(k.offset)};
-  apply_runs_around_cache(map, runs, dx, dy, x);
+void runs_grad_input_wide(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<double>& k) {
+  apply_runs<Stores::ordinary>([&k](std::int64_t) { return grad_input_map<T>(k); }, runs, dx, dy, x);
 }
 
 template <class T>

@@ -21,9 +21,9 @@ struct GradTerms {
 };
 
 template <class T, class Accumulator>
-void runs_grad_sums(const T* dy, const T* x, Runs runs, double mean, Sums* out) {
-  GradTerms<T, Accumulator> terms{{}, {}, broadcast(mean)};
-  sum_runs(terms, runs, out, dy, x);
+void runs_grad_sums(const T* dy, const T* x, Runs runs, const double* mean, Sums* out) {
+  using Terms = GradTerms<T, Accumulator>;
+  sum_runs<Terms>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x);
 }
 
 template <class T, class Accumulator>

@@ -128,6 +128,24 @@ BN_INLINE void store_upto(T* p, std::int64_t n, const Lanes<A>& a) {
   }
 }
 
+// The first n lanes of a, the others of b; 0 <= n <= 16.
+template <class A>
+BN_INLINE Lanes<A> join(std::int64_t n, const Lanes<A>& a, const Lanes<A>& b) {
+  Lanes<A> r;
+  for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(a.v[k], n - k * Lanes<A>::kWidth, b.v[k]);
+  return r;
+}
+
+// Asks for the 16 values at p, which need not be addresses of the tensor: kNear into the first-level cache, kFar into
+// the second.
+enum class Fetch { kNear, kFar };
+template <Fetch kWhere, class T>
+BN_INLINE void fetch_lanes(const T* p) {
+  for (std::int64_t at = 0; at < kLanes; at += kStreamBytes / static_cast<std::int64_t>(sizeof(T))) {
+    __builtin_prefetch(p + at, 0, kWhere == Fetch::kNear ? 3 : 2);
+  }
+}
+
 BN_INLINE Lanes<double> multiply_add_exact(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& c) {
   Lanes<double> r;
   for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = multiply_add_exact(a.v[k], b.v[k], c.v[k]);

@@ -21,13 +21,23 @@ BN_INLINE NormalizeMap<T, A> normalize_map(const AffineColumns<A>& k, std::int64
 }
 
 template <class T, class A>
-void runs_normalize(const T* x, T* y, Runs runs, const Affine<A>& k) {
-  apply_runs(NormalizeMap<T, A>{broadcast(k.center), broadcast(k.scale), broadcast(k.offset)}, runs, y, x);
+BN_INLINE NormalizeMap<T, A> normalize_map(const Affine<A>& k) {
+  return {broadcast(k.center), broadcast(k.scale), broadcast(k.offset)};
+}
+
+template <class T, class A>
+BN_INLINE NormalizeMap<T, A> join(std::int64_t n, const NormalizeMap<T, A>& a, const NormalizeMap<T, A>& b) {
+  return {join(n, a.center, b.center), join(n, a.scale, b.scale), join(n, a.offset, b.offset)};
+}
+
+template <class T, Stores kStores>
+void runs_normalize(const T* x, T* y, Runs runs, const Affine<T>* k) {
+  apply_runs<kStores>([k](std::int64_t c) { return normalize_map<T>(k[c]); }, runs, y, x);
 }
 
 template <class T>
-void runs_normalize_around_cache(const T* x, T* y, Runs runs, const Affine<T>& k) {
-  apply_runs_around_cache(NormalizeMap<T, T>{broadcast(k.center), broadcast(k.scale), broadcast(k.offset)}, runs, y, x);
+void runs_normalize_wide(const T* x, T* y, Runs runs, const Affine<double>& k) {
+  apply_runs<Stores::ordinary>([&k](std::int64_t) { return normalize_map<T>(k); }, runs, y, x);
 }
 
 template <class T>

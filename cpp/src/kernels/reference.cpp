@@ -7,6 +7,9 @@
 namespace batchnorm::kernels {
 namespace {
 
+// The runs of one channel of several.
+Runs one_channel(const Runs& runs) { return {runs.length, runs.count, runs.stride}; }
+
 // moments: sum(x - shift) and sum((x - shift)^2).
 template <class T>
 void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
@@ -22,12 +25,14 @@ void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
 }
 template <class T>
 void runs_moments(const T* x, Runs runs, Sums* out) {
-  runs_moments_about(x, runs, T(0), out);
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    runs_moments_about(x + c * runs.length, one_channel(runs), T(0), out + c);
+  }
 }
 
 // normalize: y = (x - center)*scale + offset.
 template <class T, class A>
-void runs_normalize(const T* x, T* y, Runs runs, const Affine<A>& k) {
+void runs_normalize_one(const T* x, T* y, Runs runs, const Affine<A>& k) {
   for (std::int64_t r = 0; r < runs.count; ++r) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
       const std::int64_t at = r * runs.stride + i;
@@ -37,10 +42,16 @@ void runs_normalize(const T* x, T* y, Runs runs, const Affine<A>& k) {
     }
   }
 }
+template <class T>
+void runs_normalize(const T* x, T* y, Runs runs, const Affine<T>* k) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    runs_normalize_one(x + c * runs.length, y + c * runs.length, one_channel(runs), k[c]);
+  }
+}
 
 // grad_sums: sum(dy) and sum(dy*(x - mean)).
 template <class T>
-void runs_grad_sums(const T* dy, const T* x, Runs runs, double mean, Sums* out) {
+void runs_grad_sums_one(const T* dy, const T* x, Runs runs, double mean, Sums* out) {
   double first = 0, second = 0;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
@@ -51,10 +62,16 @@ void runs_grad_sums(const T* dy, const T* x, Runs runs, double mean, Sums* out) 
   }
   *out = Sums{first, 0, second, 0};
 }
+template <class T>
+void runs_grad_sums(const T* dy, const T* x, Runs runs, const double* mean, Sums* out) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    runs_grad_sums_one(dy + c * runs.length, x + c * runs.length, one_channel(runs), mean[c], out + c);
+  }
+}
 
 // grad_input: dx = (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset.
 template <class T, class A>
-void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<A>& k) {
+void runs_grad_input_one(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<A>& k) {
   for (std::int64_t r = 0; r < runs.count; ++r) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
       const std::int64_t at = r * runs.stride + i;
@@ -64,6 +81,13 @@ void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine
           (static_cast<double>(x[at]) - static_cast<double>(k.x_center)) * static_cast<double>(k.x_scale);
       dx[at] = static_cast<T>(from_dy + from_x + static_cast<double>(k.offset));
     }
+  }
+}
+template <class T>
+void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<T>* k) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    const std::int64_t at = c * runs.length;
+    runs_grad_input_one(dy + at, x + at, dx + at, one_channel(runs), k[c]);
   }
 }
 
@@ -97,7 +121,7 @@ void rows_moments_about(const T* x, Rows rows, const T* shift, const ColumnSums&
 template <class T>
 void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
-    runs_normalize(x + c, y + c, column(rows), Affine<T>{k.center[c], k.scale[c], k.offset[c]});
+    runs_normalize_one(x + c, y + c, column(rows), Affine<T>{k.center[c], k.scale[c], k.offset[c]});
   }
 }
 void rows_normalize_mixed(const float* x, float* y, Rows rows, const AffineColumns<float>& k,
@@ -105,9 +129,9 @@ void rows_normalize_mixed(const float* x, float* y, Rows rows, const AffineColum
   const AffineColumns<double>& w = wide.coefficients;
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     if ((wide.mask[c / 16] >> (c % 16)) & 1) {
-      runs_normalize(x + c, y + c, column(rows), Affine<double>{w.center[c], w.scale[c], w.offset[c]});
+      runs_normalize_one(x + c, y + c, column(rows), Affine<double>{w.center[c], w.scale[c], w.offset[c]});
     } else {
-      runs_normalize(x + c, y + c, column(rows), Affine<float>{k.center[c], k.scale[c], k.offset[c]});
+      runs_normalize_one(x + c, y + c, column(rows), Affine<float>{k.center[c], k.scale[c], k.offset[c]});
     }
   }
 }
@@ -116,7 +140,7 @@ template <class T>
 void rows_grad_sums(const T* dy, const T* x, Rows rows, const double* mean, const ColumnSums& out) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     Sums s;
-    runs_grad_sums(dy + c, x + c, column(rows), mean[c], &s);
+    runs_grad_sums_one(dy + c, x + c, column(rows), mean[c], &s);
     put(out, c, s);
   }
 }
@@ -127,16 +151,34 @@ GradAffine<A> at(const GradAffineColumns<A>& k, std::int64_t c) {
 }
 template <class T>
 void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
-  for (std::int64_t c = 0; c < rows.columns; ++c) runs_grad_input(dy + c, x + c, dx + c, column(rows), at(k, c));
+  for (std::int64_t c = 0; c < rows.columns; ++c) runs_grad_input_one(dy + c, x + c, dx + c, column(rows), at(k, c));
 }
 void rows_grad_input_mixed(const float* dy, const float* x, float* dx, Rows rows, const GradAffineColumns<float>& k,
                            const WideColumns<GradAffineColumns<double>>& wide) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     if ((wide.mask[c / 16] >> (c % 16)) & 1) {
-      runs_grad_input(dy + c, x + c, dx + c, column(rows), at(wide.coefficients, c));
+      runs_grad_input_one(dy + c, x + c, dx + c, column(rows), at(wide.coefficients, c));
     } else {
-      runs_grad_input(dy + c, x + c, dx + c, column(rows), at(k, c));
+      runs_grad_input_one(dy + c, x + c, dx + c, column(rows), at(k, c));
     }
+  }
+}
+
+// total += term, with what the addition rounds off (Knuth 1969, TwoSum) added to low.
+void add(double term, double& total, double& low) {
+  const double sum = total + term, part = sum - total;
+  low += (total - (sum - part)) + (term - part);
+  total = sum;
+}
+void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                const ColumnSums& total) {
+  for (std::int64_t c = 0; c < columns; ++c) {
+    Sums s;
+    for (std::int64_t at = c; at < c + count * stride; at += stride) {
+      add(first.first[at], s.first, s.first_lo);
+      add(first.second[at], s.second, s.second_lo);
+    }
+    put(total, c, s);
   }
 }
 
@@ -149,18 +191,19 @@ constexpr Kernels<T> make_kernels() {
   k.rows_moments_about = rows_moments_about<T>;
   k.runs_moments_compensated = runs_moments<T>;
   k.rows_moments_compensated = rows_moments<T>;
-  k.runs_normalize = runs_normalize<T, T>;
-  k.runs_normalize_wide = runs_normalize<T, double>;
+  k.runs_normalize = runs_normalize<T>;
+  k.runs_normalize_wide = runs_normalize_one<T, double>;
   k.rows_normalize = rows_normalize<T>;
-  k.runs_normalize_around_cache = runs_normalize<T, T>;
+  k.runs_normalize_around_cache = runs_normalize<T>;
   k.rows_normalize_around_cache = rows_normalize<T>;
   k.runs_grad_sums = runs_grad_sums<T>;
   k.rows_grad_sums = rows_grad_sums<T>;
-  k.runs_grad_input = runs_grad_input<T, T>;
-  k.runs_grad_input_wide = runs_grad_input<T, double>;
+  k.runs_grad_input = runs_grad_input<T>;
+  k.runs_grad_input_wide = runs_grad_input_one<T, double>;
   k.rows_grad_input = rows_grad_input<T>;
-  k.runs_grad_input_around_cache = runs_grad_input<T, T>;
+  k.runs_grad_input_around_cache = runs_grad_input<T>;
   k.rows_grad_input_around_cache = rows_grad_input<T>;
+  k.add_blocks = add_blocks;
   if constexpr (sizeof(T) == sizeof(float)) {
     k.rows_normalize_mixed = rows_normalize_mixed;
     k.rows_grad_input_mixed = rows_grad_input_mixed;

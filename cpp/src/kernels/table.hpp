@@ -3,9 +3,10 @@
 // A kernel does one pass over one piece of a tensor and decides nothing: pieces, threads and order are the plan's.
 // Kernels do not allocate, throw, check or start threads; they touch no byte outside the piece; pointers need
 // alignof(T) only. There are two shapes of a piece:
-//   runs  (planar)       one channel: `count` runs of `length` contiguous values, `stride` values apart;
-//   rows  (interleaved)  many channels: `count` rows of `columns` contiguous values, `stride` values apart, where
-//                        per-channel arguments become arrays with one entry per column.
+//   runs  (planar)       a few neighbouring channels: `count` stretches of memory, `stride` values apart, each of one
+//                        run of `length` values per channel, side by side; arguments have one entry per channel;
+//   rows  (interleaved)  many channels: `count` rows of `columns` contiguous values, `stride` values apart; arguments
+//                        are arrays with one entry per column.
 //
 // Same bits on every instruction set, because all of this is part of the contract:
 // - Sums are taken on 16 virtual lanes: value j of a run goes to lane j % 16, lanes live on from run to run, and fold
@@ -31,9 +32,16 @@ constexpr std::int64_t kVectorColumns = 16;
 // A cache line. Stores around the caches write whole ones.
 constexpr std::int64_t kStreamBytes = 64;
 
-// One channel's piece of a planar tensor.
+// Channels of a piece that is summed: their lanes stay on the kernel's stack (up to 640 bytes a channel) from stretch to
+// stretch. Pieces that are only applied may have any number.
+constexpr std::int64_t kMostChannels = 32;
+
+// A piece of a planar tensor. With more than one channel, `length` is at least kVectorColumns. `ahead`: how many values
+// further on the values lie that are wanted after this piece; kernels that store around the caches fetch them into the
+// second-level cache meanwhile, so that memory is read while it is written. 0 for none. Any address will do: fetching
+// never faults.
 struct Runs {
-  std::int64_t length, count, stride;
+  std::int64_t length, count, stride, channels = 1, ahead = 0;
 };
 
 // A block of rows of an interleaved tensor.
@@ -85,41 +93,46 @@ struct WideColumns {
 
 template <class T>
 struct Kernels {
-  // moments. float: plain, about 0. double: compensated, about 0.
+  // moments. float: plain, about 0. double: compensated, about 0. Sums: one entry per channel.
   void (*runs_moments)(const T* x, Runs, Sums*);
   void (*rows_moments)(const T* x, Rows, const ColumnSums&);
   // About a shift, which is a value of T: no cancellation where |mean| is far above std. float: plain. double:
-  // compensated.
+  // compensated. Runs: of one channel.
   void (*runs_moments_about)(const T* x, Runs, T shift, Sums*);
   void (*rows_moments_about)(const T* x, Rows, const T* shift, const ColumnSums&);
   // Compensated, about 0: keeps the digits of a mean far below std.
   void (*runs_moments_compensated)(const T* x, Runs, Sums*);
   void (*rows_moments_compensated)(const T* x, Rows, const ColumnSums&);
 
-  // normalize. y may be exactly x. The wide form reads and writes T and computes in float64.
-  void (*runs_normalize)(const T* x, T* y, Runs, const Affine<T>&);
+  // normalize. y may be exactly x. The wide form reads and writes T and computes in float64; runs of one channel.
+  void (*runs_normalize)(const T* x, T* y, Runs, const Affine<T>*);
   void (*runs_normalize_wide)(const T* x, T* y, Runs, const Affine<double>&);
   void (*rows_normalize)(const T* x, T* y, Rows, const AffineColumns<T>&);
   void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<T>&,
                                const WideColumns<AffineColumns<double>>&);
 
-  // The same with stores that go around the caches, for outputs too large to be read from there. For rows: `columns` a
-  // multiple of kVectorColumns, y and the bytes of its stride multiples of kStreamBytes.
-  void (*runs_normalize_around_cache)(const T* x, T* y, Runs, const Affine<T>&);
+  // The same with stores that go around the caches, for outputs too large to be read from there. y must not be x.
+  void (*runs_normalize_around_cache)(const T* x, T* y, Runs, const Affine<T>*);
   void (*rows_normalize_around_cache)(const T* x, T* y, Rows, const AffineColumns<T>&);
 
   // grad_sums. float: plain. double: compensated.
-  void (*runs_grad_sums)(const T* dy, const T* x, Runs, double mean, Sums*);
+  void (*runs_grad_sums)(const T* dy, const T* x, Runs, const double* mean, Sums*);
   void (*rows_grad_sums)(const T* dy, const T* x, Rows, const double* mean, const ColumnSums&);
 
-  // grad_input. dx may be exactly dy or exactly x.
-  void (*runs_grad_input)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>&);
+  // grad_input. dx may be exactly dy or exactly x; not where it is stored around the caches.
+  void (*runs_grad_input)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>*);
   void (*runs_grad_input_wide)(const T* dy, const T* x, T* dx, Runs, const GradAffine<double>&);
   void (*rows_grad_input)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&);
   void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&,
                                 const WideColumns<GradAffineColumns<double>>&);
-  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>&);
+  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>*);
   void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&);
+
+  // The sums of `count` blocks of rows added up, first block first, each addition with its error kept in the low part.
+  // Of the first `columns` columns of each; the arrays of a block lie `stride` values behind those of the one before.
+  // The low parts of blocks are read for double alone.
+  void (*add_blocks)(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                     const ColumnSums& total);
 };
 
 struct KernelTable {

@@ -35,6 +35,12 @@ BN_INLINE __m256i first_4(std::int64_t n) {
 BN_INLINE __m128i first_4_narrow(std::int64_t n) {
   return _mm_cmpgt_epi32(_mm_set1_epi32(static_cast<int>(n)), _mm_setr_epi32(0, 1, 2, 3));
 }
+BN_INLINE NativeFloat first_of(NativeFloat a, std::int64_t n, NativeFloat b) {
+  return _mm256_blendv_ps(b, a, _mm256_castsi256_ps(first_8(n)));
+}
+BN_INLINE NativeDouble first_of(NativeDouble a, std::int64_t n, NativeDouble b) {
+  return _mm256_blendv_pd(b, a, _mm256_castsi256_pd(first_4(n)));
+}
 BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {
   const __m256i m = first_8(n);
   return _mm256_blendv_ps(_mm256_set1_ps(fill), _mm256_maskload_ps(p, m), _mm256_castsi256_ps(m));

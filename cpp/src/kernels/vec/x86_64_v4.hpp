@@ -30,6 +30,12 @@ BN_INLINE void finish_streams() { _mm_sfence(); }
 // The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
 // no memory.
 BN_INLINE unsigned first(std::int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u; }
+BN_INLINE NativeFloat first_of(NativeFloat a, std::int64_t n, NativeFloat b) {
+  return _mm512_mask_blend_ps(static_cast<__mmask16>(first(n)), b, a);
+}
+BN_INLINE NativeDouble first_of(NativeDouble a, std::int64_t n, NativeDouble b) {
+  return _mm512_mask_blend_pd(static_cast<__mmask8>(first(n)), b, a);
+}
 BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {
   return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(first(n)), p);
 }
