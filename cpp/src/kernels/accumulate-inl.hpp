@@ -72,34 +72,7 @@ BN_INLINE void sum_run(Pair& pair, std::int64_t length, std::int64_t left, std::
   if (i < length) pair.add(input + i, (rest + i)..., length - i);
 }
 
-// Pair is what is summed: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of each input;
-// make(c) gives the empty one of channel c. Inputs are one or two pointers that walk together.
-template <class Pair, class Make, class... Input>
-BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input*... input) {
-  union Pairs {
-    Pair of[kMostChannels];
-    Pairs() {}  // no lane is set before its channel is begun
-  } pairs;
-  for (std::int64_t c = 0; c < runs.channels; ++c) pairs.of[c] = make(c);
-  const std::int64_t stretch = runs.channels * runs.length;
-  for (std::int64_t k = 0; k < runs.count; ++k) {
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const std::int64_t start = k * runs.stride + c * runs.length;
-      Pair pair = pairs.of[c];
-      sum_run(pair, runs.length, stretch - c * runs.length, runs.stride - stretch, (input + start)...);
-      pairs.of[c] = pair;
-    }
-  }
-  for (std::int64_t c = 0; c < runs.channels; ++c) {
-    fold(pairs.of[c].first, &out[c].first, &out[c].first_lo);
-    fold(pairs.of[c].second, &out[c].second, &out[c].second_lo);
-  }
-}
-
-// Accumulators of a block of rows stay in memory (one per column); eight rows are taken per visit, so that they are
-// loaded and stored once for eight vectors of input, and the machine's prefetchers see eight streams.
-constexpr std::int64_t kRowsPerVisit = 8;
-
+// Accumulators in memory.
 BN_INLINE void restore(Plain& a, const double* sum, const double*, std::int64_t n) {
   a.sum = load_upto<double>(sum, n, 0.0);
 }
@@ -112,6 +85,44 @@ BN_INLINE void keep(const Compensated& a, double* sum, double* low, std::int64_t
   store_upto(sum, n, a.sum);
   store_upto(low, n, a.low);
 }
+
+// The lanes of one channel while others are visited.
+template <class Accumulator>
+struct KeptLanes {
+  double first[kLanes], second[kLanes];
+  double first_lo[Accumulator::kHasLow ? kLanes : 1], second_lo[Accumulator::kHasLow ? kLanes : 1];
+};
+
+// make(c) gives what channel c sums: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of
+// each input. Inputs are one or two pointers that walk together.
+template <class Accumulator, class Make, class... Input>
+BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input*... input) {
+  KeptLanes<Accumulator> kept[kMostChannels];
+  const std::int64_t stretch = runs.channels * runs.length;
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const std::int64_t start = k * runs.stride + c * runs.length;
+      KeptLanes<Accumulator>& lanes = kept[c];
+      auto pair = make(c);
+      if (k > 0) {
+        restore(pair.first, lanes.first, lanes.first_lo, kLanes);
+        restore(pair.second, lanes.second, lanes.second_lo, kLanes);
+      }
+      sum_run(pair, runs.length, stretch - c * runs.length, runs.stride - stretch, (input + start)...);
+      if (k + 1 < runs.count) {
+        keep(pair.first, lanes.first, lanes.first_lo, kLanes);
+        keep(pair.second, lanes.second, lanes.second_lo, kLanes);
+      } else {
+        fold(pair.first, &out[c].first, &out[c].first_lo);
+        fold(pair.second, &out[c].second, &out[c].second_lo);
+      }
+    }
+  }
+}
+
+// Accumulators of a block of rows stay in memory (one per column); eight rows are taken per visit, so that they are
+// loaded and stored once for eight vectors of input, and the machine's prefetchers see eight streams.
+constexpr std::int64_t kRowsPerVisit = 8;
 
 // One visit: up to eight rows of the n <= 16 columns from `c` on.
 template <class Pair, class... Input>

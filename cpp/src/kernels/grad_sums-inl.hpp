@@ -23,7 +23,7 @@ struct GradTerms {
 template <class T, class Accumulator>
 void runs_grad_sums(const T* dy, const T* x, Runs runs, const double* mean, Sums* out) {
   using Terms = GradTerms<T, Accumulator>;
-  sum_runs<Terms>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x);
+  sum_runs<Accumulator>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x);
 }
 
 template <class T, class Accumulator>

@@ -54,14 +54,14 @@ struct MomentTerms {
 template <class T, class Accumulator>
 void runs_moments(const T* x, Runs runs, Sums* out) {
   using Terms = MomentTerms<T, Accumulator, Shift::none>;
-  sum_runs<Terms>([](std::int64_t) { return Terms{{}, {}, {}, T(0)}; }, runs, out, x);
+  sum_runs<Accumulator>([](std::int64_t) { return Terms{{}, {}, {}, T(0)}; }, runs, out, x);
 }
 
 template <class T, class Accumulator>
 void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
   using Terms = MomentTerms<T, Accumulator, Shift::given>;
   const auto make = [shift](std::int64_t) { return Terms{{}, {}, broadcast(static_cast<double>(shift)), shift}; };
-  sum_runs<Terms>(make, runs, out, x);
+  sum_runs<Accumulator>(make, runs, out, x);
 }
 
 template <class T, class Accumulator>

@@ -9,23 +9,20 @@ namespace batchnorm::kernels {
 namespace {
 
 using NativeFloat = __m512;
-using NativeDouble = __m512d;
+using NativeDouble = __m256d;
 
-// Straight from memory: taking the upper half out of a 64-byte register would cost a port.
-// The masked forms with all lanes on are the plain instructions; GCC 12 warns inside its header for the plain names.
-constexpr __mmask8 kAll = 0xff;
-BN_INLINE NativeDouble widen_load(const float* p) { return _mm512_maskz_cvtps_pd(kAll, _mm256_loadu_ps(p)); }
-BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm256_storeu_ps(p, _mm512_maskz_cvtpd_ps(kAll, v)); }
+BN_INLINE NativeDouble widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
-  return _mm512_fmadd_pd(a, b, c);
+  return _mm256_fmadd_pd(a, b, c);
 }
 BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
-  return _mm512_fmsub_pd(a, b, product);
+  return _mm256_fmsub_pd(a, b, product);
 }
 // Stores that go around the caches; p is aligned to a vector.
 BN_INLINE void stream(float* p, NativeFloat v) { _mm512_stream_ps(p, v); }
-BN_INLINE void stream(double* p, NativeDouble v) { _mm512_stream_pd(p, v); }
+BN_INLINE void stream(double* p, NativeDouble v) { _mm256_stream_pd(p, v); }
 BN_INLINE void finish_streams() { _mm_sfence(); }
 // The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
 // no memory.
@@ -34,25 +31,25 @@ BN_INLINE NativeFloat first_of(NativeFloat a, std::int64_t n, NativeFloat b) {
   return _mm512_mask_blend_ps(static_cast<__mmask16>(first(n)), b, a);
 }
 BN_INLINE NativeDouble first_of(NativeDouble a, std::int64_t n, NativeDouble b) {
-  return _mm512_mask_blend_pd(static_cast<__mmask8>(first(n)), b, a);
+  return _mm256_mask_blend_pd(static_cast<__mmask8>(first(n)), b, a);
 }
 BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {
   return _mm512_mask_loadu_ps(_mm512_set1_ps(fill), static_cast<__mmask16>(first(n)), p);
 }
 BN_INLINE NativeDouble load_part(const double* p, std::int64_t n, double fill) {
-  return _mm512_mask_loadu_pd(_mm512_set1_pd(fill), static_cast<__mmask8>(first(n)), p);
+  return _mm256_mask_loadu_pd(_mm256_set1_pd(fill), static_cast<__mmask8>(first(n)), p);
 }
 BN_INLINE NativeDouble widen_load_part(const float* p, std::int64_t n, float fill) {
-  return _mm512_maskz_cvtps_pd(kAll, _mm256_mask_loadu_ps(_mm256_set1_ps(fill), static_cast<__mmask8>(first(n)), p));
+  return _mm256_cvtps_pd(_mm_mask_loadu_ps(_mm_set1_ps(fill), static_cast<__mmask8>(first(n)), p));
 }
 BN_INLINE void store_part(float* p, std::int64_t n, NativeFloat v) {
   _mm512_mask_storeu_ps(p, static_cast<__mmask16>(first(n)), v);
 }
 BN_INLINE void store_part(double* p, std::int64_t n, NativeDouble v) {
-  _mm512_mask_storeu_pd(p, static_cast<__mmask8>(first(n)), v);
+  _mm256_mask_storeu_pd(p, static_cast<__mmask8>(first(n)), v);
 }
 BN_INLINE void narrow_store_part(float* p, std::int64_t n, NativeDouble v) {
-  _mm256_mask_storeu_ps(p, static_cast<__mmask8>(first(n)), _mm512_maskz_cvtpd_ps(kAll, v));
+  _mm_mask_storeu_ps(p, static_cast<__mmask8>(first(n)), _mm256_cvtpd_ps(v));
 }
 
 }  // namespace
