@@ -27,7 +27,7 @@ BENCH_BEST_VECTORS void add_part(float* to, const float* a, const float* b, std:
 }
 
 // `to` is aligned to 16 bytes: buffers start at a page, and parts are cut at multiples of 1024 values.
-BENCH_BEST_VECTORS void stream_part(float* to, const float* from, std::size_t n) {
+void stream_part(float* to, const float* from, std::size_t n) {
 #if defined(__x86_64__)
   std::size_t i = 0;
   for (; i + 4 <= n; i += 4) _mm_stream_ps(to + i, _mm_loadu_ps(from + i));

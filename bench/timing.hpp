@@ -38,7 +38,7 @@ inline std::vector<Sample> time_in_turns(const std::vector<std::function<void()>
   }
   std::vector<std::vector<double>> samples(works.size());
   for (int round = 0; round < rounds; ++round) {
-    for (std::size_t w = 0; w < works.size(); ++w) { works[w](); samples[w].push_back(seconds_of(works[w], repeats[w])); }
+    for (std::size_t w = 0; w < works.size(); ++w) samples[w].push_back(seconds_of(works[w], repeats[w]));
   }
   std::vector<Sample> result;
   for (auto& s : samples) {

@@ -57,7 +57,7 @@ class BackwardPass {
         s = {t.first, t.first_lo, t.second, t.second_lo};
       }
       const bool empty = moments[c].count == 0;
-      const DoubleDouble r = empty ? DoubleDouble{} : rstd_of(moments[c], eps);
+      const DoubleDouble r = empty ? DoubleDouble{} : rstd_for<T>(moments[c], eps);
       if (sums_out != nullptr) sums_out[c] = s;
       dgamma.set(c, dgamma_of(moments[c], s, r));
       dbeta.set(c, dbeta_of(s));
@@ -117,8 +117,8 @@ template <class T>
 void run(BackwardPass<T> pass, const Problem& problem, int threads) {
   using Table = typename BackwardPass<T>::Table;
   const Plan& plan = pass.plan;
-  pass.plan = make_plan(problem, {pass.reduces, pass.applies, pass.applies ? 3 : 2, sizeof(T)}, machine(),
-                        available_threads(threads));
+  const Work work{pass.reduces, pass.applies, pass.applies ? 3 : 2, sizeof(T)};
+  pass.plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
   Workspace workspace((pass.applies ? Table::bytes(plan) : 0) + column_mean_bytes(plan, pass.reduces) +
                       Traversal<BackwardPass<T>>::bytes(plan, pass.reduces));
   if (column_mean_bytes(plan, pass.reduces) > 0) pass.column_mean = lay_out_means(plan, pass.moments, workspace);

@@ -118,6 +118,17 @@ inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
 }
 inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(variance_of(m, 0), eps); }
 
+// The same as far as tensors of T need it: float64 is enough for float32, whose coefficients are rounded to 24 bits.
+template <class T>
+DoubleDouble rstd_for(const Moments& m, double eps) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return rstd_of(m, eps);
+  } else {
+    const double v = m.m2 / m.count + eps;  // NaN for no values
+    return {v == 0 ? 0 : 1 / std::sqrt(v), 0};
+  }
+}
+
 // ---- coefficients ----------------------------------------------------------------------------------------------
 
 // The coefficients of one channel for element passes in T, and for those in float64 where float32 cannot hold them.
@@ -144,9 +155,11 @@ inline bool center_fits(double center) { return std::abs(center) < 0x1p102; }
 // An offset that cannot bring an overflowed product back into range, nor overflow with it.
 inline bool offset_fits(double offset) { return std::abs(offset) < 0x1p100; }
 
-// The split mean makes the low part of a mean count, so the factors must be right to the last bit too: they are formed
-// in double-double and rounded once. (For float32 tensors, float64 would do.)
-inline double factor(double gamma, DoubleDouble rstd) {
+// The split mean makes the low part of a mean count, so the factors must be right to the last bit too: for float64
+// tensors they are formed in double-double and rounded once.
+template <class T>
+double factor(double gamma, DoubleDouble rstd) {
+  if constexpr (sizeof(T) == sizeof(float)) return gamma * rstd.hi;
   const DoubleDouble f = DoubleDouble{gamma, 0} * rstd;
   return std::isfinite(f.lo) ? f.hi + f.lo : gamma * rstd.hi;
 }
@@ -154,7 +167,7 @@ inline double factor(double gamma, DoubleDouble rstd) {
 template <class T>
 ForwardCoefficients<T> forward_coefficients(double mean, double mean_lo, DoubleDouble rstd, double gamma, double beta) {
   ForwardCoefficients<T> k;
-  const double scale = factor(gamma, rstd);
+  const double scale = factor<T>(gamma, rstd);
   k.wide = {mean, scale, beta - mean_lo * scale};
   const T center = static_cast<T>(mean), t_scale = static_cast<T>(scale);
   const double offset = beta + ((static_cast<double>(center) - mean) - mean_lo) * static_cast<double>(t_scale);
@@ -166,7 +179,7 @@ ForwardCoefficients<T> forward_coefficients(double mean, double mean_lo, DoubleD
 // dx = scale*dy, for statistics that are constants: a normalize pass over dy. The offset -0 keeps the sign of a zero.
 template <class T>
 ForwardCoefficients<T> frozen_backward_coefficients(DoubleDouble rstd, double gamma) {
-  const double scale = factor(gamma, rstd);
+  const double scale = factor<T>(gamma, rstd);
   return {
       {T(0), static_cast<T>(scale), T(-0.0)}, {0.0, scale, -0.0}, sizeof(T) == sizeof(float) && !factor_fits<T>(scale)};
 }
@@ -177,7 +190,9 @@ inline DoubleDouble centered_dot(const Moments& m, const GradSums& s) {
   return two_sum(s.sum_dy_xmu, s.sum_dy_xmu_lo - rest);
 }
 inline double dgamma_of(const Moments& m, const GradSums& s, DoubleDouble rstd) {
-  const DoubleDouble dot = centered_dot(m, s), d = dot * rstd;
+  const DoubleDouble dot = centered_dot(m, s);
+  if (rstd.lo == 0) return (dot.hi + dot.lo) * rstd.hi;
+  const DoubleDouble d = dot * rstd;
   return std::isfinite(d.lo) ? d.hi + d.lo : dot.hi * rstd.hi;
 }
 inline double dbeta_of(const GradSums& s) { return s.sum_dy + s.sum_dy_lo; }
@@ -186,12 +201,15 @@ template <class T>
 BackwardCoefficients<T> backward_coefficients(const Moments& m, const GradSums& s, DoubleDouble rstd, double gamma) {
   BackwardCoefficients<T> k;
   const DoubleDouble n{m.count, 0}, dot = centered_dot(m, s);
-  const DoubleDouble g = DoubleDouble{s.sum_dy, s.sum_dy_lo} / n;
-  const double a = factor(gamma, rstd);
+  const DoubleDouble g = sizeof(T) == sizeof(double) ? DoubleDouble{s.sum_dy, s.sum_dy_lo} / n
+                                                     : DoubleDouble{(s.sum_dy + s.sum_dy_lo) / m.count, 0};
+  const double a = factor<T>(gamma, rstd);
   // Grouped so that rstd^2 alone is never formed: it may overflow where p does not.
-  const DoubleDouble p_exact = (DoubleDouble{-gamma, 0} * rstd * rstd) * (rstd * (dot / n));
-  const double p = std::isfinite(p_exact.lo) ? p_exact.hi + p_exact.lo
-                                             : -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));
+  double p = -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));
+  if constexpr (sizeof(T) == sizeof(double)) {
+    const DoubleDouble exact = (DoubleDouble{-gamma, 0} * rstd * rstd) * (rstd * (dot / n));
+    if (std::isfinite(exact.lo)) p = exact.hi + exact.lo;
+  }
   k.wide = {g.hi, a, m.mean, p, -(a * g.lo + p * m.mean_lo)};
   const T g_hi = static_cast<T>(g.hi), center = static_cast<T>(m.mean), t_a = static_cast<T>(a),
           t_p = static_cast<T>(p);

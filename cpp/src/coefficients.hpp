@@ -14,14 +14,15 @@
 
 namespace batchnorm {
 
-// Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input). Interleaved, their fields become one array each.
+// Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input). Interleaved, their fields become one array
+// each.
 template <class T, template <class> class Map>
 class CoefficientTable {
  public:
   static std::size_t bytes(const Plan& plan) {
     const std::int64_t channels = plan.problem.channels;
-    const std::size_t per_channel = Workspace::bytes_for<Map<T>>(channels) + Workspace::bytes_for<Map<double>>(channels) +
-                                    Workspace::bytes_for<bool>(channels);
+    const std::size_t per_channel = Workspace::bytes_for<Map<T>>(channels) +
+                                    Workspace::bytes_for<Map<double>>(channels) + Workspace::bytes_for<bool>(channels);
     if (plan.planar()) return per_channel;
     const std::int64_t columns = plan.apply_rows.columns;
     return per_channel + Workspace::bytes_for<T>(kFields * columns) + Workspace::bytes_for<double>(kFields * columns) +

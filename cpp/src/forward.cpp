@@ -53,8 +53,7 @@ class ForwardPass {
   void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
     const T* from = x + offset;
     T* to = y + offset;
-    const auto narrow =
-        plan.around_cache && x != y ? kernels.runs_normalize_around_cache : kernels.runs_normalize;
+    const auto narrow = plan.around_cache && x != y ? kernels.runs_normalize_around_cache : kernels.runs_normalize;
     if (!coefficients->any_wide()) return narrow(from, to, runs, coefficients->narrow(c));
     for (const std::int64_t end = c + runs.channels; c < end; ++c, from += runs.length, to += runs.length) {
       const Runs one{runs.length, runs.count, runs.stride};
@@ -81,10 +80,10 @@ class ForwardPass {
  private:
   [[nodiscard]] ForwardCoefficients<T> coefficients_of(std::int64_t c) const {
     const double g = gamma.value_or(c, 1), b = beta.value_or(c, 0);
-    if (reduces) return forward_coefficients<T>(saved[c].mean, saved[c].mean_lo, rstd_of(saved[c], eps), g, b);
+    if (reduces) return forward_coefficients<T>(saved[c].mean, saved[c].mean_lo, rstd_for<T>(saved[c], eps), g, b);
     if (given.moments != nullptr) {
       const Moments& m = given.moments[c];
-      return forward_coefficients<T>(m.mean, m.mean_lo, rstd_of(m, eps), g, b);
+      return forward_coefficients<T>(m.mean, m.mean_lo, rstd_for<T>(m, eps), g, b);
     }
     const DoubleDouble rstd = rstd_of(DoubleDouble{given.var[c], 0}, eps);
     if (given.only_scale) return frozen_backward_coefficients<T>(rstd, g);
@@ -112,8 +111,8 @@ ForwardPass<T> pass_over(const T* x) {
 template <class T>
 void run(ForwardPass<T> pass, const Problem& problem, int threads) {
   using Table = typename ForwardPass<T>::Table;
-  pass.plan = make_plan(problem, {pass.reduces, pass.applies, pass.applies ? 2 : 1, sizeof(T)}, machine(),
-                        available_threads(threads));
+  const Work work{pass.reduces, pass.applies, pass.applies ? 2 : 1, sizeof(T)};
+  pass.plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
   Workspace workspace((pass.applies ? Table::bytes(pass.plan) : 0) +
                       Traversal<ForwardPass<T>>::bytes(pass.plan, pass.reduces));
   Traversal<ForwardPass<T>> traversal(pass.plan, pass, workspace);

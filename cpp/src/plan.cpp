@@ -19,7 +19,8 @@ constexpr std::int64_t kMostBlockRows = 1024, kLeastBlockRows = 64, kWantedBlock
 // one would leave lanes empty.
 constexpr std::int64_t kShortRun = 16;
 
-// Rows shorter than this stand side by side: a row of 64 values is four vectors, with one of them partly empty at worst.
+// Rows shorter than this stand side by side: a row of 64 values is four vectors, with one of them partly empty at
+// worst.
 constexpr std::int64_t kShortRow = 64;
 
 // Rows that are not whole vectors stand side by side when they are applied, up to this many values: above, the two ends
@@ -179,14 +180,17 @@ kernels::Runs Plan::chunk_runs(std::int64_t k, std::int64_t channels) const {
           .channels = channels};
 }
 
+bool is_serial(const Problem& problem, const Work& work) {
+  return problem.size() <= kSerialBytes / (work.item_size * work.streams);
+}
+
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads) {
   Plan plan;
   plan.problem = canonical(problem);
   const Problem& p = plan.problem;
   if (p.size() == 0) return plan;
 
-  const std::int64_t bytes_a_value = work.item_size * work.streams;  // divided by, since bytes may not fit 64 bits
-  if (p.size() <= kSerialBytes / bytes_a_value) threads = 1;
+  if (is_serial(problem, work)) threads = 1;
   const bool interleaved = p.channels > 1 && p.inner <= kShortRun;
   if (interleaved) {
     plan.path = Path::row_blocks;

@@ -14,8 +14,8 @@ namespace batchnorm {
 enum class Path {
   nothing,        // no values at all
   channel_tasks,  // planar: a thread reduces a group of channels and applies it while its values are still in cache
-  chunk_tasks,    // planar: all threads reduce the chunks of a wave of channels, meet, and apply them; then the next wave
-  row_blocks,     // interleaved: all threads reduce blocks of rows, meet, and apply blocks
+  chunk_tasks,  // planar: all threads reduce the chunks of a wave of channels, meet, and apply them; then the next wave
+  row_blocks,   // interleaved: all threads reduce blocks of rows, meet, and apply blocks
 };
 
 // An interleaved tensor as rows of the kernels: `repeat` rows of the tensor stand side by side in one of `columns`
@@ -61,6 +61,9 @@ struct Work {
   int streams;             // tensors read and written: x and y are 2; dy, x and dx are 3
   std::int64_t item_size;  // bytes of a value
 };
+
+// Whether one thread does it whatever is allowed: asking how many are allowed costs more than a tiny call.
+bool is_serial(const Problem& problem, const Work& work);
 
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads);
 

@@ -63,8 +63,7 @@ class Traversal {
 
   template <void (Traversal::*f)(Range)>
   static Phase phase(std::int64_t tasks, bool backwards = false) {
-    return {tasks, 1, backwards,
-            [](void* self, Range range) { (static_cast<Traversal*>(self)->*f)(range); }};
+    return {tasks, 1, backwards, [](void* self, Range range) { (static_cast<Traversal*>(self)->*f)(range); }};
   }
   void run_phases(std::initializer_list<Phase> phases) {
     batchnorm::run_phases(plan_.threads, phases.begin(), static_cast<int>(phases.size()), this);
@@ -74,17 +73,28 @@ class Traversal {
 
   // ---- planar ----
 
+  // Left uninitialized: kernels overwrite.
+  union SumsOfGroup {
+    SumsOfGroup() {}
+    kernels::Sums of[kernels::kMostChannels];
+  };
+
+  void sum_group(Range channels, kernels::Sums* totals) {
+    const std::int64_t n = channels.end - channels.begin;
+    pass_.sum_runs(plan_.chunk_offset(0, channels.begin), plan_.chunk_runs(0, n), channels.begin, totals);
+    SumsOfGroup part;
+    for (std::int64_t k = 1; k < plan_.chunks; ++k) {
+      pass_.sum_runs(plan_.chunk_offset(k, channels.begin), plan_.chunk_runs(k, n), channels.begin, part.of);
+      for (std::int64_t c = 0; c < n; ++c) add(totals[c], part.of[c]);
+    }
+  }
+
   void reduce_and_apply(Range groups) {
     for (std::int64_t g = groups.begin; g < groups.end; ++g) {
       const Range channels = channels_of_group(g);
-      kernels::Sums totals[kernels::kMostChannels], part[kernels::kMostChannels];
-      const std::int64_t n = channels.end - channels.begin;
-      for (std::int64_t k = 0; k < plan_.chunks; ++k) {
-        kernels::Sums* sums = k == 0 ? totals : part;
-        pass_.sum_runs(plan_.chunk_offset(k, channels.begin), plan_.chunk_runs(k, n), channels.begin, sums);
-        for (std::int64_t c = 0; k > 0 && c < n; ++c) add(totals[c], part[c]);
-      }
-      pass_.finish(channels, totals);
+      SumsOfGroup totals;
+      sum_group(channels, totals.of);
+      pass_.finish(channels, totals.of);
       if (!pass_.applies) continue;
       // Last chunk first: it is the one still nearest in cache.
       for (std::int64_t k = plan_.chunks; k-- > 0;) apply_chunk(k, channels);
@@ -158,8 +168,8 @@ class Traversal {
 
   void run_row_blocks() {
     const Phase sum = phase<&Traversal::sum_blocks>(plan_.sum_rows.blocks);
-    const Phase finish = phase<&Traversal::finish_columns>(
-        (plan_.problem.channels + channels_together() - 1) / channels_together());
+    const Phase finish =
+        phase<&Traversal::finish_columns>((plan_.problem.channels + channels_together() - 1) / channels_together());
     const Phase apply = phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks, true);
     if (!pass_.reduces) return run_phases({finish, apply});
     if (!pass_.applies) return run_phases({sum, finish});

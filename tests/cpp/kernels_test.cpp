@@ -49,8 +49,6 @@ bool reads_dy(Pass pass) { return pass >= Pass::grad_input; }
 bool goes_around_cache(Pass pass) {
   return pass == Pass::normalize_around_cache || pass == Pass::grad_input_around_cache;
 }
-// Pieces of rows that were stored around the caches: only aligned ones can be.
-int rows_around_cache = 0;
 
 // Which array the output is written to.
 enum class Output { its_own, x, dy };
@@ -230,7 +228,7 @@ std::vector<double> call_runs_sums(const Kernels<T>& k, const Inputs<T>& in, con
       k.runs_moments_compensated(x, runs, sums);
       break;
     default:
-      k.runs_grad_sums(dy, x, runs, in.mean[0], sums);
+      k.runs_grad_sums(dy, x, runs, in.mean.data(), sums);
   }
   const Sums found = *sums;
   EXPECT(memory.untouched_outside({1, 1, 1}), described());
@@ -313,17 +311,17 @@ Outcome<T> call_elements(const Kernels<T>& k, const Inputs<T>& in) {
   const std::uint16_t* mask = m.mask.place(in.mask, place, 6);
   const Runs runs{in.piece.length, in.piece.count, in.piece.stride};
   const Rows rows{in.piece.count, in.piece.length, in.piece.stride};
-  const bool lines = in.piece.length % kernels::kVectorColumns == 0 && is_line_aligned(out) &&
-                     in.piece.stride * static_cast<std::int64_t>(sizeof(T)) % kernels::kStreamBytes == 0;
-  const bool around = goes_around_cache(current.pass) && (!in.is_rows || lines);
-  rows_around_cache += around && in.is_rows ? 1 : 0;
+  const bool around = goes_around_cache(current.pass);
+  const kernels::Affine<T> affine{*n[0], *n[1], *n[2]};
+  const kernels::GradAffine<T> grad_affine =
+      has_dy ? kernels::GradAffine<T>{*n[0], *n[1], *n[2], *n[3], *n[4]} : kernels::GradAffine<T>{};
   if (!in.is_rows && !has_dy) {
     const auto narrow = around ? k.runs_normalize_around_cache : k.runs_normalize;
-    is_wide ? k.runs_normalize_wide(x, out, runs, {*w[0], *w[1], *w[2]}) : narrow(x, out, runs, {*n[0], *n[1], *n[2]});
+    is_wide ? k.runs_normalize_wide(x, out, runs, {*w[0], *w[1], *w[2]}) : narrow(x, out, runs, &affine);
   } else if (!in.is_rows) {
     const auto narrow = around ? k.runs_grad_input_around_cache : k.runs_grad_input;
     is_wide ? k.runs_grad_input_wide(dy, x, out, runs, {*w[0], *w[1], *w[2], *w[3], *w[4]})
-            : narrow(dy, x, out, runs, {*n[0], *n[1], *n[2], *n[3], *n[4]});
+            : narrow(dy, x, out, runs, &grad_affine);
   } else if (!has_dy) {
     const auto narrow = around ? k.rows_normalize_around_cache : k.rows_normalize;
     is_wide ? k.rows_normalize_mixed(x, out, rows, {n[0], n[1], n[2]}, {mask, {w[0], w[1], w[2]}})
@@ -535,7 +533,7 @@ TEST(every_table_has_every_kernel) {
              k.runs_moments_compensated && k.rows_moments_compensated && k.runs_normalize && k.runs_normalize_wide &&
              k.rows_normalize && k.runs_grad_sums && k.rows_grad_sums && k.runs_grad_input && k.runs_grad_input_wide &&
              k.rows_grad_input && k.runs_normalize_around_cache && k.rows_normalize_around_cache &&
-             k.runs_grad_input_around_cache && k.rows_grad_input_around_cache;
+             k.runs_grad_input_around_cache && k.rows_grad_input_around_cache && k.add_blocks;
     };
     EXPECT(complete(implementation.table->f32) && complete(implementation.table->f64), implementation.name);
     EXPECT(implementation.table->f32.rows_normalize_mixed && implementation.table->f32.rows_grad_input_mixed,
@@ -650,8 +648,124 @@ TEST(float64_squares_near_underflow_give_the_same_bits_on_every_table) {
   }
 }
 
-// Runs after those above, which count.
-TEST(rows_were_stored_around_the_caches_too) { EXPECT(rows_around_cache > 0, rows_around_cache); }
+// Channels of a piece, their runs side by side, against each of them alone.
+template <class T>
+struct SeveralChannels {
+  std::vector<T> x, dy, out, alone;
+  std::vector<double> mean;
+  std::vector<kernels::Affine<T>> affine;
+  std::vector<kernels::GradAffine<T>> grad_affine;
+};
+
+template <class T>
+SeveralChannels<T> several_channels(Runs runs, std::uint64_t seed) {
+  Generator g(seed);
+  const auto size = static_cast<std::size_t>(runs.count * runs.stride);
+  SeveralChannels<T> s{
+      std::vector<T>(size), std::vector<T>(size), std::vector<T>(size), std::vector<T>(size), {}, {}, {}};
+  for (T& e : s.x) e = ordinary<T>(g);
+  for (T& e : s.dy) e = ordinary<T>(g);
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    s.mean.push_back(g.value<double>());
+    s.affine.push_back({g.value<T>(), g.value<T>(), g.value<T>()});
+    s.grad_affine.push_back({g.value<T>(), g.value<T>(), g.value<T>(), g.value<T>(), g.value<T>()});
+  }
+  return s;
+}
+
+template <class T>
+void expect_each_channel_as_alone(const char* isa, const Kernels<T>& k, Runs runs, SeveralChannels<T> s) {
+  Sums together[2][kernels::kMostChannels];
+  k.runs_moments(s.x.data(), runs, together[0]);
+  k.runs_grad_sums(s.dy.data(), s.x.data(), runs, s.mean.data(), together[1]);
+  const auto same = [](const Sums& a, const Sums& b) { return std::memcmp(&a, &b, sizeof a) == 0; };
+  const std::string what = expect::text(isa, " ", sizeof(T) == 4 ? "float " : "double ", runs.count, " x ",
+                                        runs.channels, " x ", runs.length, ", stride ", runs.stride);
+  const Runs one{runs.length, runs.count, runs.stride};
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    const auto at = static_cast<std::size_t>(c);
+    const T *x = s.x.data() + c * runs.length, *dy = s.dy.data() + c * runs.length;
+    Sums alone[2];
+    k.runs_moments(x, one, &alone[0]);
+    k.runs_grad_sums(dy, x, one, &s.mean[at], &alone[1]);
+    EXPECT(same(alone[0], together[0][c]) && same(alone[1], together[1][c]), what, " channel ", c);
+  }
+  const auto expect_same_output = [&](auto apply_together, auto apply_alone, const char* name) {
+    s.out.assign(s.out.size(), T(7));
+    s.alone.assign(s.out.size(), T(7));
+    apply_together();
+    for (std::int64_t c = 0; c < runs.channels; ++c) apply_alone(c, c * runs.length);
+    EXPECT(data::same_bits(s.out, s.alone), what, " ", name);
+  };
+  for (const auto normalize : {k.runs_normalize, k.runs_normalize_around_cache}) {
+    expect_same_output([&] { normalize(s.x.data(), s.out.data(), runs, s.affine.data()); },
+                       [&](std::int64_t c, std::int64_t at) {
+                         normalize(s.x.data() + at, s.alone.data() + at, one, s.affine.data() + c);
+                       },
+                       "normalize");
+  }
+  for (const auto grad_input : {k.runs_grad_input, k.runs_grad_input_around_cache}) {
+    expect_same_output([&] { grad_input(s.dy.data(), s.x.data(), s.out.data(), runs, s.grad_affine.data()); },
+                       [&](std::int64_t c, std::int64_t at) {
+                         grad_input(s.dy.data() + at, s.x.data() + at, s.alone.data() + at, one,
+                                    s.grad_affine.data() + c);
+                       },
+                       "grad_input");
+  }
+}
+
+TEST(channels_of_one_piece_get_the_bits_that_each_gets_alone) {
+  std::uint64_t seed = 20;
+  for (const std::int64_t channels : {1, 2, 3, 7, 32}) {
+    for (std::int64_t length = 16; length <= 50; ++length) {
+      for (const std::int64_t count : {1, 3}) {
+        const Runs runs{length, count, channels * length + (length % 3) * 5, channels, length % 2 == 0 ? 0 : 1'000'000};
+        for (const Implementation& implementation : runnable()) {
+          expect_each_channel_as_alone<float>(implementation.name, implementation.table->f32, runs,
+                                              several_channels<float>(runs, ++seed));
+          expect_each_channel_as_alone<double>(implementation.name, implementation.table->f64, runs,
+                                               several_channels<double>(runs, ++seed));
+        }
+      }
+    }
+  }
+}
+
+TEST(sums_of_blocks_add_up_with_the_error_of_each_addition_kept) {
+  Generator g(30);
+  for (const std::int64_t columns : {1, 5, 16, 17, 40}) {
+    constexpr std::int64_t kBlocks = 9;
+    const std::int64_t stride = 4 * columns + 3;
+    std::vector<double> parts(static_cast<std::size_t>(kBlocks * stride));
+    for (double& p : parts) p = ordinary<double>(g);
+    const auto sums_at = [&](double* p) {
+      return kernels::ColumnSums{p, p + columns, p + 2 * columns, p + 3 * columns};
+    };
+    for (const bool low_is_kept : {false, true}) {
+      std::vector<std::vector<double>> totals;
+      for (const Implementation& implementation : runnable()) {
+        const bool is_reference = implementation.table == reference_implementation.table;
+        if (is_reference && low_is_kept) continue;  // it keeps no low parts
+        std::vector<double>& total = totals.emplace_back(static_cast<std::size_t>(4 * columns));
+        const auto add_blocks =
+            low_is_kept ? implementation.table->f64.add_blocks : implementation.table->f32.add_blocks;
+        add_blocks(sums_at(parts.data()), kBlocks, stride, columns, sums_at(total.data()));
+        EXPECT(data::same_bits(total, totals.front()), implementation.name, " ", columns, " columns");
+      }
+      for (std::int64_t e = 0; e < 2 * columns; ++e) {
+        const std::int64_t at = e / columns * 2 * columns + e % columns;  // among first and second
+        ExactSum exact;
+        for (std::int64_t b = 0; b < kBlocks; ++b) {
+          exact.add(parts.data()[b * stride + at]);
+          if (low_is_kept) exact.add(parts.data()[b * stride + at + columns]);
+        }
+        const DoubleDouble error = exact.value() - two_sum(totals[0].data()[at], totals[0].data()[at + columns]);
+        // Low parts are added plainly: 9 roundings of sums of at most 2^22.
+        EXPECT(std::abs(error.hi) <= 2 * kBlocks * 0x1p-53 * (low_is_kept ? 0x1p22 : 0x1p-30), error.hi);
+      }
+    }
+  }
+}
 
 }  // namespace
 

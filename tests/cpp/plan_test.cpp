@@ -66,7 +66,7 @@ std::vector<Problem> all_problems() {
 bool is_interleaved(const Plan& plan) { return plan.path == Path::row_blocks; }
 
 // How often the pieces of a plan hold each value. The channel that a piece gives a value must be the value's own.
-std::vector<int> visits(const Plan& plan, const Problem& problem) {
+std::vector<int> visits(const Plan& plan, const RowCut& cut, const Problem& problem) {
   std::vector<int> seen(static_cast<std::size_t>(problem.size()), 0);
   const std::int64_t end = problem.size();
   const auto see = [&](std::int64_t at, std::int64_t channel) {
@@ -77,12 +77,12 @@ std::vector<int> visits(const Plan& plan, const Problem& problem) {
     ++seen.data()[at];
   };
   if (is_interleaved(plan)) {
-    for (std::int64_t b = 0; b < plan.blocks; ++b) {
-      const kernels::Rows rows = plan.block(b);
-      EXPECT(rows.count >= 1 && rows.columns >= 1 && rows.columns <= plan.columns, "block ", b, " of ", text(problem));
+    for (std::int64_t b = 0; b < cut.blocks; ++b) {
+      const kernels::Rows rows = cut.block(b);
+      EXPECT(rows.count >= 1 && rows.columns >= 1 && rows.columns <= cut.columns, "block ", b, " of ", text(problem));
       for (std::int64_t r = 0; r < rows.count; ++r) {
         for (std::int64_t e = 0; e < rows.columns; ++e) {
-          see(plan.block_offset(b) + r * rows.stride + e, e / plan.problem.inner % plan.problem.channels);
+          see(cut.offset(b) + r * rows.stride + e, e / plan.problem.inner % plan.problem.channels);
         }
       }
     }
@@ -100,10 +100,12 @@ std::vector<int> visits(const Plan& plan, const Problem& problem) {
   return seen;
 }
 
+// What decides the order of summation.
 std::string geometry(const Plan& p) {
+  const RowCut& rows = p.sum_rows;
   return expect::text(text(p.problem), " ", is_interleaved(p), " ", p.piece_length, " ", p.runs_per_chunk, " ",
-                      p.pieces_per_run, " ", p.chunks, " ", p.repeat, " ", p.columns, " ", p.rows, " ", p.block_rows,
-                      " ", p.full_blocks, " ", p.rest_rows, " ", p.blocks);
+                      p.pieces_per_run, " ", p.chunks, " ", rows.repeat, " ", rows.columns, " ", rows.rows, " ",
+                      rows.block_rows, " ", rows.full_blocks, " ", rows.rest_rows, " ", rows.blocks);
 }
 
 std::int64_t tasks(const Plan& plan) {
@@ -111,11 +113,11 @@ std::int64_t tasks(const Plan& plan) {
     case Path::nothing:
       return 1;
     case Path::channel_tasks:
-      return plan.problem.channels;
+      return plan.groups();
     case Path::chunk_tasks:
-      return plan.problem.channels * plan.chunks;
+      return plan.groups() * plan.chunks;
     default:
-      return plan.blocks;
+      return std::max(plan.sum_rows.blocks, plan.apply_rows.blocks);
   }
 }
 
@@ -133,10 +135,13 @@ void for_each_plan(F&& f) {
 
 TEST(pieces_hold_every_value_once_and_know_its_channel) {
   for (const Problem& problem : small_problems()) {
-    for (const Work& work : {kTraining, kWorks[0]}) {
-      const std::vector<int> seen = visits(make_plan(problem, work, kMachine, 3), problem);
-      for (std::size_t at = 0; at < seen.size(); ++at) {
-        EXPECT(seen[at] == 1, "value ", at, " of ", text(problem), " is visited ", seen[at], " times");
+    for (const Work& work : {kTraining, kWorks[0], kWorks[1]}) {
+      const Plan plan = make_plan(problem, work, kMachine, 3);
+      for (const RowCut& cut : {plan.sum_rows, plan.apply_rows}) {
+        const std::vector<int> seen = visits(plan, cut, problem);
+        for (std::size_t at = 0; at < seen.size(); ++at) {
+          EXPECT(seen[at] == 1, "value ", at, " of ", text(problem), " is visited ", seen[at], " times");
+        }
       }
     }
   }
@@ -146,16 +151,18 @@ TEST(pieces_of_huge_problems_add_up_and_end_at_the_end) {
   for (const Problem& problem : huge_problems()) {
     const Plan plan = make_plan(problem, kTraining, kMachine, 8);
     if (is_interleaved(plan)) {
-      const kernels::Rows first = plan.block(0), last = plan.block(plan.blocks - 1);
-      const std::int64_t end = plan.block_offset(plan.blocks - 1) + (last.count - 1) * last.stride + last.columns;
-      EXPECT_EQUAL(end, problem.size(), text(problem));
-      EXPECT_EQUAL(plan.block_offset(0), 0, text(problem));
-      for (const std::int64_t b : {std::int64_t{0}, plan.blocks / 2, plan.blocks - 2}) {
-        if (b < 0 || b + 1 >= plan.blocks) continue;
-        const kernels::Rows rows = plan.block(b);
-        EXPECT_EQUAL(plan.block_offset(b) + rows.count * rows.stride, plan.block_offset(b + 1), text(problem));
+      for (const RowCut& cut : {plan.sum_rows, plan.apply_rows}) {
+        const kernels::Rows first = cut.block(0), last = cut.block(cut.blocks - 1);
+        const std::int64_t end = cut.offset(cut.blocks - 1) + (last.count - 1) * last.stride + last.columns;
+        EXPECT_EQUAL(end, problem.size(), text(problem));
+        EXPECT_EQUAL(cut.offset(0), 0, text(problem));
+        for (const std::int64_t b : {std::int64_t{0}, cut.blocks / 2, cut.blocks - 2}) {
+          if (b < 0 || b + 1 >= cut.blocks) continue;
+          const kernels::Rows rows = cut.block(b);
+          EXPECT_EQUAL(cut.offset(b) + rows.count * rows.stride, cut.offset(b + 1), text(problem));
+        }
+        EXPECT(first.count > 0 && last.count > 0, text(problem));
       }
-      EXPECT(first.count > 0 && last.count > 0, text(problem));
     } else {
       const std::int64_t k = plan.chunks - 1, c = plan.problem.channels - 1;
       const kernels::Runs last = plan.chunk_runs(k);
@@ -163,7 +170,7 @@ TEST(pieces_of_huge_problems_add_up_and_end_at_the_end) {
       EXPECT_EQUAL(plan.chunk_offset(k, c) + (last.count - 1) * last.stride + last.length, problem.size(),
                    text(problem));
       // All chunks but the last of a run, or the last of a channel, are full.
-      const std::int64_t full = plan.chunk_values(), values = problem.count();
+      const std::int64_t full = plan.runs_per_chunk * plan.piece_length, values = problem.count();
       EXPECT(full * plan.chunks >= values, text(problem));
       if (plan.pieces_per_run == 1) EXPECT(full * (plan.chunks - 1) < values, text(problem));
       if (plan.pieces_per_run > 1) EXPECT(full * (plan.pieces_per_run - 1) < plan.problem.inner, text(problem));
@@ -171,10 +178,11 @@ TEST(pieces_of_huge_problems_add_up_and_end_at_the_end) {
   }
 }
 
-TEST(geometry_is_the_same_for_all_threads_machines_and_passes) {
+TEST(what_is_summed_together_is_the_same_for_all_threads_machines_and_passes) {
   std::string expected;
   Problem of{-1, -1, -1};
-  for_each_plan([&](const Plan& plan, const Problem& problem, const Work&, int) {
+  for_each_plan([&](const Plan& plan, const Problem& problem, const Work& work, int) {
+    if (!work.reduces) return;
     const bool is_new = of.outer != problem.outer || of.channels != problem.channels || of.inner != problem.inner;
     if (is_new) expected = geometry(plan);
     of = problem;
@@ -202,7 +210,7 @@ TEST(a_lane_adds_at_most_2048_values_of_a_piece) {
   for (const Problem& problem : all_problems()) {
     const Plan plan = make_plan(problem, kTraining, kMachine, 8);
     if (is_interleaved(plan)) {
-      EXPECT(plan.block_rows <= 2048 && plan.rest_rows <= 2048, text(problem));
+      EXPECT(plan.sum_rows.block_rows <= 2048 && plan.sum_rows.rest_rows <= 2048, text(problem));
     } else if (plan.planar()) {
       EXPECT(plan.runs_per_chunk * ((plan.piece_length + 15) / 16) <= 2048, text(problem));
     }
@@ -234,7 +242,7 @@ TEST(the_text_of_a_plan_names_its_path_and_threads) {
     EXPECT(said.find("threads ") != std::string::npos, said);
   };
   says({0, 3, 4}, kMachine, 1, "nothing to do");
-  says({8, 64, 196}, kMachine, 4, "a task is a channel");
+  says({8, 64, 196}, kMachine, 4, "a task is 4 channel(s)");
   says({8, 64, 196}, {1024, 1024}, 4, "a task is a chunk");
   says({4096, 64, 1}, kMachine, 4, "a task is a block of rows");
   says({4096, 64, 1}, kMachine, 4, "threads 4");
@@ -248,7 +256,7 @@ TEST(the_largest_allowed_problem_is_planned_for_all_threads) {
   }
 }
 
-TEST(only_large_outputs_of_whole_lines_are_stored_around_the_caches) {
+TEST(only_large_outputs_are_stored_around_the_caches) {
   const auto around = [](const Problem& problem, const Work& work) {
     return make_plan(problem, work, kMachine, 2).around_cache;  // half of 32 MB is the limit here
   };
@@ -256,8 +264,8 @@ TEST(only_large_outputs_of_whole_lines_are_stored_around_the_caches) {
   EXPECT(around({401408, 64, 1}, kTraining));
   EXPECT(!around({4, 64, 12544}, kTraining));             // 12 MB
   EXPECT(!around({32, 64, 12544}, {true, false, 1, 4}));  // nothing is written
-  EXPECT(!around({4096, 2048, 49}, kTraining));           // runs too short
-  EXPECT(!around({401408, 130, 1}, kTraining));           // rows are not whole vectors
+  EXPECT(around({4096, 2048, 49}, kTraining));            // runs of a stretch make whole lines
+  EXPECT(around({401408, 130, 1}, kTraining));
 }
 
 }  // namespace

@@ -98,6 +98,7 @@ struct KeptLanes {
 template <class Accumulator, class Make, class... Input>
 BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input*... input) {
   KeptLanes<Accumulator> kept[kMostChannels];
+  for (std::int64_t c = 0; runs.count == 0 && c < runs.channels; ++c) out[c] = Sums{};
   const std::int64_t stretch = runs.channels * runs.length;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t c = 0; c < runs.channels; ++c) {
@@ -124,32 +125,46 @@ BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input*... input) 
 // loaded and stored once for eight vectors of input, and the machine's prefetchers see eight streams.
 constexpr std::int64_t kRowsPerVisit = 8;
 
+// How far ahead values of rows are fetched: two visits, or this far. Without it, moments of 100352 x 256 values took
+// 5.5 ms, with it 3.3 (Zen 4, two threads; one visit ahead 5.0, all into the first-level cache 5.0).
+constexpr std::int64_t kFarBytes = 16 * 1024;
+template <class T>
+BN_INLINE std::int64_t values_ahead(const Rows& rows) {
+  constexpr std::int64_t kLeast = 2 * kRowsPerVisit, kFar = kFarBytes / static_cast<std::int64_t>(sizeof(T));
+  return kLeast * rows.stride >= kFar ? kLeast * rows.stride : kFar / rows.stride * rows.stride;
+}
+
 // One visit: up to eight rows of the n <= 16 columns from `c` on.
 template <class Pair, class... Input>
-BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t c,
-                             std::int64_t n, const ColumnSums& out, const Input*... input) {
+BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t ahead,
+                             std::int64_t c, std::int64_t n, const ColumnSums& out, const Input*... input) {
   if (!first_visit) {
     restore(pair.first, out.first + c, out.first_lo + c, n);
     restore(pair.second, out.second + c, out.second_lo + c, n);
   }
-  for (std::int64_t r = 0; r < rows; ++r) pair.add((input + r * stride)..., n);
+  for (std::int64_t r = 0; r < rows; ++r) {
+    (fetch_lanes<Fetch::kFar>(input + r * stride + ahead), ...);
+    pair.add((input + r * stride)..., n);
+  }
   keep(pair.first, out.first + c, out.first_lo + c, n);
   keep(pair.second, out.second + c, out.second_lo + c, n);
 }
 
 // make(c, n) gives the empty Pair of the n columns from c on.
-template <class Make, class... Input>
-BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input*... input) {
+template <class Make, class T, class... Rest>
+BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const T* input, const Rest*... rest) {
+  const std::int64_t ahead = values_ahead<T>(rows);
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
     const std::int64_t start = r * rows.stride;
     std::int64_t c = 0;
     for (; c + kLanes <= rows.columns; c += kLanes) {
-      visit_columns(make(c, kLanes), r == 0, visit, rows.stride, c, kLanes, out, (input + start + c)...);
+      visit_columns(make(c, kLanes), r == 0, visit, rows.stride, ahead, c, kLanes, out, input + start + c,
+                    (rest + start + c)...);
     }
     if (c < rows.columns) {
       const std::int64_t n = rows.columns - c;
-      visit_columns(make(c, n), r == 0, visit, rows.stride, c, n, out, (input + start + c)...);
+      visit_columns(make(c, n), r == 0, visit, rows.stride, ahead, c, n, out, input + start + c, (rest + start + c)...);
     }
   }
 }

@@ -31,12 +31,12 @@ struct Lanes<double> {
   NativeDouble v[kVectors];
 };
 
-#define BN_LANEWISE(op)                                                     \
-  template <class A>                                                        \
-  BN_INLINE Lanes<A> operator op(const Lanes<A>& a, const Lanes<A>& b) {    \
-    Lanes<A> r;                                                             \
-    _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = a.v[k] op b.v[k]; \
-    return r;                                                               \
+#define BN_LANEWISE(op)                                                               \
+  template <class A>                                                                  \
+  BN_INLINE Lanes<A> operator op(const Lanes<A>& a, const Lanes<A>& b) {              \
+    Lanes<A> r;                                                                       \
+    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = a.v[k] op b.v[k]; \
+    return r;                                                                         \
   }
 BN_LANEWISE(+)
 BN_LANEWISE(-)
@@ -47,7 +47,7 @@ template <class A>
 BN_INLINE Lanes<A> broadcast(A value) {
   Lanes<A> r;
   const typename Lanes<A>::Native zero{};
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = value - zero;  // which keeps the sign of -0
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = value - zero;  // which keeps the sign of -0
   return r;
 }
 
@@ -56,12 +56,14 @@ BN_INLINE Lanes<A> broadcast(A value) {
 template <class A>
 BN_INLINE Lanes<A> load(const A* p) {
   Lanes<A> r;
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) __builtin_memcpy(&r.v[k], p + k * Lanes<A>::kWidth, sizeof r.v[k]);
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k)
+      __builtin_memcpy(&r.v[k], p + k * Lanes<A>::kWidth, sizeof r.v[k]);
   return r;
 }
 template <class A>
 BN_INLINE void store(A* p, const Lanes<A>& a) {
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) __builtin_memcpy(p + k * Lanes<A>::kWidth, &a.v[k], sizeof a.v[k]);
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k)
+      __builtin_memcpy(p + k * Lanes<A>::kWidth, &a.v[k], sizeof a.v[k]);
 }
 template <class A, class T>
 BN_INLINE Lanes<A> load_as(const T* p) {
@@ -69,7 +71,7 @@ BN_INLINE Lanes<A> load_as(const T* p) {
     return load(p);
   } else {
     Lanes<double> r;
-    _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = widen_load(p + k * Lanes<double>::kWidth);
+    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = widen_load(p + k * Lanes<double>::kWidth);
     return r;
   }
 }
@@ -78,21 +80,21 @@ BN_INLINE void store_as(T* p, const Lanes<A>& a) {
   if constexpr (sizeof(A) == sizeof(T)) {
     store(p, a);
   } else {
-    _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<double>::kVectors; ++k) narrow_store(p + k * Lanes<double>::kWidth, a.v[k]);
+    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) narrow_store(p + k * Lanes<double>::kWidth, a.v[k]);
   }
 }
 
 // 16 values around the caches; p is aligned to kStreamBytes.
 template <class A>
 BN_INLINE void stream_lanes(A* p, const Lanes<A>& a) {
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) stream(p + k * Lanes<A>::kWidth, a.v[k]);
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) stream(p + k * Lanes<A>::kWidth, a.v[k]);
 }
 
 // The same for the first n < 16 values; the other lanes are loaded as `fill` and not stored.
 template <class A, class T>
 BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, T fill) {
   Lanes<A> r;
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) {
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
     const int skip = k * Lanes<A>::kWidth;
     if constexpr (sizeof(A) == sizeof(T)) {
       r.v[k] = load_part(p + skip, n - skip, fill);
@@ -104,7 +106,7 @@ BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, T fill) {
 }
 template <class A, class T>
 BN_INLINE void store_first(T* p, std::int64_t n, const Lanes<A>& a) {
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) {
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
     const int skip = k * Lanes<A>::kWidth;
     if constexpr (sizeof(A) == sizeof(T)) {
       store_part(p + skip, n - skip, a.v[k]);
@@ -132,7 +134,7 @@ BN_INLINE void store_upto(T* p, std::int64_t n, const Lanes<A>& a) {
 template <class A>
 BN_INLINE Lanes<A> join(std::int64_t n, const Lanes<A>& a, const Lanes<A>& b) {
   Lanes<A> r;
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(a.v[k], n - k * Lanes<A>::kWidth, b.v[k]);
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(a.v[k], n - k * Lanes<A>::kWidth, b.v[k]);
   return r;
 }
 
@@ -148,14 +150,14 @@ BN_INLINE void fetch_lanes(const T* p) {
 
 BN_INLINE Lanes<double> multiply_add_exact(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& c) {
   Lanes<double> r;
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = multiply_add_exact(a.v[k], b.v[k], c.v[k]);
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = multiply_add_exact(a.v[k], b.v[k], c.v[k]);
   return r;
 }
 // a*a - square, exactly; taken as 0 where it reaches below float64's smallest number, since there the fused and the
 // split form round it differently. 2^-960 is above the square whose last exact bit is 2^-1074.
 BN_INLINE Lanes<double> square_error(const Lanes<double>& a, const Lanes<double>& square) {
   Lanes<double> r;
-  _Pragma("GCC unroll 8") for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
     const NativeDouble error = product_error(a.v[k], a.v[k], square.v[k]);
     r.v[k] = square.v[k] >= 0x1p-960 ? error : NativeDouble{};
   }

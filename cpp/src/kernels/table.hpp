@@ -32,8 +32,8 @@ constexpr std::int64_t kVectorColumns = 16;
 // A cache line. Stores around the caches write whole ones.
 constexpr std::int64_t kStreamBytes = 64;
 
-// Channels of a piece that is summed: their lanes stay on the kernel's stack (up to 640 bytes a channel) from stretch to
-// stretch. Pieces that are only applied may have any number.
+// Channels of a piece that is summed: their lanes stay on the kernel's stack (up to 640 bytes a channel) from stretch
+// to stretch. Pieces that are only applied may have any number.
 constexpr std::int64_t kMostChannels = 32;
 
 // A piece of a planar tensor. With more than one channel, `length` is at least kVectorColumns. `ahead`: how many values

@@ -9,6 +9,14 @@
 
 #define BN_INLINE [[maybe_unused]] inline __attribute__((always_inline))
 
+// Before a loop over the native vectors of 16 lanes. Unless it is unrolled early, GCC 12 keeps the vectors on the
+// stack: moments of runs of 64 values were 6 times slower with AVX2.
+#if defined(__clang__)
+#define BN_UNROLL _Pragma("unroll")
+#else
+#define BN_UNROLL _Pragma("GCC unroll 8")
+#endif
+
 namespace batchnorm::kernels {
 namespace {
 
