@@ -79,7 +79,7 @@ def explain(
     Examples
     --------
     >>> print(explain((32, 3, 8, 8), num_threads=1))
-    problem {outer 32, channels 3, inner 64}: a task is a channel (1 chunk(s) a channel, 32 x 64 values each), threads 1
+    problem {outer 32, channels 3, inner 64}: a task is 3 channel(s) (1 chunk(s) a channel, 32 x 64 values each), threads 1
     """
     # An array of that shape that takes no memory: what it would be checked for, it is.
     x = np.broadcast_to(np.zeros((), dtype), shape)
