@@ -2,14 +2,24 @@
 #pragma once
 
 #include <cstddef>
+#include <span>
+
+#include "team.hpp"
 
 namespace bench {
 
-// to = from, on `threads` threads, with ordinary stores.
-void copy_ordinary(float* to, const float* from, std::size_t n, int threads);
-// The same with stores that go around the caches, where the machine has them.
-void copy_around_cache(float* to, const float* from, std::size_t n, int threads);
-// to = a + b: two streams in, one out, the shape of a backward pass.
-void add_streams(float* to, const float* a, const float* b, std::size_t n, int threads);
+enum class Stores {
+  ordinary,
+  around_caches,  // in the widest vectors of the machine; ordinary where it has no such stores
+};
+
+// Sizes are multiples of 64 bytes, and `to` starts at such a multiple.
+using Bytes = std::span<std::byte>;
+using ConstBytes = std::span<const std::byte>;
+
+// to = from: one stream in, one out.
+void copy(Team& team, int threads, Stores stores, Bytes to, ConstBytes from);
+// to = a xor b: two streams in, one out, as in a backward pass. Xor costs the same for any bits.
+void combine(Team& team, int threads, Stores stores, Bytes to, ConstBytes a, ConstBytes b);
 
 }  // namespace bench

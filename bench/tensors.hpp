@@ -1,0 +1,97 @@
+// The tensors of one case, and the calls that are measured on them.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <cstdlib>
+#include <memory>
+#include <new>
+#include <span>
+#include <vector>
+
+#include "batchnorm/batchnorm.hpp"
+#include "copy.hpp"
+#include "passes.hpp"
+
+namespace bench {
+
+// Where a call's output lies: in memory that earlier calls have written, or in memory that the call's own time
+// includes getting (free, allocate, page faults).
+enum class Out { given, fresh };
+
+inline constexpr double kEps = 1e-5;
+
+// n values of T from a 64-byte boundary; `bytes` covers them in whole units of 64.
+template <class T>
+class Buffer {
+ public:
+  explicit Buffer(std::size_t n) : n_(n) { renew(); }
+
+  void renew() {
+    memory_.reset();  // first, as a program would whose last result is no longer used
+    memory_.reset(static_cast<T*>(std::aligned_alloc(kUnit, size_in_bytes())));
+    if (memory_ == nullptr) throw std::bad_alloc();
+  }
+  [[nodiscard]] std::span<T> values() { return {memory_.get(), n_}; }
+  [[nodiscard]] std::span<const T> values() const { return {memory_.get(), n_}; }
+  [[nodiscard]] Bytes bytes() { return {reinterpret_cast<std::byte*>(memory_.get()), size_in_bytes()}; }
+
+ private:
+  static constexpr std::size_t kUnit = 64;
+  struct Free {
+    void operator()(T* p) const { std::free(p); }
+  };
+  [[nodiscard]] std::size_t size_in_bytes() const { return (n_ * sizeof(T) + kUnit - 1) / kUnit * kUnit; }
+
+  std::size_t n_;
+  std::unique_ptr<T, Free> memory_;
+};
+
+template <class T>
+class Tensors {
+ public:
+  Tensors(const batchnorm::Problem& problem, int threads, Out out);
+
+  // One call of the library. Those of backward type need what moments and grad_sums left; the constructor calls both.
+  void run(Pass pass);
+  // The yardsticks write where the passes do.
+  void copy(Team& team, int threads, Stores stores);
+  void stream(Team& team, int threads, Stores stores);
+
+  // Runs a pass. Throws std::runtime_error, naming the first wrong value, where a result differs from the definition
+  // (plain float64 loops over every value) by more than rounding. `spoil`: first makes one result wrong, for tests.
+  void verify(Pass pass, bool spoil);
+
+  [[nodiscard]] double megabytes() const { return static_cast<double>(problem_.size()) * sizeof(T) / 1e6; }
+
+ private:
+  // Per channel, in float64: what the results are held against.
+  struct Definition {
+    std::vector<double> mean, var, sum_dy, sum_dy_xmu;
+  };
+  [[nodiscard]] Definition define() const;
+
+  void fill();
+  void forget_results(Pass pass);
+  void spoil_one_value(Pass pass);
+  void verify_y(const char* pass, const std::vector<double>& mean, const std::vector<double>& var) const;
+  void verify_dx(const char* pass) const;
+  void verify_moments() const;
+  void verify_grad_sums() const;
+  void verify_channel_gradients() const;
+  Buffer<T>& new_if_fresh(Buffer<T>& output);
+
+  batchnorm::Problem problem_;
+  batchnorm::Options options_;
+  Out out_;
+  Buffer<T> x_, y_, dy_, dx_;
+  std::vector<T> gamma_, beta_, running_mean_, running_var_, dgamma_, dbeta_;
+  std::vector<batchnorm::Moments> moments_;
+  std::vector<batchnorm::GradSums> sums_;
+  Definition definition_;
+};
+
+extern template class Tensors<float>;
+extern template class Tensors<double>;
+
+}  // namespace bench
