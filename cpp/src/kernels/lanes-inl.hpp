@@ -164,11 +164,19 @@ BN_INLINE Lanes<double> square_error(const Lanes<double>& a, const Lanes<double>
   return r;
 }
 
-// What rounding took from sum = a + b, exactly (Knuth's TwoSum). V is double or Lanes<double>.
-template <class V>
-BN_INLINE V sum_error(const V& a, const V& b, const V& sum) {
-  const V b_part = sum - a;
+// What rounding took from sum = a + b, exactly (Knuth's TwoSum), half of it on each kind of unit.
+BN_INLINE double sum_error(double a, double b, double sum) {
+  const double b_part = sum - a;
   return (a - (sum - b_part)) + (b - b_part);
+}
+BN_INLINE Lanes<double> sum_error(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& sum) {
+  Lanes<double> r;
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+    const NativeDouble b_part = other_subtract(sum.v[k], a.v[k]);
+    const NativeDouble a_error = a.v[k] - (sum.v[k] - b_part);
+    r.v[k] = other_add(a_error, other_subtract(b.v[k], b_part));
+  }
+  return r;
 }
 
 }  // namespace

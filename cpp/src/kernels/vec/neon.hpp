@@ -15,6 +15,9 @@ BN_INLINE NativeDouble widen_load(const float* p) { return vcvt_f64_f32(vld1_f32
 BN_INLINE void narrow_store(float* p, NativeDouble v) { vst1_f32(p, vcvt_f32_f64(v)); }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return vfmaq_f64(c, a, b); }
+// a + b and a - b, for machines that can do more sums at once in another way.
+BN_INLINE NativeDouble other_add(NativeDouble a, NativeDouble b) { return a + b; }
+BN_INLINE NativeDouble other_subtract(NativeDouble a, NativeDouble b) { return a - b; }
 BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
   return vfmaq_f64(-product, a, b);
 }

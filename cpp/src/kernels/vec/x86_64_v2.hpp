@@ -23,6 +23,9 @@ BN_INLINE void narrow_store(float* p, NativeDouble v) {
 }
 // a*b + c where a*b is exact.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return a * b + c; }
+// a + b and a - b, for machines that can do more sums at once in another way.
+BN_INLINE NativeDouble other_add(NativeDouble a, NativeDouble b) { return a + b; }
+BN_INLINE NativeDouble other_subtract(NativeDouble a, NativeDouble b) { return a - b; }
 BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
   return product_error_by_splitting(a, b, product);
 }

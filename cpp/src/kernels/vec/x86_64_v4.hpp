@@ -17,6 +17,12 @@ BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
 }
+// a + b and a - b on the units that multiply: error-free sums are nothing but additions, for which Zen 4 has two units
+// and as many for products. 1*b is exact, so that no bit changes.
+BN_INLINE NativeDouble other_add(NativeDouble a, NativeDouble b) { return _mm256_fmadd_pd(_mm256_set1_pd(1.0), b, a); }
+BN_INLINE NativeDouble other_subtract(NativeDouble a, NativeDouble b) {
+  return _mm256_fnmadd_pd(_mm256_set1_pd(1.0), b, a);
+}
 BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
   return _mm256_fmsub_pd(a, b, product);
 }
