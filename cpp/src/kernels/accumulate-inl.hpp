@@ -13,6 +13,8 @@ struct Plain {
   Lanes<double> sum = broadcast(0.0);
 
   BN_INLINE void add(const Lanes<double>& term) { sum = sum + term; }
+  // The same on other units; a pass that adds two terms a value uses both kinds.
+  BN_INLINE void other_add(const Lanes<double>& term) { sum = kernels::other_add(sum, term); }
 };
 
 // sum + low is the sum to about twice float64's digits.
@@ -25,6 +27,7 @@ struct Compensated {
     low = low + sum_error(sum, term, next);
     sum = next;
   }
+  BN_INLINE void other_add(const Lanes<double>& term) { add(term); }
 };
 
 // Folds the lanes of one channel: (l, l+8), (l, l+4), (l, l+2), (l, l+1).

