@@ -30,12 +30,17 @@ struct Compensated {
   BN_INLINE void other_add(const Lanes<double>& term) { add(term); }
 };
 
-// Folds the lanes of one channel: (l, l+8), (l, l+4), (l, l+2), (l, l+1).
-BN_INLINE void fold(const Plain& a, double* sum, double* low) {
-  double s[kLanes];
-  store(s, a.sum);
-  for (int half = kLanes / 2; half > 0; half /= 2) {
-    for (int l = 0; l < half; ++l) s[l] = s[l] + s[l + half];
+// Folds the lanes of one channel: (l, l+8), (l, l+4), (l, l+2), (l, l+1); whole vectors as long as there are two.
+BN_INLINE void fold(Plain a, double* sum, double* low) {
+  constexpr int kWidth = Lanes<double>::kWidth;
+  NativeDouble* v = a.sum.v;
+  BN_UNROLL for (int half = Lanes<double>::kVectors / 2; half > 0; half /= 2) {
+    BN_UNROLL for (int k = 0; k < half; ++k) v[k] = v[k] + v[k + half];
+  }
+  double s[kWidth];
+  __builtin_memcpy(s, v, sizeof s);
+  BN_UNROLL for (int half = kWidth / 2; half > 0; half /= 2) {
+    BN_UNROLL for (int l = 0; l < half; ++l) s[l] = s[l] + s[l + half];
   }
   *sum = s[0];
   *low = 0.0;
