@@ -16,10 +16,16 @@
 // - Multiplications and additions are separate, each rounded, except where a product is exact (float*float in
 //   float64), when a fused one is the same.
 //
-// Room kept for what follows: a storage type other than the arithmetic type (float16) enters where the lanes are
-// loaded and stored; a weight per position multiplies the terms of moments and grad_sums; a tail after the affine
-// map (ReLU, add) is applied before the store of normalize, its mirror after the load of dy in grad_*; merging over
-// ranks happens between the passes, where no kernel runs.
+// Room kept for what follows, none of which the kernels below would notice:
+// - a storage type other than the arithmetic type (float16, bfloat16): lanes are widened as they are loaded and
+// narrowed
+//   as they are stored, so that it is a third table, Kernels<float16>, from the same passes;
+// - a weight per position: one more input that walks along with x (and dy), by which the terms of moments and grad_sums
+//   are multiplied; a mask is a weight of 0 or 1;
+// - an epilogue (ReLU, add then ReLU): a map around the map of normalize, the residual being one more input; its mirror
+//   in backward is a map around the load of dy;
+// - a merge over ranks: happens between the passes, where no kernel runs.
+// What each means for the plan is told in docs/kernels.md.
 #pragma once
 
 #include <cstdint>
