@@ -62,10 +62,8 @@ Measured measure(const Case& shape, Layout layout, const Request& request, Team&
   auto forms = forms_of(request.passes, request.threads, tensors.megabytes());
   std::vector<std::function<void()>> works;
   for (const Form& form : forms) {
-    works.push_back([&] {
-      if (form.kind == Yardstick::copy) return tensors.copy(team, form.threads, form.stores);
-      tensors.stream(team, form.threads, form.stores);
-    });
+    tensors.verify(form.kind, team, form.threads, form.stores);
+    works.push_back([&] { tensors.move(form.kind, team, form.threads, form.stores); });
   }
   for (const PassFacts& p : request.passes) works.push_back([&] { tensors.run(p.pass); });
 

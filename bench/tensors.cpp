@@ -92,13 +92,9 @@ void Tensors<T>::run(Pass pass) {
 }
 
 template <class T>
-void Tensors<T>::copy(Team& team, int threads, Stores stores) {
-  bench::copy(team, threads, stores, new_if_fresh(y_).bytes(), x_.bytes());
-}
-
-template <class T>
-void Tensors<T>::stream(Team& team, int threads, Stores stores) {
-  bench::combine(team, threads, stores, new_if_fresh(dx_).bytes(), dy_.bytes(), x_.bytes());
+void Tensors<T>::move(Yardstick kind, Team& team, int threads, Stores stores) {
+  if (kind == Yardstick::copy) return copy(team, threads, stores, new_if_fresh(y_).bytes(), x_.bytes());
+  combine(team, threads, stores, new_if_fresh(dx_).bytes(), dy_.bytes(), x_.bytes());
 }
 
 template class Tensors<float>;

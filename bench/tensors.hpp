@@ -54,13 +54,14 @@ class Tensors {
 
   // One call of the library. Those of backward type need what moments and grad_sums left; the constructor calls both.
   void run(Pass pass);
-  // The yardsticks write where the passes do.
-  void copy(Team& team, int threads, Stores stores);
-  void stream(Team& team, int threads, Stores stores);
+  // A yardstick: one stream in and one out, or two in and one out. It writes where the passes do.
+  void move(Yardstick kind, Team& team, int threads, Stores stores);
 
   // Runs a pass. Throws std::runtime_error, naming the first wrong value, where a result differs from the definition
   // (plain float64 loops over every value) by more than rounding. `spoil`: first makes one result wrong, for tests.
   void verify(Pass pass, bool spoil);
+  // Likewise where a yardstick did not move every byte.
+  void verify(Yardstick kind, Team& team, int threads, Stores stores);
 
   [[nodiscard]] double megabytes() const { return static_cast<double>(problem_.size()) * sizeof(T) / 1e6; }
 

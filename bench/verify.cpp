@@ -4,6 +4,7 @@
 #include <cstdio>
 #include <limits>
 #include <stdexcept>
+#include <string>
 
 #include "tensors.hpp"
 
@@ -105,6 +106,19 @@ void Tensors<T>::spoil_one_value(Pass pass) {
   if (pass == Pass::backward || pass == Pass::grad_input) dx_.values()[at] += T(0.001);
   if (pass == Pass::moments) moments_[c].mean += 0.001;
   if (pass == Pass::grad_sums) sums_[c].sum_dy += 0.001 * static_cast<double>(problem_.count());
+}
+
+template <class T>
+void Tensors<T>::verify(Yardstick kind, Team& team, int threads, Stores stores) {
+  forget_results(kind == Yardstick::copy ? Pass::normalize : Pass::grad_input);
+  move(kind, team, threads, stores);
+  const auto x = std::as_bytes(x_.values()), dy = std::as_bytes(dy_.values());
+  const auto moved = std::as_bytes(kind == Yardstick::copy ? y_.values() : dx_.values());
+  for (std::size_t at = 0; at < moved.size(); ++at) {
+    if (moved[at] != (kind == Yardstick::copy ? x[at] : x[at] ^ dy[at])) {
+      throw std::runtime_error("the yardstick did not move byte " + std::to_string(at));
+    }
+  }
 }
 
 template <class T>

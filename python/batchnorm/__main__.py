@@ -1,4 +1,4 @@
-"""The command line: ``python -m batchnorm demo`` and ``python -m batchnorm info``."""
+"""The command line: ``python -m batchnorm demo``, ``bench`` and ``info``."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import json
 import sys
 from collections.abc import Sequence
 
-from batchnorm import __version__, demo, show_config
+from batchnorm import __version__, bench, demo, show_config
 from batchnorm.info import config
 
 
@@ -28,6 +28,11 @@ def _parser() -> argparse.ArgumentParser:
     demo_parser = commands.add_parser("demo", help=text, description=text)
     demo.add_arguments(demo_parser)
     demo_parser.set_defaults(run=demo.run)
+
+    text = "time it against a copy of the same bytes, and against other libraries"
+    bench_parser = commands.add_parser("bench", help=text, description=text)
+    bench.add_arguments(bench_parser)
+    bench_parser.set_defaults(run=bench.run)
 
     text = "version, compiler, instruction sets built, available and active, threads"
     info_parser = commands.add_parser("info", help=text, description=text)
