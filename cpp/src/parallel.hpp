@@ -1,5 +1,6 @@
-// Threads: one parallel region a call, in which every thread runs the same function with its own Team view.
-// parallel.cpp is the only file that knows OpenMP.
+// Threads: a call is a list of phases of independent tasks, worked off by the calling thread and by what the process's
+// pool has idle. No phase waits for a thread that has not begun one of its tasks.
+// parallel.cpp is the only file that knows OpenMP, and knows it for its settings alone.
 #pragma once
 
 #include <cstdint>
@@ -10,42 +11,48 @@ struct Range {
   std::int64_t begin, end;
 };
 
+// Part `rank` of `size` contiguous parts of `tasks` tasks.
+inline Range share(std::int64_t tasks, int rank, int size) {
+  return {tasks * rank / size, tasks * (rank + 1) / size};
+}
+
+// One phase of a call: `tasks` independent tasks. A thread has a contiguous share of them (share r of `threads`) and
+// takes over tasks from the shares of others when its own is done.
 struct Phase {
-  std::int64_t tasks, grain;
-  bool backwards;
+  std::int64_t tasks;
+  std::int64_t grain;  // tasks claimed at a time, >= 1
+  bool backwards;      // shares are visited from their ends, and run() goes through its range from the end
+  // Must not throw. Gets at most `grain` tasks at a time where several threads work, and all tasks where one does.
   void (*run)(void* context, Range tasks);
 };
+
+constexpr int kMostPhases = 8;
+
+// Runs the phases in order, each after all tasks of the one before are done, on at most `threads` threads, this one
+// among them. While a phase runs the thread has the default floating-point environment; the caller's is put back after.
+// Called from a task, it runs on the task's thread alone.
 void run_phases(int threads, const Phase* phases, int count, void* context);
 
-// One thread's place in the running region.
+// One task's place among `size` that share some work.
 class Team {
  public:
   Team(int rank, int size) : rank_(rank), size_(size) {}
-  // This thread's contiguous part of `count` tasks.
-  [[nodiscard]] Range share(std::int64_t count) const {
-    const std::int64_t each = count / size_, more = count % size_;
-    const std::int64_t begin = each * rank_ + (rank_ < more ? rank_ : more);
-    return {begin, begin + each + (rank_ < more ? 1 : 0)};
-  }
-  // Returns when all threads of the region have come here.
-  void barrier() const;
+  [[nodiscard]] Range share(std::int64_t count) const { return batchnorm::share(count, rank_, size_); }
 
  private:
   int rank_, size_;
 };
 
-// Runs f(team) on `threads` threads, this one among them; on 1 it opens no region. f must not throw. While f runs,
-// the thread has the default floating-point environment; the caller's is put back after.
-void run_in_parallel(int threads, void (*f)(void* context, const Team& team), void* context);
-
+// Runs f(Team(0, 1)) here, in the default floating-point environment. `threads` must be 1.
 template <class F>
 void parallel(int threads, F&& f) {
-  run_in_parallel(threads, [](void* context, const Team& team) { (*static_cast<F*>(context))(team); }, &f);
+  const Phase phase{1, 1, false, [](void* context, Range) { (*static_cast<F*>(context))(Team(0, 1)); }};
+  run_phases(threads, &phase, 1, &f);
 }
 
-// Threads for a call that asks for `requested` (0: the process's setting, else OpenMP's). 1 inside a parallel region,
-// and in a forked child: if anything in the parent had used OpenMP, libgomp would wait for threads that do not exist
-// there.
+// Threads for a call that asks for `requested` (0: the process's setting, else OpenMP's for this thread, else
+// OMP_NUM_THREADS, else the processors this process may use). 1 inside somebody's OpenMP region, and in a forked child,
+// which has none of its parent's threads.
 int available_threads(int requested);
 
 void set_thread_limit(int threads);
