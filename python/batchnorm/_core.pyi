@@ -63,6 +63,50 @@ def normalize_backward(
     need_beta: bool,
     threads: int,
 ) -> tuple[_Table | None, _Table | None]: ...
+def try_moments(x: object, axis: object, threads: object, /) -> _Table | None: ...
+def try_batch_norm(
+    x: object, gamma: object, beta: object, axis: object, eps: object, out: object, threads: object, /
+) -> tuple[_Array, _Array | None, _Table, int] | None: ...
+def try_normalize(
+    x: object,
+    mean: object,
+    var: object,
+    gamma: object,
+    beta: object,
+    axis: object,
+    eps: object,
+    out: object,
+    threads: object,
+    /,
+) -> _Array | None: ...
+def try_batch_norm_backward(
+    dy: object,
+    x: object,
+    moments: object,
+    gamma: object,
+    axis: object,
+    eps: object,
+    needs: object,
+    out: object,
+    threads: object,
+    /,
+) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
+def try_normalize_backward(
+    dy: object,
+    x: object,
+    mean: object,
+    var: object,
+    gamma: object,
+    axis: object,
+    eps: object,
+    needs: object,
+    out: object,
+    threads: object,
+    /,
+) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
+def try_update_running(
+    mean: object, var: object, moments: object, update_rate: object, ddof: object, /
+) -> tuple[_Table, _Table] | None: ...
 def merge(a: _Table, b: _Table) -> _Table: ...
 def variance(moments: _Table, ddof: int) -> _Table: ...
 def rstd(moments: _Table, eps: float) -> _Table: ...

@@ -56,7 +56,7 @@ def axis(value: object, ndim: int) -> int:
     try:
         index = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"axis must be an int, got {_kind(value)}") from None
+        raise TypeError(f"axis must be an int, got {kind(value)}") from None
     if not -ndim <= index < ndim:
         raise ValueError(
             f"axis must be in [{-ndim}, {ndim - 1}] for an array of {ndim} dimensions, got {index}"
@@ -67,7 +67,7 @@ def axis(value: object, ndim: int) -> int:
 def number(name: str, value: object) -> float:
     """Give a real number as a float; one beyond float64 becomes an infinity."""
     if isinstance(value, bool | np.bool) or not isinstance(value, int | float | np.integer | np.floating):
-        raise TypeError(f"{name} must be a number, got {_kind(value)}")
+        raise TypeError(f"{name} must be a number, got {kind(value)}")
     try:
         return float(value)
     except OverflowError:  # an int beyond float64
@@ -92,11 +92,7 @@ def update_rate(value: object) -> float:
 
 def ddof(value: object) -> int:
     """Give the delta degrees of freedom of a variance as an int >= 0."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"ddof must be an int >= 0, got {_kind(value)}")
-    if value < 0:
-        raise ValueError(f"ddof must be an int >= 0, got {value}")
-    return min(int(value), 2**31 - 1)
+    return _int_at_least(0, "ddof", value, "an int >= 0")
 
 
 def channel_values(name: str, values: Any, channels: int) -> Array:
@@ -107,7 +103,7 @@ def channel_values(name: str, values: Any, channels: int) -> Array:
     try:
         a = np.asarray(values)
     except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
-        raise TypeError(f"{name} must be an array of numbers, got {_kind(values)}") from None
+        raise TypeError(f"{name} must be an array of numbers, got {kind(values)}") from None
     if a.dtype.kind != "f":
         raise TypeError(f"{name} must have a floating dtype, got {a.dtype}")
     if a.shape != (channels,):
@@ -121,7 +117,7 @@ def channel_values(name: str, values: Any, channels: int) -> Array:
 def table(name: str, values: Any, columns: int) -> Array:
     """Refuse what is not a float64 table of so many columns."""
     if type(values) is not np.ndarray or values.dtype != np.float64 or values.ndim != 2:
-        raise TypeError(f"{name} must be a float64 array of 2 dimensions, got {_kind(values)}")
+        raise TypeError(f"{name} must be a float64 array of 2 dimensions, got {kind(values)}")
     if values.shape[1] != columns:
         raise ValueError(f"{name} must have {columns} columns, got {values.shape[1]}")
     return np.ascontiguousarray(values)
@@ -161,19 +157,13 @@ def batch_values(x: Array, axis: int) -> None:
 
 def num_threads(value: object) -> int:
     """Give the threads asked for, 0 standing for None."""
-    if value is None:
-        return 0
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"num_threads must be an int >= 1 or None, got {_kind(value)}")
-    if value < 1:
-        raise ValueError(f"num_threads must be an int >= 1 or None, got {value}")
-    return min(int(value), 2**31 - 1)
+    return 0 if value is None else _int_at_least(1, "num_threads", value, "an int >= 1 or None")
 
 
 def needs(names: Any) -> tuple[bool, bool, bool]:
     """Tell which of x, gamma, beta are named."""
     if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"needs must be a tuple of names, got {_kind(names)}")
+        raise TypeError(f"needs must be a tuple of names, got {kind(names)}")
     asked = tuple(names)
     for name in asked:
         if not isinstance(name, str) or name not in _GRADIENTS:
@@ -201,10 +191,19 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     return checked
 
 
-def instance(name: str, value: object, kind: type, text: str) -> None:
-    """Refuse what is not an instance of `kind`."""
-    if not isinstance(value, kind):
-        raise TypeError(f"{name} must be {text}, got {_kind(value)}")
+def instance(name: str, value: object, wanted: type, text: str) -> None:
+    """Refuse what is not an instance of `wanted`."""
+    if not isinstance(value, wanted):
+        raise TypeError(f"{name} must be {text}, got {kind(value)}")
+
+
+def _int_at_least(least: int, name: str, value: object, needed: str) -> int:
+    """Give an int as one that C++ can hold."""
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be {needed}, got {kind(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be {needed}, got {value}")
+    return min(int(value), 2**31 - 1)
 
 
 def _one_address_per_value(out: Array) -> None:
@@ -239,5 +238,6 @@ def _address(a: Array) -> int:
     return int(a.__array_interface__["data"][0])
 
 
-def _kind(value: object) -> str:
+def kind(value: object) -> str:
+    """Say what came in a word: None, or the name of its type."""
     return "None" if value is None else type(value).__name__

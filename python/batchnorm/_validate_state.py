@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm import _validate
+
 _PARAMETER_DTYPES = ("float16", "float32", "float64")
 
 # A low part is at most 2^-53 of its high part; the rest is room for other ways to normalize a pair.
@@ -236,12 +238,8 @@ def _integer(name: str, value: Any) -> int:
 
 
 def _kind(value: object) -> str:
-    """Say what came, in short whatever it is: None, the name of its type, or the dtype of an array."""
-    if value is None:
-        return "None"
-    if isinstance(value, np.ndarray):
-        return f"an array of {value.dtype}"
-    return type(value).__name__
+    """Say what came, in short whatever it is; of an array its dtype."""
+    return f"an array of {value.dtype}" if isinstance(value, np.ndarray) else _validate.kind(value)
 
 
 def _names(keys: object) -> str:

@@ -16,11 +16,14 @@ from numpy.typing import ArrayLike, NDArray
 from batchnorm import _core, _layout, _validate
 from batchnorm.moments import Moments
 
+# Each function first offers its arguments to the core as they came (_core.try_...), which does the ordinary call whole.
+# None says that something is not ordinary and that nothing was done: then all is checked, converted and reported here.
+
 Array = NDArray[Any]
 PerChannel = NDArray[np.float64]
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, init=False)
 class Saved:
     """What `batch_norm` leaves for its backward pass.
 
@@ -36,7 +39,7 @@ class Saved:
 
     For statistics that were merged over several batches or ranks, use
     ``dataclasses.replace(saved, moments=merged, rstd=...)``; the backward pass takes mean, variance and count from
-    `moments`.
+    `moments`. Where rstd is given as None, it is computed from `moments` and `eps`.
     """
 
     x: Array | None
@@ -45,6 +48,36 @@ class Saved:
     gamma: Array | None
     axis: int
     eps: float
+
+    def __init__(
+        self,
+        x: Array | None,
+        moments: Moments,
+        rstd: PerChannel | None,
+        gamma: Array | None,
+        axis: int,
+        eps: float,
+    ) -> None:
+        # A frozen dataclass's own __init__, which assigns past its own refusal, takes twice as long.
+        fields = self.__dict__
+        fields["x"], fields["moments"], fields["gamma"] = x, moments, gamma
+        fields["axis"], fields["eps"] = axis, eps
+        if rstd is not None:
+            fields["rstd"] = rstd
+
+
+class _Rstd:
+    """The field `rstd` of a Saved that was given none: computed from the others on first use."""
+
+    def __get__(self, saved: Saved | None, owner: type[Saved]) -> Any:
+        if saved is None:
+            return self
+        rstd = _core.rstd(saved.moments._table, saved.eps)
+        vars(saved)["rstd"] = rstd  # is found before this descriptor from now on
+        return rstd
+
+
+Saved.rstd = _Rstd()  # type: ignore[assignment]  # after dataclass(), which would take it for a default
 
 
 class Gradients(NamedTuple):
@@ -157,6 +190,11 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
+    done = _core.try_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
+    if done is not None:
+        y, kept_x, table, axis = done
+        return y, Saved(kept_x, Moments._from_core(table), None, gamma, axis, eps)  # type: ignore[arg-type]  # array or None
+
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
@@ -168,11 +206,10 @@ def batch_norm(
     _validate.batch_values(x, axis)
     block, sizes = _layout.dense(x, axis)
     y = _target(out, block)
-    table = _core.batch_norm(block, sizes, scale, shift, eps, y, threads)
+    moments = Moments._from_core(_core.batch_norm(block, sizes, scale, shift, eps, y, threads))
     kept = None if gamma is None else np.asarray(gamma)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
-    moments = Moments._from_table(table)
-    return _deliver(y, out), Saved(kept_x, moments, _core.rstd(table, eps), kept, axis, eps)
+    return _deliver(y, out), Saved(kept_x, moments, None, kept, axis, eps)
 
 
 def normalize(
@@ -222,6 +259,10 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
+    done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
+    if done is not None:
+        return done
+
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
@@ -288,6 +329,12 @@ def batch_norm_backward(
            [-0.3048],
            [ 0.0871]]), array([1.]))
     """
+    if type(saved) is Saved and type(saved.moments) is Moments:
+        table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
+        done = _core.try_batch_norm_backward(dy, saved.x, table, gamma, axis, eps, needs, out, num_threads)
+        if done is not None:
+            return Gradients(*done)
+
     x = _input_of(saved)
     need_x, need_gamma, need_beta = _validate.needs(needs)
     threads = _validate.num_threads(num_threads)
@@ -356,6 +403,10 @@ def normalize_backward(
     Gradients(dx=array([[0.5],
            [0.5]]), dgamma=array([1.]), dbeta=array([2.]))
     """
+    done = _core.try_normalize_backward(dy, x, mean, var, gamma, axis, eps, needs, out, num_threads)
+    if done is not None:
+        return Gradients(*done)
+
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
@@ -411,6 +462,11 @@ def update_running(
     >>> update_running([0.0], [1.0], saved.moments, update_rate=0.5)
     (array([1.]), array([1.5]))
     """
+    if type(moments) is Moments:
+        done = _core.try_update_running(running_mean, running_var, moments._table, update_rate, ddof)
+        if done is not None:
+            return done
+
     _validate.instance("moments", moments, Moments, "Moments")
     mean = _validate.channel_values("running_mean", running_mean, moments.channels)
     var = _validate.channel_values("running_var", running_var, moments.channels)

@@ -14,6 +14,7 @@ from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _validate, _validate_state, state_file
 from batchnorm.functional import (
+    Gradients,
     batch_norm,
     batch_norm_backward,
     normalize,
@@ -25,22 +26,18 @@ from batchnorm.moments import Moments
 __all__ = ["BatchNorm"]
 
 
-@dataclass(frozen=True)
+@dataclass(slots=True, eq=False)
 class _Statistics:
     """What training has learned of the data. Never changed, only replaced: one that is held is a snapshot."""
 
-    mean: NDArray[np.float64]  # (C,), read-only
-    var: NDArray[np.float64]  # (C,), read-only; biased or unbiased as the layer's ddof says
+    mean: NDArray[np.float64]  # (C,)
+    var: NDArray[np.float64]  # (C,); biased or unbiased as the layer's ddof says
     update_count: int
     pooled: Moments | None  # everything seen, where update_rate is None
 
 
-@dataclass(frozen=True)
-class _LastCall:
-    """What backward needs of the last forward call."""
-
-    x: NDArray[Any]
-    gradients: Callable[..., tuple[NDArray[Any] | None, NDArray[Any] | None, NDArray[Any] | None]]
+# What backward needs of the last forward call: its x, and what gives dx, dgamma and dbeta for a dy.
+_LastCall = tuple[NDArray[Any], Callable[..., Gradients]]
 
 
 class BatchNorm:
@@ -224,12 +221,12 @@ class BatchNorm:
     @property
     def running_mean(self) -> NDArray[np.float64]:
         """Running mean, float64 (C,), read-only: an update replaces it. To set it, use `load_state_dict`."""
-        return self._statistics.mean
+        return _read_only(self._statistics.mean)
 
     @property
     def running_var(self) -> NDArray[np.float64]:
         """Running variance (unbiased for ddof=1, biased for 0), float64 (C,), as `running_mean`."""
-        return self._statistics.var
+        return _read_only(self._statistics.var)
 
     @property
     def update_count(self) -> int:
@@ -347,10 +344,10 @@ class BatchNorm:
         last = self._last_call
         if last is None:
             raise _validate_state.no_forward_call()
-        with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
-            dx, dgamma, dbeta = last.gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
-            dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
-        if _same_memory(last.x, out):
+        x, gradients = last
+        dx, dgamma, dbeta = gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
+        dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
+        if _same_memory(x, out):
             self._last_call = None
         self._dgamma, self._dbeta = dgamma, dbeta
         return dx
@@ -361,9 +358,11 @@ class BatchNorm:
             x, gamma, self._beta, axis=self._axis, eps=self._eps, out=out, num_threads=self._num_threads
         )
         statistics = self._statistics
+        last_call: _LastCall | None = (x, partial(batch_norm_backward, saved=saved))
         if x.size > 0:
             statistics = _updated_statistics(statistics, saved.moments, self._update_rate, self._ddof)
-        last_call = None if _same_memory(x, out) else _LastCall(x, partial(batch_norm_backward, saved=saved))
+            if saved.x is None:  # out was x
+                last_call = None
         # From here on nothing can raise.
         self._statistics, self._last_call = statistics, last_call
         return y
@@ -385,7 +384,7 @@ class BatchNorm:
         gradients = partial(
             normalize_backward, x=x, mean=mean, var=var, gamma=gamma, axis=self._axis, eps=self._eps
         )
-        self._last_call = None if _same_memory(x, out) else _LastCall(x, gradients)
+        self._last_call = None if _same_memory(x, out) else (x, gradients)
         return y
 
     def _as_gradient(
@@ -393,7 +392,10 @@ class BatchNorm:
     ) -> NDArray[Any] | None:
         if gradient is None or parameter is None:
             return None
-        return gradient.astype(self._dtype, copy=False)
+        if gradient.dtype == self._dtype:
+            return gradient
+        with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
+            return gradient.astype(self._dtype)
 
     # ---- saved state ----
 
@@ -476,8 +478,7 @@ class BatchNorm:
         if self._update_rate is None:
             statistics = self._checked_pooled(checked, count)
         else:
-            mean, var = checked["running_mean"], checked["running_var"]
-            statistics = _Statistics(_read_only(mean), _read_only(var), count, None)
+            statistics = _Statistics(checked["running_mean"], checked["running_var"], count, None)
         self._gamma, self._beta, self._statistics = checked.get("gamma"), checked.get("beta"), statistics
 
     def _checked_pooled(self, checked: Mapping[str, NDArray[Any]], count: int) -> _Statistics:
@@ -567,40 +568,35 @@ class BatchNorm:
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"_last_call": None}
 
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        for array in (self._statistics.mean, self._statistics.var):
-            array.flags.writeable = False  # copies of arrays come writeable
-
 
 def _initial_statistics(channels: int, update_rate: float | None, ddof: int) -> _Statistics:
     if update_rate is None:
         return _pooled_statistics(Moments.empty(channels), 0, ddof)
-    return _Statistics(_read_only(np.zeros(channels)), _read_only(np.ones(channels)), 0, None)
+    return _Statistics(np.zeros(channels), np.ones(channels), 0, None)
 
 
 def _updated_statistics(
     statistics: _Statistics, batch: Moments, update_rate: float | None, ddof: int
 ) -> _Statistics:
     """Return the statistics after one more batch. Changes none of its arguments."""
-    count = min(statistics.update_count + 1, 2**63 - 1)  # what a state file can hold
+    count = statistics.update_count + 1
+    if count >= 2**63:  # more than a state file can hold
+        count -= 1
     if statistics.pooled is not None:
         return _pooled_statistics(statistics.pooled | batch, count, ddof)
     assert update_rate is not None
     mean, var = update_running(statistics.mean, statistics.var, batch, update_rate=update_rate, ddof=ddof)
-    return _Statistics(_read_only(mean), _read_only(var), count, None)
+    return _Statistics(mean, var, count, None)
 
 
 def _pooled_statistics(pooled: Moments, update_count: int, ddof: int) -> _Statistics:
     if update_count == 0:
-        zeros = np.zeros(pooled.channels)
-        return _Statistics(_read_only(zeros), _read_only(zeros + 1), 0, pooled)
-    return _Statistics(_read_only(pooled.mean), _read_only(pooled.var(ddof)), update_count, pooled)
+        return _Statistics(np.zeros(pooled.channels), np.ones(pooled.channels), 0, pooled)
+    return _Statistics(pooled.mean.copy(), pooled.var(ddof), update_count, pooled)
 
 
 def _read_only(array: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return a copy that nobody can write to, to be handed out and kept without further copies."""
-    array = np.array(array, np.float64)
+    """Return the array itself, to be handed out: nobody has written to it, and nobody can from now on."""
     array.flags.writeable = False
     return array
 
@@ -611,6 +607,6 @@ def _snapshot(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
 
 def _same_memory(x: NDArray[Any], out: NDArray[Any] | None) -> bool:
     """Tell whether out is x. The functions have refused any other overlap, so the first byte tells."""
-    if out is None or x.size == 0:
+    if out is None or x.size == 0 or not np.may_share_memory(x, out):
         return False
     return bool(x.__array_interface__["data"][0] == out.__array_interface__["data"][0])

@@ -68,17 +68,20 @@ class Moments:
             _validate.each_channel(name, values, (counts > 0) | (values == 0), "be 0 where count is 0")
         table = np.zeros((channels, _FIELDS))
         table[:, 0], table[:, 1], table[:, 3] = counts, means, squares
-        self._set(table)
-
-    def _set(self, table: NDArray[np.float64]) -> None:
         table.flags.writeable = False
-        object.__setattr__(self, "_table", table)
+        _set_table(self, table)
 
     @classmethod
     def _from_table(cls, table: NDArray[np.float64]) -> Self:
-        """Take over a table of the core. The caller gives up writing to it."""
-        self = cls.__new__(cls)
-        self._set(table)
+        """Take over a table. The caller gives up writing to it."""
+        table.flags.writeable = False
+        return cls._from_core(table)
+
+    @classmethod
+    def _from_core(cls, table: NDArray[np.float64]) -> Self:
+        """Take over a table of the core, which is read-only already."""
+        self = object.__new__(cls)
+        _set_table(self, table)
         return self
 
     @classmethod
@@ -139,6 +142,9 @@ class Moments:
         return f"Moments(channels={self.channels}, count={values})"
 
 
+_set_table = Moments.__dict__["_table"].__set__  # past __setattr__
+
+
 def _restore(table: NDArray[np.float64]) -> Moments:
     return Moments._from_table(table)
 
@@ -180,7 +186,7 @@ def merge(*parts: Moments) -> Moments:
             raise ValueError(
                 f"moments must have {parts[0].channels} channels to merge with the first, got {part.channels}"
             )
-    return Moments._from_table(reduce(_core.merge, (np.array(p._table) for p in parts)))
+    return Moments._from_core(reduce(_core.merge, (p._table for p in parts)))
 
 
 def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -> Moments:
@@ -215,6 +221,10 @@ def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -
     >>> m.count, m.mean, m.var()
     (array([2., 2.]), array([ 2., 10.]), array([1., 0.]))
     """
+    done = _core.try_moments(x, axis, num_threads)
+    if done is not None:
+        return Moments._from_core(done)
+
     _validate.array("x", x)
     block, sizes = _layout.dense(x, _validate.axis(axis, x.ndim))
-    return Moments._from_table(_core.moments(block, sizes, _validate.num_threads(num_threads)))
+    return Moments._from_core(_core.moments(block, sizes, _validate.num_threads(num_threads)))

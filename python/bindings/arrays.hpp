@@ -18,9 +18,11 @@ namespace py = pybind11;
 
 enum class Access { read, write };
 
+inline constexpr int kFloat32 = py::detail::npy_api::NPY_FLOAT_, kFloat64 = py::detail::npy_api::NPY_DOUBLE_;
+
 inline bool has_dtype(const py::array& a, int type_number) { return a.dtype().num() == type_number; }
-inline bool is_float32(const py::array& a) { return has_dtype(a, py::detail::npy_api::NPY_FLOAT_); }
-inline bool is_float64(const py::array& a) { return has_dtype(a, py::detail::npy_api::NPY_DOUBLE_); }
+inline bool is_float32(const py::array& a) { return has_dtype(a, kFloat32); }
+inline bool is_float64(const py::array& a) { return has_dtype(a, kFloat64); }
 
 inline void check_memory(const py::array& a, const char* name, Access access) {
   if (!is_float32(a) && !is_float64(a)) {
@@ -103,14 +105,27 @@ std::span<const Row> table(const py::array& a, const char* name) {
   }
   return {static_cast<const Row*>(a.data()), static_cast<std::size_t>(a.shape(0))};
 }
+// A new C-contiguous array, its values unset. py::array's own constructor takes several times as long.
+inline py::array new_array(int type_number, int dimensions, const py::ssize_t* shape) {
+  const auto& numpy = py::detail::npy_api::get();
+  PyObject* type = numpy.PyArray_DescrFromType_(type_number);  // which the array takes over
+  PyObject* array =
+      numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, type, dimensions, shape, nullptr, nullptr, 0, nullptr);
+  if (array == nullptr) throw py::error_already_set();
+  return py::reinterpret_steal<py::array>(array);
+}
+// A new table of rows, its values unset, which Python may not write to.
 template <class Row>
-py::array_t<double> new_table(std::int64_t channels) {
-  constexpr auto kFields = static_cast<py::ssize_t>(sizeof(Row) / sizeof(double));
-  return py::array_t<double>(std::vector<py::ssize_t>{static_cast<py::ssize_t>(channels), kFields});
+py::array new_table(std::int64_t channels) {
+  const py::ssize_t shape[] = {static_cast<py::ssize_t>(channels),
+                               static_cast<py::ssize_t>(sizeof(Row) / sizeof(double))};
+  py::array array = new_array(kFloat64, 2, shape);
+  py::detail::array_proxy(array.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return array;
 }
 template <class Row>
-std::span<Row> rows(py::array_t<double>& a) {
-  return {reinterpret_cast<Row*>(a.mutable_data()), static_cast<std::size_t>(a.shape(0))};
+std::span<Row> rows(py::array& a) {
+  return {static_cast<Row*>(const_cast<void*>(a.data())), static_cast<std::size_t>(a.shape(0))};
 }
 inline std::span<double> values(py::array_t<double>& a) {
   return {a.mutable_data(), static_cast<std::size_t>(a.size())};

@@ -10,26 +10,17 @@
 
 #include "arrays.hpp"
 #include "batchnorm/batchnorm.hpp"
+#include "release_for_work.hpp"
 
 namespace batchnorm::bindings {
+
+void add_ordinary_calls(py::module_& m);  // ordinary.cpp
+
 namespace {
 
 using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
 
 Problem problem_of(const Sizes& sizes) { return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes)}; }
-
-// Releases the GIL around work worth it: giving it up and taking it back costs about as much as a few thousand values,
-// and while another thread wants it, up to a switch interval (5 ms).
-class ReleaseForWork {
- public:
-  explicit ReleaseForWork(std::int64_t values) {
-    if (values >= kWorth) released_.emplace();
-  }
-
- private:
-  static constexpr std::int64_t kWorth = 32 * 1024;
-  std::optional<py::gil_scoped_release> released_;
-};
 
 // f(T{}) for the dtype of x.
 template <class F>
@@ -38,7 +29,7 @@ auto with_dtype_of(const py::array& x, F&& f) {
   return is_float32(x) ? f(float{}) : f(double{});
 }
 
-py::array_t<double> py_moments(const py::array& x, const Sizes& sizes, int threads) {
+py::array py_moments(const py::array& x, const Sizes& sizes, int threads) {
   const Problem problem = problem_of(sizes);
   auto out = new_table<Moments>(problem.channels);
   with_dtype_of(x, [&]<class T>(T) {
@@ -50,8 +41,8 @@ py::array_t<double> py_moments(const py::array& x, const Sizes& sizes, int threa
   return out;
 }
 
-py::array_t<double> py_batch_norm(const py::array& x, const Sizes& sizes, const py::object& gamma,
-                                  const py::object& beta, double eps, py::array y, int threads) {
+py::array py_batch_norm(const py::array& x, const Sizes& sizes, const py::object& gamma, const py::object& beta,
+                        double eps, py::array y, int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
   auto saved = new_table<Moments>(problem.channels);
@@ -78,8 +69,8 @@ void py_normalize(const py::array& x, const Sizes& sizes, const py::object& mean
   });
 }
 
-py::array_t<double> py_grad_sums(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                 const py::array& moments_table, int threads) {
+py::array py_grad_sums(const py::array& dy, const py::array& x, const Sizes& sizes, const py::array& moments_table,
+                       int threads) {
   const Problem problem = problem_of(sizes);
   const auto stats = table<Moments>(moments_table, "moments");
   auto out = new_table<GradSums>(problem.channels);
@@ -168,7 +159,7 @@ ChannelGradients py_normalize_backward(const py::array& dy, const py::array& x, 
   return {dgamma.array(), dbeta.array()};
 }
 
-py::array_t<double> py_merge(const py::array& a, const py::array& b) {
+py::array py_merge(const py::array& a, const py::array& b) {
   const auto left = table<Moments>(a, "a"), right = table<Moments>(b, "b");
   if (left.size() != right.size()) {
     throw py::value_error("moments must have the same channels to be merged, got " + std::to_string(left.size()) +
@@ -256,6 +247,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("rstd", &py_rstd, py::arg("moments"), py::arg("eps"), "1/sqrt(var + eps), var biased.");
   m.def("update_running", &py_update_running, py::arg("mean"), py::arg("var"), py::arg("moments"),
         py::arg("update_rate"), py::arg("ddof"), "The running statistics after one batch, as new arrays.");
+
+  add_ordinary_calls(m);
 
   m.def("built_isas", &batchnorm::built_isas, "Instruction sets compiled in, best first.");
   m.def("available_isas", &batchnorm::available_isas, "Those that run on this machine, best first.");

@@ -1,0 +1,252 @@
+// try_batch_norm and its like: the ordinary call whole, from Python's arguments to the results, or not at all.
+//
+// On a small tensor, checking and converting arguments one by one in Python and again in pybind11 takes several times
+// as long as the arithmetic. These are plain CPython functions. Where an argument is not ordinary, or the core refuses
+// what it says, they return None and have changed nothing: the Python layer then takes the general way, on which every
+// error is reported.
+#include "ordinary.hpp"
+
+#include <algorithm>
+#include <exception>
+
+#include "arrays.hpp"
+#include "batchnorm/batchnorm.hpp"
+#include "release_for_work.hpp"
+
+namespace batchnorm::bindings {
+namespace {
+
+PyObject* not_ordinary() { Py_RETURN_NONE; }
+
+// Whether f(T{}), T being the type of the values of x, did its work. The core throws before it writes.
+template <class F>
+bool done(const Array& x, F&& f) {
+  try {
+    const ReleaseForWork gil(x.size());
+    x.is_double ? f(double{}) : f(float{});
+    return true;
+  } catch (const std::exception&) {
+    return false;
+  }
+}
+
+py::array new_like(const Array& x) { return new_array(x.is_double ? kFloat64 : kFloat32, x.dimensions, x.shape); }
+
+// `out`, or a new array for it where the caller gave none.
+py::object target(const Array& out, const Array& x) {
+  return out.present() ? py::reinterpret_borrow<py::object>(out.object) : new_like(x);
+}
+
+template <class T>
+std::span<T> values_of(const py::object& array) {
+  const auto& a = static_cast<const py::array&>(array);
+  return {static_cast<T*>(const_cast<void*>(a.data())), static_cast<std::size_t>(a.size())};
+}
+
+// A new array of one gradient per channel in the type of gamma (float64 where there is none); None where not wanted.
+class ChannelGradient {
+ public:
+  ChannelGradient(bool wanted, std::int64_t channels, const Array& gamma) : object_(py::none()) {
+    if (!wanted) return;
+    const py::ssize_t shape = channels;
+    const bool is_double = !gamma.present() || gamma.is_double;
+    object_ = new_array(is_double ? kFloat64 : kFloat32, 1, &shape);
+    output_ = is_double ? ChannelOutput(values_of<double>(object_)) : ChannelOutput(values_of<float>(object_));
+  }
+  [[nodiscard]] const ChannelOutput& output() const { return output_; }
+  [[nodiscard]] PyObject* object() const { return object_.ptr(); }
+
+ private:
+  py::object object_;
+  ChannelOutput output_;
+};
+
+PyObject* try_moments(PyObject* const (&arguments)[3]) {
+  const auto& [py_x, py_axis, py_threads] = arguments;
+  Arguments a;
+  const Array x = a.tensor(py_x);
+  const Problem problem = a.problem(x, a.axis(py_axis, x));
+  const int threads = a.threads(py_threads);
+  if (!a.ordinary()) return not_ordinary();
+
+  py::array result = new_table<Moments>(problem.channels);
+  if (!done(x, [&]<class T>(T) { moments<T>(x.values<const T>(), problem, rows<Moments>(result), {threads}); })) {
+    return not_ordinary();
+  }
+  return result.release().ptr();
+}
+
+// (y, x or None where y has overwritten it, moments, axis from 0)
+PyObject* try_batch_norm(PyObject* const (&arguments)[7]) {
+  const auto& [py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads] = arguments;
+  Arguments a;
+  const Array x = a.tensor(py_x);
+  const int axis = a.axis(py_axis, x);
+  const Problem problem = a.problem(x, axis);
+  const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
+  const Array beta = a.channel_values_or_none(py_beta, problem.channels);
+  const double eps = a.eps(py_eps);
+  const Array out = a.out(py_out, {x}, {gamma, beta});
+  const int threads = a.threads(py_threads);
+  if (!a.ordinary() || problem.count() < 2) return not_ordinary();
+
+  const py::object y = target(out, x);
+  py::array moments = new_table<Moments>(problem.channels);
+  const bool overwritten = out.data == x.data;
+  if (!done(x, [&]<class T>(T) {
+        batch_norm<T>(x.values<const T>(), problem, gamma.channel_values(), beta.channel_values(), eps, values_of<T>(y),
+                      rows<Moments>(moments), {threads});
+      })) {
+    return not_ordinary();
+  }
+  const auto axis_from_0 = py::reinterpret_steal<py::object>(PyLong_FromLong(axis));
+  return PyTuple_Pack(4, y.ptr(), overwritten ? Py_None : x.object, moments.ptr(), axis_from_0.ptr());
+}
+
+PyObject* try_normalize(PyObject* const (&arguments)[9]) {
+  const auto& [py_x, py_mean, py_var, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads] = arguments;
+  Arguments a;
+  const Array x = a.tensor(py_x);
+  const Problem problem = a.problem(x, a.axis(py_axis, x));
+  const Array mean = a.channel_values(py_mean, problem.channels), var = a.channel_values(py_var, problem.channels);
+  const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
+  const Array beta = a.channel_values_or_none(py_beta, problem.channels);
+  const double eps = a.eps(py_eps);
+  const Array out = a.out(py_out, {x}, {mean, var, gamma, beta});
+  const int threads = a.threads(py_threads);
+  if (!a.ordinary()) return not_ordinary();
+
+  py::object y = target(out, x);
+  if (!done(x, [&]<class T>(T) {
+        normalize<T>(x.values<const T>(), problem, mean.channel_values(), var.channel_values(), gamma.channel_values(),
+                     beta.channel_values(), eps, values_of<T>(y), {threads});
+      })) {
+    return not_ordinary();
+  }
+  return y.release().ptr();
+}
+
+// (dx, dgamma, dbeta), None where not asked for.
+PyObject* try_batch_norm_backward(PyObject* const (&arguments)[9]) {
+  const auto& [py_dy, py_x, py_moments, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
+  Arguments a;
+  const Array x = a.tensor(py_x), dy = a.tensor_like(x, py_dy);
+  const Problem problem = a.problem(x, a.integer(py_axis, 0, x.dimensions - 1));
+  const auto moments = a.table<Moments>(py_moments, problem.channels);
+  const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
+  const double eps = a.eps(py_eps);
+  const Needs needs = a.needs(py_needs);
+  const Array out = a.out(py_out, {x, dy}, {gamma});
+  const int threads = a.threads(py_threads);
+  if (!a.ordinary()) return not_ordinary();
+
+  const py::object dx = needs.x ? target(out, x) : py::none();
+  const ChannelGradient dgamma(needs.gamma, problem.channels, gamma), dbeta(needs.beta, problem.channels, gamma);
+  if (!done(x, [&]<class T>(T) {
+        batch_norm_backward<T>(dy.values<const T>(), x.values<const T>(), problem, moments, gamma.channel_values(), eps,
+                               needs.x ? values_of<T>(dx) : std::span<T>{}, dgamma.output(), dbeta.output(), {threads});
+      })) {
+    return not_ordinary();
+  }
+  return PyTuple_Pack(3, dx.ptr(), dgamma.object(), dbeta.object());
+}
+
+PyObject* try_normalize_backward(PyObject* const (&arguments)[10]) {
+  const auto& [py_dy, py_x, py_mean, py_var, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
+  Arguments a;
+  const Array x = a.tensor(py_x), dy = a.tensor_like(x, py_dy);
+  const Problem problem = a.problem(x, a.axis(py_axis, x));
+  const Array mean = a.channel_values(py_mean, problem.channels), var = a.channel_values(py_var, problem.channels);
+  const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
+  const double eps = a.eps(py_eps);
+  const Needs needs = a.needs(py_needs);
+  const Array out = a.out(py_out, {x, dy}, {mean, var, gamma});
+  const int threads = a.threads(py_threads);
+  if (!a.ordinary()) return not_ordinary();
+
+  const py::object dx = needs.x ? target(out, x) : py::none();
+  const ChannelGradient dgamma(needs.gamma, problem.channels, gamma), dbeta(needs.beta, problem.channels, gamma);
+  if (!done(x, [&]<class T>(T) {
+        normalize_backward<T>(dy.values<const T>(), x.values<const T>(), problem, mean.channel_values(),
+                              var.channel_values(), gamma.channel_values(), eps,
+                              needs.x ? values_of<T>(dx) : std::span<T>{}, dgamma.output(), dbeta.output(), {threads});
+      })) {
+    return not_ordinary();
+  }
+  return PyTuple_Pack(3, dx.ptr(), dgamma.object(), dbeta.object());
+}
+
+// New (running_mean, running_var).
+PyObject* try_update_running(PyObject* const (&arguments)[5]) {
+  const auto& [py_mean, py_var, py_moments, py_update_rate, py_ddof] = arguments;
+  Arguments a;
+  const Array mean = a.array(py_mean);
+  const py::ssize_t channels = mean.size();
+  const Array var = a.channel_values(py_var, channels);
+  a.need(mean.is_double && mean.dimensions == 1 && var.is_double);
+  const auto moments = a.table<Moments>(py_moments, channels);
+  const double update_rate = a.number(py_update_rate, 0, 1);
+  const int ddof = a.integer(py_ddof, 0, INT_MAX);
+  if (!a.ordinary()) return not_ordinary();
+
+  const py::object new_mean = new_like(mean), new_var = new_like(var);
+  if (!done(mean, [&](auto) {
+        std::ranges::copy(mean.values<const double>(), values_of<double>(new_mean).begin());
+        std::ranges::copy(var.values<const double>(), values_of<double>(new_var).begin());
+        update_running(values_of<double>(new_mean), values_of<double>(new_var), moments, update_rate, ddof);
+      })) {
+    return not_ordinary();
+  }
+  return PyTuple_Pack(2, new_mean.ptr(), new_var.ptr());
+}
+
+// f of N arguments as CPython calls it.
+template <std::size_t N, PyObject* (*f)(PyObject* const (&)[N])>
+PyObject* entry(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t given) {
+  if (given != static_cast<Py_ssize_t>(N)) {
+    return PyErr_Format(PyExc_TypeError, "arguments must be %zd, got %zd", static_cast<Py_ssize_t>(N), given);
+  }
+  try {
+    return f(reinterpret_cast<PyObject* const(&)[N]>(*arguments));
+  } catch (py::error_already_set& error) {  // no memory for a new array
+    error.restore();
+    return nullptr;
+  }
+}
+
+template <std::size_t N, PyObject* (*f)(PyObject* const (&)[N])>
+PyMethodDef method(const char* name, const char* doc) {
+  return {name, reinterpret_cast<PyCFunction>(reinterpret_cast<void (*)()>(entry<N, f>)), METH_FASTCALL, doc};
+}
+
+}  // namespace
+
+void add_ordinary_calls(py::module_& m) {
+  // The first line of each text is the signature, in the form that inspect.signature reads.
+  static PyMethodDef methods[] = {
+      method<3, try_moments>("try_moments",
+                             "try_moments($module, x, axis, threads, /)\n--\n\n"
+                             "moments if all arguments are ordinary."),
+      method<7, try_batch_norm>("try_batch_norm",
+                                "try_batch_norm($module, x, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
+                                "batch_norm if all arguments are ordinary: y, x if still intact, moments, axis."),
+      method<9, try_normalize>("try_normalize",
+                               "try_normalize($module, x, mean, var, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
+                               "normalize if all arguments are ordinary: y."),
+      method<9, try_batch_norm_backward>(
+          "try_batch_norm_backward",
+          "try_batch_norm_backward($module, dy, x, moments, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
+          "batch_norm_backward if all arguments are ordinary: dx, dgamma, dbeta."),
+      method<10, try_normalize_backward>(
+          "try_normalize_backward",
+          "try_normalize_backward($module, dy, x, mean, var, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
+          "normalize_backward if all arguments are ordinary: dx, dgamma, dbeta."),
+      method<5, try_update_running>("try_update_running",
+                                    "try_update_running($module, mean, var, moments, update_rate, ddof, /)\n--\n\n"
+                                    "update_running if all arguments are ordinary: mean, var."),
+      {nullptr, nullptr, 0, nullptr},
+  };
+  if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
+}
+
+}  // namespace batchnorm::bindings

@@ -1,0 +1,169 @@
+// Arguments as they come from Python, read without converting any.
+//
+// Ordinary is what most calls pass: arrays of exactly numpy.ndarray with float32 or float64 values in native byte
+// order, aligned, C-contiguous and not empty; an int, a float, a tuple of exactly that type; None. Whether anything
+// else is a mistake is not judged here: the Python layer does that, and converts what is none.
+#pragma once
+
+#include <pybind11/numpy.h>
+#include <pybind11/pybind11.h>
+
+#include <algorithm>
+#include <climits>
+#include <cstdint>
+#include <initializer_list>
+#include <limits>
+#include <span>
+
+#include "batchnorm/types.hpp"
+
+namespace batchnorm::bindings {
+
+namespace py = pybind11;
+
+// An ordinary array, or none. Does not own it: the caller of the function does, until the function returns.
+struct Array {
+  PyObject* object = nullptr;
+  char* data = nullptr;
+  std::int64_t bytes = 0;
+  bool is_double = false;
+  int dimensions = 0;
+  const py::ssize_t* shape = nullptr;
+
+  [[nodiscard]] bool present() const { return object != nullptr; }
+  [[nodiscard]] std::int64_t size() const { return bytes / (is_double ? 8 : 4); }
+  template <class T>
+  [[nodiscard]] std::span<T> values() const {
+    return {reinterpret_cast<T*>(data), static_cast<std::size_t>(size())};
+  }
+  [[nodiscard]] ChannelValues channel_values() const {
+    if (!present()) return {};
+    return is_double ? ChannelValues(values<const double>()) : ChannelValues(values<const float>());
+  }
+  [[nodiscard]] bool overlaps(const Array& other) const {
+    return data < other.data + other.bytes && other.data < data + bytes;
+  }
+  [[nodiscard]] bool has_type_and_shape_of(const Array& other) const {
+    return is_double == other.is_double && dimensions == other.dimensions &&
+           std::equal(shape, shape + dimensions, other.shape);
+  }
+};
+
+struct Needs {
+  bool x = false, gamma = false, beta = false;
+};
+
+// The arguments of one call, read one by one. After the first that is not ordinary, what the others give means nothing.
+class Arguments {
+ public:
+  [[nodiscard]] bool ordinary() const { return ordinary_; }
+  bool need(bool condition) { return ordinary_ = ordinary_ && condition; }
+
+  Array array(PyObject* o) {
+    if (!need(Py_IS_TYPE(o, py::detail::npy_api::get().PyArray_Type_))) return {};
+    const auto* fields = py::detail::array_proxy(o);
+    const auto* type = py::detail::array_descriptor_proxy(fields->descr);
+    const bool is_double = type->type_num == py::detail::npy_api::NPY_DOUBLE_;
+    constexpr int kPlain = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    std::int64_t bytes = is_double ? 8 : 4;
+    for (int d = 0; d < fields->nd; ++d) bytes *= fields->dimensions[d];
+    if (!need((is_double || type->type_num == py::detail::npy_api::NPY_FLOAT_) && type->byteorder == '=' &&
+              (fields->flags & kPlain) == kPlain && bytes > 0)) {
+      return {};
+    }
+    return {o, fields->data, bytes, is_double, fields->nd, fields->dimensions};
+  }
+
+  Array tensor(PyObject* o) {
+    const Array a = array(o);
+    need(a.dimensions >= 1 && a.dimensions <= 8);
+    return a;
+  }
+
+  Array tensor_like(const Array& x, PyObject* o) {
+    const Array a = array(o);
+    need(ordinary_ && a.has_type_and_shape_of(x));
+    return a;
+  }
+
+  // An array to write to, or none: like the first of `inputs`, each of which it may be itself, and apart from `values`.
+  Array out(PyObject* o, std::initializer_list<Array> inputs, std::initializer_list<Array> values) {
+    if (o == Py_None) return {};
+    const Array a = tensor_like(*inputs.begin(), o);
+    if (!ordinary_) return {};
+    need((py::detail::array_proxy(o)->flags & py::detail::npy_api::NPY_ARRAY_WRITEABLE_) != 0);
+    for (const Array& input : inputs) need(a.data == input.data || !a.overlaps(input));
+    for (const Array& each : values) need(!a.overlaps(each));
+    return a;
+  }
+
+  Array channel_values(PyObject* o, std::int64_t channels) {
+    const Array a = array(o);
+    need(a.dimensions == 1 && a.size() == channels);
+    return a;
+  }
+  Array channel_values_or_none(PyObject* o, std::int64_t channels) {
+    return o == Py_None ? Array{} : channel_values(o, channels);
+  }
+
+  // A (channels, fields) table whose rows are the C++ struct `Row`.
+  template <class Row>
+  std::span<const Row> table(PyObject* o, std::int64_t channels) {
+    constexpr auto kFields = static_cast<py::ssize_t>(sizeof(Row) / sizeof(double));
+    const Array a = array(o);
+    if (!need(a.is_double && a.dimensions == 2 && a.shape[0] == channels && a.shape[1] == kFields)) return {};
+    return {reinterpret_cast<const Row*>(a.data), static_cast<std::size_t>(channels)};
+  }
+
+  int integer(PyObject* o, int least, int most) {
+    if (!need(PyLong_CheckExact(o))) return 0;
+    int beyond = 0;
+    const long value = PyLong_AsLongAndOverflow(o, &beyond);
+    need(beyond == 0 && value >= least && value <= most);
+    return static_cast<int>(value);
+  }
+
+  int axis(PyObject* o, const Array& x) {
+    const int value = integer(o, -x.dimensions, x.dimensions - 1);
+    return value < 0 ? value + x.dimensions : value;
+  }
+
+  int threads(PyObject* o) { return o == Py_None ? 0 : integer(o, 1, INT_MAX); }
+
+  double number(PyObject* o, double least, double most) {
+    if (!need(PyFloat_CheckExact(o))) return 0;
+    const double value = PyFloat_AS_DOUBLE(o);
+    need(value >= least && value <= most);
+    return value;
+  }
+
+  double eps(PyObject* o) { return number(o, 0, std::numeric_limits<double>::max()); }
+
+  Needs needs(PyObject* o) {
+    Needs named;
+    if (!need(PyTuple_CheckExact(o))) return named;
+    for (py::ssize_t i = 0; i < PyTuple_GET_SIZE(o); ++i) {
+      PyObject* name = PyTuple_GET_ITEM(o, i);
+      if (!need(PyUnicode_CheckExact(name))) return named;
+      const auto is = [name](const char* text) { return PyUnicode_CompareWithASCIIString(name, text) == 0; };
+      const bool x = is("x"), gamma = !x && is("gamma"), beta = !x && !gamma && is("beta");
+      need(x || gamma || beta);
+      named = {named.x || x, named.gamma || gamma, named.beta || beta};
+    }
+    return named;
+  }
+
+  // How x lies in memory from its axis `axis`.
+  [[nodiscard]] Problem problem(const Array& x, int axis) const {
+    if (!ordinary_) return {};
+    Problem p{1, x.shape[axis], 1};
+    for (int d = 0; d < axis; ++d) p.outer *= x.shape[d];
+    for (int d = axis + 1; d < x.dimensions; ++d) p.inner *= x.shape[d];
+    return p;
+  }
+
+ private:
+  bool ordinary_ = true;
+};
+
+}  // namespace batchnorm::bindings
