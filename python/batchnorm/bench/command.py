@@ -33,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "PyTorch, ONNX Runtime, JAX and NumPy that are installed: float32, each library in a process of its own, in "
         "turns. batchnorm-bench alone, which this runs, has more options; see bench/README.md."
     )
-    what = "the cases whose name contains NAME, or 'all' (over an hour), or 'quick'; default: resnet50"
+    what = "the cases whose name contains NAME, or 'all' (hours), or 'quick'; default: resnet50"
     parser.add_argument("--cases", nargs="+", default=["resnet50"], metavar="NAME", help=what)
     names = ", ".join(PEERS)
     parser.add_argument(
