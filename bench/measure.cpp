@@ -2,6 +2,8 @@
 
 #include <algorithm>
 
+#include "load.hpp"
+
 namespace bench {
 namespace {
 
@@ -67,8 +69,10 @@ Measured measure(const Case& shape, Layout layout, const Request& request, Team&
   }
   for (const PassFacts& p : request.passes) works.push_back([&] { tensors.run(p.pass); });
 
-  Measured measured{{}, false};
+  Measured measured{{}, false, 0};
+  const OthersLoad load;
   const auto samples = time_in_turns(works, request.rounds, measured.disturbed);
+  measured.others = load.processors();
   for (std::size_t f = 0; f < forms.size(); ++f) forms[f].seconds = samples[f];
 
   const double bytes = tensors.megabytes() * 1e6;

@@ -31,6 +31,7 @@ struct Request {
 struct Measured {
   std::vector<Row> rows;
   bool disturbed;  // threads kept running where all should have slept
+  double others;   // processors that other processes kept busy meanwhile
 };
 
 // T is float or double. Throws where a result is wrong.

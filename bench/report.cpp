@@ -144,7 +144,8 @@ std::string row_json(const Run& run, const Result& result, const Row& row) {
                  {"ratio_mad", number(row.ratio.mad)},
                  {"yardstick", quoted(row.yardstick)},
                  {"yardstick_seconds", number(row.yardstick_seconds)},
-                 {"disturbed", result.measured.disturbed ? "true" : "false"}});
+                 {"disturbed", result.measured.disturbed ? "true" : "false"},
+                 {"others", number(result.measured.others)}});
 }
 
 double megabytes(const Subject& subject) {
@@ -155,9 +156,13 @@ double megabytes(const Subject& subject) {
 }  // namespace
 
 void print(const Result& result) {
+  constexpr double kQuiet = 0.2;  // processors; an idle system's own work stays below
   const Subject& s = result.subject;
   std::printf("%s %s %s: %s, %.2f MB a tensor%s\n", s.shape->name, name_of(s.layout), s.dtype.c_str(), s.shape->origin,
               megabytes(s), result.measured.disturbed ? "; DISTURBED: other threads would not sleep" : "");
+  if (result.measured.others > kQuiet) {
+    std::printf("  NOT ALONE: other processes kept %.1f processors busy\n", result.measured.others);
+  }
   for (const Row& r : result.measured.rows) {
     std::printf("  %-10s %11.2f us +-%4.1f %% %7.1f GB/s %6.2f +-%5.2f x %s\n", r.pass.c_str(), r.seconds.median * 1e6,
                 100 * r.seconds.mad / r.seconds.median, r.bytes / r.seconds.median / 1e9, r.ratio.median, r.ratio.mad,

@@ -6,6 +6,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ import pytest
 
 import batchnorm as bn
 from batchnorm.bench import findings, peer, programs, session
+from batchnorm.bench.process import OthersLoad
 
 README = Path(__file__).parents[1] / "bench" / "README.md"
 PASSES = ("train", "infer", "backward", "moments", "normalize", "grad_sums", "grad_input")
@@ -290,3 +292,20 @@ def test_a_change_within_the_spreads_is_none():
     ]
     assert verdicts[1:] == ["slower", "faster"]
     assert verdicts[0] not in ("slower", "faster")
+
+
+def test_rows_taken_beside_other_processes_are_told():
+    alone, beside = row("batchnorm", 1.0, others=0.05), row("batchnorm", 1.0, case="b", others=0.9)
+    assert not any("NOT ALONE" in line for line in findings.summary([alone]))
+    assert any("during 1 of 2 rows" in line for line in findings.summary([alone, beside]))
+
+
+def test_the_load_of_others_counts_all_processes_but_one():
+    stat = Path("/proc/stat")
+    if not stat.exists() or not any(map(int, stat.read_text().split()[1:4])):
+        pytest.skip("this system does not tell")
+    mine, everyone = OthersLoad(os.getpid()), OthersLoad(1)
+    until = time.process_time() + 0.2
+    while time.process_time() < until:
+        pass
+    assert everyone.processors() > mine.processors()

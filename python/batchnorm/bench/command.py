@@ -7,6 +7,7 @@ import importlib.util
 import json
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -32,7 +33,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "PyTorch, ONNX Runtime, JAX and NumPy that are installed: float32, each library in a process of its own, in "
         "turns. batchnorm-bench alone, which this runs, has more options; see bench/README.md."
     )
-    what = "the cases whose name contains NAME, or 'all' (over an hour), or 'quick'; default: resnet50"
+    what = "the cases whose name contains NAME, or 'all' (hours), or 'quick'; default: resnet50"
     parser.add_argument("--cases", nargs="+", default=["resnet50"], metavar="NAME", help=what)
     names = ", ".join(PEERS)
     parser.add_argument(
@@ -51,9 +52,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--plot", type=Path, metavar="FILE", help="draw GB/s over size there; needs matplotlib"
     )
-    parser.add_argument(
-        "--from", type=Path, dest="source", metavar="FILE", help="measure nothing: take this JSON"
-    )
+    sources = "measure nothing: take these JSONs, of one machine and build, together"
+    parser.add_argument("--from", type=Path, nargs="+", dest="sources", metavar="FILE", help=sources)
     old = "a JSON of this command or of batchnorm-bench, of another commit: print new over old"
     parser.add_argument("--baseline", type=Path, metavar="FILE", help=old)
     folder = "where batchnorm-bench and batchnorm-peer-onednn are (the package)"
@@ -66,14 +66,20 @@ def run(args: argparse.Namespace) -> int:
         print("batchnorm bench --plot needs matplotlib: pip install 'batchnorm[bench]'", file=sys.stderr)
         return 2
     try:
-        report = json.loads(args.source.read_text()) if args.source else _measure(args)
+        report = _together(args.sources) if args.sources else _measure(args)
     except programs.Missing as missing:
         print(f"batchnorm bench: {missing}", file=sys.stderr)
         return 2
-    if args.json and not args.source:
-        args.json.write_text(_json(report), encoding="utf-8")
+    if args.json:
+        _store(report, args.json)
     _show(report, args)
-    return 0
+    return 1 if report.get("failed") else 0
+
+
+def _together(files: Sequence[Path]) -> dict[str, Any]:
+    """Read reports; all but the rows is that of the first."""
+    reports = [json.loads(file.read_text(encoding="utf-8")) for file in files]
+    return {**reports[0], "rows": [row for report in reports for row in report["rows"]]}
 
 
 def _measure(args: argparse.Namespace) -> dict[str, Any]:
@@ -92,7 +98,7 @@ def _measure(args: argparse.Namespace) -> dict[str, Any]:
         max_mb=args.max_mb,
         programs=args.programs,
     )
-    return session.measure(plan)
+    return session.measure(plan, lambda report: _store(report, args.json) if args.json else None)
 
 
 def _show(report: dict[str, Any], args: argparse.Namespace) -> None:
@@ -108,11 +114,12 @@ def _show(report: dict[str, Any], args: argparse.Namespace) -> None:
         draw(report, args.plot)
 
 
-def _json(report: dict[str, Any]) -> str:
-    """One row a line, so that two files can be compared by line."""
+def _store(report: dict[str, Any], file: Path) -> None:
+    """Write one row a line, so that two files can be compared by line."""
     rows = ",\n  ".join(json.dumps(row) for row in report["rows"])
     head = {name: value for name, value in report.items() if name != "rows"}
-    return json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {rows}\n ]}}\n'
+    text = json.dumps(head, indent=1)[:-2] + f',\n "rows": [\n  {rows}\n ]}}\n'
+    file.write_text(text, encoding="utf-8")
 
 
 def _at_least_one(text: str) -> int:

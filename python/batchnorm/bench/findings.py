@@ -96,10 +96,21 @@ def summary(rows: Sequence[Row]) -> list[str]:
         mean = geometric_mean([times.ours[place]["ratio"] for place in places])
         lines.append(f"  {pass_name:9s} {mean:6.2f} x copy, {len(places)} rows")
         lines += [f"    {line}" for line in _peer_means(times, places)]
+    lines += _not_alone(rows)
     slower = list(_slower(times))
     if times.columns():
         lines += ["", f"slower than a peer: {len(slower) or 'nowhere'}", *(f"  {line}" for line in slower)]
     return lines
+
+
+def _not_alone(rows: Sequence[Row]) -> list[str]:
+    """Say how many rows other processes have spoiled."""
+    quiet = 0.2  # processors; an idle system's own work stays below
+    spoiled = sum(row.get("others", 0) > quiet for row in rows)
+    text = (
+        f"NOT ALONE: other processes kept processors busy during {spoiled} of {len(rows)} rows; measure again"
+    )
+    return ["", text] if spoiled else []
 
 
 def _peer_means(times: Times, places: Sequence[Place]) -> Iterator[str]:

@@ -15,10 +15,11 @@ import os
 import statistics
 import sys
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -70,22 +71,25 @@ class Call:
     run: Callable[[], Any]
 
 
-class Peer(Protocol):
-    """A library. A case it cannot do gets no calls."""
+class Peer(ABC):
+    """A library. What it cannot do has no calls."""
 
     name: ClassVar[str]
     version: str
 
+    @abstractmethod
     def __init__(self, threads: int) -> None: ...
 
+    @abstractmethod
     def calls(self, t: Tensors) -> Iterator[Call]:
-        """Give the calls that are timed; the best form of a pass counts. Training comes before backward."""
+        """Give the calls that are timed; the best form of a pass counts."""
 
     def to_numpy(self, result: Any, t: Tensors) -> Array:
         """Give a result as an array in the layout of `t`."""
+        return np.asarray(result)
 
 
-class Batchnorm:
+class Batchnorm(Peer):
     """The library of this package, called from Python as the peers are."""
 
     name = "batchnorm in Python"
@@ -112,12 +116,8 @@ class Batchnorm:
                 "backward", "out=", lambda: backward(t.dy, saved, out=out, num_threads=self.threads).dx
             )
 
-    def to_numpy(self, result: Any, t: Tensors) -> Array:
-        """Give it as it is."""
-        return np.asarray(result)
 
-
-class Numpy:
+class Numpy(Peer):
     """The formulas as one writes them, with ``out=`` where that is no trouble. One thread."""
 
     name = "NumPy"
@@ -139,7 +139,8 @@ class Numpy:
         def normalize(mean: Array, var: Array) -> Array:
             np.subtract(t.x, mean, out=out)
             np.multiply(out, gamma / np.sqrt(var + np.float32(EPS)), out=out)
-            return np.add(out, beta, out=out)
+            np.add(out, beta, out=out)
+            return out
 
         mean, var = t.x.mean(axes, keepdims=True), t.x.var(axes, keepdims=True)
         rstd = 1 / np.sqrt(var + np.float32(EPS))
@@ -150,7 +151,8 @@ class Numpy:
             xhat *= dgamma / np.float32(t.count)
             np.subtract(t.dy, dbeta / np.float32(t.count), out=out)
             np.subtract(out, xhat, out=out)
-            return np.multiply(out, gamma * rstd, out=out)
+            np.multiply(out, gamma * rstd, out=out)
+            return out
 
         yield Call("infer", "out=", lambda: normalize(running_mean, running_var))
         if t.count > 1:
@@ -161,12 +163,8 @@ class Numpy:
             )
             yield Call("backward", "out=", backward)
 
-    def to_numpy(self, result: Any, t: Tensors) -> Array:
-        """Give it as it is."""
-        return np.asarray(result)
 
-
-class Torch:
+class Torch(Peer):
     """PyTorch on the CPU; NHWC is its channels_last."""
 
     name = "PyTorch"
@@ -216,7 +214,7 @@ class Torch:
         return np.asarray(np.moveaxis(array, 1, -1) if t.layout == "nhwc" else array)
 
 
-class OnnxRuntime:
+class OnnxRuntime(Peer):
     """ONNX Runtime: inference, channels first; a model of one BatchNormalization node, its output given."""
 
     name = "ONNX Runtime"
@@ -264,12 +262,8 @@ class OnnxRuntime:
 
         yield Call("infer", "bound output", infer)
 
-    def to_numpy(self, result: Any, t: Tensors) -> Array:
-        """Give it as it is."""
-        return np.asarray(result)
 
-
-class Jax:
+class Jax(Peer):
     """JAX on the CPU, jitted; XLA fuses what it can. It has no outputs that are given."""
 
     name = "JAX"
@@ -321,10 +315,6 @@ class Jax:
         yield Call("train", "jit, E[x^2] - E[x]^2", lambda: ready(fast(x, gamma, beta))[0])
         _, mean, var = plain(x, gamma, beta)
         yield Call("backward", "jit", lambda: ready(gradients(dy, x, mean, var, gamma))[0])
-
-    def to_numpy(self, result: Any, t: Tensors) -> Array:
-        """Copy it out."""
-        return np.asarray(result)
 
 
 PEERS: dict[str, type[Peer]] = {

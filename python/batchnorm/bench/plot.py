@@ -17,14 +17,14 @@ from batchnorm.bench.session import OURS, TENSORS
 
 Row = dict[str, Any]
 PLAIN_NUMBERS = FuncFormatter(lambda value, _position: f"{value:g}")
-OUR_STYLE = {"color": "#2a6f97", "marker": "o", "s": 26, "zorder": 3}
-PEER_STYLES: dict[str, dict[str, Any]] = {
-    IN_PYTHON: {"color": "#2a6f97", "marker": "o"},
-    "oneDNN": {"color": "#e09f3e", "marker": "^"},
-    "PyTorch": {"color": "#c8553d", "marker": "s"},
-    "ONNX Runtime": {"color": "#6a994e", "marker": "D"},
-    "JAX": {"color": "#7b2cbf", "marker": "v"},
-    "NumPy": {"color": "#8a8a8a", "marker": "x"},
+OUR_COLOR = "#2a6f97"
+PEER_STYLES = {  # marker, color
+    IN_PYTHON: ("o", OUR_COLOR),
+    "oneDNN": ("^", "#e09f3e"),
+    "PyTorch": ("s", "#c8553d"),
+    "ONNX Runtime": ("D", "#6a994e"),
+    "JAX": ("v", "#7b2cbf"),
+    "NumPy": ("x", "#8a8a8a"),
 }
 
 
@@ -50,18 +50,18 @@ def draw(report: dict[str, Any], file: Path) -> None:
 def _panel(ax: Axes, rows: Sequence[Row], pass_name: str) -> None:
     yardstick = "stream" if pass_name == "backward" else "copy"
     line = _smoothed(_points([r for r in rows if r["pass"] == yardstick], TENSORS[pass_name]))
-    ax.plot(*zip(*line, strict=True), color="#333333", linewidth=1, label="copy (backward: two in, one out)")
+    sizes, speeds = zip(*line, strict=True)
+    ax.plot(sizes, speeds, color="#333333", linewidth=1, label="copy (backward: two in, one out)")
     mine = [r for r in rows if r["pass"] == pass_name]
-    for peer, style in PEER_STYLES.items():
+    for peer, (marker, color) in PEER_STYLES.items():
         points = _best([r for r in mine if r.get("peer") == peer], TENSORS[pass_name])
         if points:
-            hollow = {} if style["marker"] == "x" else {"facecolors": "none"}
-            color = {"edgecolors": style["color"]} if hollow else {"color": style["color"]}
-            ax.scatter(
-                *zip(*points, strict=True), s=18, marker=style["marker"], **hollow, **color, label=peer
-            )
-    ours = _points([r for r in mine if r.get("peer", OURS) == OURS], TENSORS[pass_name])
-    ax.scatter(*zip(*ours, strict=True), **OUR_STYLE, label="batchnorm")
+            sizes, speeds = zip(*points, strict=True)
+            face = color if marker == "x" else "none"  # hollow, where the marker has an inside
+            ax.scatter(sizes, speeds, s=18, marker=marker, color=color, facecolors=face, label=peer)
+    ours = [r for r in mine if r.get("peer", OURS) == OURS]
+    sizes, speeds = zip(*_points(ours, TENSORS[pass_name]), strict=True)
+    ax.scatter(sizes, speeds, s=26, marker="o", color=OUR_COLOR, zorder=3, label="batchnorm")
     ax.set(title=pass_name, xlabel="MB a tensor", xscale="log", yscale="log")
     ax.xaxis.set_major_formatter(PLAIN_NUMBERS)
     ax.yaxis.set_major_formatter(PLAIN_NUMBERS)

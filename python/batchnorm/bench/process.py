@@ -60,12 +60,13 @@ class Process:
         """Measure one case. Raises Failed; the next call starts a process that has ended."""
         if self._process is None and (reason := self.start()):
             raise Failed(reason)
+        load = OthersLoad(self._pid())
         answer = self._line(f"{'x'.join(map(str, shape))} {rounds}\n")
         if "error" in answer:
             raise Failed(answer["error"])
+        others = load.processors()
         self._wait_until_asleep()
-        rows: list[dict[str, Any]] = answer["rows"]
-        return rows
+        return [{**row, "others": others} for row in answer["rows"]]
 
     def stop(self) -> None:
         """End the process and forget it."""
@@ -73,6 +74,10 @@ class Process:
             self._process.kill()
             self._process.communicate()
             self._process = None
+
+    def _pid(self) -> int:
+        assert self._process is not None
+        return self._process.pid
 
     def _command(self) -> list[str]:
         if self.key == "onednn":
@@ -101,14 +106,36 @@ class Process:
 
     def _wait_until_asleep(self) -> None:
         """Return when no thread of the process is in state R, or after half a second."""
-        assert self._process is not None
         until = time.monotonic() + 0.5
-        tasks = Path(f"/proc/{self._process.pid}/task")
+        tasks = Path(f"/proc/{self._pid()}/task")
         while time.monotonic() < until:
             states = [_state(task) for task in tasks.iterdir()] if tasks.is_dir() else []
             if states and "R" not in states:
                 return
             time.sleep(0.002)
+
+
+class OthersLoad:
+    """Processors that all processes but one kept busy on average since the construction."""
+
+    def __init__(self, pid: int) -> None:
+        self.pid = pid
+        self.start = self._seconds()
+
+    def processors(self) -> float:
+        """Give their number: 0 where the system does not tell."""
+        clock, others = (end - start for end, start in zip(self._seconds(), self.start, strict=True))
+        return max(0.0, others / clock)
+
+    def _seconds(self) -> tuple[float, float]:
+        try:
+            # user, nice, system, idle, iowait, irq, softirq, steal
+            ticks = [int(word) for word in Path("/proc/stat").read_text().split(maxsplit=9)[1:9]]
+            own = Path(f"/proc/{self.pid}/stat").read_text().rpartition(")")[2].split()[11:13]
+        except OSError:
+            return time.monotonic(), 0.0
+        busy = sum(ticks) - ticks[3] - ticks[4] - sum(map(int, own))
+        return time.monotonic(), busy / os.sysconf("SC_CLK_TCK")
 
 
 def _state(task: Path) -> str:

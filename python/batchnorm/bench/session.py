@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import statistics
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,28 +31,45 @@ class Plan:
     programs: Path | None
 
 
-def measure(plan: Plan) -> dict[str, Any]:
-    """Run the plan. Progress goes to stderr."""
-    listing = programs.run_bench(plan.programs, ["--list", *_repeated("--case", plan.cases)])
-    cases = [case for case in listing["cases"] if 4 * math.prod(case["shape"]) <= plan.max_mb * 1e6]
-    if left_out := len(listing["cases"]) - len(cases):
-        tell(f"{left_out} cases skipped: more than {plan.max_mb:g} MB a tensor; --max-mb allows them")
-    if not cases:
-        raise programs.Missing("no case is left to measure")
+def measure(plan: Plan, store: Callable[[dict[str, Any]], None]) -> dict[str, Any]:
+    """Run the plan and give what was measured, which `store` also gets after every case. Progress goes to stderr.
+
+    A case that this library fails is in the report's ``failed``; an interrupt ends the run with what there is.
+    """
+    cases = _cases(plan)
     processes = start(plan)
-    rows: list[Row] = []
+    peers = {process.name: process.version for process in processes}
+    settings = {"rounds": plan.rounds, "turns": plan.turns, "threads": plan.threads}
+    report: dict[str, Any] = {"peers": peers, "settings": settings, "failed": [], "rows": []}
     try:
         for number, case in enumerate(cases, start=1):
             tell(f"{number}/{len(cases)} {case['case']}")
-            measured = measure_case(plan, case, processes)
-            rows += measured[1]
-            head = measured[0]
+            try:
+                head, rows = measure_case(plan, case, processes)
+            except programs.Missing as failed:
+                tell(f"  {failed}")
+                report["failed"].append(str(failed))
+                continue
+            report = {**head, **report, "rows": report["rows"] + rows}
+            store(report)
+    except KeyboardInterrupt:
+        tell("interrupted")
     finally:
         for process in processes:
             process.stop()
-    peers = {process.name: process.version for process in processes}
-    settings = {"rounds": plan.rounds, "turns": plan.turns, "threads": plan.threads}
-    return {**head, "peers": peers, "settings": settings, "rows": rows}
+    if not report["rows"]:
+        raise programs.Missing("; ".join(report["failed"]) or "nothing was measured")
+    return report
+
+
+def _cases(plan: Plan) -> list[Row]:
+    listed = programs.run_bench(plan.programs, ["--list", *_repeated("--case", plan.cases)])["cases"]
+    cases = [case for case in listed if 4 * math.prod(case["shape"]) <= plan.max_mb * 1e6]
+    if left_out := len(listed) - len(cases):
+        tell(f"{left_out} cases skipped: more than {plan.max_mb:g} MB a tensor; --max-mb allows them")
+    if not cases:
+        raise programs.Missing("no case is left to measure")
+    return cases
 
 
 def start(plan: Plan) -> list[Process]:
@@ -107,6 +124,7 @@ def peer_row(plan: Plan, case: Row, process: Process, row: Row) -> Row:
         "mad": row["mad"],
         "gb_per_s": size / row["seconds"] / 1e9,
         "form": row["form"],
+        "others": row["others"],
         "peer": process.name,
     }
 
@@ -127,6 +145,7 @@ def _median_row(group: Sequence[Row]) -> Row:
     for field, spread in (("seconds", "mad"), ("ratio", "ratio_mad")):
         if field in row:
             row[field], row[spread] = _median_and_mad([one[field] for one in group])
+    row["others"] = max(one["others"] for one in group)
     row["gb_per_s"] = row["bytes"] / row["seconds"] / 1e9
     if "yardstick_seconds" in row:
         row["yardstick_seconds"] = statistics.median(one["yardstick_seconds"] for one in group)
