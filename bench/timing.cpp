@@ -17,7 +17,7 @@ double seconds_of(const std::function<void()>& work, int repeats) {
 
 // How often a work is called for one sample, which lasts at least this long: far above the clock's resolution.
 int repeats_of(const std::function<void()>& work) {
-  constexpr double kShortestSample = 100e-6;
+  constexpr double kShortestSample = 200e-6;
   constexpr int kMost = 100000;
   seconds_of(work, 1);
   for (int repeats = 1;;) {
@@ -25,6 +25,16 @@ int repeats_of(const std::function<void()>& work) {
     if (once * repeats >= kShortestSample || repeats == kMost) return repeats;
     repeats = std::clamp(static_cast<int>(std::ceil(1.2 * kShortestSample / once)), repeats + 1, kMost);
   }
+}
+
+// Calls before a sample: one, or as many as it takes until a thread that slept runs, on a core of its own. On a virtual
+// machine that took up to 300 us, and a few hundred more until the scheduler had moved it.
+void warm_up(const std::function<void()>& work) {
+  constexpr double kLongEnough = 1.5e-3;
+  const auto start = std::chrono::steady_clock::now();
+  do {
+    work();
+  } while (std::chrono::duration<double>(std::chrono::steady_clock::now() - start).count() < kLongEnough);
 }
 
 double median_of(Samples values) {
@@ -49,7 +59,7 @@ std::vector<Samples> time_in_turns(const std::vector<std::function<void()>>& wor
   for (int round = 0; round < rounds; ++round) {
     for (std::size_t w = 0; w < works.size(); ++w) {
       disturbed |= !wait_until_others_sleep();
-      seconds_of(works[w], repeats[w]);
+      warm_up(works[w]);
       samples[w].push_back(seconds_of(works[w], repeats[w]));
     }
   }
