@@ -12,9 +12,7 @@ struct Range {
 };
 
 // Part `rank` of `size` contiguous parts of `tasks` tasks.
-inline Range share(std::int64_t tasks, int rank, int size) {
-  return {tasks * rank / size, tasks * (rank + 1) / size};
-}
+inline Range share(std::int64_t tasks, int rank, int size) { return {tasks * rank / size, tasks * (rank + 1) / size}; }
 
 // One phase of a call: `tasks` independent tasks. A thread has a contiguous share of them (share r of `threads`) and
 // takes over tasks from the shares of others when its own is done.

@@ -198,6 +198,8 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
     plan.apply_rows = cut_rows(p, repeat_of(p.channels * p.inner, kMostUneven));
   }
   plan.around_cache = stores_go_around_cache(plan, interleaved, work, machine);
+  plan.fetches_outputs =
+      work.applies && !plan.around_cache && p.size() > threads * machine.l2_bytes / (work.item_size * work.streams);
   if (!interleaved && work.reduces) {
     cut_planar(plan, kChunkValues);
     choose_planar_path(plan, work, machine, threads);

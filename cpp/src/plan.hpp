@@ -44,7 +44,8 @@ struct Plan {
   RowCut sum_rows, apply_rows;
 
   Path path = Path::nothing;
-  bool around_cache = false;  // whether outputs are stored around the caches
+  bool around_cache = false;     // whether outputs are stored around the caches
+  bool fetches_outputs = false;  // whether lines of outputs are fetched before they are stored to
   int threads = 1;
 
   [[nodiscard]] bool planar() const { return path == Path::channel_tasks || path == Path::chunk_tasks; }

@@ -61,6 +61,10 @@ class Traversal {
   // Channels that one task finishes: about 64 KB of sums and coefficients.
   static constexpr std::int64_t kFinishedTogether = 64;
 
+  // Rows that are fetched ahead: what a kernel visits at once. Normalizing 25088 x 128 and 1568 x 2048 values took 1.5
+  // times as long as a copy without, 1.0 with it.
+  static constexpr std::int64_t kRowsAhead = 4;
+
   template <void (Traversal::*f)(Range)>
   static Phase phase(std::int64_t tasks, bool backwards = false) {
     return {tasks, 1, backwards, [](void* self, Range range) { (static_cast<Traversal*>(self)->*f)(range); }};
@@ -146,9 +150,10 @@ class Traversal {
 
   void apply_chunk(std::int64_t k, Range channels) {
     kernels::Runs runs = plan_.chunk_runs(k, channels.end - channels.begin);
-    // What this place of the tensor holds for the next group or wave.
-    if (pass_.reduces && channels.begin + plan_.wave < plan_.problem.channels) {
-      runs.ahead = plan_.wave * plan_.problem.inner;
+    if (plan_.around_cache && pass_.reduces && channels.begin + plan_.wave < plan_.problem.channels) {
+      runs.ahead = plan_.wave * plan_.problem.inner;  // what the next group or wave has here
+    } else if (plan_.fetches_outputs && pass_.reduces) {
+      runs.ahead = runs.stride;  // the next stretch
     }
     pass_.apply_runs(plan_.chunk_offset(k, channels.begin), runs, channels.begin);
   }
@@ -183,7 +188,9 @@ class Traversal {
   }
   void apply_blocks(Range blocks) {
     for (std::int64_t b = blocks.end; b-- > blocks.begin;) {
-      pass_.apply_rows(plan_.apply_rows.offset(b), plan_.apply_rows.block(b));
+      kernels::Rows rows = plan_.apply_rows.block(b);
+      if (plan_.fetches_outputs) rows.ahead = kRowsAhead * rows.stride;
+      pass_.apply_rows(plan_.apply_rows.offset(b), rows);
     }
   }
 

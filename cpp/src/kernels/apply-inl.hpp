@@ -17,13 +17,15 @@ BN_INLINE std::int64_t values_to_line(const T* p) {
 
 enum class Stores { ordinary, around_cache };
 
-// 16 outputs at p, which begins a line; values `ahead` of the inputs are fetched where stores go around the caches.
+// 16 outputs at p, which begins a line. What lies `ahead` is fetched: inputs where stores go around the caches, else
+// the output.
 template <Stores kStores, class A, class T, class... Input>
 BN_INLINE void put(T* p, const Lanes<A>& outputs, std::int64_t ahead, const Input*... input) {
   if constexpr (kStores == Stores::around_cache) {
     stream_lanes(p, outputs);
     (fetch_lanes<Fetch::kFar>(input + ahead), ...);
   } else {
+    if (ahead != 0) fetch_lanes_to_store(p + ahead);
     store_as(p, outputs);
   }
 }
@@ -68,9 +70,15 @@ BN_INLINE void apply_runs(Make make, Runs runs, T* out, const Input*... input) {
 constexpr std::int64_t kRowsPerApply = 4;
 
 template <class Map, class T, class... Input>
-BN_INLINE void apply_columns(const Map& map, std::int64_t rows, std::int64_t stride, std::int64_t n, T* out,
+BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t n, T* out,
                              const Input*... input) {
-  for (std::int64_t r = 0; r < rows; ++r) store_upto(out + r * stride, n, map((input + r * stride)..., n));
+  for (std::int64_t at = 0; at < count * rows.stride; at += rows.stride) {
+    if (rows.ahead != 0) {
+      (fetch_lanes<Fetch::kFar>(input + at + rows.ahead), ...);
+      fetch_lanes_to_store(out + at + rows.ahead);
+    }
+    store_upto(out + at, n, map((input + at)..., n));
+  }
 }
 
 // make(c, n) gives the map of the n <= 16 columns from c on.
@@ -81,11 +89,11 @@ BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input*... input) {
     const std::int64_t start = r * rows.stride;
     std::int64_t c = 0;
     for (; c + kLanes <= rows.columns; c += kLanes) {
-      apply_columns(make(c, kLanes), visit, rows.stride, kLanes, out + start + c, (input + start + c)...);
+      apply_columns(make(c, kLanes), visit, rows, kLanes, out + start + c, (input + start + c)...);
     }
     if (c < rows.columns) {
       const std::int64_t n = rows.columns - c;
-      apply_columns(make(c, n), visit, rows.stride, n, out + start + c, (input + start + c)...);
+      apply_columns(make(c, n), visit, rows, n, out + start + c, (input + start + c)...);
     }
   }
 }

@@ -148,6 +148,13 @@ BN_INLINE void fetch_lanes(const T* p) {
   }
 }
 
+template <class T>
+BN_INLINE void fetch_lanes_to_store(T* p) {
+  for (std::int64_t at = 0; at < kLanes; at += kStreamBytes / static_cast<std::int64_t>(sizeof(T))) {
+    __builtin_prefetch(p + at, 1, 2);
+  }
+}
+
 BN_INLINE Lanes<double> multiply_add_exact(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& c) {
   Lanes<double> r;
   BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = multiply_add_exact(a.v[k], b.v[k], c.v[k]);

@@ -42,17 +42,18 @@ constexpr std::int64_t kStreamBytes = 64;
 // to stretch. Pieces that are only applied may have any number.
 constexpr std::int64_t kMostChannels = 32;
 
-// A piece of a planar tensor. With more than one channel, `length` is at least kVectorColumns. `ahead`: how many values
-// further on the values lie that are wanted after this piece; kernels that store around the caches fetch them into the
-// second-level cache meanwhile, so that memory is read while it is written. 0 for none. Any address will do: fetching
-// never faults.
+// A piece of a planar tensor. With more than one channel, `length` is at least kVectorColumns. `ahead`, for kernels
+// that store: how many values further on to fetch into the second-level cache meanwhile. Where they store around the
+// caches that is of the inputs, so that memory is read while it is written; else of the output, whose lines are wanted
+// before they are stored to. 0 for none. Any address will do: fetching never faults.
 struct Runs {
   std::int64_t length, count, stride, channels = 1, ahead = 0;
 };
 
-// A block of rows of an interleaved tensor.
+// A block of rows of an interleaved tensor. `ahead`: as above, of inputs and output; not where stores go around the
+// caches.
 struct Rows {
-  std::int64_t count, columns, stride;
+  std::int64_t count, columns, stride, ahead = 0;
 };
 
 // Two sums of one channel, each as high and low part (plain sums have a low part of 0):
