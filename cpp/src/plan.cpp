@@ -108,7 +108,7 @@ bool stores_go_around_cache(const Plan& plan, bool interleaved, const Work& work
 std::int64_t group_of(const Plan& plan, std::int64_t slab_bytes, const Machine& machine, int threads) {
   const Problem& p = plan.problem;
   const std::int64_t longest = std::min(ceil_divide(kStretch, plan.piece_length), kernels::kMostChannels);
-  const std::int64_t in_cache = machine.l2_bytes / 2 / std::max<std::int64_t>(slab_bytes, 1);
+  const std::int64_t in_cache = machine.l2_bytes / std::max<std::int64_t>(slab_bytes, 1);
   const std::int64_t shared = threads == 1 ? p.channels : p.channels / (kGroupsAThread * threads);
   return std::clamp<std::int64_t>(std::min({longest, in_cache, shared}), 1, p.channels);
 }

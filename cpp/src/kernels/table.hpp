@@ -40,7 +40,7 @@ constexpr std::int64_t kStreamBytes = 64;
 
 // Channels of a piece that is summed: their lanes stay on the kernel's stack (up to 640 bytes a channel) from stretch
 // to stretch. Pieces that are only applied may have any number.
-constexpr std::int64_t kMostChannels = 32;
+constexpr std::int64_t kMostChannels = 64;
 
 // A piece of a planar tensor. With more than one channel, `length` is at least kVectorColumns. `ahead`, for kernels
 // that store: how many values further on to fetch into the second-level cache meanwhile. Where they store around the
