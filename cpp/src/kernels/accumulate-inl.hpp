@@ -104,26 +104,35 @@ struct KeptLanes {
   double first_lo[Accumulator::kHasLow ? kLanes : 1], second_lo[Accumulator::kHasLow ? kLanes : 1];
 };
 
+// Stretches that are visited together, so that lanes are kept and restored once for all of them, where runs are shorter
+// than this.
+constexpr std::int64_t kStretchesPerVisit = 4, kShortRun = 256;
+
 // make(c) gives what channel c sums: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of
 // each input. Inputs are one or two pointers that walk together.
 template <class Accumulator, class Make, class T, class... Rest>
 BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const T* input, const Rest*... rest) {
   KeptLanes<Accumulator> kept[kMostChannels];
   for (std::int64_t c = 0; runs.count == 0 && c < runs.channels; ++c) out[c] = Sums{};
-  const std::int64_t stretch = runs.channels * runs.length, jump = runs.stride - stretch;
+  const std::int64_t stretch = runs.channels * runs.length;
+  const std::int64_t most = runs.length < kShortRun ? kStretchesPerVisit : 1, jump = most * runs.stride - stretch;
   constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
   const std::int64_t ahead = stretch < kAhead ? stretch : kAhead;
-  for (std::int64_t k = 0; k < runs.count; ++k) {
+  for (std::int64_t k = 0; k < runs.count; k += most) {
+    const std::int64_t visit = runs.count - k < most ? runs.count - k : most;
     for (std::int64_t c = 0; c < runs.channels; ++c) {
-      const std::int64_t start = k * runs.stride + c * runs.length;
       KeptLanes<Accumulator>& lanes = kept[c];
       auto pair = make(c);
       if (k > 0) {
         restore(pair.first, lanes.first, lanes.first_lo, kLanes);
         restore(pair.second, lanes.second, lanes.second_lo, kLanes);
       }
-      sum_run(pair, runs.length, {stretch - c * runs.length, jump, ahead}, input + start, (rest + start)...);
-      if (k + 1 < runs.count) {
+      const InStretch in{stretch - c * runs.length, jump, ahead};
+      for (std::int64_t v = 0; v < visit; ++v) {
+        const std::int64_t start = (k + v) * runs.stride + c * runs.length;
+        sum_run(pair, runs.length, in, input + start, (rest + start)...);
+      }
+      if (k + visit < runs.count) {
         keep(pair.first, lanes.first, lanes.first_lo, kLanes);
         keep(pair.second, lanes.second, lanes.second_lo, kLanes);
       } else {
