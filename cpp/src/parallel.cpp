@@ -137,7 +137,8 @@ class Job {
       std::int64_t blocks = 0;
       for (int r = 0; r < threads; ++r) {
         const std::int64_t mine = Share(phases[p], r, threads).blocks;
-        claims_[r].left[p].store(tagged(generation_) | static_cast<std::uint64_t>(mine), std::memory_order_relaxed);
+        claims_[r].left[p].store(std::uint64_t{generation_} << 32 | static_cast<std::uint64_t>(mine),
+                                 std::memory_order_relaxed);
         blocks += mine;
       }
       unfinished_[p].store(blocks, std::memory_order_relaxed);
@@ -163,7 +164,6 @@ class Job {
     std::atomic<std::uint64_t> left[kMostPhases];  // generation above, blocks not yet claimed below
   };
 
-  static std::uint64_t tagged(std::uint32_t generation) { return std::uint64_t{generation} << 32; }
   static std::uint32_t progress(std::uint32_t generation, std::uint32_t phase) {
     static_assert(kMostPhases < 16);
     return generation << 4 | phase;
@@ -172,13 +172,11 @@ class Job {
   // Whether there was a block, of which `left` were left.
   static bool claim(std::atomic<std::uint64_t>& word, std::uint32_t generation, std::int64_t& left) {
     std::uint64_t seen = word.load(std::memory_order_relaxed);
-    while (seen > tagged(generation) && seen < tagged(generation) + (std::uint64_t{1} << 32)) {
-      if (word.compare_exchange_weak(seen, seen - 1, std::memory_order_acquire, std::memory_order_relaxed)) {
-        left = static_cast<std::int64_t>(seen - tagged(generation));
-        return true;
-      }
-    }
-    return false;
+    do {
+      left = static_cast<std::uint32_t>(seen);
+      if (seen >> 32 != generation || left == 0) return false;
+    } while (!word.compare_exchange_weak(seen, seen - 1, std::memory_order_acquire, std::memory_order_relaxed));
+    return true;
   }
 
   void work_on_phase(const Order& order, std::uint32_t p) {
