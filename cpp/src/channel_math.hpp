@@ -120,12 +120,20 @@ inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(varia
 
 // The same as far as tensors of T need it: float64 is enough for float32, whose coefficients are rounded to 24 bits.
 template <class T>
+DoubleDouble rstd_for(double var, double eps) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return rstd_of(DoubleDouble{var, 0}, eps);
+  } else {
+    const double v = var + eps;
+    return {v == 0 ? 0 : 1 / std::sqrt(v), 0};
+  }
+}
+template <class T>
 DoubleDouble rstd_for(const Moments& m, double eps) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return rstd_of(m, eps);
   } else {
-    const double v = m.m2 / m.count + eps;  // NaN for no values
-    return {v == 0 ? 0 : 1 / std::sqrt(v), 0};
+    return rstd_for<T>(m.m2 / m.count, eps);  // NaN for no values
   }
 }
 
@@ -145,15 +153,16 @@ using BackwardCoefficients = Coefficients<T, kernels::GradAffine>;
 
 // A factor that T holds with all its digits.
 template <class T>
-bool factor_fits(double exact) {
+int factor_fits(double exact) {
   const double a = std::abs(static_cast<double>(static_cast<T>(exact)));
-  return exact == 0 || (a >= static_cast<double>(std::numeric_limits<T>::min()) &&
-                        a <= static_cast<double>(std::numeric_limits<T>::max()));
+  // Not && and ||: branches here cost more than what they skip.
+  return static_cast<int>(exact == 0) | (static_cast<int>(a >= static_cast<double>(std::numeric_limits<T>::min())) &
+                                         static_cast<int>(a <= static_cast<double>(std::numeric_limits<T>::max())));
 }
 // A center that a finite float32 minus it cannot overflow: below half a spacing (2^103) of the largest float32.
-inline bool center_fits(double center) { return std::abs(center) < 0x1p102; }
+inline int center_fits(double center) { return std::abs(center) < 0x1p102; }
 // An offset that cannot bring an overflowed product back into range, nor overflow with it.
-inline bool offset_fits(double offset) { return std::abs(offset) < 0x1p100; }
+inline int offset_fits(double offset) { return std::abs(offset) < 0x1p100; }
 
 // The split mean makes the low part of a mean count, so the factors must be right to the last bit too: for float64
 // tensors they are formed in double-double and rounded once.
@@ -172,7 +181,7 @@ ForwardCoefficients<T> forward_coefficients(double mean, double mean_lo, DoubleD
   const T center = static_cast<T>(mean), t_scale = static_cast<T>(scale);
   const double offset = beta + ((static_cast<double>(center) - mean) - mean_lo) * static_cast<double>(t_scale);
   k.narrow = {center, t_scale, static_cast<T>(offset)};
-  k.is_wide = sizeof(T) == sizeof(float) && !(factor_fits<T>(scale) && center_fits(mean) && offset_fits(offset));
+  k.is_wide = sizeof(T) == sizeof(float) && !(factor_fits<T>(scale) & center_fits(mean) & offset_fits(offset));
   return k;
 }
 
@@ -216,8 +225,8 @@ BackwardCoefficients<T> backward_coefficients(const Moments& m, const GradSums& 
   const double offset = static_cast<double>(t_a) * ((static_cast<double>(g_hi) - g.hi) - g.lo) +
                         static_cast<double>(t_p) * ((static_cast<double>(center) - m.mean) - m.mean_lo);
   k.narrow = {g_hi, t_a, center, t_p, static_cast<T>(offset)};
-  k.is_wide = sizeof(T) == sizeof(float) && !(factor_fits<T>(a) && factor_fits<T>(p) && center_fits(g.hi) &&
-                                              center_fits(m.mean) && offset_fits(offset));
+  k.is_wide = sizeof(T) == sizeof(float) &&
+              !(factor_fits<T>(a) & factor_fits<T>(p) & center_fits(g.hi) & center_fits(m.mean) & offset_fits(offset));
   return k;
 }
 

@@ -2,9 +2,7 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <atomic>
-#include <bit>
 #include <cstring>
 
 #include "channel_math.hpp"
@@ -56,6 +54,7 @@ class CoefficientTable {
   // Interleaved: lays out the columns of finished channels, whose columns are whole vectors or all there are.
   void lay_out(Range channels) {
     const std::int64_t inner = plan_.problem.inner, width = plan_.problem.channels * inner;
+    if (inner == 1 && plan_.apply_rows.repeat == 1) return lay_out_alike(channels);
     for (std::int64_t row = 0; row < plan_.apply_rows.repeat; ++row) {
       std::int64_t e = row * width + channels.begin * inner;
       for (std::int64_t c = channels.begin; c < channels.end; ++c) {
@@ -65,6 +64,17 @@ class CoefficientTable {
     const bool all = channels.begin == 0 && channels.end == plan_.problem.channels;
     lay_out_wide(channels.begin * inner, all ? plan_.apply_rows.columns : channels.end * inner);
   }
+  // The same where a column is a channel.
+  void lay_out_alike(Range channels) {
+    const std::int64_t count = channels.end - channels.begin;
+    for (std::int64_t f = 0; f < kFields; ++f) {
+      const T* from = reinterpret_cast<const T*>(channels_ + channels.begin) + f;
+      T* to = narrow_ + f * plan_.apply_rows.columns + channels.begin;
+      for (std::int64_t c = 0; c < count; ++c) to[c] = from[c * kFields];
+    }
+    lay_out_wide(channels.begin, channels.end);
+  }
+
   // Array of field `f` of the maps, and the mask of the columns that are wide.
   [[nodiscard]] const T* narrow_columns(int f) const { return narrow_ + f * plan_.apply_rows.columns; }
   [[nodiscard]] const double* wide_columns(int f) const { return wide_ + f * plan_.apply_rows.columns; }
@@ -92,11 +102,10 @@ class CoefficientTable {
     }
   }
   template <class A>
-  void scatter(const Map<A>& map, A* arrays, std::int64_t column) {
-    const auto fields = std::bit_cast<std::array<A, kFields>>(map);
-    for (std::size_t f = 0; f < kFields; ++f) {
-      arrays[static_cast<std::int64_t>(f) * plan_.apply_rows.columns + column] = fields[f];
-    }
+  void scatter(const Map<A>& map, A* arrays, std::int64_t column) const {
+    A fields[kFields];
+    std::memcpy(fields, &map, sizeof map);
+    for (std::int64_t f = 0; f < kFields; ++f) arrays[f * plan_.apply_rows.columns + column] = fields[f];
   }
 
   const Plan& plan_;

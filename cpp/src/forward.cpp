@@ -85,7 +85,7 @@ class ForwardPass {
       const Moments& m = given.moments[c];
       return forward_coefficients<T>(m.mean, m.mean_lo, rstd_for<T>(m, eps), g, b);
     }
-    const DoubleDouble rstd = rstd_of(DoubleDouble{given.var[c], 0}, eps);
+    const DoubleDouble rstd = rstd_for<T>(given.var[c], eps);
     if (given.only_scale) return frozen_backward_coefficients<T>(rstd, g);
     return forward_coefficients<T>(given.mean[c], 0, rstd, g, b);
   }
