@@ -1,14 +1,18 @@
 // Prints a hash of the bits of every result, one line a pass, shape and type. Two machines, or two instruction sets,
-// that print the same have computed the same bits. The threads 1, 2, 3 and 7 are held against each other at once.
-//     bits            the hashes, after a line that names the instruction set in use
-//     bits --list     the instruction sets that run here
+// that print the same have computed the same bits. The threads 1, 2, 3, 7 and 16 are held against each other at once.
+//     bits                  the hashes, after a line that names the instruction set in use
+//     bits --bench-shapes   those of the benchmark's shapes of up to 3 million values instead, in float32
+//     bits --list           the instruction sets that run here
+#include <array>
 #include <cstdio>
 #include <cstring>
 #include <exception>
+#include <set>
 #include <string>
 #include <utility>
 #include <vector>
 
+#include "../../bench/cases.hpp"
 #include "all_passes.hpp"
 
 namespace {
@@ -75,12 +79,38 @@ bool print(const Problem& p, Kind kind) {
   const all_passes::Batch<T> batch = all_passes::make_batch<T>(p, kind);
   const auto expected = hashes(all_passes::run(batch, {.threads = 1}));
   bool same = true;
-  for (const int threads : {2, 3, 7}) same = hashes(all_passes::run(batch, {.threads = threads})) == expected && same;
+  for (const int threads : {2, 3, 7, 16})
+    same = hashes(all_passes::run(batch, {.threads = threads})) == expected && same;
   for (const auto& [pass, value] : expected) {
     std::printf("%s {%lld, %lld, %lld} %s %s %016llx%s\n", sizeof(T) == sizeof(float) ? "float32" : "float64",
                 static_cast<long long>(p.outer), static_cast<long long>(p.channels), static_cast<long long>(p.inner),
                 all_passes::kKindNames[static_cast<int>(kind)], pass, static_cast<unsigned long long>(value),
                 same ? "" : "  differs between numbers of threads");
+  }
+  return same;
+}
+
+bool print_bench_shapes() {
+  constexpr std::int64_t kMostValues = 3'000'000;
+  bool same = true;
+  std::set<std::array<std::int64_t, 3>> seen;
+  for (const bench::Case& c : bench::kCases) {
+    for (const bench::Layout layout : bench::layouts_of(c.shape)) {
+      const Problem p = bench::problem_of(c.shape, layout);
+      if (p.count() < 2 || p.size() > kMostValues || !seen.insert({p.outer, p.channels, p.inner}).second) continue;
+      same = print<float>(p, Kind::ordinary) && same;
+    }
+  }
+  return same;
+}
+
+bool print_own_shapes() {
+  bool same = true;
+  for (const Shape& shape : shapes()) {
+    for (const Kind kind : shape.kinds) {
+      same = print<float>(shape.problem, kind) && same;
+      same = print<double>(shape.problem, kind) && same;
+    }
   }
   return same;
 }
@@ -93,14 +123,8 @@ int main(int argc, char** argv) try {
     return 0;
   }
   std::printf("isa %s\n", active_isa().c_str());
-  bool same = true;
-  for (const Shape& shape : shapes()) {
-    for (const Kind kind : shape.kinds) {
-      same = print<float>(shape.problem, kind) && same;
-      same = print<double>(shape.problem, kind) && same;
-    }
-  }
-  return same ? 0 : 1;
+  const bool bench_shapes = argc > 1 && std::strcmp(argv[1], "--bench-shapes") == 0;
+  return (bench_shapes ? print_bench_shapes() : print_own_shapes()) ? 0 : 1;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 2;

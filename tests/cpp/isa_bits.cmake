@@ -1,5 +1,5 @@
 # Runs `bits` once for each instruction set that this machine has, and fails unless all print the same.
-#     cmake -D BITS=PROGRAM [-D EMULATOR=COMMAND] -P isa_bits.cmake
+#     cmake -D BITS=PROGRAM [-D OF=--bench-shapes] [-D EMULATOR=COMMAND] -P isa_bits.cmake
 cmake_minimum_required(VERSION 3.24...4.3)
 
 function(run_bits isa result)
@@ -17,7 +17,7 @@ string(REPLACE "\n" ";" names "${names}")
 
 set(expected "")
 foreach(isa IN LISTS names)
-  run_bits(${isa} text)
+  run_bits(${isa} text ${OF})
   if(NOT text MATCHES "^isa ${isa}\n(.+)$")
     message(FATAL_ERROR "bits must run on ${isa}, got: ${text}")
   endif()
@@ -39,4 +39,4 @@ foreach(isa IN LISTS names)
 endforeach()
 
 # The reference sums in another order. It only has to run, with the same bits for any number of threads.
-run_bits(reference text)
+run_bits(reference text ${OF})
