@@ -33,7 +33,7 @@ class ForwardPass {
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t, Sums* out) const {
     kernels.runs_moments(x + offset, runs, out);
   }
-  void sum_rows(std::int64_t offset, Rows rows, const ColumnSums& out) const {
+  void sum_rows(std::int64_t offset, std::int64_t, const Rows& rows, const ColumnSums& out) const {
     kernels.rows_moments(x + offset, rows, out);
   }
   void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
@@ -64,12 +64,13 @@ class ForwardPass {
       }
     }
   }
-  void apply_rows(std::int64_t offset, Rows rows) const {
+  void apply_rows(std::int64_t offset, std::int64_t column, const Rows& rows) const {
     const Table& k = *coefficients;
-    const AffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
+    const AffineColumns<T> narrow{k.narrow_columns(0, column), k.narrow_columns(1, column),
+                                  k.narrow_columns(2, column)};
     if (k.any_wide()) {
-      const AffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2)};
-      kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), wide});
+      const AffineColumns<double> wide{k.wide_columns(0, column), k.wide_columns(1, column), k.wide_columns(2, column)};
+      kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(column), wide});
     } else if (plan.around_cache && x != y) {
       kernels.rows_normalize_around_cache(x + offset, y + offset, rows, narrow);
     } else {

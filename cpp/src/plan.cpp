@@ -47,6 +47,9 @@ constexpr std::int64_t kStretch = 4096;
 // A tile that is only applied: 64 KB.
 constexpr std::int64_t kAppliedValues = 16 * 1024;
 
+// Columns of a stripe: 1 KB of each row, a quarter of a page.
+constexpr std::int64_t kLeastStripe = 256;
+
 // Groups of channels that each thread should have, so that none waits long for the last.
 constexpr std::int64_t kGroupsAThread = 4;
 
@@ -144,6 +147,17 @@ void cut_applied(Plan& plan) {
   cut_planar(plan, std::max(kAppliedValues / plan.group, p.inner > kAppliedValues ? kAppliedValues : p.inner));
 }
 
+// Blocks of wide rows are few where rows are: their columns are shared out too, until each thread has some tasks.
+std::int64_t stripe_of(const Plan& plan, int threads) {
+  const std::int64_t columns = plan.sum_rows.columns;
+  if (threads == 1 || plan.sum_rows.repeat > 1 || plan.apply_rows.repeat > 1) {
+    return std::max(columns, plan.apply_rows.columns);
+  }
+  const std::int64_t wanted = ceil_divide(kGroupsAThread * threads, plan.sum_rows.blocks);
+  const std::int64_t stripe = std::max(columns / wanted, kLeastStripe);
+  return ceil_divide(stripe, kernels::kVectorColumns) * kernels::kVectorColumns;
+}
+
 std::int64_t tasks_of(const Plan& plan) {
   switch (plan.path) {
     case Path::nothing:
@@ -153,7 +167,8 @@ std::int64_t tasks_of(const Plan& plan) {
     case Path::chunk_tasks:
       return plan.groups() * plan.chunks;
     default:
-      return std::max(plan.sum_rows.blocks, plan.apply_rows.blocks);
+      return std::max(plan.sum_rows.blocks * plan.stripes(plan.sum_rows),
+                      plan.apply_rows.blocks * plan.stripes(plan.apply_rows));
   }
 }
 
@@ -196,6 +211,7 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
     plan.path = Path::row_blocks;
     plan.sum_rows = cut_rows(p, repeat_of(p.channels * p.inner, kShortRow));
     plan.apply_rows = cut_rows(p, repeat_of(p.channels * p.inner, kMostUneven));
+    plan.stripe = stripe_of(plan, threads);
   }
   plan.around_cache = stores_go_around_cache(plan, interleaved, work, machine);
   plan.fetches_outputs =

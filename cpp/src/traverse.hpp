@@ -4,11 +4,11 @@
 // A Pass gives
 //   bool reduces, applies
 //   void sum_runs(offset, Runs, c, Sums*)      sums of one planar piece, of each of its channels from c on
-//   void sum_rows(offset, Rows, ColumnSums)    sums of one interleaved block, per column
-//   void add_blocks(...)                       the kernel of that name
-//   void finish(Range channels, totals)        from the sums of channel c, totals[c - channels.begin], to its results
-//   void lay_out(Range channels)               interleaved: the coefficients of finished channels, per column
-//   void apply_runs(offset, Runs, c), apply_rows(offset, Rows)
+//   void sum_rows(offset, column, Rows, ColumnSums)   sums of a part of an interleaved block, whose columns begin at
+//   `column` void add_blocks(...)                       the kernel of that name void finish(Range channels, totals)
+//   from the sums of channel c, totals[c - channels.begin], to its results void lay_out(Range channels) interleaved:
+//   the coefficients of finished channels, per column void apply_runs(offset, Runs, c), apply_rows(offset, column,
+//   Rows)
 // Where it does not reduce, finish() is called with null totals.
 #pragma once
 
@@ -132,13 +132,13 @@ class Traversal {
         pass_.finish(channels, nullptr);
         continue;
       }
-      kernels::Sums totals[kFinishedTogether];
+      SumsOfGroup totals;
       for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-        for (std::int64_t k = 0; k < plan_.chunks; ++k) {
-          add(totals[c - begin], chunk_sums_[k * plan_.wave + c - wave_.begin]);
-        }
+        kernels::Sums& total = totals.of[c - begin];
+        total = chunk_sums_[c - wave_.begin];  // as in sum_group(): an infinity added to 0 has an error of NaN
+        for (std::int64_t k = 1; k < plan_.chunks; ++k) add(total, chunk_sums_[k * plan_.wave + c - wave_.begin]);
       }
-      pass_.finish(channels, totals);
+      pass_.finish(channels, totals.of);
     }
   }
   void apply_tiles(Range tiles) {
@@ -172,25 +172,40 @@ class Traversal {
   // ---- interleaved ----
 
   void run_row_blocks() {
-    const Phase sum = phase<&Traversal::sum_blocks>(plan_.sum_rows.blocks);
+    const Phase sum = phase<&Traversal::sum_blocks>(plan_.sum_rows.blocks * plan_.stripes(plan_.sum_rows));
     const Phase finish =
         phase<&Traversal::finish_columns>((plan_.problem.channels + channels_together() - 1) / channels_together());
-    const Phase apply = phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks, true);
+    const Phase apply =
+        phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks * plan_.stripes(plan_.apply_rows), true);
     if (!pass_.reduces) return run_phases({finish, apply});
     if (!pass_.applies) return run_phases({sum, finish});
     run_phases({sum, finish, apply});
   }
 
-  void sum_blocks(Range blocks) {
-    for (std::int64_t b = blocks.begin; b < blocks.end; ++b) {
-      pass_.sum_rows(plan_.sum_rows.offset(b), plan_.sum_rows.block(b), block_sums(b));
+  // Task t of a cut: its block, and the columns of that. The last block may have fewer columns, but then has one
+  // stripe.
+  struct Part {
+    std::int64_t block, column;
+    kernels::Rows rows;
+  };
+  [[nodiscard]] Part part_of(const RowCut& cut, std::int64_t t) const {
+    const std::int64_t stripes = plan_.stripes(cut);
+    Part part{t / stripes, t % stripes * plan_.stripe, cut.block(t / stripes)};
+    part.rows.columns = std::min(plan_.stripe, part.rows.columns - part.column);
+    return part;
+  }
+  void sum_blocks(Range tasks) {
+    for (std::int64_t t = tasks.begin; t < tasks.end; ++t) {
+      const Part part = part_of(plan_.sum_rows, t);
+      pass_.sum_rows(plan_.sum_rows.offset(part.block) + part.column, part.column, part.rows,
+                     column_sums_at(part.block, part.column));
     }
   }
-  void apply_blocks(Range blocks) {
-    for (std::int64_t b = blocks.end; b-- > blocks.begin;) {
-      kernels::Rows rows = plan_.apply_rows.block(b);
-      if (plan_.fetches_outputs) rows.ahead = kRowsAhead * rows.stride;
-      pass_.apply_rows(plan_.apply_rows.offset(b), rows);
+  void apply_blocks(Range tasks) {
+    for (std::int64_t t = tasks.end; t-- > tasks.begin;) {
+      Part part = part_of(plan_.apply_rows, t);
+      if (plan_.fetches_outputs) part.rows.ahead = kRowsAhead * part.rows.stride;
+      pass_.apply_rows(plan_.apply_rows.offset(part.block) + part.column, part.column, part.rows);
     }
   }
 

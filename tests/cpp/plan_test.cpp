@@ -117,7 +117,8 @@ std::int64_t tasks(const Plan& plan) {
     case Path::chunk_tasks:
       return plan.groups() * plan.chunks;
     default:
-      return std::max(plan.sum_rows.blocks, plan.apply_rows.blocks);
+      return std::max(plan.sum_rows.blocks * plan.stripes(plan.sum_rows),
+                      plan.apply_rows.blocks * plan.stripes(plan.apply_rows));
   }
 }
 
@@ -224,6 +225,17 @@ TEST(a_channel_that_fits_the_cache_is_reduced_and_applied_by_one_task) {
          Path::chunk_tasks);  // fewer channels than threads
   EXPECT(make_plan({8, 64, 196}, {false, true, 2, 4}, {1 << 20, 32 << 20}, 4).path ==
          Path::chunk_tasks);  // nothing to reduce
+}
+
+TEST(wide_rows_of_few_blocks_are_shared_out_by_columns) {
+  for (const std::int64_t channels : {1024, 1000, 999, 4099}) {
+    const Plan plan = make_plan({64, channels, 1}, kTraining, kMachine, 2);
+    EXPECT_EQUAL(plan.sum_rows.blocks, 1);
+    EXPECT_EQUAL(plan.threads, 2);
+    EXPECT_EQUAL(plan.stripe % kernels::kVectorColumns, 0);
+    EXPECT(plan.stripe < channels && plan.stripe * plan.stripes(plan.sum_rows) >= channels, plan.stripe);
+  }
+  EXPECT_EQUAL(make_plan({64, 1024, 1}, kTraining, kMachine, 1).stripe, 1024);
 }
 
 TEST(nothing_is_planned_for_no_values) {
