@@ -41,11 +41,10 @@ void check_gradients(std::span<const T> dy, std::span<const T> x, const Problem&
   if (dbeta.wanted()) check::channels("dbeta", dbeta.size(), problem);
 }
 
-// f() as a function of its own, which the compiler cannot mix with the caller's arithmetic.
 template <class F>
 auto in_default_environment(F f) {
   decltype(f()) result{};
-  parallel(1, [&](const Team&) { result = f(); });
+  run_here([&] { result = f(); });
   return result;
 }
 
@@ -92,7 +91,7 @@ void update_running(std::span<double> running_mean, std::span<double> running_va
     if (update_rate == 0) return;
     running = update_rate == 1 ? value : (1 - update_rate) * running + update_rate * value;
   };
-  parallel(1, [&](const Team&) {
+  run_here([&] {
     for (std::size_t c = 0; c < batch.size(); ++c) {
       if (batch[c].count == 0) continue;
       blend(running_mean[c], batch[c].mean);

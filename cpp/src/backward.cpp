@@ -203,7 +203,7 @@ void run_normalize_backward(const T* dy, const T* x, const Problem& problem, con
     scale.only_scale = true;
     run_normalize(dy, problem, scale, gamma, {}, eps, dx, threads);
   }
-  parallel(1, [&](const Team&) {
+  run_here([&] {
     for (std::int64_t c = 0; c < static_cast<std::int64_t>(moments.size()); ++c) {
       const auto at = static_cast<std::size_t>(c);
       dgamma.set(c, dgamma_of(moments[at], sums[at], rstd_of(DoubleDouble{given.var[c], 0}, eps)));

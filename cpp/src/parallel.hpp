@@ -31,21 +31,12 @@ constexpr int kMostPhases = 8;
 // Called from a task, it runs on the task's thread alone.
 void run_phases(int threads, const Phase* phases, int count, void* context);
 
-// One task's place among `size` that share some work.
-class Team {
- public:
-  Team(int rank, int size) : rank_(rank), size_(size) {}
-  [[nodiscard]] Range share(std::int64_t count) const { return batchnorm::share(count, rank_, size_); }
-
- private:
-  int rank_, size_;
-};
-
-// Runs f(Team(0, 1)) here, in the default floating-point environment. `threads` must be 1.
+// Runs f() on this thread, in the default floating-point environment and as a function of its own, which the compiler
+// cannot mix with the caller's arithmetic.
 template <class F>
-void parallel(int threads, F&& f) {
-  const Phase phase{1, 1, false, [](void* context, Range) { (*static_cast<F*>(context))(Team(0, 1)); }};
-  run_phases(threads, &phase, 1, &f);
+void run_here(F&& f) {
+  const Phase phase{1, 1, false, [](void* context, Range) { (*static_cast<F*>(context))(); }};
+  run_phases(1, &phase, 1, &f);
 }
 
 // Threads for a call that asks for `requested` (0: the process's setting, else OpenMP's for this thread, else
