@@ -81,18 +81,16 @@ class BackwardPass {
       }
     }
   }
-  void apply_rows(std::int64_t offset, std::int64_t column, const Rows& rows) const {
+  void apply_rows(std::int64_t offset, const Rows& rows) const {
     const T *from_dy = dy + offset, *from_x = x + offset;
     T* to = dx + offset;
     const Table& k = *coefficients;
-    const GradAffineColumns<T> narrow{k.narrow_columns(0, column), k.narrow_columns(1, column),
-                                      k.narrow_columns(2, column), k.narrow_columns(3, column),
-                                      k.narrow_columns(4, column)};
+    const GradAffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
+                                      k.narrow_columns(3), k.narrow_columns(4)};
     if (k.any_wide()) {
-      const GradAffineColumns<double> wide{k.wide_columns(0, column), k.wide_columns(1, column),
-                                           k.wide_columns(2, column), k.wide_columns(3, column),
-                                           k.wide_columns(4, column)};
-      kernels.rows_grad_input_mixed(from_dy, from_x, to, rows, narrow, {k.mask(column), wide});
+      const GradAffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2), k.wide_columns(3),
+                                           k.wide_columns(4)};
+      kernels.rows_grad_input_mixed(from_dy, from_x, to, rows, narrow, {k.mask(), wide});
     } else if (goes_around_cache()) {
       kernels.rows_grad_input_around_cache(from_dy, from_x, to, rows, narrow);
     } else {

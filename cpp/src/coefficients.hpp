@@ -75,17 +75,10 @@ class CoefficientTable {
     lay_out_wide(channels.begin, channels.end);
   }
 
-  // Field `f` of the maps, and the mask of those that are wide, of `column` (the first of a vector) and those behind
-  // it.
-  [[nodiscard]] const T* narrow_columns(int f, std::int64_t column) const {
-    return narrow_ + f * plan_.apply_rows.columns + column;
-  }
-  [[nodiscard]] const double* wide_columns(int f, std::int64_t column) const {
-    return wide_ + f * plan_.apply_rows.columns + column;
-  }
-  [[nodiscard]] const std::uint16_t* mask(std::int64_t column) const {
-    return mask_ + column / kernels::kVectorColumns;
-  }
+  // Array of field `f` of the maps, and the mask of the columns that are wide.
+  [[nodiscard]] const T* narrow_columns(int f) const { return narrow_ + f * plan_.apply_rows.columns; }
+  [[nodiscard]] const double* wide_columns(int f) const { return wide_ + f * plan_.apply_rows.columns; }
+  [[nodiscard]] const std::uint16_t* mask() const { return mask_; }
 
  private:
   static constexpr std::int64_t kFields = sizeof(Map<double>) / sizeof(double);

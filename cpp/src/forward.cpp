@@ -64,13 +64,12 @@ class ForwardPass {
       }
     }
   }
-  void apply_rows(std::int64_t offset, std::int64_t column, const Rows& rows) const {
+  void apply_rows(std::int64_t offset, const Rows& rows) const {
     const Table& k = *coefficients;
-    const AffineColumns<T> narrow{k.narrow_columns(0, column), k.narrow_columns(1, column),
-                                  k.narrow_columns(2, column)};
+    const AffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
     if (k.any_wide()) {
-      const AffineColumns<double> wide{k.wide_columns(0, column), k.wide_columns(1, column), k.wide_columns(2, column)};
-      kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(column), wide});
+      const AffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2)};
+      kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), wide});
     } else if (plan.around_cache && x != y) {
       kernels.rows_normalize_around_cache(x + offset, y + offset, rows, narrow);
     } else {

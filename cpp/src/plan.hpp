@@ -42,7 +42,7 @@ struct Plan {
 
   // Interleaved: how it is summed and how it is applied.
   RowCut sum_rows, apply_rows;
-  // Interleaved: columns of a block that one task takes; all of them where rows stand side by side.
+  // Interleaved: columns of a block that one task sums; all of them where rows stand side by side.
   std::int64_t stripe = 0;
 
   Path path = Path::nothing;
@@ -52,8 +52,8 @@ struct Plan {
 
   [[nodiscard]] bool planar() const { return path == Path::channel_tasks || path == Path::chunk_tasks; }
   [[nodiscard]] std::int64_t groups() const { return (problem.channels + group - 1) / group; }
-  // Interleaved: tasks of a block.
-  [[nodiscard]] std::int64_t stripes(const RowCut& cut) const { return (cut.columns + stripe - 1) / stripe; }
+  // Interleaved: tasks that sum a block.
+  [[nodiscard]] std::int64_t stripes() const { return (sum_rows.columns + stripe - 1) / stripe; }
 
   // Planar: where chunk k of `channels` channels from c on lies.
   [[nodiscard]] std::int64_t chunk_offset(std::int64_t k, std::int64_t c) const;

@@ -172,40 +172,29 @@ class Traversal {
   // ---- interleaved ----
 
   void run_row_blocks() {
-    const Phase sum = phase<&Traversal::sum_blocks>(plan_.sum_rows.blocks * plan_.stripes(plan_.sum_rows));
+    const Phase sum = phase<&Traversal::sum_stripes>(plan_.sum_rows.blocks * plan_.stripes());
     const Phase finish =
         phase<&Traversal::finish_columns>((plan_.problem.channels + channels_together() - 1) / channels_together());
-    const Phase apply =
-        phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks * plan_.stripes(plan_.apply_rows), true);
+    const Phase apply = phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks, true);
     if (!pass_.reduces) return run_phases({finish, apply});
     if (!pass_.applies) return run_phases({sum, finish});
     run_phases({sum, finish, apply});
   }
 
-  // Task t of a cut: its block, and the columns of that. The last block may have fewer columns, but then has one
-  // stripe.
-  struct Part {
-    std::int64_t block, column;
-    kernels::Rows rows;
-  };
-  [[nodiscard]] Part part_of(const RowCut& cut, std::int64_t t) const {
-    const std::int64_t stripes = plan_.stripes(cut);
-    Part part{t / stripes, t % stripes * plan_.stripe, cut.block(t / stripes)};
-    part.rows.columns = std::min(plan_.stripe, part.rows.columns - part.column);
-    return part;
-  }
-  void sum_blocks(Range tasks) {
-    for (std::int64_t t = tasks.begin; t < tasks.end; ++t) {
-      const Part part = part_of(plan_.sum_rows, t);
-      pass_.sum_rows(plan_.sum_rows.offset(part.block) + part.column, part.column, part.rows,
-                     column_sums_at(part.block, part.column));
+  // Stripe t of all blocks. The last block may have fewer columns, but then there is one stripe a block.
+  void sum_stripes(Range stripes) {
+    for (std::int64_t t = stripes.begin; t < stripes.end; ++t) {
+      const std::int64_t b = t / plan_.stripes(), column = t % plan_.stripes() * plan_.stripe;
+      kernels::Rows rows = plan_.sum_rows.block(b);
+      rows.columns = std::min(plan_.stripe, rows.columns - column);
+      pass_.sum_rows(plan_.sum_rows.offset(b) + column, column, rows, column_sums_at(b, column));
     }
   }
-  void apply_blocks(Range tasks) {
-    for (std::int64_t t = tasks.end; t-- > tasks.begin;) {
-      Part part = part_of(plan_.apply_rows, t);
-      if (plan_.fetches_outputs) part.rows.ahead = kRowsAhead * part.rows.stride;
-      pass_.apply_rows(plan_.apply_rows.offset(part.block) + part.column, part.column, part.rows);
+  void apply_blocks(Range blocks) {
+    for (std::int64_t b = blocks.end; b-- > blocks.begin;) {
+      kernels::Rows rows = plan_.apply_rows.block(b);
+      if (plan_.fetches_outputs) rows.ahead = kRowsAhead * rows.stride;
+      pass_.apply_rows(plan_.apply_rows.offset(b), rows);
     }
   }
 

@@ -117,8 +117,7 @@ std::int64_t tasks(const Plan& plan) {
     case Path::chunk_tasks:
       return plan.groups() * plan.chunks;
     default:
-      return std::max(plan.sum_rows.blocks * plan.stripes(plan.sum_rows),
-                      plan.apply_rows.blocks * plan.stripes(plan.apply_rows));
+      return std::max(plan.sum_rows.blocks * plan.stripes(), plan.apply_rows.blocks);
   }
 }
 
@@ -227,13 +226,13 @@ TEST(a_channel_that_fits_the_cache_is_reduced_and_applied_by_one_task) {
          Path::chunk_tasks);  // nothing to reduce
 }
 
-TEST(wide_rows_of_few_blocks_are_shared_out_by_columns) {
+TEST(wide_rows_of_few_blocks_are_shared_out_by_columns_for_summing) {
   for (const std::int64_t channels : {1024, 1000, 999, 4099}) {
     const Plan plan = make_plan({64, channels, 1}, kTraining, kMachine, 2);
     EXPECT_EQUAL(plan.sum_rows.blocks, 1);
     EXPECT_EQUAL(plan.threads, 2);
     EXPECT_EQUAL(plan.stripe % kernels::kVectorColumns, 0);
-    EXPECT(plan.stripe < channels && plan.stripe * plan.stripes(plan.sum_rows) >= channels, plan.stripe);
+    EXPECT(plan.stripe < channels && plan.stripe * plan.stripes() >= channels, plan.stripe);
   }
   EXPECT_EQUAL(make_plan({64, 1024, 1}, kTraining, kMachine, 1).stripe, 1024);
 }
