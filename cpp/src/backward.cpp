@@ -91,7 +91,7 @@ class BackwardPass {
       const GradAffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2), k.wide_columns(3),
                                            k.wide_columns(4)};
       kernels.rows_grad_input_mixed(from_dy, from_x, to, rows, narrow, {k.mask(), wide});
-    } else if (goes_around_cache()) {
+    } else if (goes_around_cache() && rows.columns == plan.apply_rows.columns) {
       kernels.rows_grad_input_around_cache(from_dy, from_x, to, rows, narrow);
     } else {
       kernels.rows_grad_input(from_dy, from_x, to, rows, narrow);

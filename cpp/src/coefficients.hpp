@@ -23,8 +23,8 @@ class CoefficientTable {
                                     Workspace::bytes_for<Map<double>>(channels) + Workspace::bytes_for<bool>(channels);
     if (plan.planar()) return per_channel;
     const std::int64_t columns = plan.apply_rows.columns;
-    return per_channel + Workspace::bytes_for<T>(kFields * columns) + Workspace::bytes_for<double>(kFields * columns) +
-           Workspace::bytes_for<std::uint16_t>(groups(columns));
+    return per_channel + Workspace::bytes_for<T>(kFields * (columns + kRepeated)) +
+           Workspace::bytes_for<double>(kFields * columns) + Workspace::bytes_for<std::uint16_t>(groups(columns));
   }
   CoefficientTable(const Plan& plan, Workspace& workspace)
       : plan_(plan),
@@ -33,7 +33,7 @@ class CoefficientTable {
         is_wide_(workspace.take<bool>(plan.problem.channels)) {
     if (plan.planar()) return;
     const std::int64_t columns = plan.apply_rows.columns;
-    narrow_ = workspace.take<T>(kFields * columns);
+    narrow_ = workspace.take<T>(kFields * (columns + kRepeated));
     wide_ = workspace.take<double>(kFields * columns);
     mask_ = workspace.take<std::uint16_t>(groups(columns));
   }
@@ -53,12 +53,36 @@ class CoefficientTable {
 
   // Interleaved: lays out the columns of finished channels, whose columns are whole vectors or all there are.
   void lay_out(Range channels) {
+    lay_out_columns(channels);
+    if (channels.begin == 0) repeat_first();
+  }
+
+  // Array of field `f` of the maps, and the mask of the columns that are wide. The first columns of the narrow ones are
+  // repeated behind the last.
+  [[nodiscard]] const T* narrow_columns(std::int64_t f) const { return narrow_field(f); }
+  [[nodiscard]] const double* wide_columns(int f) const { return wide_ + f * plan_.apply_rows.columns; }
+  [[nodiscard]] const std::uint16_t* mask() const { return mask_; }
+
+ private:
+  static constexpr std::int64_t kFields = sizeof(Map<double>) / sizeof(double);
+  static constexpr std::int64_t kRepeated = kernels::kVectorColumns;
+
+  static std::int64_t groups(std::int64_t columns) {
+    return (columns + kernels::kVectorColumns - 1) / kernels::kVectorColumns;
+  }
+  [[nodiscard]] std::int64_t channel_of(std::int64_t column) const {
+    return column / plan_.problem.inner % plan_.problem.channels;
+  }
+  [[nodiscard]] T* narrow_field(std::int64_t f) const { return narrow_ + f * (plan_.apply_rows.columns + kRepeated); }
+
+  void lay_out_columns(Range channels) {
     const std::int64_t inner = plan_.problem.inner, width = plan_.problem.channels * inner;
     if (inner == 1 && plan_.apply_rows.repeat == 1) return lay_out_alike(channels);
     for (std::int64_t row = 0; row < plan_.apply_rows.repeat; ++row) {
       std::int64_t e = row * width + channels.begin * inner;
       for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-        for (std::int64_t i = 0; i < inner; ++i) scatter(channels_[c], narrow_, e++);
+        for (std::int64_t i = 0; i < inner; ++i)
+          scatter(channels_[c], narrow_, plan_.apply_rows.columns + kRepeated, e++);
       }
     }
     const bool all = channels.begin == 0 && channels.end == plan_.problem.channels;
@@ -69,25 +93,17 @@ class CoefficientTable {
     const std::int64_t count = channels.end - channels.begin;
     for (std::int64_t f = 0; f < kFields; ++f) {
       const T* from = reinterpret_cast<const T*>(channels_ + channels.begin) + f;
-      T* to = narrow_ + f * plan_.apply_rows.columns + channels.begin;
+      T* to = narrow_field(f) + channels.begin;
       for (std::int64_t c = 0; c < count; ++c) to[c] = from[c * kFields];
     }
     lay_out_wide(channels.begin, channels.end);
   }
 
-  // Array of field `f` of the maps, and the mask of the columns that are wide.
-  [[nodiscard]] const T* narrow_columns(int f) const { return narrow_ + f * plan_.apply_rows.columns; }
-  [[nodiscard]] const double* wide_columns(int f) const { return wide_ + f * plan_.apply_rows.columns; }
-  [[nodiscard]] const std::uint16_t* mask() const { return mask_; }
-
- private:
-  static constexpr std::int64_t kFields = sizeof(Map<double>) / sizeof(double);
-
-  static std::int64_t groups(std::int64_t columns) {
-    return (columns + kernels::kVectorColumns - 1) / kernels::kVectorColumns;
-  }
-  [[nodiscard]] std::int64_t channel_of(std::int64_t column) const {
-    return column / plan_.problem.inner % plan_.problem.channels;
+  void repeat_first() {
+    const std::int64_t columns = plan_.apply_rows.columns;
+    for (std::int64_t f = 0; f < kFields; ++f) {
+      for (std::int64_t e = 0; e < std::min(kRepeated, columns); ++e) narrow_field(f)[columns + e] = narrow_field(f)[e];
+    }
   }
   // The masks of columns [begin, end), and the float64 coefficients of the vectors that have a wide column.
   void lay_out_wide(std::int64_t begin, std::int64_t end) {
@@ -98,14 +114,15 @@ class CoefficientTable {
         if (is_wide_[channel_of(e)]) mask |= 1u << (e - first);
       }
       mask_[first / kernels::kVectorColumns] = static_cast<std::uint16_t>(mask);
-      for (std::int64_t e = first; mask != 0 && e < last; ++e) scatter(wide_channels_[channel_of(e)], wide_, e);
+      for (std::int64_t e = first; mask != 0 && e < last; ++e)
+        scatter(wide_channels_[channel_of(e)], wide_, plan_.apply_rows.columns, e);
     }
   }
   template <class A>
-  void scatter(const Map<A>& map, A* arrays, std::int64_t column) const {
+  void scatter(const Map<A>& map, A* arrays, std::int64_t stride, std::int64_t column) const {
     A fields[kFields];
     std::memcpy(fields, &map, sizeof map);
-    for (std::int64_t f = 0; f < kFields; ++f) arrays[f * plan_.apply_rows.columns + column] = fields[f];
+    for (std::int64_t f = 0; f < kFields; ++f) arrays[f * stride + column] = fields[f];
   }
 
   const Plan& plan_;

@@ -70,7 +70,7 @@ class ForwardPass {
     if (k.any_wide()) {
       const AffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2)};
       kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), wide});
-    } else if (plan.around_cache && x != y) {
+    } else if (plan.around_cache && x != y && rows.columns == plan.apply_rows.columns) {
       kernels.rows_normalize_around_cache(x + offset, y + offset, rows, narrow);
     } else {
       kernels.rows_normalize(x + offset, y + offset, rows, narrow);

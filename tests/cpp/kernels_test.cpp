@@ -289,6 +289,16 @@ Outcome<T> call_sums(const Kernels<T>& k, const Inputs<T>& in, bool low_is_kept)
   return outcome;
 }
 
+// Rows that may be stored around the caches: side by side, of a vector at least.
+bool can_go_around_cache(const Strided& rows) {
+  return rows.stride == rows.length && rows.length >= kernels::kVectorColumns;
+}
+template <class T>
+std::vector<T> with_first_repeated(std::vector<T> columns) {
+  for (std::size_t e = 0; e < kernels::kVectorColumns; ++e) columns.push_back(columns[e]);
+  return columns;
+}
+
 template <class T>
 Outcome<T> call_elements(const Kernels<T>& k, const Inputs<T>& in) {
   Memory<T>& m = memory<T>();
@@ -301,17 +311,17 @@ Outcome<T> call_elements(const Kernels<T>& k, const Inputs<T>& in) {
   T* out = m.out.place(current.output == Output::its_own ? canaries<T>(in.x.size()) : none, place, 3);
   if (current.output == Output::x) out = x;
   if (current.output == Output::dy) out = dy;
+  const bool around = goes_around_cache(current.pass) && (!in.is_rows || can_go_around_cache(in.piece));
   const std::size_t fields = has_dy ? 5 : 3;
   const T* n[5];
   const double* w[5];
   for (std::size_t f = 0; f < fields; ++f) {
-    n[f] = m.narrow[f].place(in.narrow[f], place, f + 4);
+    n[f] = m.narrow[f].place(around && in.is_rows ? with_first_repeated(in.narrow[f]) : in.narrow[f], place, f + 4);
     w[f] = m.wide[f].place(in.wide[f], place, f + 5);
   }
   const std::uint16_t* mask = m.mask.place(in.mask, place, 6);
   const Runs runs{in.piece.length, in.piece.count, in.piece.stride};
   const Rows rows{in.piece.count, in.piece.length, in.piece.stride};
-  const bool around = goes_around_cache(current.pass);
   const kernels::Affine<T> affine{*n[0], *n[1], *n[2]};
   const kernels::GradAffine<T> grad_affine =
       has_dy ? kernels::GradAffine<T>{*n[0], *n[1], *n[2], *n[3], *n[4]} : kernels::GradAffine<T>{};

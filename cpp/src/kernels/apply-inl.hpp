@@ -98,23 +98,22 @@ BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input*... input) {
   }
 }
 
-// The same with stores around the caches. One row a visit, so that each line is written in one go after the one before
-// it.
+// The same with stores around the caches: rows side by side as one piece of memory, of which only the ends are not
+// whole lines. A vector across the end of a row takes the coefficients behind the last column, which are those of the
+// first.
 template <class Make, class T, class... Input>
 BN_INLINE void apply_rows_around_cache(Make make, Rows rows, T* out, const Input*... input) {
-  for (std::int64_t r = 0; r < rows.count; ++r) {
-    const std::int64_t start = r * rows.stride;
-    std::int64_t c = values_to_line(out + start);
-    if (c > rows.columns) c = rows.columns;
-    if (c > 0) store_first(out + start, c, make(0, c)((input + start)..., c));
-    for (; c + kLanes <= rows.columns; c += kLanes) {
-      stream_lanes(out + start + c, make(c, kLanes)((input + start + c)..., kLanes));
-    }
-    if (c < rows.columns) {
-      const std::int64_t n = rows.columns - c;
-      store_first(out + start + c, n, make(c, n)((input + start + c)..., n));
-    }
+  const std::int64_t total = rows.count * rows.columns;
+  std::int64_t at = values_to_line(out);
+  if (at > total) at = total;
+  if (at > 0) store_first(out, at, make(0, at)(input..., at));
+  std::int64_t c = at;
+  for (; at + kLanes <= total; at += kLanes) {
+    stream_lanes(out + at, make(c, kLanes)((input + at)..., kLanes));
+    c += kLanes;
+    if (c >= rows.columns) c -= rows.columns;
   }
+  if (at < total) store_first(out + at, total - at, make(c, total - at)((input + at)..., total - at));
   finish_streams();
 }
 

@@ -118,7 +118,9 @@ struct Kernels {
   void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<T>&,
                                const WideColumns<AffineColumns<double>>&);
 
-  // The same with stores that go around the caches, for outputs too large to be read from there. y must not be x.
+  // The same with stores that go around the caches, for outputs too large to be read from there. y must not be x. Rows:
+  // side by side (stride == columns), of kVectorColumns columns at least, with kVectorColumns more coefficients behind
+  // those of the last column, which repeat the first.
   void (*runs_normalize_around_cache)(const T* x, T* y, Runs, const Affine<T>*);
   void (*rows_normalize_around_cache)(const T* x, T* y, Rows, const AffineColumns<T>&);
 
