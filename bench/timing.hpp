@@ -16,8 +16,8 @@ struct Spread {
 Spread spread_of(Samples values);
 
 // Each of `works`, in `rounds` rounds in which all take their turn. A turn begins when all other threads of the process
-// sleep; then come calls that are not timed, one at least and for 1.5 ms, which wake the threads and fill the caches, and
-// at once the timed one. Short works are called several times there, until the clock's resolution is far below.
+// sleep; then come calls that are not timed, one at least and for 1.5 ms, which wake the threads and fill the caches,
+// and at once the timed one. Short works are called several times there, until the clock's resolution is far below.
 // `disturbed` is set where threads would not sleep.
 std::vector<Samples> time_in_turns(const std::vector<std::function<void()>>& works, int rounds, bool& disturbed);
 
