@@ -48,20 +48,9 @@ class BackwardPass {
   }
 
   void finish(Range channels, const Sums* totals) {
-    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-      GradSums s;
-      if (!reduces) {
-        s = sums_in[c];
-      } else if (totals != nullptr) {  // else an empty batch, whose sums are 0
-        const Sums& t = totals[c - channels.begin];
-        s = {t.first, t.first_lo, t.second, t.second_lo};
-      }
-      const bool empty = moments[c].count == 0;
-      const DoubleDouble r = empty ? DoubleDouble{} : rstd_for<T>(moments[c], eps);
-      if (sums_out != nullptr) sums_out[c] = s;
-      dgamma.set(c, dgamma_of(moments[c], s, r));
-      dbeta.set(c, dbeta_of(s));
-      if (applies) coefficients->set(c, backward_coefficients<T>(moments[c], s, r, gamma.value_or(c, 1)));
+    for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
+      const Range some{begin, std::min(begin + kTogether, channels.end)};
+      finish_some(some, totals == nullptr ? nullptr : totals + (begin - channels.begin));
     }
   }
   void lay_out(Range channels) { coefficients->lay_out(channels); }
@@ -99,6 +88,54 @@ class BackwardPass {
   }
 
   [[nodiscard]] bool goes_around_cache() const { return plan.around_cache && dx != dy && dx != x; }
+
+ private:
+  // At most kTogether channels. First rstd alone: its divisions and roots take so long that they should overlap.
+  void finish_some(Range channels, const Sums* totals) {
+    double rstd_hi[kTogether], rstd_lo[kTogether];
+    const std::int64_t first = channels.begin, count = channels.end - channels.begin;
+    for_channels<T>(count, [&]<class V>(std::int64_t i) {
+      const auto m = MomentsOf<V>::at(moments + first + i);
+      const TwoParts<V> rstd = rstd_for<T>(m, eps);
+      scatter<V>(m.count == 0 ? V{} : rstd.hi, rstd_hi + i);
+      scatter<V>(m.count == 0 ? V{} : rstd.lo, rstd_lo + i);
+    });
+    for_channels<T>(count, [&]<class V>(std::int64_t i) {
+      const auto m = MomentsOf<V>::at(moments + first + i);
+      const GradSumsOf<V> s = sums_of<V>(first + i, totals == nullptr ? nullptr : totals + i);
+      const TwoParts<V> rstd{gather<V>(rstd_hi + i), gather<V>(rstd_lo + i)};
+      put(first + i, s, dgamma_of<T>(m, s, rstd));
+      if (applies) coefficients->set(first + i, backward_coefficients<T, V>(m, s, rstd, gamma_of<V>(first + i)));
+    });
+  }
+
+  // Of the channels of a V from c on; `totals` are null for an empty batch, whose sums are 0.
+  template <class V>
+  [[nodiscard]] GradSumsOf<V> sums_of(std::int64_t c, const Sums* totals) const {
+    if (!reduces) return GradSumsOf<V>::at(sums_in + c);
+    if (totals == nullptr) return {};
+    return {{gather<V>(totals, &Sums::first), gather<V>(totals, &Sums::first_lo)},
+            {gather<V>(totals, &Sums::second), gather<V>(totals, &Sums::second_lo)}};
+  }
+  template <class V>
+  [[nodiscard]] V gamma_of(std::int64_t c) const {
+    if constexpr (kChannelsOf<V> == 1) {
+      return gamma.value_or(c, 1);
+    } else {
+      return V{gamma.value_or(c, 1), gamma.value_or(c + 1, 1)};
+    }
+  }
+  template <class V>
+  void put(std::int64_t c, const GradSumsOf<V>& s, const V& dgamma_c) const {
+    const V dbeta_c = dbeta_of(s);
+    for (int l = 0; l < kChannelsOf<V>; ++l) {
+      if (sums_out != nullptr) {
+        sums_out[c + l] = {lane(s.dy.hi, l), lane(s.dy.lo, l), lane(s.dy_xmu.hi, l), lane(s.dy_xmu.lo, l)};
+      }
+      dgamma.set(c + l, lane(dgamma_c, l));
+      dbeta.set(c + l, lane(dbeta_c, l));
+    }
+  }
 };
 
 // Interleaved tensors want the mean of every column.
@@ -107,8 +144,11 @@ std::size_t column_mean_bytes(const Plan& plan, bool reduces) {
 }
 const double* lay_out_means(const Plan& plan, const Moments* moments, Workspace& workspace) {
   auto* mean = workspace.take<double>(plan.sum_rows.columns);
-  for (std::int64_t e = 0; e < plan.sum_rows.columns; ++e) {
-    mean[e] = moments[(e / plan.problem.inner) % plan.problem.channels].mean;
+  const std::int64_t columns = plan.sum_rows.columns, channels = plan.problem.channels;
+  if (columns == channels) {  // no division for each
+    for (std::int64_t c = 0; c < channels; ++c) mean[c] = moments[c].mean;
+  } else {
+    for (std::int64_t e = 0; e < columns; ++e) mean[e] = moments[e / plan.problem.inner % channels].mean;
   }
   return mean;
 }
@@ -204,8 +244,10 @@ void run_normalize_backward(const T* dy, const T* x, const Problem& problem, con
   run_here([&] {
     for (std::int64_t c = 0; c < static_cast<std::int64_t>(moments.size()); ++c) {
       const auto at = static_cast<std::size_t>(c);
-      dgamma.set(c, dgamma_of(moments[at], sums[at], rstd_of(DoubleDouble{given.var[c], 0}, eps)));
-      dbeta.set(c, dbeta_of(sums[at]));
+      const auto m = MomentsOf<double>::at(&moments[at]);
+      const auto s = GradSumsOf<double>::at(&sums[at]);
+      dgamma.set(c, dgamma_of<double>(m, s, rstd_of(DoubleDouble{given.var[c], 0}, eps)));
+      dbeta.set(c, dbeta_of(s));
     }
   });
 }

@@ -14,6 +14,9 @@
 // and with g and mean split as above
 //     dx = (dy - T(g))*a + (x - center)*p + offset,  offset = a*(T(g) - g) + p*(center - mean).
 // (Where a*dy and a*g are large and nearly equal, subtracting first keeps the digits of their difference.)
+//
+// The formulas are written for V = double, one channel, or V = Pair, two of them: where a tensor has few values a
+// channel, half of a call is spent here. Double-double ones, for float64 tensors, are for V = double alone.
 #pragma once
 
 #include <cmath>
@@ -22,31 +25,59 @@
 #include "batchnorm/types.hpp"
 #include "double_double.hpp"
 #include "kernels/table.hpp"
+#include "pair.hpp"
 
 namespace batchnorm {
 
 // ---- moments ---------------------------------------------------------------------------------------------------
 
-// Moments from sum(x - shift) and sum((x - shift)^2) over `count` values of T.
-template <class T>
-Moments moments_from_sums(std::int64_t count, T shift, const kernels::Sums& sums) {
-  if (count == 0) return {};
-  const auto n = static_cast<double>(count);
+// Moments and GradSums of the channels of a V.
+template <class V>
+struct MomentsOf {
+  V count, mean, mean_lo, m2, m2_lo;
+
+  static MomentsOf at(const Moments* m) {
+    return {gather<V>(m, &Moments::count), gather<V>(m, &Moments::mean), gather<V>(m, &Moments::mean_lo),
+            gather<V>(m, &Moments::m2), gather<V>(m, &Moments::m2_lo)};
+  }
+  void put(Moments* m) const {
+    for (int l = 0; l < kChannelsOf<V>; ++l) {
+      m[l] = {lane(count, l), lane(mean, l), lane(mean_lo, l), lane(m2, l), lane(m2_lo, l)};
+    }
+  }
+};
+template <class V>
+struct GradSumsOf {
+  TwoParts<V> dy, dy_xmu;
+
+  static GradSumsOf at(const GradSums* s) {
+    return {{gather<V>(s, &GradSums::sum_dy), gather<V>(s, &GradSums::sum_dy_lo)},
+            {gather<V>(s, &GradSums::sum_dy_xmu), gather<V>(s, &GradSums::sum_dy_xmu_lo)}};
+  }
+};
+
+// Moments from sum(x - shift) and sum((x - shift)^2), high and low parts, over `count` values of T.
+template <class T, class V>
+MomentsOf<V> moments_from_sums(double count, double shift, const TwoParts<V>& first, const TwoParts<V>& second) {
   if constexpr (sizeof(T) == sizeof(float)) {
     // Plain float64 is enough: the conditioning checks below keep the cancellation in m2 under 15 bits of 53.
-    const double first = sums.first + sums.first_lo, second = sums.second + sums.second_lo;
-    const double below = first / n;  // mean - shift
-    const DoubleDouble mean = two_sum(static_cast<double>(shift), below);
-    const double m2 = second - first * below;
-    return {n, mean.hi, mean.lo, m2 < 0 ? 0 : m2, 0};
+    const V sum = first.hi + first.lo, below = sum / count;  // mean - shift
+    const TwoParts<V> mean = two_sum(all<V>(shift), below);
+    const V m2 = (second.hi + second.lo) - sum * below;
+    return {all<V>(count), mean.hi, mean.lo, m2 < 0 ? V{} : m2, V{}};
   } else {
-    const DoubleDouble first = two_sum(sums.first, sums.first_lo), second = two_sum(sums.second, sums.second_lo);
-    const DoubleDouble below = first / DoubleDouble{n, 0};
+    const DoubleDouble sum = two_sum(first.hi, first.lo), below = sum / DoubleDouble{count, 0};
     const DoubleDouble mean = DoubleDouble{shift, 0} + below;
-    const DoubleDouble m2 = second - first * below;
-    if (m2.hi < 0) return {n, mean.hi, mean.lo, 0, 0};
-    return {n, mean.hi, mean.lo, m2.hi, m2.lo};
+    const DoubleDouble m2 = two_sum(second.hi, second.lo) - sum * below;
+    if (m2.hi < 0) return {count, mean.hi, mean.lo, 0, 0};
+    return {count, mean.hi, mean.lo, m2.hi, m2.lo};
   }
+}
+template <class T, class V>
+MomentsOf<V> moments_from_sums(double count, double shift, const kernels::Sums* s) {
+  using kernels::Sums;
+  return moments_from_sums<T, V>(count, shift, {gather<V>(s, &Sums::first), gather<V>(s, &Sums::first_lo)},
+                                 {gather<V>(s, &Sums::second), gather<V>(s, &Sums::second_lo)});
 }
 
 // What sums about 0 are good for. A lane adds fewer than 2^11 values of a chunk (plan.cpp) before its sum is added to
@@ -71,13 +102,14 @@ struct Conditioning<double> {
   static constexpr double kExactBelow = 0x1p-84;
 };
 
-// True where mean^2 is so far above var that m2 about 0 has too few digits. False for NaN.
-template <class T>
-bool needs_shift(const Moments& m) {
+// True where mean^2 is so far above var that m2 about 0 has too few digits. False for NaN. M: Moments or MomentsOf.
+template <class T, class M>
+auto needs_shift(const M& m) {
   return m.mean * m.mean * m.count > Conditioning<T>::kShiftAbove * m.m2;
 }
 // True where the mean is so far below the values that its sum has cancelled. False for NaN and where all values are 0.
-inline bool mean_below(const Moments& m, double ratio_squared) {
+template <class M>
+auto mean_below(const M& m, double ratio_squared) {
   return m.mean * m.mean * m.count < ratio_squared * m.m2;
 }
 
@@ -119,114 +151,132 @@ inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
 inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(variance_of(m, 0), eps); }
 
 // The same as far as tensors of T need it: float64 is enough for float32, whose coefficients are rounded to 24 bits.
-template <class T>
-DoubleDouble rstd_for(double var, double eps) {
+template <class T, class V>
+TwoParts<V> rstd_for(V var, double eps) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return rstd_of(DoubleDouble{var, 0}, eps);
   } else {
-    const double v = var + eps;
-    return {v == 0 ? 0 : 1 / std::sqrt(v), 0};
+    const V v = var + eps;
+    return {v == 0 ? V{} : 1 / square_root(v), V{}};
   }
 }
-template <class T>
-DoubleDouble rstd_for(const Moments& m, double eps) {
+template <class T, class V>
+TwoParts<V> rstd_for(const MomentsOf<V>& m, double eps) {
   if constexpr (sizeof(T) == sizeof(double)) {
-    return rstd_of(m, eps);
+    return rstd_of(Moments{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}, eps);
   } else {
-    return rstd_for<T>(m.m2 / m.count, eps);  // NaN for no values
+    return rstd_for<T, V>(m.m2 / m.count, eps);  // NaN for no values
   }
 }
 
 // ---- coefficients ----------------------------------------------------------------------------------------------
 
-// The coefficients of one channel for element passes in T, and for those in float64 where float32 cannot hold them.
-template <class T, template <class> class Map>
+// The coefficients of the channels of a V, for element passes in T, whose values `narrow` holds, and for those in
+// float64 where float32 cannot hold them.
+template <class V, template <class> class Map>
 struct Coefficients {
-  Map<T> narrow;
-  Map<double> wide;
-  bool is_wide;
+  Map<V> narrow, wide;
+  decltype(V{} < V{}) is_wide{};  // never for float64
 };
-template <class T>
-using ForwardCoefficients = Coefficients<T, kernels::Affine>;
-template <class T>
-using BackwardCoefficients = Coefficients<T, kernels::GradAffine>;
 
 // A factor that T holds with all its digits.
-template <class T>
-int factor_fits(double exact) {
-  const double a = std::abs(static_cast<double>(static_cast<T>(exact)));
+template <class T, class V>
+auto factor_fits(const V& exact) {
+  const V a = absolute(round_to<T>(exact));
   // Not && and ||: branches here cost more than what they skip.
-  return static_cast<int>(exact == 0) | (static_cast<int>(a >= static_cast<double>(std::numeric_limits<T>::min())) &
-                                         static_cast<int>(a <= static_cast<double>(std::numeric_limits<T>::max())));
+  return (exact == 0) | ((a >= double{std::numeric_limits<T>::min()}) & (a <= double{std::numeric_limits<T>::max()}));
 }
 // A center that a finite float32 minus it cannot overflow: below half a spacing (2^103) of the largest float32.
-inline int center_fits(double center) { return std::abs(center) < 0x1p102; }
+template <class V>
+auto center_fits(const V& center) {
+  return absolute(center) < 0x1p102;
+}
 // An offset that cannot bring an overflowed product back into range, nor overflow with it.
-inline int offset_fits(double offset) { return std::abs(offset) < 0x1p100; }
+template <class V>
+auto offset_fits(const V& offset) {
+  return absolute(offset) < 0x1p100;
+}
 
 // The split mean makes the low part of a mean count, so the factors must be right to the last bit too: for float64
 // tensors they are formed in double-double and rounded once.
-template <class T>
-double factor(double gamma, DoubleDouble rstd) {
-  if constexpr (sizeof(T) == sizeof(float)) return gamma * rstd.hi;
-  const DoubleDouble f = DoubleDouble{gamma, 0} * rstd;
-  return std::isfinite(f.lo) ? f.hi + f.lo : gamma * rstd.hi;
+template <class T, class V>
+V factor(const V& gamma, const TwoParts<V>& rstd) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return gamma * rstd.hi;
+  } else {
+    const DoubleDouble f = DoubleDouble{gamma, 0} * rstd;
+    return std::isfinite(f.lo) ? f.hi + f.lo : gamma * rstd.hi;
+  }
 }
 
-template <class T>
-ForwardCoefficients<T> forward_coefficients(double mean, double mean_lo, DoubleDouble rstd, double gamma, double beta) {
-  ForwardCoefficients<T> k;
-  const double scale = factor<T>(gamma, rstd);
-  k.wide = {mean, scale, beta - mean_lo * scale};
-  const T center = static_cast<T>(mean), t_scale = static_cast<T>(scale);
-  const double offset = beta + ((static_cast<double>(center) - mean) - mean_lo) * static_cast<double>(t_scale);
-  k.narrow = {center, t_scale, static_cast<T>(offset)};
-  k.is_wide = sizeof(T) == sizeof(float) && !(factor_fits<T>(scale) & center_fits(mean) & offset_fits(offset));
+template <class T, class V>
+Coefficients<V, kernels::Affine> forward_coefficients(const V& mean, const V& mean_lo, const TwoParts<V>& rstd,
+                                                      const V& gamma, const V& beta) {
+  Coefficients<V, kernels::Affine> k;
+  const V exact = factor<T>(gamma, rstd), scale = round_to<T>(exact), center = round_to<T>(mean);
+  const V offset = beta + ((center - mean) - mean_lo) * scale;
+  k.narrow = {center, scale, round_to<T>(offset)};
+  k.wide = {mean, exact, beta - mean_lo * exact};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    k.is_wide = (factor_fits<T>(exact) & center_fits(mean) & offset_fits(offset)) == 0;
+  }
   return k;
 }
 
 // dx = scale*dy, for statistics that are constants: a normalize pass over dy. The offset -0 keeps the sign of a zero.
-template <class T>
-ForwardCoefficients<T> frozen_backward_coefficients(DoubleDouble rstd, double gamma) {
-  const double scale = factor<T>(gamma, rstd);
-  return {
-      {T(0), static_cast<T>(scale), T(-0.0)}, {0.0, scale, -0.0}, sizeof(T) == sizeof(float) && !factor_fits<T>(scale)};
+template <class T, class V>
+Coefficients<V, kernels::Affine> frozen_backward_coefficients(const TwoParts<V>& rstd, const V& gamma) {
+  Coefficients<V, kernels::Affine> k;
+  const V exact = factor<T>(gamma, rstd);
+  k.narrow = {V{}, round_to<T>(exact), -V{}};
+  k.wide = {V{}, exact, -V{}};
+  if constexpr (sizeof(T) == sizeof(float)) k.is_wide = factor_fits<T>(exact) == 0;
+  return k;
 }
 
 // D about the true mean, from the sum about its high part.
-inline DoubleDouble centered_dot(const Moments& m, const GradSums& s) {
-  const double rest = m.mean_lo * (s.sum_dy + s.sum_dy_lo);
-  return two_sum(s.sum_dy_xmu, s.sum_dy_xmu_lo - rest);
+template <class V>
+TwoParts<V> centered_dot(const MomentsOf<V>& m, const GradSumsOf<V>& s) {
+  const V rest = m.mean_lo * (s.dy.hi + s.dy.lo);
+  return two_sum(s.dy_xmu.hi, s.dy_xmu.lo - rest);
 }
-inline double dgamma_of(const Moments& m, const GradSums& s, DoubleDouble rstd) {
-  const DoubleDouble dot = centered_dot(m, s);
-  if (rstd.lo == 0) return (dot.hi + dot.lo) * rstd.hi;
-  const DoubleDouble d = dot * rstd;
-  return std::isfinite(d.lo) ? d.hi + d.lo : dot.hi * rstd.hi;
-}
-inline double dbeta_of(const GradSums& s) { return s.sum_dy + s.sum_dy_lo; }
-
-template <class T>
-BackwardCoefficients<T> backward_coefficients(const Moments& m, const GradSums& s, DoubleDouble rstd, double gamma) {
-  BackwardCoefficients<T> k;
-  const DoubleDouble n{m.count, 0}, dot = centered_dot(m, s);
-  const DoubleDouble g = sizeof(T) == sizeof(double) ? DoubleDouble{s.sum_dy, s.sum_dy_lo} / n
-                                                     : DoubleDouble{(s.sum_dy + s.sum_dy_lo) / m.count, 0};
-  const double a = factor<T>(gamma, rstd);
-  // Grouped so that rstd^2 alone is never formed: it may overflow where p does not.
-  double p = -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));
+template <class T, class V>
+V dgamma_of(const MomentsOf<V>& m, const GradSumsOf<V>& s, const TwoParts<V>& rstd) {
+  const TwoParts<V> dot = centered_dot(m, s);
+  const V plain = (dot.hi + dot.lo) * rstd.hi;
   if constexpr (sizeof(T) == sizeof(double)) {
-    const DoubleDouble exact = (DoubleDouble{-gamma, 0} * rstd * rstd) * (rstd * (dot / n));
+    const DoubleDouble d = dot * rstd;
+    if (rstd.lo != 0) return std::isfinite(d.lo) ? d.hi + d.lo : dot.hi * rstd.hi;
+  }
+  return plain;
+}
+template <class V>
+V dbeta_of(const GradSumsOf<V>& s) {
+  return s.dy.hi + s.dy.lo;
+}
+
+template <class T, class V>
+Coefficients<V, kernels::GradAffine> backward_coefficients(const MomentsOf<V>& m, const GradSumsOf<V>& s,
+                                                           const TwoParts<V>& rstd, const V& gamma) {
+  Coefficients<V, kernels::GradAffine> k;
+  const TwoParts<V> dot = centered_dot(m, s);
+  TwoParts<V> g{(s.dy.hi + s.dy.lo) / m.count, V{}};
+  const V a = factor<T>(gamma, rstd);
+  // Grouped so that rstd^2 alone is never formed: it may overflow where p does not.
+  V p = -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));
+  if constexpr (sizeof(T) == sizeof(double)) {
+    const DoubleDouble n{m.count, 0}, exact = (DoubleDouble{-gamma, 0} * rstd * rstd) * (rstd * (dot / n));
     if (std::isfinite(exact.lo)) p = exact.hi + exact.lo;
+    g = s.dy / n;
   }
   k.wide = {g.hi, a, m.mean, p, -(a * g.lo + p * m.mean_lo)};
-  const T g_hi = static_cast<T>(g.hi), center = static_cast<T>(m.mean), t_a = static_cast<T>(a),
-          t_p = static_cast<T>(p);
-  const double offset = static_cast<double>(t_a) * ((static_cast<double>(g_hi) - g.hi) - g.lo) +
-                        static_cast<double>(t_p) * ((static_cast<double>(center) - m.mean) - m.mean_lo);
-  k.narrow = {g_hi, t_a, center, t_p, static_cast<T>(offset)};
-  k.is_wide = sizeof(T) == sizeof(float) &&
-              !(factor_fits<T>(a) & factor_fits<T>(p) & center_fits(g.hi) & center_fits(m.mean) & offset_fits(offset));
+  const V g_hi = round_to<T>(g.hi), center = round_to<T>(m.mean), t_a = round_to<T>(a), t_p = round_to<T>(p);
+  const V offset = t_a * ((g_hi - g.hi) - g.lo) + t_p * ((center - m.mean) - m.mean_lo);
+  k.narrow = {g_hi, t_a, center, t_p, round_to<T>(offset)};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    k.is_wide =
+        (factor_fits<T>(a) & factor_fits<T>(p) & center_fits(g.hi) & center_fits(m.mean) & offset_fits(offset)) == 0;
+  }
   return k;
 }
 

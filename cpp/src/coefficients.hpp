@@ -12,6 +12,14 @@
 
 namespace batchnorm {
 
+// Channels whose values are gathered in arrays before their coefficients are formed.
+constexpr std::int64_t kTogether = 64;
+
+// The values of channels, or `absent` where there are none.
+inline void read_channels(const ChannelValues& from, Range channels, double absent, double* to) {
+  for (std::int64_t c = channels.begin; c < channels.end; ++c) *to++ = from.value_or(c, absent);
+}
+
 // Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input). Interleaved, their fields become one array
 // each.
 template <class T, template <class> class Map>
@@ -38,12 +46,14 @@ class CoefficientTable {
     mask_ = workspace.take<std::uint16_t>(groups(columns));
   }
 
-  // One entry per channel, written by whoever owns the channel.
-  void set(std::int64_t c, const Coefficients<T, Map>& k) {
-    channels_[c] = k.narrow;
-    wide_channels_[c] = k.wide;
-    is_wide_[c] = k.is_wide;
-    if (k.is_wide) any_wide_.store(true, std::memory_order_relaxed);
+  // Of the channels of a V from c on, written by whoever owns them.
+  template <class V>
+  void set(std::int64_t c, const Coefficients<V, Map>& k) {
+    put(k.narrow, channels_ + c);
+    for (int l = 0; l < kChannelsOf<V>; ++l) is_wide_[c + l] = lane(k.is_wide, l);
+    if (!any(k.is_wide)) return;
+    put(k.wide, wide_channels_ + c);
+    any_wide_.store(true, std::memory_order_relaxed);
   }
   // Of channel c and those that follow it.
   [[nodiscard]] const Map<T>* narrow(std::int64_t c) const { return channels_ + c; }
@@ -74,6 +84,21 @@ class CoefficientTable {
     return column / plan_.problem.inner % plan_.problem.channels;
   }
   [[nodiscard]] T* narrow_field(std::int64_t f) const { return narrow_ + f * (plan_.apply_rows.columns + kRepeated); }
+
+  template <class V, class A>
+  static void put(const kernels::Affine<V>& k, kernels::Affine<A>* to) {
+    for (int l = 0; l < kChannelsOf<V>; ++l) {
+      to[l] = {static_cast<A>(lane(k.center, l)), static_cast<A>(lane(k.scale, l)), static_cast<A>(lane(k.offset, l))};
+    }
+  }
+  template <class V, class A>
+  static void put(const kernels::GradAffine<V>& k, kernels::GradAffine<A>* to) {
+    for (int l = 0; l < kChannelsOf<V>; ++l) {
+      to[l] = {static_cast<A>(lane(k.dy_center, l)), static_cast<A>(lane(k.dy_scale, l)),
+               static_cast<A>(lane(k.x_center, l)), static_cast<A>(lane(k.x_scale, l)),
+               static_cast<A>(lane(k.offset, l))};
+    }
+  }
 
   void lay_out_columns(Range channels) {
     const std::int64_t inner = plan_.problem.inner, width = plan_.problem.channels * inner;

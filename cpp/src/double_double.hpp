@@ -6,13 +6,17 @@
 
 namespace batchnorm {
 
-struct DoubleDouble {
-  double hi = 0, lo = 0;
+// V is double, or Pair (pair.hpp): one such number in each of its lanes.
+template <class V>
+struct TwoParts {
+  V hi{}, lo{};
 };
+using DoubleDouble = TwoParts<double>;
 
 // a + b exactly.
-inline DoubleDouble two_sum(double a, double b) {
-  const double s = a + b, b_part = s - a;
+template <class V>
+TwoParts<V> two_sum(V a, V b) {
+  const V s = a + b, b_part = s - a;
   return {s, (a - (s - b_part)) + (b - b_part)};
 }
 // a + b exactly where |a| >= |b|, or a is 0.

@@ -43,9 +43,10 @@ class ForwardPass {
 
   void finish(Range channels, const Sums* totals) {
     if (reduces && totals != nullptr) settle(plan, kernels, x, channels, totals, saved);
-    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-      if (reduces && totals == nullptr) saved[c] = Moments{};  // an empty batch
-      if (applies) coefficients->set(c, coefficients_of(c));
+    if (reduces && totals == nullptr) std::fill(saved + channels.begin, saved + channels.end, Moments{});  // no values
+    if (!applies) return;
+    for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
+      set_coefficients({begin, std::min(begin + kTogether, channels.end)});
     }
   }
   void lay_out(Range channels) { coefficients->lay_out(channels); }
@@ -78,16 +79,30 @@ class ForwardPass {
   }
 
  private:
-  [[nodiscard]] ForwardCoefficients<T> coefficients_of(std::int64_t c) const {
-    const double g = gamma.value_or(c, 1), b = beta.value_or(c, 0);
-    if (reduces) return forward_coefficients<T>(saved[c].mean, saved[c].mean_lo, rstd_for<T>(saved[c], eps), g, b);
-    if (given.moments != nullptr) {
-      const Moments& m = given.moments[c];
-      return forward_coefficients<T>(m.mean, m.mean_lo, rstd_for<T>(m, eps), g, b);
+  // Of at most kTogether channels.
+  void set_coefficients(Range channels) const {
+    const std::int64_t first = channels.begin, count = channels.end - channels.begin;
+    double g[kTogether], b[kTogether];
+    read_channels(gamma, channels, 1, g);
+    read_channels(beta, channels, 0, b);
+    if (reduces || given.moments != nullptr) {
+      const Moments* moments = (reduces ? saved : given.moments) + first;
+      return for_channels<T>(count, [&]<class V>(std::int64_t i) {
+        const auto m = MomentsOf<V>::at(moments + i);
+        coefficients->set(first + i, forward_coefficients<T, V>(m.mean, m.mean_lo, rstd_for<T>(m, eps),
+                                                                gather<V>(g + i), gather<V>(b + i)));
+      });
     }
-    const DoubleDouble rstd = rstd_for<T>(given.var[c], eps);
-    if (given.only_scale) return frozen_backward_coefficients<T>(rstd, g);
-    return forward_coefficients<T>(given.mean[c], 0, rstd, g, b);
+    double mean[kTogether], var[kTogether];
+    read_channels(given.mean, channels, 0, mean);
+    read_channels(given.var, channels, 0, var);
+    for_channels<T>(count, [&]<class V>(std::int64_t i) {
+      const TwoParts<V> rstd = rstd_for<T>(gather<V>(var + i), eps);
+      const V gamma_i = gather<V>(g + i);
+      coefficients->set(first + i, given.only_scale ? frozen_backward_coefficients<T>(rstd, gamma_i)
+                                                    : forward_coefficients<T, V>(gather<V>(mean + i), V{}, rstd,
+                                                                                 gamma_i, gather<V>(b + i)));
+    });
   }
 };
 

@@ -86,7 +86,8 @@ void settle_planar(const Plan& plan, const kernels::Kernels<T>& kernels, const T
                    Moments& m) {
   if (!needs<T>(again, m)) return;
   const T shift = shift_for<T>(again, m);
-  m = moments_from_sums(plan.problem.count(), shift, sum_channel_again(plan, kernels, x, c, again, shift));
+  const Sums total = sum_channel_again(plan, kernels, x, c, again, shift);
+  moments_from_sums<T, double>(m.count, static_cast<double>(shift), &total).put(&m);
 }
 
 // Channels [begin, end) of an interleaved tensor, at most a tile of them.
@@ -107,7 +108,7 @@ void settle_tile(const Problem& problem, const kernels::Kernels<T>& kernels, con
     const std::int64_t first = (c - channels.begin) * inner;
     Sums total;
     for (std::int64_t e = first; e < first + inner; ++e) add(total, at(columns, e));
-    out[c] = moments_from_sums(problem.count(), tile.shift[first], total);
+    moments_from_sums<T, double>(out[c].count, static_cast<double>(tile.shift[first]), &total).put(&out[c]);
   }
 }
 
@@ -129,15 +130,10 @@ void settle_exactly(const Problem& p, const T* x, std::int64_t c, Moments& m) {
   m.mean_lo = mean.lo;  // m2 is about the old mean, which is off by less than 2^-40 std: no digit of m2
 }
 
-}  // namespace
-
+// The channels that sums about 0 are not good enough for, most of which are none.
 template <class T>
-void settle(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Range channels, const Sums* totals,
-            Moments* out) {
+void sum_again(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Range channels, Moments* out) {
   const Problem& problem = plan.problem;
-  for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-    out[c] = moments_from_sums(problem.count(), T(0), totals[c - channels.begin]);
-  }
   for (const Again again : {Again::about_shift, Again::compensated}) {
     if (plan.planar()) {
       for (std::int64_t c = channels.begin; c < channels.end; ++c) settle_planar(plan, kernels, x, c, again, out[c]);
@@ -153,6 +149,22 @@ void settle(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Ra
       settle_exactly(problem, x, c, out[c]);
     }
   }
+}
+
+}  // namespace
+
+template <class T>
+void settle(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Range channels, const Sums* totals,
+            Moments* out) {
+  const auto count = static_cast<double>(plan.problem.count());
+  bool again = false;
+  for_channels<T>(channels.end - channels.begin, [&]<class V>(std::int64_t i) {
+    const MomentsOf<V> m = moments_from_sums<T, V>(count, 0, totals + i);
+    m.put(out + channels.begin + i);
+    // Those that want an exact sum are among those that want a compensated one.
+    again |= any(needs_shift<T>(m) | mean_below(m, Conditioning<T>::kCompensateBelow));
+  });
+  if (again) sum_again(plan, kernels, x, channels, out);
 }
 
 template void settle(const Plan&, const kernels::Kernels<float>&, const float*, Range, const Sums*, Moments*);

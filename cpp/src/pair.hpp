@@ -1,0 +1,91 @@
+// Two float64 side by side: what the instruction sets that every machine has (SSE2, NEON) compute at once. A formula
+// written for V = double or Pair gives each channel the same bits either way.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#if defined(__SSE2__)
+#include <emmintrin.h>
+#endif
+
+namespace batchnorm {
+
+using Pair = double __attribute__((vector_size(16)));
+
+// Channels that a V holds.
+template <class V>
+constexpr std::int64_t kChannelsOf = sizeof(V) / sizeof(double);
+
+// The values of the channels of a V: one field of consecutive structures.
+template <class V, class S>
+V gather(const S* s, double S::* field) {
+  if constexpr (kChannelsOf<V> == 1) {
+    return s->*field;
+  } else {
+    return V{s[0].*field, s[1].*field};
+  }
+}
+template <class V>
+V gather(const double* p) {
+  if constexpr (kChannelsOf<V> == 1) {
+    return *p;
+  } else {
+    return V{p[0], p[1]};
+  }
+}
+inline double lane(double v, int) { return v; }
+inline double lane(const Pair& v, int l) { return v[l]; }
+using PairOfBools = decltype(Pair{} < Pair{});
+inline bool lane(bool v, int) { return v; }
+inline bool lane(const PairOfBools& v, int l) { return v[l] != 0; }
+template <class V>
+void scatter(const V& v, double* p) {
+  for (int l = 0; l < kChannelsOf<V>; ++l) p[l] = lane(v, l);
+}
+
+// The same value in all lanes.
+template <class V>
+V all(double value) {
+  return value - V{};  // which keeps the sign of -0
+}
+
+inline double square_root(double v) { return std::sqrt(v); }
+inline Pair square_root(const Pair& v) {
+#if defined(__SSE2__)
+  return _mm_sqrt_pd(v);
+#else
+  return Pair{std::sqrt(v[0]), std::sqrt(v[1])};
+#endif
+}
+
+inline double absolute(double v) { return std::abs(v); }
+inline Pair absolute(const Pair& v) { return Pair{std::abs(v[0]), std::abs(v[1])}; }
+
+// As the nearest value of T.
+template <class T>
+double round_to(double v) {
+  return static_cast<double>(static_cast<T>(v));
+}
+template <class T>
+Pair round_to(const Pair& v) {
+  using Floats = float __attribute__((vector_size(8)));
+  static_assert(sizeof(T) == sizeof(float));
+  return __builtin_convertvector(__builtin_convertvector(v, Floats), Pair);
+}
+
+// Whether a comparison holds in any lane.
+inline bool any(bool holds) { return holds; }
+inline bool any(const PairOfBools& holds) { return (holds[0] | holds[1]) != 0; }
+
+// f<V>(i) for channels i < n: in pairs for tensors of float32, and one by one.
+template <class T, class F>
+void for_channels(std::int64_t n, const F& f) {
+  std::int64_t i = 0;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    for (; i + 2 <= n; i += 2) f.template operator()<Pair>(i);
+  }
+  for (; i < n; ++i) f.template operator()<double>(i);
+}
+
+}  // namespace batchnorm
