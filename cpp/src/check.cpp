@@ -114,6 +114,56 @@ void counts_of_batch(const char* name, std::span<const Moments> moments, const P
   }
 }
 
+void positions(const char* name, std::size_t got, const Problem& p) {
+  if (got != static_cast<std::size_t>(p.count())) {
+    fail(name, " must have ", p.count(), " values (one per position), got ", got);
+  }
+}
+
+void bad_weight(std::int64_t position, double weight) {
+  fail("weights must be finite and >= 0 at every position, got ", weight, " at position ", position);
+}
+
+void counted_positions(std::int64_t counted, const Problem& p) {
+  if (p.size() > 0 && counted == 1) {
+    fail("weights must be above 0 at 2 positions or more for batch statistics (or at none), got 1");
+  }
+}
+
+void padding_differs(Padding padding) {
+  if (padding == Padding::normalize) {
+    fail("padding must be zero or keep where statistics are given, got normalize, which needs no weights");
+  }
+}
+
+void offsets(std::span<const std::int64_t> offsets, const Problem& p) {
+  if (offsets.empty() || offsets.front() != 0 || offsets.back() != p.outer) {
+    fail("offsets must begin with 0 and end with ", p.outer, ", the outer size, got ",
+         offsets.empty() ? "none" : std::to_string(offsets.front()) + " and " + std::to_string(offsets.back()));
+  }
+  for (std::size_t s = 1; s < offsets.size(); ++s) {
+    if (offsets[s] < offsets[s - 1]) {
+      fail("offsets must never fall, got ", offsets[s], " after ", offsets[s - 1], " at ", s);
+    }
+  }
+}
+
+void entries(const char* name, std::size_t got, std::size_t needed) {
+  if (got != needed) fail(name, " must have ", needed, " values (one per segment and channel), got ", got);
+}
+
+void counts_of_segments(const char* name, std::span<const Moments> moments, std::span<const std::int64_t> offsets,
+                        const Problem& p) {
+  const auto channels = static_cast<std::size_t>(p.channels);
+  for (std::size_t at = 0; p.inner > 0 && at < moments.size(); ++at) {
+    const std::size_t s = at / channels;
+    if (moments[at].count == 0 && offsets[s + 1] > offsets[s]) {
+      fail(name, " must count the values of x in every channel, got count 0 in channel ", at % channels, " of segment ",
+           s);
+    }
+  }
+}
+
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes) {
   const auto a = reinterpret_cast<std::uintptr_t>(out), b = reinterpret_cast<std::uintptr_t>(in);
   const std::uintptr_t apart = a > b ? a - b : b - a;

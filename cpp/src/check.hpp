@@ -4,6 +4,7 @@
 #include <span>
 
 #include "batchnorm/types.hpp"
+#include "batchnorm/weighted.hpp"
 
 namespace batchnorm::check {
 
@@ -30,6 +31,21 @@ void ddof(int ddof);
 void item_size(std::size_t bytes);
 // Moments over at least one value in every channel, where there are gradients to be taken.
 void counts_of_batch(const char* name, std::span<const Moments> moments, const Problem& problem);
+// One weight per position.
+void positions(const char* name, std::size_t got, const Problem& problem);
+// Throws: the weight of that position is negative, infinite or NaN.
+[[noreturn]] void bad_weight(std::int64_t position, double weight);
+// A batch that has a variance: no position has a weight, or at least 2.
+void counted_positions(std::int64_t counted, const Problem& problem);
+// With given statistics a weight of 0 says nothing but that the output is something else.
+void padding_differs(Padding padding);
+// From 0 to problem.outer, never falling.
+void offsets(std::span<const std::int64_t> offsets, const Problem& problem);
+// One entry per segment and channel.
+void entries(const char* name, std::size_t got, std::size_t needed);
+// Moments over at least one value in every channel of a segment that has rows.
+void counts_of_segments(const char* name, std::span<const Moments> moments, std::span<const std::int64_t> offsets,
+                        const Problem& problem);
 // `out` is exactly `in`, or does not touch it.
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
 

@@ -42,7 +42,9 @@ class ForwardPass {
   }
 
   void finish(Range channels, const Sums* totals) {
-    if (reduces && totals != nullptr) settle(plan, kernels, x, channels, totals, saved);
+    if (reduces && totals != nullptr) {
+      settle<T>(plan, {kernels, x, static_cast<double>(plan.problem.count())}, channels, totals, saved);
+    }
     if (reduces && totals == nullptr) std::fill(saved + channels.begin, saved + channels.end, Moments{});  // no values
     if (!applies) return;
     for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {

@@ -27,19 +27,29 @@ T shift_for(Again again, const Moments& m) {
   return again == Again::about_shift ? static_cast<T>(m.mean) : T(0);
 }
 
+// Sums of one planar piece of channel c.
 template <class T>
-Sums sum_channel_again(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, std::int64_t c, Again again,
-                       T shift) {
+Sums sum_piece_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t c, const Runs& runs, Again again,
+                     T shift) {
+  const T* x = v.x + offset;
+  Sums part;
+  if (v.weights != nullptr) {
+    const auto& kernels = v.weights->moments_of(*v.weighted_kernels);
+    const auto w = v.weights->of_runs(offset, c);
+    again == Again::about_shift ? kernels.runs_about(x, w, runs, shift, &part)
+                                : kernels.runs_compensated(x, w, runs, &part);
+  } else {
+    again == Again::about_shift ? v.kernels.runs_moments_about(x, runs, shift, &part)
+                                : v.kernels.runs_moments_compensated(x, runs, &part);
+  }
+  return part;
+}
+
+template <class T>
+Sums sum_channel_again(const Plan& plan, const SummedValues<T>& values, std::int64_t c, Again again, T shift) {
   Sums total;
   for (std::int64_t k = 0; k < plan.chunks; ++k) {
-    const T* chunk = x + plan.chunk_offset(k, c);
-    Sums part;
-    if (again == Again::about_shift) {
-      kernels.runs_moments_about(chunk, plan.chunk_runs(k), shift, &part);
-    } else {
-      kernels.runs_moments_compensated(chunk, plan.chunk_runs(k), &part);
-    }
-    add(total, part);
+    add(total, sum_piece_again(values, plan.chunk_offset(k, c), c, plan.chunk_runs(k), again, shift));
   }
   return total;
 }
@@ -56,22 +66,33 @@ struct Tile {
   double block_memory[4 * kTileColumns], total_memory[4 * kTileColumns];
 };
 
+// Sums of a part of a block of rows whose columns begin at `column`.
+template <class T>
+void sum_rows_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t column, const Rows& rows, Again again,
+                    const T* shift, const kernels::ColumnSums& out) {
+  const T* x = v.x + offset;
+  if (v.weights != nullptr) {
+    const auto& kernels = v.weights->moments_of(*v.weighted_kernels);
+    const auto w = v.weights->of_rows(offset, column, rows.stride);
+    again == Again::about_shift ? kernels.rows_about(x, w, rows, shift, out)
+                                : kernels.rows_compensated(x, w, rows, out);
+  } else {
+    again == Again::about_shift ? v.kernels.rows_moments_about(x, rows, shift, out)
+                                : v.kernels.rows_moments_compensated(x, rows, out);
+  }
+}
+
 // Sums of `columns` columns from column `first` on, over all rows of the tensor, into the tile's totals.
 template <class T>
-kernels::ColumnSums sum_tile_again(const Problem& problem, const kernels::Kernels<T>& kernels, const T* x,
-                                   std::int64_t first, std::int64_t columns, Again again, Tile<T>& tile) {
+kernels::ColumnSums sum_tile_again(const Problem& problem, const SummedValues<T>& values, std::int64_t first,
+                                   std::int64_t columns, Again again, Tile<T>& tile) {
   const std::int64_t width = problem.channels * problem.inner;
   const kernels::ColumnSums part = column_sums(tile.block_memory, columns);
   const kernels::ColumnSums total = column_sums(tile.total_memory, columns);
   for (std::int64_t e = 0; e < columns; ++e) total.first[e] = total.second[e] = 0;
   for (std::int64_t row = 0; row < problem.outer; row += kTileRows) {
     const Rows rows{std::min(kTileRows, problem.outer - row), columns, width};
-    const T* block = x + row * width + first;
-    if (again == Again::about_shift) {
-      kernels.rows_moments_about(block, rows, tile.shift, part);
-    } else {
-      kernels.rows_moments_compensated(block, rows, part);
-    }
+    sum_rows_again(values, row * width + first, first, rows, again, tile.shift, part);
     for (std::int64_t e = 0; e < columns; ++e) {
       Sums sum = at(total, e);
       add(sum, at(part, e));
@@ -82,18 +103,16 @@ kernels::ColumnSums sum_tile_again(const Problem& problem, const kernels::Kernel
 }
 
 template <class T>
-void settle_planar(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, std::int64_t c, Again again,
-                   Moments& m) {
+void settle_planar(const Plan& plan, const SummedValues<T>& values, std::int64_t c, Again again, Moments& m) {
   if (!needs<T>(again, m)) return;
   const T shift = shift_for<T>(again, m);
-  const Sums total = sum_channel_again(plan, kernels, x, c, again, shift);
+  const Sums total = sum_channel_again(plan, values, c, again, shift);
   moments_from_sums<T, double>(m.count, static_cast<double>(shift), &total).put(&m);
 }
 
 // Channels [begin, end) of an interleaved tensor, at most a tile of them.
 template <class T>
-void settle_tile(const Problem& problem, const kernels::Kernels<T>& kernels, const T* x, Range channels, Again again,
-                 Moments* out) {
+void settle_tile(const Problem& problem, const SummedValues<T>& values, Range channels, Again again, Moments* out) {
   const auto bad = [again](const Moments& m) { return needs<T>(again, m); };
   if (std::none_of(out + channels.begin, out + channels.end, bad)) return;
   const std::int64_t inner = problem.inner;
@@ -102,7 +121,7 @@ void settle_tile(const Problem& problem, const kernels::Kernels<T>& kernels, con
     std::fill_n(tile.shift + (c - channels.begin) * inner, inner, shift_for<T>(again, out[c]));
   }
   const kernels::ColumnSums columns =
-      sum_tile_again(problem, kernels, x, channels.begin * inner, (channels.end - channels.begin) * inner, again, tile);
+      sum_tile_again(problem, values, channels.begin * inner, (channels.end - channels.begin) * inner, again, tile);
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
     if (!bad(out[c])) continue;
     const std::int64_t first = (c - channels.begin) * inner;
@@ -113,13 +132,17 @@ void settle_tile(const Problem& problem, const kernels::Kernels<T>& kernels, con
 }
 
 template <class T>
-void settle_exactly(const Problem& p, const T* x, std::int64_t c, Moments& m) {
+void settle_exactly(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
   ExactSum sum;
   std::int64_t since_carry = 0;
   for (std::int64_t o = 0; o < p.outer; ++o) {
     for (std::int64_t i = 0; i < p.inner; ++i) {
-      sum.add(static_cast<double>(x[(o * p.channels + c) * p.inner + i]));
-      if (++since_carry == (std::int64_t{1} << 30)) {
+      const double weight = values.weights == nullptr ? 1 : values.weights->at(o * p.inner + i);
+      if (weight == 0) continue;
+      const DoubleDouble term = two_product(weight, static_cast<double>(values.x[(o * p.channels + c) * p.inner + i]));
+      sum.add(term.hi);
+      if (term.lo != 0) sum.add(term.lo);
+      if (++since_carry == (std::int64_t{1} << 29)) {
         sum.carry();
         since_carry = 0;
       }
@@ -132,21 +155,21 @@ void settle_exactly(const Problem& p, const T* x, std::int64_t c, Moments& m) {
 
 // The channels that sums about 0 are not good enough for, most of which are none.
 template <class T>
-void sum_again(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Range channels, Moments* out) {
+void sum_again(const Plan& plan, const SummedValues<T>& values, Range channels, Moments* out) {
   const Problem& problem = plan.problem;
   for (const Again again : {Again::about_shift, Again::compensated}) {
     if (plan.planar()) {
-      for (std::int64_t c = channels.begin; c < channels.end; ++c) settle_planar(plan, kernels, x, c, again, out[c]);
+      for (std::int64_t c = channels.begin; c < channels.end; ++c) settle_planar(plan, values, c, again, out[c]);
     } else {
       const std::int64_t tile = kTileColumns / problem.inner;
       for (std::int64_t c = channels.begin; c < channels.end; c += tile) {
-        settle_tile(problem, kernels, x, {c, std::min(c + tile, channels.end)}, again, out);
+        settle_tile(problem, values, {c, std::min(c + tile, channels.end)}, again, out);
       }
     }
   }
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
     if (mean_below(out[c], Conditioning<T>::kExactBelow) && std::isfinite(out[c].m2)) {
-      settle_exactly(problem, x, c, out[c]);
+      settle_exactly(problem, values, c, out[c]);
     }
   }
 }
@@ -154,20 +177,18 @@ void sum_again(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x,
 }  // namespace
 
 template <class T>
-void settle(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Range channels, const Sums* totals,
-            Moments* out) {
-  const auto count = static_cast<double>(plan.problem.count());
+void settle(const Plan& plan, const SummedValues<T>& values, Range channels, const Sums* totals, Moments* out) {
   bool again = false;
   for_channels<T>(channels.end - channels.begin, [&]<class V>(std::int64_t i) {
-    const MomentsOf<V> m = moments_from_sums<T, V>(count, 0, totals + i);
+    const MomentsOf<V> m = moments_from_sums<T, V>(values.count, 0, totals + i);
     m.put(out + channels.begin + i);
     // Those that want an exact sum are among those that want a compensated one.
     again |= any(needs_shift<T>(m) | mean_below(m, Conditioning<T>::kCompensateBelow));
   });
-  if (again) sum_again(plan, kernels, x, channels, out);
+  if (again) sum_again(plan, values, channels, out);
 }
 
-template void settle(const Plan&, const kernels::Kernels<float>&, const float*, Range, const Sums*, Moments*);
-template void settle(const Plan&, const kernels::Kernels<double>&, const double*, Range, const Sums*, Moments*);
+template void settle(const Plan&, const SummedValues<float>&, Range, const Sums*, Moments*);
+template void settle(const Plan&, const SummedValues<double>&, Range, const Sums*, Moments*);
 
 }  // namespace batchnorm

@@ -33,6 +33,17 @@ def dense(x: Array, axis: int) -> tuple[Array, Sizes]:
     return x, (prod(shape[d] for d in order[:at]), shape[axis], prod(shape[d] for d in order[at + 1 :]))
 
 
+def order_of_axes(x: Array) -> list[int]:
+    """All axes of `x` in the order in which `dense` has them in memory, outermost first."""
+    if x.flags.c_contiguous:
+        return list(range(x.ndim))
+    order = _memory_order(x)
+    if order is None:
+        order = _memory_order(np.empty_like(x, subok=False))
+        assert order is not None
+    return [d for d in range(x.ndim) if d not in order] + order
+
+
 def _memory_order(x: Array) -> list[int] | None:
     """Axes longer than 1, outermost first, where they fill one block; None where there are gaps or repeats."""
     order = sorted((d for d in range(x.ndim) if x.shape[d] != 1), key=lambda d: -x.strides[d])

@@ -8,26 +8,15 @@
 #include <optional>
 #include <tuple>
 
-#include "arrays.hpp"
 #include "batchnorm/batchnorm.hpp"
-#include "release_for_work.hpp"
+#include "calls.hpp"
 
 namespace batchnorm::bindings {
 
 void add_ordinary_calls(py::module_& m);  // ordinary.cpp
+void add_weighted_calls(py::module_& m);  // weighted.cpp
 
 namespace {
-
-using Sizes = std::tuple<std::int64_t, std::int64_t, std::int64_t>;
-
-Problem problem_of(const Sizes& sizes) { return {std::get<0>(sizes), std::get<1>(sizes), std::get<2>(sizes)}; }
-
-// f(T{}) for the dtype of x.
-template <class F>
-auto with_dtype_of(const py::array& x, F&& f) {
-  check_memory(x, "x", Access::read);
-  return is_float32(x) ? f(float{}) : f(double{});
-}
 
 py::array py_moments(const py::array& x, const Sizes& sizes, int threads) {
   const Problem problem = problem_of(sizes);
@@ -98,31 +87,6 @@ void py_grad_input(const py::array& dy, const py::array& x, const Sizes& sizes, 
     grad_input<T>(g, in, problem, stats, sums, scale, eps, out, {threads});
   });
 }
-
-// An array of one value per channel where it is wanted, in the dtype of gamma (float64 where there is none).
-class WantedGradient {
- public:
-  WantedGradient(bool wanted, std::int64_t channels, const py::object& gamma) {
-    if (!wanted) return;
-    const auto size = static_cast<py::ssize_t>(channels);
-    if (!gamma.is_none() && is_float32(py::reinterpret_borrow<py::array>(gamma))) {
-      py::array_t<float> array(size);
-      output_ = std::span<float>(array.mutable_data(), static_cast<std::size_t>(channels));
-      array_ = array;
-    } else {
-      py::array_t<double> array(size);
-      output_ = values(array);
-      array_ = array;
-    }
-  }
-  [[nodiscard]] ChannelOutput output() const { return output_; }
-  [[nodiscard]] std::optional<py::array> array() const { return array_; }
-
- private:
-  std::optional<py::array> array_;
-  ChannelOutput output_;
-};
-using ChannelGradients = std::tuple<std::optional<py::array>, std::optional<py::array>>;
 
 ChannelGradients py_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
                                         const py::array& moments_table, const py::object& gamma, double eps,
@@ -249,6 +213,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         py::arg("update_rate"), py::arg("ddof"), "The running statistics after one batch, as new arrays.");
 
   add_ordinary_calls(m);
+  add_weighted_calls(m);
 
   m.def("built_isas", &batchnorm::built_isas, "Instruction sets compiled in, best first.");
   m.def("available_isas", &batchnorm::available_isas, "Those that run on this machine, best first.");

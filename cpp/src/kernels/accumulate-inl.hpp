@@ -108,10 +108,22 @@ struct KeptLanes {
 // than this.
 constexpr std::int64_t kStretchesPerVisit = 4, kShortRun = 256;
 
+// Where an input has run k of a channel, `start` values behind the first run of the first channel; overloaded for what
+// is not as large as the tensor.
+template <class T>
+BN_INLINE const T* run_at(const T* input, std::int64_t start, std::int64_t) {
+  return input + start;
+}
+
+template <class W>
+BN_INLINE const W* run_at(const RunWeights<W>& w, std::int64_t, std::int64_t k) {
+  return w.values + k * w.stride;
+}
+
 // make(c) gives what channel c sums: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of
-// each input. Inputs are one or two pointers that walk together.
+// each input. Inputs walk together.
 template <class Accumulator, class Make, class T, class... Rest>
-BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const T* input, const Rest*... rest) {
+BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const T* input, const Rest&... rest) {
   KeptLanes<Accumulator> kept[kMostChannels];
   for (std::int64_t c = 0; runs.count == 0 && c < runs.channels; ++c) out[c] = Sums{};
   const std::int64_t stretch = runs.channels * runs.length;
@@ -130,7 +142,7 @@ BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const T* input, const R
       const InStretch in{stretch - c * runs.length, jump, ahead};
       for (std::int64_t v = 0; v < visit; ++v) {
         const std::int64_t start = (k + v) * runs.stride + c * runs.length;
-        sum_run(pair, runs.length, in, input + start, (rest + start)...);
+        sum_run(pair, runs.length, in, input + start, run_at(rest, start, k + v)...);
       }
       if (k + visit < runs.count) {
         keep(pair.first, lanes.first, lanes.first_lo, kLanes);
@@ -156,17 +168,34 @@ BN_INLINE std::int64_t values_ahead(const Rows& rows) {
   return kLeast * rows.stride >= kFar ? kLeast * rows.stride : kFar / rows.stride * rows.stride;
 }
 
-// One visit: up to eight rows of the n <= 16 columns from `c` on.
+// An input from row r and column c on; overloaded as run_at is.
+template <class T>
+BN_INLINE const T* rows_from(const T* input, std::int64_t r, std::int64_t stride, std::int64_t c) {
+  return input + r * stride + c;
+}
+template <class T>
+BN_INLINE void fetch_row(const T* input, std::int64_t ahead) {
+  fetch_lanes<Fetch::kFar>(input + ahead);
+}
+
+template <class W>
+BN_INLINE RowWeights<W> rows_from(const RowWeights<W>& w, std::int64_t r, std::int64_t, std::int64_t c) {
+  return {w.values + r * w.stride, w.stride, w.index == nullptr ? nullptr : w.index + c};
+}
+template <class W>
+BN_INLINE void fetch_row(const RowWeights<W>&, std::int64_t) {}  // few, and near
+
+// One visit: up to eight rows of the n <= 16 columns from `c` on, where the inputs are.
 template <class Pair, class... Input>
 BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t ahead,
-                             std::int64_t c, std::int64_t n, const ColumnSums& out, const Input*... input) {
+                             std::int64_t c, std::int64_t n, const ColumnSums& out, const Input&... input) {
   if (!first_visit) {
     restore(pair.first, out.first + c, out.first_lo + c, n);
     restore(pair.second, out.second + c, out.second_lo + c, n);
   }
   for (std::int64_t r = 0; r < rows; ++r) {
-    (fetch_lanes<Fetch::kFar>(input + r * stride + ahead), ...);
-    pair.add((input + r * stride)..., n);
+    (fetch_row(rows_from(input, r, stride, 0), ahead), ...);
+    pair.add(rows_from(input, r, stride, 0)..., n);
   }
   keep(pair.first, out.first + c, out.first_lo + c, n);
   keep(pair.second, out.second + c, out.second_lo + c, n);
@@ -174,19 +203,19 @@ BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, s
 
 // make(c, n) gives the empty Pair of the n columns from c on.
 template <class Make, class T, class... Rest>
-BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const T* input, const Rest*... rest) {
-  const std::int64_t ahead = values_ahead<T>(rows);
+BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const T* input, const Rest&... rest) {
+  const std::int64_t ahead = values_ahead<T>(rows), stride = rows.stride;
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
-    const std::int64_t start = r * rows.stride;
     std::int64_t c = 0;
     for (; c + kLanes <= rows.columns; c += kLanes) {
-      visit_columns(make(c, kLanes), r == 0, visit, rows.stride, ahead, c, kLanes, out, input + start + c,
-                    (rest + start + c)...);
+      visit_columns(make(c, kLanes), r == 0, visit, stride, ahead, c, kLanes, out, rows_from(input, r, stride, c),
+                    rows_from(rest, r, stride, c)...);
     }
     if (c < rows.columns) {
       const std::int64_t n = rows.columns - c;
-      visit_columns(make(c, n), r == 0, visit, rows.stride, ahead, c, n, out, input + start + c, (rest + start + c)...);
+      visit_columns(make(c, n), r == 0, visit, stride, ahead, c, n, out, rows_from(input, r, stride, c),
+                    rows_from(rest, r, stride, c)...);
     }
   }
 }

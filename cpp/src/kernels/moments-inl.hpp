@@ -15,8 +15,8 @@ struct MomentTerms {
   Lanes<double> shift;
   T fill;  // what the missing lanes of a short vector load: they must add nothing
 
-  BN_INLINE void add(const T* p, std::int64_t n) {
-    const Lanes<double> x = load_upto<double>(p, n, fill);
+  BN_INLINE void add(const T* p, std::int64_t n) { add(load_upto<double>(p, n, fill)); }
+  BN_INLINE void add(const Lanes<double>& x) {
     if constexpr (Accumulator::kHasLow) {
       add_compensated(x);
     } else {

@@ -211,8 +211,214 @@ constexpr Kernels<T> make_kernels() {
   return k;
 }
 
+// ---- weights: the same with a weight per position; what has none is not looked at ----
+
+template <class W>
+double weight_of(const RunWeights<W>& w, std::int64_t run, std::int64_t i) {
+  return static_cast<double>(w.values[run * w.stride + i]);
+}
+
+// sum(w*(x - shift)) and sum(w*(x - shift)^2).
+template <class T>
+void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weights, Runs runs, T shift, Sums* out) {
+  double first = 0, second = 0;
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const double w = weight_of(weights, k, i);
+      if (w == 0) continue;
+      const double d = static_cast<double>(x[k * runs.stride + i]) - static_cast<double>(shift);
+      first += w * d;
+      second += w * d * d;
+    }
+  }
+  *out = Sums{first, 0, second, 0};
+}
+template <class T>
+void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Sums* out) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    runs_weighted_moments_about(x + c * runs.length, w, one_channel(runs), T(0), out + c);
+  }
+}
+
+template <class T>
+T at_padding_of(AtPadding at_padding, T input, double formula) {
+  if (at_padding == AtPadding::zero) return T(0);
+  return at_padding == AtPadding::input ? input : static_cast<T>(formula);
+}
+
+// y = (x - center)*scale + offset where there is a weight.
+template <class T, class A>
+void runs_weighted_normalize_one(const T* x, T* y, const RunWeights<WeightOf<T>>& w, AtPadding at_padding, Runs runs,
+                                 const Affine<A>& k) {
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = r * runs.stride + i;
+      if (weight_of(w, r, i) != 0 || at_padding == AtPadding::formula) {
+        runs_normalize_one(x + at, y + at, Runs{1, 1, 1}, k);
+      } else {
+        y[at] = at_padding_of(at_padding, x[at], 0);
+      }
+    }
+  }
+}
+template <class T>
+void runs_weighted_normalize(const T* x, T* y, const RunWeights<WeightOf<T>>& w, AtPadding at_padding, Runs runs,
+                             const Affine<T>* k) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    const std::int64_t at = c * runs.length;
+    runs_weighted_normalize_one(x + at, y + at, w, at_padding, one_channel(runs), k[c]);
+  }
+}
+
+// sum(dy) and sum(dy*(x - mean)) where there is a weight.
+template <class T>
+void runs_weighted_grad_sums_one(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, double mean,
+                                 Sums* out) {
+  double first = 0, second = 0;
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      if (weight_of(w, k, i) == 0) continue;
+      const std::int64_t at = k * runs.stride + i;
+      first += static_cast<double>(dy[at]);
+      second += static_cast<double>(dy[at]) * (static_cast<double>(x[at]) - mean);
+    }
+  }
+  *out = Sums{first, 0, second, 0};
+}
+template <class T>
+void runs_weighted_grad_sums(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, const double* mean,
+                             Sums* out) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    const std::int64_t at = c * runs.length;
+    runs_weighted_grad_sums_one(dy + at, x + at, w, one_channel(runs), mean[c], out + c);
+  }
+}
+
+// dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset.
+template <class T, class A>
+void runs_weighted_grad_input_one(const T* dy, const T* x, T* dx, const RunWeights<WeightOf<T>>& weights,
+                                  AtPadding at_padding, Runs runs, const GradAffine<A>& k) {
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = r * runs.stride + i;
+      const double w = weight_of(weights, r, i), g = static_cast<double>(dy[at]);
+      if (w == 0) {
+        dx[at] = at_padding_of(at_padding, dy[at], g * static_cast<double>(k.dy_scale));
+        continue;
+      }
+      const double from_dy = (g - w * static_cast<double>(k.dy_center)) * static_cast<double>(k.dy_scale);
+      const double from_x =
+          (static_cast<double>(x[at]) - static_cast<double>(k.x_center)) * static_cast<double>(k.x_scale);
+      dx[at] = static_cast<T>(from_dy + w * from_x + w * static_cast<double>(k.offset));
+    }
+  }
+}
+template <class T>
+void runs_weighted_grad_input(const T* dy, const T* x, T* dx, const RunWeights<WeightOf<T>>& w, AtPadding at_padding,
+                              Runs runs, const GradAffine<T>* k) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    const std::int64_t at = c * runs.length;
+    runs_weighted_grad_input_one(dy + at, x + at, dx + at, w, at_padding, one_channel(runs), k[c]);
+  }
+}
+
+// The weights of column c of a block of rows.
+template <class W>
+RunWeights<W> column(const RowWeights<W>& w, std::int64_t c) {
+  return {w.values + (w.index == nullptr ? 0 : w.index[c]), w.stride};
+}
+template <class T>
+void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const ColumnSums& out) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    Sums s;
+    runs_weighted_moments(x + c, column(w, c), column(rows), &s);
+    put(out, c, s);
+  }
+}
+template <class T>
+void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const T* shift,
+                                 const ColumnSums& out) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    Sums s;
+    runs_weighted_moments_about(x + c, column(w, c), column(rows), shift[c], &s);
+    put(out, c, s);
+  }
+}
+template <class T>
+void rows_weighted_normalize(const T* x, T* y, const RowWeights<WeightOf<T>>& w, AtPadding at_padding, Rows rows,
+                             const AffineColumns<T>& k) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    const Affine<T> one{k.center[c], k.scale[c], k.offset[c]};
+    runs_weighted_normalize_one(x + c, y + c, column(w, c), at_padding, column(rows), one);
+  }
+}
+void rows_weighted_normalize_mixed(const float* x, float* y, const RowWeights<float>& w, AtPadding at_padding,
+                                   Rows rows, const AffineColumns<float>& k,
+                                   const WideColumns<AffineColumns<double>>& wide) {
+  const AffineColumns<double>& exact = wide.coefficients;
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    if ((wide.mask[c / 16] >> (c % 16)) & 1) {
+      const Affine<double> one{exact.center[c], exact.scale[c], exact.offset[c]};
+      runs_weighted_normalize_one(x + c, y + c, column(w, c), at_padding, column(rows), one);
+    } else {
+      const Affine<float> one{k.center[c], k.scale[c], k.offset[c]};
+      runs_weighted_normalize_one(x + c, y + c, column(w, c), at_padding, column(rows), one);
+    }
+  }
+}
+template <class T>
+void rows_weighted_grad_sums(const T* dy, const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const double* mean,
+                             const ColumnSums& out) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    Sums s;
+    runs_weighted_grad_sums_one(dy + c, x + c, column(w, c), column(rows), mean[c], &s);
+    put(out, c, s);
+  }
+}
+template <class T>
+void rows_weighted_grad_input(const T* dy, const T* x, T* dx, const RowWeights<WeightOf<T>>& w, AtPadding at_padding,
+                              Rows rows, const GradAffineColumns<T>& k) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    runs_weighted_grad_input_one(dy + c, x + c, dx + c, column(w, c), at_padding, column(rows), at(k, c));
+  }
+}
+void rows_weighted_grad_input_mixed(const float* dy, const float* x, float* dx, const RowWeights<float>& w,
+                                    AtPadding at_padding, Rows rows, const GradAffineColumns<float>& k,
+                                    const WideColumns<GradAffineColumns<double>>& wide) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    if ((wide.mask[c / 16] >> (c % 16)) & 1) {
+      runs_weighted_grad_input_one(dy + c, x + c, dx + c, column(w, c), at_padding, column(rows),
+                                   at(wide.coefficients, c));
+    } else {
+      runs_weighted_grad_input_one(dy + c, x + c, dx + c, column(w, c), at_padding, column(rows), at(k, c));
+    }
+  }
+}
+
+template <class T>
+constexpr WeightedKernels<T> make_weighted_kernels() {
+  WeightedKernels<T> k{};
+  k.weighted = {runs_weighted_moments<T>,       rows_weighted_moments<T>, runs_weighted_moments_about<T>,
+                rows_weighted_moments_about<T>, runs_weighted_moments<T>, rows_weighted_moments<T>};
+  k.masked = k.weighted;
+  k.runs_normalize = k.runs_normalize_around_cache = runs_weighted_normalize<T>;
+  k.runs_normalize_wide = runs_weighted_normalize_one<T, double>;
+  k.rows_normalize = rows_weighted_normalize<T>;
+  k.runs_grad_sums = runs_weighted_grad_sums<T>;
+  k.rows_grad_sums = rows_weighted_grad_sums<T>;
+  k.runs_grad_input = k.runs_grad_input_around_cache = runs_weighted_grad_input<T>;
+  k.runs_grad_input_wide = runs_weighted_grad_input_one<T, double>;
+  k.rows_grad_input = rows_weighted_grad_input<T>;
+  if constexpr (sizeof(T) == sizeof(float)) {
+    k.rows_normalize_mixed = rows_weighted_normalize_mixed;
+    k.rows_grad_input_mixed = rows_weighted_grad_input_mixed;
+  }
+  return k;
+}
+
 }  // namespace
 
-const KernelTable reference_table = {make_kernels<float>(), make_kernels<double>()};
+const KernelTable reference_table = {make_kernels<float>(), make_kernels<double>(), make_weighted_kernels<float>(),
+                                     make_weighted_kernels<double>()};
 
 }  // namespace batchnorm::kernels

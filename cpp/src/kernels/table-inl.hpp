@@ -5,6 +5,7 @@
 #include "kernels/grad_sums-inl.hpp"
 #include "kernels/moments-inl.hpp"
 #include "kernels/normalize-inl.hpp"
+#include "kernels/weighted-inl.hpp"
 
 namespace batchnorm::kernels {
 namespace {
@@ -54,6 +55,8 @@ constexpr KernelTable make_table() {
            .runs_grad_input_around_cache = runs_grad_input<double, Stores::around_cache>,
            .rows_grad_input_around_cache = rows_grad_input_around_cache<double>,
            .add_blocks = add_blocks<Compensated>};
+  t.weighted_f32 = make_weighted_kernels<float, Plain>();
+  t.weighted_f64 = make_weighted_kernels<double, Compensated>();
   return t;
 }
 

@@ -29,6 +29,7 @@
 #pragma once
 
 #include <cstdint>
+#include <type_traits>
 
 namespace batchnorm::kernels {
 
@@ -144,9 +145,76 @@ struct Kernels {
                      const ColumnSums& total);
 };
 
+// ---- weights ----
+//
+// One weight >= 0 per position, the same for all channels. Where it is 0, no input is looked at: it may hold anything.
+
+// What weights are given as, for tensors of T.
+template <class T>
+using WeightOf = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
+
+// Of a piece of a planar tensor: those of the runs k begin at values + k*stride, for each of its channels.
+template <class W>
+struct RunWeights {
+  const W* values;
+  std::int64_t stride;
+};
+// Of a block of rows: column e of row r has values[r*stride + index[e]]; values[r*stride] where there is no index.
+template <class W>
+struct RowWeights {
+  const W* values;
+  std::int64_t stride;
+  const std::int32_t* index;
+};
+
+// What an output is where the weight is 0: 0; the input (x of normalize, dy of grad_input); or what the formula gives
+// for that weight (grad_input: dy*dy_scale).
+enum class AtPadding { zero, input, formula };
+
+// With weights w, the sums are of w*(x - shift) and w*(x - shift)^2. The functions for masks take weights that are 0 or
+// 1 and give the same bits sooner. grad_sums take every weight but 0 for 1: a weight counts in the statistics, and what
+// it does to the gradient is in grad_input:
+//     dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset.
+// normalize and grad_input with weights of 1 give the bits of those without.
+template <class T>
+struct WeightedKernels {
+  using W = WeightOf<T>;
+  struct Moments {
+    void (*runs)(const T* x, const RunWeights<W>&, Runs, Sums*);
+    void (*rows)(const T* x, const RowWeights<W>&, Rows, const ColumnSums&);
+    void (*runs_about)(const T* x, const RunWeights<W>&, Runs, T shift, Sums*);
+    void (*rows_about)(const T* x, const RowWeights<W>&, Rows, const T* shift, const ColumnSums&);
+    void (*runs_compensated)(const T* x, const RunWeights<W>&, Runs, Sums*);
+    void (*rows_compensated)(const T* x, const RowWeights<W>&, Rows, const ColumnSums&);
+  };
+  Moments masked, weighted;
+
+  void (*runs_normalize)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<T>*);
+  void (*runs_normalize_around_cache)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<T>*);
+  void (*runs_normalize_wide)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<double>&);
+  void (*rows_normalize)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&);
+  void (*rows_normalize_mixed)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&,
+                               const WideColumns<AffineColumns<double>>&);
+
+  void (*runs_grad_sums)(const T* dy, const T* x, const RunWeights<W>&, Runs, const double* mean, Sums*);
+  void (*rows_grad_sums)(const T* dy, const T* x, const RowWeights<W>&, Rows, const double* mean, const ColumnSums&);
+
+  void (*runs_grad_input)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs, const GradAffine<T>*);
+  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs,
+                                       const GradAffine<T>*);
+  void (*runs_grad_input_wide)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs,
+                               const GradAffine<double>&);
+  void (*rows_grad_input)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
+                          const GradAffineColumns<T>&);
+  void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
+                                const GradAffineColumns<T>&, const WideColumns<GradAffineColumns<double>>&);
+};
+
 struct KernelTable {
   Kernels<float> f32;
   Kernels<double> f64;
+  WeightedKernels<float> weighted_f32;
+  WeightedKernels<double> weighted_f64;
 
   template <class T>
   [[nodiscard]] const Kernels<T>& of() const {
@@ -154,6 +222,14 @@ struct KernelTable {
       return f32;
     } else {
       return f64;
+    }
+  }
+  template <class T>
+  [[nodiscard]] const WeightedKernels<T>& weighted() const {
+    if constexpr (sizeof(T) == sizeof(float)) {
+      return weighted_f32;
+    } else {
+      return weighted_f64;
     }
   }
 };

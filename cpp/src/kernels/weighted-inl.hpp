@@ -1,0 +1,371 @@
+// The passes with a weight per position: terms and maps around those without.
+#pragma once
+
+#include "kernels/grad_input-inl.hpp"
+#include "kernels/grad_sums-inl.hpp"
+#include "kernels/moments-inl.hpp"
+#include "kernels/normalize-inl.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+// ---- weights ----
+
+// The weights of 16 (or n < 16) positions; missing lanes have none.
+template <class A, class W>
+BN_INLINE Lanes<A> weight_lanes(const W* w, std::int64_t n) {
+  return load_upto<A>(w, n, W(0));
+}
+template <class A, class W>
+BN_INLINE Lanes<A> weight_lanes(const RowWeights<W>& w, std::int64_t n) {
+  if (w.index == nullptr) return broadcast(static_cast<A>(*w.values));
+  A lanes[kLanes] = {};
+  for (std::int64_t l = 0; l < n && l < kLanes; ++l) lanes[l] = static_cast<A>(w.values[w.index[l]]);
+  return load(lanes);
+}
+
+// a where the weight is not 0, else b.
+template <class A>
+BN_INLINE Lanes<A> where(const Lanes<A>& weight, const Lanes<A>& a, const Lanes<A>& b) {
+  Lanes<A> r;
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = weight.v[k] != 0 ? a.v[k] : b.v[k];
+  return r;
+}
+
+// ---- moments ----
+
+template <class T, class Accumulator, Shift kShift>
+struct MaskedMoments : MomentTerms<T, Accumulator, kShift> {
+  using Base = MomentTerms<T, Accumulator, kShift>;
+  MaskedMoments(const Lanes<double>& about, T fill_with) : Base{{}, {}, about, fill_with} {}
+
+  template <class Weights>
+  BN_INLINE void add(const T* p, const Weights& w, std::int64_t n) {
+    Base::add(where(weight_lanes<double>(w, n), load_upto<double>(p, n, this->fill), this->shift));
+  }
+};
+
+// What rounding took from product = a*b; taken as 0 where square_error is (lanes-inl.hpp).
+BN_INLINE Lanes<double> product_error(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& product) {
+  Lanes<double> r;
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+    const NativeDouble p = product.v[k], size = p < 0 ? -p : p;
+    r.v[k] = size >= 0x1p-960 ? kernels::product_error(a.v[k], b.v[k], p) : NativeDouble{};
+  }
+  return r;
+}
+
+template <class T, class Accumulator, Shift kShift>
+struct WeightedMoments {
+  Accumulator first, second;
+  Lanes<double> shift;
+  T fill;
+
+  WeightedMoments(const Lanes<double>& about, T fill_with) : shift(about), fill(fill_with) {}
+
+  template <class Weights>
+  BN_INLINE void add(const T* p, const Weights& weights, std::int64_t n) {
+    const Lanes<double> w = weight_lanes<double>(weights, n);
+    const Lanes<double> x = where(w, load_upto<double>(p, n, fill), shift);
+    if constexpr (Accumulator::kHasLow) {
+      add_compensated(w, x);
+    } else {
+      add_plain(w, x);
+    }
+  }
+  BN_INLINE void add_plain(const Lanes<double>& w, const Lanes<double>& x) {
+    const Lanes<double> d = kShift == Shift::none ? x : x - shift;
+    const Lanes<double> term = w * d;
+    first.add(term);
+    second.add(term * d);
+  }
+  BN_INLINE void add_compensated(const Lanes<double>& w, const Lanes<double>& x) {
+    Lanes<double> d = x, d_lo = broadcast(0.0);
+    if constexpr (kShift == Shift::given) {
+      d = x - shift;
+      d_lo = sum_error(x, broadcast(0.0) - shift, d);
+    }
+    const Lanes<double> term = w * d;
+    const Lanes<double> term_lo = product_error(w, d, term) + w * d_lo;
+    const Lanes<double> square = term * d;
+    first.add(term);
+    first.low = first.low + term_lo;
+    second.add(square);
+    second.low = second.low + (product_error(term, d, square) + (term_lo * d + term * d_lo));
+  }
+};
+
+template <class T, class Accumulator, template <class, class, Shift> class Terms>
+void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Sums* out) {
+  const auto make = [](std::int64_t) { return Terms<T, Accumulator, Shift::none>(broadcast(0.0), T(0)); };
+  sum_runs<Accumulator>(make, runs, out, x, w);
+}
+template <class T, class Accumulator, template <class, class, Shift> class Terms>
+void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, T shift, Sums* out) {
+  const auto make = [shift](std::int64_t) {
+    return Terms<T, Accumulator, Shift::given>(broadcast(static_cast<double>(shift)), shift);
+  };
+  sum_runs<Accumulator>(make, runs, out, x, w);
+}
+template <class T, class Accumulator, template <class, class, Shift> class Terms>
+void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const ColumnSums& out) {
+  const auto make = [](std::int64_t, std::int64_t) { return Terms<T, Accumulator, Shift::none>(broadcast(0.0), T(0)); };
+  sum_rows(make, rows, out, x, w);
+}
+template <class T, class Accumulator, template <class, class, Shift> class Terms>
+void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const T* shift,
+                                 const ColumnSums& out) {
+  const auto make = [shift](std::int64_t c, std::int64_t n) {
+    return Terms<T, Accumulator, Shift::given>(load_upto<double>(shift + c, n, T(0)), T(0));
+  };
+  sum_rows(make, rows, out, x, w);
+}
+
+// ---- grad_sums ----
+
+template <class T, class Accumulator>
+struct MaskedGradTerms {
+  Accumulator first, second;
+  Lanes<double> mean;
+
+  template <class Weights>
+  BN_INLINE void add(const T* dy, const T* x, const Weights& weights, std::int64_t n) {
+    const Lanes<double> w = weight_lanes<double>(weights, n), zero = broadcast(0.0);
+    const Lanes<double> g = where(w, load_upto<double>(dy, n, T(0)), zero);
+    const Lanes<double> d = where(w, other_subtract(load_upto<double>(x, n, T(0)), mean), zero);
+    first.add(g);
+    second.other_add(g * d);
+  }
+};
+
+template <class T, class Accumulator>
+void runs_masked_grad_sums(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, const double* mean,
+                           Sums* out) {
+  using Terms = MaskedGradTerms<T, Accumulator>;
+  sum_runs<Accumulator>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x, w);
+}
+template <class T, class Accumulator>
+void rows_masked_grad_sums(const T* dy, const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const double* mean,
+                           const ColumnSums& out) {
+  const auto make = [mean](std::int64_t c, std::int64_t n) {
+    return MaskedGradTerms<T, Accumulator>{{}, {}, load_upto<double>(mean + c, n, 0.0)};
+  };
+  sum_rows(make, rows, out, dy, x, w);
+}
+
+// ---- what is written ----
+
+// The outputs of `map` where the weight is not 0.
+template <class T, class A>
+struct WeightedNormalizeMap {
+  NormalizeMap<T, A> map;
+  AtPadding at_padding;
+
+  template <class Weights>
+  BN_INLINE Lanes<A> operator()(const T* x, const Weights& weights, std::int64_t n) const {
+    const Lanes<A> y = map(x, n);
+    if (at_padding == AtPadding::formula) return y;
+    const Lanes<A> padding = at_padding == AtPadding::input ? load_upto<A>(x, n, T(0)) : broadcast(A(0));
+    return where(weight_lanes<A>(weights, n), y, padding);
+  }
+};
+
+template <class T, class A>
+struct WeightedGradInputMap {
+  GradInputMap<T, A> map;
+  AtPadding at_padding;
+
+  template <class Weights>
+  BN_INLINE Lanes<A> operator()(const T* dy, const T* x, const Weights& weights, std::int64_t n) const {
+    const Lanes<A> w = weight_lanes<A>(weights, n), g = load_upto<A>(dy, n, T(0));
+    const Lanes<A> from_x = (load_upto<A>(x, n, T(0)) - map.x_center) * map.x_scale;
+    const Lanes<A> counted = (g - w * map.dy_center) * map.dy_scale + w * from_x + w * map.offset;
+    if (at_padding == AtPadding::zero) return where(w, counted, broadcast(A(0)));
+    return where(w, counted, at_padding == AtPadding::input ? g : g * map.dy_scale);
+  }
+};
+
+// Columns in `mask` by `wide` (in float64), the others by `narrow`.
+template <class Narrow, class Wide>
+struct WeightedMixed {
+  Narrow narrow;
+  Wide wide;
+  unsigned mask;
+
+  template <class Weights>
+  BN_INLINE Lanes<float> operator()(const float* a, const Weights& w, std::int64_t n) const {
+    return choose(narrow(a, w, n), wide, a, w, n);
+  }
+  template <class Weights>
+  BN_INLINE Lanes<float> operator()(const float* a, const float* b, const Weights& w, std::int64_t n) const {
+    return choose(narrow(a, b, w, n), wide, a, b, w, n);
+  }
+  template <class... Arguments>
+  BN_INLINE Lanes<float> choose(const Lanes<float>& fast, const Wide& exactly, const Arguments&... arguments) const {
+    if (mask == 0) return fast;
+    float result[kLanes], exact[kLanes];
+    store(result, fast);
+    store_as(exact, exactly(arguments...));
+    for (int l = 0; l < kLanes; ++l) {
+      if ((mask >> l) & 1u) result[l] = exact[l];
+    }
+    return load<float>(result);
+  }
+};
+
+// One run: whole lines but for its ends.
+template <Stores kStores, class Map, class T, class W, class... Input>
+BN_INLINE void apply_weighted_run(const Map& map, std::int64_t length, std::int64_t ahead, T* out, const W* w,
+                                  const Input*... input) {
+  std::int64_t at = values_to_line(out);
+  if (at > length) at = length;
+  if (at > 0) store_first(out, at, map(input..., w, at));
+  for (; at + kLanes <= length; at += kLanes) {
+    put<kStores>(out + at, map((input + at)..., w + at, kLanes), ahead, (input + at)...);
+  }
+  if (at < length) store_first(out + at, length - at, map((input + at)..., w + at, length - at));
+}
+// Run by run: the weights begin anew with each of a stretch.
+template <Stores kStores, class Make, class T, class W, class... Input>
+BN_INLINE void apply_weighted_runs(Make make, Runs runs, T* out, const RunWeights<W>& w, const Input*... input) {
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t c = 0; c < runs.channels; ++c) {
+      const std::int64_t at = k * runs.stride + c * runs.length;
+      apply_weighted_run<kStores>(make(c), runs.length, runs.ahead, out + at, run_at(w, 0, k), (input + at)...);
+    }
+  }
+  if constexpr (kStores == Stores::around_cache) finish_streams();
+}
+
+template <class Make, class T, class W, class... Input>
+BN_INLINE void apply_weighted_columns(const Make& map, std::int64_t count, const Rows& rows, std::int64_t n, T* out,
+                                      const RowWeights<W>& w, const Input*... input) {
+  for (std::int64_t r = 0; r < count; ++r) {
+    const std::int64_t at = r * rows.stride;
+    if (rows.ahead != 0) {
+      (fetch_lanes<Fetch::kFar>(input + at + rows.ahead), ...);
+      fetch_lanes_to_store(out + at + rows.ahead);
+    }
+    store_upto(out + at, n, map((input + at)..., rows_from(w, r, 0, 0), n));
+  }
+}
+template <class Make, class T, class W, class... Input>
+BN_INLINE void apply_weighted_rows(Make make, Rows rows, T* out, const RowWeights<W>& w, const Input*... input) {
+  for (std::int64_t r = 0; r < rows.count; r += kRowsPerApply) {
+    const std::int64_t visit = rows.count - r < kRowsPerApply ? rows.count - r : kRowsPerApply;
+    for (std::int64_t c = 0; c < rows.columns; c += kLanes) {
+      const std::int64_t n = rows.columns - c < kLanes ? rows.columns - c : kLanes, at = r * rows.stride + c;
+      apply_weighted_columns(make(c, n), visit, rows, n, out + at, rows_from(w, r, 0, c), (input + at)...);
+    }
+  }
+}
+
+template <class T, Stores kStores>
+void runs_weighted_normalize(const T* x, T* y, const RunWeights<WeightOf<T>>& w, AtPadding at_padding, Runs runs,
+                             const Affine<T>* k) {
+  const auto make = [k, at_padding](std::int64_t c) {
+    return WeightedNormalizeMap<T, T>{normalize_map<T>(k[c]), at_padding};
+  };
+  apply_weighted_runs<kStores>(make, runs, y, w, x);
+}
+template <class T>
+void runs_weighted_normalize_wide(const T* x, T* y, const RunWeights<WeightOf<T>>& w, AtPadding at_padding, Runs runs,
+                                  const Affine<double>& k) {
+  const auto make = [&k, at_padding](std::int64_t) {
+    return WeightedNormalizeMap<T, double>{normalize_map<T>(k), at_padding};
+  };
+  apply_weighted_runs<Stores::ordinary>(make, runs, y, w, x);
+}
+template <class T>
+void rows_weighted_normalize(const T* x, T* y, const RowWeights<WeightOf<T>>& w, AtPadding at_padding, Rows rows,
+                             const AffineColumns<T>& k) {
+  const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
+    return WeightedNormalizeMap<T, T>{normalize_map<T>(k, c, n), at_padding};
+  };
+  apply_weighted_rows(make, rows, y, w, x);
+}
+void rows_weighted_normalize_mixed(const float* x, float* y, const RowWeights<float>& w, AtPadding at_padding,
+                                   Rows rows, const AffineColumns<float>& k,
+                                   const WideColumns<AffineColumns<double>>& wide) {
+  const auto make = [&k, &wide, at_padding](std::int64_t c, std::int64_t n) {
+    return WeightedMixed<WeightedNormalizeMap<float, float>, WeightedNormalizeMap<float, double>>{
+        {normalize_map<float>(k, c, n), at_padding},
+        {normalize_map<float>(wide.coefficients, c, n), at_padding},
+        wide.mask[c / kLanes]};
+  };
+  apply_weighted_rows(make, rows, y, w, x);
+}
+
+template <class T, Stores kStores>
+void runs_weighted_grad_input(const T* dy, const T* x, T* dx, const RunWeights<WeightOf<T>>& w, AtPadding at_padding,
+                              Runs runs, const GradAffine<T>* k) {
+  const auto make = [k, at_padding](std::int64_t c) {
+    return WeightedGradInputMap<T, T>{grad_input_map<T>(k[c]), at_padding};
+  };
+  apply_weighted_runs<kStores>(make, runs, dx, w, dy, x);
+}
+template <class T>
+void runs_weighted_grad_input_wide(const T* dy, const T* x, T* dx, const RunWeights<WeightOf<T>>& w,
+                                   AtPadding at_padding, Runs runs, const GradAffine<double>& k) {
+  const auto make = [&k, at_padding](std::int64_t) {
+    return WeightedGradInputMap<T, double>{grad_input_map<T>(k), at_padding};
+  };
+  apply_weighted_runs<Stores::ordinary>(make, runs, dx, w, dy, x);
+}
+template <class T>
+void rows_weighted_grad_input(const T* dy, const T* x, T* dx, const RowWeights<WeightOf<T>>& w, AtPadding at_padding,
+                              Rows rows, const GradAffineColumns<T>& k) {
+  const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
+    return WeightedGradInputMap<T, T>{grad_input_map<T>(k, c, n), at_padding};
+  };
+  apply_weighted_rows(make, rows, dx, w, dy, x);
+}
+void rows_weighted_grad_input_mixed(const float* dy, const float* x, float* dx, const RowWeights<float>& w,
+                                    AtPadding at_padding, Rows rows, const GradAffineColumns<float>& k,
+                                    const WideColumns<GradAffineColumns<double>>& wide) {
+  const auto make = [&k, &wide, at_padding](std::int64_t c, std::int64_t n) {
+    return WeightedMixed<WeightedGradInputMap<float, float>, WeightedGradInputMap<float, double>>{
+        {grad_input_map<float>(k, c, n), at_padding},
+        {grad_input_map<float>(wide.coefficients, c, n), at_padding},
+        wide.mask[c / kLanes]};
+  };
+  apply_weighted_rows(make, rows, dx, w, dy, x);
+}
+
+// ---- the table ----
+
+template <class T, class Accumulator, template <class, class, Shift> class Terms>
+constexpr typename WeightedKernels<T>::Moments weighted_moments_kernels() {
+  return {.runs = runs_weighted_moments<T, Accumulator, Terms>,
+          .rows = rows_weighted_moments<T, Accumulator, Terms>,
+          .runs_about = runs_weighted_moments_about<T, Accumulator, Terms>,
+          .rows_about = rows_weighted_moments_about<T, Accumulator, Terms>,
+          .runs_compensated = runs_weighted_moments<T, Compensated, Terms>,
+          .rows_compensated = rows_weighted_moments<T, Compensated, Terms>};
+}
+
+template <class T, class Accumulator>
+constexpr WeightedKernels<T> make_weighted_kernels() {
+  WeightedKernels<T> k{.masked = weighted_moments_kernels<T, Accumulator, MaskedMoments>(),
+                       .weighted = weighted_moments_kernels<T, Accumulator, WeightedMoments>(),
+                       .runs_normalize = runs_weighted_normalize<T, Stores::ordinary>,
+                       .runs_normalize_around_cache = runs_weighted_normalize<T, Stores::around_cache>,
+                       .runs_normalize_wide = runs_weighted_normalize_wide<T>,
+                       .rows_normalize = rows_weighted_normalize<T>,
+                       .rows_normalize_mixed = nullptr,
+                       .runs_grad_sums = runs_masked_grad_sums<T, Accumulator>,
+                       .rows_grad_sums = rows_masked_grad_sums<T, Accumulator>,
+                       .runs_grad_input = runs_weighted_grad_input<T, Stores::ordinary>,
+                       .runs_grad_input_around_cache = runs_weighted_grad_input<T, Stores::around_cache>,
+                       .runs_grad_input_wide = runs_weighted_grad_input_wide<T>,
+                       .rows_grad_input = rows_weighted_grad_input<T>,
+                       .rows_grad_input_mixed = nullptr};
+  if constexpr (sizeof(T) == sizeof(float)) {
+    k.rows_normalize_mixed = rows_weighted_normalize_mixed;
+    k.rows_grad_input_mixed = rows_weighted_grad_input_mixed;
+  }
+  return k;
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels

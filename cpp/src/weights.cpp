@@ -1,0 +1,86 @@
+#include "weights.hpp"
+
+#include <algorithm>
+#include <limits>
+#include <vector>
+
+#include "double_double.hpp"
+#include "parallel.hpp"
+
+namespace batchnorm {
+namespace {
+
+constexpr std::int64_t kChunk = 16 * 1024;
+
+// Eight sums side by side, each addition with its error kept.
+template <class W>
+DoubleDouble sum_of(const W* w, std::int64_t n) {
+  double sum[8] = {}, low[8] = {};
+  std::int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    for (int l = 0; l < 8; ++l) {
+      const DoubleDouble s = two_sum(sum[l], static_cast<double>(w[i + l]));
+      sum[l] = s.hi;
+      low[l] += s.lo;
+    }
+  }
+  DoubleDouble total;
+  for (int l = 0; l < 8; ++l) total = total + DoubleDouble{sum[l], low[l]};
+  for (; i < n; ++i) total = total + DoubleDouble{static_cast<double>(w[i]), 0};
+  return total;
+}
+
+template <class W>
+struct Chunks {
+  struct Part {
+    DoubleDouble total;
+    std::int64_t counted = 0;
+    bool is_mask = true, good = true;
+  };
+  std::span<const W> weights;
+  std::vector<Part> parts;
+
+  void summarize(Range chunks) {
+    for (std::int64_t k = chunks.begin; k < chunks.end; ++k) {
+      const W* w = weights.data() + k * kChunk;
+      const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
+      std::int64_t zeros = 0, ones = 0, bad = 0;
+      for (std::int64_t i = 0; i < n; ++i) {
+        zeros += w[i] == 0;
+        ones += w[i] == 1;
+        bad += !(w[i] >= 0 && w[i] <= std::numeric_limits<W>::max());
+      }
+      const bool is_mask = zeros + ones == n;
+      const DoubleDouble total = is_mask ? DoubleDouble{static_cast<double>(ones), 0} : sum_of(w, n);
+      parts[static_cast<std::size_t>(k)] = {total, n - zeros, is_mask, bad == 0};
+    }
+  }
+};
+
+}  // namespace
+
+template <class W>
+WeightSummary summarize(std::span<const W> weights, int threads) {
+  const auto count = (static_cast<std::int64_t>(weights.size()) + kChunk - 1) / kChunk;
+  Chunks<W> chunks{weights, std::vector<typename Chunks<W>::Part>(static_cast<std::size_t>(count))};
+  const Phase phase{count, 1, false, [](void* self, Range range) { static_cast<Chunks<W>*>(self)->summarize(range); }};
+  run_phases(count > 4 ? available_threads(threads) : 1, &phase, 1, &chunks);
+  WeightSummary result;
+  DoubleDouble total;
+  for (const auto& part : chunks.parts) {
+    total = total + part.total;
+    result.counted += part.counted;
+    result.is_mask &= part.is_mask;
+    if (!part.good && result.bad < 0) {
+      const auto is_bad = [](W w) { return !(w >= 0 && w <= std::numeric_limits<W>::max()); };
+      result.bad = std::find_if(weights.begin(), weights.end(), is_bad) - weights.begin();
+    }
+  }
+  result.total = total.hi;
+  return result;
+}
+
+template WeightSummary summarize(std::span<const float>, int);
+template WeightSummary summarize(std::span<const double>, int);
+
+}  // namespace batchnorm

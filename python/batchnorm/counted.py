@@ -1,0 +1,171 @@
+"""What of an array is counted: positions with weights (masks, lengths), or segments of rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from batchnorm import _layout, _validate
+
+Array = NDArray[Any]
+
+PADDINGS = ("zero", "keep", "normalize")
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Positions:
+    """A weight for each position of an array, that is for each index of its axes but the channel axis.
+
+    Attributes
+    ----------
+    weights : ndarray, flat, in the memory order of the array; float64 for float64 arrays, else float32.
+    padding : "zero", "keep" or "normalize": what the output is where the weight is 0.
+    """
+
+    weights: Array
+    padding: str
+
+    @property
+    def code(self) -> int:
+        """The padding as the core takes it."""
+        return PADDINGS.index(self.padding)
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Segments:
+    """Rows (indices of axis 0) cut into consecutive segments.
+
+    Attributes
+    ----------
+    offsets : (S + 1,) int64: segment s is rows offsets[s] to offsets[s + 1] - 1.
+    """
+
+    offsets: NDArray[np.int64]
+
+    def of_outer(self, sizes: _layout.Sizes, rows: int) -> NDArray[np.int64]:
+        """Give the offsets in steps of the core's outer size, which may take several to a row."""
+        return self.offsets * (sizes[0] // rows) if rows else self.offsets
+
+
+Counted = Positions | Segments
+
+
+def counted(
+    x: Array,
+    axis: int,
+    *,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    segments: ArrayLike | None = None,
+    padding: str | None = None,
+) -> Counted | None:
+    """Give what the arguments of that name count of `x`, whose channel axis is `axis` (>= 0); None for all alike."""
+    given = {"mask": mask, "weights": weights, "lengths": lengths, "segments": segments}
+    names = [name for name, value in given.items() if value is not None]
+    if len(names) > 1:
+        raise ValueError(
+            f"at most one of mask, weights, lengths and segments must be given, got {' and '.join(names)}"
+        )
+    if padding is not None and (not isinstance(padding, str) or padding not in PADDINGS):
+        raise ValueError(f"padding must be 'zero', 'keep' or 'normalize', got {padding!r}")
+    if not names or names == ["segments"]:
+        if padding is not None:
+            raise ValueError(
+                f"padding must be None without mask, weights or lengths, which say what is padding, got {padding!r}"
+            )
+        return None if not names else _segments(x, axis, segments)
+    if mask is not None:
+        flags = _numbers("mask", mask, "b", "bool")
+        return Positions(_flat(_spread("mask", flags, x, axis), x, axis), padding or "zero")
+    if weights is not None:
+        values = _numbers("weights", weights, "f", "floating")
+        return Positions(_flat(_spread("weights", values, x, axis), x, axis), padding or "normalize")
+    return Positions(_flat(_before_lengths(x, axis, lengths), x, axis), padding or "zero")
+
+
+def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
+    if isinstance(values, np.ndarray) and type(values) is not np.ndarray and type(values) is not np.memmap:
+        raise TypeError(f"{name} must be a numpy.ndarray or a sequence, got {type(values).__name__}")
+    try:
+        a = np.asarray(values)
+    except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
+        raise TypeError(f"{name} must be an array of numbers, got {_validate.kind(values)}") from None
+    if a.dtype.kind not in kinds:
+        raise TypeError(f"{name} must have {_article(wanted)} dtype, got {a.dtype}")
+    return a
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def _spread(name: str, a: Array, x: Array, axis: int) -> Array:
+    """Give `a` for every position: as `x` without its channel axis."""
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    values = a
+    if a.ndim == x.ndim and a.shape[axis] == 1:
+        values = a.reshape(a.shape[:axis] + a.shape[axis + 1 :])
+    elif a.ndim != x.ndim - 1:
+        values = np.empty((0,) * (x.ndim + 1), np.bool)  # fits nothing
+    if values.ndim == len(positions) and all(
+        n in (1, m) for n, m in zip(values.shape, positions, strict=True)
+    ):
+        return np.broadcast_to(values, positions)
+    raise ValueError(
+        f"{name} must have the shape of x without its channel axis, {positions}, or with 1 there "
+        f"(and 1 wherever it is the same along an axis), got {a.shape}"
+    )
+
+
+def _before_lengths(x: Array, axis: int, lengths: Any) -> Array:
+    """Tell for every position whether it lies within its sample's length."""
+    if x.ndim < 3 or axis == 0:
+        raise ValueError(
+            "lengths must come with an x of samples (axis 0), steps and channels on other axes, "
+            f"got shape {x.shape} with channel axis {axis}"
+        )
+    counts = _numbers("lengths", lengths, "iu", "integer")
+    if counts.shape != (x.shape[0],):
+        raise ValueError(f"lengths must have shape ({x.shape[0]},), one per sample, got {counts.shape}")
+    step_axis = 2 if axis == 1 else 1
+    steps = x.shape[step_axis]
+    good = (counts >= 0) & (counts <= steps)
+    if not good.all():
+        n = int(good.argmin())
+        raise ValueError(
+            f"lengths must be from 0 to {steps}, the size of axis {step_axis} of x, got {counts[n]} for sample {n}"
+        )
+    within = np.arange(steps) < counts.reshape(-1, 1)
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    return np.broadcast_to(within.reshape(within.shape + (1,) * (len(positions) - 2)), positions)
+
+
+def _flat(values: Array, x: Array, axis: int) -> Array:
+    """Give values of positions in the order in which `_layout.dense` gives those of x."""
+    order = _layout.order_of_axes(x)
+    without = [d - (d > axis) for d in order if d != axis]
+    dtype = np.float64 if x.dtype == np.float64 else np.float32
+    with np.errstate(all="ignore"):  # a weight beyond float32 is refused by the core, as an infinity
+        return np.ascontiguousarray(values.transpose(without)).astype(dtype, copy=False).reshape(-1)
+
+
+def _segments(x: Array, axis: int, segments: Any) -> Segments:
+    if axis == 0:
+        raise ValueError("segments must be of rows on axis 0, which must not be the channel axis, got axis 0")
+    ids = _numbers("segments", segments, "iu", "integer")
+    if ids.shape != (x.shape[0],):
+        raise ValueError(f"segments must have shape ({x.shape[0]},), one id per row, got {ids.shape}")
+    if not ids.size:
+        return Segments(np.zeros(1, np.int64))
+    ids = ids.astype(np.int64, copy=False)
+    falls = np.flatnonzero(ids[1:] < ids[:-1])
+    if ids[0] < 0 or falls.size:
+        at = 0 if ids[0] < 0 else int(falls[0]) + 1
+        raise ValueError(f"segments must be ids from 0 that never fall, got {ids[at]} for row {at}")
+    if ids[-1] >= 2**31:
+        raise ValueError(f"segments must be ids below 2**31, got {ids[-1]}")
+    return Segments(np.searchsorted(ids, np.arange(ids[-1] + 2)).astype(np.int64, copy=False))
