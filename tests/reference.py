@@ -125,6 +125,51 @@ def normalize_backward(dy, x, mean, var, gamma, *, axis, eps):
     return Backward(a * dy, *_sums(dy, xhat, axis))
 
 
+def per_position(weights, x, axis):
+    """Shape weights (as x without its channel axis) so that they broadcast against x."""
+    return np.expand_dims(np.asarray(weights, np.float64), axis)
+
+
+def weighted_moments(x, weights, axis):
+    """Give W = sum(w), mean = sum(w x) / W, m2 = sum(w (x - mean)^2) over what has a weight; zeros where W is 0."""
+    w = np.broadcast_to(per_position(weights, x, axis), x.shape)
+    x = np.where(w == 0, 0.0, _wide(x))
+    axes = other_axes(x, axis)
+    total = w.sum(axes)
+    mean = (w * x).sum(axes) / np.where(total == 0, 1.0, total)
+    m2 = (w * (x - per_channel(mean, x, axis)) ** 2).sum(axes)
+    return Moments(total, mean, m2)
+
+
+def weighted_forward(x, weights, gamma, beta, *, axis, eps, padding):
+    """Normalize with the statistics of what has a weight; `padding` says what y is elsewhere."""
+    m = weighted_moments(x, weights, axis)
+    var = m.m2 / np.where(m.count == 0, 1.0, m.count)
+    rstd = np.where(m.count == 0, 0.0, reciprocal_std(var, eps))
+    gamma, beta = _gamma_beta(x, gamma, beta, axis)
+    y = (_wide(x) - per_channel(m.mean, x, axis)) * per_channel(rstd, x, axis) * gamma + beta
+    if padding != "normalize":
+        y = np.where(per_position(weights, x, axis) == 0, 0.0 if padding == "zero" else _wide(x), y)
+    return Forward(y, m.mean, var, rstd)
+
+
+def weighted_backward(dy, x, weights, gamma, *, axis, eps, padding):
+    """Give dx = gamma rstd (dy - w/W sum(dy) - w/W xhat sum(dy xhat)), sums over what depends on the statistics.
+
+    Where there is no weight, dx is 0 (padding zero), dy (keep) or gamma rstd dy (normalize).
+    """
+    w = np.broadcast_to(per_position(weights, x, axis), x.shape)
+    counts = np.ones(x.shape, bool) if padding == "normalize" else w != 0
+    forward = weighted_forward(x, weights, None, None, axis=axis, eps=eps, padding="normalize")
+    xhat, g = np.where(counts, forward.y, 0.0), np.where(counts, _wide(dy), 0.0)
+    dgamma, dbeta = _sums(g, xhat, axis)
+    a = per_channel(forward.rstd, x, axis) * _gamma_beta(x, gamma, None, axis)[0]
+    total = w.sum(other_axes(x, axis))
+    share = w / per_channel(np.where(total == 0, 1.0, total), x, axis)
+    dx = a * (g - share * per_channel(dbeta, x, axis) - share * xhat * per_channel(dgamma, x, axis))
+    return Backward(np.where(~counts & (padding == "keep"), _wide(dy), dx), dgamma, dbeta)
+
+
 def running_update(running, batch, update_rate):
     """Give running = (1 - update_rate) * running + update_rate * batch."""
     return (1.0 - update_rate) * running + update_rate * batch

@@ -54,6 +54,26 @@ def _contract(dtype, u):
             4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy xhat|"
         ),
         ("dbeta", dtype): Bound(4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy|"),
+        ("weighted", dtype): Bound(
+            u + 64 * 2.0**-53,
+            0,
+            0,
+            "as without weights, against float64 formulas whose own sums of some thousand terms, added pairwise, err by "
+            "tens of float64 roundings; scale: the value, for the mean |mean| + std",
+        ),
+        ("weighted y", dtype): Bound(
+            4 * u + 64 * 2.0**-53,
+            0,
+            0,
+            "as y, half an ulp each for beta and the last sum, and the oracle's own roundings; "
+            "scale: the channel's max |y - beta|, and |y|",
+        ),
+        ("weighted dx", dtype): Bound(
+            6 * u + 64 * 2.0**-53,
+            0,
+            1,
+            "as dx, and one more rounding each for the products w * mean(dy), w * xhat term and w * offset; scale: as dx",
+        ),
     }
 
 

@@ -107,6 +107,100 @@ def try_normalize_backward(
 def try_update_running(
     mean: object, var: object, moments: object, update_rate: object, ddof: object, /
 ) -> tuple[_Table, _Table] | None: ...
+def weighted_moments(x: _Array, sizes: _Sizes, weights: _Array, threads: int) -> _Table: ...
+def weighted_batch_norm(
+    x: _Array,
+    sizes: _Sizes,
+    weights: _Array,
+    padding: int,
+    gamma: _Array | None,
+    beta: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> _Table: ...
+def weighted_normalize(
+    x: _Array,
+    sizes: _Sizes,
+    weights: _Array,
+    padding: int,
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> None: ...
+def weighted_grad_sums(
+    dy: _Array, x: _Array, sizes: _Sizes, weights: _Array, padding: int, moments: _Table, threads: int
+) -> _Table: ...
+def weighted_grad_input(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    weights: _Array,
+    padding: int,
+    moments: _Table,
+    sums: _Table,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> None: ...
+def weighted_batch_norm_backward(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    weights: _Array,
+    padding: int,
+    moments: _Table,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array | None,
+    need_gamma: bool,
+    need_beta: bool,
+    threads: int,
+) -> tuple[_Table | None, _Table | None]: ...
+def weighted_normalize_backward(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    weights: _Array,
+    padding: int,
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array | None,
+    need_gamma: bool,
+    need_beta: bool,
+    threads: int,
+) -> tuple[_Table | None, _Table | None]: ...
+def segment_moments(x: _Array, sizes: _Sizes, offsets: NDArray[np.int64], threads: int) -> _Table: ...
+def segment_batch_norm(
+    x: _Array,
+    sizes: _Sizes,
+    offsets: NDArray[np.int64],
+    gamma: _Array | None,
+    beta: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> _Table: ...
+def segment_batch_norm_backward(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    offsets: NDArray[np.int64],
+    moments: _Table,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array | None,
+    need_gamma: bool,
+    need_beta: bool,
+    threads: int,
+) -> tuple[_Table | None, _Table | None]: ...
 def merge(a: _Table, b: _Table) -> _Table: ...
 def variance(moments: _Table, ddof: int) -> _Table: ...
 def rstd(moments: _Table, eps: float) -> _Table: ...

@@ -191,7 +191,7 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     return checked
 
 
-def instance(name: str, value: object, wanted: type, text: str) -> None:
+def instance(name: str, value: object, wanted: type | tuple[type, ...], text: str) -> None:
     """Refuse what is not an instance of `wanted`."""
     if not isinstance(value, wanted):
         raise TypeError(f"{name} must be {text}, got {kind(value)}")

@@ -23,10 +23,12 @@ class Positions:
     ----------
     weights : ndarray, flat, in the memory order of the array; float64 for float64 arrays, else float32.
     padding : "zero", "keep" or "normalize": what the output is where the weight is 0.
+    total : the sum of the weights, once the core has told it.
     """
 
     weights: Array
     padding: str
+    total: float = 0.0
 
     @property
     def code(self) -> int:
@@ -51,6 +53,11 @@ class Segments:
 
 
 Counted = Positions | Segments
+
+
+def dense(x: Array, axis: int, part: Counted | None) -> tuple[Array, _layout.Sizes]:
+    """Give `_layout.dense`, with axis 0 outermost where segments of it are meant (which may cost a copy)."""
+    return _layout.dense(np.ascontiguousarray(x) if isinstance(part, Segments) else x, axis)
 
 
 def counted(

@@ -7,13 +7,14 @@ y = (x - mean)·rstd·gamma + beta. Where var + eps is 0, rstd is 0, so that y =
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
+from batchnorm.counted import Counted, Positions, Segments, counted, dense
 from batchnorm.moments import Moments
 
 # Each function first offers its arguments to the core as they came (_core.try_...), which does the ordinary call whole.
@@ -36,6 +37,7 @@ class Saved:
     gamma : (C,) or None, by reference.
     axis : int >= 0, the channel axis.
     eps : float.
+    part : what of x was counted: None for all of it, else Positions or Segments (of `batchnorm.counted`).
 
     For statistics that were merged over several batches or ranks, use
     ``dataclasses.replace(saved, moments=merged, rstd=...)``; the backward pass takes mean, variance and count from
@@ -48,6 +50,7 @@ class Saved:
     gamma: Array | None
     axis: int
     eps: float
+    part: Counted | None = None
 
     def __init__(
         self,
@@ -57,11 +60,12 @@ class Saved:
         gamma: Array | None,
         axis: int,
         eps: float,
+        part: Counted | None = None,
     ) -> None:
         # A frozen dataclass's own __init__, which assigns past its own refusal, takes twice as long.
         fields = self.__dict__
         fields["x"], fields["moments"], fields["gamma"] = x, moments, gamma
-        fields["axis"], fields["eps"] = axis, eps
+        fields["axis"], fields["eps"], fields["part"] = axis, eps, part
         if rstd is not None:
             fields["rstd"] = rstd
 
@@ -143,6 +147,11 @@ def batch_norm(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    segments: ArrayLike | None = None,
+    padding: str | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> tuple[Array, Saved]:
@@ -158,6 +167,18 @@ def batch_norm(
     gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
     axis : the channel axis; every other axis is summed over.
     eps : added to the variance; finite, >= 0. Frameworks differ: 1e-5 in PyTorch and Flax, 1e-3 in Keras.
+    mask : bool, the shape of `x` without its channel axis, or with 1 there, and 1 on any axis along which it does not
+        change. Statistics are those of the positions where it is True.
+    weights : floats >= 0 of such a shape, rounded to the dtype of `x`: mean = sum(w·x)/W, var = sum(w·(x - mean)²)/W,
+        with W = sum(w), which is the moments' count. A weight of 2 counts as the position twice.
+    lengths : (N,) of int. Sample n (axis 0) counts for its first lengths[n] steps; steps are axis 2 where channels are
+        axis 1, else axis 1.
+    segments : (N,) of int, ids from 0 that never fall: rows (axis 0) of one id are normalized by their own
+        statistics (the graphs of a batch, packed sequences). ``saved.moments`` then has one entry per segment and
+        channel, segment first. At most one of mask, weights, lengths and segments.
+    padding : what y is where the mask is False, the weight 0 or the step beyond the length: "zero" (the default of mask
+        and lengths), "keep" (x itself) or "normalize" (as everywhere; the default of weights). With "zero" and "keep",
+        x is not looked at there: it may hold NaN.
     out : where to put y: shape and dtype of `x`; may be `x` itself, must not overlap it otherwise. A memory order
         other than that of `x` costs a copy.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
@@ -171,13 +192,14 @@ def batch_norm(
     Raises
     ------
     ValueError
-        For one value per channel, which has no variance; for shapes, eps or out that do not fit.
+        For one value per channel, which has no variance; for shapes, eps, weights or out that do not fit.
     TypeError
         For other dtypes. Nothing is written by a call that raises.
 
     Notes
     -----
-    An empty batch gives an empty y and moments of count 0. NaN and infinity stay in their channel. Memory: y; while it
+    An empty batch, and one of which nothing counts, gives moments of count 0, and y = beta wherever that is normalized.
+    A segment of one value a channel has variance 0, and y = beta. NaN and infinity stay in their channel. Memory: y; while it
     runs, up to 3 KB a channel and a few percent of `x`. Releases the GIL for large `x`. `saved` keeps `x` alive.
 
     Examples
@@ -190,10 +212,12 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
-    done = _core.try_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
-    if done is not None:
-        y, kept_x, table, axis = done
-        return y, Saved(kept_x, Moments._from_core(table), None, gamma, axis, eps)  # type: ignore[arg-type]  # array or None
+    plain = mask is None and weights is None and lengths is None and segments is None and padding is None
+    if plain:
+        done = _core.try_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
+        if done is not None:
+            y, kept_x, table, axis = done
+            return y, Saved(kept_x, Moments._from_core(table), None, gamma, axis, eps)  # type: ignore[arg-type]  # array or None
 
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
@@ -201,15 +225,25 @@ def batch_norm(
     threads = _validate.num_threads(num_threads)
     scale = _validate.optional_channel_values("gamma", gamma, x.shape[axis])
     shift = _validate.optional_channel_values("beta", beta, x.shape[axis])
+    part = counted(x, axis, mask=mask, weights=weights, lengths=lengths, segments=segments, padding=padding)
     if out is not None:
         _validate.output(out, x, {"x": x}, {"gamma": scale, "beta": shift})
-    _validate.batch_values(x, axis)
-    block, sizes = _layout.dense(x, axis)
+    block, sizes = dense(x, axis, part)
     y = _target(out, block)
-    moments = Moments._from_core(_core.batch_norm(block, sizes, scale, shift, eps, y, threads))
+    if part is None:
+        _validate.batch_values(x, axis)
+        table = _core.batch_norm(block, sizes, scale, shift, eps, y, threads)
+    elif isinstance(part, Segments):
+        offsets = part.of_outer(sizes, len(x))
+        table = _core.segment_batch_norm(block, sizes, offsets, scale, shift, eps, y, threads)
+    else:
+        table = _core.weighted_batch_norm(
+            block, sizes, part.weights, part.code, scale, shift, eps, y, threads
+        )
+        part = replace(part, total=float(table[0, 0]) if len(table) else 0.0)
     kept = None if gamma is None else np.asarray(gamma)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
-    return _deliver(y, out), Saved(kept_x, moments, None, kept, axis, eps)
+    return _deliver(y, out), Saved(kept_x, Moments._from_core(table), None, kept, axis, eps, part)
 
 
 def normalize(
@@ -221,6 +255,9 @@ def normalize(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
@@ -236,6 +273,7 @@ def normalize(
     gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
     axis : the channel axis.
     eps : added to var; finite, >= 0.
+    mask, lengths, padding : as in `batch_norm`: what y is beside the positions that count.
     out : where to put y, as in `batch_norm`.
     num_threads : as in `batch_norm`.
 
@@ -259,9 +297,10 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
-    done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
-    if done is not None:
-        return done
+    if mask is None and lengths is None and padding is None:
+        done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
+        if done is not None:
+            return done
 
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
@@ -272,12 +311,18 @@ def normalize(
     spread = _validate.variances(var, channels)
     scale = _validate.optional_channel_values("gamma", gamma, channels)
     shift = _validate.optional_channel_values("beta", beta, channels)
+    part = _padded(x, axis, mask, lengths, padding)
     if out is not None:
         apart = {"mean": center, "var": spread, "gamma": scale, "beta": shift}
         _validate.output(out, x, {"x": x}, apart)
     block, sizes = _layout.dense(x, axis)
     y = _target(out, block)
-    _core.normalize(block, sizes, center, spread, scale, shift, eps, y, threads)
+    if part is None:
+        _core.normalize(block, sizes, center, spread, scale, shift, eps, y, threads)
+    else:
+        _core.weighted_normalize(
+            block, sizes, part.weights, part.code, center, spread, scale, shift, eps, y, threads
+        )
     return _deliver(y, out)
 
 
@@ -295,6 +340,9 @@ def batch_norm_backward(
 
         dbeta = sum(dy),    dgamma = sum(dy·x̂),    dx = gamma·rstd·(dy - mean(dy) - x̂·mean(dy·x̂)).
 
+    With weights w of sum W:  dx = gamma·rstd·(dy - w/W·sum(dy) - w/W·x̂·sum(dy·x̂)),  and beside the positions that
+    count, dx is 0 and dy is left out of the sums where y was 0 (``padding="zero"``), dx is dy where y was x ("keep").
+
     Source: Ioffe & Szegedy (2015), section 3, simplified.
 
     Parameters
@@ -308,7 +356,8 @@ def batch_norm_backward(
     Returns
     -------
     Gradients(dx, dgamma, dbeta): dx like x; dgamma and dbeta (C,) in the dtype of gamma (float64 where that is None);
-    None where not asked for. Each within 4·2⁻²⁴ (float32) of the sum of its absolute terms.
+    None where not asked for. Each within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴ with weights other
+    than 0 and 1.
 
     Raises
     ------
@@ -329,7 +378,7 @@ def batch_norm_backward(
            [-0.3048],
            [ 0.0871]]), array([1.]))
     """
-    if type(saved) is Saved and type(saved.moments) is Moments:
+    if type(saved) is Saved and type(saved.moments) is Moments and saved.part is None:
         table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
         done = _core.try_batch_norm_backward(dy, saved.x, table, gamma, axis, eps, needs, out, num_threads)
         if done is not None:
@@ -342,20 +391,20 @@ def batch_norm_backward(
     scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
     if out is not None:
         _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
-    block, sizes = _layout.dense(x, saved.axis)
+    part = saved.part
+    block, sizes = dense(x, saved.axis, part)
     dx = _target(out, block) if need_x else None
-    dgamma, dbeta = _core.batch_norm_backward(
-        _layout.like(block, dy),
-        block,
-        sizes,
-        saved.moments._table,
-        scale,
-        saved.eps,
-        dx,
-        need_gamma,
-        need_beta,
-        threads,
-    )
+    grad, table = _layout.like(block, dy), saved.moments._table
+    wanted = (scale, saved.eps, dx, need_gamma, need_beta, threads)
+    if part is None:
+        dgamma, dbeta = _core.batch_norm_backward(grad, block, sizes, table, *wanted)
+    elif isinstance(part, Segments):
+        offsets = part.of_outer(sizes, len(x))
+        dgamma, dbeta = _core.segment_batch_norm_backward(grad, block, sizes, offsets, table, *wanted)
+    else:
+        dgamma, dbeta = _core.weighted_batch_norm_backward(
+            grad, block, sizes, part.weights, part.code, table, *wanted
+        )
     return _gradients(dx, out, dgamma, dbeta, saved.gamma)
 
 
@@ -368,6 +417,9 @@ def normalize_backward(
     *,
     axis: int = 1,
     eps: float = 1e-5,
+    mask: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    padding: str | None = None,
     needs: Iterable[str] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
@@ -380,7 +432,7 @@ def normalize_backward(
     ----------
     dy : gradient of y: shape and dtype of `x`.
     x : what was normalized. Read only for dgamma.
-    mean, var, gamma, axis, eps : what `normalize` was given.
+    mean, var, gamma, axis, eps, mask, lengths, padding : what `normalize` was given.
     needs, out, num_threads : as in `batch_norm_backward`.
 
     Returns
@@ -403,9 +455,10 @@ def normalize_backward(
     Gradients(dx=array([[0.5],
            [0.5]]), dgamma=array([1.]), dbeta=array([2.]))
     """
-    done = _core.try_normalize_backward(dy, x, mean, var, gamma, axis, eps, needs, out, num_threads)
-    if done is not None:
-        return Gradients(*done)
+    if mask is None and lengths is None and padding is None:
+        done = _core.try_normalize_backward(dy, x, mean, var, gamma, axis, eps, needs, out, num_threads)
+        if done is not None:
+            return Gradients(*done)
 
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
@@ -417,13 +470,19 @@ def normalize_backward(
     center = _validate.channel_values("mean", mean, channels)
     spread = _validate.variances(var, channels)
     scale = _validate.optional_channel_values("gamma", gamma, channels)
+    part = _padded(x, axis, mask, lengths, padding)
     if out is not None:
         _validate.output(out, x, {"dy": dy, "x": x}, {"mean": center, "var": spread, "gamma": scale})
     block, sizes = _layout.dense(x, axis)
     dx = _target(out, block) if need_x else None
-    dgamma, dbeta = _core.normalize_backward(
-        _layout.like(block, dy), block, sizes, center, spread, scale, eps, dx, need_gamma, need_beta, threads
-    )
+    grad = _layout.like(block, dy)
+    wanted = (center, spread, scale, eps, dx, need_gamma, need_beta, threads)
+    if part is None:
+        dgamma, dbeta = _core.normalize_backward(grad, block, sizes, *wanted)
+    else:
+        dgamma, dbeta = _core.weighted_normalize_backward(
+            grad, block, sizes, part.weights, part.code, *wanted
+        )
     return _gradients(dx, out, dgamma, dbeta, gamma)
 
 
@@ -504,8 +563,14 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     threads = _validate.num_threads(num_threads)
     _validate.array_like("dy", dy, x)
     block, sizes = _layout.dense(x, saved.axis)
-    table = _core.grad_sums(_layout.like(block, dy), block, sizes, saved.moments._table, threads)
-    return GradSums(np.full(sizes[1], float(sizes[0] * sizes[2])), table)
+    grad, part = _layout.like(block, dy), _not_segments(saved)
+    if part is None:
+        table = _core.grad_sums(grad, block, sizes, saved.moments._table, threads)
+        return GradSums(np.full(sizes[1], float(sizes[0] * sizes[2])), table)
+    table = _core.weighted_grad_sums(
+        grad, block, sizes, part.weights, part.code, saved.moments._table, threads
+    )
+    return GradSums(np.full(sizes[1], part.total), table)
 
 
 def grad_input(
@@ -548,8 +613,13 @@ def grad_input(
         raise ValueError("sums must count the values that saved.moments count, got others")
     block, sizes = _layout.dense(x, saved.axis)
     dx = _target(out, block)
-    table = saved.moments._table
-    _core.grad_input(_layout.like(block, dy), block, sizes, table, sums._table, scale, saved.eps, dx, threads)
+    grad, part, table = _layout.like(block, dy), _not_segments(saved), saved.moments._table
+    if part is None:
+        _core.grad_input(grad, block, sizes, table, sums._table, scale, saved.eps, dx, threads)
+    else:
+        _core.weighted_grad_input(
+            grad, block, sizes, part.weights, part.code, table, sums._table, scale, saved.eps, dx, threads
+        )
     return _deliver(dx, out)
 
 
@@ -563,11 +633,31 @@ def _input_of(saved: Saved) -> Array:
     _validate.eps(saved.eps)
     if _validate.axis(saved.axis, x.ndim) != saved.axis:
         raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
-    if saved.moments.channels != x.shape[saved.axis]:
-        raise ValueError(
-            f"saved.moments must have {x.shape[saved.axis]} channels, got {saved.moments.channels}"
-        )
+    needed = x.shape[saved.axis]
+    if saved.part is not None:
+        _validate.instance("saved.part", saved.part, (Positions, Segments), "Positions, Segments or None")
+        if isinstance(saved.part, Segments):
+            needed *= len(saved.part.offsets) - 1
+    if saved.moments.channels != needed:
+        raise ValueError(f"saved.moments must have {needed} channels, got {saved.moments.channels}")
     return x
+
+
+def _padded(
+    x: Array, axis: int, mask: ArrayLike | None, lengths: ArrayLike | None, padding: str | None
+) -> Positions | None:
+    """Give the positions that are normalized by statistics that are given; None for all."""
+    part = counted(x, axis, mask=mask, lengths=lengths, padding=padding)
+    assert not isinstance(part, Segments)
+    return None if part is not None and part.padding == "normalize" else part
+
+
+def _not_segments(saved: Saved) -> Positions | None:
+    if isinstance(saved.part, Segments):
+        raise TypeError(
+            "saved must be of one set of statistics for the halves of the backward pass, got that of segments"
+        )
+    return saved.part
 
 
 def _target(out: Array | None, block: Array) -> Array:

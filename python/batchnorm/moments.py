@@ -8,7 +8,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _layout, _validate
+from batchnorm import _core, _validate
+from batchnorm.counted import Segments, counted, dense
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
 
@@ -189,7 +190,16 @@ def merge(*parts: Moments) -> Moments:
     return Moments._from_core(reduce(_core.merge, (p._table for p in parts)))
 
 
-def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -> Moments:
+def moments(
+    x: NDArray[Any],
+    *,
+    axis: int = 1,
+    mask: ArrayLike | None = None,
+    weights: ArrayLike | None = None,
+    lengths: ArrayLike | None = None,
+    segments: ArrayLike | None = None,
+    num_threads: int | None = None,
+) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
     For the n values of a channel: mean = sum(x)/n, m2 = sum((x - mean)²); ``.var()`` is m2/n, biased.
@@ -199,6 +209,9 @@ def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -
     x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order. An array that fills one block of memory
         (C-contiguous, channels-last, transposed) is read in place; a sliced, strided or broadcast one costs a copy.
     axis : the channel axis; every other axis is summed over.
+    mask, weights, lengths, segments : what counts, as in `batch_norm`. With weights w: count = sum(w), mean =
+        sum(w·x)/count, m2 = sum(w·(x - mean)²), so that ``.var(ddof=1)`` is the unbiased variance where weights are
+        counts. With segments, one entry per segment and channel, segment first: ``.mean.reshape(-1, C)``.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
 
     Returns
@@ -221,10 +234,18 @@ def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -
     >>> m.count, m.mean, m.var()
     (array([2., 2.]), array([ 2., 10.]), array([1., 0.]))
     """
-    done = _core.try_moments(x, axis, num_threads)
-    if done is not None:
-        return Moments._from_core(done)
+    if mask is None and weights is None and lengths is None and segments is None:
+        done = _core.try_moments(x, axis, num_threads)
+        if done is not None:
+            return Moments._from_core(done)
 
     _validate.array("x", x)
-    block, sizes = _layout.dense(x, _validate.axis(axis, x.ndim))
-    return Moments._from_core(_core.moments(block, sizes, _validate.num_threads(num_threads)))
+    axis = _validate.axis(axis, x.ndim)
+    threads = _validate.num_threads(num_threads)
+    part = counted(x, axis, mask=mask, weights=weights, lengths=lengths, segments=segments)
+    block, sizes = dense(x, axis, part)
+    if part is None:
+        return Moments._from_core(_core.moments(block, sizes, threads))
+    if isinstance(part, Segments):
+        return Moments._from_core(_core.segment_moments(block, sizes, part.of_outer(sizes, len(x)), threads))
+    return Moments._from_core(_core.weighted_moments(block, sizes, part.weights, threads))

@@ -1,0 +1,536 @@
+"""What is counted: masks, weights, lengths and segments, against the oracle on the data that they leave."""
+
+import hashlib
+import json
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+import reference
+from tolerances import assert_backward, assert_forward, assert_within
+
+EPS = 1e-3
+PADDINGS = ["zero", "keep", "normalize"]
+
+# name -> (shape, axis): runs and rows of the kernels, rows side by side, short runs, tails, several chunks and blocks
+SHAPES = {
+    "nchw": ((4, 5, 6, 7), 1),
+    "nchw_long": ((3, 3, 90, 70), 1),
+    "nchw_7x7": ((9, 37, 7, 7), 1),
+    "nhwc": ((4, 6, 7, 5), -1),
+    "nhwc_wide": ((3, 20, 7, 70), -1),
+    "nc": ((300, 70), 1),
+    "nc_narrow": ((1900, 3), 1),
+    "ncl_short": ((20, 40, 9), 1),
+    "one_channel": ((3, 1, 100), 1),
+    "middle": ((3, 4, 5, 6, 3), 2),
+}
+every_shape = pytest.mark.parametrize("shape", SHAPES)
+every_padding = pytest.mark.parametrize("padding", PADDINGS)
+
+
+def positions_of(x, axis):
+    axis %= x.ndim
+    return x.shape[:axis] + x.shape[axis + 1 :]
+
+
+def make(shape, dtype, seed=0):
+    """Give x, dy, gamma, beta, axis and a mask of about 60 %."""
+    size, axis = SHAPES[shape]
+    rng = np.random.default_rng(seed)
+    channels = size[axis]
+    spread = reference.per_channel(rng.uniform(0.5, 2, channels), np.empty(size), axis)
+    x = (rng.normal(3, 2, size) * spread).astype(dtype)
+    dy = rng.normal(size=size).astype(dtype)
+    gamma, beta = rng.uniform(-2, 2, channels), rng.normal(size=channels)
+    mask = rng.random(positions_of(x, axis)) < 0.6
+    mask.flat[:2] = True
+    return x, dy, gamma.astype(dtype), beta.astype(dtype), axis, mask
+
+
+def kept(values, mask, axis):
+    """Give the values at the positions of the mask, (positions, C)."""
+    return np.moveaxis(values, axis, -1)[mask]
+
+
+def poisoned(x, mask, axis, value=np.nan):
+    x = x.copy()
+    np.moveaxis(x, axis, -1)[~mask] = value
+    return x
+
+
+def expanded(mask, x, axis):
+    return np.broadcast_to(np.expand_dims(mask, axis), x.shape)
+
+
+def weights_like(mask, dtype, seed=5):
+    return np.where(mask, np.random.default_rng(seed).uniform(0, 3, mask.shape), 0).astype(dtype)
+
+
+@every_shape
+def test_masked_forward_equals_the_oracle_on_the_compressed_data(shape, dtype):
+    x, _, gamma, beta, axis, mask = make(shape, dtype)
+    compressed = kept(x, mask, axis)
+    exact = reference.exact_forward(compressed, gamma, beta, axis=1, eps=EPS)
+    scales = reference.forward_scales(compressed, gamma, beta, exact, axis=1)
+    y, saved = bn.batch_norm(poisoned(x, mask, axis), gamma, beta, axis=axis, eps=EPS, mask=mask)
+    statistics = saved.moments.mean, saved.moments.var(), saved.rstd
+    assert_forward(kept(y, mask, axis), statistics, exact, scales, dtype)
+    assert (saved.moments.count == mask.sum()).all()
+    assert (kept(y, ~mask, axis) == 0).all()
+
+
+@every_shape
+def test_masked_backward_equals_the_oracle_on_the_compressed_data(shape, dtype):
+    x, dy, gamma, beta, axis, mask = make(shape, dtype)
+    small, small_dy = kept(x, mask, axis), kept(dy, mask, axis)
+    exact = reference.exact_forward(small, gamma, beta, axis=1, eps=EPS)
+    gradients = reference.exact_backward(small_dy, small, gamma, axis=1, eps=EPS)
+    scales = reference.backward_scales(small_dy, small, gamma, exact, gradients, axis=1)
+    _, saved = bn.batch_norm(poisoned(x, mask, axis), gamma, beta, axis=axis, eps=EPS, mask=mask)
+    dx, dgamma, dbeta = bn.batch_norm_backward(poisoned(dy, mask, axis), saved)
+    assert_backward((kept(dx, mask, axis), dgamma, dbeta), gradients, scales, dtype)
+    assert (kept(dx, ~mask, axis) == 0).all()
+
+
+@every_shape
+@every_padding
+def test_weighted_forward_and_backward_keep_the_contract(shape, dtype, padding):
+    x, dy, gamma, beta, axis, mask = make(shape, dtype)
+    w = weights_like(mask, dtype)
+    options = {"axis": axis, "eps": EPS, "padding": padding}
+    y, saved = bn.batch_norm(x, gamma, beta, weights=w, **options)
+    expected = reference.weighted_forward(x, w, gamma, beta, **options)
+    counted = expanded(mask, x, axis) | (padding == "normalize")
+    scale = np.abs((expected.y - reference.per_channel(beta, x, axis)) * counted)
+    scale = np.broadcast_to(scale.max(reference.other_axes(x, axis), keepdims=True), x.shape)
+    moments = reference.weighted_moments(x, w, axis)
+    assert_within("weighted", dtype, saved.moments.count, moments.count, scale=moments.count)
+    spread = np.sqrt(expected.var)
+    assert_within("weighted", dtype, saved.moments.mean, expected.mean, scale=np.abs(expected.mean) + spread)
+    assert_within("weighted", dtype, saved.moments.var(), expected.var, scale=expected.var)
+    assert_within("weighted y", dtype, y, expected.y, scale=scale + np.abs(expected.y))
+
+    got = bn.batch_norm_backward(dy, saved)
+    want = reference.weighted_backward(dy, x, w, gamma, **options)
+    part = np.abs(reference.weighted_backward(np.abs(dy), x, w, gamma, **options).dbeta)
+    a = np.abs(reference.per_channel(expected.rstd * gamma, x, axis))
+    xhat = np.abs(reference.weighted_forward(x, w, None, None, **{**options, "padding": "normalize"}).y)
+    along = (np.abs(dy) * xhat * counted).sum(reference.other_axes(x, axis))
+    share = np.expand_dims(w.astype(float), axis) / w.astype(float).sum()
+    sums = share * (reference.per_channel(part, x, axis) + xhat * reference.per_channel(along, x, axis))
+    assert_within("weighted dx", dtype, got.dx, want.dx, scale=a * (np.abs(dy) + sums) + np.abs(want.dx))
+    assert_within("weighted dx", dtype, got.dgamma, want.dgamma, scale=along)
+    assert_within("weighted dx", dtype, got.dbeta, want.dbeta, scale=part)
+
+
+@every_shape
+def test_whole_weights_count_as_repetitions(shape, dtype):
+    x, _, _, _, axis, mask = make(shape, dtype)
+    w = np.random.default_rng(1).integers(0, 4, mask.shape)
+    repeated = np.repeat(np.moveaxis(x, axis, -1).reshape(-1, x.shape[axis]), w.ravel(), axis=0)
+    exact = reference.exact_forward(repeated, axis=1, eps=EPS)
+    moments = bn.moments(x, axis=axis, weights=w.astype(dtype))
+    assert (moments.count == w.sum()).all()
+    assert_within("mean", dtype, moments.mean, exact.mean)
+    assert_within("var", dtype, moments.var(), exact.var)
+
+
+@every_shape
+@every_padding
+def test_a_mask_of_ones_gives_the_bits_of_the_plain_call(shape, dtype, padding):
+    x, dy, gamma, beta, axis, mask = make(shape, dtype)
+    options = {"axis": axis, "eps": EPS}
+    y, saved = bn.batch_norm(x, gamma, beta, **options)
+    for given in ({"mask": np.ones_like(mask)}, {"weights": np.ones(mask.shape, dtype)}):
+        masked, masked_saved = bn.batch_norm(x, gamma, beta, **options, **given, padding=padding)
+        assert masked.tobytes() == y.tobytes()
+        assert masked_saved.moments == saved.moments
+        got, plain = bn.batch_norm_backward(dy, masked_saved), bn.batch_norm_backward(dy, saved)
+        assert [g.tobytes() for g in got] == [g.tobytes() for g in plain]
+
+
+@every_shape
+@every_padding
+def test_padding_says_what_y_and_dx_are_where_nothing_counts(shape, dtype, padding):
+    x, dy, gamma, beta, axis, mask = make(shape, dtype)
+    y, saved = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS, mask=mask, padding=padding)
+    dx = bn.batch_norm_backward(dy, saved).dx
+    there = [kept(a, ~mask, axis) for a in (y, dx, x, dy)]
+    if padding == "zero":
+        assert (there[0] == 0).all()
+        assert (there[1] == 0).all()
+    elif padding == "keep":
+        assert (there[0] == there[2]).all()
+        assert (there[1] == there[3]).all()
+    else:
+        expected = bn.normalize(x, saved.moments.mean, saved.moments.var(), gamma, beta, axis=axis, eps=EPS)
+        np.testing.assert_allclose(y, expected, rtol=1e-5, atol=1e-5)
+        assert (there[0] != 0).any()
+
+
+@every_shape
+@pytest.mark.parametrize("padding", ["zero", "keep"])
+def test_normalize_with_a_mask_is_normalize_where_it_is_true(shape, dtype, padding):
+    x, dy, gamma, beta, axis, mask = make(shape, dtype)
+    rng = np.random.default_rng(3)
+    mean, var = rng.normal(size=gamma.size), rng.uniform(0.5, 2, gamma.size)
+    options = {"axis": axis, "eps": EPS}
+    inside = expanded(mask, x, axis)
+    y = bn.normalize(
+        poisoned(x, mask, axis, 7), mean, var, gamma, beta, **options, mask=mask, padding=padding
+    )
+    plain = bn.normalize(x, mean, var, gamma, beta, **options)
+    outside = poisoned(x, mask, axis, 7) if padding == "keep" else np.zeros_like(x)
+    assert np.where(inside, plain, outside).tobytes() == y.tobytes()
+
+    got = bn.normalize_backward(dy, x, mean, var, gamma, **options, mask=mask, padding=padding)
+    clean = bn.normalize_backward(np.where(inside, dy, 0).astype(dtype), x, mean, var, gamma, **options)
+    assert (np.where(inside, clean.dx, dy if padding == "keep" else 0) == got.dx).all()
+    np.testing.assert_allclose(got.dgamma, clean.dgamma, rtol=1e-6)
+    np.testing.assert_allclose(got.dbeta, clean.dbeta, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis", "steps"), [((5, 4, 9), 1, 2), ((5, 9, 4), -1, 1), ((5, 9, 2, 4), 3, 1)]
+)
+def test_lengths_are_the_mask_of_the_first_steps(shape, axis, steps, dtype):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=shape).astype(dtype)
+    lengths = np.array([9, 0, 3, 1, 9])
+    index = np.arange(9).reshape([-1 if d == steps else 1 for d in range(len(shape))])
+    mask = np.broadcast_to(
+        index < lengths.reshape(-1, *[1] * (len(shape) - 1)),
+        [1 if d == axis % len(shape) else n for d, n in enumerate(shape)],
+    )
+    y, saved = bn.batch_norm(x, axis=axis, lengths=lengths)
+    same, same_saved = bn.batch_norm(x, axis=axis, mask=mask)
+    assert y.tobytes() == same.tobytes()
+    assert saved.moments == same_saved.moments
+    assert (np.moveaxis(y, steps, 1)[1] == 0).all()
+
+
+@every_shape
+@every_padding
+def test_a_mask_that_is_all_false_is_safe(shape, dtype, padding):
+    x, dy, gamma, beta, axis, mask = make(shape, dtype)
+    nothing = np.zeros_like(mask)
+    y, saved = bn.batch_norm(x, gamma, beta, axis=axis, mask=nothing, padding=padding)
+    assert (saved.moments.count == 0).all()
+    assert (saved.moments.mean == 0).all()
+    expected = {"zero": 0 * x, "keep": x, "normalize": 0 * x + reference.per_channel(beta, x, axis)}[padding]
+    assert (y == expected).all()
+    dx, dgamma, dbeta = bn.batch_norm_backward(dy, saved)
+    assert (dx == (dy if padding == "keep" else 0)).all()
+    assert np.isfinite(dgamma).all()
+    assert np.isfinite(dbeta).all()
+
+
+def test_one_counted_position_has_no_variance():
+    x = np.ones((4, 3), np.float32)
+    out = np.full_like(x, 9)
+    with pytest.raises(ValueError, match="weights must be above 0 at 2 positions or more"):
+        bn.batch_norm(x, mask=[True, False, False, False], out=out)
+    assert (out == 9).all()
+
+
+@pytest.mark.parametrize("shape", ["nchw", "nhwc", "nc_narrow", "ncl_short"])
+@pytest.mark.parametrize("kind", ["mask", "weights"])
+@every_padding
+def test_gradients_equal_complex_steps(shape, kind, padding):
+    x, dy, gamma, beta, axis, mask = make(shape, np.float64)
+    given = mask if kind == "mask" else weights_like(mask, np.float64)
+    _, saved = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS, padding=padding, **{kind: given})
+    got = bn.batch_norm_backward(dy, saved)
+    rng, h = np.random.default_rng(2), 1e-200
+    for name, value in {"x": x, "gamma": gamma, "beta": beta}.items():
+        direction = rng.normal(size=value.shape)
+        inputs = {"x": x, "gamma": gamma, "beta": beta, name: value + 1j * h * direction}
+        y = reference.weighted_forward(
+            inputs["x"], given, inputs["gamma"], inputs["beta"], axis=axis, eps=EPS, padding=padding
+        ).y
+        slope = (y.imag * dy).sum() / h
+        mine = (getattr(got, f"d{name}") * direction).sum()
+        terms = np.abs(getattr(got, f"d{name}") * direction).sum()
+        assert_within("complex step", np.float64, mine, slope, scale=terms)
+
+
+@pytest.mark.parametrize("kind", ["huge_mean", "cancelling", "wide"])
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("weighted", [False, True])
+def test_hard_data_keep_the_contract_under_a_mask(kind, axis, weighted):
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(40, 37, 50))
+    data[:, ::3] = {
+        "huge_mean": 1e8 + data[:, ::3],
+        "cancelling": np.where(rng.random(data[:, ::3].shape) < 0.5, 1, -1) * 1e6 + 1e-3,
+        "wide": data[:, ::3] * 1e-40,
+    }[kind]
+    x = np.ascontiguousarray(np.moveaxis(data.astype(np.float32), 1, axis))
+    mask = rng.random((40, 50)) < 0.5
+    given = {"weights": np.where(mask, 2, 0).astype(np.float32)} if weighted else {"mask": mask}
+    y, saved = bn.batch_norm(poisoned(x, mask, axis), axis=axis, eps=0.0, padding="zero", **given)
+    compressed = kept(x, mask, axis)
+    exact = reference.exact_forward(compressed, axis=1, eps=0.0)
+    scales = reference.forward_scales(compressed, None, None, exact, axis=1)
+    statistics = saved.moments.mean, saved.moments.var(), saved.rstd
+    assert_forward(kept(y, mask, axis), statistics, exact, scales, np.float32)
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+def test_coefficients_beyond_float32_are_applied_in_float64_under_a_mask_too(axis):
+    rng = np.random.default_rng(0)
+    data = rng.normal(size=(6, 37, 50)).astype(np.float32)
+    data[:, 5] *= np.float32(1e-30)
+    x = np.ascontiguousarray(np.moveaxis(data, 1, axis))
+    dy = rng.normal(size=x.shape).astype(np.float32)
+    gamma = np.where(np.arange(37) == 5, 1e-20, 1.0)
+    mask = rng.random((6, 50)) < 0.5
+    small, small_dy = kept(x, mask, axis), kept(dy, mask, axis)
+    exact = reference.exact_forward(small, gamma, axis=1, eps=0.0)
+    gradients = reference.exact_backward(small_dy, small, gamma, axis=1, eps=0.0)
+    scales = reference.backward_scales(small_dy, small, gamma, exact, gradients, axis=1)
+    _, saved = bn.batch_norm(x, gamma, axis=axis, eps=0.0, mask=mask)
+    dx, dgamma, dbeta = bn.batch_norm_backward(dy, saved)
+    assert_backward((kept(dx, mask, axis), dgamma, dbeta), gradients, scales, np.float32)
+
+
+def test_the_halves_of_the_backward_pass_add_up_over_parts_of_a_masked_batch():
+    x, dy, gamma, beta, axis, mask = make("nchw", np.float64)
+    whole = bn.batch_norm_backward(dy, bn.batch_norm(x, gamma, beta, axis=axis, mask=mask)[1])
+    parts = [
+        bn.batch_norm(x[half], gamma, beta, axis=axis, mask=mask[half])[1]
+        for half in (slice(0, 1), slice(1, 4))
+    ]
+    merged = parts[0].moments | parts[1].moments
+    parts = [bn.Saved(p.x, merged, None, p.gamma, p.axis, p.eps, p.part) for p in parts]
+    grads = dy[:1], dy[1:]
+    sums = [bn.grad_sums(g, p) for g, p in zip(grads, parts, strict=True)]
+    total = sums[0] + sums[1]
+    dx = np.concatenate([bn.grad_input(g, p, total) for g, p in zip(grads, parts, strict=True)])
+    np.testing.assert_allclose(dx, whole.dx, rtol=1e-12, atol=1e-14)
+
+
+# ---- segments ----------------------------------------------------------------------------------------------
+
+SEGMENTED = {"nc": ((200, 70), 1), "ncl": ((50, 5, 30), 1), "nlc": ((50, 30, 5), 2), "narrow": ((200, 3), 1)}
+
+
+def segments_of(rows, empty=(), seed=0):
+    """Give ids of segments of one and more rows, without those in `empty`."""
+    rng = np.random.default_rng(seed)
+    ids = np.sort(rng.integers(0, 12, rows))
+    ids[-1] = 12  # one row alone
+    return np.sort(np.where(np.isin(ids, empty), 0, ids))
+
+
+@pytest.mark.parametrize("shape", SEGMENTED)
+def test_each_segment_has_the_bits_of_a_call_of_its_own(shape, dtype, threads):
+    size, axis = SEGMENTED[shape]
+    rng = np.random.default_rng(0)
+    x, dy = rng.normal(2, 3, size).astype(dtype), rng.normal(size=size).astype(dtype)
+    channels = size[axis]
+    gamma, beta = rng.normal(size=channels).astype(dtype), rng.normal(size=channels).astype(dtype)
+    ids = segments_of(size[0], empty=(3, 7))
+    options = {"axis": axis, "eps": EPS}
+    y, saved = bn.batch_norm(x, gamma, beta, segments=ids, num_threads=threads, **options)
+    dx, dgamma, dbeta = bn.batch_norm_backward(dy, saved, num_threads=threads)
+    counts, means = saved.moments.count.reshape(13, -1), saved.moments.mean.reshape(13, -1)
+    assert bn.moments(x, axis=axis, segments=ids) == saved.moments
+    of_gamma, of_beta = np.zeros(channels), np.zeros(channels)
+    for s in range(13):
+        rows = ids == s
+        if s in (3, 7):
+            assert (counts[s] == 0).all()
+            continue
+        if rows.sum() * x[0].size // channels == 1:
+            assert (y[rows] == beta).all()
+            assert (dx[rows] == 0).all()
+            of_beta += dy[rows].sum(0)
+            continue
+        alone, alone_saved = bn.batch_norm(x[rows], gamma, beta, **options)
+        grads = bn.batch_norm_backward(dy[rows], alone_saved)
+        assert y[rows].tobytes() == alone.tobytes()
+        assert (means[s] == alone_saved.moments.mean).all()
+        assert dx[rows].tobytes() == grads.dx.tobytes()
+        of_gamma += grads.dgamma
+        of_beta += grads.dbeta
+    tolerance = {"rtol": 1e-5, "atol": 1e-5} if dtype == np.float32 else {"rtol": 1e-12, "atol": 1e-12}
+    np.testing.assert_allclose(dgamma, of_gamma, **tolerance)
+    np.testing.assert_allclose(dbeta, of_beta, **tolerance)
+
+
+def test_many_small_segments_are_shared_out_among_threads_with_the_same_bits(threads):
+    rng = np.random.default_rng(0)
+    ids = np.sort(rng.integers(0, 3000, 20_000))
+    x, dy = rng.normal(size=(20_000, 16)).astype(np.float32), rng.normal(size=(20_000, 16)).astype(np.float32)
+    results = []
+    for n in (1, threads):
+        y, saved = bn.batch_norm(x, segments=ids, num_threads=n)
+        gradients = bn.batch_norm_backward(dy, saved, num_threads=n)
+        results.append([a.tobytes() for a in (y, *gradients, saved.moments.mean)])
+    assert results[0] == results[1]
+
+
+def test_arrays_that_do_not_lie_row_by_row_have_segments_too():
+    rng = np.random.default_rng(0)
+    x = np.asfortranarray(rng.normal(size=(40, 6)))
+    ids = segments_of(40)
+    y, saved = bn.batch_norm(x, segments=ids)
+    same, _ = bn.batch_norm(np.ascontiguousarray(x), segments=ids)
+    assert (y == same).all()
+    dx = bn.batch_norm_backward(np.ones_like(x), saved).dx
+    np.testing.assert_allclose(dx, 0, atol=1e-10)
+
+
+# ---- the same bits -----------------------------------------------------------------------------------------
+
+
+def all_digests():
+    """Give a digest of every shape, type and kind of counting."""
+    digests = {}
+    for shape in SHAPES:
+        for dtype in (np.float32, np.float64):
+            x, dy, gamma, beta, axis, mask = make(shape, dtype)
+            for kind, given in {"mask": mask, "weights": weights_like(mask, dtype)}.items():
+                for padding in PADDINGS:
+                    options = {"axis": axis, "padding": padding, kind: given}
+                    y, saved = bn.batch_norm(x, gamma, beta, **options)
+                    parts = (y, saved.moments.mean, saved.moments.m2, *bn.batch_norm_backward(dy, saved))
+                    data = b"".join(np.ascontiguousarray(a).tobytes() for a in parts)
+                    name = f"{shape} {np.dtype(dtype).name} {kind} {padding}"
+                    digests[name] = hashlib.sha256(data).hexdigest()
+    return digests
+
+
+def test_every_instruction_set_gives_the_same_bits_with_weights(isa, python_with_isa):
+    code = "import json, test_counted as t; print(json.dumps(t.all_digests()))"
+    process = python_with_isa(isa, code)
+    assert process.returncode == 0, process.stderr
+    assert json.loads(process.stdout) == all_digests()
+
+
+@every_shape
+@every_padding
+def test_threads_and_place_change_no_bit_with_weights(shape, dtype, padding, threads):
+    x, dy, gamma, beta, axis, mask = make(shape, dtype)
+    given = {"axis": axis, "weights": weights_like(mask, dtype), "padding": padding}
+    y, saved = bn.batch_norm(x, gamma, beta, num_threads=1, **given)
+    again, again_saved = bn.batch_norm(x, gamma, beta, num_threads=threads, **given)
+    assert again.tobytes() == y.tobytes()
+    assert again_saved.moments == saved.moments
+    plain, other = bn.batch_norm_backward(dy, saved), bn.batch_norm_backward(dy, saved, num_threads=threads)
+    assert [a.tobytes() for a in plain] == [a.tobytes() for a in other]
+    place, target = x.copy(), dy.copy()
+    bn.batch_norm(place, gamma, beta, out=place, **given)
+    assert place.tobytes() == y.tobytes()
+    bn.batch_norm_backward(target, saved, out=target)
+    assert target.tobytes() == plain.dx.tobytes()
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (3, 0, 2, 1), (1, 2, 3, 0)])
+def test_weights_follow_the_memory_order_of_x(order):
+    x, dy, gamma, beta, _, mask = make("nchw", np.float64)
+    w = weights_like(mask, np.float64)
+    y, saved = bn.batch_norm(x, gamma, beta, weights=w)
+    dx = bn.batch_norm_backward(dy, saved).dx
+    laid = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
+    other, other_saved = bn.batch_norm(laid, gamma, beta, weights=w)
+    np.testing.assert_allclose(other, y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(bn.batch_norm_backward(dy, other_saved).dx, dx, rtol=1e-12, atol=1e-12)
+
+
+# ---- mistakes ----------------------------------------------------------------------------------------------
+
+X = np.zeros((4, 3, 5), np.float32)
+SHAPE_OF_POSITIONS = (
+    "mask must have the shape of x without its channel axis, (4, 5), or with 1 there "
+    "(and 1 wherever it is the same along an axis), got "
+)
+MISTAKES = [
+    (
+        {"mask": np.ones((4, 5), bool), "weights": np.ones((4, 5))},
+        ValueError,
+        "at most one of mask, weights, lengths and segments must be given, got mask and weights",
+    ),
+    (
+        {"mask": np.ones((4, 3), bool)},
+        ValueError,
+        f"{SHAPE_OF_POSITIONS}(4, 3)",
+    ),
+    (
+        {"mask": np.ones((4, 3, 5), bool)},
+        ValueError,
+        f"{SHAPE_OF_POSITIONS}(4, 3, 5)",
+    ),
+    ({"mask": np.ones((4, 5))}, TypeError, "mask must have a bool dtype, got float64"),
+    ({"mask": [[True], [True, False]]}, TypeError, "mask must be an array of numbers, got list"),
+    ({"weights": np.ones((4, 5), int)}, TypeError, "weights must have a floating dtype, got int64"),
+    (
+        {"weights": np.full((4, 1, 5), -1.0)},
+        ValueError,
+        "weights must be finite and >= 0 at every position, got -1 at position 0",
+    ),
+    (
+        {"weights": np.where(np.arange(20).reshape(4, 5) == 7, np.nan, 1)},
+        ValueError,
+        "weights must be finite and >= 0 at every position, got nan at position 7",
+    ),
+    (
+        {"weights": np.where(np.arange(20).reshape(4, 5) == 7, 1e300, 1)},
+        ValueError,
+        "weights must be finite and >= 0 at every position, got inf at position 7",
+    ),
+    ({"lengths": [1, 2, 3]}, ValueError, "lengths must have shape (4,), one per sample, got (3,)"),
+    ({"lengths": [1.0, 2, 3, 4]}, TypeError, "lengths must have an integer dtype, got float64"),
+    (
+        {"lengths": [1, 2, 6, 4]},
+        ValueError,
+        "lengths must be from 0 to 5, the size of axis 2 of x, got 6 for sample 2",
+    ),
+    (
+        {"segments": [0, 1, 0, 2]},
+        ValueError,
+        "segments must be ids from 0 that never fall, got 0 for row 2",
+    ),
+    (
+        {"segments": [-1, 0, 0, 2]},
+        ValueError,
+        "segments must be ids from 0 that never fall, got -1 for row 0",
+    ),
+    ({"segments": [0, 1]}, ValueError, "segments must have shape (4,), one id per row, got (2,)"),
+    ({"segments": [0, 0, 0, 2**40]}, ValueError, "segments must be ids below 2**31, got 1099511627776"),
+    (
+        {"mask": np.ones((4, 5), bool), "padding": "reflect"},
+        ValueError,
+        "padding must be 'zero', 'keep' or 'normalize', got 'reflect'",
+    ),
+    (
+        {"padding": "zero"},
+        ValueError,
+        "padding must be None without mask, weights or lengths, which say what is padding, got 'zero'",
+    ),
+]
+
+
+@pytest.mark.parametrize(("given", "error", "text"), MISTAKES)
+def test_a_mistake_is_named_and_nothing_is_written(given, error, text):
+    out = np.full_like(X, 9)
+    with pytest.raises(error) as caught:
+        bn.batch_norm(X, out=out, **given)
+    assert str(caught.value) == text
+    assert (out == 9).all()
+
+
+def test_lengths_and_segments_want_axes_of_their_own():
+    with pytest.raises(ValueError, match="lengths must come with an x of samples"):
+        bn.moments(np.zeros((4, 3)), lengths=[1, 1, 1, 1])
+    with pytest.raises(ValueError, match="segments must be of rows on axis 0"):
+        bn.moments(np.zeros((4, 3)), axis=0, segments=[0, 0, 0, 0])
+
+
+def test_the_halves_refuse_segments():
+    _, saved = bn.batch_norm(np.arange(8.0).reshape(4, 2), segments=[0, 0, 1, 1])
+    with pytest.raises(TypeError, match="saved must be of one set of statistics"):
+        bn.grad_sums(np.ones((4, 2)), saved)
