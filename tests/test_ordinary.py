@@ -456,6 +456,7 @@ def test_saved_is_a_dataclass_of_all_its_fields():
         "gamma",
         "axis",
         "eps",
+        "part",
     ]
     assert "rstd=array(" in repr(saved)
 

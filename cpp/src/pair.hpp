@@ -5,10 +5,6 @@
 #include <cmath>
 #include <cstdint>
 
-#if defined(__SSE2__)
-#include <emmintrin.h>
-#endif
-
 namespace batchnorm {
 
 using Pair = double __attribute__((vector_size(16)));
@@ -51,13 +47,7 @@ V all(double value) {
 }
 
 inline double square_root(double v) { return std::sqrt(v); }
-inline Pair square_root(const Pair& v) {
-#if defined(__SSE2__)
-  return _mm_sqrt_pd(v);
-#else
-  return Pair{std::sqrt(v[0]), std::sqrt(v[1])};
-#endif
-}
+inline Pair square_root(const Pair& v) { return Pair{std::sqrt(v[0]), std::sqrt(v[1])}; }
 
 inline double absolute(double v) { return std::abs(v); }
 inline Pair absolute(const Pair& v) { return Pair{std::abs(v[0]), std::abs(v[1])}; }
