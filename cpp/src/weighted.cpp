@@ -24,6 +24,11 @@ using kernels::Sums;
 // Runs shorter than this are stored as usual: both ends of each run are parts of lines.
 constexpr std::int64_t kShortestStream = 256;
 
+template <class W>
+bool goes_around_cache(const kernels::RowWeights<W>& w, const Rows& rows) {
+  return w.inner == 1 && w.repeat == 1 && rows.columns >= kernels::kVectorColumns;
+}
+
 template <class T>
 struct Kernels {
   const kernels::Kernels<T>& plain = active_implementation().table->of<T>();
@@ -104,7 +109,9 @@ class WeightedForward {
       const AffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2)};
       kernels.weighted.rows_normalize_mixed(x + offset, y + offset, w, at_padding, rows, narrow, {k.mask(), wide});
     } else {
-      kernels.weighted.rows_normalize(x + offset, y + offset, w, at_padding, rows, narrow);
+      const bool around = plan.around_cache && x != y && goes_around_cache(w, rows);
+      const auto padded = around ? kernels.weighted.rows_normalize_around_cache : kernels.weighted.rows_normalize;
+      padded(x + offset, y + offset, w, at_padding, rows, narrow);
     }
   }
 
@@ -212,7 +219,9 @@ class WeightedBackward {
                                            k.wide_columns(4)};
       kernels.weighted.rows_grad_input_mixed(from_dy, from_x, to, w, at_padding, rows, narrow, {k.mask(), wide});
     } else {
-      kernels.weighted.rows_grad_input(from_dy, from_x, to, w, at_padding, rows, narrow);
+      const bool around = plan.around_cache && dx != dy && dx != x && goes_around_cache(w, rows);
+      const auto padded = around ? kernels.weighted.rows_grad_input_around_cache : kernels.weighted.rows_grad_input;
+      padded(from_dy, from_x, to, w, at_padding, rows, narrow);
     }
   }
 };
@@ -223,10 +232,11 @@ void run(Pass pass, const Problem& problem, int streams, const GivenWeights<T>& 
   using Table = typename Pass::Table;
   const Work work{pass.reduces, pass.applies, streams, sizeof(T)};
   pass.plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
+  pass.plan.apply_rows = pass.plan.sum_rows;  // whose rows side by side are no longer than kMostWeightedColumns
   const Plan& plan = pass.plan;
   constexpr bool kBackward = requires { pass.column_mean; };
   const bool wants_means = kBackward && pass.reduces && plan.path == Path::row_blocks;
-  Workspace workspace((pass.applies ? Table::bytes(plan) : 0) + TensorWeights<T>::bytes(plan) +
+  Workspace workspace((pass.applies ? Table::bytes(plan) : 0) +
                       (wants_means ? Workspace::bytes_for<double>(plan.sum_rows.columns) : 0) +
                       Traversal<Pass>::bytes(plan, pass.reduces));
   if constexpr (kBackward) {
@@ -238,7 +248,7 @@ void run(Pass pass, const Problem& problem, int streams, const GivenWeights<T>& 
       pass.column_mean = mean;
     }
   }
-  const TensorWeights<T> weights(given.values, given.summary, plan, workspace);
+  const TensorWeights<T> weights(given.values, given.summary, plan);
   pass.weights = &weights;
   Traversal<Pass> traversal(plan, pass, workspace);
   if (!pass.applies) return traversal.run();

@@ -4,6 +4,7 @@
 
 #include "kernels/lanes-inl.hpp"
 #include "kernels/table.hpp"
+#include "kernels/weights-inl.hpp"
 
 namespace batchnorm::kernels {
 namespace {
@@ -109,15 +110,10 @@ struct KeptLanes {
 constexpr std::int64_t kStretchesPerVisit = 4, kShortRun = 256;
 
 // Where an input has run k of a channel, `start` values behind the first run of the first channel; overloaded for what
-// is not as large as the tensor.
+// is not as large as the tensor (weights-inl.hpp).
 template <class T>
 BN_INLINE const T* run_at(const T* input, std::int64_t start, std::int64_t) {
   return input + start;
-}
-
-template <class W>
-BN_INLINE const W* run_at(const RunWeights<W>& w, std::int64_t, std::int64_t k) {
-  return w.values + k * w.stride;
 }
 
 // make(c) gives what channel c sums: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of
@@ -168,37 +164,52 @@ BN_INLINE std::int64_t values_ahead(const Rows& rows) {
   return kLeast * rows.stride >= kFar ? kLeast * rows.stride : kFar / rows.stride * rows.stride;
 }
 
-// An input from row r and column c on; overloaded as run_at is.
+// An input of a visit in three steps, overloaded for what is not as large as the tensor: the rows from r on, what the
+// columns from c on need of them, and row r of that.
 template <class T>
-BN_INLINE const T* rows_from(const T* input, std::int64_t r, std::int64_t stride, std::int64_t c) {
-  return input + r * stride + c;
+BN_INLINE const T* rows_of(const T* input, std::int64_t r, std::int64_t, std::int64_t stride, std::int64_t) {
+  return input + r * stride;
+}
+template <class T>
+BN_INLINE const T* columns_of(const T* rows, std::int64_t c) {
+  return rows + c;
+}
+template <class T>
+BN_INLINE const T* row_of(const T* columns, std::int64_t r, std::int64_t stride) {
+  return columns + r * stride;
 }
 template <class T>
 BN_INLINE void fetch_row(const T* input, std::int64_t ahead) {
   fetch_lanes<Fetch::kFar>(input + ahead);
 }
 
-template <class W>
-BN_INLINE RowWeights<W> rows_from(const RowWeights<W>& w, std::int64_t r, std::int64_t, std::int64_t c) {
-  return {w.values + r * w.stride, w.stride, w.index == nullptr ? nullptr : w.index + c};
-}
-template <class W>
-BN_INLINE void fetch_row(const RowWeights<W>&, std::int64_t) {}  // few, and near
-
 // One visit: up to eight rows of the n <= 16 columns from `c` on, where the inputs are.
-template <class Pair, class... Input>
+template <class Pair, class... Columns>
 BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t ahead,
-                             std::int64_t c, std::int64_t n, const ColumnSums& out, const Input&... input) {
+                             std::int64_t c, std::int64_t n, const ColumnSums& out, const Columns&... input) {
   if (!first_visit) {
     restore(pair.first, out.first + c, out.first_lo + c, n);
     restore(pair.second, out.second + c, out.second_lo + c, n);
   }
   for (std::int64_t r = 0; r < rows; ++r) {
-    (fetch_row(rows_from(input, r, stride, 0), ahead), ...);
-    pair.add(rows_from(input, r, stride, 0)..., n);
+    (fetch_row(row_of(input, r, stride), ahead), ...);
+    pair.add(row_of(input, r, stride)..., n);
   }
   keep(pair.first, out.first + c, out.first_lo + c, n);
   keep(pair.second, out.second + c, out.second_lo + c, n);
+}
+
+template <class Make, class... Input>
+BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::int64_t columns, std::int64_t stride,
+                          std::int64_t ahead, const ColumnSums& out, const Input&... input) {
+  std::int64_t c = 0;
+  for (; c + kLanes <= columns; c += kLanes) {
+    visit_columns(make(c, kLanes), first_visit, visit, stride, ahead, c, kLanes, out, columns_of(input, c)...);
+  }
+  if (c < columns) {
+    const std::int64_t n = columns - c;
+    visit_columns(make(c, n), first_visit, visit, stride, ahead, c, n, out, columns_of(input, c)...);
+  }
 }
 
 // make(c, n) gives the empty Pair of the n columns from c on.
@@ -207,16 +218,8 @@ BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const T* in
   const std::int64_t ahead = values_ahead<T>(rows), stride = rows.stride;
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
-    std::int64_t c = 0;
-    for (; c + kLanes <= rows.columns; c += kLanes) {
-      visit_columns(make(c, kLanes), r == 0, visit, stride, ahead, c, kLanes, out, rows_from(input, r, stride, c),
-                    rows_from(rest, r, stride, c)...);
-    }
-    if (c < rows.columns) {
-      const std::int64_t n = rows.columns - c;
-      visit_columns(make(c, n), r == 0, visit, stride, ahead, c, n, out, rows_from(input, r, stride, c),
-                    rows_from(rest, r, stride, c)...);
-    }
+    visit_rows(make, r == 0, visit, rows.columns, stride, ahead, out, rows_of(input, r, visit, stride, rows.columns),
+               rows_of(rest, r, visit, stride, rows.columns)...);
   }
 }
 

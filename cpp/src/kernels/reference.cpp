@@ -325,7 +325,8 @@ void runs_weighted_grad_input(const T* dy, const T* x, T* dx, const RunWeights<W
 // The weights of column c of a block of rows.
 template <class W>
 RunWeights<W> column(const RowWeights<W>& w, std::int64_t c) {
-  return {w.values + (w.index == nullptr ? 0 : w.index[c]), w.stride};
+  const std::int64_t e = w.first_column + c;
+  return {w.values + e / (w.channels * w.inner) * w.inner + e % w.inner, w.repeat * w.inner};
 }
 template <class T>
 void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const ColumnSums& out) {
@@ -403,12 +404,12 @@ constexpr WeightedKernels<T> make_weighted_kernels() {
   k.masked = k.weighted;
   k.runs_normalize = k.runs_normalize_around_cache = runs_weighted_normalize<T>;
   k.runs_normalize_wide = runs_weighted_normalize_one<T, double>;
-  k.rows_normalize = rows_weighted_normalize<T>;
+  k.rows_normalize = k.rows_normalize_around_cache = rows_weighted_normalize<T>;
   k.runs_grad_sums = runs_weighted_grad_sums<T>;
   k.rows_grad_sums = rows_weighted_grad_sums<T>;
   k.runs_grad_input = k.runs_grad_input_around_cache = runs_weighted_grad_input<T>;
   k.runs_grad_input_wide = runs_weighted_grad_input_one<T, double>;
-  k.rows_grad_input = rows_weighted_grad_input<T>;
+  k.rows_grad_input = k.rows_grad_input_around_cache = rows_weighted_grad_input<T>;
   if constexpr (sizeof(T) == sizeof(float)) {
     k.rows_normalize_mixed = rows_weighted_normalize_mixed;
     k.rows_grad_input_mixed = rows_weighted_grad_input_mixed;

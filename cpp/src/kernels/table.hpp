@@ -159,13 +159,15 @@ struct RunWeights {
   const W* values;
   std::int64_t stride;
 };
-// Of a block of rows: column e of row r has values[r*stride + index[e]]; values[r*stride] where there is no index.
+// Of a block of rows, each of which is `repeat` rows of the tensor side by side: the weights of row r begin at
+// values + r*repeat*inner; column e of it, counted from `first_column` on, has that of row e / (channels*inner) of the
+// tensor and of place e % inner. Where repeat is above 1, first_column is 0 and a row has at most kMostWeightedColumns.
 template <class W>
 struct RowWeights {
   const W* values;
-  std::int64_t stride;
-  const std::int32_t* index;
+  std::int64_t channels, inner, repeat, first_column;
 };
+constexpr std::int64_t kMostWeightedColumns = 1024;
 
 // What an output is where the weight is 0: 0; the input (x of normalize, dy of grad_input); or what the formula gives
 // for that weight (grad_input: dy*dy_scale).
@@ -176,6 +178,7 @@ enum class AtPadding { zero, input, formula };
 // it does to the gradient is in grad_input:
 //     dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset.
 // normalize and grad_input with weights of 1 give the bits of those without.
+// Rows around the caches: rows side by side of kVectorColumns columns at least, with inner and repeat of 1.
 template <class T>
 struct WeightedKernels {
   using W = WeightOf<T>;
@@ -193,6 +196,7 @@ struct WeightedKernels {
   void (*runs_normalize_around_cache)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<T>*);
   void (*runs_normalize_wide)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<double>&);
   void (*rows_normalize)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&);
+  void (*rows_normalize_around_cache)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&);
   void (*rows_normalize_mixed)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&,
                                const WideColumns<AffineColumns<double>>&);
 
@@ -206,6 +210,8 @@ struct WeightedKernels {
                                const GradAffine<double>&);
   void (*rows_grad_input)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
                           const GradAffineColumns<T>&);
+  void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
+                                       const GradAffineColumns<T>&);
   void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
                                 const GradAffineColumns<T>&, const WideColumns<GradAffineColumns<double>>&);
 };

@@ -9,29 +9,6 @@
 namespace batchnorm::kernels {
 namespace {
 
-// ---- weights ----
-
-// The weights of 16 (or n < 16) positions; missing lanes have none.
-template <class A, class W>
-BN_INLINE Lanes<A> weight_lanes(const W* w, std::int64_t n) {
-  return load_upto<A>(w, n, W(0));
-}
-template <class A, class W>
-BN_INLINE Lanes<A> weight_lanes(const RowWeights<W>& w, std::int64_t n) {
-  if (w.index == nullptr) return broadcast(static_cast<A>(*w.values));
-  A lanes[kLanes] = {};
-  for (std::int64_t l = 0; l < n && l < kLanes; ++l) lanes[l] = static_cast<A>(w.values[w.index[l]]);
-  return load(lanes);
-}
-
-// a where the weight is not 0, else b.
-template <class A>
-BN_INLINE Lanes<A> where(const Lanes<A>& weight, const Lanes<A>& a, const Lanes<A>& b) {
-  Lanes<A> r;
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = weight.v[k] != 0 ? a.v[k] : b.v[k];
-  return r;
-}
-
 // ---- moments ----
 
 template <class T, class Accumulator, Shift kShift>
@@ -41,7 +18,11 @@ struct MaskedMoments : MomentTerms<T, Accumulator, kShift> {
 
   template <class Weights>
   BN_INLINE void add(const T* p, const Weights& w, std::int64_t n) {
-    Base::add(where(weight_lanes<double>(w, n), load_upto<double>(p, n, this->fill), this->shift));
+    if constexpr (kShift == Shift::none) {
+      Base::add(values_where(p, w, n));
+    } else {
+      Base::add(where(weight_lanes<double>(w, n), load_upto<double>(p, n, this->fill), this->shift));
+    }
   }
 };
 
@@ -131,7 +112,7 @@ struct MaskedGradTerms {
   template <class Weights>
   BN_INLINE void add(const T* dy, const T* x, const Weights& weights, std::int64_t n) {
     const Lanes<double> w = weight_lanes<double>(weights, n), zero = broadcast(0.0);
-    const Lanes<double> g = where(w, load_upto<double>(dy, n, T(0)), zero);
+    const Lanes<double> g = values_where(dy, weights, n);
     const Lanes<double> d = where(w, other_subtract(load_upto<double>(x, n, T(0)), mean), zero);
     first.add(g);
     second.other_add(g * d);
@@ -213,11 +194,13 @@ struct WeightedMixed {
   }
 };
 
-// One run: whole lines but for its ends.
+// Runs of fewer values are stored from their begin on; longer ones line by line.
+constexpr std::int64_t kLongRun = 1024;
+
 template <Stores kStores, class Map, class T, class W, class... Input>
 BN_INLINE void apply_weighted_run(const Map& map, std::int64_t length, std::int64_t ahead, T* out, const W* w,
                                   const Input*... input) {
-  std::int64_t at = values_to_line(out);
+  std::int64_t at = kStores == Stores::ordinary && length < kLongRun ? 0 : values_to_line(out);
   if (at > length) at = length;
   if (at > 0) store_first(out, at, map(input..., w, at));
   for (; at + kLanes <= length; at += kLanes) {
@@ -237,27 +220,61 @@ BN_INLINE void apply_weighted_runs(Make make, Runs runs, T* out, const RunWeight
   if constexpr (kStores == Stores::around_cache) finish_streams();
 }
 
-template <class Make, class T, class W, class... Input>
-BN_INLINE void apply_weighted_columns(const Make& map, std::int64_t count, const Rows& rows, std::int64_t n, T* out,
-                                      const RowWeights<W>& w, const Input*... input) {
+template <class Map, class T, class W, class... Input>
+BN_INLINE void apply_weighted_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t n, T* out,
+                                      const WeightedColumns<W>& w, const Input*... input) {
   for (std::int64_t r = 0; r < count; ++r) {
     const std::int64_t at = r * rows.stride;
     if (rows.ahead != 0) {
       (fetch_lanes<Fetch::kFar>(input + at + rows.ahead), ...);
       fetch_lanes_to_store(out + at + rows.ahead);
     }
-    store_upto(out + at, n, map((input + at)..., rows_from(w, r, 0, 0), n));
+    store_upto(out + at, n, map((input + at)..., row_of(w, r, 0), n));
   }
 }
 template <class Make, class T, class W, class... Input>
-BN_INLINE void apply_weighted_rows(Make make, Rows rows, T* out, const RowWeights<W>& w, const Input*... input) {
+BN_INLINE void apply_weighted_rows(Make make, Rows rows, T* out, const RowWeights<W>& weights, const Input*... input) {
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerApply) {
     const std::int64_t visit = rows.count - r < kRowsPerApply ? rows.count - r : kRowsPerApply;
+    const WeightedRows<W> w = rows_of(weights, r, visit, 0, 0);
     for (std::int64_t c = 0; c < rows.columns; c += kLanes) {
       const std::int64_t n = rows.columns - c < kLanes ? rows.columns - c : kLanes, at = r * rows.stride + c;
-      apply_weighted_columns(make(c, n), visit, rows, n, out + at, rows_from(w, r, 0, c), (input + at)...);
+      apply_weighted_columns(make(c, n), visit, rows, n, out + at, columns_of(w, c), (input + at)...);
     }
   }
+}
+
+// Rows side by side as one piece of memory, each with a single weight; as apply_rows_around_cache.
+template <class Make, class T, class W, class... Input>
+BN_INLINE void apply_weighted_rows_around_cache(Make make, Rows rows, T* out, const RowWeights<W>& weights,
+                                                const Input*... input) {
+  const std::int64_t total = rows.count * rows.columns;
+  std::int64_t at = values_to_line(out);
+  if (at > total) at = total;
+  const W* w = weights.values;
+  if (at > 0) store_first(out, at, make(0, at)(input..., WeightedColumns<W>{nullptr, w}, at));
+  std::int64_t c = at;
+  for (; at + kLanes <= total; at += kLanes) {
+    const std::int64_t rest = rows.columns - c;
+    if (rest >= kLanes || rest == 0) {
+      if (rest == 0) c = 0, ++w;
+      stream_lanes(out + at, make(c, kLanes)((input + at)..., WeightedColumns<W>{nullptr, w}, kLanes));
+    } else {
+      W both[kLanes];
+      for (std::int64_t l = 0; l < kLanes; ++l) both[l] = w[l < rest ? 0 : 1];
+      stream_lanes(out + at, make(c, kLanes)((input + at)..., WeightedColumns<W>{both, nullptr}, kLanes));
+    }
+    c += kLanes;
+    if (c > rows.columns) c -= rows.columns, ++w;
+  }
+  // What is left lies in the last row: a row has at least a vector.
+  if (at < total) {
+    const W* last = weights.values + rows.count - 1;
+    store_first(
+        out + at, total - at,
+        make(rows.columns - (total - at), total - at)((input + at)..., WeightedColumns<W>{nullptr, last}, total - at));
+  }
+  finish_streams();
 }
 
 template <class T, Stores kStores>
@@ -283,6 +300,14 @@ void rows_weighted_normalize(const T* x, T* y, const RowWeights<WeightOf<T>>& w,
     return WeightedNormalizeMap<T, T>{normalize_map<T>(k, c, n), at_padding};
   };
   apply_weighted_rows(make, rows, y, w, x);
+}
+template <class T>
+void rows_weighted_normalize_around_cache(const T* x, T* y, const RowWeights<WeightOf<T>>& w, AtPadding at_padding,
+                                          Rows rows, const AffineColumns<T>& k) {
+  const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
+    return WeightedNormalizeMap<T, T>{normalize_map<T>(k, c, n), at_padding};
+  };
+  apply_weighted_rows_around_cache(make, rows, y, w, x);
 }
 void rows_weighted_normalize_mixed(const float* x, float* y, const RowWeights<float>& w, AtPadding at_padding,
                                    Rows rows, const AffineColumns<float>& k,
@@ -320,6 +345,14 @@ void rows_weighted_grad_input(const T* dy, const T* x, T* dx, const RowWeights<W
   };
   apply_weighted_rows(make, rows, dx, w, dy, x);
 }
+template <class T>
+void rows_weighted_grad_input_around_cache(const T* dy, const T* x, T* dx, const RowWeights<WeightOf<T>>& w,
+                                           AtPadding at_padding, Rows rows, const GradAffineColumns<T>& k) {
+  const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
+    return WeightedGradInputMap<T, T>{grad_input_map<T>(k, c, n), at_padding};
+  };
+  apply_weighted_rows_around_cache(make, rows, dx, w, dy, x);
+}
 void rows_weighted_grad_input_mixed(const float* dy, const float* x, float* dx, const RowWeights<float>& w,
                                     AtPadding at_padding, Rows rows, const GradAffineColumns<float>& k,
                                     const WideColumns<GradAffineColumns<double>>& wide) {
@@ -352,6 +385,7 @@ constexpr WeightedKernels<T> make_weighted_kernels() {
                        .runs_normalize_around_cache = runs_weighted_normalize<T, Stores::around_cache>,
                        .runs_normalize_wide = runs_weighted_normalize_wide<T>,
                        .rows_normalize = rows_weighted_normalize<T>,
+                       .rows_normalize_around_cache = rows_weighted_normalize_around_cache<T>,
                        .rows_normalize_mixed = nullptr,
                        .runs_grad_sums = runs_masked_grad_sums<T, Accumulator>,
                        .rows_grad_sums = rows_masked_grad_sums<T, Accumulator>,
@@ -359,6 +393,7 @@ constexpr WeightedKernels<T> make_weighted_kernels() {
                        .runs_grad_input_around_cache = runs_weighted_grad_input<T, Stores::around_cache>,
                        .runs_grad_input_wide = runs_weighted_grad_input_wide<T>,
                        .rows_grad_input = rows_weighted_grad_input<T>,
+                       .rows_grad_input_around_cache = rows_weighted_grad_input_around_cache<T>,
                        .rows_grad_input_mixed = nullptr};
   if constexpr (sizeof(T) == sizeof(float)) {
     k.rows_normalize_mixed = rows_weighted_normalize_mixed;

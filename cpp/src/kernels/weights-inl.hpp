@@ -1,0 +1,140 @@
+// Weights as inputs of the walks: where those of a run or a row are, and as lanes.
+#pragma once
+
+#include "kernels/lanes-inl.hpp"
+#include "kernels/table.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
+// ---- runs ----
+
+template <class W>
+BN_INLINE const W* run_at(const RunWeights<W>& w, std::int64_t, std::int64_t k) {
+  return w.values + k * w.stride;
+}
+
+// ---- rows ----
+
+// The weights of up to eight rows, so that those of 16 columns are one load. Three forms: a single weight for the whole
+// row; where a row is one row of the tensor, its weights over and over, at least 16 behind any place; else one per
+// column.
+template <class W>
+struct WeightedRows {
+  static constexpr std::int64_t kMostRows = 8;
+
+  const W* one_a_row;  // or null
+  std::int64_t period, first_column, stride;
+  W lanes[kMostRows * (kMostWeightedColumns + kLanes)];
+};
+
+// Copies of `count` weights, `times` of them side by side. Each copy may write up to 16 values, which the next
+// overwrites.
+template <class W>
+BN_INLINE void repeat_weights(const W* from, std::int64_t count, std::int64_t times, W* to) {
+  const Lanes<W> lanes = load_upto<W>(from, count, W(0));
+  for (std::int64_t k = 0; k < times; ++k) store(to + k * count, lanes);
+}
+template <class W>
+BN_INLINE void fill_weights(W weight, std::int64_t count, W* to) {
+  const Lanes<W> lanes = broadcast(weight);
+  for (std::int64_t k = 0; k < count; k += kLanes) store(to + k, lanes);
+}
+
+template <class W>
+BN_INLINE WeightedRows<W> rows_of(const RowWeights<W>& w, std::int64_t r, std::int64_t visit, std::int64_t,
+                                  std::int64_t) {
+  WeightedRows<W> rows;
+  const W* values = w.values + r * w.repeat * w.inner;
+  rows.first_column = w.first_column;
+  rows.one_a_row = nullptr;
+  rows.period = w.inner;
+  if (w.repeat == 1 && w.inner == 1) {
+    rows.one_a_row = values;
+    return rows;
+  }
+  // A row of 16-value runs or shorter (plan.cpp) takes two vectors and what is written too much.
+  rows.stride = w.repeat == 1 ? 4 * kLanes : w.repeat * w.channels * w.inner + kLanes;
+  for (std::int64_t k = 0; k < visit; ++k) {
+    W* to = rows.lanes + k * rows.stride;
+    if (w.repeat == 1) {
+      repeat_weights(values + k * w.inner, w.inner, 2 * kLanes / w.inner + 1, to);
+      continue;
+    }
+    for (std::int64_t t = 0; t < w.repeat; ++t, to += w.channels * w.inner) {
+      const W* one = values + (k * w.repeat + t) * w.inner;
+      if (w.inner == 1) {
+        fill_weights(*one, w.channels, to);
+      } else {
+        repeat_weights(one, w.inner, w.channels, to);
+      }
+    }
+  }
+  if (w.repeat > 1) rows.period = 0;
+  return rows;
+}
+
+// Of 16 columns: those of row r at lanes + r*stride, or all as *one.
+template <class W>
+struct WeightedColumns {
+  const W* lanes;
+  const W* one;
+  std::int64_t stride = 0;
+};
+template <class W>
+BN_INLINE WeightedColumns<W> columns_of(const WeightedRows<W>& rows, std::int64_t c) {
+  if (rows.one_a_row != nullptr) return {nullptr, rows.one_a_row};
+  const auto place = static_cast<std::uint32_t>(rows.first_column + c);  // 32 bits divide sooner
+  return {rows.lanes + (rows.period == 0 ? c : place % static_cast<std::uint32_t>(rows.period)), nullptr, rows.stride};
+}
+template <class W>
+BN_INLINE WeightedColumns<W> row_of(const WeightedColumns<W>& columns, std::int64_t r, std::int64_t) {
+  if (columns.lanes == nullptr) return {nullptr, columns.one + r};
+  return {columns.lanes + r * columns.stride, nullptr};
+}
+template <class W>
+BN_INLINE void fetch_row(const WeightedColumns<W>&, std::int64_t) {}  // few, and near
+
+// ---- lanes ----
+
+// The weights of 16 (or n < 16) values; missing lanes may hold anything but for runs, where they have none.
+template <class A, class W>
+BN_INLINE Lanes<A> weight_lanes(const W* w, std::int64_t n) {
+  return load_upto<A>(w, n, W(0));
+}
+template <class A, class W>
+BN_INLINE Lanes<A> weight_lanes(const WeightedColumns<W>& w, std::int64_t) {
+  return w.lanes == nullptr ? broadcast(static_cast<A>(*w.one)) : load_as<A>(w.lanes);
+}
+
+// a where the weight is not 0, else b.
+template <class A>
+BN_INLINE Lanes<A> where(const Lanes<A>& weight, const Lanes<A>& a, const Lanes<A>& b) {
+  Lanes<A> r;
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = weight.v[k] != 0 ? a.v[k] : b.v[k];
+  return r;
+}
+
+// Values where the weight is not 0, else 0.
+template <class T, class Weights>
+BN_INLINE Lanes<double> values_where(const T* p, const Weights& weights, std::int64_t n) {
+  return where(weight_lanes<double>(weights, n), load_upto<double>(p, n, T(0)), broadcast(0.0));
+}
+// Chosen before they are widened: moments of runs took 1.9 times as long as without a mask the other way.
+BN_INLINE Lanes<double> values_where(const float* p, const float* weights, std::int64_t n) {
+  if (n < kLanes) return where(weight_lanes<double>(weights, n), load_first<double>(p, n, 0.0f), broadcast(0.0));
+  constexpr int kWidth = Lanes<double>::kWidth;
+  using Part = float __attribute__((vector_size(kWidth * sizeof(float))));
+  Lanes<double> r;
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+    Part x, w;
+    __builtin_memcpy(&x, p + k * kWidth, sizeof x);
+    __builtin_memcpy(&w, weights + k * kWidth, sizeof w);
+    const Part chosen = w != 0 ? x : Part{};
+    r.v[k] = __builtin_convertvector(chosen, NativeDouble);
+  }
+  return r;
+}
+
+}  // namespace
+}  // namespace batchnorm::kernels
