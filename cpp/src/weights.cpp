@@ -2,8 +2,10 @@
 
 #include <algorithm>
 #include <limits>
+#include <type_traits>
 #include <vector>
 
+#include "dispatch.hpp"
 #include "double_double.hpp"
 #include "parallel.hpp"
 
@@ -12,26 +14,16 @@ namespace {
 
 constexpr std::int64_t kChunk = 16 * 1024;
 
-// Eight sums side by side, each addition with its error kept.
 template <class W>
 DoubleDouble sum_of(const W* w, std::int64_t n) {
-  double sum[8] = {}, low[8] = {};
-  std::int64_t i = 0;
-  for (; i + 8 <= n; i += 8) {
-    for (int l = 0; l < 8; ++l) {
-      const DoubleDouble s = two_sum(sum[l], static_cast<double>(w[i + l]));
-      sum[l] = s.hi;
-      low[l] += s.lo;
-    }
-  }
-  DoubleDouble total;
-  for (int l = 0; l < 8; ++l) total = total + DoubleDouble{sum[l], low[l]};
-  for (; i < n; ++i) total = total + DoubleDouble{static_cast<double>(w[i]), 0};
-  return total;
+  kernels::Sums sums;
+  active_implementation().table->of<W>().runs_moments_compensated(w, {.length = n, .count = 1, .stride = n}, &sums);
+  return two_sum(sums.first, sums.first_lo);
 }
 
 template <class W>
 struct Chunks {
+  using Counter = std::conditional_t<sizeof(W) == sizeof(std::int32_t), std::int32_t, std::int64_t>;
   struct Part {
     DoubleDouble total;
     std::int64_t counted = 0;
@@ -44,15 +36,15 @@ struct Chunks {
     for (std::int64_t k = chunks.begin; k < chunks.end; ++k) {
       const W* w = weights.data() + k * kChunk;
       const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
-      std::int64_t zeros = 0, ones = 0, bad = 0;
-      for (std::int64_t i = 0; i < n; ++i) {
-        zeros += w[i] == 0;
-        ones += w[i] == 1;
-        bad += !(w[i] >= 0 && w[i] <= std::numeric_limits<W>::max());
+      Counter zeros = 0, ones = 0, good = 0;
+      for (std::int64_t i = 0; i < n; ++i) {  // in vectors, since the counters are as wide as the weights
+        zeros += static_cast<Counter>(w[i] == 0);
+        ones += static_cast<Counter>(w[i] == 1);
+        good += static_cast<Counter>(w[i] >= 0) & static_cast<Counter>(w[i] <= std::numeric_limits<W>::max());
       }
       const bool is_mask = zeros + ones == n;
       const DoubleDouble total = is_mask ? DoubleDouble{static_cast<double>(ones), 0} : sum_of(w, n);
-      parts[static_cast<std::size_t>(k)] = {total, n - zeros, is_mask, bad == 0};
+      parts[static_cast<std::size_t>(k)] = {total, n - zeros, is_mask, good == n};
     }
   }
 };

@@ -111,9 +111,8 @@ struct MaskedGradTerms {
 
   template <class Weights>
   BN_INLINE void add(const T* dy, const T* x, const Weights& weights, std::int64_t n) {
-    const Lanes<double> w = weight_lanes<double>(weights, n), zero = broadcast(0.0);
     const Lanes<double> g = values_where(dy, weights, n);
-    const Lanes<double> d = where(w, other_subtract(load_upto<double>(x, n, T(0)), mean), zero);
+    const Lanes<double> d = other_subtract(values_where(x, weights, n), mean);  // times 0 where there is no weight
     first.add(g);
     second.other_add(g * d);
   }

@@ -123,15 +123,10 @@ BN_INLINE Lanes<double> values_where(const T* p, const Weights& weights, std::in
 // Chosen before they are widened: moments of runs took 1.9 times as long as without a mask the other way.
 BN_INLINE Lanes<double> values_where(const float* p, const float* weights, std::int64_t n) {
   if (n < kLanes) return where(weight_lanes<double>(weights, n), load_first<double>(p, n, 0.0f), broadcast(0.0));
-  constexpr int kWidth = Lanes<double>::kWidth;
-  using Part = float __attribute__((vector_size(kWidth * sizeof(float))));
   Lanes<double> r;
   BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
-    Part x, w;
-    __builtin_memcpy(&x, p + k * kWidth, sizeof x);
-    __builtin_memcpy(&w, weights + k * kWidth, sizeof w);
-    const Part chosen = w != 0 ? x : Part{};
-    r.v[k] = __builtin_convertvector(chosen, NativeDouble);
+    const int at = k * Lanes<double>::kWidth;
+    r.v[k] = widen_load_where(p + at, weights + at);
   }
   return r;
 }

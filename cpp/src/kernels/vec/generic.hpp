@@ -12,6 +12,11 @@ using NativeDouble = double __attribute__((vector_size(16)));
 BN_INLINE NativeDouble widen_load(const float* p) {
   return NativeDouble{static_cast<double>(p[0]), static_cast<double>(p[1])};
 }
+// Values where the weight is not 0, else 0.
+BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
+  return NativeDouble{weights[0] != 0 ? static_cast<double>(p[0]) : 0.0,
+                      weights[1] != 0 ? static_cast<double>(p[1]) : 0.0};
+}
 BN_INLINE void narrow_store(float* p, NativeDouble v) {
   p[0] = static_cast<float>(v[0]);
   p[1] = static_cast<float>(v[1]);

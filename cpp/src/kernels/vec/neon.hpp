@@ -12,6 +12,11 @@ using NativeFloat = float32x4_t;
 using NativeDouble = float64x2_t;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
+// Values where the weight is not 0, else 0.
+BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
+  return NativeDouble{weights[0] != 0 ? static_cast<double>(p[0]) : 0.0,
+                      weights[1] != 0 ? static_cast<double>(p[1]) : 0.0};
+}
 BN_INLINE void narrow_store(float* p, NativeDouble v) { vst1_f32(p, vcvt_f32_f64(v)); }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return vfmaq_f64(c, a, b); }

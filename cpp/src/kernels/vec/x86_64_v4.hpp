@@ -12,6 +12,11 @@ using NativeFloat = __m512;
 using NativeDouble = __m256d;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
+// Values where the weight is not 0, else 0.
+BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
+  const __mmask8 counted = _mm_cmp_ps_mask(_mm_loadu_ps(weights), _mm_setzero_ps(), _CMP_NEQ_UQ);
+  return _mm256_cvtps_pd(_mm_maskz_loadu_ps(counted, p));
+}
 BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
