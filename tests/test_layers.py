@@ -283,7 +283,8 @@ def test_the_gradients_of_an_empty_batch_are_zero():
 @pytest.mark.parametrize("update_rate", [0.1, 1.0, None])
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_a_non_finite_value_stays_in_the_statistics_of_its_channel(update_rate, bad):
-    clean, poisoned = bn.BatchNorm(3, update_rate=update_rate), bn.BatchNorm(3, update_rate=update_rate)
+    settings = {"update_rate": update_rate, "nonfinite": "propagate"}
+    clean, poisoned = bn.BatchNorm(3, **settings), bn.BatchNorm(3, **settings)
     for seed in range(2):
         x = normal(4, 3, seed=seed)
         clean(x)
@@ -297,13 +298,13 @@ def test_a_non_finite_value_stays_in_the_statistics_of_its_channel(update_rate, 
 
 
 def test_rate_zero_keeps_a_non_finite_batch_out():
-    layer = bn.BatchNorm(1, update_rate=0)
+    layer = bn.BatchNorm(1, update_rate=0, nonfinite="propagate")
     layer(np.array([[np.inf], [1.0], [2.0]]))
     assert (layer.running_mean[0], layer.running_var[0]) == (0, 1)
 
 
 def test_rate_one_forgets_a_non_finite_batch():
-    layer, x = bn.BatchNorm(1, update_rate=1), np.array([[1.0], [3.0]])
+    layer, x = bn.BatchNorm(1, update_rate=1, nonfinite="propagate"), np.array([[1.0], [3.0]])
     layer(x + np.inf)
     layer(x)
     assert (layer.running_mean[0], layer.running_var[0]) == (2, 2)
@@ -523,7 +524,7 @@ FAILING_CALLS = {
     "out_is_read_only": lambda layer: layer(X, out=_read_only(X)),
     "out_is_a_list": lambda layer: layer(X, out=[0.0]),
     "out_overlaps_x": lambda layer: layer(MEMORY[:60].reshape(4, 3, 5), out=MEMORY[15:75].reshape(4, 3, 5)),
-    "unknown_keyword": lambda layer: layer(X, mask=None),
+    "unknown_keyword": lambda layer: layer(X, masks=None),
     "dy_has_another_shape": lambda layer: layer.backward(X[:2]),
     "dy_has_another_dtype": lambda layer: layer.backward(X.astype(np.float64)),
     "dy_is_a_list": lambda layer: layer.backward([1.0]),
@@ -592,7 +593,7 @@ def test_running_out_of_memory_in_backward_changes_nothing(monkeypatch):
 
 def test_an_update_changes_none_of_its_arguments():
     layer, batch = trained_layer(update_rate=0.5), bn.moments(normal(4, 3))
-    statistics = layer._statistics
+    (statistics,) = layer._statistics
     before = (statistics.mean.tobytes(), statistics.var.tobytes(), batch.mean.tobytes(), batch.m2.tobytes())
     layers._updated_statistics(statistics, batch, 0.5, 1)
     assert before == (
@@ -691,7 +692,7 @@ def test_a_layer_built_without_gamma_takes_none():
             TypeError,
             (
                 "keywords of BatchNorm() must be of axis, eps, update_rate, ddof, gamma, beta, dtype, "
-                "num_threads, got epsilon, track"
+                "debias, nonfinite, single_value, domains, num_threads, got epsilon, track"
             ),
         ),
         (

@@ -49,8 +49,8 @@ def no_other_arguments(others: Mapping[str, object]) -> None:
         )
     if others:
         raise TypeError(
-            "keywords of BatchNorm() must be of axis, eps, update_rate, ddof, gamma, beta, dtype, "
-            f"num_threads, got {', '.join(others)}"
+            "keywords of BatchNorm() must be of axis, eps, update_rate, ddof, gamma, beta, dtype, debias, "
+            f"nonfinite, single_value, domains, num_threads, got {', '.join(others)}"
         )
 
 
@@ -96,6 +96,47 @@ def flag(name: str, value: object) -> bool:
     return bool(value)
 
 
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Give one of the words that are allowed."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
+    return value
+
+
+def debias(value: object, rate: float | None) -> bool:
+    """Give the flag, which means nothing for pooled statistics."""
+    wanted = flag("debias", value)
+    if wanted and rate is None:
+        raise ValueError("debias must be False where update_rate is None, whose statistics have no bias")
+    return wanted
+
+
+def domains(value: object) -> int | None:
+    """Give the number of domains, or None."""
+    if value is None:
+        return None
+    number = _integer("domains", value)
+    if number < 1:
+        raise ValueError(f"domains must be >= 1 or None, got {number}")
+    return number
+
+
+def domain(value: object, count: int | None) -> int:
+    """Give the index of the set of statistics that a call means."""
+    if count is None:
+        if value is not None:
+            raise ValueError(f"domain must be None in a layer built without domains, got {value!r}")
+        return 0
+    if value is None:
+        raise TypeError(
+            f"domain must be an int from 0 to {count - 1} in a layer of {count} domains, got None"
+        )
+    number = _integer("domain", value)
+    if not 0 <= number < count:
+        raise ValueError(f"domain must be from 0 to {count - 1}, got {number}")
+    return number
+
+
 def dtype(value: Any) -> np.dtype[Any]:
     """Give a dtype for parameters."""
     try:
@@ -126,6 +167,18 @@ def parameter(name: str, value: object, present: bool, entry: Entry) -> NDArray[
     return _array(name, value, entry)
 
 
+def update_of_frozen() -> ValueError:
+    """Return the error for a call that would update statistics that are frozen."""
+    return ValueError("update_stats must not be True while the layer's statistics are frozen, got True")
+
+
+def nonfinite_batch(channel: int) -> str:
+    """Say what is wrong with a batch's statistics."""
+    return (
+        f"x must have finite statistics to update the running ones, got infinity or NaN in channel {channel}"
+    )
+
+
 def no_forward_call() -> RuntimeError:
     """Return the error for a backward that belongs to no call."""
     return RuntimeError(
@@ -148,6 +201,23 @@ def state(values: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any
     if set(values) != set(entries):
         raise ValueError(f"state must have the entries {_names(entries)}, got {_names(values)}")
     return {name: _check_entry(name, values[name], entry) for name, entry in entries.items()}
+
+
+def of_domain(
+    values: object, names: Mapping[str, Entry], shared: Mapping[str, Entry], count: int, k: int
+) -> dict[str, Any]:
+    """Return the entries of domain `k` of a state whose statistics have one row per domain."""
+    if not isinstance(values, Mapping):
+        raise TypeError(f"state must be a mapping of names to arrays, got {_kind(values)}")
+    part = dict(values)
+    for name, entry in names.items():
+        if name in part and name not in shared:
+            array = part[name]
+            if not isinstance(array, np.ndarray) or array.shape != (count, *entry.shape):
+                came = array.shape if isinstance(array, np.ndarray) else _kind(array)
+                raise ValueError(f"{name} must have shape {(count, *entry.shape)}, got {came}")
+            part[name] = array[k]
+    return part
 
 
 def pooled_table(table: NDArray[np.float64], update_count: int) -> None:

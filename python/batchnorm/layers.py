@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import copy
+import math
 import os
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from batchnorm import _validate, _validate_state, state_file
+from batchnorm import _core, _validate, _validate_state, state_file
 from batchnorm.functional import (
     Gradients,
     batch_norm,
@@ -21,7 +23,7 @@ from batchnorm.functional import (
     normalize_backward,
     update_running,
 )
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, moments
 
 __all__ = ["BatchNorm"]
 
@@ -35,6 +37,10 @@ class _Statistics:
     update_count: int
     pooled: Moments | None  # everything seen, where update_rate is None
 
+
+NONFINITE = ("raise", "skip", "warn", "propagate")
+SINGLE_VALUE = ("raise", "use_running", "skip")
+USE_STATS = ("batch", "running")
 
 # What backward needs of the last forward call: its x, and what gives dx, dgamma and dbeta for a dy.
 _LastCall = tuple[NDArray[Any], Callable[..., Gradients]]
@@ -65,6 +71,16 @@ class BatchNorm:
     Flax. ddof : 1 (default) for running variances that are unbiased, 0 for biased ones. No effect on y in
     training. gamma, beta : bool. False leaves that parameter out (gamma = 1, beta = 0).
     dtype : float16, float32 (default) or float64, of gamma and beta. x has its own.
+    debias : bool. True: running statistics are the average of the batches seen so far, weighted as `update_rate`
+        says, with no share of the zeros and ones they start as: the t-th update has the rate
+        ``update_rate / (1 - (1 - update_rate)**t)``, the first stores the batch's. (Kingma & Ba 2015, section 3.)
+    nonfinite : what a training call does where the mean or variance of its batch is infinite or NaN in any channel:
+        "warn" (default) and "skip" leave all running statistics and counts as they are (bit for bit), with and
+        without a RuntimeWarning; "raise" raises a ValueError; "propagate" lets them in, to stay.
+    single_value : what a training call does with one value a channel, which has no variance: "raise" (default),
+        "use_running" (as in evaluation, nothing is updated) or "skip" (y = beta, nothing is updated).
+    domains : int >= 1 or None. K sets of running statistics beside one gamma and beta; each call names its set by
+        ``domain=``. Statistics and counts then have a first axis of K.
     num_threads : int >= 1 or None: threads of each call, as in the functions.
 
     Attributes
@@ -74,12 +90,12 @@ class BatchNorm:
     running_mean, running_var : float64 (C,), read-only; start as zeros and ones.
     update_count : int, training calls that updated them.
     training : bool, True at first.
+    frozen_statistics, frozen_affine : bool, False at first; see `freeze`.
 
     Notes
     -----
     A call that raises changes nothing in the layer: running statistics, counters, gradients, mode and what is
-    kept for backward are as before. Infinities and NaN in x reach the running statistics of their channel,
-    and stay.
+    kept for backward are as before.
 
     Memory: the layer keeps a reference to the x of its last call (not a copy) until the next call; do not
     overwrite that x before backward. The layer's own arrays are of size C.
@@ -123,6 +139,10 @@ class BatchNorm:
         gamma: bool = True,
         beta: bool = True,
         dtype: DTypeLike = np.float32,
+        debias: bool = False,
+        nonfinite: str = "warn",
+        single_value: str = "raise",
+        domains: int | None = None,
         num_threads: int | None = None,
         **others: Any,
     ) -> None:
@@ -133,13 +153,19 @@ class BatchNorm:
         self._update_rate = _validate_state.update_rate(update_rate)
         self._ddof = _validate_state.ddof(ddof)
         self._dtype = _validate_state.dtype(dtype)
+        self._debias = _validate_state.debias(debias, self._update_rate)
+        self._nonfinite = _validate_state.choice("nonfinite", nonfinite, NONFINITE)
+        self._single_value = _validate_state.choice("single_value", single_value, SINGLE_VALUE)
+        self._domains = _validate_state.domains(domains)
         self._num_threads = _validate.num_threads(num_threads) or None
         self._gamma = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
         self._beta = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
         self._dgamma: NDArray[Any] | None = None
         self._dbeta: NDArray[Any] | None = None
         self._training = True
-        self._statistics = _initial_statistics(self._channels, self._update_rate, self._ddof)
+        self._frozen_statistics = self._frozen_affine = False
+        # One set per domain; replaced as a whole, never changed.
+        self._statistics = self._initial_statistics()
         self._last_call: _LastCall | None = None
 
     # ---- settings, fixed for the layer's life ----
@@ -173,6 +199,26 @@ class BatchNorm:
     def dtype(self) -> np.dtype[Any]:
         """The dtype of gamma, beta and their gradients."""
         return self._dtype
+
+    @property
+    def debias(self) -> bool:
+        """Whether running statistics are corrected for their start."""
+        return self._debias
+
+    @property
+    def nonfinite(self) -> str:
+        """What a training call does with statistics that are not finite."""
+        return self._nonfinite
+
+    @property
+    def single_value(self) -> str:
+        """What a training call does with one value a channel."""
+        return self._single_value
+
+    @property
+    def domains(self) -> int | None:
+        """K, the sets of running statistics; None for one without an axis of its own."""
+        return self._domains
 
     @property
     def num_threads(self) -> int | None:
@@ -220,18 +266,35 @@ class BatchNorm:
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
-        """Running mean, float64 (C,), read-only: an update replaces it. To set it, use `load_state_dict`."""
-        return _read_only(self._statistics.mean)
+        """Running mean, float64 (C,), read-only: an update replaces it. (K, C) with K domains.
+
+        To set it, use `load_state_dict`.
+        """
+        return self._of_domains([s.mean for s in self._statistics])
 
     @property
     def running_var(self) -> NDArray[np.float64]:
-        """Running variance (unbiased for ddof=1, biased for 0), float64 (C,), as `running_mean`."""
-        return _read_only(self._statistics.var)
+        """Running variance (unbiased for ddof=1, biased for 0), as `running_mean`."""
+        return self._of_domains([s.var for s in self._statistics])
 
     @property
-    def update_count(self) -> int:
-        """Training calls that updated the running statistics, since the start or `reset_statistics`."""
-        return self._statistics.update_count
+    def update_count(self) -> int | NDArray[np.int64]:
+        """Training calls that updated the running statistics, since the start or `reset_statistics`.
+
+        With K domains an int64 array (K,).
+        """
+        counts = [s.update_count for s in self._statistics]
+        return counts[0] if self._domains is None else np.array(counts, np.int64)
+
+    @property
+    def frozen_statistics(self) -> bool:
+        """Whether training calls use the running statistics and leave them alone."""
+        return self._frozen_statistics
+
+    @property
+    def frozen_affine(self) -> bool:
+        """Whether backward leaves out the gradients of gamma and beta."""
+        return self._frozen_affine
 
     @property
     def training(self) -> bool:
@@ -247,13 +310,62 @@ class BatchNorm:
         """Switch to evaluation: running statistics, no updates. Returns the layer."""
         return self.train(False)
 
+    def freeze(self, *, statistics: bool = True, affine: bool = True) -> Self:
+        """Freeze what is True, until `unfreeze`, through ``train()`` and ``eval()``; return the layer.
+
+        Frozen statistics: training calls normalize by the running statistics, as constants, and update nothing.
+        Frozen affine: backward gives dx alone; `dgamma` and `dbeta` become None. TypeError if not bools.
+
+        Examples
+        --------
+        >>> layer = BatchNorm(1).freeze(affine=False)
+        >>> y = layer(np.array([[3.0], [5.0]]))
+        >>> layer.update_count, layer.running_mean
+        (0, array([0.]))
+
+        """
+        return self._set_frozen(True, statistics, affine)
+
+    def unfreeze(self, *, statistics: bool = True, affine: bool = True) -> Self:
+        """Undo `freeze` for what is True; return the layer. TypeError if not bools."""
+        return self._set_frozen(False, statistics, affine)
+
+    def _set_frozen(self, frozen: bool, statistics: bool, affine: bool) -> Self:
+        which = _validate_state.flag("statistics", statistics), _validate_state.flag("affine", affine)
+        if which[0]:
+            self._frozen_statistics = frozen
+        if which[1]:
+            self._frozen_affine = frozen
+        return self
+
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""
-        self._statistics = _initial_statistics(self._channels, self._update_rate, self._ddof)
+        self._statistics = self._initial_statistics()
+
+    def _initial_statistics(self) -> tuple[_Statistics, ...]:
+        return tuple(
+            _initial_statistics(self._channels, self._update_rate, self._ddof)
+            for _ in range(self._domains or 1)
+        )
+
+    def _of_domains(self, values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+        return _read_only(values[0] if self._domains is None else np.stack(values))
 
     # ---- forward and backward ----
 
-    def __call__(self, x: NDArray[Any], *, out: NDArray[Any] | None = None) -> NDArray[Any]:
+    def __call__(
+        self,
+        x: NDArray[Any],
+        *,
+        mask: ArrayLike | None = None,
+        weights: ArrayLike | None = None,
+        lengths: ArrayLike | None = None,
+        padding: str | None = None,
+        use_stats: str | None = None,
+        update_stats: bool | None = None,
+        domain: int | None = None,
+        out: NDArray[Any] | None = None,
+    ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
         Training: ``y = (x - mean)/sqrt(var + eps)*gamma + beta`` with the batch's mean and biased variance
@@ -263,6 +375,12 @@ class BatchNorm:
         ----------
         x : ndarray of float32 or float64, 1 to 8 dimensions, C long on `axis`, any memory order. Kept by
             reference for backward. In training 2 or more values a channel; an empty x updates nothing.
+        mask, weights, lengths, padding : what of x counts, and what y is elsewhere, as in `batch_norm`. Where
+            nothing counts, nothing is updated.
+        use_stats : "batch" or "running": the statistics that normalize, whatever the mode; None for the mode's.
+        update_stats : whether the running statistics take in this batch, whatever the mode; None for the mode's.
+            With "running", y comes from the statistics before the update. False is for a step that is run again.
+        domain : int from 0 to K - 1 in a layer of K domains: the statistics that this call uses and updates.
         out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
 
         Returns
@@ -276,7 +394,8 @@ class BatchNorm:
 
         Notes
         -----
-        Memory: y, and what `batch_norm` takes. Training: one thread at a time; evaluation: any.
+        Memory: y, and what `batch_norm` takes. With `out` and ``nonfinite="raise"``, x is read once more, before out
+        is written. Training: one thread at a time; evaluation: any.
 
         Examples
         --------
@@ -287,7 +406,21 @@ class BatchNorm:
 
         """
         _validate_state.x_channels(x, self._axis, self._channels)
-        return self._train(x, out) if self._training else self._evaluate(x, out)
+        k = _validate_state.domain(domain, self._domains)
+        by_batch = update = self._training and not self._frozen_statistics
+        if use_stats is not None:
+            by_batch = _validate_state.choice("use_stats", use_stats, USE_STATS) == "batch"
+        if update_stats is not None:
+            update = _validate_state.flag("update_stats", update_stats)
+            if update and self._frozen_statistics:
+                raise _validate_state.update_of_frozen()
+        counted = {"mask": mask, "weights": weights, "lengths": lengths, "padding": padding}
+        how = {name: value for name, value in counted.items() if value is not None}
+        if by_batch and self._single_value != "raise" and _is_single_value(x, self._axis):
+            return self._single(x, out, k)
+        if by_batch:
+            return self._by_batch(x, out, k, how, update)
+        return self._by_running(x, out, k, how, update)
 
     def backward(
         self,
@@ -345,6 +478,8 @@ class BatchNorm:
         if last is None:
             raise _validate_state.no_forward_call()
         x, gradients = last
+        if self._frozen_affine:
+            needs = ("x",) if _validate.needs(needs)[0] else ()
         dx, dgamma, dbeta = gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
         dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
         if _same_memory(x, out):
@@ -352,40 +487,91 @@ class BatchNorm:
         self._dgamma, self._dbeta = dgamma, dbeta
         return dx
 
-    def _train(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
+    def _by_batch(
+        self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
+    ) -> NDArray[Any]:
         gamma = _snapshot(self._gamma)
+        if out is not None and update and self._nonfinite == "raise":
+            self._refuse_nonfinite(x, how)
         y, saved = batch_norm(
-            x, gamma, self._beta, axis=self._axis, eps=self._eps, out=out, num_threads=self._num_threads
-        )
-        statistics = self._statistics
-        last_call: _LastCall | None = (x, partial(batch_norm_backward, saved=saved))
-        if x.size > 0:
-            statistics = _updated_statistics(statistics, saved.moments, self._update_rate, self._ddof)
-            if saved.x is None:  # out was x
-                last_call = None
-        # From here on nothing can raise.
-        self._statistics, self._last_call = statistics, last_call
-        return y
-
-    def _evaluate(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any]:
-        gamma, statistics = _snapshot(self._gamma), self._statistics
-        mean, var = statistics.mean, statistics.var
-        y = normalize(
             x,
-            mean,
-            var,
             gamma,
             self._beta,
             axis=self._axis,
             eps=self._eps,
             out=out,
             num_threads=self._num_threads,
+            **how,
         )
-        gradients = partial(
-            normalize_backward, x=x, mean=mean, var=var, gamma=gamma, axis=self._axis, eps=self._eps
+        statistics = self._updated(k, saved.moments, how) if update and x.size > 0 else self._statistics
+        last_call: _LastCall | None = (x, partial(batch_norm_backward, saved=saved))
+        if x.size > 0 and saved.x is None:  # out was x
+            last_call = None
+        # From here on nothing can raise.
+        self._statistics, self._last_call = statistics, last_call
+        return y
+
+    def _by_running(
+        self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
+    ) -> NDArray[Any]:
+        gamma, all_statistics = _snapshot(self._gamma), self._statistics
+        statistics = all_statistics[k]
+        batch = (
+            moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
+            if update
+            else None
         )
+        if batch is not None and x.size > 0:
+            _validate.batch_values(x, self._axis % x.ndim)
+            all_statistics = self._updated(k, batch, how)
+        how = _for_given_statistics(how)
+        settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **how}
+        mean, var = statistics.mean, statistics.var
+        y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
+        gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
+        last_call = None if _same_memory(x, out) else (x, gradients)
+        self._last_call = last_call
+        if update:
+            self._statistics = all_statistics
+        return y
+
+    def _single(self, x: NDArray[Any], out: NDArray[Any] | None, k: int) -> NDArray[Any]:
+        """Normalize one value a channel: by running statistics, or by itself and no variance, which gives beta."""
+        if self._single_value == "use_running":
+            return self._by_running(x, out, k, {}, False)
+        gamma = _snapshot(self._gamma)
+        settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0}
+        mean, var = x.reshape(-1).astype(np.float64), np.zeros(self._channels)
+        y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
+        gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
         self._last_call = None if _same_memory(x, out) else (x, gradients)
         return y
+
+    def _refuse_nonfinite(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
+        batch = moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
+        channel = _core.first_nonfinite(batch._table)
+        if channel >= 0:
+            raise ValueError(_validate_state.nonfinite_batch(channel))
+
+    def _updated(self, k: int, batch: Moments, how: Mapping[str, Any]) -> tuple[_Statistics, ...]:
+        """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
+        before = self._statistics
+        if how and not batch.count.any():
+            return before
+        if self._nonfinite != "propagate":
+            channel = _core.first_nonfinite(batch._table)
+            if channel >= 0:
+                if self._nonfinite == "raise":
+                    raise ValueError(_validate_state.nonfinite_batch(channel))
+                if self._nonfinite == "warn":
+                    text = _validate_state.nonfinite_batch(channel)
+                    warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=4)
+                return before
+        rate = self._update_rate
+        if self._debias and rate:
+            rate = _debiased_rate(rate, before[k].update_count + 1)
+        after = _updated_statistics(before[k], batch, rate, self._ddof)
+        return (after,) if len(before) == 1 else (*before[:k], after, *before[k + 1 :])
 
     def _as_gradient(
         self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None
@@ -404,17 +590,31 @@ class BatchNorm:
         return _validate_state.Entry((self._channels,), self._dtype)
 
     def _state_entries(self) -> dict[str, _validate_state.Entry]:
-        per_channel = _validate_state.Entry((self._channels,), np.dtype(np.float64))
         entries = {}
         if self._gamma is not None:
             entries["gamma"] = self._parameter_entry
         if self._beta is not None:
             entries["beta"] = self._parameter_entry
-        entries |= {"running_mean": per_channel, "running_var": per_channel}
+        return entries | self._statistics_entries()
+
+    def _statistics_entries(self) -> dict[str, _validate_state.Entry]:
+        """Entries of one domain's statistics."""
+        per_channel = _validate_state.Entry((self._channels,), np.dtype(np.float64))
+        entries = {"running_mean": per_channel, "running_var": per_channel}
         entries["update_count"] = _validate_state.Entry((), np.dtype(np.int64))
         if self._update_rate is None:
             entries["running_moments"] = _validate_state.Entry((self._channels, 5), np.dtype(np.float64))
         return entries
+
+    def _file_entries(self) -> dict[str, _validate_state.Entry]:
+        """Entries of a whole state, that is with an axis of domains."""
+        if self._domains is None:
+            return self._state_entries()
+        wide = {
+            name: _validate_state.Entry((self._domains, *entry.shape), entry.dtype)
+            for name, entry in self._statistics_entries().items()
+        }
+        return self._state_entries() | wide
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
         """Return the state as fresh arrays: what a layer of the same settings needs to go on bit for bit.
@@ -424,6 +624,7 @@ class BatchNorm:
         gamma, beta : (C,) of `dtype`; absent where the layer has none.
         running_mean, running_var : float64 (C,); the variance unbiased or not, as `ddof` says.
         update_count : int64, no axes.
+        All but gamma and beta have a first axis of K with K domains.
         running_moments : float64 (C, 5), only with ``update_rate=None``: for each channel the count of values
             seen, their mean and m2 = sum((x - mean)**2), mean and m2 in two parts each.
 
@@ -437,18 +638,15 @@ class BatchNorm:
         ['gamma', 'running_mean', 'running_var', 'update_count']
 
         """
-        statistics = self._statistics
         state: dict[str, NDArray[Any]] = {}
         if self._gamma is not None:
             state["gamma"] = self._gamma.copy()
         if self._beta is not None:
             state["beta"] = self._beta.copy()
-        state["running_mean"] = statistics.mean.copy()
-        state["running_var"] = statistics.var.copy()
-        state["update_count"] = np.array(statistics.update_count, np.int64)
-        if statistics.pooled is not None:
-            state["running_moments"] = np.array(statistics.pooled._table)
-        return state
+        parts = [_state_of(statistics) for statistics in self._statistics]
+        if self._domains is None:
+            return state | parts[0]
+        return state | {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Take over a state as `state_dict` gives it, all or nothing; the arrays are copied.
@@ -473,13 +671,25 @@ class BatchNorm:
         array([0.2, 0.3])
 
         """
-        checked = _validate_state.state(state, self._state_entries())
+        statistics = []
+        for k in range(self._domains or 1):
+            checked, one = self._checked_state(state, k)
+            statistics.append(one)
+        self._gamma, self._beta = checked.get("gamma"), checked.get("beta")
+        self._statistics = tuple(statistics)
+
+    def _checked_state(self, state: Mapping[str, Any], k: int) -> tuple[dict[str, NDArray[Any]], _Statistics]:
+        """Check all entries with the statistics of domain `k` for those of the layer."""
+        entries = self._state_entries()
+        if self._domains is not None:
+            own = self._statistics_entries()
+            shared = {name: entry for name, entry in entries.items() if name not in own}
+            state = _validate_state.of_domain(state, own, shared, self._domains, k)
+        checked = _validate_state.state(state, entries)
         count = int(checked["update_count"])
         if self._update_rate is None:
-            statistics = self._checked_pooled(checked, count)
-        else:
-            statistics = _Statistics(checked["running_mean"], checked["running_var"], count, None)
-        self._gamma, self._beta, self._statistics = checked.get("gamma"), checked.get("beta"), statistics
+            return checked, self._checked_pooled(checked, count)
+        return checked, _Statistics(checked["running_mean"], checked["running_var"], count, None)
 
     def _checked_pooled(self, checked: Mapping[str, NDArray[Any]], count: int) -> _Statistics:
         table = checked["running_moments"]
@@ -510,8 +720,9 @@ class BatchNorm:
         [1. 1.]
 
         """
-        entries = self._state_entries()
-        state = _validate_state.state(self.state_dict(), entries)
+        state = self.state_dict()
+        for k in range(self._domains or 1):
+            self._checked_state(state, k)
         state_file.write_state(path, state)
 
     def load(self, path: str | os.PathLike[str]) -> None:
@@ -540,7 +751,7 @@ class BatchNorm:
         array([1.1, 1.1])
 
         """
-        self.load_state_dict(state_file.read_state(path, self._state_entries()))
+        self.load_state_dict(state_file.read_state(path, self._file_entries()))
 
     # ---- as a Python object ----
 
@@ -558,8 +769,19 @@ class BatchNorm:
             settings.append("beta=False")
         if self._dtype != np.float32:
             settings.append(f"dtype='{self._dtype}'")
+        if self._debias:
+            settings.append("debias=True")
+        if self._nonfinite != "warn":
+            settings.append(f"nonfinite={self._nonfinite!r}")
+        if self._single_value != "raise":
+            settings.append(f"single_value={self._single_value!r}")
+        if self._domains is not None:
+            settings.append(f"domains={self._domains}")
         if self._num_threads is not None:
             settings.append(f"num_threads={self._num_threads}")
+        frozen = [name for name in ("statistics", "affine") if getattr(self, f"_frozen_{name}")]
+        if frozen:
+            settings.append(f"frozen: {' and '.join(frozen)}")
         return f"BatchNorm({', '.join(settings)})"
 
     def __copy__(self) -> Self:
@@ -573,6 +795,41 @@ def _initial_statistics(channels: int, update_rate: float | None, ddof: int) -> 
     if update_rate is None:
         return _pooled_statistics(Moments.empty(channels), 0, ddof)
     return _Statistics(np.zeros(channels), np.ones(channels), 0, None)
+
+
+def _state_of(statistics: _Statistics) -> dict[str, NDArray[Any]]:
+    state: dict[str, NDArray[Any]] = {
+        "running_mean": statistics.mean.copy(),
+        "running_var": statistics.var.copy(),
+        "update_count": np.array(statistics.update_count, np.int64),
+    }
+    if statistics.pooled is not None:
+        state["running_moments"] = np.array(statistics.pooled._table)
+    return state
+
+
+def _debiased_rate(rate: float, count: int) -> float:
+    """Share of the batch that is the `count`-th: what it weighs of all that have been seen."""
+    return rate if rate == 1 else rate / -math.expm1(count * math.log1p(-rate))
+
+
+def _is_single_value(x: object, axis: int) -> bool:
+    return isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and 0 < x.size == x.shape[axis]
+
+
+def _without_padding(how: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in how.items() if name != "padding"}
+
+
+def _for_given_statistics(how: Mapping[str, Any]) -> dict[str, Any]:
+    """Give what `normalize` takes of it: of weights only where they are 0, and only if that is padding."""
+    rest = dict(how)
+    weights = rest.pop("weights", None)
+    if weights is None:
+        return rest
+    if rest.get("padding", "normalize") == "normalize":
+        return {}
+    return rest | {"mask": np.asarray(weights) != 0}
 
 
 def _updated_statistics(

@@ -5,6 +5,8 @@
 // mean_lo, m2, m2_lo. GradSums are float64 tables (channels, 4): sum_dy, sum_dy_lo, sum_dy_xmu, sum_dy_xmu_lo.
 #include <pybind11/stl.h>
 
+#include <algorithm>
+#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -153,6 +155,14 @@ py::array_t<double> py_rstd(const py::array& moments_table, double eps) {
   return each_channel(moments_table, [eps](const Moments& m) { return rstd(m, eps); });
 }
 
+// The first channel whose mean or m2 is infinite or NaN; -1: none.
+std::int64_t py_first_nonfinite(const py::array& moments_table) {
+  const auto stats = table<Moments>(moments_table, "moments");
+  const auto bad = [](const Moments& m) { return !std::isfinite(m.mean) || !std::isfinite(m.m2); };
+  const auto found = std::find_if(stats.begin(), stats.end(), bad);
+  return found == stats.end() ? -1 : found - stats.begin();
+}
+
 // A new array of the same float64 values.
 py::array_t<double> copy_of(const py::array& a, const char* name) {
   check_contiguous(a, name);
@@ -209,6 +219,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("merge", &py_merge, py::arg("a"), py::arg("b"), "Moments of the union, channel by channel.");
   m.def("variance", &py_variance, py::arg("moments"), py::arg("ddof"), "m2/(count - ddof).");
   m.def("rstd", &py_rstd, py::arg("moments"), py::arg("eps"), "1/sqrt(var + eps), var biased.");
+  m.def("first_nonfinite", &py_first_nonfinite, py::arg("moments"),
+        "The first channel whose mean or m2 is not finite; -1: none.");
   m.def("update_running", &py_update_running, py::arg("mean"), py::arg("var"), py::arg("moments"),
         py::arg("update_rate"), py::arg("ddof"), "The running statistics after one batch, as new arrays.");
 

@@ -1,0 +1,436 @@
+"""What a layer's state takes in: policies, freezing, per-call choices, debiased starts, domains, masks."""
+
+import copy
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm import _core, layers
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(3, 2, (8, 3, 5)).astype(np.float32)
+DY = RNG.normal(size=X.shape).astype(np.float32)
+
+
+def bits(layer):
+    """Give all that a call could change, as bytes."""
+    state = layer.state_dict()
+    arrays = {**state, "dgamma": layer.dgamma, "dbeta": layer.dbeta}
+    flags = layer.training, layer.frozen_statistics, layer.frozen_affine
+    return {name: None if a is None else a.tobytes() for name, a in arrays.items()}, flags
+
+
+def trained(**settings):
+    layer = bn.BatchNorm(3, **settings)
+    options = {} if layer.domains is None else {"domain": 1}
+    layer(X, **options)
+    layer.backward(DY)
+    return layer
+
+
+def poisoned(value):
+    x = X.copy()
+    x[2, 1, 3] = value
+    return x
+
+
+# ---- batches that are not finite ---------------------------------------------------------------------------
+
+every_bad = pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+every_rate = pytest.mark.parametrize("update_rate", [0.1, 1.0, None])
+
+
+@every_bad
+@every_rate
+def test_a_poisoned_batch_under_skip_leaves_state_and_count_bit_for_bit(bad, update_rate):
+    layer = trained(nonfinite="skip", update_rate=update_rate)
+    before = bits(layer)
+    y = layer(poisoned(bad))
+    assert bits(layer) == before
+    assert np.isfinite(y[:, [0, 2]]).all()
+    layer(X)
+    assert layer.update_count == 2
+
+
+@every_rate
+def test_by_default_a_poisoned_batch_is_left_out_with_a_warning(update_rate):
+    layer = trained(update_rate=update_rate)
+    before = bits(layer)
+    with pytest.warns(
+        RuntimeWarning, match=r"got infinity or NaN in channel 1: they are left as they are"
+    ) as told:
+        layer(poisoned(np.nan))
+    assert told[0].filename == __file__
+    assert bits(layer) == before
+
+
+def test_a_warning_that_is_an_error_changes_nothing():
+    layer = trained()
+    before = bits(layer)
+    with pytest.raises(RuntimeWarning):
+        layer(poisoned(np.nan))
+    assert bits(layer) == before
+    assert layer.backward(DY).shape == X.shape  # of the call before
+
+
+@pytest.mark.parametrize("has_out", [False, True])
+def test_a_poisoned_batch_under_raise_changes_and_writes_nothing(has_out):
+    layer = trained(nonfinite="raise")
+    before, out = bits(layer), np.full_like(X, 9)
+    expected = layer.backward(DY)
+    with pytest.raises(
+        ValueError, match="x must have finite statistics to update the running ones, got infinity"
+    ):
+        layer(poisoned(np.inf), out=out if has_out else None)
+    assert bits(layer) == before
+    assert (out == 9).all()
+    assert (layer.backward(DY) == expected).all()
+
+
+def test_a_poisoned_batch_that_updates_nothing_is_nobodys_business():
+    layer = trained(nonfinite="raise")
+    before = bits(layer)
+    layer(poisoned(np.nan), update_stats=False)
+    layer.eval()(poisoned(np.nan))
+    layer.train()
+    assert bits(layer) == before
+
+
+def test_a_value_too_large_for_a_variance_is_not_finite_either():
+    layer = bn.BatchNorm(1, nonfinite="raise")
+    with pytest.raises(ValueError, match="channel 0"):
+        layer(np.array([[1e200], [-1e200]]))
+
+
+# ---- one value a channel -----------------------------------------------------------------------------------
+
+ONE = np.array([[1.0, 2.0, 3.0]], np.float32)
+
+
+def test_one_value_a_channel_raises_by_default():
+    with pytest.raises(ValueError, match="x must have at least 2 values per channel"):
+        bn.BatchNorm(3)(ONE)
+
+
+def test_one_value_a_channel_can_use_the_running_statistics():
+    layer = trained(single_value="use_running")
+    before = bits(layer)[0]["running_mean"], layer.update_count
+    y, dx = layer(ONE), layer.backward(ONE)
+    same = copy.copy(layer).eval()
+    assert (y == same(ONE)).all()
+    assert (dx == same.backward(ONE)).all()
+    assert (layer.running_mean.tobytes(), layer.update_count) == before
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_one_value_a_channel_can_be_skipped_and_gives_beta(axis):
+    layer = bn.BatchNorm(3, single_value="skip", axis=axis)
+    layer.beta = np.array([4, 5, 6], np.float32)
+    x = ONE if axis == 1 else np.ascontiguousarray(ONE.T)
+    y = layer(x)
+    assert y.ravel().tolist() == [4, 5, 6]
+    assert (layer.backward(x) == 0).all()
+    assert layer.dgamma.tolist() == [0, 0, 0]
+    assert layer.dbeta.tolist() == [1, 2, 3]
+    assert layer.update_count == 0
+
+
+# ---- per-call choices --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("use", [None, "batch", "running"])
+@pytest.mark.parametrize("update", [None, True, False])
+def test_any_choice_of_statistics_and_update_works_in_any_mode(training, use, update):
+    layer = trained().train(training)
+    before = copy.copy(layer)
+    by_batch = training if use is None else use == "batch"
+    updates = training if update is None else update
+    other = np.float32(2) * X + 1
+    y = layer(other, use_stats=use, update_stats=update)
+    expected = before.train()(other) if by_batch else before.eval()(other)
+    assert y.tobytes() == expected.tobytes()
+    assert layer.backward(DY).tobytes() == before.backward(DY).tobytes()
+    assert layer.update_count == 1 + updates
+    reference = trained()
+    if updates:
+        reference(other)
+    assert layer.running_mean.tobytes() == reference.running_mean.tobytes()
+    assert layer.running_var.tobytes() == reference.running_var.tobytes()
+    assert layer.training is training
+
+
+def test_a_step_that_is_run_again_leaves_the_statistics_alone():
+    layer = trained()
+    first = layer(X)
+    before = layer.state_dict()
+    again = layer(X, update_stats=False)
+    assert again.tobytes() == first.tobytes()
+    assert all((layer.state_dict()[name] == before[name]).all() for name in before)
+
+
+# ---- freezing ----------------------------------------------------------------------------------------------
+
+
+def test_frozen_statistics_survive_mode_switches_copies_and_pickles():
+    layer = trained().freeze(affine=False)
+    before = layer.running_mean.tobytes()
+    for one in (layer, layer.eval().train(), copy.copy(layer), pickle.loads(pickle.dumps(layer))):
+        y = one(X)
+        assert one.frozen_statistics
+        assert not one.frozen_affine
+        assert one.running_mean.tobytes() == before
+        assert y.tobytes() == trained().eval()(X).tobytes()
+        dx = one.backward(DY)
+        same = trained().eval()
+        same(X)
+        assert dx.tobytes() == same.backward(DY).tobytes()
+        assert one.dgamma.tobytes() == same.dgamma.tobytes()
+    assert "frozen: statistics" in repr(layer)
+
+
+def test_a_frozen_affine_has_no_gradients():
+    layer = trained().freeze(statistics=False)
+    layer(X)
+    assert layer.backward(DY) is not None
+    assert layer.dgamma is None
+    assert layer.dbeta is None
+    assert layer.update_count == 2
+    layer.unfreeze()
+    layer.backward(DY)
+    assert layer.dgamma is not None
+
+
+def test_unfrozen_layers_go_on_as_if_nothing_had_been():
+    layer, other = trained(), trained()
+    layer.freeze()
+    layer(X * 5)
+    layer.unfreeze()
+    layer(X)
+    other(X)
+    assert layer.running_var.tobytes() == other.running_var.tobytes()
+
+
+def test_frozen_statistics_cannot_be_updated_by_a_call():
+    layer = trained().freeze()
+    with pytest.raises(
+        ValueError, match="update_stats must not be True while the layer's statistics are frozen"
+    ):
+        layer(X, update_stats=True)
+    assert layer.update_count == 1
+
+
+# ---- a debiased start --------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("rate", [0.01, 0.3, 1.0])
+def test_debiased_statistics_are_the_weighted_average_of_the_batches(rate):
+    layer = bn.BatchNorm(3, update_rate=rate, debias=True)
+    means, variances = [], []
+    for step in range(12):
+        batch = X * np.float32(step + 1)
+        layer(batch)
+        m = bn.moments(batch)
+        means.append(m.mean)
+        variances.append(m.var(1))
+        weights = rate * (1 - rate) ** np.arange(step, -1, -1.0)
+        for running, seen in ((layer.running_mean, means), (layer.running_var, variances)):
+            expected = np.average(seen, axis=0, weights=weights)
+            np.testing.assert_allclose(running, expected, rtol=1e-12)
+    assert layer.running_mean is not None
+
+
+def test_the_first_debiased_update_stores_the_batch_and_evaluation_before_it_is_defined():
+    layer = bn.BatchNorm(3, debias=True)
+    assert (layer.eval()(X) == bn.normalize(X, np.zeros(3), np.ones(3), layer.gamma, layer.beta)).all()
+    layer.train()(X)
+    np.testing.assert_allclose(layer.running_mean, bn.moments(X).mean, rtol=1e-15)
+
+
+def test_a_saved_debiased_layer_goes_on_bit_for_bit(tmp_path):
+    a, b = bn.BatchNorm(3, debias=True), bn.BatchNorm(3, debias=True)
+    a(X)
+    a.save(tmp_path / "a")
+    b.load(tmp_path / "a")
+    a(X * 2)
+    b(X * 2)
+    assert bits(a)[0]["running_var"] == bits(b)[0]["running_var"]
+
+
+def test_pooled_statistics_have_no_bias_to_correct():
+    with pytest.raises(ValueError, match="debias must be False where update_rate is None"):
+        bn.BatchNorm(3, update_rate=None, debias=True)
+
+
+# ---- domains -----------------------------------------------------------------------------------------------
+
+
+@every_rate
+def test_each_domain_has_the_statistics_of_a_layer_of_its_own(update_rate):
+    layer = bn.BatchNorm(3, domains=4, update_rate=update_rate)
+    alone = [bn.BatchNorm(3, update_rate=update_rate) for _ in range(4)]
+    for step in range(9):
+        k = step * step % 4
+        x = X * np.float32(step + 1)
+        assert layer(x, domain=k).tobytes() == alone[k](x).tobytes()
+    assert layer.running_mean.tobytes() == np.stack([a.running_mean for a in alone]).tobytes()
+    assert layer.running_var.tobytes() == np.stack([a.running_var for a in alone]).tobytes()
+    assert layer.update_count.tolist() == [a.update_count for a in alone]
+    layer.eval()
+    for k in range(4):
+        assert layer(X, domain=k).tobytes() == alone[k].eval()(X).tobytes()
+
+
+@every_rate
+def test_the_state_of_domains_goes_through_files(tmp_path, update_rate):
+    layer = trained(domains=2, update_rate=update_rate)
+    layer.save(tmp_path / "state")
+    other = bn.BatchNorm(3, domains=2, update_rate=update_rate)
+    other.load(tmp_path / "state")
+    assert bits(other)[0]["running_var"] == bits(layer)[0]["running_var"]
+    assert other.update_count.tolist() == [0, 1]
+    with pytest.raises(ValueError, match="must"):
+        bn.BatchNorm(3, domains=3, update_rate=update_rate).load(tmp_path / "state")
+    with pytest.raises(ValueError, match="running_mean must have shape"):
+        bn.BatchNorm(3, domains=3, update_rate=update_rate).load_state_dict(layer.state_dict())
+
+
+def test_a_bad_domain_of_a_state_changes_nothing():
+    layer = trained(domains=2)
+    before, state = bits(layer), layer.state_dict()
+    state["running_var"][1, 2] = -1
+    with pytest.raises(ValueError, match=r"running_var must be >= 0, got -1\.0 in channel 2"):
+        layer.load_state_dict(state)
+    assert bits(layer) == before
+
+
+@pytest.mark.parametrize(
+    ("domains", "domain", "error", "text"),
+    [
+        (None, 0, ValueError, "domain must be None in a layer built without domains, got 0"),
+        (2, None, TypeError, "domain must be an int from 0 to 1 in a layer of 2 domains, got None"),
+        (2, 2, ValueError, "domain must be from 0 to 1, got 2"),
+        (2, -1, ValueError, "domain must be from 0 to 1, got -1"),
+        (2, "a", TypeError, "domain must be an int, got str"),
+    ],
+)
+def test_a_domain_that_is_not_there_is_named(domains, domain, error, text):
+    layer = bn.BatchNorm(3, domains=domains)
+    before = bits(layer)
+    with pytest.raises(error) as caught:
+        layer(X, domain=domain)
+    assert str(caught.value) == text
+    assert bits(layer) == before
+
+
+# ---- masks -------------------------------------------------------------------------------------------------
+
+MASK = RNG.random((8, 5)) < 0.5
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_takes_masks_in_both_modes(training):
+    layer = trained().train(training)
+    mean, var = layer.running_mean, layer.running_var
+    y = layer(X, mask=MASK)
+    if training:
+        expected, saved = bn.batch_norm(X, layer.gamma, layer.beta, mask=MASK)
+        assert (layer.running_mean == 0.9 * mean + 0.1 * saved.moments.mean).all()
+        gradients = bn.batch_norm_backward(DY, saved)
+    else:
+        expected = bn.normalize(X, mean, var, layer.gamma, layer.beta, mask=MASK)
+        gradients = bn.normalize_backward(DY, X, mean, var, layer.gamma, mask=MASK)
+    assert y.tobytes() == expected.tobytes()
+    assert layer.backward(DY).tobytes() == gradients.dx.tobytes()
+    assert layer.dgamma.tobytes() == gradients.dgamma.tobytes()
+
+
+@pytest.mark.parametrize("update_rate", [0.1, None])
+def test_a_mask_that_is_all_false_updates_nothing(update_rate):
+    layer = trained(update_rate=update_rate)
+    before = bits(layer)
+    y = layer(X, mask=np.zeros((8, 5), bool))
+    assert (y == 0).all()
+    assert bits(layer) == before
+
+
+def test_weights_do_not_matter_to_given_statistics_but_where_they_are_padding():
+    layer = trained().eval()
+    weights = np.where(MASK, 2.0, 0.0)
+    assert (layer(X, weights=weights) == layer(X)).all()
+    assert (layer(X, weights=weights, padding="zero") == layer(X, mask=MASK)).all()
+
+
+# ---- calls that fail ---------------------------------------------------------------------------------------
+
+
+def points_of_failure():
+    """Give the functions that a call of a layer goes through, by the names it knows them by."""
+    names = ["batch_norm", "normalize", "moments", "update_running", "partial", "_updated_statistics"]
+    return [(layers, name) for name in names] + [(_core, "first_nonfinite"), (warnings, "warn")]
+
+
+@pytest.mark.parametrize(
+    ("module", "name"), points_of_failure(), ids=lambda p: p if isinstance(p, str) else ""
+)
+@pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("use", ["batch", "running"])
+@pytest.mark.parametrize("rate", [0.1, None])
+def test_a_call_that_fails_anywhere_changes_nothing(monkeypatch, module, name, after, use, rate):
+    layer = trained(update_rate=rate)
+    before, dx = bits(layer), layer.backward(DY)
+    before = bits(layer)
+    x = poisoned(np.nan) if name == "warn" else X * 2
+    original, calls = getattr(module, name), []
+
+    def fail(*arguments, **options):
+        calls.append(name)
+        if after:
+            original(*arguments, **options)
+        raise MemoryError("injected")
+
+    monkeypatch.setattr(module, name, fail)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        try:
+            layer(x, use_stats=use, update_stats=True)
+        except MemoryError:
+            assert bits(layer) == before
+        else:
+            assert not calls  # the call does not go through it
+    monkeypatch.undo()
+    if calls:
+        assert (layer.backward(DY) == dx).all()
+        assert bits(layer) == before
+
+
+def test_a_backward_that_fails_changes_no_gradient(monkeypatch):
+    layer = trained()
+    before = bits(layer)
+    monkeypatch.setattr(layer, "_as_gradient", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        layer.backward(DY * 3)
+    assert bits(layer) == before
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        (
+            {"nonfinite": "drop"},
+            ValueError,
+            "nonfinite must be 'raise' or 'skip' or 'warn' or 'propagate', got 'drop'",
+        ),
+        ({"single_value": 1}, ValueError, "single_value must be 'raise' or 'use_running' or 'skip', got 1"),
+        ({"debias": 1}, TypeError, "debias must be True or False, got int"),
+        ({"domains": 0}, ValueError, "domains must be >= 1 or None, got 0"),
+        ({"domains": 1.5}, TypeError, "domains must be an int, got float"),
+    ],
+)
+def test_a_mistaken_setting_is_named(settings, error, text):
+    with pytest.raises(error) as caught:
+        bn.BatchNorm(3, **settings)
+    assert str(caught.value) == text
