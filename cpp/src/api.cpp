@@ -41,6 +41,44 @@ void check_gradients(std::span<const T> dy, std::span<const T> x, const Problem&
   if (dbeta.wanted()) check::channels("dbeta", dbeta.size(), problem);
 }
 
+template <class T>
+void check_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& problem, ChannelValues gamma,
+               const Tangents& tangents, double eps, std::span<T> y_dot) {
+  check::channels_or_absent("gamma", gamma, problem);
+  check::channels_or_absent("gamma_dot", tangents.gamma, problem);
+  check::channels_or_absent("beta_dot", tangents.beta, problem);
+  check::channels_or_absent("mean_dot", tangents.mean, problem);
+  check::channels_or_absent("var_dot", tangents.var, problem);
+  check::eps(eps);
+  check_output("y_dot", y_dot, problem, x_dot, "x_dot");
+  check::no_partial_overlap("y_dot", y_dot.data(), "x", x.data(), x.size_bytes());
+}
+
+// Sizes and overlaps of the tensors. ddy is written before dx is computed from v, dy and x.
+template <class T>
+void check_second_tensors(std::span<const T> v, std::span<const T> dy, std::span<const T> x, const Problem& problem,
+                          std::span<T> ddy, std::span<T> dx) {
+  check::size("v", v.size(), problem);
+  for (const auto& [name, in] : {std::pair{"v", v}, {"dy", dy}, {"x", x}}) {
+    if (!ddy.empty()) check_output("ddy", ddy, problem, in, name);
+    if (!dx.empty()) check_output("dx", dx, problem, in, name);
+    if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy.data(), name, in.data(), in.size_bytes());
+  }
+  if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy.data(), "dx", dx.data(), dx.size_bytes());
+}
+
+template <class T>
+void check_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x, const Problem& problem,
+                           ChannelValues gamma, const Cotangents& w, double eps, std::span<T> ddy, std::span<T> dx,
+                           ChannelOutput dgamma) {
+  check::channels_or_absent("gamma", gamma, problem);
+  check::channels_or_absent("v_dgamma", w.dgamma, problem);
+  check::channels_or_absent("v_dbeta", w.dbeta, problem);
+  check::eps(eps);
+  check_second_tensors(v, dy, x, problem, ddy, dx);
+  if (dgamma.wanted()) check::channels("dgamma", dgamma.size(), problem);
+}
+
 template <class F>
 auto in_default_environment(F f) {
   decltype(f()) result{};
@@ -198,24 +236,100 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
                          options.threads);
 }
 
-#define BN_INSTANTIATE(T)                                                                                             \
-  template void moments(std::span<const T>, const Problem&, std::span<Moments>, const Options&);                      \
-  template void batch_norm(std::span<const T>, const Problem&, ChannelValues, ChannelValues, double, std::span<T>,    \
-                           std::span<Moments>, const Options&);                                                       \
-  template void normalize(std::span<const T>, const Problem&, ChannelValues, ChannelValues, ChannelValues,            \
-                          ChannelValues, double, std::span<T>, const Options&);                                       \
-  template void normalize(std::span<const T>, const Problem&, std::span<const Moments>, ChannelValues, ChannelValues, \
-                          double, std::span<T>, const Options&);                                                      \
-  template void grad_sums(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,           \
-                          std::span<GradSums>, const Options&);                                                       \
-  template void grad_input(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,          \
-                           std::span<const GradSums>, ChannelValues, double, std::span<T>, const Options&);           \
-  template void batch_norm_backward(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>, \
-                                    ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,                \
-                                    const Options&);                                                                  \
-  template void normalize_backward(std::span<const T>, std::span<const T>, const Problem&, ChannelValues,             \
-                                   ChannelValues, ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,  \
-                                   const Options&);
+template <class T>
+void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& problem,
+                    std::span<const Moments> saved, ChannelValues gamma, ChannelValues gamma_dot,
+                    ChannelValues beta_dot, double eps, std::span<T> y_dot, const Options& options) {
+  const DefaultFloatingPoint environment;
+  const Tangents tangents{gamma_dot, beta_dot, {}, {}};
+  check_common(problem, options);
+  check::size("x_dot", x_dot.size(), problem);
+  check::size("x", x.size(), problem);
+  check::channels("saved", saved.size(), problem);
+  check::counts_of_batch("saved", saved, problem);
+  check_jvp(x_dot, x, problem, gamma, tangents, eps, y_dot);
+  run_batch_norm_jvp<T>(x_dot.data(), x.data(), problem, saved.data(), nullptr, gamma, tangents, eps, y_dot.data(),
+                        options.threads);
+}
+
+template <class T>
+void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& problem, ChannelValues mean,
+                   ChannelValues var, ChannelValues gamma, ChannelValues mean_dot, ChannelValues var_dot,
+                   ChannelValues gamma_dot, ChannelValues beta_dot, double eps, std::span<T> y_dot,
+                   const Options& options) {
+  const DefaultFloatingPoint environment;
+  const Tangents tangents{gamma_dot, beta_dot, mean_dot, var_dot};
+  check_common(problem, options);
+  check::size("x_dot", x_dot.size(), problem);
+  check::size("x", x.size(), problem);
+  check::channels_present("mean", mean, problem);
+  check::channels_present("var", var, problem);
+  check::variances(var);
+  check_jvp(x_dot, x, problem, gamma, tangents, eps, y_dot);
+  run_normalize_jvp<T>(x_dot.data(), x.data(), problem, {mean, var}, gamma, tangents, eps, y_dot.data(),
+                       options.threads);
+}
+
+template <class T>
+void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x,
+                                const Problem& problem, std::span<const Moments> saved, ChannelValues gamma,
+                                ChannelValues v_dgamma, ChannelValues v_dbeta, double eps, std::span<T> ddy,
+                                std::span<T> dx, ChannelOutput dgamma, const Options& options) {
+  const DefaultFloatingPoint environment;
+  const Cotangents w{v_dgamma, v_dbeta};
+  check_backward(dy, x, problem, options);
+  check::channels("saved", saved.size(), problem);
+  check::counts_of_batch("saved", saved, problem);
+  check_double_backward(v, dy, x, problem, gamma, w, eps, ddy, dx, dgamma);
+  run_batch_norm_double_backward<T>(v.data(), dy.data(), x.data(), problem, saved.data(), gamma, w, eps,
+                                    {data_or_null(ddy), data_or_null(dx), dgamma}, options.threads);
+}
+
+template <class T>
+void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x,
+                               const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
+                               ChannelValues v_dgamma, ChannelValues v_dbeta, double eps, std::span<T> ddy,
+                               std::span<T> dx, ChannelOutput dgamma, const Options& options) {
+  const DefaultFloatingPoint environment;
+  const Cotangents w{v_dgamma, v_dbeta};
+  check_backward(dy, x, problem, options);
+  check::channels_present("mean", mean, problem);
+  check::channels_present("var", var, problem);
+  check::variances(var);
+  check_double_backward(v, dy, x, problem, gamma, w, eps, ddy, dx, dgamma);
+  run_normalize_double_backward<T>(v.data(), dy.data(), x.data(), problem, {mean, var}, gamma, w, eps,
+                                   {data_or_null(ddy), data_or_null(dx), dgamma}, options.threads);
+}
+
+#define BN_INSTANTIATE(T)                                                                                              \
+  template void moments(std::span<const T>, const Problem&, std::span<Moments>, const Options&);                       \
+  template void batch_norm(std::span<const T>, const Problem&, ChannelValues, ChannelValues, double, std::span<T>,     \
+                           std::span<Moments>, const Options&);                                                        \
+  template void normalize(std::span<const T>, const Problem&, ChannelValues, ChannelValues, ChannelValues,             \
+                          ChannelValues, double, std::span<T>, const Options&);                                        \
+  template void normalize(std::span<const T>, const Problem&, std::span<const Moments>, ChannelValues, ChannelValues,  \
+                          double, std::span<T>, const Options&);                                                       \
+  template void grad_sums(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,            \
+                          std::span<GradSums>, const Options&);                                                        \
+  template void grad_input(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,           \
+                           std::span<const GradSums>, ChannelValues, double, std::span<T>, const Options&);            \
+  template void batch_norm_backward(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,  \
+                                    ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,                 \
+                                    const Options&);                                                                   \
+  template void normalize_backward(std::span<const T>, std::span<const T>, const Problem&, ChannelValues,              \
+                                   ChannelValues, ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,   \
+                                   const Options&);                                                                    \
+  template void batch_norm_jvp(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,       \
+                               ChannelValues, ChannelValues, ChannelValues, double, std::span<T>, const Options&);     \
+  template void normalize_jvp(std::span<const T>, std::span<const T>, const Problem&, ChannelValues, ChannelValues,    \
+                              ChannelValues, ChannelValues, ChannelValues, ChannelValues, ChannelValues, double,       \
+                              std::span<T>, const Options&);                                                           \
+  template void batch_norm_double_backward(std::span<const T>, std::span<const T>, std::span<const T>, const Problem&, \
+                                           std::span<const Moments>, ChannelValues, ChannelValues, ChannelValues,      \
+                                           double, std::span<T>, std::span<T>, ChannelOutput, const Options&);         \
+  template void normalize_double_backward(std::span<const T>, std::span<const T>, std::span<const T>, const Problem&,  \
+                                          ChannelValues, ChannelValues, ChannelValues, ChannelValues, ChannelValues,   \
+                                          double, std::span<T>, std::span<T>, ChannelOutput, const Options&);
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

@@ -1,4 +1,5 @@
 // Backward: grad_sums -> coefficients -> grad_input, or parts of that; and the gradients of given statistics.
+// Forward-mode is the same map of other coefficients, with a tangent in the place of dy.
 #include <vector>
 
 #include "coefficients.hpp"
@@ -33,6 +34,8 @@ class BackwardPass {
   ChannelValues gamma;
   double eps;
   Table* coefficients;  // where it applies
+  bool forward_mode;    // dy is a tangent of x, and dx becomes that of y
+  ChannelValues gamma_dot, beta_dot;
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
     double mean[kernels::kMostChannels];
@@ -105,7 +108,7 @@ class BackwardPass {
       const GradSumsOf<V> s = sums_of<V>(first + i, totals == nullptr ? nullptr : totals + i);
       const TwoParts<V> rstd{gather<V>(rstd_hi + i), gather<V>(rstd_lo + i)};
       put(first + i, s, dgamma_of<T>(m, s, rstd));
-      if (applies) coefficients->set(first + i, backward_coefficients<T, V>(m, s, rstd, gamma_of<V>(first + i)));
+      if (applies) coefficients->set(first + i, coefficients_of<V>(first + i, m, s, rstd));
     });
   }
 
@@ -118,11 +121,18 @@ class BackwardPass {
             {gather<V>(totals, &Sums::second), gather<V>(totals, &Sums::second_lo)}};
   }
   template <class V>
-  [[nodiscard]] V gamma_of(std::int64_t c) const {
+  [[nodiscard]] Coefficients<V, GradAffine> coefficients_of(std::int64_t c, const MomentsOf<V>& m,
+                                                            const GradSumsOf<V>& s, const TwoParts<V>& rstd) const {
+    const V scale = read<V>(gamma, c, 1);
+    if (!forward_mode) return backward_coefficients<T, V>(m, s, rstd, scale);
+    return jvp_coefficients<T, V>(m, s, rstd, scale, read<V>(gamma_dot, c, 0), read<V>(beta_dot, c, 0));
+  }
+  template <class V>
+  static V read(const ChannelValues& values, std::int64_t c, double absent) {
     if constexpr (kChannelsOf<V> == 1) {
-      return gamma.value_or(c, 1);
+      return values.value_or(c, absent);
     } else {
-      return V{gamma.value_or(c, 1), gamma.value_or(c + 1, 1)};
+      return V{values.value_or(c, absent), values.value_or(c + 1, absent)};
     }
   }
   template <class V>
@@ -186,7 +196,23 @@ BackwardPass<T> pass_over(const T* dy, const T* x, const Moments* moments) {
           .dbeta = {},
           .gamma = {},
           .eps = 0,
-          .coefficients = nullptr};
+          .coefficients = nullptr,
+          .forward_mode = false,
+          .gamma_dot = {},
+          .beta_dot = {}};
+}
+
+template <class T>
+BackwardPass<T> forward_mode_pass(const T* x_dot, const T* x, const Moments* moments, ChannelValues gamma,
+                                  const Tangents& tangents, double eps, T* y_dot) {
+  BackwardPass<T> pass = pass_over(x_dot, x, moments);
+  pass.applies = pass.forward_mode = true;
+  pass.dx = y_dot;
+  pass.gamma = gamma;
+  pass.gamma_dot = tangents.gamma;
+  pass.beta_dot = tangents.beta;
+  pass.eps = eps;
+  return pass;
 }
 
 }  // namespace
@@ -252,10 +278,42 @@ void run_normalize_backward(const T* dy, const T* x, const Problem& problem, con
   });
 }
 
+template <class T>
+void run_batch_norm_jvp(const T* x_dot, const T* x, const Problem& problem, const Moments* saved, const GradSums* sums,
+                        ChannelValues gamma, const Tangents& tangents, double eps, T* y_dot, int threads) {
+  BackwardPass<T> pass = forward_mode_pass(x_dot, x, saved, gamma, tangents, eps, y_dot);
+  pass.reduces = sums == nullptr;
+  pass.sums_in = sums;
+  run(pass, problem, threads);
+}
+
+// mean' takes the place of mean(x'), and var'/2 that of mean(x'*(x - mean)).
+template <class T>
+void run_normalize_jvp(const T* x_dot, const T* x, const Problem& problem, const GivenStatistics& given,
+                       ChannelValues gamma, const Tangents& tangents, double eps, T* y_dot, int threads) {
+  const auto channels = static_cast<std::size_t>(problem.channels);
+  std::vector<Moments> moments(channels);
+  std::vector<GradSums> sums(channels);
+  for (std::size_t at = 0; at < channels; ++at) {
+    const auto c = static_cast<std::int64_t>(at);
+    moments[at] = {1, given.mean[c], 0, given.var[c], 0};
+    sums[at] = {tangents.mean.value_or(c, 0), 0, tangents.var.value_or(c, 0) / 2, 0};
+  }
+  const bool along_x = tangents.gamma.present() || tangents.var.present();
+  BackwardPass<T> pass = forward_mode_pass(x_dot, along_x ? x : x_dot, moments.data(), gamma, tangents, eps, y_dot);
+  pass.reduces = false;
+  pass.sums_in = sums.data();
+  run(pass, problem, threads);
+}
+
 #define BN_INSTANTIATE(T)                                                                                              \
   template void run_grad_sums(const T*, const T*, const Problem&, const Moments*, GradSums*, int);                     \
   template void run_grad_input(const T*, const T*, const Problem&, const Moments*, const GradSums*, ChannelValues,     \
                                double, T*, int);                                                                       \
+  template void run_batch_norm_jvp(const T*, const T*, const Problem&, const Moments*, const GradSums*, ChannelValues, \
+                                   const Tangents&, double, T*, int);                                                  \
+  template void run_normalize_jvp(const T*, const T*, const Problem&, const GivenStatistics&, ChannelValues,           \
+                                  const Tangents&, double, T*, int);                                                   \
   template void run_batch_norm_backward(const T*, const T*, const Problem&, const Moments*, ChannelValues, double, T*, \
                                         ChannelOutput, ChannelOutput, int);                                            \
   template void run_normalize_backward(const T*, const T*, const Problem&, const GivenStatistics&, ChannelValues,      \

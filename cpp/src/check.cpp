@@ -164,6 +164,11 @@ void counts_of_segments(const char* name, std::span<const Moments> moments, std:
   }
 }
 
+void apart(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes) {
+  const auto a = reinterpret_cast<std::uintptr_t>(out), b = reinterpret_cast<std::uintptr_t>(in);
+  if ((a > b ? a - b : b - a) < bytes) fail(out_name, " must share no memory with ", in_name, ", got an overlap");
+}
+
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes) {
   const auto a = reinterpret_cast<std::uintptr_t>(out), b = reinterpret_cast<std::uintptr_t>(in);
   const std::uintptr_t apart = a > b ? a - b : b - a;

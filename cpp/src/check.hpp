@@ -48,5 +48,7 @@ void counts_of_segments(const char* name, std::span<const Moments> moments, std:
                         const Problem& problem);
 // `out` is exactly `in`, or does not touch it.
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
+// `out` does not touch `in`, of as many bytes.
+void apart(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
 
 }  // namespace batchnorm::check

@@ -13,6 +13,22 @@ struct GivenStatistics {
   bool only_scale = false;           // y = gamma*rstd*x: what normalize's gradient does to dy
 };
 
+// Tangents of the values of channels; 0 where absent. mean and var are for given statistics alone.
+struct Tangents {
+  ChannelValues gamma, beta, mean, var;
+};
+
+// Cotangents of dgamma and dbeta; 0 where absent.
+struct Cotangents {
+  ChannelValues dgamma, dbeta;
+};
+// Gradients of the gradients: ddy and dx may be null.
+template <class T>
+struct SecondOutputs {
+  T *ddy, *dx;
+  ChannelOutput dgamma;
+};
+
 // forward.cpp
 template <class T>
 void run_moments(const T* x, const Problem& problem, Moments* out, int threads);
@@ -36,5 +52,22 @@ template <class T>
 void run_normalize_backward(const T* dy, const T* x, const Problem& problem, const GivenStatistics& given,
                             ChannelValues gamma, double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta,
                             int threads);
+// `sums` of x_dot and x, or null where they are to be taken.
+template <class T>
+void run_batch_norm_jvp(const T* x_dot, const T* x, const Problem& problem, const Moments* saved, const GradSums* sums,
+                        ChannelValues gamma, const Tangents& tangents, double eps, T* y_dot, int threads);
+template <class T>
+void run_normalize_jvp(const T* x_dot, const T* x, const Problem& problem, const GivenStatistics& given,
+                       ChannelValues gamma, const Tangents& tangents, double eps, T* y_dot, int threads);
+
+// double_backward.cpp
+template <class T>
+void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const Problem& problem, const Moments* saved,
+                                    ChannelValues gamma, const Cotangents& w, double eps, const SecondOutputs<T>& out,
+                                    int threads);
+template <class T>
+void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Problem& problem,
+                                   const GivenStatistics& given, ChannelValues gamma, const Cotangents& w, double eps,
+                                   const SecondOutputs<T>& out, int threads);
 
 }  // namespace batchnorm

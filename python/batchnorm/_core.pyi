@@ -63,6 +63,64 @@ def normalize_backward(
     need_beta: bool,
     threads: int,
 ) -> tuple[_Table | None, _Table | None]: ...
+def batch_norm_jvp(
+    x_dot: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    moments: _Table,
+    gamma: _Array | None,
+    gamma_dot: _Array | None,
+    beta_dot: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> None: ...
+def normalize_jvp(
+    x_dot: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    mean_dot: _Array | None,
+    var_dot: _Array | None,
+    gamma_dot: _Array | None,
+    beta_dot: _Array | None,
+    eps: float,
+    out: _Array,
+    threads: int,
+) -> None: ...
+def batch_norm_double_backward(
+    v_dx: _Array,
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    moments: _Table,
+    gamma: _Array | None,
+    v_dgamma: _Array | None,
+    v_dbeta: _Array | None,
+    eps: float,
+    ddy: _Array | None,
+    dx: _Array | None,
+    need_gamma: bool,
+    threads: int,
+) -> _Table | None: ...
+def normalize_double_backward(
+    v_dx: _Array,
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    v_dgamma: _Array | None,
+    v_dbeta: _Array | None,
+    eps: float,
+    ddy: _Array | None,
+    dx: _Array | None,
+    need_gamma: bool,
+    threads: int,
+) -> _Table | None: ...
 def try_moments(x: object, axis: object, threads: object, /) -> _Table | None: ...
 def try_batch_norm(
     x: object, gamma: object, beta: object, axis: object, eps: object, out: object, threads: object, /

@@ -125,6 +125,94 @@ ChannelGradients py_normalize_backward(const py::array& dy, const py::array& x, 
   return {dgamma.array(), dbeta.array()};
 }
 
+void py_batch_norm_jvp(const py::array& x_dot, const py::array& x, const Sizes& sizes, const py::array& moments_table,
+                       const py::object& gamma, const py::object& gamma_dot, const py::object& beta_dot, double eps,
+                       py::array y_dot, int threads) {
+  const Problem problem = problem_of(sizes);
+  const auto stats = table<Moments>(moments_table, "moments");
+  const ChannelValues scale = channel_values(gamma, "gamma");
+  const ChannelValues g = channel_values(gamma_dot, "gamma_dot"), b = channel_values(beta_dot, "beta_dot");
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto tangent = tensor<T>(x_dot, "x_dot");
+    const auto in = tensor<T>(x, "x");
+    const auto out = output<T>(y_dot, "out");
+    const ReleaseForWork gil(x.size());
+    batch_norm_jvp<T>(tangent, in, problem, stats, scale, g, b, eps, out, {threads});
+  });
+}
+
+void py_normalize_jvp(const py::array& x_dot, const py::array& x, const Sizes& sizes, const py::object& mean,
+                      const py::object& var, const py::object& gamma, const py::object& mean_dot,
+                      const py::object& var_dot, const py::object& gamma_dot, const py::object& beta_dot, double eps,
+                      py::array y_dot, int threads) {
+  const Problem problem = problem_of(sizes);
+  const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
+  const ChannelValues md = channel_values(mean_dot, "mean_dot"), vd = channel_values(var_dot, "var_dot");
+  const ChannelValues scale = channel_values(gamma, "gamma");
+  const ChannelValues g = channel_values(gamma_dot, "gamma_dot"), b = channel_values(beta_dot, "beta_dot");
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto tangent = tensor<T>(x_dot, "x_dot");
+    const auto in = tensor<T>(x, "x");
+    const auto out = output<T>(y_dot, "out");
+    const ReleaseForWork gil(x.size());
+    normalize_jvp<T>(tangent, in, problem, m, v, scale, md, vd, g, b, eps, out, {threads});
+  });
+}
+
+// f(v, dy, x, ddy, dx, dgamma), the outputs empty where None or not needed.
+template <class F>
+std::optional<py::array> double_backward(const py::array& v, const py::array& dy, const py::array& x,
+                                         const Problem& problem, const py::object& gamma, std::optional<py::array> ddy,
+                                         std::optional<py::array> dx, bool need_gamma, const F& f) {
+  const WantedGradient dgamma(need_gamma, problem.channels, gamma);
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto of_dx = tensor<T>(v, "v_dx");
+    const auto g = tensor<T>(dy, "dy");
+    const auto in = tensor<T>(x, "x");
+    const auto to_dy = ddy ? output<T>(*ddy, "out") : std::span<T>{};
+    const auto to_x = dx ? output<T>(*dx, "out") : std::span<T>{};
+    const ReleaseForWork gil(x.size());
+    f(of_dx, g, in, to_dy, to_x, dgamma.output());
+  });
+  return dgamma.array();
+}
+
+std::optional<py::array> py_batch_norm_double_backward(const py::array& v, const py::array& dy, const py::array& x,
+                                                       const Sizes& sizes, const py::array& moments_table,
+                                                       const py::object& gamma, const py::object& v_dgamma,
+                                                       const py::object& v_dbeta, double eps,
+                                                       std::optional<py::array> ddy, std::optional<py::array> dx,
+                                                       bool need_gamma, int threads) {
+  const Problem problem = problem_of(sizes);
+  const auto stats = table<Moments>(moments_table, "moments");
+  const ChannelValues scale = channel_values(gamma, "gamma");
+  const ChannelValues wg = channel_values(v_dgamma, "v_dgamma"), wb = channel_values(v_dbeta, "v_dbeta");
+  return double_backward(v, dy, x, problem, gamma, std::move(ddy), std::move(dx), need_gamma,
+                         [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
+                                      std::span<T> to_dy, std::span<T> to_x, ChannelOutput dgamma) {
+                           batch_norm_double_backward<T>(of_dx, g, in, problem, stats, scale, wg, wb, eps, to_dy, to_x,
+                                                         dgamma, {threads});
+                         });
+}
+
+std::optional<py::array> py_normalize_double_backward(const py::array& v, const py::array& dy, const py::array& x,
+                                                      const Sizes& sizes, const py::object& mean, const py::object& var,
+                                                      const py::object& gamma, const py::object& v_dgamma,
+                                                      const py::object& v_dbeta, double eps,
+                                                      std::optional<py::array> ddy, std::optional<py::array> dx,
+                                                      bool need_gamma, int threads) {
+  const Problem problem = problem_of(sizes);
+  const ChannelValues m = channel_values(mean, "mean"), s = channel_values(var, "var");
+  const ChannelValues scale = channel_values(gamma, "gamma");
+  const ChannelValues wg = channel_values(v_dgamma, "v_dgamma"), wb = channel_values(v_dbeta, "v_dbeta");
+  return double_backward(v, dy, x, problem, gamma, std::move(ddy), std::move(dx), need_gamma,
+                         [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
+                                      std::span<T> to_dy, std::span<T> to_x, ChannelOutput dgamma) {
+                           normalize_double_backward<T>(of_dx, g, in, problem, m, s, scale, wg, wb, eps, to_dy, to_x,
+                                                        dgamma, {threads});
+                         });
+}
+
 py::array py_merge(const py::array& a, const py::array& b) {
   const auto left = table<Moments>(a, "a"), right = table<Moments>(b, "b");
   if (left.size() != right.size()) {
@@ -215,6 +303,22 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("normalize_backward", &py_normalize_backward, py::arg("dy"), py::arg("x"), py::arg("sizes"), py::arg("mean"),
         py::arg("var"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("need_gamma"), py::arg("need_beta"),
         py::arg("threads"), "Gradients of normalize; returns dgamma and dbeta.");
+
+  m.def("batch_norm_jvp", &py_batch_norm_jvp, py::arg("x_dot"), py::arg("x"), py::arg("sizes"), py::arg("moments"),
+        py::arg("gamma"), py::arg("gamma_dot"), py::arg("beta_dot"), py::arg("eps"), py::arg("out"), py::arg("threads"),
+        "Derivative of batch_norm along tangents, into out.");
+  m.def("normalize_jvp", &py_normalize_jvp, py::arg("x_dot"), py::arg("x"), py::arg("sizes"), py::arg("mean"),
+        py::arg("var"), py::arg("gamma"), py::arg("mean_dot"), py::arg("var_dot"), py::arg("gamma_dot"),
+        py::arg("beta_dot"), py::arg("eps"), py::arg("out"), py::arg("threads"),
+        "Derivative of normalize along tangents, into out.");
+  m.def("batch_norm_double_backward", &py_batch_norm_double_backward, py::arg("v_dx"), py::arg("dy"), py::arg("x"),
+        py::arg("sizes"), py::arg("moments"), py::arg("gamma"), py::arg("v_dgamma"), py::arg("v_dbeta"), py::arg("eps"),
+        py::arg("ddy"), py::arg("dx"), py::arg("need_gamma"), py::arg("threads"),
+        "Gradients of batch_norm_backward; returns dgamma.");
+  m.def("normalize_double_backward", &py_normalize_double_backward, py::arg("v_dx"), py::arg("dy"), py::arg("x"),
+        py::arg("sizes"), py::arg("mean"), py::arg("var"), py::arg("gamma"), py::arg("v_dgamma"), py::arg("v_dbeta"),
+        py::arg("eps"), py::arg("ddy"), py::arg("dx"), py::arg("need_gamma"), py::arg("threads"),
+        "Gradients of normalize_backward; returns dgamma.");
 
   m.def("merge", &py_merge, py::arg("a"), py::arg("b"), "Moments of the union, channel by channel.");
   m.def("variance", &py_variance, py::arg("moments"), py::arg("ddof"), "m2/(count - ddof).");

@@ -98,4 +98,46 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
                         ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
                         ChannelOutput dbeta, const Options& options = {});
 
+// ---- derivatives -----------------------------------------------------------------------------------------------
+
+// Forward-mode: the derivative of batch_norm()'s y along the tangents x_dot, gamma_dot and beta_dot (0 where absent):
+//     y_dot = gamma*rstd*(x_dot - sum(x_dot)/n - xhat*sum(x_dot*xhat)/n) + gamma_dot*xhat + beta_dot
+// y_dot: problem.size() values; may be exactly x_dot or exactly x, must not overlap them otherwise.
+template <class T>
+void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& problem,
+                    std::span<const Moments> saved, ChannelValues gamma, ChannelValues gamma_dot,
+                    ChannelValues beta_dot, double eps, std::span<T> y_dot, const Options& options = {});
+
+// The same of normalize(), whose statistics may have tangents of their own:
+//     y_dot = gamma*rstd*(x_dot - mean_dot - xhat*rstd*var_dot/2) + gamma_dot*xhat + beta_dot
+// x is read only where gamma_dot or var_dot is given.
+template <class T>
+void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& problem, ChannelValues mean,
+                   ChannelValues var, ChannelValues gamma, ChannelValues mean_dot, ChannelValues var_dot,
+                   ChannelValues gamma_dot, ChannelValues beta_dot, double eps, std::span<T> y_dot,
+                   const Options& options = {});
+
+// Double backward: gradients by dy, x and gamma of sum(v*dx) + sum(v_dgamma*dgamma) + sum(v_dbeta*dbeta), where dx,
+// dgamma and dbeta are those of batch_norm_backward(); v_dgamma and v_dbeta are 0 where absent. With
+// v0 = v - sum(v)/n, g0 = dy - sum(dy)/n, a = sum(v*xhat)/n, b = sum(dy*xhat)/n, c = sum(v0*g0)/n:
+//     ddy = gamma*rstd*(v0 - a*xhat) + v_dgamma*xhat + v_dbeta
+//     dx = -gamma*rstd^2*(b*v0 + a*g0 + (c - 3*a*b)*xhat) + v_dgamma*rstd*(g0 - b*xhat)
+//     dgamma = rstd*n*(c - a*b)
+// ddy and dx: problem.size() values, dgamma: problem.channels values; what is empty is not computed. dx, or ddy without
+// dx, may be exactly v, dy or x; must not overlap them otherwise. Where memory runs out, ddy may have been written.
+template <class T>
+void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x,
+                                const Problem& problem, std::span<const Moments> saved, ChannelValues gamma,
+                                ChannelValues v_dgamma, ChannelValues v_dbeta, double eps, std::span<T> ddy,
+                                std::span<T> dx, ChannelOutput dgamma, const Options& options = {});
+
+// The same of normalize_backward(), whose statistics are constants:
+//     ddy = gamma*rstd*v + v_dgamma*xhat + v_dbeta,  dx = v_dgamma*rstd*dy,  dgamma = rstd*sum(v*dy)
+// x is read only where v_dgamma is given.
+template <class T>
+void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x,
+                               const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
+                               ChannelValues v_dgamma, ChannelValues v_dbeta, double eps, std::span<T> ddy,
+                               std::span<T> dx, ChannelOutput dgamma, const Options& options = {});
+
 }  // namespace batchnorm

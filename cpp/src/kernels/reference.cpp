@@ -164,6 +164,35 @@ void rows_grad_input_mixed(const float* dy, const float* x, float* dx, Rows rows
   }
 }
 
+// second_grad: dx = (v - v_center)*v_scale + (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset.
+template <class T>
+void runs_second_grad_one(const T* v, const T* dy, const T* x, T* dx, Runs runs, const SecondAffine& k) {
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = r * runs.stride + i;
+      const double from_v = (static_cast<double>(v[at]) - k.v_center) * k.v_scale;
+      const double from_dy = (static_cast<double>(dy[at]) - k.dy_center) * k.dy_scale;
+      const double from_x = (static_cast<double>(x[at]) - k.x_center) * k.x_scale;
+      dx[at] = static_cast<T>(from_v + from_dy + from_x + k.offset);
+    }
+  }
+}
+template <class T>
+void runs_second_grad(const T* v, const T* dy, const T* x, T* dx, Runs runs, const SecondAffine* k) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    const std::int64_t at = c * runs.length;
+    runs_second_grad_one(v + at, dy + at, x + at, dx + at, one_channel(runs), k[c]);
+  }
+}
+template <class T>
+void rows_second_grad(const T* v, const T* dy, const T* x, T* dx, Rows rows, const SecondAffineColumns& k) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    const SecondAffine one{k.v_center[c], k.v_scale[c], k.dy_center[c], k.dy_scale[c],
+                           k.x_center[c], k.x_scale[c], k.offset[c]};
+    runs_second_grad_one(v + c, dy + c, x + c, dx + c, column(rows), one);
+  }
+}
+
 // total += term, with what the addition rounds off (Knuth 1969, TwoSum) added to low.
 void add(double term, double& total, double& low) {
   const double sum = total + term, part = sum - total;
@@ -204,6 +233,8 @@ constexpr Kernels<T> make_kernels() {
   k.runs_grad_input_around_cache = runs_grad_input<T>;
   k.rows_grad_input_around_cache = rows_grad_input<T>;
   k.add_blocks = add_blocks;
+  k.runs_second_grad = runs_second_grad<T>;
+  k.rows_second_grad = rows_second_grad<T>;
   if constexpr (sizeof(T) == sizeof(float)) {
     k.rows_normalize_mixed = rows_normalize_mixed;
     k.rows_grad_input_mixed = rows_grad_input_mixed;

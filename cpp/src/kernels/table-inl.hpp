@@ -5,6 +5,7 @@
 #include "kernels/grad_sums-inl.hpp"
 #include "kernels/moments-inl.hpp"
 #include "kernels/normalize-inl.hpp"
+#include "kernels/second_grad-inl.hpp"
 #include "kernels/weighted-inl.hpp"
 
 namespace batchnorm::kernels {
@@ -32,7 +33,9 @@ constexpr KernelTable make_table() {
            .rows_grad_input_mixed = rows_grad_input_mixed,
            .runs_grad_input_around_cache = runs_grad_input<float, Stores::around_cache>,
            .rows_grad_input_around_cache = rows_grad_input_around_cache<float>,
-           .add_blocks = add_blocks<Plain>};
+           .add_blocks = add_blocks<Plain>,
+           .runs_second_grad = runs_second_grad<float>,
+           .rows_second_grad = rows_second_grad<float>};
   // float64 has nothing wider to go to.
   t.f64 = {.runs_moments = runs_moments<double, Compensated>,
            .rows_moments = rows_moments<double, Compensated>,
@@ -54,7 +57,9 @@ constexpr KernelTable make_table() {
            .rows_grad_input_mixed = nullptr,
            .runs_grad_input_around_cache = runs_grad_input<double, Stores::around_cache>,
            .rows_grad_input_around_cache = rows_grad_input_around_cache<double>,
-           .add_blocks = add_blocks<Compensated>};
+           .add_blocks = add_blocks<Compensated>,
+           .runs_second_grad = runs_second_grad<double>,
+           .rows_second_grad = rows_second_grad<double>};
   t.weighted_f32 = make_weighted_kernels<float, Plain>();
   t.weighted_f64 = make_weighted_kernels<double, Compensated>();
   return t;

@@ -91,6 +91,15 @@ struct GradAffineColumns {
   const A *dy_center, *dy_scale, *x_center, *x_scale, *offset;
 };
 
+// dx of double backward = (v - v_center)*v_scale + (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset, summed
+// from left to right, in float64 whatever the tensors are: three products that may cancel, rounded to T once.
+struct SecondAffine {
+  double v_center, v_scale, dy_center, dy_scale, x_center, x_scale, offset;
+};
+struct SecondAffineColumns {
+  const double *v_center, *v_scale, *dy_center, *dy_scale, *x_center, *x_scale, *offset;
+};
+
 // Columns whose coefficients leave float32's normal range, to be applied in float64: bit l of mask[k] stands for
 // column 16*k + l.
 template <class Columns>
@@ -143,6 +152,10 @@ struct Kernels {
   // The low parts of blocks are read for double alone.
   void (*add_blocks)(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                      const ColumnSums& total);
+
+  // second_grad: dx of double backward, which may be exactly v, dy or x.
+  void (*runs_second_grad)(const T* v, const T* dy, const T* x, T* dx, Runs, const SecondAffine*);
+  void (*rows_second_grad)(const T* v, const T* dy, const T* x, T* dx, Rows, const SecondAffineColumns&);
 };
 
 // ---- weights ----

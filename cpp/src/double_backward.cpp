@@ -1,0 +1,224 @@
+// Double backward: sums along x -> sums of v*dy -> coefficients -> second_grad, and forward-mode for the gradient of
+// dy.
+#include <algorithm>
+#include <vector>
+
+#include "channel_math.hpp"
+#include "parallel.hpp"
+#include "passes.hpp"
+#include "traverse.hpp"
+
+namespace batchnorm {
+namespace {
+
+using kernels::ColumnSums;
+using kernels::Rows;
+using kernels::Runs;
+using kernels::SecondAffine;
+using kernels::SecondAffineColumns;
+using kernels::Sums;
+
+// What is known of the channels before the pass: sums of v and of dy along x - mean, and the mean of dy.
+struct Along {
+  std::vector<GradSums> v, dy;
+  std::vector<Moments> of_dy;
+};
+
+// f(column, channel) for the columns of `channels` in rows cut that way.
+template <class F>
+void for_columns(const RowCut& rows, const Problem& p, Range channels, const F& f) {
+  for (std::int64_t row = 0; row < rows.repeat; ++row) {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      const std::int64_t first = (row * p.channels + c) * p.inner;
+      for (std::int64_t e = first; e < first + p.inner; ++e) f(e, c);
+    }
+  }
+}
+
+// The sums of v*(dy - mean(dy)), and from them dx and dgamma.
+template <class T>
+class SecondPass {
+ public:
+  static constexpr bool reduces = true;
+  bool applies;
+  Plan plan;
+  const kernels::Kernels<T>& kernels;
+  const T *v, *dy, *x;
+  T* dx;  // where the pass applies
+  const Moments* moments;
+  const Along& along;
+  ChannelOutput dgamma;
+  ChannelValues gamma, w;
+  double eps;
+  SecondAffine* of_channels = nullptr;
+  double* column_mean = nullptr;  // interleaved: the mean of dy, per column
+  double* of_columns = nullptr;   // interleaved: the fields of of_channels, one array each
+
+  std::size_t bytes() const {
+    const std::int64_t summed = plan.planar() ? 0 : plan.sum_rows.columns;
+    return Workspace::bytes_for<SecondAffine>(plan.problem.channels) + Workspace::bytes_for<double>(summed) +
+           Workspace::bytes_for<double>(kFields * applied_columns());
+  }
+  void take_memory(Workspace& workspace) {
+    of_channels = workspace.take<SecondAffine>(plan.problem.channels);
+    if (plan.path != Path::row_blocks) return;
+    column_mean = workspace.take<double>(plan.sum_rows.columns);
+    of_columns = workspace.take<double>(kFields * applied_columns());
+    for_columns(plan.sum_rows, plan.problem, {0, plan.problem.channels},
+                [&](std::int64_t e, std::int64_t c) { column_mean[e] = mean_of_dy(c); });
+  }
+
+  void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
+    double mean[kernels::kMostChannels];
+    for (std::int64_t i = 0; i < runs.channels; ++i) mean[i] = mean_of_dy(c + i);
+    kernels.runs_grad_sums(v + offset, dy + offset, runs, mean, out);
+  }
+  void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
+    kernels.rows_grad_sums(v + offset, dy + offset, rows, column_mean + column, out);
+  }
+  void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                  const ColumnSums& total) const {
+    kernels.add_blocks(first, count, stride, columns, total);
+  }
+
+  // `totals` are null for an empty batch, whose sums are 0.
+  void finish(Range channels, const Sums* totals) {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      const Sums s = totals == nullptr ? Sums{} : totals[c - channels.begin];
+      finish_channel(c, {{s.first, s.first_lo}, {s.second, s.second_lo}});
+    }
+  }
+  void lay_out(Range channels) {
+    if (!applies) return;
+    const std::int64_t columns = applied_columns();
+    for_columns(plan.apply_rows, plan.problem, channels, [&](std::int64_t e, std::int64_t c) {
+      const SecondAffine& k = of_channels[c];
+      const double fields[] = {k.v_center, k.v_scale, k.dy_center, k.dy_scale, k.x_center, k.x_scale, k.offset};
+      for (std::int64_t f = 0; f < kFields; ++f) of_columns[f * columns + e] = fields[f];
+    });
+  }
+
+  void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
+    kernels.runs_second_grad(v + offset, dy + offset, x + offset, dx + offset, runs, of_channels + c);
+  }
+  void apply_rows(std::int64_t offset, const Rows& rows) const {
+    const auto field = [this](std::int64_t f) { return of_columns + f * applied_columns(); };
+    const SecondAffineColumns k{field(0), field(1), field(2), field(3), field(4), field(5), field(6)};
+    kernels.rows_second_grad(v + offset, dy + offset, x + offset, dx + offset, rows, k);
+  }
+
+ private:
+  static constexpr std::int64_t kFields = sizeof(SecondAffine) / sizeof(double);
+
+  [[nodiscard]] std::int64_t applied_columns() const {
+    return applies && plan.path == Path::row_blocks ? plan.apply_rows.columns : 0;
+  }
+  [[nodiscard]] double mean_of_dy(std::int64_t c) const { return along.of_dy[static_cast<std::size_t>(c)].mean; }
+
+  void finish_channel(std::int64_t c, const GradSumsOf<double>& v_dy) {
+    const auto at = static_cast<std::size_t>(c);
+    const auto m = MomentsOf<double>::at(moments + c);
+    const auto of_v = GradSumsOf<double>::at(&along.v[at]), of_dy = GradSumsOf<double>::at(&along.dy[at]);
+    const auto mean_dy = MomentsOf<double>::at(&along.of_dy[at]);
+    if (m.count == 0) return dgamma.set(c, 0);
+    const SecondFactors<double> k =
+        second_factors(m.count, centered_dot(m, of_v), centered_dot(m, of_dy), centered_dot(mean_dy, v_dy),
+                       rstd_of(moments[c], eps), gamma.value_or(c, 1), w.value_or(c, 0));
+    dgamma.set(c, k.dgamma);
+    const DoubleDouble mean_v = mean_of<double>(of_v.dy, m.count);
+    const double offset = -(k.v * mean_v.lo + k.dy * mean_dy.mean_lo + k.x * m.mean_lo);
+    of_channels[c] = {mean_v.hi, k.v, mean_dy.mean, k.dy, m.mean, k.x, offset};
+  }
+};
+
+template <class T>
+Along sums_along_x(const T* v, const T* dy, const T* x, const Problem& problem, const Moments* saved, int threads) {
+  const auto channels = static_cast<std::size_t>(problem.channels);
+  Along along{std::vector<GradSums>(channels), std::vector<GradSums>(channels), std::vector<Moments>(channels)};
+  run_grad_sums(v, x, problem, saved, along.v.data(), threads);
+  run_grad_sums(dy, x, problem, saved, along.dy.data(), threads);
+  run_here([&] {
+    for (std::size_t c = 0; c < channels; ++c) {
+      if (saved[c].count == 0) continue;
+      const DoubleDouble mean = mean_of<double>(GradSumsOf<double>::at(&along.dy[c]).dy, saved[c].count);
+      along.of_dy[c] = {saved[c].count, mean.hi, mean.lo, 0, 0};
+    }
+  });
+  return along;
+}
+
+}  // namespace
+
+template <class T>
+void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const Problem& problem, const Moments* saved,
+                                    ChannelValues gamma, const Cotangents& w, double eps, const SecondOutputs<T>& out,
+                                    int threads) {
+  const Tangents along_w{w.dgamma, w.dbeta, {}, {}};
+  if (out.dx == nullptr && !out.dgamma.wanted()) {
+    if (out.ddy != nullptr) run_batch_norm_jvp(v, x, problem, saved, nullptr, gamma, along_w, eps, out.ddy, threads);
+    return;
+  }
+  const Along along = sums_along_x(v, dy, x, problem, saved, threads);
+  const Work work{true, out.dx != nullptr, out.dx != nullptr ? 4 : 2, sizeof(T)};
+  SecondPass<T> pass{
+      .applies = work.applies,
+      .plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads)),
+      .kernels = active_implementation().table->of<T>(),
+      .v = v,
+      .dy = dy,
+      .x = x,
+      .dx = out.dx,
+      .moments = saved,
+      .along = along,
+      .dgamma = out.dgamma,
+      .gamma = gamma,
+      .w = w.dgamma,
+      .eps = eps};
+  Workspace workspace(pass.bytes() + Traversal<SecondPass<T>>::bytes(pass.plan, true));
+  pass.take_memory(workspace);
+  Traversal<SecondPass<T>> traversal(pass.plan, pass, workspace);
+  if (out.ddy != nullptr) {
+    run_batch_norm_jvp(v, x, problem, saved, along.v.data(), gamma, along_w, eps, out.ddy, threads);
+  }
+  traversal.run();
+}
+
+template <class T>
+void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Problem& problem,
+                                   const GivenStatistics& given, ChannelValues gamma, const Cotangents& w, double eps,
+                                   const SecondOutputs<T>& out, int threads) {
+  const auto channels = static_cast<std::size_t>(problem.channels);
+  const std::vector<Moments> about_0(out.dgamma.wanted() ? channels : 0);
+  std::vector<GradSums> sums(about_0.size());
+  if (out.dgamma.wanted()) run_grad_sums(v, dy, problem, about_0.data(), sums.data(), threads);
+  if (out.ddy != nullptr) {
+    run_normalize_jvp(v, x, problem, given, gamma, {w.dgamma, w.dbeta, {}, {}}, eps, out.ddy, threads);
+  }
+  if (out.dx != nullptr && w.dgamma.present()) {
+    GivenStatistics scale = given;
+    scale.only_scale = true;
+    run_normalize(dy, problem, scale, w.dgamma, {}, eps, out.dx, threads);
+  } else if (out.dx != nullptr) {
+    std::fill_n(out.dx, problem.size(), T(0));
+  }
+  run_here([&] {
+    for (std::size_t at = 0; at < sums.size(); ++at) {
+      const auto c = static_cast<std::int64_t>(at);
+      const auto m = MomentsOf<double>::at(&about_0[at]);
+      const auto s = GradSumsOf<double>::at(&sums[at]);
+      out.dgamma.set(c, dgamma_of<double>(m, s, rstd_of(DoubleDouble{given.var[c], 0}, eps)));
+    }
+  });
+}
+
+#define BN_INSTANTIATE(T)                                                                                           \
+  template void run_batch_norm_double_backward(const T*, const T*, const T*, const Problem&, const Moments*,        \
+                                               ChannelValues, const Cotangents&, double, const SecondOutputs<T>&,   \
+                                               int);                                                                \
+  template void run_normalize_double_backward(const T*, const T*, const T*, const Problem&, const GivenStatistics&, \
+                                              ChannelValues, const Cotangents&, double, const SecondOutputs<T>&, int);
+BN_INSTANTIATE(float)
+BN_INSTANTIATE(double)
+#undef BN_INSTANTIATE
+
+}  // namespace batchnorm
