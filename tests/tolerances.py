@@ -54,6 +54,13 @@ def _contract(dtype, u):
             4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy xhat|"
         ),
         ("dbeta", dtype): Bound(4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy|"),
+        ("second", dtype): Bound(
+            2 * u,
+            0,
+            1,
+            "float64 or double-double coefficients and float64 sums, rounded once to the dtype; for float64 data the "
+            "oracle is a complex step and has a bound of its own; scale: the sum of the absolute terms",
+        ),
         ("weighted", dtype): Bound(
             u + 64 * 2.0**-53,
             0,
