@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from batchnorm import _core, _validate, _validate_state, state_file
+from batchnorm import _validate, _validate_state, state_file
 from batchnorm.functional import (
     Gradients,
     batch_norm,
@@ -549,7 +549,7 @@ class BatchNorm:
 
     def _refuse_nonfinite(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
         batch = moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
-        channel = _core.first_nonfinite(batch._table)
+        channel = batch._first_nonfinite()
         if channel >= 0:
             raise ValueError(_validate_state.nonfinite_batch(channel))
 
@@ -559,7 +559,7 @@ class BatchNorm:
         if how and not batch.count.any():
             return before
         if self._nonfinite != "propagate":
-            channel = _core.first_nonfinite(batch._table)
+            channel = batch._first_nonfinite()
             if channel >= 0:
                 if self._nonfinite == "raise":
                     raise ValueError(_validate_state.nonfinite_batch(channel))

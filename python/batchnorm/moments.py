@@ -118,6 +118,10 @@ class Moments:
         """
         return _core.variance(self._table, _validate.ddof(ddof))
 
+    def _first_nonfinite(self) -> int:
+        """Give the first channel whose mean or m2 is infinite or NaN; -1 where there is none."""
+        return _core.first_nonfinite(self._table)
+
     def __or__(self, other: Moments) -> Moments:
         if not isinstance(other, Moments):
             return NotImplemented
