@@ -13,6 +13,7 @@ from batchnorm.functional import (
     normalize_backward,
     update_running,
 )
+from batchnorm.ghost import GhostSaved, ghost_batch_norm, ghost_batch_norm_backward, ghost_update_running
 from batchnorm.info import active_isa, available_isas, explain, get_num_threads, set_num_threads, show_config
 from batchnorm.layers import BatchNorm
 from batchnorm.moments import Moments, merge
@@ -20,6 +21,7 @@ from batchnorm.moments import moments as moments
 
 __all__ = [
     "BatchNorm",
+    "GhostSaved",
     "GradSums",
     "Gradients",
     "Moments",
@@ -31,6 +33,9 @@ __all__ = [
     "batch_norm_backward",
     "explain",
     "get_num_threads",
+    "ghost_batch_norm",
+    "ghost_batch_norm_backward",
+    "ghost_update_running",
     "grad_input",
     "grad_sums",
     "merge",
