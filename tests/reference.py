@@ -170,6 +170,26 @@ def weighted_backward(dy, x, weights, gamma, *, axis, eps, padding):
     return Backward(np.where(~counts & (padding == "keep"), _wide(dy), dx), dgamma, dbeta)
 
 
+def ghosts(samples, ghost_size):
+    """Give the slices of consecutive ghosts; the last may be smaller."""
+    return [slice(i, min(i + ghost_size, samples)) for i in range(0, samples, ghost_size)]
+
+
+def ghost_forward(x, gamma, beta, *, ghost_size, axis, eps):
+    """Give the Forward of each ghost; their y, put together, is that of the batch."""
+    options = {"axis": axis, "eps": eps}
+    return [forward(x[part], gamma, beta, **options) for part in ghosts(len(x), ghost_size)]
+
+
+def ghost_backward(dy, x, gamma, *, ghost_size, axis, eps):
+    """Give dx ghost by ghost, and dgamma and dbeta summed over the ghosts, which share gamma and beta."""
+    options = {"axis": axis, "eps": eps}
+    parts = [backward(dy[part], x[part], gamma, **options) for part in ghosts(len(x), ghost_size)]
+    return Backward(
+        np.concatenate([p.dx for p in parts]), sum(p.dgamma for p in parts), sum(p.dbeta for p in parts)
+    )
+
+
 def running_update(running, batch, update_rate):
     """Give running = (1 - update_rate) * running + update_rate * batch."""
     return (1.0 - update_rate) * running + update_rate * batch

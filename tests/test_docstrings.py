@@ -9,7 +9,8 @@ import pytest
 import batchnorm as bn
 
 MODULES = [
-    f"batchnorm.{name}" for name in ("derivatives", "functional", "info", "layers", "moments", "state_file")
+    f"batchnorm.{name}"
+    for name in ("derivatives", "functional", "ghost", "info", "layers", "moments", "state_file")
 ]
 
 

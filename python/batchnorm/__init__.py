@@ -20,6 +20,7 @@ from batchnorm.functional import (
     normalize_backward,
     update_running,
 )
+from batchnorm.ghost import GhostSaved, ghost_batch_norm, ghost_batch_norm_backward, ghost_update_running
 from batchnorm.info import active_isa, available_isas, explain, get_num_threads, set_num_threads, show_config
 from batchnorm.layers import BatchNorm
 from batchnorm.moments import Moments, merge
@@ -27,6 +28,7 @@ from batchnorm.moments import moments as moments
 
 __all__ = [
     "BatchNorm",
+    "GhostSaved",
     "GradSums",
     "Gradients",
     "Moments",
@@ -41,6 +43,9 @@ __all__ = [
     "batch_norm_jvp",
     "explain",
     "get_num_threads",
+    "ghost_batch_norm",
+    "ghost_batch_norm_backward",
+    "ghost_update_running",
     "grad_input",
     "grad_sums",
     "merge",

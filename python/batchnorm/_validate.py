@@ -155,6 +155,26 @@ def batch_values(x: Array, axis: int) -> None:
         )
 
 
+def ghost_size(value: object) -> int:
+    """Give the samples of a ghost as an int >= 1."""
+    return _int_at_least(1, "ghost_size", value, "an int >= 1")
+
+
+def ghost_values(x: Array, axis: int, size: int) -> None:
+    """Refuse channels along the samples, and a ghost of one value per channel. An empty batch passes."""
+    if axis == 0:
+        raise ValueError("axis must not be 0, which holds the samples that ghosts are made of, got 0")
+    if not x.size:
+        return
+    values_of_a_sample = x.size // (x.shape[0] * x.shape[axis])
+    for samples in (min(size, x.shape[0]), x.shape[0] % size):
+        if samples and samples * values_of_a_sample < 2:
+            raise ValueError(
+                "ghost_size must leave every ghost at least 2 values per channel, "
+                f"got a ghost of 1 from ghost_size {size} and shape {x.shape}"
+            )
+
+
 def num_threads(value: object) -> int:
     """Give the threads asked for, 0 standing for None."""
     return 0 if value is None else _int_at_least(1, "num_threads", value, "an int >= 1 or None")

@@ -1,0 +1,282 @@
+"""Ghost batch normalization: a large batch normalized in small parts, each by statistics of its own.
+
+The batch axis (axis 0) is cut into consecutive ghosts of `ghost_size` samples. What is a composition of `batch_norm` over
+slices is written as one: nothing here sums over x.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from batchnorm import _validate
+from batchnorm.functional import (
+    Gradients,
+    PerChannel,
+    Saved,
+    _rounded,
+    batch_norm,
+    batch_norm_backward,
+    update_running,
+)
+from batchnorm.moments import Moments
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True, eq=False)
+class GhostSaved:
+    """What `ghost_batch_norm` leaves for its backward pass.
+
+    Attributes
+    ----------
+    x : the input, by reference (not copied): it must be unchanged when the backward pass reads it. None after
+        ``out=x``, which has overwritten it: there is no backward pass then.
+    moments : tuple of Moments, one for each ghost, in the order of the samples; empty for a batch of no samples.
+    gamma : (C,) or None, by reference.
+    axis : int >= 1, the channel axis.
+    eps : float.
+    ghost_size : int, samples in each ghost; the last may have fewer.
+    """
+
+    x: Array | None
+    moments: tuple[Moments, ...]
+    gamma: Array | None
+    axis: int
+    eps: float
+    ghost_size: int
+
+
+def ghost_batch_norm(
+    x: Array,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    ghost_size: int,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> tuple[Array, GhostSaved]:
+    """Normalize each ghost of `ghost_size` samples by the statistics of that ghost (training).
+
+    y = (x - mean)/√(var + eps)·gamma + beta, with the mean and biased variance of the samples i·ghost_size to
+    (i + 1)·ghost_size - 1 along axis 0. Source: Hoffer, Hubara & Soudry (2017), "Train longer, generalize better",
+    algorithm 1.
+
+    Parameters
+    ----------
+    x : ndarray, as in `batch_norm`. The slices along axis 0 of a C-contiguous or channels-last array are used in place;
+        where such slices have gaps (axis 0 is not the slowest in memory), each costs a copy of one ghost.
+    gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
+    ghost_size : int >= 1, samples in a ghost. Where it does not divide the batch, the last ghost is smaller (as in TabNet);
+        every ghost needs 2 or more values a channel. At or above the batch it is `batch_norm`.
+    axis : the channel axis; not axis 0, which holds the samples.
+    eps, out, num_threads : as in `batch_norm`.
+
+    Returns
+    -------
+    y : shape, dtype and memory order of `x`; `out` where given. Each ghost keeps the bounds of `batch_norm`.
+    saved : GhostSaved, for `ghost_batch_norm_backward`; ``saved.moments`` updates running statistics by
+        `ghost_update_running`, and ``merge(*saved.moments)`` is the moments of the whole batch.
+
+    Raises
+    ------
+    ValueError
+        For a ghost of one value per channel, which has no variance; for axis 0; as `batch_norm`.
+    TypeError
+        As `batch_norm`. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    Memory: y; while it runs, as `batch_norm` on one ghost. Ghosts run one after another, each on `num_threads` threads.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> y, saved = ghost_batch_norm(x, ghost_size=2, eps=0.0)
+    >>> y.ravel()
+    array([-1.,  1., -1.,  1.])
+    >>> [m.mean.item() for m in saved.moments]
+    [2.0, 20.0]
+    """
+    _validate.array("x", x)
+    axis = _validate.axis(axis, x.ndim)
+    eps = _validate.eps(eps)
+    size = _validate.ghost_size(ghost_size)
+    _validate.num_threads(num_threads)
+    scale = _validate.optional_channel_values("gamma", gamma, x.shape[axis])
+    shift = _validate.optional_channel_values("beta", beta, x.shape[axis])
+    if out is not None:
+        _validate.output(out, x, {"x": x}, {"gamma": scale, "beta": shift})
+    _validate.ghost_values(x, axis, size)
+    y = np.empty_like(x, subok=False) if out is None else out
+    # Nothing below can raise: each ghost is as valid as the whole.
+    moments = [
+        batch_norm(x[part], scale, shift, axis=axis, eps=eps, out=y[part], num_threads=num_threads)[1].moments
+        for part in _ghosts(x, size)
+    ]
+    kept = None if gamma is None else np.asarray(gamma)
+    kept_x = None if out is not None and _validate.same_memory(out, x) else x
+    return y, GhostSaved(kept_x, tuple(moments), kept, axis, eps, size)
+
+
+def ghost_batch_norm_backward(
+    dy: Array,
+    saved: GhostSaved,
+    *,
+    needs: Iterable[str] = ("x", "gamma", "beta"),
+    out: Array | None = None,
+    num_threads: int | None = None,
+) -> Gradients:
+    """Gradients of `ghost_batch_norm`, through the statistics of each ghost.
+
+    dx is that of `batch_norm_backward` ghost by ghost. gamma and beta are shared, so their gradients add up over the ghosts:
+    dbeta = sum(dy) and dgamma = sum(dy·x̂), with the x̂ of each ghost.
+
+    Parameters
+    ----------
+    dy : gradient of y: shape and dtype of x.
+    saved : what `ghost_batch_norm` returned, called without ``out=x``. Its x must be unchanged.
+    needs, out, num_threads : as in `batch_norm_backward`.
+
+    Returns
+    -------
+    Gradients(dx, dgamma, dbeta), as `batch_norm_backward` gives them and within the same bounds: the sums over the ghosts
+    are compensated, in float64, in the order of the samples.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm_backward`. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    Memory: dx; while it runs, as `batch_norm_backward` on one ghost.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0], [3.0], [10.0], [30.0]])
+    >>> y, saved = ghost_batch_norm(x, ghost_size=2, eps=0.0)
+    >>> dx, dgamma, dbeta = ghost_batch_norm_backward(np.array([[1.0], [2.0], [3.0], [5.0]]), saved)
+    >>> dgamma, dbeta                           # (2 - 1) + (5 - 3), and the sum
+    (array([3.]), array([11.]))
+    """
+    x = _input_of(saved)
+    needed = _validate.needs(needs)
+    names = [name for name, need in zip(("x", "gamma", "beta"), needed, strict=True) if need]
+    _validate.num_threads(num_threads)
+    _validate.array_like("dy", dy, x)
+    scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
+    if out is not None:
+        _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
+    dx = None if "x" not in names else np.empty_like(x, subok=False) if out is None else out
+    # In float64, so that the parts of dgamma and dbeta are not rounded before they are added.
+    scale = None if scale is None else scale.astype(np.float64)
+    sums = {name: _Sum(x.shape[saved.axis]) for name in names if name != "x"}
+    for part, moments in zip(_ghosts(x, saved.ghost_size), saved.moments, strict=True):
+        ghost = Saved(x[part], moments, None, scale, saved.axis, saved.eps)
+        target = None if dx is None else dx[part]
+        _, dgamma, dbeta = batch_norm_backward(
+            dy[part], ghost, needs=names, out=target, num_threads=num_threads
+        )
+        for name, gradient in (("gamma", dgamma), ("beta", dbeta)):
+            if gradient is not None:
+                sums[name].add(gradient)
+    dtype = np.dtype(np.float64) if saved.gamma is None else saved.gamma.dtype
+    totals = {name: _rounded(total.value(), dtype) for name, total in sums.items()}
+    return Gradients(dx, totals.get("gamma"), totals.get("beta"))
+
+
+def ghost_update_running(
+    running_mean: ArrayLike,
+    running_var: ArrayLike,
+    moments: Sequence[Moments],
+    *,
+    update_rate: float = 0.1,
+    ddof: int = 1,
+) -> tuple[PerChannel, PerChannel]:
+    """Give the running statistics after the ghosts of one batch, one update a ghost, in their order.
+
+    running = (1 - update_rate)·running + update_rate·ghost, once for each of k ghosts: the running statistics keep
+    (1 - update_rate)^k of what they were, and later ghosts count for more. Source: Hoffer, Hubara & Soudry (2017), algorithm 1.
+    For one update with the statistics of the whole batch, use ``update_running(..., merge(*saved.moments))``.
+
+    Parameters
+    ----------
+    running_mean, running_var : (C,) of any floating dtype. Not changed.
+    moments : Moments of each ghost: ``saved.moments``.
+    update_rate, ddof : as in `update_running`.
+
+    Returns
+    -------
+    running_mean, running_var : new (C,) float64 arrays.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `update_running`; for `moments` that are not a sequence of Moments.
+
+    Examples
+    --------
+    >>> y, saved = ghost_batch_norm(np.array([[1.0], [3.0], [10.0], [30.0]]), ghost_size=2)
+    >>> ghost_update_running([0.0], [1.0], saved.moments, update_rate=0.5, ddof=0)
+    (array([10.5]), array([50.5]))
+    """
+    _validate.instance("moments", moments, Sequence, "a sequence of Moments")
+    # The empty one changes nothing, but lets the others be checked and converted where there are no ghosts.
+    mean, var = running_mean, running_var
+    for ghost in moments or [Moments.empty(np.size(running_mean))]:
+        mean, var = update_running(mean, var, ghost, update_rate=update_rate, ddof=ddof)
+    return mean, var  # type: ignore[return-value]  # both come from update_running by now
+
+
+class _Sum:
+    """A float64 sum of (C,) arrays, compensated: error within one rounding whatever the number of terms."""
+
+    def __init__(self, channels: int) -> None:
+        self._high, self._low = np.zeros(channels), np.zeros(channels)
+
+    def add(self, term: PerChannel) -> None:
+        with np.errstate(all="ignore"):  # infinities and NaN stay in their channel
+            total = self._high + term
+            part = total - self._high
+            error = (self._high - (total - part)) + (term - part)  # Knuth's TwoSum
+            self._low += np.where(np.isfinite(total), error, 0.0)
+        self._high = total
+
+    def value(self) -> PerChannel:
+        return self._high + self._low
+
+
+def _ghosts(x: Array, size: int) -> Iterator[slice]:
+    """Give the samples of each ghost."""
+    return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
+
+
+def _input_of(saved: GhostSaved) -> Array:
+    """Give the x of `saved`, whose fields may have been replaced since `ghost_batch_norm` made it."""
+    _validate.instance("saved", saved, GhostSaved, "the GhostSaved of a ghost_batch_norm call")
+    if saved.x is None:
+        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
+    x = _validate.array("saved.x", saved.x)
+    _validate.eps(saved.eps)
+    size = _validate.ghost_size(saved.ghost_size)
+    if _validate.axis(saved.axis, x.ndim) != saved.axis:
+        raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
+    _validate.ghost_values(x, saved.axis, size)
+    needed = len(range(0, len(x), size))
+    _validate.instance("saved.moments", saved.moments, Sequence, "a sequence of Moments")
+    if len(saved.moments) != needed:
+        raise ValueError(f"saved.moments must have {needed} Moments, one a ghost, got {len(saved.moments)}")
+    for moments in saved.moments:
+        _validate.instance("saved.moments", moments, Moments, "a sequence of Moments")
+        if moments.channels != x.shape[saved.axis]:
+            raise ValueError(
+                f"saved.moments must have {x.shape[saved.axis]} channels, got {moments.channels}"
+            )
+    return x
