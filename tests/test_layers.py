@@ -691,7 +691,7 @@ def test_a_layer_built_without_gamma_takes_none():
             {"epsilon": 1e-3, "track": True},
             TypeError,
             (
-                "keywords of BatchNorm() must be of axis, eps, update_rate, ddof, gamma, beta, dtype, "
+                "keywords of BatchNorm() must be of axis, convention, eps, update_rate, ddof, gamma, beta, dtype, "
                 "debias, nonfinite, single_value, domains, num_threads, got epsilon, track"
             ),
         ),
@@ -700,7 +700,7 @@ def test_a_layer_built_without_gamma_takes_none():
             TypeError,
             (
                 "update_rate must be given instead of momentum, whose meaning differs between frameworks: "
-                "write update_rate=momentum for PyTorch's, update_rate=1-momentum for Keras's or Flax's, "
+                "write update_rate=0.9 for PyTorch's momentum=0.9, update_rate=0.1 for that of Keras, Flax or ONNX, "
                 "got momentum=0.9"
             ),
         ),

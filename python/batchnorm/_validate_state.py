@@ -42,14 +42,18 @@ class Entry(NamedTuple):
 def no_other_arguments(others: Mapping[str, object]) -> None:
     """Refuse unknown keywords of BatchNorm(), and say what to write instead of ``momentum``."""
     if "momentum" in others:
+        momentum = others["momentum"]
+        reading = "1-momentum"
+        if isinstance(momentum, Real) and not isinstance(momentum, bool):
+            reading = f"{round(1 - float(momentum), 12):g}"
         raise TypeError(
             "update_rate must be given instead of momentum, whose meaning differs between frameworks: write "
-            "update_rate=momentum for PyTorch's, update_rate=1-momentum for Keras's or Flax's, "
-            f"got momentum={others['momentum']!r}"
+            f"update_rate={momentum!r} for PyTorch's momentum={momentum!r}, update_rate={reading} for that of Keras, "
+            f"Flax or ONNX, got momentum={momentum!r}"
         )
     if others:
         raise TypeError(
-            "keywords of BatchNorm() must be of axis, eps, update_rate, ddof, gamma, beta, dtype, debias, "
+            "keywords of BatchNorm() must be of axis, convention, eps, update_rate, ddof, gamma, beta, dtype, debias, "
             f"nonfinite, single_value, domains, num_threads, got {', '.join(others)}"
         )
 

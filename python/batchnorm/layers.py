@@ -14,7 +14,7 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from batchnorm import _validate, _validate_state, state_file
+from batchnorm import _validate, _validate_state, conventions, state_file
 from batchnorm.functional import (
     Gradients,
     batch_norm,
@@ -37,6 +37,15 @@ class _Statistics:
     update_count: int
     pooled: Moments | None  # everything seen, where update_rate is None
 
+
+class _ByConvention:
+    """The default of a setting that the convention gives."""
+
+    def __repr__(self) -> str:
+        return "<by convention>"
+
+
+_BY_CONVENTION: Any = _ByConvention()
 
 NONFINITE = ("raise", "skip", "warn", "propagate")
 SINGLE_VALUE = ("raise", "use_running", "skip")
@@ -65,11 +74,14 @@ class BatchNorm:
     ----------
     channels : int >= 0. C below: the size of x along `axis`.
     axis : int from -8 to 7, the channel axis of x. Default 1.
-    eps : finite float >= 0. Default 1e-5.
+    convention : None, "torch", "keras", "flax" or "onnx": whose defaults `eps`, `update_rate` and `ddof` have
+        where they are not given: 1e-5, 0.1 and 1 for "torch" and None; 1e-3, 0.01 and 0 for "keras"; 1e-5, 0.01 and
+        0 for "flax"; 1e-5, 0.1 and 0 for "onnx".
+    eps : finite float >= 0.
     update_rate : float from 0 to 1, or None. The share of the new batch: 0 leaves the running statistics'
-        bits, 1 stores exactly the batch's. It is PyTorch's momentum, and 1 minus the momentum of Keras and
-    Flax. ddof : 1 (default) for running variances that are unbiased, 0 for biased ones. No effect on y in
-    training. gamma, beta : bool. False leaves that parameter out (gamma = 1, beta = 0).
+        bits, 1 stores exactly the batch's. It is PyTorch's momentum, and 1 minus the momentum of Keras, Flax and ONNX.
+    ddof : 1 for running variances that are unbiased, 0 for biased ones. No effect on y in training.
+    gamma, beta : bool. False leaves that parameter out (gamma = 1, beta = 0).
     dtype : float16, float32 (default) or float64, of gamma and beta. x has its own.
     debias : bool. True: running statistics are the average of the batches seen so far, weighted as `update_rate`
         says, with no share of the zeros and ones they start as: the t-th update has the rate
@@ -133,9 +145,10 @@ class BatchNorm:
         channels: int,
         *,
         axis: int = 1,
-        eps: float = 1e-5,
-        update_rate: float | None = 0.1,
-        ddof: int = 1,
+        convention: str | None = None,
+        eps: float = _BY_CONVENTION,
+        update_rate: float | None = _BY_CONVENTION,
+        ddof: int = _BY_CONVENTION,
         gamma: bool = True,
         beta: bool = True,
         dtype: DTypeLike = np.float32,
@@ -149,9 +162,12 @@ class BatchNorm:
         _validate_state.no_other_arguments(others)
         self._channels = _validate_state.channels(channels)
         self._axis = _validate_state.axis(axis)
-        self._eps = _validate.eps(eps)
-        self._update_rate = _validate_state.update_rate(update_rate)
-        self._ddof = _validate_state.ddof(ddof)
+        defaults = conventions.convention(convention)
+        self._eps = _validate.eps(defaults.eps if eps is _BY_CONVENTION else eps)
+        self._update_rate = _validate_state.update_rate(
+            defaults.update_rate if update_rate is _BY_CONVENTION else update_rate
+        )
+        self._ddof = _validate_state.ddof(defaults.ddof if ddof is _BY_CONVENTION else ddof)
         self._dtype = _validate_state.dtype(dtype)
         self._debias = _validate_state.debias(debias, self._update_rate)
         self._nonfinite = _validate_state.choice("nonfinite", nonfinite, NONFINITE)
@@ -752,6 +768,325 @@ class BatchNorm:
 
         """
         self.load_state_dict(state_file.read_state(path, self._file_entries()))
+
+    # ---- from and to other libraries ----
+
+    @classmethod
+    def _from(cls, source: conventions.Imported, dtype: DTypeLike, settings: Mapping[str, Any]) -> Self:
+        has = {"gamma": source.gamma is not None, "beta": source.beta is not None}
+        layer = cls(source.mean.size, dtype=dtype, **(source.settings | has | dict(settings)))
+        state = {
+            "running_mean": source.mean.astype(np.float64),
+            "running_var": source.var.astype(np.float64),
+            "update_count": np.array(source.update_count, np.int64),
+        }
+        for name, value in (("gamma", source.gamma), ("beta", source.beta)):
+            if value is not None:
+                state[name] = value.astype(layer.dtype)
+        layer.load_state_dict(state)
+        return layer
+
+    @classmethod
+    def from_torch(
+        cls,
+        source: Any,
+        *,
+        eps: float | None = None,
+        momentum: float | None = None,
+        update_rate: float | None = None,
+        axis: int = 1,
+        dtype: DTypeLike = np.float32,
+        **settings: Any,
+    ) -> Self:
+        """Make a layer that goes on where a batch norm of PyTorch is.
+
+        Parameters
+        ----------
+        source : a module (BatchNorm1d, 2d, 3d, SyncBatchNorm) or its state_dict: weight, bias, running_mean,
+            running_var and num_batches_tracked (absent in old ones), as tensors or arrays.
+        eps, momentum : of PyTorch; None for the module's, and for PyTorch's defaults with a state_dict.
+        update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
+        axis : the channel axis of x; PyTorch's is 1.
+        dtype : of gamma and beta.
+        **settings : others of `BatchNorm`.
+
+        Returns
+        -------
+        BatchNorm with ddof=1: running variances of PyTorch are unbiased. In training mode.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no such source: no running statistics, values that are not finite, a negative variance.
+
+        Examples
+        --------
+        >>> one = np.ones(1, np.float32)
+        >>> state = {"weight": one, "bias": one, "running_mean": 3 * one, "running_var": 4 * one}
+        >>> BatchNorm.from_torch(state, eps=0.0).eval()(np.array([[5.0]]))
+        array([[2.]])
+
+        """
+        given = {"eps": eps, "momentum": momentum, "update_rate": update_rate}
+        return cls._from(conventions.from_torch(source, **given, axis=axis), dtype, settings)
+
+    def to_torch(self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
+        """Give the state_dict of a batch norm of PyTorch that goes on where this layer is, as arrays.
+
+        Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without
+        is ones or zeros. ``{k: torch.from_numpy(v) for k, v in layer.to_torch().items()}`` loads.
+
+        Parameters
+        ----------
+        dtype : of all but num_batches_tracked: float16, float32 or float64.
+        any_ddof : True to export biased running variances too, where the module will not be trained.
+
+        Returns
+        -------
+        dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes.
+
+        Raises
+        ------
+        ValueError
+            For ddof=0 without `any_ddof`, and for domains.
+
+        Examples
+        --------
+        >>> sorted(BatchNorm(2).to_torch())
+        ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
+
+        """
+        weight, bias, mean, var = self._exported("torch", dtype, any_ddof)
+        count = np.array(self._statistics[0].update_count, np.int64)
+        return {
+            "weight": weight,
+            "bias": bias,
+            "running_mean": mean,
+            "running_var": var,
+            "num_batches_tracked": count,
+        }
+
+    @classmethod
+    def from_keras(
+        cls,
+        source: Any,
+        *,
+        epsilon: float | None = None,
+        momentum: float | None = None,
+        axis: int | None = None,
+        dtype: DTypeLike = np.float32,
+        **settings: Any,
+    ) -> Self:
+        """Make a layer that goes on where a BatchNormalization of Keras is.
+
+        Parameters
+        ----------
+        source : a built layer, the list of its get_weights(), or a mapping of gamma, beta, moving_mean and
+            moving_variance (gamma or beta absent with scale or center False).
+        epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
+        dtype : of gamma and beta.
+        **settings : others of `BatchNorm`.
+
+        Returns
+        -------
+        BatchNorm with update_rate = 1 - momentum and ddof=0: moving variances of Keras 3 are biased. (Those of the
+        fused kernels of TensorFlow were not: pass ddof=1 to go on with them.)
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no such source.
+
+        Examples
+        --------
+        >>> one = np.ones(1, np.float32)
+        >>> BatchNorm.from_keras([one, one, 3 * one, 4 * one], epsilon=0.0).eval()(np.array([[5.0]]))
+        array([[2.]])
+
+        """
+        source = conventions.from_keras(source, epsilon=epsilon, momentum=momentum, axis=axis)
+        return cls._from(source, dtype, settings)
+
+    def to_keras(self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
+        """Give the weights of a BatchNormalization of Keras that goes on where this layer is.
+
+        Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
+        ``keras_layer.set_weights(list(layer.to_keras().values()))`` loads.
+
+        Parameters
+        ----------
+        dtype : float16, float32 or float64.
+        any_ddof : True to export unbiased running variances too, where the layer will not be trained.
+
+        Returns
+        -------
+        dict of gamma, beta (each only where the layer has it), moving_mean, moving_variance, in this order.
+
+        Raises
+        ------
+        ValueError
+            For ddof=1 without `any_ddof`, update_rate=None, and domains.
+
+        Examples
+        --------
+        >>> list(BatchNorm(2, convention="keras", beta=False).to_keras())
+        ['gamma', 'moving_mean', 'moving_variance']
+
+        """
+        gamma, beta, mean, var = self._exported("keras", dtype, any_ddof)
+        weights = {} if self._gamma is None else {"gamma": gamma}
+        weights |= {} if self._beta is None else {"beta": beta}
+        return weights | {"moving_mean": mean, "moving_variance": var}
+
+    @classmethod
+    def from_flax(
+        cls,
+        variables: Mapping[str, Any],
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.99,
+        axis: int = -1,
+        dtype: DTypeLike = np.float32,
+        **settings: Any,
+    ) -> Self:
+        """Make a layer that goes on where a BatchNorm of Flax (linen) is.
+
+        Parameters
+        ----------
+        variables : mapping of "params" (scale, bias; absent where not used) and "batch_stats" (mean, var).
+        epsilon, momentum, axis : of Flax, whose defaults they are.
+        dtype : of gamma and beta.
+        **settings : others of `BatchNorm`.
+
+        Returns
+        -------
+        BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no such mapping.
+
+        Examples
+        --------
+        >>> one = np.ones(1, np.float32)
+        >>> stats = {"mean": 3 * one, "var": 4 * one}
+        >>> BatchNorm.from_flax({"batch_stats": stats}, epsilon=0.0).eval()(np.array([[5.0]]))
+        array([[1.]])
+
+        """
+        source = conventions.from_flax(variables, epsilon=epsilon, momentum=momentum, axis=axis)
+        return cls._from(source, dtype, settings)
+
+    def to_flax(
+        self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False
+    ) -> dict[str, dict[str, NDArray[Any]]]:
+        """Give the variables of a BatchNorm of Flax that goes on where this layer is.
+
+        Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
+
+        Parameters
+        ----------
+        dtype : float16, float32 or float64.
+        any_ddof : True to export unbiased running variances too, where it will not be trained.
+
+        Returns
+        -------
+        {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}; scale and bias only where the layer has them.
+
+        Raises
+        ------
+        ValueError
+            For ddof=1 without `any_ddof`, update_rate=None, and domains.
+
+        Examples
+        --------
+        >>> BatchNorm(1, convention="flax").to_flax()["batch_stats"]
+        {'mean': array([0.], dtype=float32), 'var': array([1.], dtype=float32)}
+
+        """
+        gamma, beta, mean, var = self._exported("flax", dtype, any_ddof)
+        params = {} if self._gamma is None else {"scale": gamma}
+        params |= {} if self._beta is None else {"bias": beta}
+        return {"params": params, "batch_stats": {"mean": mean, "var": var}}
+
+    @classmethod
+    def from_onnx(
+        cls,
+        inputs: Mapping[str, Any],
+        *,
+        epsilon: float = 1e-5,
+        momentum: float = 0.9,
+        dtype: DTypeLike = np.float32,
+        **settings: Any,
+    ) -> Self:
+        """Make a layer of the inputs of a BatchNormalization of ONNX (opset 14 and later).
+
+        Parameters
+        ----------
+        inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
+        epsilon, momentum : its attributes, with their defaults.
+        dtype : of gamma and beta.
+        **settings : others of `BatchNorm`.
+
+        Returns
+        -------
+        BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1.
+
+        Raises
+        ------
+        TypeError, ValueError
+            For what is no such mapping.
+
+        Examples
+        --------
+        >>> one = np.ones(1, np.float32)
+        >>> inputs = {"scale": one, "B": one, "input_mean": 3 * one, "input_var": 4 * one}
+        >>> BatchNorm.from_onnx(inputs, epsilon=0.0).eval()(np.array([[5.0]]))
+        array([[2.]])
+
+        """
+        return cls._from(conventions.from_onnx(inputs, epsilon=epsilon, momentum=momentum), dtype, settings)
+
+    def to_onnx(
+        self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False
+    ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+        """Give the inputs and attributes of a BatchNormalization of ONNX that does what this layer does.
+
+        Parameters
+        ----------
+        dtype : float16, float32 or float64.
+        any_ddof : True to export unbiased running variances too, where the node will not be trained.
+
+        Returns
+        -------
+        inputs : dict of scale, B, input_mean, input_var; ones and zeros for a parameter that the layer is without.
+        attributes : dict of epsilon and momentum (1 - update_rate).
+
+        Raises
+        ------
+        ValueError
+            For ddof=1 without `any_ddof`, update_rate=None, and domains.
+
+        Examples
+        --------
+        >>> BatchNorm(1, convention="onnx").to_onnx()[1]
+        {'epsilon': 1e-05, 'momentum': 0.9}
+
+        """
+        scale, shift, mean, var = self._exported("onnx", dtype, any_ddof)
+        assert self._update_rate is not None
+        inputs = {"scale": scale, "B": shift, "input_mean": mean, "input_var": var}
+        return inputs, {"epsilon": self._eps, "momentum": 1 - self._update_rate}
+
+    def _exported(self, library: str, dtype: DTypeLike, any_ddof: bool) -> list[NDArray[Any]]:
+        """Return gamma, beta, mean and var as fresh arrays of `dtype`, for a library that can take them."""
+        conventions.check_export(library, self._ddof, self._update_rate, self._domains, any_ddof)
+        wanted, statistics = conventions.floats(dtype), self._statistics[0]
+        gamma = np.ones(self._channels) if self._gamma is None else self._gamma
+        beta = np.zeros(self._channels) if self._beta is None else self._beta
+        with np.errstate(all="ignore"):  # a statistic beyond float32 is an infinity there
+            return [a.astype(wanted) for a in (gamma, beta, statistics.mean, statistics.var)]
 
     # ---- as a Python object ----
 

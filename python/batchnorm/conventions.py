@@ -1,0 +1,257 @@
+"""What other libraries mean by the same words, by name: their defaults, and their states as states of a `BatchNorm`.
+
+| | eps | running = | running variance |
+|---|---|---|---|
+| PyTorch | 1e-5 | (1 - momentum)·running + momentum·batch | unbiased |
+| Keras 3 | 1e-3 | momentum·running + (1 - momentum)·batch | biased |
+| Flax | 1e-5 | momentum·running + (1 - momentum)·batch | biased |
+| ONNX | 1e-5 | momentum·running + (1 - momentum)·batch | biased |
+
+None of them is imported: what is given is read by its attributes and names.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm import _validate, _validate_state
+
+Array = NDArray[Any]
+
+
+@dataclass(frozen=True)
+class Convention:
+    """The defaults of a library: `eps`, and `update_rate` and `ddof` of the running statistics."""
+
+    eps: float
+    update_rate: float
+    ddof: int
+
+
+CONVENTIONS = {
+    "torch": Convention(1e-5, 0.1, 1),
+    "keras": Convention(1e-3, 0.01, 0),
+    "flax": Convention(1e-5, 0.01, 0),
+    "onnx": Convention(1e-5, 0.1, 0),
+}
+# What BatchNorm() takes where none is named: those of PyTorch.
+DEFAULT = CONVENTIONS["torch"]
+
+_LIBRARY = {"torch": "PyTorch", "keras": "Keras", "flax": "Flax", "onnx": "ONNX"}
+
+
+@dataclass(frozen=True, eq=False)
+class Imported:
+    """Settings of a BatchNorm and the state it is to begin with."""
+
+    settings: dict[str, Any]
+    gamma: Array | None
+    beta: Array | None
+    mean: Array
+    var: Array
+    update_count: int = 0
+
+
+def convention(name: object) -> Convention:
+    """Give the convention of that name."""
+    if name is None:
+        return DEFAULT
+    return CONVENTIONS[_validate_state.choice("convention", name, tuple(CONVENTIONS))]
+
+
+def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Imported:
+    """Read a module of PyTorch or the mapping that is its state_dict."""
+    is_mapping = isinstance(source, Mapping)
+    if not is_mapping and not hasattr(source, "state_dict"):
+        raise TypeError(
+            f"source must be a batch norm module of PyTorch or its state_dict, got {_validate.kind(source)}"
+        )
+    state = source if is_mapping else source.state_dict()
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    _only(state, names, "of PyTorch")
+    eps = eps if eps is not None else 1e-5 if is_mapping else source.eps
+    rate = update_rate if update_rate is not None else momentum
+    if rate is None:
+        rate = 0.1 if is_mapping else source.momentum
+    if rate is None:
+        raise ValueError(
+            "update_rate must be given for a module with momentum=None: PyTorch then averages the variances of all "
+            "batches alike, which is not the variance of all their values that update_rate=None stands for"
+        )
+    settings = {"eps": _number("eps", eps), "update_rate": _number("momentum", rate), "ddof": 1, "axis": axis}
+    count = state.get("num_batches_tracked")
+    return _imported(
+        settings,
+        state.get("weight"),
+        state.get("bias"),
+        _needed(state, "running_mean", "PyTorch's track_running_stats=True"),
+        _needed(state, "running_var", "PyTorch's track_running_stats=True"),
+        0 if count is None else int(_numpy(count)),
+    )
+
+
+def from_keras(source: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Imported:
+    """Read a layer of Keras, the list of its get_weights(), or a mapping of their names."""
+    names = ("gamma", "beta", "moving_mean", "moving_variance")
+    if isinstance(source, Mapping):
+        _only(source, names, "of Keras")
+        state = dict(source)
+    elif isinstance(source, Sequence):
+        if len(source) != len(names):
+            raise ValueError(
+                f"source must be the 4 arrays of get_weights() (a mapping of names where gamma or beta is absent), "
+                f"got {len(source)}"
+            )
+        state = dict(zip(names, source, strict=True))
+    elif hasattr(source, "moving_variance"):
+        state = {name: getattr(source, name, None) for name in names}
+        epsilon = source.epsilon if epsilon is None else epsilon
+        momentum = source.momentum if momentum is None else momentum
+        axis = source.axis if axis is None else axis
+    else:
+        raise TypeError(
+            "source must be a BatchNormalization of Keras that is built, its get_weights(), or a mapping of their names, "
+            f"got {_validate.kind(source)}"
+        )
+    if isinstance(axis, Sequence) and len(axis) == 1:  # tf.keras makes a list of it
+        axis = axis[0]
+    settings = {
+        "eps": _number("epsilon", 1e-3 if epsilon is None else epsilon),
+        "update_rate": _rest("momentum", 0.99 if momentum is None else momentum),
+        "ddof": 0,
+        "axis": -1 if axis is None else axis,
+    }
+    needs = "a layer of Keras that is built"
+    return _imported(
+        settings,
+        state.get("gamma"),
+        state.get("beta"),
+        _needed(state, "moving_mean", needs),
+        _needed(state, "moving_variance", needs),
+    )
+
+
+def from_flax(variables: Any, *, epsilon: Any, momentum: Any, axis: int) -> Imported:
+    """Read the variables of a BatchNorm of Flax."""
+    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
+        raise TypeError(
+            "variables must be a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got "
+            f"{sorted(variables) if isinstance(variables, Mapping) else _validate.kind(variables)}"
+        )
+    params, stats = variables.get("params", {}), variables["batch_stats"]
+    _only(params, ("scale", "bias"), "of Flax's params")
+    _only(stats, ("mean", "var"), "of Flax's batch_stats")
+    settings = {
+        "eps": _number("epsilon", epsilon),
+        "update_rate": _rest("momentum", momentum),
+        "ddof": 0,
+        "axis": axis,
+    }
+    mean, var = (_needed(stats, name, "Flax's batch_stats") for name in ("mean", "var"))
+    return _imported(settings, params.get("scale"), params.get("bias"), mean, var)
+
+
+def from_onnx(inputs: Any, *, epsilon: Any, momentum: Any) -> Imported:
+    """Read the inputs of a BatchNormalization of ONNX, by their names in its specification."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of names to arrays, got {_validate.kind(inputs)}")
+    names = ("scale", "B", "input_mean", "input_var")
+    _only(inputs, names, "of ONNX")
+    gamma, beta, mean, var = (_needed(inputs, name, "ONNX's BatchNormalization") for name in names)
+    settings = {
+        "eps": _number("epsilon", epsilon),
+        "update_rate": _rest("momentum", momentum),
+        "ddof": 0,
+        "axis": 1,
+    }
+    return _imported(settings, gamma, beta, mean, var)
+
+
+def check_export(
+    library: str, ddof: int, update_rate: float | None, domains: int | None, any_ddof: object
+) -> None:
+    """Refuse a layer whose running statistics the library could not go on with."""
+    name, needed = _LIBRARY[library], CONVENTIONS[library].ddof
+    if domains is not None:
+        raise ValueError(f"the layer must have one set of statistics for {name}, got {domains} domains")
+    if not _validate_state.flag("any_ddof", any_ddof) and ddof != needed:
+        kind = "unbiased" if needed else "biased"
+        raise ValueError(
+            f"the layer must have ddof={needed} for {name}, whose running variances are {kind}, got ddof={ddof}: "
+            "pass any_ddof=True where it will not be trained there"
+        )
+    if update_rate is None and library != "torch":
+        raise ValueError(f"the layer must have an update_rate for {name}'s momentum, got None")
+
+
+def floats(dtype: Any) -> np.dtype[Any]:
+    """Give the dtype of exported arrays."""
+    return _validate_state.dtype(dtype)
+
+
+def _imported(
+    settings: dict[str, Any], gamma: Any, beta: Any, mean: Array, var: Array, count: int = 0
+) -> Imported:
+    channels = mean.size
+    arrays = {"gamma": gamma, "beta": beta, "running mean": mean, "running variance": var}
+    for name, value in arrays.items():
+        if value is None:
+            continue
+        arrays[name] = _numpy(value)
+        if arrays[name].shape != (channels,) or arrays[name].dtype.kind != "f":
+            raise ValueError(
+                f"source must have a {name} of {channels} floats, got shape {arrays[name].shape} of {arrays[name].dtype}"
+            )
+        if not np.isfinite(arrays[name]).all():
+            raise ValueError(f"source must have a finite {name} in every channel, got infinity or NaN")
+    if (arrays["running variance"] < 0).any():
+        c = int((arrays["running variance"] < 0).argmax())
+        raise ValueError(
+            f"source must have running variances >= 0, got {arrays['running variance'][c]} in channel {c}"
+        )
+    if count < 0:
+        raise ValueError(f"source must have a count of batches >= 0, got {count}")
+    return Imported(
+        settings, arrays["gamma"], arrays["beta"], arrays["running mean"], arrays["running variance"], count
+    )
+
+
+def _only(state: Mapping[str, Any], names: Sequence[str], whose: str) -> None:
+    others = sorted(set(map(str, state)) - set(names))
+    if others:
+        raise ValueError(f"source must have names {whose} ({', '.join(names)}), got {', '.join(others)}")
+
+
+def _needed(state: Mapping[str, Any], name: str, where: str) -> Array:
+    value = state.get(name)
+    if value is None:
+        raise ValueError(f"source must have {name}, as {where} has, got none")
+    return _numpy(value)
+
+
+def _numpy(value: Any) -> Array:
+    """Give an array of any library that lies in this machine's memory."""
+    if hasattr(value, "detach"):  # of PyTorch, perhaps on a device, perhaps of a dtype that NumPy has not
+        value = value.detach().cpu()
+        return np.asarray(value.double() if value.is_floating_point() else value)
+    if hasattr(value, "numpy") and not isinstance(value, np.ndarray):
+        value = value.numpy()
+        return _numpy(value) if hasattr(value, "detach") else np.asarray(value)
+    return np.asarray(value)
+
+
+def _number(name: str, value: Any) -> float:
+    return _validate.number(name, value)
+
+
+def _rest(name: str, value: Any) -> float:
+    """Give 1 - momentum, for those to whom momentum is the share of the old."""
+    momentum = _number(name, value)
+    if not 0 <= momentum <= 1:
+        raise ValueError(f"{name} must be from 0 to 1, got {momentum}")
+    return 1 - momentum

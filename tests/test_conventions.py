@@ -1,0 +1,324 @@
+"""The conventions of other libraries: their defaults, and their states carried over and back."""
+
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm import conventions
+
+# What PyTorch, Keras and Flax did in twenty steps (data/record_conventions.py).
+RECORDED = np.load(Path(__file__).parent / "data" / "conventions.npz")
+X = RECORDED["x"]
+LIBRARIES = ["torch", "keras", "flax"]
+STATISTICS = {
+    "torch": ("running_mean", "running_var"),
+    "keras": ("moving_mean", "moving_variance"),
+    "flax": ("mean", "var"),
+}
+
+
+def recorded(library, step):
+    """Give what the library had after so many steps."""
+    prefix = f"{library}/"
+    return {
+        name[len(prefix) :]: RECORDED[name][step - 1] for name in RECORDED.files if name.startswith(prefix)
+    }
+
+
+def source_of(library, state):
+    """Give a recorded state as the library gives it."""
+    state = {name: value for name, value in state.items() if name != "y"}
+    if library == "flax":
+        params = {name: state[name] for name in ("scale", "bias")}
+        return {"params": params, "batch_stats": {name: state[name] for name in ("mean", "var")}}
+    return state
+
+
+def imported(library, state, **options):
+    return getattr(bn.BatchNorm, f"from_{library}")(source_of(library, state), **options)
+
+
+def assert_float32(got, expected):
+    """Check that values agree to a few float32 roundings, relative to the largest."""
+    np.testing.assert_allclose(got, expected, rtol=4e-6, atol=4e-6 * np.abs(expected).max())
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_layer_carried_over_after_ten_steps_gives_the_same_inference_output(library):
+    state = recorded(library, 10)
+    assert_float32(imported(library, state).eval()(X[0]), state["y"])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_layer_carried_over_stays_in_step_for_ten_more_steps(library):
+    layer = imported(library, recorded(library, 10))
+    for step in range(10, 20):
+        layer.train()(X[step])
+        state = recorded(library, step + 1)
+        for mine, name in zip((layer.running_mean, layer.running_var), STATISTICS[library], strict=True):
+            assert_float32(mine, state[name])
+        assert_float32(layer.eval()(X[0]), state["y"])
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_state_carried_over_and_back_is_the_same(library):
+    source = source_of(library, recorded(library, 10))
+    back = getattr(imported(library, recorded(library, 10)), f"to_{library}")()
+    parts = (
+        [(source, back)] if library != "flax" else [(source[k], back[k]) for k in ("params", "batch_stats")]
+    )
+    for before, after in parts:
+        assert set(before) == set(after)
+        for name, value in before.items():
+            assert after[name].dtype == (np.float32 if value.dtype == np.float32 else np.int64)
+            assert (after[name] == value).all()
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_layer_trained_here_is_what_the_library_would_have_trained(library):
+    layer = bn.BatchNorm(4, convention=library, axis=1)
+    state = recorded(library, 1)
+    names = {"torch": ("weight", "bias"), "keras": ("gamma", "beta"), "flax": ("scale", "bias")}[library]
+    layer.gamma, layer.beta = (state[name].astype(np.float32) for name in names)
+    for step in range(20):
+        layer(X[step])
+    for mine, name in zip((layer.running_mean, layer.running_var), STATISTICS[library], strict=True):
+        assert_float32(mine, recorded(library, 20)[name])
+
+
+# ---- the libraries themselves ------------------------------------------------------------------------------
+
+
+def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
+    torch = pytest.importorskip("torch", reason="compares with PyTorch where it is installed")
+    rng = np.random.default_rng(1)
+    module = torch.nn.BatchNorm2d(3, eps=1e-4, momentum=0.2)
+    x = rng.normal(2, 3, (30, 5, 3, 4, 4)).astype(np.float32)
+    with torch.no_grad():
+        module.weight.uniform_(-1, 1)
+        for k in range(10):
+            module(torch.tensor(x[k]))
+        layer = bn.BatchNorm.from_torch(module)
+        assert (layer.eps, layer.update_rate, layer.ddof, layer.update_count) == (1e-4, 0.2, 1, 10)
+        assert_float32(layer.eval()(x[0]), module.eval()(torch.tensor(x[0])).numpy())
+        for k in range(10, 20):
+            layer.train()(x[k])
+            module.train()(torch.tensor(x[k]))
+        assert_float32(layer.running_var, module.running_var.numpy())
+        other = torch.nn.BatchNorm2d(3, eps=layer.eps, momentum=layer.update_rate)
+        other.load_state_dict({name: torch.from_numpy(value) for name, value in layer.to_torch().items()})
+        assert other.num_batches_tracked == 20
+        assert_float32(other.eval()(torch.tensor(x[0])).numpy(), layer.eval()(x[0]))
+        for k in range(20, 30):
+            layer.train()(x[k])
+            other.train()(torch.tensor(x[k]))
+        assert_float32(layer.running_mean, other.running_mean.numpy())
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
+def test_a_live_layer_of_keras_goes_on_in_step_over_and_back(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="compares with Keras where it is installed")
+    layer = keras.layers.BatchNormalization(momentum=0.9, epsilon=1e-2, center=False)
+    layer.build((6, 4))
+    for k in range(10):
+        layer(X[k], training=True)
+    mine = bn.BatchNorm.from_keras(layer)
+    assert (mine.eps, mine.axis, mine.beta) == (1e-2, -1, None)
+    for k in range(10, 20):
+        mine(X[k])
+        layer(X[k], training=True)
+    assert_float32(mine.running_var, np.asarray(layer.moving_variance))
+    layer.set_weights(list(mine.to_keras().values()))
+    y = keras.ops.convert_to_numpy(layer(X[0], training=False))
+    assert_float32(mine.eval()(X[0]), y)
+
+
+def test_live_variables_of_flax_go_on_in_step():
+    nn = pytest.importorskip("flax.linen", reason="compares with Flax where it is installed")
+    layer = nn.BatchNorm(use_running_average=False, momentum=0.9)
+    mine = bn.BatchNorm(4, convention="flax", update_rate=1 - 0.9, axis=-1)
+    variables = mine.to_flax()
+    for k in range(20):
+        _, changed = layer.apply(variables, X[k], mutable=["batch_stats"])
+        variables = {**variables, "batch_stats": changed["batch_stats"]}
+        mine(X[k])
+    assert_float32(mine.running_var, np.asarray(variables["batch_stats"]["var"]))
+    again = bn.BatchNorm.from_flax(variables, momentum=0.9)
+    assert_float32(again.eval()(X[0]), mine.eval()(X[0]))
+
+
+# ---- what is said by name ----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "eps", "rate", "ddof"),
+    [
+        (None, 1e-5, 0.1, 1),
+        ("torch", 1e-5, 0.1, 1),
+        ("keras", 1e-3, 0.01, 0),
+        ("flax", 1e-5, 0.01, 0),
+        ("onnx", 1e-5, 0.1, 0),
+    ],
+)
+def test_a_convention_sets_the_defaults_and_what_is_given_goes_first(name, eps, rate, ddof):
+    layer = bn.BatchNorm(3, convention=name)
+    assert (layer.eps, layer.update_rate, layer.ddof) == (eps, rate, ddof)
+    layer = bn.BatchNorm(3, convention=name, eps=0.5, update_rate=None)
+    assert (layer.eps, layer.update_rate, layer.ddof) == (0.5, None, ddof)
+    assert f"ddof={ddof}" in repr(layer)
+
+
+def test_an_unknown_convention_is_refused_with_the_list_of_known_ones():
+    with pytest.raises(
+        ValueError, match="convention must be 'torch' or 'keras' or 'flax' or 'onnx', got 'caffe'"
+    ):
+        bn.BatchNorm(3, convention="caffe")
+
+
+@pytest.mark.parametrize(("momentum", "rest"), [(0.99, "0.01"), (0.9, "0.1"), (0.1, "0.9")])
+def test_momentum_is_told_what_to_write_instead(momentum, rest):
+    with pytest.raises(TypeError) as caught:
+        bn.BatchNorm(3, momentum=momentum)
+    assert str(caught.value) == (
+        "update_rate must be given instead of momentum, whose meaning differs between frameworks: write "
+        f"update_rate={momentum} for PyTorch's momentum={momentum}, update_rate={rest} for that of Keras, Flax or ONNX, "
+        f"got momentum={momentum}"
+    )
+
+
+def test_onnx_goes_over_and_back():
+    rng = np.random.default_rng(0)
+    inputs = {
+        name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ("scale", "B", "input_mean", "input_var")
+    }
+    layer = bn.BatchNorm.from_onnx(inputs, epsilon=1e-3, momentum=0.75)
+    assert (layer.eps, layer.update_rate, layer.ddof, layer.axis) == (1e-3, 0.25, 0, 1)
+    x = rng.normal(size=(5, 4)).astype(np.float32)
+    y = (x - inputs["input_mean"]) / np.sqrt(inputs["input_var"] + 1e-3) * inputs["scale"] + inputs["B"]
+    assert_float32(layer.eval()(x), y)
+    back, attributes = layer.to_onnx()
+    assert all((back[name] == inputs[name]).all() for name in inputs)
+    assert attributes == {"epsilon": 1e-3, "momentum": 0.75}
+
+
+def state(**changes):
+    one = np.ones(2, np.float32)
+    plain = {"weight": one, "bias": one, "running_mean": one, "running_var": one}
+    return {name: value for name, value in (plain | changes).items() if value is not None}
+
+
+def test_a_state_without_a_counter_or_parameters_is_taken():
+    layer = bn.BatchNorm.from_torch(state(weight=None, bias=None))
+    assert layer.gamma is None
+    assert layer.beta is None
+    assert layer.update_count == 0
+    assert (layer.to_torch()["weight"] == 1).all()
+
+
+@pytest.mark.parametrize(
+    ("call", "error", "text"),
+    [
+        (lambda: bn.BatchNorm.from_torch(3), TypeError, "source must be a batch norm module of PyTorch"),
+        (
+            lambda: bn.BatchNorm.from_torch(state(running_mean=None)),
+            ValueError,
+            "source must have running_mean, as PyTorch's track_running_stats=True has, got none",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(running_var=np.array([1, -2.0]))),
+            ValueError,
+            "source must have running variances >= 0, got -2.0 in channel 1",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(running_mean=np.array([1, np.nan]))),
+            ValueError,
+            "source must have a finite running mean in every channel, got infinity or NaN",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(weight=np.ones(3))),
+            ValueError,
+            "source must have a gamma of 2 floats, got shape (3,) of float64",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(gamma=np.ones(2))),
+            ValueError,
+            "source must have names of PyTorch (weight, bias, running_mean, running_var, num_batches_tracked), got gamma",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 3),
+            ValueError,
+            "source must be the 4 arrays of get_weights() (a mapping of names where gamma or beta is absent), got 3",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=1.5),
+            ValueError,
+            "momentum must be from 0 to 1, got 1.5",
+        ),
+        (
+            lambda: bn.BatchNorm.from_flax({"params": {}}),
+            TypeError,
+            "variables must be a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got ['params']",
+        ),
+        (
+            lambda: bn.BatchNorm(2).to_keras(),
+            ValueError,
+            "the layer must have ddof=0 for Keras, whose running variances are biased, got ddof=1: pass any_ddof=True",
+        ),
+        (
+            lambda: bn.BatchNorm(2, ddof=0, update_rate=None).to_onnx(),
+            ValueError,
+            "the layer must have an update_rate for ONNX's momentum, got None",
+        ),
+        (
+            lambda: bn.BatchNorm(2, domains=2).to_torch(),
+            ValueError,
+            "the layer must have one set of statistics for PyTorch, got 2 domains",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_carried_over_is_named(call, error, text):
+    with pytest.raises(error) as caught:
+        call()
+    assert str(caught.value).startswith(text)
+
+
+def test_a_module_that_averages_variances_alike_needs_an_update_rate():
+    class Module:
+        eps, momentum = 1e-5, None
+
+        def state_dict(self):
+            return state()
+
+    with pytest.raises(ValueError, match="update_rate must be given for a module with momentum=None"):
+        bn.BatchNorm.from_torch(Module())
+    assert bn.BatchNorm.from_torch(Module(), update_rate=0.3).update_rate == 0.3
+
+
+def test_an_export_with_another_ddof_is_for_inference():
+    layer = bn.BatchNorm(2)
+    assert list(layer.to_keras(any_ddof=True)) == ["gamma", "beta", "moving_mean", "moving_variance"]
+
+
+# ---- the table ---------------------------------------------------------------------------------------------
+
+TABLE = Path(__file__).parent.parent / "docs" / "conventions.md"
+
+
+def test_every_test_that_the_table_names_exists():
+    named = re.findall(r"`(test_\w+)::(test_\w+)`", TABLE.read_text())
+    assert len(named) > 30
+    missing = [
+        f"{file}::{test}"
+        for file, test in named
+        if f"def {test}(" not in (TABLE.parent.parent / "tests" / f"{file}.py").read_text()
+    ]
+    assert missing == []
+
+
+def test_the_conventions_that_are_known_are_in_the_table():
+    text = TABLE.read_text()
+    assert all(f'"{name}"' in text for name in conventions.CONVENTIONS)
