@@ -1,6 +1,13 @@
 """Batch normalization for NumPy arrays, with a stated error bound and the same bits everywhere."""
 
 from batchnorm._core import __version__
+from batchnorm.derivatives import (
+    SecondGradients,
+    batch_norm_double_backward,
+    batch_norm_jvp,
+    normalize_double_backward,
+    normalize_jvp,
+)
 from batchnorm.functional import (
     Gradients,
     GradSums,
@@ -24,11 +31,14 @@ __all__ = [
     "Gradients",
     "Moments",
     "Saved",
+    "SecondGradients",
     "__version__",
     "active_isa",
     "available_isas",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_double_backward",
+    "batch_norm_jvp",
     "explain",
     "get_num_threads",
     "grad_input",
@@ -37,6 +47,8 @@ __all__ = [
     "moments",
     "normalize",
     "normalize_backward",
+    "normalize_double_backward",
+    "normalize_jvp",
     "set_num_threads",
     "show_config",
     "update_running",
