@@ -8,7 +8,9 @@ import pytest
 
 import batchnorm as bn
 
-MODULES = [f"batchnorm.{name}" for name in ("derivatives", "functional", "info", "layers", "moments", "state_file")]
+MODULES = [
+    f"batchnorm.{name}" for name in ("derivatives", "functional", "info", "layers", "moments", "state_file")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -307,7 +307,7 @@ def normalize_double_backward(
     threads = _validate.num_threads(num_threads)
     center = _validate.channel_values("mean", mean, x.shape[axis])
     spread = _validate.variances(var, x.shape[axis])
-    apart = {"mean": center, "var": spread}
+    apart: dict[str, Array | None] = {"mean": center, "var": spread}
     call = _Second(v_dx, dy, x, axis, gamma, v_dgamma, v_dbeta, needs, out, apart)
     dgamma = _core.normalize_double_backward(
         *call.tensors, call.sizes, center, spread, *call.values, eps, *call.targets, threads
@@ -342,7 +342,8 @@ class _Second:
         self._out = _validate.two_outputs(out, x, may_be, {**apart, **values})
         block, self.sizes = _layout.dense(x, axis)
         v = np.zeros_like(block, subok=False) if v_dx is None else _layout.like(block, v_dx)
-        self.tensors, self.values, self._gamma = (v, _layout.like(block, dy), block), values.values(), gamma
+        self.tensors, self._gamma = (v, _layout.like(block, dy), block), gamma
+        self.values = values["gamma"], values["v_dgamma"], values["v_dbeta"]
         # ddy is written first: not to what dx is then computed from.
         to_dy, to_x = self._out
         if to_dy is not None and need_x and any(_validate.overlap(to_dy, a) for a in may_be.values()):
