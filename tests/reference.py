@@ -190,6 +190,91 @@ def ghost_backward(dy, x, gamma, *, ghost_size, axis, eps):
     )
 
 
+class Second(NamedTuple):
+    ddy: object
+    dx: object
+    dgamma: object
+
+
+def _mean(values, axis):
+    """Mean of each channel, to broadcast."""
+    axes = other_axes(values, axis)
+    return values.sum(axes, keepdims=True) / max(math.prod(values.shape[i] for i in axes), 1)
+
+
+def _zero_if_none(values, x, axis):
+    return per_channel(np.zeros(x.shape[axis]) if values is None else _wide(np.asarray(values)), x, axis)
+
+
+def jvp(x_dot, x, gamma, *, axis, eps, gamma_dot=None, beta_dot=None):
+    """Give y' = gamma * rstd * (x' - mean(x') - xhat * mean(x' * xhat)) + gamma' * xhat + beta'."""
+    x_dot, stats = _wide(x_dot), forward(x, None, None, axis=axis, eps=eps)
+    a = per_channel(stats.rstd, x, axis) * _gamma_beta(x, gamma, None, axis)[0]
+    along = x_dot - _mean(x_dot, axis) - stats.y * _mean(x_dot * stats.y, axis)
+    return a * along + _zero_if_none(gamma_dot, x, axis) * stats.y + _zero_if_none(beta_dot, x, axis)
+
+
+def normalize_jvp(x_dot, x, mean, var, gamma, *, axis, eps, mean_dot, var_dot, gamma_dot, beta_dot):
+    """Give y' = gamma * rstd * (x' - mean' - xhat * rstd * var' / 2) + gamma' * xhat + beta'."""
+    xhat = normalize(x, mean, var, None, None, axis=axis, eps=eps)
+    rstd = per_channel(reciprocal_std(var, eps), x, axis)
+    mean_dot, var_dot, gamma_dot, beta_dot = (
+        _zero_if_none(v, x, axis) for v in (mean_dot, var_dot, gamma_dot, beta_dot)
+    )
+    along = _wide(x_dot) - mean_dot - xhat * rstd * var_dot / 2
+    return _gamma_beta(x, gamma, None, axis)[0] * rstd * along + gamma_dot * xhat + beta_dot
+
+
+def double_backward(v, dy, x, gamma, *, axis, eps, v_dgamma=None, v_dbeta=None):
+    """Give the gradients of sum(v * dx) + sum(v_dgamma * dgamma) + sum(v_dbeta * dbeta) of `backward`."""
+    stats = forward(x, None, None, axis=axis, eps=eps)
+    xhat, s = stats.y, per_channel(stats.rstd, x, axis)
+    scale, w = _gamma_beta(x, gamma, None, axis)[0] * s, _zero_if_none(v_dgamma, x, axis)
+    v0, g0 = _wide(v) - _mean(_wide(v), axis), _wide(dy) - _mean(_wide(dy), axis)
+    a, b, c = _mean(v0 * xhat, axis), _mean(g0 * xhat, axis), _mean(v0 * g0, axis)
+    ddy = jvp(v, x, gamma, axis=axis, eps=eps, gamma_dot=v_dgamma, beta_dot=v_dbeta)
+    dx = w * s * (g0 - b * xhat) - scale * s * (b * v0 + a * g0 + (c - 3 * a * b) * xhat)
+    count = math.prod(x.shape[i] for i in other_axes(x, axis))
+    return Second(ddy, dx, (s * count * (c - a * b)).reshape(-1))
+
+
+def jvp_scale(x_dot, x, gamma, *, axis, eps, gamma_dot=None, beta_dot=None):
+    """Give the sum of the absolute terms of `jvp`, means being those of absolute values."""
+    x_dot, stats = np.abs(_wide(x_dot)), forward(x, None, None, axis=axis, eps=eps)
+    xhat = np.abs(stats.y)
+    a = np.abs(per_channel(stats.rstd, x, axis) * _gamma_beta(x, gamma, None, axis)[0])
+    turn, lift = (np.abs(_zero_if_none(t, x, axis)) for t in (gamma_dot, beta_dot))
+    return a * (x_dot + _mean(x_dot, axis) + xhat * _mean(x_dot * xhat, axis)) + turn * xhat + lift
+
+
+def second_scales(v, dy, x, gamma, *, axis, eps, v_dgamma=None, v_dbeta=None):
+    """Give the sums of the absolute terms of `double_backward`, means being those of absolute values."""
+    stats = forward(x, None, None, axis=axis, eps=eps)
+    xhat, s = np.abs(stats.y), per_channel(stats.rstd, x, axis)
+    scale, w = np.abs(_gamma_beta(x, gamma, None, axis)[0]) * s, np.abs(_zero_if_none(v_dgamma, x, axis))
+    v0, g0 = (np.abs(_wide(t)) + _mean(np.abs(_wide(t)), axis) for t in (v, dy))
+    a, b, c = _mean(v0 * xhat, axis), _mean(g0 * xhat, axis), _mean(v0 * g0, axis)
+    ddy = jvp_scale(v, x, gamma, axis=axis, eps=eps, gamma_dot=v_dgamma, beta_dot=v_dbeta)
+    dx = w * s * (g0 + b * xhat) + scale * s * (b * v0 + a * g0 + (c + 3 * a * b) * xhat)
+    count = math.prod(x.shape[i] for i in other_axes(x, axis))
+    return Second(ddy, dx, (s * count * (c + a * b)).reshape(-1))
+
+
+def extended(formula, *arrays, **options):
+    """Give the Exact of a formula, or of each field of its result, computed in long double."""
+
+    def widened(value):
+        return value.astype(np.longdouble) if isinstance(value, np.ndarray) else value
+
+    result = formula(*map(widened, arrays), **{name: widened(value) for name, value in options.items()})
+
+    def split(value):
+        high = value.astype(np.float64)
+        return Exact(high, (value - high).astype(np.float64))
+
+    return split(result) if isinstance(result, np.ndarray) else type(result)(*map(split, result))
+
+
 def running_update(running, batch, update_rate):
     """Give running = (1 - update_rate) * running + update_rate * batch."""
     return (1.0 - update_rate) * running + update_rate * batch

@@ -1,4 +1,4 @@
-"""Forward mode and double backward against complex steps, autograd, and their own identities."""
+"""Forward-mode and double backward: bounds, complex steps, torch, and an end at the second order."""
 
 import numpy as np
 import pytest
@@ -7,229 +7,311 @@ import batchnorm as bn
 import reference
 from tolerances import assert_within
 
-EPS = 1e-3
-H = 1e-200
+EPS = 1e-2
+STEP = 1e-200
 
 
-def problem(layout, dtype, seed=0):
-    """Give x, dy, v and gamma, and values per channel for the rest."""
-    rng = np.random.default_rng(seed)
-    x = layout.normal(dtype)
-    dy, v = (rng.normal(size=x.shape).astype(dtype) for _ in range(2))
-    return x, dy, v, *(rng.uniform(-2, 2, layout.channels) for _ in range(5))
+class Case:
+    """x, dy, v and values of channels, float64 by default."""
+
+    def __init__(self, shape=(3, 4, 5), axis=1, dtype=np.float64):
+        rng = np.random.default_rng(7)
+        self.axis, channels = axis, shape[axis]
+        self.x, self.dy, self.v, self.u = (rng.normal(m, 2, shape).astype(dtype) for m in (1, 0.5, 0.2, 0))
+        self.gamma, self.w, self.wb = (rng.normal(size=channels).astype(dtype) for _ in range(3))
+        self.mean, self.mean_dot, self.var_dot = (rng.normal(size=channels) for _ in range(3))
+        self.var = rng.uniform(0.5, 2, channels)
+        self.options = {"axis": axis, "eps": EPS}
+
+    def saved(self):
+        return bn.batch_norm(self.x, self.gamma, **self.options)[1]
+
+    def jvp(self, **options):
+        return bn.batch_norm_jvp(self.v, self.saved(), gamma_dot=self.w, beta_dot=self.wb, **options)
+
+    def second(self, **options):
+        return bn.batch_norm_double_backward(
+            self.v, self.dy, self.saved(), v_dgamma=self.w, v_dbeta=self.wb, **options
+        )
+
+    def frozen_jvp(self, **options):
+        tangents = {
+            "mean_dot": self.mean_dot,
+            "var_dot": self.var_dot,
+            "gamma_dot": self.w,
+            "beta_dot": self.wb,
+        }
+        return bn.normalize_jvp(
+            self.v, self.x, self.mean, self.var, self.gamma, **tangents, **self.options, **options
+        )
+
+    def frozen_second(self, **options):
+        return bn.normalize_double_backward(
+            self.v, self.dy, self.x, self.mean, self.var, self.gamma,
+            v_dgamma=self.w, v_dbeta=self.wb, **self.options, **options,
+        )  # fmt: skip
 
 
-def saved_of(x, gamma, layout):
-    return bn.batch_norm(x, gamma, axis=layout.axis, eps=EPS)[1]
+@pytest.fixture
+def case(layout, dtype):
+    return Case(layout.shape, layout.axis, dtype)
 
 
-def assert_equals_step(mine, slope):
-    assert_within("complex step", np.float64, mine, slope, scale=np.abs(slope).max() + 1e-3)
+def imaginary(value):
+    return value.imag / STEP
 
 
-def test_jvp_equals_a_complex_step(layout):
-    x, x_dot, _, gamma, beta, gamma_dot, beta_dot, _ = problem(layout, np.float64)
-    stepped = reference.forward(
-        x + 1j * H * x_dot, gamma + 1j * H * gamma_dot, beta + 1j * H * beta_dot, axis=layout.axis, eps=EPS
+def close(got, expected):
+    assert_within("complex step", "float64", got, expected, scale=np.abs(expected).max())
+
+
+def gradients(loss, arrays):
+    """Complex step of a real loss by every element of every array."""
+    for position, array in enumerate(arrays):
+        gradient = np.empty(array.shape)
+        for index in np.ndindex(array.shape):
+            moved = array.astype(np.complex128)
+            moved[index] += STEP * 1j
+            gradient[index] = imaginary(loss(*arrays[:position], moved, *arrays[position + 1 :]))
+        yield gradient
+
+
+# ---- bounds -----------------------------------------------------------------------------------------------
+
+
+def test_jvp_keeps_its_bound(case, dtype):
+    options = {"gamma_dot": case.w, "beta_dot": case.wb, **case.options}
+    exact = reference.extended(reference.jvp, case.v, case.x, case.gamma, **options)
+    scale = reference.jvp_scale(case.v, case.x, case.gamma, **options)
+    assert_within("jvp", dtype, case.jvp(), exact, scale=scale)
+
+
+def test_double_backward_keeps_its_bounds(case, dtype):
+    arguments = (case.v, case.dy, case.x, case.gamma)
+    options = {"v_dgamma": case.w, "v_dbeta": case.wb, **case.options}
+    exact = reference.extended(reference.double_backward, *arguments, **options)
+    scales = reference.second_scales(*arguments, **options)
+    for name, got, value, scale in zip(
+        ("jvp", "second", "second"), case.second(), exact, scales, strict=True
+    ):
+        assert_within(name, dtype, got, value, scale=scale)
+
+
+# ---- complex steps ----------------------------------------------------------------------------------------
+
+
+def test_jvp_equals_the_complex_step_of_forward():
+    c, h = Case(), STEP * 1j
+    moved = reference.forward(c.x + h * c.v, c.gamma + h * c.w, h * c.wb, **c.options).y
+    expected = imaginary(moved)
+    close(c.jvp(), expected)
+    options = {"gamma_dot": c.w, "beta_dot": c.wb, **c.options}
+    close(reference.jvp(c.v, c.x, c.gamma, **options), expected)
+
+
+def test_normalize_jvp_equals_the_complex_step_of_normalize():
+    c, h = Case(), STEP * 1j
+    mean, var = c.mean + h * c.mean_dot, c.var + h * c.var_dot
+    expected = imaginary(
+        reference.normalize(c.x + h * c.v, mean, var, c.gamma + h * c.w, h * c.wb, **c.options)
     )
-    got = bn.batch_norm_jvp(x_dot, saved_of(x, gamma, layout), gamma_dot=gamma_dot, beta_dot=beta_dot)
-    assert_equals_step(got, stepped.y.imag / H)
-
-
-def test_normalize_jvp_equals_a_complex_step(layout):
-    x, x_dot, _, gamma, mean, gamma_dot, beta_dot, mean_dot = problem(layout, np.float64)
-    var, var_dot = np.abs(gamma) + 0.1, beta_dot[::-1].copy()
-    stepped = reference.normalize(
-        x + 1j * H * x_dot,
-        mean + 1j * H * mean_dot,
-        var + 1j * H * var_dot,
-        gamma + 1j * H * gamma_dot,
-        1j * H * beta_dot,
-        axis=layout.axis,
-        eps=EPS,
-    )
-    tangents = {"mean_dot": mean_dot, "var_dot": var_dot, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
-    got = bn.normalize_jvp(x_dot, x, mean, var, gamma, axis=layout.axis, eps=EPS, **tangents)
-    assert_equals_step(got, stepped.imag / H)
-
-
-def contracted(gradients, v, v_dgamma, v_dbeta):
-    return (gradients.dx * v).sum() + (gradients.dgamma * v_dgamma).sum() + (gradients.dbeta * v_dbeta).sum()
+    close(c.frozen_jvp(), expected)
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
-def test_double_backward_equals_complex_steps(layout, frozen):
-    x, dy, v, gamma, v_dgamma, v_dbeta, mean, spread = problem(layout, np.float64)
-    options, var = {"axis": layout.axis, "eps": EPS}, np.abs(spread) + 0.1
+def test_double_backward_equals_the_complex_step_of_backward(frozen):
+    c = Case()
 
-    def backward(dy, x, gamma):
+    def loss(dy, x, gamma):
         if frozen:
-            gradients = reference.normalize_backward(dy, x, mean, var, gamma, **options)
+            got = reference.normalize_backward(dy, x, c.mean, c.var, gamma, **c.options)
         else:
-            gradients = reference.backward(dy, x, gamma, **options)
-        return contracted(gradients, v, v_dgamma, v_dbeta)
+            got = reference.backward(dy, x, gamma, **c.options)
+        return (c.v * got.dx).sum() + (c.w * got.dgamma).sum() + (c.wb * got.dbeta).sum()
 
-    if frozen:
-        got = bn.normalize_double_backward(
-            v, dy, x, mean, var, gamma, v_dgamma=v_dgamma, v_dbeta=v_dbeta, **options
-        )
-    else:
-        saved = saved_of(x, gamma, layout)
-        got = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=v_dgamma, v_dbeta=v_dbeta)
-    rng = np.random.default_rng(1)
-    for k, mine in enumerate(got):
-        for _ in range(3):
-            inputs = [dy, x, gamma]
-            direction = rng.normal(size=inputs[k].shape)
-            inputs[k] = inputs[k] + 1j * H * direction
-            slope = backward(*inputs).imag / H
-            scale = np.abs(mine * direction).sum()
-            assert_within("complex step", np.float64, (mine * direction).sum(), slope, scale=scale)
+    second = c.frozen_second() if frozen else c.second()
+    for got, expected in zip(second, gradients(loss, (c.dy, c.x, c.gamma)), strict=True):
+        close(got, expected)
 
 
-def test_every_element_of_double_backward_equals_a_complex_step():
-    rng = np.random.default_rng(3)
-    x, dy, v = (rng.normal(size=(5, 2, 3)) for _ in range(3))
-    gamma, w = np.array([2.0, -0.5]), np.array([0.3, 1.0])
-    _, saved = bn.batch_norm(x, gamma, eps=EPS)
-    got = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=w)
-    for at in np.ndindex(x.shape):
-        step = np.zeros(x.shape, complex)
-        step[at] = 1j * H
-        by_x = contracted(reference.backward(dy, x + step, gamma, axis=1, eps=EPS), v, w, 0).imag / H
-        by_dy = contracted(reference.backward(dy + step, x, gamma, axis=1, eps=EPS), v, w, 0).imag / H
-        assert_within("complex step", np.float64, got.dx[at], by_x, scale=np.abs(got.dx).max())
-        assert_within("complex step", np.float64, got.ddy[at], by_dy, scale=np.abs(got.ddy).max())
+def test_the_jvp_of_backward_is_double_backward():
+    c, h = Case(), STEP * 1j
+    moved = reference.backward(c.dy, c.x + h * c.v, c.gamma + h * c.w, **c.options)
+    second = bn.batch_norm_double_backward(c.v, c.dy, c.saved(), v_dgamma=c.w)
+    close(second.dx, imaginary(moved.dx))
+    close(second.dgamma, imaginary(moved.dgamma))
 
 
-def test_float32_derivatives_keep_their_bounds(layout):
-    x, dy, v, gamma, gamma_dot, beta_dot, *_ = problem(layout, np.float32)
-    saved = saved_of(x, gamma, layout)
-    wide = saved_of(x.astype(np.float64), gamma, layout)
-    exact = bn.batch_norm_jvp(v.astype(np.float64), wide, gamma_dot=gamma_dot, beta_dot=beta_dot)
-    xhat = np.abs(reference.forward(x, None, None, axis=layout.axis, eps=EPS).y)
-    channel = lambda values: np.abs(reference.per_channel(values, x, layout.axis))
-    axes = reference.other_axes(x, layout.axis)
-    mean_of = lambda a: np.abs(a).mean(axes, keepdims=True)
-    a = channel(saved.rstd * gamma)
-
-    def along(t):
-        return a * (np.abs(t) + mean_of(t) + xhat * mean_of(t * xhat))
-
-    scale = along(v) + channel(gamma_dot) * xhat + channel(beta_dot)
-    got = bn.batch_norm_jvp(v, saved, gamma_dot=gamma_dot, beta_dot=beta_dot)
-    assert_within("dx", np.float32, got, exact, scale=scale)
-
-    second = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=gamma_dot, v_dbeta=beta_dot)
-    exact2 = bn.batch_norm_double_backward(
-        v.astype(np.float64), dy.astype(np.float64), wide, v_dgamma=gamma_dot, v_dbeta=beta_dot
-    )
-    assert_within("dx", np.float32, second.ddy, exact2.ddy, scale=scale)
-    r = channel(saved.rstd)
-    terms = np.abs(a * r) * (
-        mean_of(dy * xhat) * (np.abs(v) + mean_of(v))
-        + mean_of(v * xhat) * (np.abs(dy) + mean_of(dy))
-        + 4 * xhat * (mean_of(v * dy) + mean_of(v) * mean_of(dy) + mean_of(v * xhat) * mean_of(dy * xhat))
-    ) + channel(gamma_dot) * r * (np.abs(dy) + mean_of(dy) + mean_of(dy * xhat) * xhat)
-    assert_within("second", np.float32, second.dx, exact2.dx, scale=terms)
-    of_gamma = np.abs(saved.rstd) * (
-        np.abs(v * dy).sum(axes) + (np.abs(v * xhat)).sum(axes) * mean_of(dy * xhat).ravel()
-    )
-    assert_within("second", np.float32, second.dgamma, exact2.dgamma, scale=of_gamma)
+def test_the_jvp_of_jvp_is_double_backward():
+    c, h = Case(), STEP * 1j
+    second = bn.batch_norm_double_backward(c.v, c.u, c.saved())
+    close(second.dx, imaginary(reference.jvp(c.v, c.x + h * c.u, c.gamma, **c.options)))
 
 
-def test_derivatives_equal_those_of_autograd(layout):
-    torch = pytest.importorskip("torch", reason="compares with PyTorch where it is installed")
-    x, dy, v, gamma, v_dgamma, v_dbeta, *_ = problem(layout, np.float64)
-    move = lambda a: torch.tensor(np.moveaxis(a, layout.axis, 1).copy(), requires_grad=True)
-    tx, tdy, tv = move(x), move(dy), move(v)
-    tgamma, tbeta = (
-        torch.tensor(gamma, requires_grad=True),
-        torch.zeros(gamma.size, dtype=torch.float64, requires_grad=True),
-    )
-    y = torch.nn.functional.batch_norm(tx, None, None, tgamma, tbeta, training=True, eps=EPS)
-    first = torch.autograd.grad(y, (tx, tgamma, tbeta), tdy, create_graph=True)
-    weights = tv, torch.tensor(v_dgamma), torch.tensor(v_dbeta)
-    total = sum((f * w).sum() for f, w in zip(first, weights, strict=True))
-    expected = torch.autograd.grad(total, (tdy, tx, tgamma))
-    saved = saved_of(x, gamma, layout)
-    got = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=v_dgamma, v_dbeta=v_dbeta)
-    for mine, theirs in zip(got, expected, strict=True):
-        back = theirs.numpy() if mine.ndim == 1 else np.moveaxis(theirs.numpy(), 1, layout.axis)
-        assert_within("torch", np.float64, mine, back, scale=np.abs(back).max())
+def test_the_gradient_of_jvp_is_double_backward():
+    c = Case()
+
+    def loss(x):
+        return (c.dy * reference.jvp(c.v, x, c.gamma, **c.options)).sum()
+
+    second = bn.batch_norm_double_backward(c.v, c.dy, c.saved())
+    close(second.dx, next(gradients(loss, (c.x,))))
 
 
-@pytest.mark.parametrize("dtype", [np.float32, np.float64])
-def test_threads_and_memory_order_change_no_bit(layout, dtype, threads):
-    x, dy, v, gamma, w, *_ = problem(layout, dtype)
-    saved = saved_of(x, gamma, layout)
-    one = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=w, num_threads=1)
-    other = bn.batch_norm_double_backward(np.asfortranarray(v), dy, saved, v_dgamma=w, num_threads=threads)
-    assert [a.tobytes() for a in one] == [a.tobytes() for a in other]
-    y_dot = bn.batch_norm_jvp(v, saved, gamma_dot=w, num_threads=1)
-    target = v.copy()
-    assert bn.batch_norm_jvp(target, saved, gamma_dot=w, num_threads=threads, out=target) is target
-    assert target.tobytes() == y_dot.tobytes()
+def test_double_backward_equals_that_of_torch():
+    torch = pytest.importorskip("torch", reason="torch is not installed; it is only a second opinion here")
+    c = Case()
+    x, gamma, dy = (torch.tensor(a, requires_grad=True) for a in (c.x, c.gamma, c.dy))
+    beta = torch.zeros_like(gamma, requires_grad=True)
+    y = torch.nn.functional.batch_norm(x, None, None, gamma, beta, training=True, eps=EPS)
+    first = torch.autograd.grad(y, (x, gamma, beta), dy, create_graph=True)
+    expected = torch.autograd.grad(first, (dy, x, gamma), [torch.tensor(a) for a in (c.v, c.w, c.wb)])
+    for got, value in zip(c.second(), expected, strict=True):
+        assert_within("torch", "float64", got, value.numpy(), scale=np.abs(value.numpy()).max())
 
 
-def test_every_instruction_set_gives_the_same_bits_for_derivatives(isa, python_with_isa):
-    code = """if True:
-        import hashlib, numpy as np, batchnorm as bn
-        rng, digest = np.random.default_rng(0), hashlib.sha256()
-        for shape, axis in [((4, 5, 60, 7), 1), ((97, 33), 1), ((40, 9, 21), 2), ((6, 40, 9), 1)]:
-            for dtype in (np.float32, np.float64):
-                x, dy, v = (rng.normal(2, 3, shape).astype(dtype) for _ in range(3))
-                gamma = rng.normal(size=shape[axis])
-                _, saved = bn.batch_norm(x, gamma, axis=axis)
-                parts = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=gamma, v_dbeta=gamma)
-                for part in (bn.batch_norm_jvp(v, saved, gamma_dot=gamma), *parts):
-                    digest.update(part.tobytes())
-        print(digest.hexdigest())
-    """
-    runs = [python_with_isa(name, code) for name in (isa, bn.available_isas()[-1])]
-    assert runs[0].returncode == 0, runs[0].stderr
-    assert runs[0].stdout == runs[1].stdout
+# ---- the end ----------------------------------------------------------------------------------------------
 
 
-def test_only_what_is_needed_is_computed(layout):
-    x, dy, v, gamma, *_ = problem(layout, np.float64)
-    saved = saved_of(x, gamma, layout)
-    whole = bn.batch_norm_double_backward(v, dy, saved)
-    for k, name in enumerate(("dy", "x", "gamma")):
-        part = bn.batch_norm_double_backward(v, dy, saved, needs=(name,))
-        assert [p is not None for p in part] == [i == k for i in range(3)]
-        assert part[k].tobytes() == whole[k].tobytes()
-
-
-def test_an_empty_batch_has_empty_derivatives():
-    x = np.zeros((0, 3))
-    _, saved = bn.batch_norm(x)
-    assert bn.batch_norm_jvp(x, saved).shape == (0, 3)
-    second = bn.batch_norm_double_backward(x, x, saved)
-    assert second.ddy.shape == second.dx.shape == (0, 3)
-    assert second.dgamma.tolist() == [0, 0, 0]
-
-
-def test_a_constant_channel_without_eps_has_no_slope():
-    x = np.full((4, 1), 3.0)
-    _, saved = bn.batch_norm(x, eps=0.0)
-    assert (bn.batch_norm_jvp(np.arange(4.0).reshape(4, 1), saved) == 0).all()
-
-
-def test_nested_use_beyond_the_second_order_raises():
-    x = np.arange(6.0).reshape(3, 2)
-    _, saved = bn.batch_norm(x)
-    second = bn.batch_norm_double_backward(x, x, saved)
+def test_a_third_order_is_refused():
+    c = Case()
+    saved, second = c.saved(), c.second()
+    text = "must not be SecondGradients: derivatives end at the second order, and this would be the third"
     for call in (
-        lambda: bn.batch_norm_double_backward(x, x, second),
-        lambda: bn.batch_norm_jvp(x, second),
-        lambda: bn.batch_norm_jvp(x, bn.batch_norm_backward(x, saved)),
+        lambda: bn.batch_norm_jvp(second, saved),
+        lambda: bn.batch_norm_jvp(c.v, second),
+        lambda: bn.normalize_jvp(second, c.x, c.mean, c.var),
+        lambda: bn.batch_norm_double_backward(second, c.dy, saved),
+        lambda: bn.batch_norm_double_backward(c.v, second, saved),
+        lambda: bn.batch_norm_double_backward(c.v, c.dy, second),
+        lambda: bn.normalize_double_backward(c.v, second, c.x, c.mean, c.var),
     ):
-        with pytest.raises(NotImplementedError, match="derivatives beyond the second order"):
+        with pytest.raises(NotImplementedError, match=text):
             call()
-    for nested in (x + 0j, [[1.0, 2.0]]):
-        with pytest.raises(TypeError, match="x_dot must"):
-            bn.batch_norm_jvp(nested, saved)
+
+
+def test_values_that_carry_derivatives_of_their_own_are_refused():
+    c = Case()
+    for value in (c.v + STEP * 1j, c.v.astype(object)):
+        with pytest.raises(TypeError, match="x_dot must have dtype float32 or float64, got"):
+            bn.batch_norm_jvp(value, c.saved())
+        with pytest.raises(TypeError, match="v_dx must have dtype float32 or float64, got"):
+            bn.batch_norm_double_backward(value, c.dy, c.saved())
+
+
+# ---- calls ------------------------------------------------------------------------------------------------
+
+CALLS = ["jvp", "second", "frozen_jvp", "frozen_second"]
+
+
+def assert_same(got, expected):
+    for a, b in zip(got, expected, strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_any_number_of_threads_gives_the_same_bits(dtype):
+    for shape in ((8, 3, 4001), (5003, 37)):
+        for name in CALLS:
+            c = Case(shape, 1, dtype)
+            one = getattr(c, name)(num_threads=1)
+            for threads in (2, 3, 7):
+                np.testing.assert_equal(getattr(c, name)(num_threads=threads), one)
+
+
+@pytest.mark.parametrize("onto", ["v", "dy", "x"])
+@pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])
+def test_each_output_may_be_any_input(layout, dtype, onto, frozen):
+    name = "frozen_second" if frozen else "second"
+    for position in (0, 1):
+        c = Case(layout.shape, layout.axis, dtype)
+        expected = getattr(c, name)()
+        target = getattr(c, onto)
+        got = getattr(c, name)(out=(target, None) if position == 0 else (None, target))
+        assert got[position] is target
+        assert_same(got, expected)
+
+
+@pytest.mark.parametrize("onto", ["v", "x"])
+@pytest.mark.parametrize("name", ["jvp", "frozen_jvp"])
+def test_the_output_of_jvp_may_be_an_input(layout, dtype, onto, name):
+    c = Case(layout.shape, layout.axis, dtype)
+    expected = getattr(c, name)()
+    target = getattr(c, onto)
+    assert getattr(c, name)(out=target) is target
+    np.testing.assert_array_equal(target, expected)
+
+
+@pytest.mark.parametrize("needs", [("dy",), ("x",), ("gamma",), ("dy", "gamma")], ids="_".join)
+@pytest.mark.parametrize("name", ["second", "frozen_second"])
+def test_only_what_is_needed_is_given_with_the_same_bits(case, needs, name):
+    everything = dict(zip(("dy", "x", "gamma"), getattr(case, name)(), strict=True))
+    for key, got in zip(everything, getattr(case, name)(needs=needs), strict=True):
+        if key in needs:
+            np.testing.assert_array_equal(got, everything[key])
+        else:
+            assert got is None
+
+
+def test_no_v_dx_is_zeros(case):
+    second = bn.batch_norm_double_backward(None, case.dy, case.saved(), v_dgamma=case.w)
+    case.v[...], case.wb[...] = 0, 0
+    assert_same(second, case.second())
+
+
+@pytest.mark.parametrize("shape", [(0, 3, 5), (4, 3, 0), (0, 3)], ids=str)
+def test_an_empty_batch_gives_empty_arrays_and_zero_dgamma(shape, dtype):
+    c = Case(shape, 1, dtype)
+    for name in CALLS:
+        got = getattr(c, name)()
+        if isinstance(got, bn.SecondGradients):
+            assert got.ddy.shape == got.dx.shape == shape
+            np.testing.assert_array_equal(got.dgamma, np.zeros(3))
+        else:
+            assert got.shape == shape
+
+
+def test_a_constant_channel_without_eps_gives_the_tangent_of_beta(case):
+    case.x[...], case.options["eps"] = 2.5, 0.0
+    expected = np.broadcast_to(reference.per_channel(case.wb, case.x, case.axis), case.x.shape)
+    np.testing.assert_array_equal(case.jvp(), expected)
+    second = case.second()
+    np.testing.assert_array_equal(second.ddy, expected)
+    np.testing.assert_array_equal(second.dx, 0)
+    np.testing.assert_array_equal(second.dgamma, 0)
+
+
+def test_bad_arguments_are_named_and_nothing_is_written(dtype):
+    c = Case((3, 4, 5), 1, dtype)
+    out = np.full_like(c.x, 7)
+    with pytest.raises(ValueError, match=r"gamma_dot must have shape \(4,\), got \(3,\)"):
+        bn.batch_norm_jvp(c.v, c.saved(), gamma_dot=np.ones(3), out=out)
+    with pytest.raises(ValueError, match=r"x_dot must have shape"):
+        bn.batch_norm_jvp(c.v[:2], c.saved(), out=out)
+    with pytest.raises(ValueError, match="needs must name some of 'dy', 'x', 'gamma', got 'beta'"):
+        c.second(needs=("beta",), out=(out, None))
+    with pytest.raises(TypeError, match=r"out must be a tuple \(ddy, dx\) of arrays or None, got ndarray"):
+        c.second(out=out)
+    with pytest.raises(ValueError, match="out must be two arrays that share no memory, got an overlap"):
+        c.second(out=(out, out))
+    with pytest.raises(ValueError, match="var must be >= 0 in every channel"):
+        bn.normalize_double_backward(c.v, c.dy, c.x, c.mean, -c.var, out=(out, None))
+    np.testing.assert_array_equal(out, 7)
+
+
+def test_every_instruction_set_gives_the_same_bits(isa, python_with_isa):
+    code = (
+        "import hashlib, numpy as np, test_derivatives as t\n"
+        "h = hashlib.sha256()\n"
+        "for shape in ((3, 5, 49), (2, 3, 20011), (301, 7), (50, 6, 4)):\n"
+        "    for dtype in (np.float32, np.float64):\n"
+        "        for name in t.CALLS:\n"
+        "            got = getattr(t.Case(shape, 1, dtype), name)()\n"
+        "            for a in got if isinstance(got, tuple) else (got,): h.update(np.ascontiguousarray(a))\n"
+        "print(h.hexdigest())"
+    )
+    found = [python_with_isa(name, code) for name in (bn.available_isas()[0], isa)]
+    assert [p.returncode for p in found] == [0, 0], found[1].stderr
+    assert found[0].stdout == found[1].stdout
 
 
 def test_parts_of_a_batch_have_first_derivatives_only():
@@ -237,24 +319,5 @@ def test_parts_of_a_batch_have_first_derivatives_only():
     _, saved = bn.batch_norm(x, mask=[True, True, False])
     with pytest.raises(NotImplementedError, match="without mask, weights, lengths or segments"):
         bn.batch_norm_jvp(x, saved)
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "text"),
-    [
-        ({"gamma_dot": [1.0]}, ValueError, "gamma_dot must have shape (2,), got (1,)"),
-        ({"beta_dot": [1, 2]}, TypeError, "beta_dot must have a floating dtype, got int64"),
-        ({"out": np.zeros((2, 2))}, ValueError, "out must have shape (3, 2), got (2, 2)"),
-        ({"num_threads": 0}, ValueError, "num_threads must be an int >= 1 or None, got 0"),
-    ],
-)
-def test_a_mistake_is_named(options, error, text):
-    x = np.arange(6.0).reshape(3, 2)
-    _, saved = bn.batch_norm(x)
-    with pytest.raises(error) as caught:
-        bn.batch_norm_jvp(x, saved, **options)
-    assert str(caught.value) == text
-    with pytest.raises(ValueError, match="needs must name some of 'dy', 'x', 'gamma', got 'beta'"):
-        bn.batch_norm_double_backward(x, x, saved, needs=("beta",))
-    with pytest.raises(ValueError, match="v_dx must have shape"):
-        bn.batch_norm_double_backward(x[:2], x, saved)
+    with pytest.raises(NotImplementedError, match="without mask, weights, lengths or segments"):
+        bn.batch_norm_double_backward(x, x, saved)

@@ -54,13 +54,6 @@ def _contract(dtype, u):
             4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy xhat|"
         ),
         ("dbeta", dtype): Bound(4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy|"),
-        ("second", dtype): Bound(
-            2 * u,
-            0,
-            1,
-            "float64 or double-double coefficients and float64 sums, rounded once to the dtype; for float64 data the "
-            "oracle is a complex step and has a bound of its own; scale: the sum of the absolute terms",
-        ),
         ("weighted", dtype): Bound(
             u + 64 * 2.0**-53,
             0,
@@ -112,6 +105,26 @@ TABLE = {
         0,
         "h = 1e-5: truncation h^2 ~ 1e-10 times third derivatives, rounding 1e-16 / h = 1e-11 times the terms of "
         "the loss; scale: max |gradient|",
+    ),
+    ("jvp", "float32"): Bound(
+        5 * 2.0**-24,
+        0,
+        1,
+        "one coefficient, one difference and one product a term, and two sums; "
+        "scale: the sum of absolute terms, with means of absolute values",
+    ),
+    ("jvp", "float64"): Bound(
+        6 * 2.0**-53, 0, 1, "the same, and x - mean is rounded before it is summed; scale: as for float32"
+    ),
+    ("second", "float32"): Bound(
+        2 * 2.0**-24, 0, 1, "float64 throughout, rounded once; scale: the sum of absolute terms, as for jvp"
+    ),
+    ("second", "float64"): Bound(
+        8 * 2.0**-53,
+        0,
+        1,
+        "differences in two of the sums of a term, its coefficient, difference and product, and three sums; "
+        "scale: as for float32",
     ),
     ("torch", "float64"): Bound(
         1e-12,

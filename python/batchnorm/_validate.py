@@ -182,13 +182,19 @@ def num_threads(value: object) -> int:
 
 def needs(names: Any) -> tuple[bool, bool, bool]:
     """Tell which of x, gamma, beta are named."""
+    need_x, need_gamma, need_beta = needs_among(_GRADIENTS, names)
+    return need_x, need_gamma, need_beta
+
+
+def needs_among(known: tuple[str, ...], names: Any) -> tuple[bool, ...]:
+    """Tell which of the known gradients are named."""
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(f"needs must be a tuple of names, got {kind(names)}")
     asked = tuple(names)
     for name in asked:
-        if not isinstance(name, str) or name not in _GRADIENTS:
-            raise ValueError(f"needs must name some of 'x', 'gamma', 'beta', got {name!r}")
-    return "x" in asked, "gamma" in asked, "beta" in asked
+        if not isinstance(name, str) or name not in known:
+            raise ValueError(f"needs must name some of {', '.join(map(repr, known))}, got {name!r}")
+    return tuple(name in asked for name in known)
 
 
 def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None]) -> Array:
@@ -209,6 +215,22 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
         if values is not None and overlap(checked, values):
             raise ValueError(f"out must share no memory with {name}, got an overlap")
     return checked
+
+
+def two_outputs(
+    out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None]
+) -> tuple[Array | None, Array | None]:
+    """Refuse what is not two outputs (`output`) or None, apart from each other."""
+    if out is None:
+        return None, None
+    if not isinstance(out, tuple) or len(out) != 2:
+        raise TypeError(f"out must be a tuple (ddy, dx) of arrays or None, got {kind(out)}")
+    for a in out:
+        if a is not None:
+            output(a, x, may_be, apart_from)
+    if out[0] is not None and out[1] is not None and overlap(out[0], out[1]):
+        raise ValueError("out must be two arrays that share no memory, got an overlap")
+    return out
 
 
 def instance(name: str, value: object, wanted: type | tuple[type, ...], text: str) -> None:

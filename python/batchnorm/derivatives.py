@@ -1,8 +1,11 @@
-"""Derivatives of batch normalization in closed form: forward mode (jvp), and the second order (double backward).
+"""Derivatives of batch normalization in closed form: forward-mode (jvp), and the gradients of its gradients.
 
-With x̂ = (x - mean)·rstd and means over the m values of a channel, the derivative of x̂ along v is rstd·(v - mean(v) -
-x̂·mean(v·x̂)), which is symmetric: forward and reverse mode are the same operator. Results are plain arrays, of which
-nothing is recorded: there is no third order here, and what would need it raises NotImplementedError.
+Second order is where it ends. All of its combinations are one function, because the derivatives involved are symmetric:
+
+    gradients of gradients                 batch_norm_double_backward(v, dy, saved)
+    jvp of batch_norm_backward along x'    its dx and dgamma, with v = x' (Hessian-vector products)
+    gradient by x of batch_norm_jvp        its dx, with v = x_dot and dy the gradient of y_dot
+    jvp of batch_norm_jvp along x'         its dx, with v = x_dot and dy = x'
 """
 
 from __future__ import annotations
@@ -11,16 +14,21 @@ from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import numpy as np
-from numpy.typing import ArrayLike
+from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
-from batchnorm.functional import Array, Gradients, Saved, _deliver, _input_of, _rounded, _target
+from batchnorm.functional import Saved, _deliver, _input_of, _rounded, _target
+
+Array = NDArray[Any]
+Outputs = tuple[Array | None, Array | None]
+
+_SECOND = ("dy", "x", "gamma")
 
 
 class SecondGradients(NamedTuple):
-    """Gradients of a function of dx, dgamma and dbeta: `ddy` by dy and `dx` by x, like x; `dgamma` by gamma, (C,).
+    """Gradients of gradients: `ddy` and `dx` like x, `dgamma` (C,); None where not asked for.
 
-    None where not asked for.
+    They are the last order there is: a function of derivatives that is given one raises NotImplementedError.
     """
 
     ddy: Array | None
@@ -37,73 +45,61 @@ def batch_norm_jvp(
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
-    """Give the derivative of `batch_norm`'s y along tangents (forward mode).
+    """Directional derivative of `batch_norm` (forward-mode), through the batch's statistics.
 
-    y_dot = gamma·rstd·(x_dot - mean(x_dot) - x̂·mean(x_dot·x̂)) + gamma_dot·x̂ + beta_dot
+    With x̂ = (x - mean)·rstd and means over the m values of a channel, along tangents x', gamma', beta':
+
+        y' = gamma·rstd·(x' - mean(x') - x̂·mean(x'·x̂)) + gamma'·x̂ + beta'.
+
+    Source: Ioffe & Szegedy (2015), algorithm 1, differentiated.
 
     Parameters
     ----------
     x_dot : tangent of x: shape and dtype of x. A memory order other than that of x costs a copy.
-    saved : what `batch_norm` returned, called without ``out=x``, mask, weights, lengths or segments.
+    saved : what `batch_norm` returned, called without ``out=x``. Its x must be unchanged.
     gamma_dot, beta_dot : tangents of gamma and beta, (C,) of any floating dtype, or None for 0.
-    out : where to put y_dot: shape and dtype of x; may be `x_dot` or x itself, must not overlap them otherwise.
+    out : where to put y': shape and dtype of x; may be `x_dot` or x itself, must not overlap them otherwise.
     num_threads : as in `batch_norm`.
 
     Returns
     -------
-    y_dot : shape, dtype and memory order of x; `out` where given. Within 4·2⁻²⁴ (float32) of the sum of its absolute
-    terms.
+    y_dot : shape, dtype and memory order of x; `out` where given. Within 5·2⁻²⁴ (float32) of the sum of its absolute
+        terms.
 
     Raises
     ------
     TypeError, ValueError
-        For shapes and dtypes that do not fit. Nothing is written by a call that raises.
+        For an x_dot or out unlike x, and tangents of another shape. Nothing is written by a call that raises.
     NotImplementedError
-        For the `SecondGradients` of a double backward in place of `saved`: that would be the third order.
+        For SecondGradients, whose derivative would be of third order.
 
     Notes
     -----
-    An empty batch gives an empty y_dot. Memory: y_dot; while it runs, up to 3 KB a channel and a few percent of x.
-    Releases the GIL for large x.
+    Memory: y'; while it runs, up to 3 KB a channel and a few percent of x. Releases the GIL for large x.
 
     Examples
     --------
-    >>> x = np.array([[1.0], [3.0], [8.0]])
-    >>> from batchnorm import batch_norm
-    >>> y, saved = batch_norm(x, eps=0.0)
-    >>> batch_norm_jvp(np.ones_like(x), saved).round(12) + 0.0      # a shift of all x changes no y
-    array([[0.],
-           [0.],
-           [0.]])
-    >>> (batch_norm_jvp(x, saved, gamma_dot=[1.0]) - y).round(12) + 0.0  # nor does a scale, beside that of gamma
-    array([[0.],
-           [0.],
-           [0.]])
+    >>> import batchnorm as bn
+    >>> y, saved = bn.batch_norm(np.array([[1.0], [3.0]]), eps=0.0)
+    >>> batch_norm_jvp(np.array([[1.0], [1.0]]), saved, beta_dot=[0.5])
+    array([[0.5],
+           [0.5]])
     """
-    x = _plain_input(saved)
+    _refuse_third_order(x_dot=x_dot, saved=saved)
+    x = _whole_input_of(saved)
     threads = _validate.num_threads(num_threads)
     _validate.array_like("x_dot", x_dot, x)
     channels = x.shape[saved.axis]
     scale = _validate.optional_channel_values("gamma", saved.gamma, channels)
-    of_gamma = _validate.optional_channel_values("gamma_dot", gamma_dot, channels)
-    of_beta = _validate.optional_channel_values("beta_dot", beta_dot, channels)
+    turn = _validate.optional_channel_values("gamma_dot", gamma_dot, channels)
+    lift = _validate.optional_channel_values("beta_dot", beta_dot, channels)
     if out is not None:
-        apart = {"gamma": scale, "gamma_dot": of_gamma, "beta_dot": of_beta}
+        apart = {"gamma": scale, "gamma_dot": turn, "beta_dot": lift}
         _validate.output(out, x, {"x_dot": x_dot, "x": x}, apart)
     block, sizes = _layout.dense(x, saved.axis)
     y_dot = _target(out, block)
-    _core.batch_norm_jvp(
-        _layout.like(block, x_dot),
-        block,
-        sizes,
-        saved.moments._table,
-        scale,
-        of_gamma,
-        of_beta,
-        saved.eps,
-        y_dot,
-        threads,
-    )
+    tangent, table = _layout.like(block, x_dot), saved.moments._table
+    _core.batch_norm_jvp(tangent, block, sizes, table, scale, turn, lift, saved.eps, y_dot, threads)
     return _deliver(y_dot, out)
 
 
@@ -123,38 +119,45 @@ def normalize_jvp(
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
-    """Give the derivative of `normalize`'s y along tangents (forward mode).
+    """Directional derivative of `normalize` (forward-mode), whose statistics are given.
 
-    y_dot = gamma·rstd·(x_dot - mean_dot - x̂·rstd·var_dot/2) + gamma_dot·x̂ + beta_dot
+    y' = gamma·rstd·(x' - mean' - x̂·rstd·var'/2) + gamma'·x̂ + beta', with x̂ = (x - mean)·rstd. Source: the formula of
+    `normalize`, differentiated.
 
     Parameters
     ----------
-    x_dot : tangent of x: shape and dtype of `x`.
-    x : what was normalized. Read only where `gamma_dot` or `var_dot` is given.
-    mean, var, gamma, axis, eps : what `normalize` was given.
+    x_dot : tangent of x: shape and dtype of x.
+    x, mean, var, gamma : as in `normalize`.
     mean_dot, var_dot, gamma_dot, beta_dot : tangents, (C,) of any floating dtype, or None for 0.
-    out, num_threads : as in `batch_norm_jvp`.
+    axis, eps : as in `normalize`.
+    out : where to put y': may be `x_dot` or `x` itself, must not overlap them otherwise.
+    num_threads : as in `batch_norm`.
 
     Returns
     -------
-    y_dot : shape, dtype and memory order of `x`; `out` where given.
+    y_dot : shape, dtype and memory order of x; `out` where given. Within 5·2⁻²⁴ (float32) of the sum of its absolute
+        terms.
 
     Raises
     ------
     TypeError, ValueError
-        As `normalize`. Nothing is written by a call that raises.
+        As `batch_norm_jvp`; for a negative variance. Nothing is written by a call that raises.
+    NotImplementedError
+        For SecondGradients, whose derivative would be of third order.
 
     Notes
     -----
-    Memory: y_dot; while it runs, up to 1 KB a channel. Releases the GIL for large `x`.
+    x is read only where gamma_dot or var_dot is given. Memory: y'; while it runs, up to 1 KB a channel. Releases the
+    GIL for large x.
 
     Examples
     --------
     >>> x = np.array([[1.0], [3.0]])
-    >>> normalize_jvp(np.ones_like(x), x, mean=[1.0], var=[4.0], eps=0.0, beta_dot=[2.0])
-    array([[2.5],
-           [2.5]])
+    >>> normalize_jvp(np.ones_like(x), x, mean=[1.0], var=[4.0], gamma_dot=[1.0], eps=0.0)
+    array([[0.5],
+           [1.5]])
     """
+    _refuse_third_order(x_dot=x_dot, x=x)
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
@@ -163,117 +166,95 @@ def normalize_jvp(
     channels = x.shape[axis]
     center = _validate.channel_values("mean", mean, channels)
     spread = _validate.variances(var, channels)
-    given = {"gamma": gamma, "mean_dot": mean_dot, "var_dot": var_dot}
-    given |= {"gamma_dot": gamma_dot, "beta_dot": beta_dot}
-    checked = {name: _validate.optional_channel_values(name, v, channels) for name, v in given.items()}
+    scale = _validate.optional_channel_values("gamma", gamma, channels)
+    given = {"mean_dot": mean_dot, "var_dot": var_dot, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
+    tangents = {name: _validate.optional_channel_values(name, a, channels) for name, a in given.items()}
     if out is not None:
-        _validate.output(out, x, {"x_dot": x_dot, "x": x}, {"mean": center, "var": spread, **checked})
+        apart = {"mean": center, "var": spread, "gamma": scale, **tangents}
+        _validate.output(out, x, {"x_dot": x_dot, "x": x}, apart)
     block, sizes = _layout.dense(x, axis)
     y_dot = _target(out, block)
+    tangent = _layout.like(block, x_dot)
     _core.normalize_jvp(
-        _layout.like(block, x_dot),
-        block,
-        sizes,
-        center,
-        spread,
-        checked["gamma"],
-        checked["mean_dot"],
-        checked["var_dot"],
-        checked["gamma_dot"],
-        checked["beta_dot"],
-        eps,
-        y_dot,
-        threads,
+        tangent, block, sizes, center, spread, scale, **tangents, eps=eps, out=y_dot, threads=threads
     )
     return _deliver(y_dot, out)
 
 
 def batch_norm_double_backward(
-    v_dx: Array,
+    v_dx: Array | None,
     dy: Array,
     saved: Saved,
     *,
     v_dgamma: ArrayLike | None = None,
     v_dbeta: ArrayLike | None = None,
-    needs: Iterable[str] = ("dy", "x", "gamma"),
+    needs: Iterable[str] = _SECOND,
+    out: Outputs | None = None,
     num_threads: int | None = None,
 ) -> SecondGradients:
-    """Gradients of `batch_norm_backward`: of what depends on dx, dgamma and dbeta, by dy, x and gamma.
+    """Gradients of the gradients that `batch_norm_backward` gives, by dy, x and gamma.
 
-    With v = v_dx, w = v_dgamma, v0 = v - mean(v), g0 = dy - mean(dy), a = mean(v·x̂), b = mean(dy·x̂), c = mean(v0·g0):
+    Of sum(v·dx) + sum(w·dgamma) + sum(v_dbeta·dbeta), v = v_dx and w = v_dgamma being the gradients of a loss by dx and
+    dgamma. With v0 = v - mean(v), g0 = dy - mean(dy), a = mean(v·x̂), b = mean(dy·x̂), c = mean(v0·g0) and m values a
+    channel:
 
-        ddy = gamma·rstd·(v0 - a·x̂) + w·x̂ + v_dbeta
-        dx = -gamma·rstd²·(b·v0 + a·g0 + (c - 3·a·b)·x̂) + w·rstd·(g0 - b·x̂)
-        dgamma = m·rstd·(c - a·b)
+        ddy = gamma·rstd·(v0 - a·x̂) + w·x̂ + v_dbeta,
+        dx = -gamma·rstd²·(b·v0 + a·g0 + (c - 3ab)·x̂) + w·rstd·(g0 - b·x̂),
+        dgamma = rstd·m·(c - ab).
+
+    Source: the formulas of `batch_norm_backward`, differentiated.
 
     Parameters
     ----------
-    v_dx : cotangent of dx: the gradient by it, shape and dtype of x.
-    dy, saved : what `batch_norm_backward` was given; `saved` of a call without mask, weights, lengths or segments.
-    v_dgamma, v_dbeta : cotangents of dgamma and dbeta, (C,) of any floating dtype, or None for 0.
+    v_dx : shape and dtype of x, or None for 0.
+    dy, saved : what `batch_norm_backward` was given.
+    v_dgamma, v_dbeta : (C,) of any floating dtype, or None for 0.
     needs : which of "dy", "x", "gamma" to compute.
+    out : where to put (ddy, dx), either of which may be None. Each may be `v_dx`, `dy` or x itself, must not overlap
+        them, or each other, otherwise.
     num_threads : as in `batch_norm`.
 
     Returns
     -------
-    SecondGradients(ddy, dx, dgamma): arrays like x, and (C,) in the dtype of gamma (float64 where that is None); None
-    where not asked for. ddy is as accurate as dx of the first order; dx is computed in float64 and rounded once.
+    SecondGradients(ddy, dx, dgamma): ddy and dx like x; dgamma (C,) in the dtype of gamma (float64 where that is
+    None); None where not asked for. Of the sum of its absolute terms, ddy is within 5·2⁻²⁴ (float32), dx and dgamma
+    within 2·2⁻²⁴.
 
     Raises
     ------
     TypeError, ValueError
-        For arrays unlike x, and unknown names in `needs`.
+        For arrays unlike x, and unknown names in `needs`. Nothing is written by a call that raises.
     NotImplementedError
-        For `SecondGradients` in place of `saved`: that would be the third order.
+        For SecondGradients, whose derivative would be of third order.
 
     Notes
     -----
-    An empty batch gives empty arrays, and zeros. Memory: ddy and dx; while it runs, up to 3 KB a channel and a few
-    percent of x. Releases the GIL for large x.
+    The other combinations of second order (jvp of the backward pass, of the jvp, gradients of the jvp) are this
+    function too; the head of this module says how. An empty batch gives empty arrays, and zeros. Memory: ddy and dx; an
+    array like x where v_dx is None, and where ddy goes to an input that dx needs; while it runs, up to 3 KB a channel
+    and a few percent of x. Releases the GIL for large x.
 
     Examples
     --------
-    >>> x, dy = np.array([[1.0], [3.0], [8.0]]), np.array([[1.0], [0.0], [0.0]])
-    >>> from batchnorm import batch_norm
-    >>> y, saved = batch_norm(x, np.array([2.0]))
-    >>> second = batch_norm_double_backward(np.ones_like(x), dy, saved)
-    >>> second.ddy.round(12) + 0.0      # the sum of dx is 0 whatever dy
-    array([[0.],
-           [0.],
-           [0.]])
+    >>> import batchnorm as bn
+    >>> y, saved = bn.batch_norm(np.array([[1.0], [3.0], [8.0]]), np.array([2.0]))
+    >>> dy, v = np.array([[1.0], [0.0], [0.0]]), np.array([[0.0], [1.0], [0.0]])
+    >>> second = batch_norm_double_backward(v, dy, saved)
+    >>> bool(np.isclose(np.sum(second.ddy * dy), np.sum(v * bn.batch_norm_backward(dy, saved).dx)))
+    True
     """
-    x = _plain_input(saved)
-    need_dy, need_x, need_gamma = _needs(needs)
+    _refuse_third_order(v_dx=v_dx, dy=dy, saved=saved)
+    x = _whole_input_of(saved)
+    call = _Second(v_dx, dy, x, saved.axis, saved.gamma, v_dgamma, v_dbeta, needs, out, {})
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("v_dx", v_dx, x)
-    _validate.array_like("dy", dy, x)
-    channels = x.shape[saved.axis]
-    scale = _validate.optional_channel_values("gamma", saved.gamma, channels)
-    of_gamma = _validate.optional_channel_values("v_dgamma", v_dgamma, channels)
-    of_beta = _validate.optional_channel_values("v_dbeta", v_dbeta, channels)
-    block, sizes = _layout.dense(x, saved.axis)
-    ddy = np.empty_like(block, subok=False) if need_dy else None
-    dx = np.empty_like(block, subok=False) if need_x else None
     dgamma = _core.batch_norm_double_backward(
-        _layout.like(block, v_dx),
-        _layout.like(block, dy),
-        block,
-        sizes,
-        saved.moments._table,
-        scale,
-        of_gamma,
-        of_beta,
-        saved.eps,
-        ddy,
-        dx,
-        need_gamma,
-        threads,
+        *call.tensors, call.sizes, saved.moments._table, *call.values, saved.eps, *call.targets, threads
     )
-    return SecondGradients(ddy, dx, _in_dtype_of(dgamma, saved.gamma))
+    return call.results(dgamma)
 
 
 def normalize_double_backward(
-    v_dx: Array,
+    v_dx: Array | None,
     dy: Array,
     x: Array,
     mean: ArrayLike,
@@ -284,80 +265,114 @@ def normalize_double_backward(
     v_dbeta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
-    needs: Iterable[str] = ("dy", "x", "gamma"),
+    needs: Iterable[str] = _SECOND,
+    out: Outputs | None = None,
     num_threads: int | None = None,
 ) -> SecondGradients:
-    """Gradients of `normalize_backward`, whose statistics are constants.
+    """Gradients of the gradients that `normalize_backward` gives, by dy, x and gamma; the statistics are constants.
 
-    ddy = gamma·rstd·v_dx + v_dgamma·x̂ + v_dbeta,    dx = v_dgamma·rstd·dy,    dgamma = rstd·sum(v_dx·dy)
+    With v = v_dx and w = v_dgamma: ddy = gamma·rstd·v + w·x̂ + v_dbeta, dx = w·rstd·dy, dgamma = rstd·sum(v·dy). Source:
+    the formulas of `normalize_backward`, differentiated.
 
     Parameters
     ----------
-    v_dx : cotangent of dx, shape and dtype of `x`.
-    dy, x, mean, var, gamma, axis, eps : what `normalize_backward` was given. x is read only where `v_dgamma` is given.
-    v_dgamma, v_dbeta, needs, num_threads : as in `batch_norm_double_backward`.
+    v_dx, v_dgamma, v_dbeta, needs, out, num_threads : as in `batch_norm_double_backward`.
+    dy, x, mean, var, gamma, axis, eps : as in `normalize_backward`.
 
     Returns
     -------
-    SecondGradients(ddy, dx, dgamma), as `batch_norm_double_backward` gives them.
+    SecondGradients(ddy, dx, dgamma): as `batch_norm_double_backward`.
 
     Raises
     ------
     TypeError, ValueError
-        As `normalize` and `batch_norm_double_backward`.
+        As `batch_norm_double_backward`; for a negative variance. Nothing is written by a call that raises.
+    NotImplementedError
+        For SecondGradients, whose derivative would be of third order.
 
     Notes
     -----
-    Memory: ddy and dx; while it runs, up to 3 KB a channel and a few percent of `x`. Releases the GIL for large `x`.
+    Memory: as `batch_norm_double_backward`. Releases the GIL for large x.
 
     Examples
     --------
     >>> x = np.array([[1.0], [3.0]])
-    >>> normalize_double_backward(np.ones_like(x), x, x, mean=[1.0], var=[4.0], eps=0.0).dgamma
+    >>> normalize_double_backward(x, np.ones_like(x), x, mean=[1.0], var=[4.0], eps=0.0).dgamma
     array([2.])
     """
+    _refuse_third_order(v_dx=v_dx, dy=dy, x=x)
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
-    need_dy, need_x, need_gamma = _needs(needs)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("v_dx", v_dx, x)
-    _validate.array_like("dy", dy, x)
-    channels = x.shape[axis]
-    center = _validate.channel_values("mean", mean, channels)
-    spread = _validate.variances(var, channels)
-    scale = _validate.optional_channel_values("gamma", gamma, channels)
-    of_gamma = _validate.optional_channel_values("v_dgamma", v_dgamma, channels)
-    of_beta = _validate.optional_channel_values("v_dbeta", v_dbeta, channels)
-    block, sizes = _layout.dense(x, axis)
-    ddy = np.empty_like(block, subok=False) if need_dy else None
-    dx = np.empty_like(block, subok=False) if need_x else None
+    center = _validate.channel_values("mean", mean, x.shape[axis])
+    spread = _validate.variances(var, x.shape[axis])
+    apart: dict[str, Array | None] = {"mean": center, "var": spread}
+    call = _Second(v_dx, dy, x, axis, gamma, v_dgamma, v_dbeta, needs, out, apart)
     dgamma = _core.normalize_double_backward(
-        _layout.like(block, v_dx),
-        _layout.like(block, dy),
-        block,
-        sizes,
-        center,
-        spread,
-        scale,
-        of_gamma,
-        of_beta,
-        eps,
-        ddy,
-        dx,
-        need_gamma,
-        threads,
+        *call.tensors, call.sizes, center, spread, *call.values, eps, *call.targets, threads
     )
-    return SecondGradients(ddy, dx, _in_dtype_of(dgamma, gamma))
+    return call.results(dgamma)
 
 
-def _plain_input(saved: Any) -> Array:
-    """Give the x of `saved`, which must be of the first order and of all values alike."""
-    if isinstance(saved, SecondGradients | Gradients):
-        raise NotImplementedError(
-            "saved must be the Saved of a batch_norm call, got gradients: derivatives beyond the second order, and those "
-            "of arrays of which nothing was recorded, are not offered"
+class _Second:
+    """The checked arguments of a double backward call as the core wants them, and its results as the caller does."""
+
+    def __init__(
+        self,
+        v_dx: Array | None,
+        dy: Array,
+        x: Array,
+        axis: int,
+        gamma: ArrayLike | None,
+        v_dgamma: ArrayLike | None,
+        v_dbeta: ArrayLike | None,
+        needs: Iterable[str],
+        out: Outputs | None,
+        apart: dict[str, Array | None],
+    ) -> None:
+        _validate.array_like("dy", dy, x)
+        if v_dx is not None:
+            _validate.array_like("v_dx", v_dx, x)
+        need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)
+        given = {"gamma": gamma, "v_dgamma": v_dgamma, "v_dbeta": v_dbeta}
+        values = {n: _validate.optional_channel_values(n, a, x.shape[axis]) for n, a in given.items()}
+        inputs = {"v_dx": v_dx, "dy": dy, "x": x}
+        may_be = {name: a for name, a in inputs.items() if a is not None}
+        self._out = _validate.two_outputs(out, x, may_be, {**apart, **values})
+        block, self.sizes = _layout.dense(x, axis)
+        v = np.zeros_like(block, subok=False) if v_dx is None else _layout.like(block, v_dx)
+        self.tensors, self._gamma = (v, _layout.like(block, dy), block), gamma
+        self.values = values["gamma"], values["v_dgamma"], values["v_dbeta"]
+        # ddy is written first: not to what dx is then computed from.
+        to_dy, to_x = self._out
+        if to_dy is not None and need_x and any(_validate.overlap(to_dy, a) for a in may_be.values()):
+            to_dy = None
+        self._ddy = _target(to_dy, block) if need_dy else None
+        self._dx = _target(to_x, block) if need_x else None
+        self.targets = (self._ddy, self._dx, need_gamma)
+
+    def results(self, dgamma: Any) -> SecondGradients:
+        ddy, dx = (
+            None if a is None else _deliver(a, o)
+            for a, o in zip((self._ddy, self._dx), self._out, strict=True)
         )
+        if dgamma is not None and self._gamma is not None:
+            dtype = np.asarray(self._gamma).dtype
+            dgamma = dgamma if dgamma.dtype == dtype else _rounded(dgamma, dtype)
+        return SecondGradients(ddy, dx, dgamma)
+
+
+def _refuse_third_order(**arguments: object) -> None:
+    for name, value in arguments.items():
+        if isinstance(value, SecondGradients):
+            raise NotImplementedError(
+                f"{name} must not be SecondGradients: derivatives end at the second order, and this would be the third"
+            )
+
+
+def _whole_input_of(saved: Saved) -> Array:
+    """Give the x of `saved`, all of which was counted."""
     x = _input_of(saved)
     if saved.part is not None:
         raise NotImplementedError(
@@ -365,20 +380,3 @@ def _plain_input(saved: Any) -> Array:
             "derivatives are offered"
         )
     return x
-
-
-def _needs(names: Any) -> tuple[bool, bool, bool]:
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"needs must be a tuple of names, got {_validate.kind(names)}")
-    asked = tuple(names)
-    for name in asked:
-        if not isinstance(name, str) or name not in ("dy", "x", "gamma"):
-            raise ValueError(f"needs must name some of 'dy', 'x', 'gamma', got {name!r}")
-    return "dy" in asked, "x" in asked, "gamma" in asked
-
-
-def _in_dtype_of(gradient: Array | None, gamma: ArrayLike | None) -> Array | None:
-    if gradient is None or gamma is None:
-        return gradient
-    dtype = np.asarray(gamma).dtype
-    return gradient if gradient.dtype == dtype else _rounded(gradient, dtype)

@@ -91,6 +91,8 @@ struct Results {
   std::vector<GradSums> sums;
   std::vector<T> dx, dx_from_sums, dx_frozen;
   std::vector<double> dgamma, dbeta, dgamma_frozen, dbeta_frozen, running_mean, running_var;
+  std::vector<T> y_dot, ddy, dx_second, y_dot_frozen, ddy_frozen, dx_second_frozen;
+  std::vector<double> dgamma_second, dgamma_second_frozen;
 };
 
 // Every pass over the batch. Does no arithmetic of its own, so that it may run in any floating-point environment.
@@ -111,7 +113,15 @@ Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5) {
                std::vector<double>(channels),
                std::vector<double>(channels),
                b.mean,
-               b.var};
+               b.var,
+               std::vector<T>(n),
+               std::vector<T>(n),
+               std::vector<T>(n),
+               std::vector<T>(n),
+               std::vector<T>(n),
+               std::vector<T>(n),
+               std::vector<double>(channels),
+               std::vector<double>(channels)};
   const std::span<const T> x(b.x), dy(b.dy);
   const std::span<const double> gamma(b.gamma), beta(b.beta), mean(b.mean), var(b.var);
   const Problem& p = b.problem;
@@ -125,6 +135,13 @@ Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5) {
                                     options);
   batchnorm::normalize_backward<T>(dy, x, p, mean, var, gamma, eps, r.dx_frozen, std::span(r.dgamma_frozen),
                                    std::span(r.dbeta_frozen), options);
+  const std::span<const T> v(r.dx);  // any values that are not dy
+  batchnorm::batch_norm_jvp<T>(v, x, p, r.saved, gamma, beta, mean, eps, r.y_dot, options);
+  batchnorm::batch_norm_double_backward<T>(v, dy, x, p, r.saved, gamma, beta, mean, eps, r.ddy, r.dx_second,
+                                           std::span(r.dgamma_second), options);
+  batchnorm::normalize_jvp<T>(v, x, p, mean, var, gamma, beta, var, beta, mean, eps, r.y_dot_frozen, options);
+  batchnorm::normalize_double_backward<T>(v, dy, x, p, mean, var, gamma, beta, mean, eps, r.ddy_frozen,
+                                          r.dx_second_frozen, std::span(r.dgamma_second_frozen), options);
   batchnorm::update_running(r.running_mean, r.running_var, r.saved, 0.1, 1);
   return r;
 }
@@ -155,7 +172,9 @@ Bits bits_of(const Values&... values) {
 template <class T>
 Bits bits_of(const Results<T>& r) {
   return bits_of(r.moments, r.saved, r.y, r.y_from_moments, r.y_given, r.sums, r.dx, r.dx_from_sums, r.dx_frozen,
-                 r.dgamma, r.dbeta, r.dgamma_frozen, r.dbeta_frozen, r.running_mean, r.running_var);
+                 r.dgamma, r.dbeta, r.dgamma_frozen, r.dbeta_frozen, r.running_mean, r.running_var, r.y_dot, r.ddy,
+                 r.dx_second, r.y_dot_frozen, r.ddy_frozen, r.dx_second_frozen, r.dgamma_second,
+                 r.dgamma_second_frozen);
 }
 
 }  // namespace all_passes

@@ -70,6 +70,9 @@ std::vector<std::pair<const char*, std::uint64_t>> hashes(const all_passes::Resu
           {"dgamma", hash(bits_of(r.dgamma))},
           {"dbeta", hash(bits_of(r.dbeta))},
           {"frozen_backward", hash(bits_of(r.dx_frozen, r.dgamma_frozen, r.dbeta_frozen))},
+          {"jvp", hash(bits_of(r.y_dot, r.y_dot_frozen))},
+          {"double_backward", hash(bits_of(r.ddy, r.dx_second, r.dgamma_second))},
+          {"frozen_double_backward", hash(bits_of(r.ddy_frozen, r.dx_second_frozen, r.dgamma_second_frozen))},
           {"running", hash(bits_of(r.running_mean, r.running_var))}};
 }
 

@@ -777,6 +777,73 @@ TEST(sums_of_blocks_add_up_with_the_error_of_each_addition_kept) {
   }
 }
 
+// Coefficients of `count` channels or columns, one array a field.
+using SecondFields = std::array<std::vector<double>, 7>;
+
+// What second_grad writes of a piece, onto nothing (0), v (1), dy (2) or x (3).
+template <class T>
+std::vector<T> call_second_grad(const Implementation& implementation, const Strided& piece, std::int64_t channels,
+                                const std::array<std::vector<T>, 3>& in, const SecondFields& k, int onto, Place place) {
+  static std::array<guarded::Array<T>, 4> tensors;
+  static std::array<guarded::Array<double>, 7> fields;
+  const Kernels<T>& kernels = implementation.table->of<T>();
+  T* out = tensors[0].place(std::vector<T>(in[0].size()), place, 1);
+  T* from[3];
+  const double* f[7];
+  for (std::size_t t = 0; t < 3; ++t) from[t] = tensors[t + 1].place(in[t], place, t + 2);
+  for (std::size_t e = 0; e < 7; ++e) f[e] = fields[e].place(k[e], place, e + 1);
+  if (onto > 0) out = from[onto - 1];
+  if (channels == 0) {
+    const kernels::SecondAffineColumns columns{f[0], f[1], f[2], f[3], f[4], f[5], f[6]};
+    kernels.rows_second_grad(from[0], from[1], from[2], out, {piece.count, piece.length, piece.stride}, columns);
+  } else {
+    std::vector<kernels::SecondAffine> each;
+    for (std::size_t c = 0; c < k[0].size(); ++c) {
+      each.push_back({f[0][c], f[1][c], f[2][c], f[3][c], f[4][c], f[5][c], f[6][c]});
+    }
+    const Runs runs{piece.length / channels, piece.count, piece.stride, channels};
+    kernels.runs_second_grad(from[0], from[1], from[2], out, runs, each.data());
+  }
+  auto& written = tensors[static_cast<std::size_t>(onto)];
+  const std::vector<T> found = written.elements(piece);
+  EXPECT(written.untouched_outside(piece), implementation.name, " ", piece.length, " x ", piece.count);
+  for (const auto& t : tensors) EXPECT(t.untouched(), implementation.name, " ", piece.length, " x ", piece.count);
+  return found;
+}
+
+template <class T>
+void expect_second_grad_of_the_reference(const Strided& piece, std::int64_t channels, std::uint64_t seed) {
+  Generator g(seed);
+  const Values kind = seed % 5 == 0 ? Values::extreme : Values::ordinary;
+  std::array<std::vector<T>, 3> in;
+  for (auto& tensor : in) tensor = fill<T>(g, piece, kind);
+  SecondFields k;
+  for (auto& field : k) field = fill<double>(g, channels == 0 ? piece.length : channels, Values::ordinary);
+  const auto expected = call_second_grad<T>(reference_implementation, piece, channels, in, k, 0, Place::ends_at_guard);
+  for (const Implementation& implementation : runnable()) {
+    for (const Place place : {Place::ends_at_guard, Place::starts_at_guard, Place::unaligned}) {
+      for (const int onto : {0, 1, 2, 3}) {
+        EXPECT(data::same_bits(call_second_grad<T>(implementation, piece, channels, in, k, onto, place), expected),
+               implementation.name, " ", piece.length, " x ", piece.count, ", channels ", channels, ", onto ", onto);
+      }
+    }
+  }
+}
+
+// One element after the other in float64, so that there is nothing for them to differ in.
+TEST(second_grad_has_the_bits_of_the_reference) {
+  std::uint64_t seed = 40;
+  for (std::int64_t length = 1; length <= 50; ++length) {
+    for (const std::int64_t channels : {0, 1, 3}) {
+      const std::int64_t wide = channels == 3 ? 3 * (length + 16) : length;  // runs side by side fill a vector
+      for (const std::int64_t count : {1, 5}) {
+        expect_second_grad_of_the_reference<float>({wide, count, wide + length % 3}, channels, ++seed);
+        expect_second_grad_of_the_reference<double>({wide, count, wide + length % 3}, channels, ++seed);
+      }
+    }
+  }
+}
+
 }  // namespace
 
 int main(int argc, char** argv) {
