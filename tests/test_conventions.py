@@ -335,6 +335,23 @@ def test_a_group_of_flax_that_is_no_mapping_is_named(name):
         bn.BatchNorm.from_flax(variables)
 
 
+def test_a_module_that_is_no_batch_norm_is_refused():
+    class Linear:
+        def state_dict(self):
+            return {}
+
+    with pytest.raises(TypeError, match="source must be a batch norm module of PyTorch"):
+        bn.BatchNorm.from_torch(Linear())
+
+
+def test_a_layer_of_keras_with_renorm_is_refused():
+    class Renorm:
+        renorm, gamma, beta, moving_mean, moving_variance = True, None, None, np.zeros(2), np.ones(2)
+
+    with pytest.raises(ValueError, match="source must be a layer without renorm"):
+        bn.BatchNorm.from_keras(Renorm())
+
+
 # ---- the table ---------------------------------------------------------------------------------------------
 
 TABLE = Path(__file__).parent.parent / "docs" / "conventions.md"

@@ -68,7 +68,7 @@ def convention(name: object) -> Convention:
 def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Imported:
     """Read a module of PyTorch or the mapping that is its state_dict."""
     is_mapping = isinstance(source, Mapping)
-    if not is_mapping and not hasattr(source, "state_dict"):
+    if not is_mapping and not (hasattr(source, "state_dict") and hasattr(source, "eps")):
         raise TypeError(
             f"source must be a batch norm module of PyTorch or its state_dict, got {_validate.kind(source)}"
         )
@@ -111,6 +111,8 @@ def from_keras(source: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Import
             )
         state = dict(zip(names, source, strict=True))
     elif hasattr(source, "moving_variance"):
+        if getattr(source, "renorm", False):
+            raise ValueError("source must be a layer without renorm, whose further state has no place here")
         state = {name: getattr(source, name, None) for name in names}
         epsilon = source.epsilon if epsilon is None else epsilon
         momentum = source.momentum if momentum is None else momentum
