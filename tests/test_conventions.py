@@ -303,6 +303,55 @@ def test_an_export_with_another_ddof_is_for_inference():
     assert list(layer.to_keras(any_ddof=True)) == ["gamma", "beta", "moving_mean", "moving_variance"]
 
 
+@pytest.mark.parametrize("momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0, 1), (1, 0)])
+def test_the_rest_of_a_momentum_has_no_digits_of_rounding(momentum, rate):
+    assert bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=momentum).update_rate == rate
+
+
+def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
+    class Frozen:
+        eps = 1e-5
+
+        def state_dict(self):
+            return {name: value for name, value in state().items() if name != "num_batches_tracked"}
+
+    layer = bn.BatchNorm.from_torch(Frozen())
+    assert layer.update_rate == 0
+    before = layer.running_mean.copy(), layer.running_var.copy()
+    layer(np.random.default_rng(0).normal(size=(8, layer.channels)))
+    assert np.array_equal((layer.running_mean, layer.running_var), before)
+
+
+@pytest.mark.parametrize("count", [np.array([1, 2]), np.array(np.nan), np.array(-1), 1.5])
+def test_a_counter_that_counts_nothing_is_named(count):
+    with pytest.raises(ValueError, match="num_batches_tracked that is one integer >= 0"):
+        bn.BatchNorm.from_torch(state() | {"num_batches_tracked": count})
+
+
+@pytest.mark.parametrize("name", ["params", "batch_stats"])
+def test_a_group_of_flax_that_is_no_mapping_is_named(name):
+    variables = {"params": {}, "batch_stats": {"mean": np.zeros(2), "var": np.ones(2)}} | {name: None}
+    with pytest.raises(TypeError, match=f"{name} must be a mapping of names to arrays"):
+        bn.BatchNorm.from_flax(variables)
+
+
+def test_a_module_that_is_no_batch_norm_is_refused():
+    class Linear:
+        def state_dict(self):
+            return {}
+
+    with pytest.raises(TypeError, match="source must be a batch norm module of PyTorch"):
+        bn.BatchNorm.from_torch(Linear())
+
+
+def test_a_layer_of_keras_with_renorm_is_refused():
+    class Renorm:
+        renorm, gamma, beta, moving_mean, moving_variance = True, None, None, np.zeros(2), np.ones(2)
+
+    with pytest.raises(ValueError, match="source must be a layer without renorm"):
+        bn.BatchNorm.from_keras(Renorm())
+
+
 # ---- the table ---------------------------------------------------------------------------------------------
 
 TABLE = Path(__file__).parent.parent / "docs" / "conventions.md"

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -67,7 +68,7 @@ def convention(name: object) -> Convention:
 def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Imported:
     """Read a module of PyTorch or the mapping that is its state_dict."""
     is_mapping = isinstance(source, Mapping)
-    if not is_mapping and not hasattr(source, "state_dict"):
+    if not is_mapping and not (hasattr(source, "state_dict") and hasattr(source, "eps")):
         raise TypeError(
             f"source must be a batch norm module of PyTorch or its state_dict, got {_validate.kind(source)}"
         )
@@ -77,7 +78,8 @@ def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: 
     eps = eps if eps is not None else 1e-5 if is_mapping else source.eps
     rate = update_rate if update_rate is not None else momentum
     if rate is None:
-        rate = 0.1 if is_mapping else source.momentum
+        # A frozen module (of torchvision or detectron2) has no momentum, as it never updates.
+        rate = 0.1 if is_mapping else getattr(source, "momentum", 0.0)
     if rate is None:
         raise ValueError(
             "update_rate must be given for a module with momentum=None: PyTorch then averages the variances of all "
@@ -91,7 +93,7 @@ def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: 
         state.get("bias"),
         _needed(state, "running_mean", "PyTorch's track_running_stats=True"),
         _needed(state, "running_var", "PyTorch's track_running_stats=True"),
-        0 if count is None else int(_numpy(count)),
+        0 if count is None else _count(_numpy(count)),
     )
 
 
@@ -109,6 +111,8 @@ def from_keras(source: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Import
             )
         state = dict(zip(names, source, strict=True))
     elif hasattr(source, "moving_variance"):
+        if getattr(source, "renorm", False):
+            raise ValueError("source must be a layer without renorm, whose further state has no place here")
         state = {name: getattr(source, name, None) for name in names}
         epsilon = source.epsilon if epsilon is None else epsilon
         momentum = source.momentum if momentum is None else momentum
@@ -144,6 +148,9 @@ def from_flax(variables: Any, *, epsilon: Any, momentum: Any, axis: int) -> Impo
             f"{sorted(variables) if isinstance(variables, Mapping) else _validate.kind(variables)}"
         )
     params, stats = variables.get("params", {}), variables["batch_stats"]
+    for name, group in (("params", params), ("batch_stats", stats)):
+        if not isinstance(group, Mapping):
+            raise TypeError(f"{name} must be a mapping of names to arrays, got {_validate.kind(group)}")
     _only(params, ("scale", "bias"), "of Flax's params")
     _only(stats, ("mean", "var"), "of Flax's batch_stats")
     settings = {
@@ -214,11 +221,18 @@ def _imported(
         raise ValueError(
             f"source must have running variances >= 0, got {arrays['running variance'][c]} in channel {c}"
         )
-    if count < 0:
-        raise ValueError(f"source must have a count of batches >= 0, got {count}")
     return Imported(
         settings, arrays["gamma"], arrays["beta"], arrays["running mean"], arrays["running variance"], count
     )
+
+
+def _count(value: Array) -> int:
+    if value.shape != () or value.dtype.kind not in "iu" or value < 0:
+        raise ValueError(
+            "source must have a num_batches_tracked that is one integer >= 0, "
+            f"got {value} of shape {value.shape} and {value.dtype}"
+        )
+    return int(value)
 
 
 def _only(state: Mapping[str, Any], names: Sequence[str], whose: str) -> None:
@@ -254,4 +268,4 @@ def _rest(name: str, value: Any) -> float:
     momentum = _number(name, value)
     if not 0 <= momentum <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {momentum}")
-    return 1 - momentum
+    return float(1 - Decimal(repr(momentum)))  # 0.01 for 0.99, where 1 - 0.99 is 0.010000000000000009
