@@ -24,6 +24,7 @@ from batchnorm.functional import (
     update_running,
 )
 from batchnorm.moments import Moments, moments
+from batchnorm.report import Batch, Report, batch_findings, parameter_findings, statistics_findings
 
 __all__ = ["BatchNorm"]
 
@@ -183,6 +184,7 @@ class BatchNorm:
         # One set per domain; replaced as a whole, never changed.
         self._statistics = self._initial_statistics()
         self._last_call: _LastCall | None = None
+        self._batch: Batch | None = None  # the last one that normalized or updated, for the report
 
     # ---- settings, fixed for the layer's life ----
 
@@ -356,7 +358,7 @@ class BatchNorm:
 
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""
-        self._statistics = self._initial_statistics()
+        self._statistics, self._batch = self._initial_statistics(), None
 
     def _initial_statistics(self) -> tuple[_Statistics, ...]:
         return tuple(
@@ -523,8 +525,9 @@ class BatchNorm:
         last_call: _LastCall | None = (x, partial(batch_norm_backward, saved=saved))
         if x.size > 0 and saved.x is None:  # out was x
             last_call = None
+        batch = self._remembered(k, saved.moments, x.size)
         # From here on nothing can raise.
-        self._statistics, self._last_call = statistics, last_call
+        self._statistics, self._last_call, self._batch = statistics, last_call, batch
         return y
 
     def _by_running(
@@ -546,9 +549,11 @@ class BatchNorm:
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
         last_call = None if _same_memory(x, out) else (x, gradients)
+        seen = None if batch is None else self._remembered(k, batch, x.size)
+        # From here on nothing can raise.
         self._last_call = last_call
         if update:
-            self._statistics = all_statistics
+            self._statistics, self._batch = all_statistics, seen
         return y
 
     def _single(self, x: NDArray[Any], out: NDArray[Any] | None, k: int) -> NDArray[Any]:
@@ -562,6 +567,12 @@ class BatchNorm:
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
         self._last_call = None if _same_memory(x, out) else (x, gradients)
         return y
+
+    def _remembered(self, k: int, batch: Moments, size: int) -> Batch | None:
+        before = self._batch
+        if size == 0:
+            return before
+        return Batch(k, batch, size, 0 if before is None else max(before.largest, before.size))
 
     def _refuse_nonfinite(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
         batch = moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
@@ -598,6 +609,39 @@ class BatchNorm:
             return gradient
         with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
             return gradient.astype(self._dtype)
+
+    # ---- diagnostics ----
+
+    def report(self) -> Report:
+        """Return what is, or may go, wrong: statistics, parameters, and the last batch beside them.
+
+        Changes nothing, and reads arrays of size C only: between two training steps, say, or before a layer is
+        deployed. The last batch is that of the last call that normalized or updated by its batch, since the start or
+        `reset_statistics`; without one, what needs it is left out.
+
+        Returns
+        -------
+        Report : findings with kind, severity, channels and text. What is looked for, and the thresholds, are in
+            `Report`. Empty, and false, where nothing was found.
+
+        Examples
+        --------
+        >>> layer = BatchNorm(2, nonfinite="skip")
+        >>> y = layer(np.array([[1.0, 2.0], [np.inf, 3.0]]))
+        >>> print(layer.report())
+        warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
+
+        """
+        gamma, beta, batch = self._gamma, self._beta, self._batch
+        findings = parameter_findings(gamma, beta, self._channels)
+        for k, s in enumerate(self._statistics):
+            domain = None if self._domains is None else k
+            findings += statistics_findings(s.mean, s.var, s.update_count, gamma, beta, self._eps, domain)
+            if batch is not None and batch.domain == k:
+                findings += batch_findings(
+                    batch, s.mean, s.var, s.update_count, self._update_rate, s.pooled, self._ddof, domain
+                )
+        return Report(tuple(findings))
 
     # ---- saved state ----
 
