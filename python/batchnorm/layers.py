@@ -184,7 +184,9 @@ class BatchNorm:
         # One set per domain; replaced as a whole, never changed.
         self._statistics = self._initial_statistics()
         self._last_call: _LastCall | None = None
-        self._batch: Batch | None = None  # the last one that normalized or updated, for the report
+        # For the report, of the last batch that normalized or updated: domain, moments and size of x; and the largest x.
+        self._batch: tuple[int, Moments, int] | None = None
+        self._largest_size = 0
 
     # ---- settings, fixed for the layer's life ----
 
@@ -358,7 +360,8 @@ class BatchNorm:
 
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""
-        self._statistics, self._batch = self._initial_statistics(), None
+        self._statistics = self._initial_statistics()
+        self._batch, self._largest_size = None, 0
 
     def _initial_statistics(self) -> tuple[_Statistics, ...]:
         return tuple(
@@ -521,13 +524,16 @@ class BatchNorm:
             num_threads=self._num_threads,
             **how,
         )
-        statistics = self._updated(k, saved.moments, how) if update and x.size > 0 else self._statistics
+        size, batch = x.size, self._batch
+        statistics = self._updated(k, saved.moments, how) if update and size > 0 else self._statistics
         last_call: _LastCall | None = (x, partial(batch_norm_backward, saved=saved))
-        if x.size > 0 and saved.x is None:  # out was x
-            last_call = None
-        batch = self._remembered(k, saved.moments, x.size)
+        if size > 0:
+            batch = (k, saved.moments, size)
+            if saved.x is None:  # out was x
+                last_call = None
         # From here on nothing can raise.
         self._statistics, self._last_call, self._batch = statistics, last_call, batch
+        self._largest_size = max(self._largest_size, size)
         return y
 
     def _by_running(
@@ -549,11 +555,12 @@ class BatchNorm:
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
         last_call = None if _same_memory(x, out) else (x, gradients)
-        seen = None if batch is None else self._remembered(k, batch, x.size)
+        seen = self._batch if batch is None or x.size == 0 else (k, batch, x.size)
         # From here on nothing can raise.
-        self._last_call = last_call
+        self._last_call, self._batch = last_call, seen
         if update:
-            self._statistics, self._batch = all_statistics, seen
+            self._statistics = all_statistics
+            self._largest_size = max(self._largest_size, x.size)
         return y
 
     def _single(self, x: NDArray[Any], out: NDArray[Any] | None, k: int) -> NDArray[Any]:
@@ -567,12 +574,6 @@ class BatchNorm:
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
         self._last_call = None if _same_memory(x, out) else (x, gradients)
         return y
-
-    def _remembered(self, k: int, batch: Moments, size: int) -> Batch | None:
-        before = self._batch
-        if size == 0:
-            return before
-        return Batch(k, batch, size, 0 if before is None else max(before.largest, before.size))
 
     def _refuse_nonfinite(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
         batch = moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
@@ -632,7 +633,8 @@ class BatchNorm:
         warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
 
         """
-        gamma, beta, batch = self._gamma, self._beta, self._batch
+        gamma, beta = self._gamma, self._beta
+        batch = None if self._batch is None else Batch(*self._batch, self._largest_size)
         findings = parameter_findings(gamma, beta, self._channels)
         for k, s in enumerate(self._statistics):
             domain = None if self._domains is None else k

@@ -45,7 +45,7 @@ class Batch(NamedTuple):
     domain: int
     moments: Moments
     size: int  # of x
-    largest: int  # size of an earlier x; 0 at first
+    largest: int  # size of the largest x so far
 
 
 @dataclass(frozen=True)
