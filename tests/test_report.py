@@ -172,10 +172,10 @@ def test_drift_is_told_in_standard_errors():
 
 
 @pytest.mark.parametrize(
-    ("rate", "size", "found"), [(0.1, 8, True), (0.1, 64, False), (1.0, 64, True), (0.01, 8, False)]
+    ("rate", "size", "found"), [(0.1, 8, True), (0.1, 15, False), (1.0, 64, True), (0.01, 8, False)]
 )
 def test_few_values_for_the_update_rate_are_found(rate, size, found):
-    # n (2 - rate) / rate: 152, 1216, 64 and 1592 values
+    # n (2 - rate) / rate: 152, 285, 64 and 1592 values
     layer = healthy(1000, size=size, update_rate=rate)
     assert any(f.kind == "few_values" for f in layer.report()) == found
 
