@@ -10,7 +10,7 @@ import batchnorm as bn
 
 MODULES = [
     f"batchnorm.{name}"
-    for name in ("derivatives", "functional", "ghost", "info", "layers", "moments", "state_file")
+    for name in ("derivatives", "functional", "ghost", "info", "layers", "moments", "report", "state_file")
 ]
 
 

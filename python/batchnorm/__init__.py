@@ -25,13 +25,16 @@ from batchnorm.info import active_isa, available_isas, explain, get_num_threads,
 from batchnorm.layers import BatchNorm
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
+from batchnorm.report import Finding, Report
 
 __all__ = [
     "BatchNorm",
+    "Finding",
     "GhostSaved",
     "GradSums",
     "Gradients",
     "Moments",
+    "Report",
     "Saved",
     "SecondGradients",
     "__version__",

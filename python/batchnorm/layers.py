@@ -24,6 +24,7 @@ from batchnorm.functional import (
     update_running,
 )
 from batchnorm.moments import Moments, moments
+from batchnorm.report import Batch, Report, batch_findings, parameter_findings, statistics_findings
 
 __all__ = ["BatchNorm"]
 
@@ -183,6 +184,9 @@ class BatchNorm:
         # One set per domain; replaced as a whole, never changed.
         self._statistics = self._initial_statistics()
         self._last_call: _LastCall | None = None
+        # For the report, of the last batch that normalized or updated: domain, moments and size of x; and the largest x.
+        self._batch: tuple[int, Moments, int] | None = None
+        self._largest_size = 0
 
     # ---- settings, fixed for the layer's life ----
 
@@ -357,6 +361,7 @@ class BatchNorm:
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""
         self._statistics = self._initial_statistics()
+        self._batch, self._largest_size = None, 0
 
     def _initial_statistics(self) -> tuple[_Statistics, ...]:
         return tuple(
@@ -519,12 +524,16 @@ class BatchNorm:
             num_threads=self._num_threads,
             **how,
         )
-        statistics = self._updated(k, saved.moments, how) if update and x.size > 0 else self._statistics
+        size, batch = x.size, self._batch
+        statistics = self._updated(k, saved.moments, how) if update and size > 0 else self._statistics
         last_call: _LastCall | None = (x, partial(batch_norm_backward, saved=saved))
-        if x.size > 0 and saved.x is None:  # out was x
-            last_call = None
+        if size > 0:
+            batch = (k, saved.moments, size)
+            if saved.x is None:  # out was x
+                last_call = None
         # From here on nothing can raise.
-        self._statistics, self._last_call = statistics, last_call
+        self._statistics, self._last_call, self._batch = statistics, last_call, batch
+        self._largest_size = max(self._largest_size, size)
         return y
 
     def _by_running(
@@ -546,9 +555,12 @@ class BatchNorm:
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
         last_call = None if _same_memory(x, out) else (x, gradients)
-        self._last_call = last_call
+        seen = self._batch if batch is None or x.size == 0 else (k, batch, x.size)
+        # From here on nothing can raise.
+        self._last_call, self._batch = last_call, seen
         if update:
             self._statistics = all_statistics
+            self._largest_size = max(self._largest_size, x.size)
         return y
 
     def _single(self, x: NDArray[Any], out: NDArray[Any] | None, k: int) -> NDArray[Any]:
@@ -598,6 +610,40 @@ class BatchNorm:
             return gradient
         with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
             return gradient.astype(self._dtype)
+
+    # ---- diagnostics ----
+
+    def report(self) -> Report:
+        """Return what is, or may go, wrong: statistics, parameters, and the last batch beside them.
+
+        Changes nothing, and reads arrays of size C only: between two training steps, say, or before a layer is
+        deployed. The last batch is that of the last call that normalized or updated by its batch, since the start or
+        `reset_statistics`; without one, what needs it is left out.
+
+        Returns
+        -------
+        Report : findings with kind, severity, channels and text. What is looked for, and the thresholds, are in
+            `Report`. Empty, and false, where nothing was found.
+
+        Examples
+        --------
+        >>> layer = BatchNorm(2, nonfinite="skip")
+        >>> y = layer(np.array([[1.0, 2.0], [np.inf, 3.0]]))
+        >>> print(layer.report())
+        warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
+
+        """
+        gamma, beta = self._gamma, self._beta
+        batch = None if self._batch is None else Batch(*self._batch, self._largest_size)
+        findings = parameter_findings(gamma, beta, self._channels)
+        for k, s in enumerate(self._statistics):
+            domain = None if self._domains is None else k
+            findings += statistics_findings(s.mean, s.var, s.update_count, gamma, beta, self._eps, domain)
+            if batch is not None and batch.domain == k:
+                findings += batch_findings(
+                    batch, s.mean, s.var, s.update_count, self._update_rate, s.pooled, self._ddof, domain
+                )
+        return Report(tuple(findings))
 
     # ---- saved state ----
 

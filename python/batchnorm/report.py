@@ -1,0 +1,246 @@
+"""What a layer's state says about its health: findings, each by a threshold that carries its reason."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm.moments import Moments
+
+__all__ = ["Finding", "Report"]
+
+PerChannel = NDArray[np.float64]
+Flags = NDArray[np.bool_]
+
+_FLOAT16_MAX = 65504.0
+_FLOAT16_NORMAL = 2.0**-14  # below it float16 loses digits: one for each halving
+
+# A channel of less than a thousandth of the median abs(gamma) carries a millionth of a usual channel's power.
+_DEAD_GAMMA = 1e-3
+# After ReLU: of normal values, 1 in 30,000 lies more than 4 standard deviations above the mean.
+_DEAD_SIGMAS = 4.0
+
+# Chance puts a channel 5 standard errors away once in 1.7 million: hardly ever, even among 10,000 channels.
+_DRIFT_ERRORS = 5.0
+# And it must matter. Neighbours in an image or a sequence are alike, which makes real standard errors several times
+# the computed ones; only half a standard deviation, or a factor of 2 in variance, is seen in the output as well.
+_DRIFT_MEAN = 0.5
+_DRIFT_VAR = 2.0
+
+# A variance of N values has a relative standard error of sqrt(2/N): 10 % at 200, which is 5 % of the output.
+_ENOUGH_VALUES = 200.0
+# A quarter of the values: twice the standard errors, at the same share in the running statistics.
+_SMALL_BATCH = 0.25
+
+_SHOWN = 8  # channels that a text lists
+
+
+class Batch(NamedTuple):
+    """What a layer remembers of its last batch."""
+
+    domain: int
+    moments: Moments
+    size: int  # of x
+    largest: int  # size of the largest x so far
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing that is, or may go, wrong in a layer.
+
+    Attributes
+    ----------
+    kind : "nonfinite", "nonfinite_batch", "negative_variance", "vanishing_variance", "float16", "dead", "dead_relu",
+        "mean_drift", "variance_drift", "few_values" or "small_batch"; `Report` says what each means.
+    severity : "error" where evaluation gives NaN, infinity or an exception; else "warning".
+    channels : tuple of int, the channels concerned; () where it concerns them all.
+    domain : int, or None where the layer has no domains or the finding is about gamma and beta.
+    text : str, a sentence with the figures.
+    """
+
+    kind: str
+    severity: str
+    channels: tuple[int, ...]
+    domain: int | None
+    text: str
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `BatchNorm.report` found; empty, and false, for a healthy layer.
+
+    ======================  ========================================================================================
+    kind                    found where
+    ======================  ========================================================================================
+    nonfinite               gamma, beta or a running statistic is infinite or NaN
+    nonfinite_batch         the last batch's mean or variance is
+    negative_variance       running variance < 0
+    vanishing_variance      running variance <= eps: eps decides the scale, and y has at most 1/√2 of its usual spread
+    float16                 in float16, a running statistic, the folded scale gamma·rstd or the folded offset
+                            beta - mean·gamma·rstd would be infinite, or the scale subnormal
+    dead                    gamma is 0, or less than a thousandth of the median abs(gamma)
+    dead_relu               beta + 4·abs(gamma) < 0: a ReLU behind it passes less than 1 value in 30,000
+    mean_drift              the last batch's mean is 5 standard errors and half a standard deviation from the running
+    variance_drift          its variance is 5 standard errors and a factor of 2 from the running one
+    few_values              the running variance averages fewer than 200 values: its standard error is above 10 %
+    small_batch             the last x had less than a quarter of the values of an earlier one
+    ======================  ========================================================================================
+
+    Standard errors are those of independent normal values. With the update rate r and n values a channel, the running
+    variance averages n·(2 - r)/r values, as far as there have been as many.
+
+    Attributes
+    ----------
+    findings : tuple of Finding.
+
+    ``len``, ``for`` and ``bool`` work on the findings; ``str`` gives them a line each.
+
+    Examples
+    --------
+    >>> from batchnorm import BatchNorm
+    >>> layer = BatchNorm(3)
+    >>> layer.gamma[1] = 0
+    >>> print(layer.report())
+    warning dead: gamma is 0 or below 0.001 of the median abs(gamma), 0.0 at the least, in channel 1
+    >>> [(finding.kind, finding.channels) for finding in layer.report()]
+    [('dead', (1,))]
+    """
+
+    findings: tuple[Finding, ...]
+
+    def __len__(self) -> int:
+        return len(self.findings)
+
+    def __iter__(self) -> Iterator[Finding]:
+        return iter(self.findings)
+
+    def __str__(self) -> str:
+        return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
+
+
+def parameter_findings(gamma: NDArray[Any] | None, beta: NDArray[Any] | None, channels: int) -> list[Finding]:
+    """Find what gamma and beta alone tell."""
+    scale, shift = _wide(gamma, 1.0, channels), _wide(beta, 0.0, channels)
+    found: list[Finding] = []
+    for name, values in (("gamma", scale), ("beta", shift)):
+        _add(found, "nonfinite", ~np.isfinite(values), f"{name} is not finite", severity="error")
+    size = np.abs(scale)
+    finite = size[np.isfinite(size)]
+    if finite.size:
+        dead = (size == 0) | (size < _DEAD_GAMMA * np.median(finite))
+        text = f"gamma is 0 or below {_DEAD_GAMMA:g} of the median abs(gamma), {finite.min()} at the least,"
+        _add(found, "dead", dead, text)
+    text = f"beta + {_DEAD_SIGMAS:g}·abs(gamma) < 0: a ReLU would pass nothing"
+    _add(found, "dead_relu", shift + _DEAD_SIGMAS * size < 0, text)
+    return found
+
+
+@np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
+def statistics_findings(
+    mean: PerChannel,
+    var: PerChannel,
+    update_count: int,
+    gamma: NDArray[Any] | None,
+    beta: NDArray[Any] | None,
+    eps: float,
+    domain: int | None,
+) -> list[Finding]:
+    """Find what is wrong in one set of running statistics."""
+    found: list[Finding] = []
+    for name, values in (("running_mean", mean), ("running_var", var)):
+        _add(found, "nonfinite", ~np.isfinite(values), f"{name} is not finite", domain, "error")
+    _add(found, "negative_variance", var < 0, "running_var is negative", domain, "error")
+    if update_count > 0:
+        text = f"running_var is no more than eps = {eps:g}"
+        _add(found, "vanishing_variance", (var >= 0) & (var <= eps), text, domain)
+    good = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
+    total = np.where(
+        good & (var + eps > 0), var + eps, np.inf
+    )  # where it is 0, rstd is 0, as in the functions
+    scale = _wide(gamma, 1.0, len(mean)) / np.sqrt(total)
+    offset = _wide(beta, 0.0, len(mean)) - np.where(good, mean, 0.0) * scale
+    for name, values in (("running_mean", mean), ("running_var", var), ("scale", scale), ("offset", offset)):
+        beyond = good & (np.abs(values) > _FLOAT16_MAX)
+        _add(found, "float16", beyond, f"{name} is beyond float16's {_FLOAT16_MAX:g}", domain)
+    low = good & (scale != 0) & (np.abs(scale) < _FLOAT16_NORMAL)
+    _add(found, "float16", low, "scale is subnormal in float16", domain)
+    return found
+
+
+@np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
+def batch_findings(
+    batch: Batch,
+    mean: PerChannel,
+    var: PerChannel,
+    update_count: int,
+    update_rate: float | None,
+    pooled: Moments | None,
+    ddof: int,
+    domain: int | None,
+) -> list[Finding]:
+    """Find what the last batch tells beside the running statistics of its domain."""
+    found: list[Finding] = []
+    m = batch.moments
+    finite = np.isfinite(m.mean) & np.isfinite(m.m2)
+    _add(found, "nonfinite_batch", ~finite, "the last batch's mean or variance is not finite", domain)
+    good = finite & (m.count >= 2) & np.isfinite(mean) & np.isfinite(var) & (var > 0)
+    n, ratio = np.where(good, m.count, 2.0), np.where(good, m.var(ddof), 1.0) / np.where(good, var, 1.0)
+    rate = 0.0 if update_rate is None else update_rate
+    if rate < 1:
+        off = np.where(good, m.mean - mean, 0.0) / np.sqrt(np.where(good, var, 1.0))
+        errors = (
+            off * np.sqrt(n * (2 - rate) / 2) / (1 - rate)
+        )  # the running mean has noise, and took its share
+        _drift(found, "mean_drift", "mean", errors, np.abs(off) >= _DRIFT_MEAN, domain)
+        # Wilson and Hilferty (1931): the cube root of a variance is nearly normal, down to 2 values.
+        share = 2 / (9 * (n - 1))
+        errors = (np.cbrt(ratio) - (1 - share)) / np.sqrt(share)
+        far = (ratio >= _DRIFT_VAR) | (ratio <= 1 / _DRIFT_VAR)
+        _drift(found, "variance_drift", "variance", errors, good & far, domain)
+    values = m.count * update_count if pooled is None else pooled.count
+    if rate > 0:
+        values = np.minimum(values, m.count * (2 - rate) / rate)
+    if update_count > 0 and update_rate != 0 and values.size and values.min() < _ENOUGH_VALUES:
+        text = f"the running variance averages {values.min():g} values, and should {_ENOUGH_VALUES:g},"
+        _add(found, "few_values", values < _ENOUGH_VALUES, text, domain)
+    if batch.size < _SMALL_BATCH * batch.largest:
+        text = f"the last x had {batch.size} values, an earlier one {batch.largest}"
+        found.append(Finding("small_batch", "warning", (), domain, text))
+    return found
+
+
+def _drift(
+    found: list[Finding], kind: str, what: str, errors: PerChannel, matters: Flags, domain: int | None
+) -> None:
+    far = matters & (np.abs(errors) >= _DRIFT_ERRORS)
+    if far.any():
+        worst = errors[far][np.argmax(np.abs(errors[far]))]
+        text = f"the last batch's {what} is {worst:+.3g} standard errors from the running one at the worst,"
+        _add(found, kind, far, text, domain)
+
+
+def _add(
+    found: list[Finding],
+    kind: str,
+    where: Flags,
+    text: str,
+    domain: int | None = None,
+    severity: str = "warning",
+) -> None:
+    """Add a finding about the channels where `where` is true, if there are any."""
+    channels = tuple(np.flatnonzero(where).tolist())
+    if not channels:
+        return
+    shown = ", ".join(map(str, channels[:_SHOWN]))
+    rest = f" and {len(channels) - _SHOWN} more" if len(channels) > _SHOWN else ""
+    place = "" if domain is None else f" of domain {domain}"
+    plural = "" if len(channels) == 1 else "s"
+    found.append(Finding(kind, severity, channels, domain, f"{text} in channel{plural} {shown}{rest}{place}"))
+
+
+def _wide(parameter: NDArray[Any] | None, default: float, channels: int) -> PerChannel:
+    return np.full(channels, default) if parameter is None else parameter.astype(np.float64)

@@ -1,0 +1,269 @@
+"""The report finds what is wrong with a layer, says where, and finds nothing wrong with a healthy one."""
+
+import copy
+import dataclasses
+import pickle
+import warnings
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm import layers
+
+C = 4
+
+
+def healthy(batches=200, *, size=64, **settings):
+    """Give a layer trained on normals of one distribution: mean 3, standard deviation 2."""
+    layer, rng = bn.BatchNorm(C, **settings), np.random.default_rng(1)
+    for _ in range(batches):
+        layer(rng.normal(3, 2, (size, C)))
+    return layer
+
+
+def with_state(layer, **entries):
+    state = layer.state_dict()
+    for name, (channel, value) in entries.items():
+        state[name][..., channel] = value
+    layer.load_state_dict(state)
+    return layer
+
+
+def kinds(layer):
+    return [(finding.kind, finding.channels) for finding in layer.report()]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"update_rate": 0.01}, {"update_rate": None}, {"debias": True}, {"ddof": 0}, {"dtype": "float16"}],
+    ids=str,
+)
+def test_a_healthy_layer_has_an_empty_report(settings):
+    layer = healthy(1000 if settings.get("update_rate") else 200, **settings)
+    assert not layer.report()
+    assert len(layer.report()) == 0
+    assert str(layer.report()) == "nothing found"
+
+
+@pytest.mark.parametrize("channels", [0, 3])
+@pytest.mark.parametrize("parameters", [True, False])
+def test_a_new_layer_has_an_empty_report(channels, parameters):
+    assert kinds(bn.BatchNorm(channels, gamma=parameters, beta=parameters)) == []
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_healthy_small_batches_do_not_drift(seed):
+    # 2 values a channel: a batch's variance is often 10 times the running one, by chance.
+    layer = healthy(size=256)
+    layer(np.random.default_rng(seed).normal(3, 2, (2, C)))
+    assert {kind for kind, _ in kinds(layer)} == {"few_values", "small_batch"}
+
+
+def test_chance_reaches_the_drift_threshold_hardly_ever():
+    rng, layer = np.random.default_rng(5), bn.BatchNorm(10_000, update_rate=0.01)
+    layer.load_state_dict(layer.state_dict() | {"update_count": 10_000})  # of standard normals, exactly
+    for n in (2, 3, 8, 100):
+        layer(rng.normal(size=(n, 10_000)), use_stats="batch", update_stats=False)
+        drifted = [f for f in layer.report() if f.kind.endswith("drift")]
+        assert sum(len(f.channels) for f in drifted) <= 1
+
+
+@pytest.mark.parametrize("name", ["running_mean", "running_var"])
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_statistics_that_are_not_finite_are_errors(name, bad):
+    layer = bn.BatchNorm(C, nonfinite="propagate")
+    x = np.random.default_rng(0).normal(size=(64, C))
+    x[3, 2] = bad
+    layer(x)
+    found = [f for f in layer.report() if f.kind == "nonfinite" and name in f.text]
+    assert [(f.severity, f.channels) for f in found] == [("error", (2,))]
+
+
+@pytest.mark.parametrize("name", ["gamma", "beta"])
+def test_parameters_that_are_not_finite_are_errors(name):
+    layer = healthy()
+    getattr(layer, name)[1] = np.nan
+    found = [f for f in layer.report() if f.kind == "nonfinite"]
+    assert [(f.severity, f.channels, f.text) for f in found] == [
+        ("error", (1,), f"{name} is not finite in channel 1")
+    ]
+
+
+def test_a_batch_that_was_skipped_is_found():
+    layer = healthy(nonfinite="skip")
+    x = np.random.default_rng(0).normal(3, 2, (64, C))
+    x[0, 1] = np.inf
+    layer(x)
+    assert kinds(layer) == [("nonfinite_batch", (1,))]
+
+
+def test_a_negative_variance_is_an_error():
+    layer = healthy()
+    var = layer._statistics[0].var
+    layer._statistics[0].var = np.where(np.arange(C) == 2, -1.0, var)  # as no call can leave it
+    assert [(f.severity, f.channels) for f in layer.report() if f.kind == "negative_variance"] == [
+        ("error", (2,))
+    ]
+
+
+@pytest.mark.parametrize(("var", "found"), [(0.0, True), (1e-5, True), (1.1e-5, False)])
+def test_a_variance_of_no_more_than_eps_has_vanished(var, found):
+    layer = with_state(healthy(), running_var=(1, var))
+    assert (("vanishing_variance", (1,)) in kinds(layer)) == found
+
+
+@pytest.mark.parametrize(
+    ("entries", "what"),
+    [
+        ({"running_mean": (1, 7e4)}, "running_mean is beyond"),
+        ({"running_var": (1, 9e4)}, "running_var is beyond"),
+        ({"gamma": (1, 2e5)}, "scale is beyond"),
+        ({"beta": (1, 7e4)}, "offset is beyond"),
+        ({"running_mean": (1, -6e4)}, "offset is beyond"),
+        ({"gamma": (1, 1e-4)}, "scale is subnormal"),
+    ],
+)
+def test_what_float16_cannot_hold_is_found(entries, what):
+    layer = with_state(healthy(), **entries)
+    if "running_mean" in entries:
+        layer = with_state(layer, running_var=(1, 0.25))
+    texts = [f.text for f in layer.report() if f.kind == "float16" and f.channels == (1,)]
+    assert any(text.startswith(what) for text in texts)
+
+
+def test_float16_findings_agree_with_float16():
+    values = np.array([65504.0, 65520.0, 2.0**-14, 2.0**-15])
+    with np.errstate(over="ignore"):
+        stored = values.astype(np.float16)
+    assert np.isinf(stored).tolist() == [False, True, False, False]
+    assert (stored < np.finfo(np.float16).smallest_normal).tolist() == [False, False, False, True]
+
+
+@pytest.mark.parametrize(("gamma", "found"), [(0.0, True), (9e-4, True), (2e-3, False), (-2e-3, False)])
+def test_a_gamma_far_below_the_others_is_dead(gamma, found):
+    layer = with_state(healthy(), gamma=(3, gamma))
+    assert (("dead", (3,)) in kinds(layer)) == found
+
+
+@pytest.mark.parametrize(("beta", "found"), [(-4.1, True), (-3.9, False)])
+def test_a_channel_that_a_relu_would_silence_is_dead(beta, found):
+    layer = with_state(healthy(), beta=(0, beta))
+    assert (("dead_relu", (0,)) in kinds(layer)) == found
+
+
+@pytest.mark.parametrize(
+    ("shift", "scale", "expected"),
+    [(0, 1, []), (3, 1, [("mean_drift", (2,))]), (0, 3, [("variance_drift", (2,))]), (0.2, 1, [])],
+)
+def test_a_batch_unlike_the_running_statistics_has_drifted(shift, scale, expected):
+    layer, x = healthy(), np.random.default_rng(9).normal(0, 2, (64, C))
+    x[:, 2] = x[:, 2] * scale + shift
+    layer(x + 3, update_stats=False)
+    assert kinds(layer) == expected
+
+
+def test_drift_is_told_in_standard_errors():
+    layer, x = bn.BatchNorm(1, update_rate=0), np.tile([[9.0], [11.0]], (50, 1))
+    layer(x)  # mean 10 against 0, n = 100: 10 / sqrt(1/100) standard errors
+    (finding,) = layer.report()
+    assert finding.kind == "mean_drift"
+    assert "+100 standard errors" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("rate", "size", "found"), [(0.1, 8, True), (0.1, 15, False), (1.0, 64, True), (0.01, 8, False)]
+)
+def test_few_values_for_the_update_rate_are_found(rate, size, found):
+    # n (2 - rate) / rate: 152, 285, 64 and 1592 values
+    layer = healthy(1000, size=size, update_rate=rate)
+    assert any(f.kind == "few_values" for f in layer.report()) == found
+
+
+def test_the_running_variance_is_as_noisy_as_the_report_says():
+    layer, rng = bn.BatchNorm(4000, update_rate=0.1, ddof=1), np.random.default_rng(2)
+    for _ in range(100):
+        layer(rng.normal(size=(8, 4000)))
+    values = 8 * (2 - 0.1) / 0.1
+    # Each value but one of a batch is a degree of freedom; 4000 channels tell the spread within 2 %.
+    assert layer.running_var.std() == pytest.approx(np.sqrt(2 / (values * 7 / 8)), rel=0.06)
+
+
+def test_a_last_batch_much_smaller_than_the_others_is_found():
+    layer = healthy()
+    layer(np.random.default_rng(3).normal(3, 2, (15, C)))
+    assert ("small_batch", ()) in kinds(layer)
+    layer(np.random.default_rng(3).normal(3, 2, (16, C)))
+    assert ("small_batch", ()) not in kinds(layer)
+
+
+def test_a_domain_is_named():
+    layer = bn.BatchNorm(C, domains=2, nonfinite="propagate")
+    x = np.ones((64, C))
+    x[0, 1] = np.nan
+    layer(x, domain=1)
+    assert {f.domain for f in layer.report() if f.kind.startswith("nonfinite")} == {1}
+    assert "in channel 1 of domain 1" in str(layer.report())
+
+
+def test_a_long_list_of_channels_is_cut_in_the_text_alone():
+    layer = bn.BatchNorm(100)
+    layer.gamma[40:] = 0
+    (finding,) = layer.report()
+    assert finding.channels == tuple(range(40, 100))
+    assert finding.text.endswith("in channels 40, 41, 42, 43, 44, 45, 46, 47 and 52 more")
+
+
+def test_a_report_changes_nothing_in_the_layer():
+    layer = healthy()
+    before = pickle.dumps(layer)
+    layer.report()
+    assert pickle.dumps(layer) == before
+
+
+def test_a_report_does_not_change():
+    report = healthy().report()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        report.findings = ()
+
+
+def test_a_copy_has_the_same_report():
+    layer = healthy()
+    layer(np.random.default_rng(9).normal(30, 2, (4, C)))
+    assert layer.report()
+    assert copy.copy(layer).report() == layer.report() == pickle.loads(pickle.dumps(layer)).report()
+
+
+def test_resetting_the_statistics_forgets_the_last_batch():
+    layer = healthy()
+    layer(np.full((64, C), 1e3) + np.arange(64)[:, None])
+    layer.reset_statistics()
+    assert kinds(layer) == []
+
+
+def test_extreme_statistics_raise_no_warning():
+    layer = bn.BatchNorm(C, eps=0, nonfinite="propagate")
+    layer.load_state_dict(
+        layer.state_dict()
+        | {"running_mean": np.full(C, -1.7e308), "running_var": np.array([5e-324, 0, 1.7e308, 1])}
+    )
+    layer(np.tile([[1e300], [-1e300], [0.0]], (1, C)), update_stats=False)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert str(layer.report())
+
+
+@pytest.mark.parametrize("use", ["batch", "running"])
+@pytest.mark.parametrize("name", ["partial", "update_running"])
+def test_a_call_that_fails_leaves_the_report(monkeypatch, name, use):
+    layer = healthy()
+    before = layer.report(), layer._batch, layer.state_dict()["running_mean"].tobytes(), layer._last_call
+
+    def fail(*_, **__):
+        raise MemoryError
+
+    monkeypatch.setattr(layers, name, fail)
+    with pytest.raises(MemoryError):
+        layer(np.full((64, C), 1e3) + np.arange(64)[:, None], use_stats=use, update_stats=True)
+    after = layer.report(), layer._batch, layer.state_dict()["running_mean"].tobytes(), layer._last_call
+    assert after == before
