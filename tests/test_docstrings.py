@@ -8,7 +8,10 @@ import pytest
 
 import batchnorm as bn
 
-MODULES = [f"batchnorm.{name}" for name in ("functional", "ghost", "info", "layers", "moments", "state_file")]
+MODULES = [
+    f"batchnorm.{name}"
+    for name in ("functional", "ghost", "info", "layers", "moments", "renorm", "state_file")
+]
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -18,6 +18,14 @@ from batchnorm.info import active_isa, available_isas, explain, get_num_threads,
 from batchnorm.layers import BatchNorm
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
+from batchnorm.renorm import (
+    RenormLimits,
+    RenormSaved,
+    RenormSchedule,
+    batch_renorm,
+    batch_renorm_backward,
+    renorm_update_running,
+)
 
 __all__ = [
     "BatchNorm",
@@ -25,12 +33,17 @@ __all__ = [
     "GradSums",
     "Gradients",
     "Moments",
+    "RenormLimits",
+    "RenormSaved",
+    "RenormSchedule",
     "Saved",
     "__version__",
     "active_isa",
     "available_isas",
     "batch_norm",
     "batch_norm_backward",
+    "batch_renorm",
+    "batch_renorm_backward",
     "explain",
     "get_num_threads",
     "ghost_batch_norm",
@@ -42,6 +55,7 @@ __all__ = [
     "moments",
     "normalize",
     "normalize_backward",
+    "renorm_update_running",
     "set_num_threads",
     "show_config",
     "update_running",
