@@ -275,6 +275,21 @@ def extended(formula, *arrays, **options):
     return split(result) if isinstance(result, np.ndarray) else type(result)(*map(split, result))
 
 
+def renorm_correction(x, running_mean, running_var, *, r_min, r_max, d_max, axis, eps):
+    """Give r = clip(sigma_B / sigma) and d = clip((mean_B - running_mean) / sigma); eps is inside both roots."""
+    stats = forward(x, None, None, axis=axis, eps=eps)
+    sigma = np.sqrt(running_var + eps)
+    r = np.clip(np.sqrt(stats.var + eps) / sigma, r_min, r_max)
+    return r, np.clip((stats.mean - running_mean) / sigma, -d_max, d_max)
+
+
+def renorm_forward(x, r, d, gamma, beta, *, axis, eps):
+    """Give y = (xhat * r + d) * gamma + beta; r and d are constants."""
+    gamma, beta = _gamma_beta(x, gamma, beta, axis)
+    xhat = forward(x, None, None, axis=axis, eps=eps).y
+    return (xhat * per_channel(r, x, axis) + per_channel(d, x, axis)) * gamma + beta
+
+
 def running_update(running, batch, update_rate):
     """Give running = (1 - update_rate) * running + update_rate * batch."""
     return (1.0 - update_rate) * running + update_rate * batch

@@ -11,7 +11,7 @@ import pytest
 
 import batchnorm as bn
 from batchnorm.demo import add_arguments, claims, data, run
-from batchnorm.demo.command import demonstrate
+from batchnorm.demo.command import compare_small_batches, demonstrate
 from batchnorm.demo.experiment import FULL, QUICK, Settings, measure
 from batchnorm.demo.inspection import companion_noise, forward, population_moments
 from batchnorm.demo.networks import NETWORKS, Conv3x3, build, cross_entropy
@@ -338,3 +338,11 @@ def test_arguments_that_make_no_sense_are_refused(words, capsys):
         arguments(*words)
     assert error.value.code == 2
     assert "error" in capsys.readouterr().err
+
+
+def test_small_batches_print_every_variant_of_every_network(capsys):
+    assert compare_small_batches(1, passes=1, small=16) == 0
+    printed = capsys.readouterr().out
+    for name in ("batch norm, batch 16", "batch renorm, batch 16", "batch norm, batch 64"):
+        assert printed.count(name) == len(NETWORKS)
+    assert printed.count("of 1") == len(NETWORKS)

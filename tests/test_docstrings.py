@@ -8,10 +8,8 @@ import pytest
 
 import batchnorm as bn
 
-MODULES = [
-    f"batchnorm.{name}"
-    for name in ("derivatives", "functional", "ghost", "info", "layers", "moments", "report", "state_file")
-]
+NAMES = ["derivatives", "functional", "ghost", "info", "layers", "moments", "renorm", "report", "state_file"]
+MODULES = [f"batchnorm.{name}" for name in NAMES]
 
 
 @pytest.mark.parametrize("name", MODULES)

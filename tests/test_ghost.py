@@ -51,7 +51,7 @@ def test_every_ghost_keeps_the_contract_of_batch_norm(layout, dtype, has_affine)
         for part, moments in zip(parts, saved.moments, strict=True):
             exact = reference.exact_forward(x[part], gamma, beta, axis=layout.axis, eps=EPS)
             scales = reference.forward_scales(x[part], gamma, beta, exact, axis=layout.axis)
-            rstd = bn.Saved(None, moments, None, None, layout.axis, EPS).rstd
+            rstd = bn.Saved(x[part], moments, None, gamma, layout.axis % x.ndim, EPS).rstd
             statistics = moments.mean, moments.var(), rstd
             assert_forward(y[part], statistics, exact, scales, dtype)
 
@@ -93,15 +93,6 @@ def test_nan_stays_in_its_ghost_and_channel():
     for values in (y, dx):
         np.testing.assert_array_equal(np.isnan(values), hit)
     np.testing.assert_array_equal(np.isnan(dgamma), [False, True, False])
-
-
-def test_an_infinite_gradient_stays_in_its_channel():
-    x = np.random.default_rng(2).normal(size=(6, 2))
-    dy = np.ones_like(x)
-    dy[0, 1] = np.inf
-    dbeta = bn.ghost_batch_norm_backward(dy, bn.ghost_batch_norm(x, ghost_size=2)[1], needs=["beta"]).dbeta
-    assert dbeta[0] == 6
-    assert not np.isfinite(dbeta[1])
 
 
 def test_merged_moments_are_those_of_the_batch(layout, dtype):

@@ -25,6 +25,14 @@ from batchnorm.info import active_isa, available_isas, explain, get_num_threads,
 from batchnorm.layers import BatchNorm
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
+from batchnorm.renorm import (
+    RenormLimits,
+    RenormSaved,
+    RenormSchedule,
+    batch_renorm,
+    batch_renorm_backward,
+    renorm_update_running,
+)
 from batchnorm.report import Finding, Report
 
 __all__ = [
@@ -34,6 +42,9 @@ __all__ = [
     "GradSums",
     "Gradients",
     "Moments",
+    "RenormLimits",
+    "RenormSaved",
+    "RenormSchedule",
     "Report",
     "Saved",
     "SecondGradients",
@@ -44,6 +55,8 @@ __all__ = [
     "batch_norm_backward",
     "batch_norm_double_backward",
     "batch_norm_jvp",
+    "batch_renorm",
+    "batch_renorm_backward",
     "explain",
     "get_num_threads",
     "ghost_batch_norm",
@@ -57,6 +70,7 @@ __all__ = [
     "normalize_backward",
     "normalize_double_backward",
     "normalize_jvp",
+    "renorm_update_running",
     "set_num_threads",
     "show_config",
     "update_running",

@@ -9,7 +9,8 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
-from typing import Any
+from itertools import pairwise
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -173,6 +174,68 @@ def ghost_values(x: Array, axis: int, size: int) -> None:
                 "ghost_size must leave every ghost at least 2 values per channel, "
                 f"got a ghost of 1 from ghost_size {size} and shape {x.shape}"
             )
+
+
+class Limits(NamedTuple):
+    """The limits of Batch Renormalization's r and d, checked."""
+
+    r_min: float
+    r_max: float
+    d_max: float
+    weight: float
+
+
+def renorm_limits(r_max: object, d_max: object, weight: object, r_min: object, parity: object) -> Limits:
+    """Give the limits as floats; where r_min is None, what `parity` says."""
+    if not isinstance(parity, str) or parity not in ("paper", "keras", "torchrl"):
+        raise ValueError(f"parity must be 'paper', 'keras' or 'torchrl', got {parity!r}")
+    most, offset = _at_least("r_max", r_max, 1.0), _at_least("d_max", d_max, 0.0)
+    share = _at_least("weight", weight, 0.0)
+    if share == math.inf:
+        raise ValueError("weight must be finite, got inf")
+    if r_min is None:
+        return Limits(0.0 if parity == "keras" else 1.0 / most, most, offset, share)
+    least = number("r_min", r_min)
+    if not 0 <= least <= 1:
+        raise ValueError(f"r_min must be from 0 to 1, got {least}")
+    return Limits(least, most, offset, share)
+
+
+def torchrl_samples(x: Array, axis: int) -> None:
+    """Refuse what torchrl's N/(N - 1), N the size of axis 0, has no answer for. An empty batch passes."""
+    if axis == 0:
+        raise ValueError("axis must not be 0, which holds the samples for parity='torchrl', got 0")
+    if x.size and x.shape[0] < 2:
+        raise ValueError(f"x must have at least 2 samples on axis 0 for parity='torchrl', got {x.shape[0]}")
+
+
+def schedule_points(name: str, points: Any, least: float) -> tuple[tuple[int, float], ...]:
+    """Give points (step, value) as a tuple of tuples."""
+    try:
+        pairs = [(at, value) for at, value in points]
+    except (TypeError, ValueError):
+        raise TypeError(f"{name} must be a tuple of (step, value), got {points!r}") from None
+    if not pairs:
+        raise ValueError(f"{name} must have at least one point, got none")
+    checked = tuple((step(at), _at_least(name, value, least)) for at, value in pairs)
+    for (a, _), (b, _) in pairwise(checked):
+        if a >= b:
+            raise ValueError(f"{name} must have rising steps, got {a} before {b}")
+    if len(checked) > 1 and any(value == math.inf for _, value in checked):
+        raise ValueError(f"{name} must be finite where it has several points, got inf")
+    return checked
+
+
+def step(value: object, name: str = "step") -> int:
+    """Give a training step as an int >= 0."""
+    return _int_at_least(0, name, value, "an int >= 0")
+
+
+def _at_least(name: str, value: object, least: float) -> float:
+    checked = number(name, value)
+    if not checked >= least:  # so that NaN is refused
+        raise ValueError(f"{name} must be >= {least:g}, got {checked}")
+    return checked
 
 
 def num_threads(value: object) -> int:

@@ -9,7 +9,7 @@ import sys
 import time
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from batchnorm.demo.experiment import Settings
@@ -25,6 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="five seeds, under half a minute (the default)")
     size.add_argument("--full", action="store_true", help="ten seeds, more steps, finer sweeps; some minutes")
+    small = "only compare batches of 4, with and without Batch Renormalization, with batches of 64"
+    size.add_argument("--small-batches", action="store_true", help=small)
     parser.add_argument("--seeds", type=_at_least_one, metavar="N", help="seeds (5, or 10 with --full)")
     out = Path("batchnorm-demo")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="results folder (%(default)s)")
@@ -39,12 +41,15 @@ def run(args: argparse.Namespace) -> int:
     Returns the exit code: 0, whichever claims held, or 2 if a package is missing.
     """
     needed = {"scikit-learn": "sklearn", "tqdm": "tqdm"}
-    if not args.no_plots:
+    if not args.no_plots and not args.small_batches:
         needed["matplotlib"] = "matplotlib"
     missing = [name for name, module in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"batchnorm demo needs {' and '.join(missing)}: pip install 'batchnorm[demo]'", file=sys.stderr)
         return 2
+
+    if args.small_batches:
+        return compare_small_batches(args.seeds)
 
     from batchnorm.demo import experiment
 
@@ -75,6 +80,21 @@ def demonstrate(settings: Settings, out: Path, *, plots: bool) -> int:
     report.write_json(out / "results.json", results, judged, seconds)
     print(f"\n{len(results.records)} runs in {seconds:.0f} s. Written to {out}:")
     print("\n".join(f"   {path.name}" for path in written))
+    return 0
+
+
+def compare_small_batches(seeds: int | None, **settings: Any) -> int:
+    """Print test accuracies with small batches; nothing is written. Returns 0."""
+    from functools import partial
+
+    from tqdm import tqdm
+
+    from batchnorm.demo import data, small_batches
+
+    chosen = small_batches.Settings(**settings)
+    chosen = replace(chosen, seeds=seeds or chosen.seeds)
+    progress = partial(tqdm, unit="run", file=sys.stderr)
+    print(small_batches.table(chosen, small_batches.measure(chosen, data.load_digits(), progress)))
     return 0
 
 
