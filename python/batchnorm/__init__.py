@@ -15,6 +15,7 @@ from batchnorm.functional import (
 )
 from batchnorm.info import active_isa, available_isas, explain, get_num_threads, set_num_threads, show_config
 from batchnorm.layers import BatchNorm
+from batchnorm.memory_modes import SavedOutput, batch_norm_inplace, batch_norm_inplace_backward
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
 
@@ -24,11 +25,14 @@ __all__ = [
     "Gradients",
     "Moments",
     "Saved",
+    "SavedOutput",
     "__version__",
     "active_isa",
     "available_isas",
     "batch_norm",
     "batch_norm_backward",
+    "batch_norm_inplace",
+    "batch_norm_inplace_backward",
     "explain",
     "get_num_threads",
     "grad_input",
