@@ -137,6 +137,40 @@ def test_only_wanted_gradients_come():
     assert (dbeta == 4).all()
 
 
+@pytest.mark.parametrize("view", ["strided", "transposed", "fortran"])
+def test_any_memory_order_is_taken(dtype, view):
+    values, dy = np.random.default_rng(0).normal(size=(2, 6, 4, 10)).astype(dtype)
+    x = {
+        "strided": lambda: np.repeat(values, 2, axis=2)[:, :, ::2],
+        "transposed": lambda: np.moveaxis(np.ascontiguousarray(np.moveaxis(values, 1, -1)), -1, 1),
+        "fortran": lambda: np.asfortranarray(values),
+    }[view]()
+    y, from_x = bn.batch_norm(values.copy(), axis=1)
+    expected = bn.batch_norm_backward(dy, from_x)
+    got_y, saved = bn.batch_norm_inplace(x)
+    dx, dgamma, dbeta = bn.batch_norm_inplace_backward(dy, saved)
+    # Other orders sum in another order: beyond the last digits nothing differs.
+    close = 100 * UNIT_ROUNDOFF[np.dtype(dtype).name]
+    assert got_y is x
+    for a, b in ((got_y, y), (dx, expected.dx), (dgamma, expected.dgamma), (dbeta, expected.dbeta)):
+        assert np.abs(a - b).max() <= close * max(1, np.abs(b).max())
+
+
+@pytest.mark.parametrize("exponent", [-100, 100])
+@pytest.mark.parametrize("spread", [-400, 400])
+def test_a_gamma_far_from_1_overflows_nothing(exponent, spread):
+    x = np.random.default_rng(0).normal(size=(50, 1)) * 2.0**spread
+    dy = np.random.default_rng(1).normal(size=(50, 1))
+    gamma = np.array([-(2.0**exponent)])
+    _, from_x = bn.batch_norm(x.copy(), gamma, eps=0.0)
+    expected = bn.batch_norm_backward(dy, from_x)
+    _, saved = bn.batch_norm_inplace(x, gamma, eps=0.0)
+    got = bn.batch_norm_inplace_backward(dy, saved)
+    for a, b in zip(got, expected, strict=True):
+        assert np.isfinite(a).all()
+        assert np.abs(a - b).max() <= 1e-13 * np.abs(b).max()
+
+
 def test_an_empty_batch_has_gradients_of_zero(dtype):
     _, saved = bn.batch_norm_inplace(np.zeros((0, 2), dtype), beta=np.ones(2))
     dx, dgamma, dbeta = bn.batch_norm_inplace_backward(np.zeros((0, 2), dtype), saved)

@@ -33,8 +33,8 @@ Array = NDArray[Any]
 _MOST_BETA = 2.0**10
 
 # Of gamma, per item size. float32: a normal number, since subnormal y would have lost digits, and finite.
-# float64: gamma² must keep its digits, and the count times gamma² must not overflow.
-_GAMMA_RANGE = {4: (2.0**-126, 2.0**126), 8: (2.0**-450, 2.0**450)}
+# float64: gamma²·rstd must neither overflow nor lose digits, rstd being from 2⁻⁵¹² to 2⁵³⁷.
+_GAMMA_RANGE = {4: (2.0**-126, 2.0**126), 8: (2.0**-150, 2.0**150)}
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,7 +86,7 @@ def batch_norm_inplace(
     x : as in `batch_norm`, and writeable. Overwritten.
     gamma, beta : (C,) of any floating dtype, or None for 1 and 0. In every channel abs(beta) must be at most
         2¹⁰·abs(gamma), so that no more than 11 bits of x̂ are lost, and abs(gamma) from 2⁻¹²⁶ to 2¹²⁶ (float32) or
-        from 2⁻⁴⁵⁰ to 2⁴⁵⁰ (float64): from a gamma of 0 nothing could be recovered.
+        from 2⁻¹⁵⁰ to 2¹⁵⁰ (float64): from a gamma of 0 nothing could be recovered.
     axis, eps, num_threads : as in `batch_norm`.
 
     Returns
@@ -150,8 +150,8 @@ def batch_norm_inplace_backward(
 
     Returns
     -------
-    Gradients(dx, dgamma, dbeta), as `batch_norm_backward` gives them, with the error that x̂ brings (see
-    `batch_norm_inplace`) beside its own.
+    Gradients(dx, dgamma, dbeta), as `batch_norm_backward` gives them. To its error comes what that of x̂ brings (see
+    `batch_norm_inplace`); and of float64, whose coefficients round more often here, 6·2⁻⁵³ of the absolute terms.
 
     Raises
     ------
