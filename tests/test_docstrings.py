@@ -8,7 +8,18 @@ import pytest
 
 import batchnorm as bn
 
-NAMES = ["derivatives", "functional", "ghost", "info", "layers", "moments", "renorm", "report", "state_file"]
+NAMES = [
+    "derivatives",
+    "functional",
+    "ghost",
+    "info",
+    "layers",
+    "memory_modes",
+    "moments",
+    "renorm",
+    "report",
+    "state_file",
+]
 MODULES = [f"batchnorm.{name}" for name in NAMES]
 
 

@@ -189,3 +189,11 @@ def assert_backward(gradients, exact, scales, dtype):
     """Check that dx, dgamma and dbeta keep the contract."""
     for name, got, value, scale in zip(("dx", "dgamma", "dbeta"), gradients, exact, scales, strict=True):
         assert_within(name, dtype, got, value, scale=scale)
+
+
+def inverted_xhat(dtype, largest_xhat, ratio):
+    """Bound the error of (y - beta)/gamma as xhat, `ratio` being abs(beta/gamma).
+
+    The bound of y, divided by gamma: 3u of the largest xhat, half an ulp at beta and half an ulp at y.
+    """
+    return UNIT_ROUNDOFF[np.dtype(dtype).name] * (4 * largest_xhat + 2 * ratio)

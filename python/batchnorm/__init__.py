@@ -23,6 +23,7 @@ from batchnorm.functional import (
 from batchnorm.ghost import GhostSaved, ghost_batch_norm, ghost_batch_norm_backward, ghost_update_running
 from batchnorm.info import active_isa, available_isas, explain, get_num_threads, set_num_threads, show_config
 from batchnorm.layers import BatchNorm
+from batchnorm.memory_modes import SavedOutput, batch_norm_inplace, batch_norm_inplace_backward
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
 from batchnorm.renorm import (
@@ -47,6 +48,7 @@ __all__ = [
     "RenormSchedule",
     "Report",
     "Saved",
+    "SavedOutput",
     "SecondGradients",
     "__version__",
     "active_isa",
@@ -54,6 +56,8 @@ __all__ = [
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_double_backward",
+    "batch_norm_inplace",
+    "batch_norm_inplace_backward",
     "batch_norm_jvp",
     "batch_renorm",
     "batch_renorm_backward",

@@ -69,6 +69,11 @@ class Saved:
         if rstd is not None:
             fields["rstd"] = rstd
 
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of tensors that are kept for the backward pass: those of x; 0 where it was overwritten."""
+        return 0 if self.x is None else self.x.nbytes
+
 
 class _Rstd:
     """The field `rstd` of a Saved that was given none: computed from the others on first use."""
