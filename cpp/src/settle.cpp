@@ -19,17 +19,18 @@ enum class Again { about_shift, compensated };
 
 template <class T>
 bool needs(Again again, const Moments& m) {
-  return again == Again::about_shift ? needs_shift<T>(m) : mean_below(m, Conditioning<T>::kCompensateBelow);
+  return again == Again::about_shift ? needs_shift<Arithmetic<T>>(m)
+                                     : mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow);
 }
-// Any value of T near the mean will do as a shift; the nearest one makes a constant channel exact.
+// Any value near the mean will do as a shift; the nearest one makes a constant channel exact.
 template <class T>
-T shift_for(Again again, const Moments& m) {
-  return again == Again::about_shift ? static_cast<T>(m.mean) : T(0);
+Arithmetic<T> shift_for(Again again, const Moments& m) {
+  return again == Again::about_shift ? static_cast<Arithmetic<T>>(m.mean) : 0;
 }
 
 template <class T>
 Sums sum_channel_again(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, std::int64_t c, Again again,
-                       T shift) {
+                       Arithmetic<T> shift) {
   Sums total;
   for (std::int64_t k = 0; k < plan.chunks; ++k) {
     const T* chunk = x + plan.chunk_offset(k, c);
@@ -52,7 +53,7 @@ constexpr std::int64_t kTileRows = 1024;
 
 template <class T>
 struct Tile {
-  T shift[kTileColumns];
+  Arithmetic<T> shift[kTileColumns];
   double block_memory[4 * kTileColumns], total_memory[4 * kTileColumns];
 };
 
@@ -85,9 +86,9 @@ template <class T>
 void settle_planar(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, std::int64_t c, Again again,
                    Moments& m) {
   if (!needs<T>(again, m)) return;
-  const T shift = shift_for<T>(again, m);
+  const Arithmetic<T> shift = shift_for<T>(again, m);
   const Sums total = sum_channel_again(plan, kernels, x, c, again, shift);
-  moments_from_sums<T, double>(m.count, static_cast<double>(shift), &total).put(&m);
+  moments_from_sums<Arithmetic<T>, double>(m.count, static_cast<double>(shift), &total).put(&m);
 }
 
 // Channels [begin, end) of an interleaved tensor, at most a tile of them.
@@ -108,7 +109,7 @@ void settle_tile(const Problem& problem, const kernels::Kernels<T>& kernels, con
     const std::int64_t first = (c - channels.begin) * inner;
     Sums total;
     for (std::int64_t e = first; e < first + inner; ++e) add(total, at(columns, e));
-    moments_from_sums<T, double>(out[c].count, static_cast<double>(tile.shift[first]), &total).put(&out[c]);
+    moments_from_sums<Arithmetic<T>, double>(out[c].count, static_cast<double>(tile.shift[first]), &total).put(&out[c]);
   }
 }
 
@@ -145,7 +146,7 @@ void sum_again(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x,
     }
   }
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-    if (mean_below(out[c], Conditioning<T>::kExactBelow) && std::isfinite(out[c].m2)) {
+    if (mean_below(out[c], Conditioning<Arithmetic<T>>::kExactBelow) && std::isfinite(out[c].m2)) {
       settle_exactly(problem, x, c, out[c]);
     }
   }
@@ -158,15 +159,17 @@ void settle(const Plan& plan, const kernels::Kernels<T>& kernels, const T* x, Ra
             Moments* out) {
   const auto count = static_cast<double>(plan.problem.count());
   bool again = false;
-  for_channels<T>(channels.end - channels.begin, [&]<class V>(std::int64_t i) {
-    const MomentsOf<V> m = moments_from_sums<T, V>(count, 0, totals + i);
+  for_channels<Arithmetic<T>>(channels.end - channels.begin, [&]<class V>(std::int64_t i) {
+    const MomentsOf<V> m = moments_from_sums<Arithmetic<T>, V>(count, 0, totals + i);
     m.put(out + channels.begin + i);
     // Those that want an exact sum are among those that want a compensated one.
-    again |= any(needs_shift<T>(m) | mean_below(m, Conditioning<T>::kCompensateBelow));
+    again |= any(needs_shift<Arithmetic<T>>(m) | mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow));
   });
   if (again) sum_again(plan, kernels, x, channels, out);
 }
 
+template void settle(const Plan&, const kernels::Kernels<Float16>&, const Float16*, Range, const Sums*, Moments*);
+template void settle(const Plan&, const kernels::Kernels<BFloat16>&, const BFloat16*, Range, const Sums*, Moments*);
 template void settle(const Plan&, const kernels::Kernels<float>&, const float*, Range, const Sums*, Moments*);
 template void settle(const Plan&, const kernels::Kernels<double>&, const double*, Range, const Sums*, Moments*);
 

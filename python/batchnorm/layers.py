@@ -261,8 +261,9 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : ndarray of float32 or float64, 1 to 8 dimensions, C long on `axis`, any memory order. Kept by
-            reference for backward. In training 2 or more values a channel; an empty x updates nothing.
+        x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, C long on `axis`,
+            any memory order. Kept by reference for backward. In training 2 or more values a channel; an empty x
+            updates nothing.
         out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
 
         Returns

@@ -196,8 +196,9 @@ def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None) -
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order. An array that fills one block of memory
-        (C-contiguous, channels-last, transposed) is read in place; a sliced, strided or broadcast one costs a copy.
+    x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
+        that fills one block of memory (C-contiguous, channels-last, transposed) is read in place; a sliced, strided
+        or broadcast one costs a copy.
     axis : the channel axis; every other axis is summed over.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
 

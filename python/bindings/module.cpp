@@ -26,7 +26,9 @@ Problem problem_of(const Sizes& sizes) { return {std::get<0>(sizes), std::get<1>
 template <class F>
 auto with_dtype_of(const py::array& x, F&& f) {
   check_memory(x, "x", Access::read);
-  return is_float32(x) ? f(float{}) : f(double{});
+  if (is_float32(x)) return f(float{});
+  if (is_float64(x)) return f(double{});
+  return is_float16(x) ? f(Float16{}) : f(BFloat16{});
 }
 
 py::array py_moments(const py::array& x, const Sizes& sizes, int threads) {

@@ -12,7 +12,7 @@ Runs one_channel(const Runs& runs) { return {runs.length, runs.count, runs.strid
 
 // moments: sum(x - shift) and sum((x - shift)^2).
 template <class T>
-void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
+void runs_moments_about(const T* x, Runs runs, Arithmetic<T> shift, Sums* out) {
   double first = 0, second = 0;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
@@ -26,7 +26,7 @@ void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
 template <class T>
 void runs_moments(const T* x, Runs runs, Sums* out) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
-    runs_moments_about(x + c * runs.length, one_channel(runs), T(0), out + c);
+    runs_moments_about(x + c * runs.length, one_channel(runs), 0, out + c);
   }
 }
 
@@ -43,7 +43,7 @@ void runs_normalize_one(const T* x, T* y, Runs runs, const Affine<A>& k) {
   }
 }
 template <class T>
-void runs_normalize(const T* x, T* y, Runs runs, const Affine<T>* k) {
+void runs_normalize(const T* x, T* y, Runs runs, const Affine<Arithmetic<T>>* k) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     runs_normalize_one(x + c * runs.length, y + c * runs.length, one_channel(runs), k[c]);
   }
@@ -84,7 +84,7 @@ void runs_grad_input_one(const T* dy, const T* x, T* dx, Runs runs, const GradAf
   }
 }
 template <class T>
-void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<T>* k) {
+void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<Arithmetic<T>>* k) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     const std::int64_t at = c * runs.length;
     runs_grad_input_one(dy + at, x + at, dx + at, one_channel(runs), k[c]);
@@ -110,7 +110,7 @@ void rows_moments(const T* x, Rows rows, const ColumnSums& out) {
   }
 }
 template <class T>
-void rows_moments_about(const T* x, Rows rows, const T* shift, const ColumnSums& out) {
+void rows_moments_about(const T* x, Rows rows, const Arithmetic<T>* shift, const ColumnSums& out) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     Sums s;
     runs_moments_about(x + c, column(rows), shift[c], &s);
@@ -119,12 +119,13 @@ void rows_moments_about(const T* x, Rows rows, const T* shift, const ColumnSums&
 }
 
 template <class T>
-void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
+void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
-    runs_normalize_one(x + c, y + c, column(rows), Affine<T>{k.center[c], k.scale[c], k.offset[c]});
+    runs_normalize_one(x + c, y + c, column(rows), Affine<Arithmetic<T>>{k.center[c], k.scale[c], k.offset[c]});
   }
 }
-void rows_normalize_mixed(const float* x, float* y, Rows rows, const AffineColumns<float>& k,
+template <class T>
+void rows_normalize_mixed(const T* x, T* y, Rows rows, const AffineColumns<float>& k,
                           const WideColumns<AffineColumns<double>>& wide) {
   const AffineColumns<double>& w = wide.coefficients;
   for (std::int64_t c = 0; c < rows.columns; ++c) {
@@ -150,10 +151,11 @@ GradAffine<A> at(const GradAffineColumns<A>& k, std::int64_t c) {
   return {k.dy_center[c], k.dy_scale[c], k.x_center[c], k.x_scale[c], k.offset[c]};
 }
 template <class T>
-void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
+void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
   for (std::int64_t c = 0; c < rows.columns; ++c) runs_grad_input_one(dy + c, x + c, dx + c, column(rows), at(k, c));
 }
-void rows_grad_input_mixed(const float* dy, const float* x, float* dx, Rows rows, const GradAffineColumns<float>& k,
+template <class T>
+void rows_grad_input_mixed(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<float>& k,
                            const WideColumns<GradAffineColumns<double>>& wide) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     if ((wide.mask[c / 16] >> (c % 16)) & 1) {
@@ -204,15 +206,16 @@ constexpr Kernels<T> make_kernels() {
   k.runs_grad_input_around_cache = runs_grad_input<T>;
   k.rows_grad_input_around_cache = rows_grad_input<T>;
   k.add_blocks = add_blocks;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    k.rows_normalize_mixed = rows_normalize_mixed;
-    k.rows_grad_input_mixed = rows_grad_input_mixed;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    k.rows_normalize_mixed = rows_normalize_mixed<T>;
+    k.rows_grad_input_mixed = rows_grad_input_mixed<T>;
   }
   return k;
 }
 
 }  // namespace
 
-const KernelTable reference_table = {make_kernels<float>(), make_kernels<double>()};
+const KernelTable reference_table = {make_kernels<float>(), make_kernels<double>(), make_kernels<Float16>(),
+                                     make_kernels<BFloat16>()};
 
 }  // namespace batchnorm::kernels
