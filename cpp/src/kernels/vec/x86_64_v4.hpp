@@ -40,8 +40,8 @@ BN_INLINE __m256i narrow(const Float16*, NativeFloat v) {
 BN_INLINE __m256i narrow(const BFloat16*, NativeFloat v) {
   const SixteenInts bits = (SixteenInts)v, high = bits >> 16, rounded = (bits + 0x7fff + (high & 1)) >> 16;
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const auto halves = (SixteenInts)_mm512_mask_blend_epi32(is_nan, (__m512i)rounded, (__m512i)(high | 0x40));
-  return (__m256i)__builtin_convertvector(halves, SixteenShorts);
+  const __m512i halves = _mm512_mask_blend_epi32(is_nan, (__m512i)rounded, (__m512i)(high | 0x40));
+  return _mm512_maskz_cvtepi32_epi16(0xffff, halves);
 }
 template <class T>
 BN_INLINE void narrow_store(T* p, NativeFloat v) {
