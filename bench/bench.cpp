@@ -40,7 +40,7 @@ constexpr const char* kHelp =
     "three\n"
     "  --pass NAME       train, infer, backward, moments, normalize, grad_sums or grad_input\n"
     "  --layout NAME     nchw, nhwc or nc\n"
-    "  --dtype NAME      float32 (default) or float64\n"
+    "  --dtype NAME      float16, bfloat16, float32 (default) or float64\n"
     "  --isa NAME        the kernels to use, as the environment variable BATCHNORM_ISA\n"
     "  --threads N       at most; default: as many as the library takes by itself\n"
     "  --rounds N        samples of each time (15)\n"
@@ -80,9 +80,15 @@ std::vector<bench::PassFacts> passes_for(const Settings& settings, const batchno
 
 bool too_large(const Case& c, const std::string& dtype, double max_mb) {
   const auto values = static_cast<double>(problem_of(c.shape, Layout::nchw).size());
-  const double mb = values * (dtype == "float32" ? 4 : 8) / 1e6;
+  const double mb = values * bench::bytes_of(dtype) / 1e6;
   if (mb > max_mb) std::printf("%s %s: skipped, %.0f MB a tensor; --max-mb allows it\n", c.name, dtype.c_str(), mb);
   return mb > max_mb;
+}
+
+decltype(&bench::measure<float>) measure_of(const std::string& dtype) {
+  if (dtype == "float16") return bench::measure<batchnorm::Float16>;
+  if (dtype == "bfloat16") return bench::measure<batchnorm::BFloat16>;
+  return dtype == "float32" ? bench::measure<float> : bench::measure<double>;
 }
 
 void measure_case(const Settings& settings, const Case& c, const std::string& dtype, bench::Team& team,
@@ -93,7 +99,7 @@ void measure_case(const Settings& settings, const Case& c, const std::string& dt
     const bench::Request request{passes, team.size(), settings.rounds, settings.out, settings.spoil};
     const bench::Subject subject{&c, layout, dtype};
     try {
-      const auto measure = dtype == "float32" ? bench::measure<float> : bench::measure<double>;
+      const auto measure = measure_of(dtype);
       results.push_back({subject, measure(c, layout, request, team)});
     } catch (const std::exception& error) {
       throw std::runtime_error(std::string(c.name) + " " + name_of(layout) + " " + dtype + ": " + error.what());
@@ -170,7 +176,7 @@ void take(Settings& settings, char option, const char* text) {
       settings.layouts.emplace_back(one_of({"nchw", "nhwc", "nc"}, "--layout", text));
       break;
     case 'd':
-      settings.dtypes.emplace_back(one_of({"float32", "float64"}, "--dtype", text));
+      settings.dtypes.emplace_back(one_of({"float16", "bfloat16", "float32", "float64"}, "--dtype", text));
       break;
     case 'i':
       setenv("BATCHNORM_ISA", text, 1);

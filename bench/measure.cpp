@@ -89,6 +89,8 @@ Measured measure(const Case& shape, Layout layout, const Request& request, Team&
   return measured;
 }
 
+template Measured measure<batchnorm::Float16>(const Case&, Layout, const Request&, Team&);
+template Measured measure<batchnorm::BFloat16>(const Case&, Layout, const Request&, Team&);
 template Measured measure<float>(const Case&, Layout, const Request&, Team&);
 template Measured measure<double>(const Case&, Layout, const Request&, Team&);
 

@@ -12,6 +12,19 @@
 
 namespace bench {
 
+// The types that are measured.
+struct Dtype {
+  const char* name;
+  int bytes;
+};
+inline constexpr Dtype kDtypes[] = {{"float16", 2}, {"bfloat16", 2}, {"float32", 4}, {"float64", 8}};
+inline int bytes_of(const std::string& dtype) {
+  for (const Dtype& d : kDtypes) {
+    if (dtype == d.name) return d.bytes;
+  }
+  return 0;
+}
+
 struct Row {
   std::string pass;  // or a yardstick's name: "copy", "stream"
   double bytes;      // that must move
@@ -34,10 +47,12 @@ struct Measured {
   double others;   // processors that other processes kept busy meanwhile
 };
 
-// T is float or double. Throws where a result is wrong.
+// T is the type of the tensors. Throws where a result is wrong.
 template <class T>
 Measured measure(const Case& shape, Layout layout, const Request& request, Team& team);
 
+extern template Measured measure<batchnorm::Float16>(const Case&, Layout, const Request&, Team&);
+extern template Measured measure<batchnorm::BFloat16>(const Case&, Layout, const Request&, Team&);
 extern template Measured measure<float>(const Case&, Layout, const Request&, Team&);
 extern template Measured measure<double>(const Case&, Layout, const Request&, Team&);
 

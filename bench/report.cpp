@@ -150,7 +150,7 @@ std::string row_json(const Run& run, const Result& result, const Row& row) {
 
 double megabytes(const Subject& subject) {
   const auto size = static_cast<double>(problem_of(subject.shape->shape, subject.layout).size());
-  return size * (subject.dtype == "float32" ? 4 : 8) / 1e6;
+  return size * bytes_of(subject.dtype) / 1e6;
 }
 
 }  // namespace

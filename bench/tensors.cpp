@@ -50,13 +50,13 @@ void Tensors<T>::fill() {
   NearlyNormal normal;
   for (T& value : x_.values()) value = static_cast<T>(0.5 + normal());
   for (T& value : dy_.values()) value = static_cast<T>(normal());
-  for (T& value : y_.values()) value = 0;
-  for (T& value : dx_.values()) value = 0;
+  for (T& value : y_.values()) value = T(0);
+  for (T& value : dx_.values()) value = T(0);
   for (std::size_t c = 0; c < gamma_.size(); ++c) {
-    gamma_[c] = static_cast<T>(1 + 0.1 * normal());
-    beta_[c] = static_cast<T>(normal());
-    running_mean_[c] = static_cast<T>(0.5 + 0.1 * normal());
-    running_var_[c] = static_cast<T>(1 + 0.1 * normal());
+    gamma_[c] = static_cast<PerChannel>(1 + 0.1 * normal());
+    beta_[c] = static_cast<PerChannel>(normal());
+    running_mean_[c] = static_cast<PerChannel>(0.5 + 0.1 * normal());
+    running_var_[c] = static_cast<PerChannel>(1 + 0.1 * normal());
   }
 }
 
@@ -97,6 +97,8 @@ void Tensors<T>::move(Yardstick kind, Team& team, int threads, Stores stores) {
   combine(team, threads, stores, new_if_fresh(dx_).bytes(), dy_.bytes(), x_.bytes());
 }
 
+template class Tensors<batchnorm::Float16>;
+template class Tensors<batchnorm::BFloat16>;
 template class Tensors<float>;
 template class Tensors<double>;
 

@@ -7,6 +7,7 @@
 #include <memory>
 #include <new>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "batchnorm/batchnorm.hpp"
@@ -66,6 +67,8 @@ class Tensors {
   [[nodiscard]] double megabytes() const { return static_cast<double>(problem_.size()) * sizeof(T) / 1e6; }
 
  private:
+  // What values per channel are stored as.
+  using PerChannel = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
   // Per channel, in float64: what the results are held against.
   struct Definition {
     std::vector<double> mean, var, sum_dy, sum_dy_xmu;
@@ -86,12 +89,14 @@ class Tensors {
   batchnorm::Options options_;
   Out out_;
   Buffer<T> x_, y_, dy_, dx_;
-  std::vector<T> gamma_, beta_, running_mean_, running_var_, dgamma_, dbeta_;
+  std::vector<PerChannel> gamma_, beta_, running_mean_, running_var_, dgamma_, dbeta_;
   std::vector<batchnorm::Moments> moments_;
   std::vector<batchnorm::GradSums> sums_;
   Definition definition_;
 };
 
+extern template class Tensors<batchnorm::Float16>;
+extern template class Tensors<batchnorm::BFloat16>;
 extern template class Tensors<float>;
 extern template class Tensors<double>;
 

@@ -5,6 +5,7 @@
 #include <limits>
 #include <stdexcept>
 #include <string>
+#include <type_traits>
 
 #include "tensors.hpp"
 
@@ -15,6 +16,14 @@ namespace {
 // and for float64 what the plain loops themselves round away. The data lie within 4 standard deviations of their mean.
 template <class T>
 constexpr double kRounding = sizeof(T) == 4 ? 1e-6 : 1e-10;
+template <>
+constexpr double kRounding<batchnorm::Float16> = 0x1p-11 + 1e-6;
+template <>
+constexpr double kRounding<batchnorm::BFloat16> = 0x1p-8 + 1e-6;
+
+// Added to a result to spoil it: more than rounding may do.
+template <class T>
+constexpr double kSpoils = sizeof(T) == 2 ? 0.5 : 0.001;
 
 void require(const char* pass, const char* what, std::size_t at, double got, double expected, double tolerance) {
   if (std::abs(got - expected) <= tolerance) return;  // false for NaN
@@ -86,8 +95,9 @@ void Tensors<T>::verify(Pass pass, bool spoil) {
 // Before a pass runs: what another pass left must not stand for what this one failed to write.
 template <class T>
 void Tensors<T>::forget_results(Pass pass) {
-  const auto forget = [](std::span<T> values) {
-    std::fill(values.begin(), values.end(), std::numeric_limits<T>::quiet_NaN());
+  const auto forget = []<class Values>(Values&& values) {
+    using Value = std::remove_reference_t<decltype(values[0])>;
+    std::fill(values.begin(), values.end(), static_cast<Value>(std::numeric_limits<float>::quiet_NaN()));
   };
   if (pass == Pass::train || pass == Pass::infer || pass == Pass::normalize) forget(y_.values());
   if (pass == Pass::backward || pass == Pass::grad_input) forget(dx_.values());
@@ -102,10 +112,11 @@ void Tensors<T>::forget_results(Pass pass) {
 template <class T>
 void Tensors<T>::spoil_one_value(Pass pass) {
   const std::size_t at = x_.values().size() / 2, c = gamma_.size() / 2;
-  if (pass == Pass::train || pass == Pass::infer || pass == Pass::normalize) y_.values()[at] += T(0.001);
-  if (pass == Pass::backward || pass == Pass::grad_input) dx_.values()[at] += T(0.001);
-  if (pass == Pass::moments) moments_[c].mean += 0.001;
-  if (pass == Pass::grad_sums) sums_[c].sum_dy += 0.001 * static_cast<double>(problem_.count());
+  const auto spoil = [](T& value) { value = static_cast<T>(double{value} + kSpoils<T>); };
+  if (pass == Pass::train || pass == Pass::infer || pass == Pass::normalize) spoil(y_.values()[at]);
+  if (pass == Pass::backward || pass == Pass::grad_input) spoil(dx_.values()[at]);
+  if (pass == Pass::moments) moments_[c].mean += kSpoils<T>;
+  if (pass == Pass::grad_sums) sums_[c].sum_dy += kSpoils<T> * static_cast<double>(problem_.count());
 }
 
 template <class T>
@@ -180,6 +191,8 @@ void Tensors<T>::verify_channel_gradients() const {
   }
 }
 
+template class Tensors<batchnorm::Float16>;
+template class Tensors<batchnorm::BFloat16>;
 template class Tensors<float>;
 template class Tensors<double>;
 

@@ -18,6 +18,7 @@ from batchnorm.bench.process import OthersLoad
 
 README = Path(__file__).parents[1] / "bench" / "README.md"
 PASSES = ("train", "infer", "backward", "moments", "normalize", "grad_sums", "grad_input")
+DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a value
 TINY = "tiny-2x8x4x4"
 
 
@@ -43,8 +44,8 @@ def cases():
 
 @pytest.fixture(scope="module")
 def report():
-    """Every pass of a tiny case, in both dtypes."""
-    dtypes = ["--dtype", "float32", "--dtype", "float64"]
+    """Every pass of a tiny case, in every dtype."""
+    dtypes = [word for dtype in DTYPES for word in ("--dtype", dtype)]
     return programs.run_bench(None, ["--case", TINY, *dtypes, "--rounds", "3"])
 
 
@@ -86,12 +87,12 @@ def test_the_quick_cases_are_in_the_list(cases):
 # ---- batchnorm-bench ----
 
 
-def test_every_pass_is_measured_in_both_layouts_and_dtypes(report):
+def test_every_pass_is_measured_in_both_layouts_and_every_dtype(report):
     found = {(row["layout"], row["dtype"], row["pass"]) for row in report["rows"]}
     expected = {
         (layout, dtype, name)
         for layout in ("nchw", "nhwc")
-        for dtype in ("float32", "float64")
+        for dtype in DTYPES
         for name in (*PASSES, "copy", "stream")
     }
     assert found == expected
@@ -112,12 +113,12 @@ def test_bytes_are_those_of_the_tensors_that_must_move(report):
     tensors = {"train": 2, "infer": 2, "backward": 3, "moments": 1, "normalize": 2, "grad_sums": 2}
     tensors |= {"grad_input": 3, "copy": 2, "stream": 3}
     for row in report["rows"]:
-        value = {"float32": 4, "float64": 8}[row["dtype"]]
+        value = DTYPES[row["dtype"]]
         assert row["bytes"] == tensors[row["pass"]] * value * math.prod(row["shape"])
 
 
 @pytest.mark.parametrize("pass_name", PASSES)
-@pytest.mark.parametrize("dtype", ["float32", "float64"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_result_is_refused(pass_name, dtype):
     done = bench("--case", TINY, "--pass", pass_name, "--dtype", dtype, "--spoil", pass_name)
     assert done.returncode == 1

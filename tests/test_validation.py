@@ -88,21 +88,36 @@ X = [  # (name, x from Arrays, error, text): for moments, batch_norm, normalize 
     ("list", lambda a: a.x.tolist(), TypeError, "x must be a numpy.ndarray, got list"),
     ("str", lambda a: "text", TypeError, "x must be a numpy.ndarray, got str"),
     ("masked", lambda a: np.ma.array(a.x), TypeError, "x must be a numpy.ndarray, got MaskedArray"),
-    ("int64", lambda a: a.x.astype(np.int64), TypeError, "x must have dtype float32 or float64, got int64"),
-    ("bool", lambda a: a.x > 0, TypeError, "x must have dtype float32 or float64, got bool"),
     (
-        "float16",
-        lambda a: a.x.astype(np.float16),
+        "int64",
+        lambda a: a.x.astype(np.int64),
         TypeError,
-        "x must have dtype float32 or float64, got float16",
+        "x must have dtype float16, bfloat16, float32 or float64, got int64",
+    ),
+    (
+        "bool",
+        lambda a: a.x > 0,
+        TypeError,
+        "x must have dtype float16, bfloat16, float32 or float64, got bool",
+    ),
+    (
+        "uint16",
+        lambda a: a.x.astype(np.uint16),
+        TypeError,
+        "x must have dtype float16, bfloat16, float32 or float64, got uint16",
     ),
     (
         "complex64",
         lambda a: a.x.astype(np.complex64),
         TypeError,
-        "x must have dtype float32 or float64, got complex64",
+        "x must have dtype float16, bfloat16, float32 or float64, got complex64",
     ),
-    ("object", lambda a: a.x.astype(object), TypeError, "x must have dtype float32 or float64, got object"),
+    (
+        "object",
+        lambda a: a.x.astype(object),
+        TypeError,
+        "x must have dtype float16, bfloat16, float32 or float64, got object",
+    ),
     ("big_endian", lambda a: a.x.astype(">f4"), TypeError, "x must be in native byte order, got dtype >f4"),
     (
         "big_endian_64",
@@ -237,7 +252,7 @@ REPLACED = [  # (name, changed fields from Arrays, error, text): of a Saved for 
         "int_x",
         lambda a: {"x": a.x.astype(np.int64)},
         TypeError,
-        "saved.x must have dtype float32 or float64, got int64",
+        "saved.x must have dtype float16, bfloat16, float32 or float64, got int64",
     ),
     ("no_moments", lambda a: {"moments": None}, TypeError, "saved.moments must be Moments, got None"),
     (
@@ -508,7 +523,7 @@ def of_updates():
 
 
 def of_explain():
-    text = "an array of this shape and dtype must have dtype float32 or float64, got <U1"
+    text = "an array of this shape and dtype must have dtype float16, bfloat16, float32 or float64, got <U1"
     yield Mistake("explain-dtype", lambda a: bn.explain((2, 3), dtype="U0"), TypeError, text)
     text = "an array of this shape and dtype must have 1 to 8 dimensions, got 0"
     yield Mistake("explain-nothing", lambda a: bn.explain(()), ValueError, text)

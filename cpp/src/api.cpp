@@ -330,6 +330,8 @@ void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std:
   template void normalize_double_backward(std::span<const T>, std::span<const T>, std::span<const T>, const Problem&,  \
                                           ChannelValues, ChannelValues, ChannelValues, ChannelValues, ChannelValues,   \
                                           double, std::span<T>, std::span<T>, ChannelOutput, const Options&);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

@@ -163,6 +163,8 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
   template void normalize_backward(std::span<const T>, std::span<const T>, const Problem&, const WeightsFor<T>&,       \
                                    ChannelValues, ChannelValues, ChannelValues, double, std::span<T>, ChannelOutput,   \
                                    ChannelOutput, const Options&);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

@@ -19,7 +19,8 @@ using kernels::Sums;
 template <class T>
 class BackwardPass {
  public:
-  using Table = CoefficientTable<T, GradAffine>;
+  using A = Arithmetic<T>;  // what coefficients are in
+  using Table = CoefficientTable<A, GradAffine>;
 
   bool reduces, applies;
   Plan plan;
@@ -77,7 +78,7 @@ class BackwardPass {
     const T *from_dy = dy + offset, *from_x = x + offset;
     T* to = dx + offset;
     const Table& k = *coefficients;
-    const GradAffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
+    const GradAffineColumns<A> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
                                       k.narrow_columns(3), k.narrow_columns(4)};
     if (k.any_wide()) {
       const GradAffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2), k.wide_columns(3),
@@ -97,17 +98,17 @@ class BackwardPass {
   void finish_some(Range channels, const Sums* totals) {
     double rstd_hi[kTogether], rstd_lo[kTogether];
     const std::int64_t first = channels.begin, count = channels.end - channels.begin;
-    for_channels<T>(count, [&]<class V>(std::int64_t i) {
+    for_channels<A>(count, [&]<class V>(std::int64_t i) {
       const auto m = MomentsOf<V>::at(moments + first + i);
-      const TwoParts<V> rstd = rstd_for<T>(m, eps);
+      const TwoParts<V> rstd = rstd_for<A>(m, eps);
       scatter<V>(m.count == 0 ? V{} : rstd.hi, rstd_hi + i);
       scatter<V>(m.count == 0 ? V{} : rstd.lo, rstd_lo + i);
     });
-    for_channels<T>(count, [&]<class V>(std::int64_t i) {
+    for_channels<A>(count, [&]<class V>(std::int64_t i) {
       const auto m = MomentsOf<V>::at(moments + first + i);
       const GradSumsOf<V> s = sums_of<V>(first + i, totals == nullptr ? nullptr : totals + i);
       const TwoParts<V> rstd{gather<V>(rstd_hi + i), gather<V>(rstd_lo + i)};
-      put(first + i, s, dgamma_of<T>(m, s, rstd));
+      put(first + i, s, dgamma_of<A>(m, s, rstd));
       if (applies) coefficients->set(first + i, coefficients_of<V>(first + i, m, s, rstd));
     });
   }
@@ -124,8 +125,8 @@ class BackwardPass {
   [[nodiscard]] Coefficients<V, GradAffine> coefficients_of(std::int64_t c, const MomentsOf<V>& m,
                                                             const GradSumsOf<V>& s, const TwoParts<V>& rstd) const {
     const V scale = read<V>(gamma, c, 1);
-    if (!forward_mode) return backward_coefficients<T, V>(m, s, rstd, scale);
-    return jvp_coefficients<T, V>(m, s, rstd, scale, read<V>(gamma_dot, c, 0), read<V>(beta_dot, c, 0));
+    if (!forward_mode) return backward_coefficients<Arithmetic<T>, V>(m, s, rstd, scale);
+    return jvp_coefficients<Arithmetic<T>, V>(m, s, rstd, scale, read<V>(gamma_dot, c, 0), read<V>(beta_dot, c, 0));
   }
   template <class V>
   static V read(const ChannelValues& values, std::int64_t c, double absent) {
@@ -318,6 +319,8 @@ void run_normalize_jvp(const T* x_dot, const T* x, const Problem& problem, const
                                         ChannelOutput, ChannelOutput, int);                                            \
   template void run_normalize_backward(const T*, const T*, const Problem&, const GivenStatistics&, ChannelValues,      \
                                        double, T*, ChannelOutput, ChannelOutput, int);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

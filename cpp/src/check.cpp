@@ -103,7 +103,7 @@ void ddof(int ddof) {
 }
 
 void item_size(std::size_t bytes) {
-  if (bytes != sizeof(float) && bytes != sizeof(double)) fail("item_size must be 4 or 8 bytes, got ", bytes);
+  if (bytes != 2 && bytes != 4 && bytes != 8) fail("item_size must be 2, 4 or 8 bytes, got ", bytes);
 }
 
 void counts_of_batch(const char* name, std::span<const Moments> moments, const Problem& p) {

@@ -27,7 +27,7 @@ void batch_values(const Problem& problem);
 void update_rate(double rate);
 void threads(int threads);
 void ddof(int ddof);
-// Bytes of a float32 or a float64.
+// Bytes of a value of a tensor.
 void item_size(std::size_t bytes);
 // Moments over at least one value in every channel, where there are gradients to be taken.
 void counts_of_batch(const char* name, std::span<const Moments> moments, const Problem& problem);

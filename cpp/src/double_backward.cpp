@@ -217,6 +217,8 @@ void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Pr
                                                int);                                                                \
   template void run_normalize_double_backward(const T*, const T*, const T*, const Problem&, const GivenStatistics&, \
                                               ChannelValues, const Cotangents&, double, const SecondOutputs<T>&, int);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

@@ -17,7 +17,8 @@ using kernels::Sums;
 template <class T>
 class ForwardPass {
  public:
-  using Table = CoefficientTable<T, Affine>;
+  using A = Arithmetic<T>;  // what coefficients are in
+  using Table = CoefficientTable<A, Affine>;
 
   bool reduces, applies;
   Plan plan;
@@ -69,7 +70,7 @@ class ForwardPass {
   }
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     const Table& k = *coefficients;
-    const AffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
+    const AffineColumns<A> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
     if (k.any_wide()) {
       const AffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2)};
       kernels.rows_normalize_mixed(x + offset, y + offset, rows, narrow, {k.mask(), wide});
@@ -89,20 +90,20 @@ class ForwardPass {
     read_channels(beta, channels, 0, b);
     if (reduces || given.moments != nullptr) {
       const Moments* moments = (reduces ? saved : given.moments) + first;
-      return for_channels<T>(count, [&]<class V>(std::int64_t i) {
+      return for_channels<A>(count, [&]<class V>(std::int64_t i) {
         const auto m = MomentsOf<V>::at(moments + i);
-        coefficients->set(first + i, forward_coefficients<T, V>(m.mean, m.mean_lo, rstd_for<T>(m, eps),
+        coefficients->set(first + i, forward_coefficients<A, V>(m.mean, m.mean_lo, rstd_for<A>(m, eps),
                                                                 gather<V>(g + i), gather<V>(b + i)));
       });
     }
     double mean[kTogether], var[kTogether];
     read_channels(given.mean, channels, 0, mean);
     read_channels(given.var, channels, 0, var);
-    for_channels<T>(count, [&]<class V>(std::int64_t i) {
-      const TwoParts<V> rstd = rstd_for<T>(gather<V>(var + i), eps);
+    for_channels<A>(count, [&]<class V>(std::int64_t i) {
+      const TwoParts<V> rstd = rstd_for<A>(gather<V>(var + i), eps);
       const V gamma_i = gather<V>(g + i);
-      coefficients->set(first + i, given.only_scale ? frozen_backward_coefficients<T>(rstd, gamma_i)
-                                                    : forward_coefficients<T, V>(gather<V>(mean + i), V{}, rstd,
+      coefficients->set(first + i, given.only_scale ? frozen_backward_coefficients<A>(rstd, gamma_i)
+                                                    : forward_coefficients<A, V>(gather<V>(mean + i), V{}, rstd,
                                                                                  gamma_i, gather<V>(b + i)));
     });
   }
@@ -180,6 +181,8 @@ void run_normalize(const T* x, const Problem& problem, const GivenStatistics& gi
   template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int);    \
   template void run_normalize(const T*, const Problem&, const GivenStatistics&, ChannelValues, ChannelValues, double, \
                               T*, int);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

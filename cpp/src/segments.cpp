@@ -189,6 +189,8 @@ void segment_batch_norm_backward(std::span<const T> dy, std::span<const T> x, co
   template void segment_batch_norm_backward(std::span<const T>, std::span<const T>, const Problem&,                    \
                                             std::span<const std::int64_t>, std::span<const Moments>, ChannelValues,    \
                                             double, std::span<T>, ChannelOutput, ChannelOutput, const Options&);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

@@ -19,18 +19,19 @@ enum class Again { about_shift, compensated };
 
 template <class T>
 bool needs(Again again, const Moments& m) {
-  return again == Again::about_shift ? needs_shift<T>(m) : mean_below(m, Conditioning<T>::kCompensateBelow);
+  return again == Again::about_shift ? needs_shift<Arithmetic<T>>(m)
+                                     : mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow);
 }
-// Any value of T near the mean will do as a shift; the nearest one makes a constant channel exact.
+// Any value near the mean will do as a shift; the nearest one makes a constant channel exact.
 template <class T>
-T shift_for(Again again, const Moments& m) {
-  return again == Again::about_shift ? static_cast<T>(m.mean) : T(0);
+Arithmetic<T> shift_for(Again again, const Moments& m) {
+  return again == Again::about_shift ? static_cast<Arithmetic<T>>(m.mean) : 0;
 }
 
 // Sums of one planar piece of channel c.
 template <class T>
 Sums sum_piece_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t c, const Runs& runs, Again again,
-                     T shift) {
+                     Arithmetic<T> shift) {
   const T* x = v.x + offset;
   Sums part;
   if (v.weights != nullptr) {
@@ -46,7 +47,8 @@ Sums sum_piece_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t
 }
 
 template <class T>
-Sums sum_channel_again(const Plan& plan, const SummedValues<T>& values, std::int64_t c, Again again, T shift) {
+Sums sum_channel_again(const Plan& plan, const SummedValues<T>& values, std::int64_t c, Again again,
+                       Arithmetic<T> shift) {
   Sums total;
   for (std::int64_t k = 0; k < plan.chunks; ++k) {
     add(total, sum_piece_again(values, plan.chunk_offset(k, c), c, plan.chunk_runs(k), again, shift));
@@ -62,14 +64,14 @@ constexpr std::int64_t kTileRows = 1024;
 
 template <class T>
 struct Tile {
-  T shift[kTileColumns];
+  Arithmetic<T> shift[kTileColumns];
   double block_memory[4 * kTileColumns], total_memory[4 * kTileColumns];
 };
 
 // Sums of a part of a block of rows whose columns begin at `column`.
 template <class T>
 void sum_rows_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t column, const Rows& rows, Again again,
-                    const T* shift, const kernels::ColumnSums& out) {
+                    const Arithmetic<T>* shift, const kernels::ColumnSums& out) {
   const T* x = v.x + offset;
   if (v.weights != nullptr) {
     const auto& kernels = v.weights->moments_of(*v.weighted_kernels);
@@ -105,9 +107,9 @@ kernels::ColumnSums sum_tile_again(const Problem& problem, const SummedValues<T>
 template <class T>
 void settle_planar(const Plan& plan, const SummedValues<T>& values, std::int64_t c, Again again, Moments& m) {
   if (!needs<T>(again, m)) return;
-  const T shift = shift_for<T>(again, m);
+  const Arithmetic<T> shift = shift_for<T>(again, m);
   const Sums total = sum_channel_again(plan, values, c, again, shift);
-  moments_from_sums<T, double>(m.count, static_cast<double>(shift), &total).put(&m);
+  moments_from_sums<Arithmetic<T>, double>(m.count, static_cast<double>(shift), &total).put(&m);
 }
 
 // Channels [begin, end) of an interleaved tensor, at most a tile of them.
@@ -127,7 +129,7 @@ void settle_tile(const Problem& problem, const SummedValues<T>& values, Range ch
     const std::int64_t first = (c - channels.begin) * inner;
     Sums total;
     for (std::int64_t e = first; e < first + inner; ++e) add(total, at(columns, e));
-    moments_from_sums<T, double>(out[c].count, static_cast<double>(tile.shift[first]), &total).put(&out[c]);
+    moments_from_sums<Arithmetic<T>, double>(out[c].count, static_cast<double>(tile.shift[first]), &total).put(&out[c]);
   }
 }
 
@@ -168,7 +170,7 @@ void sum_again(const Plan& plan, const SummedValues<T>& values, Range channels, 
     }
   }
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-    if (mean_below(out[c], Conditioning<T>::kExactBelow) && std::isfinite(out[c].m2)) {
+    if (mean_below(out[c], Conditioning<Arithmetic<T>>::kExactBelow) && std::isfinite(out[c].m2)) {
       settle_exactly(problem, values, c, out[c]);
     }
   }
@@ -179,15 +181,17 @@ void sum_again(const Plan& plan, const SummedValues<T>& values, Range channels, 
 template <class T>
 void settle(const Plan& plan, const SummedValues<T>& values, Range channels, const Sums* totals, Moments* out) {
   bool again = false;
-  for_channels<T>(channels.end - channels.begin, [&]<class V>(std::int64_t i) {
-    const MomentsOf<V> m = moments_from_sums<T, V>(values.count, 0, totals + i);
+  for_channels<Arithmetic<T>>(channels.end - channels.begin, [&]<class V>(std::int64_t i) {
+    const MomentsOf<V> m = moments_from_sums<Arithmetic<T>, V>(values.count, 0, totals + i);
     m.put(out + channels.begin + i);
     // Those that want an exact sum are among those that want a compensated one.
-    again |= any(needs_shift<T>(m) | mean_below(m, Conditioning<T>::kCompensateBelow));
+    again |= any(needs_shift<Arithmetic<T>>(m) | mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow));
   });
   if (again) sum_again(plan, values, channels, out);
 }
 
+template void settle(const Plan&, const SummedValues<Float16>&, Range, const Sums*, Moments*);
+template void settle(const Plan&, const SummedValues<BFloat16>&, Range, const Sums*, Moments*);
 template void settle(const Plan&, const SummedValues<float>&, Range, const Sums*, Moments*);
 template void settle(const Plan&, const SummedValues<double>&, Range, const Sums*, Moments*);
 

@@ -38,7 +38,7 @@ struct Kernels {
 template <class T>
 class WeightedForward {
  public:
-  using Table = CoefficientTable<T, Affine>;
+  using Table = CoefficientTable<Arithmetic<T>, Affine>;
 
   bool reduces, applies;
   Plan plan;
@@ -99,7 +99,7 @@ class WeightedForward {
   }
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     const Table& k = *coefficients;
-    const AffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
+    const AffineColumns<Arithmetic<T>> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
     const auto w = weights->of_rows(offset, 0, rows.stride);
     if (!k.any_wide() && at_padding == AtPadding::formula) {
       const bool around = plan.around_cache && x != y && rows.columns == plan.apply_rows.columns;
@@ -119,20 +119,20 @@ class WeightedForward {
   [[nodiscard]] Coefficients<double, Affine> coefficients_of(std::int64_t c) const {
     const double g = gamma.value_or(c, 1), b = beta.value_or(c, 0);
     if (!reduces) {
-      const DoubleDouble rstd = rstd_for<T>(given.var[c], eps);
-      return given.only_scale ? frozen_backward_coefficients<T>(rstd, g)
-                              : forward_coefficients<T>(given.mean[c], 0.0, rstd, g, b);
+      const DoubleDouble rstd = rstd_for<Arithmetic<T>>(given.var[c], eps);
+      return given.only_scale ? frozen_backward_coefficients<Arithmetic<T>>(rstd, g)
+                              : forward_coefficients<Arithmetic<T>>(given.mean[c], 0.0, rstd, g, b);
     }
     const auto m = MomentsOf<double>::at(saved + c);
-    const DoubleDouble rstd = m.count == 0 ? DoubleDouble{} : rstd_for<T>(m, eps);
-    return forward_coefficients<T>(m.mean, m.mean_lo, rstd, g, b);
+    const DoubleDouble rstd = m.count == 0 ? DoubleDouble{} : rstd_for<Arithmetic<T>>(m, eps);
+    return forward_coefficients<Arithmetic<T>>(m.mean, m.mean_lo, rstd, g, b);
   }
 };
 
 template <class T>
 class WeightedBackward {
  public:
-  using Table = CoefficientTable<T, GradAffine>;
+  using Table = CoefficientTable<Arithmetic<T>, GradAffine>;
 
   bool reduces, applies;
   Plan plan;
@@ -179,12 +179,12 @@ class WeightedBackward {
       }
       auto m = MomentsOf<double>::at(moments + c);
       const auto s = GradSumsOf<double>::at(&sums);
-      const DoubleDouble rstd = m.count == 0 ? DoubleDouble{} : rstd_for<T>(m, eps);
+      const DoubleDouble rstd = m.count == 0 ? DoubleDouble{} : rstd_for<Arithmetic<T>>(m, eps);
       if (sums_out != nullptr) sums_out[c] = sums;
-      dgamma.set(c, dgamma_of<T>(m, s, rstd));
+      dgamma.set(c, dgamma_of<Arithmetic<T>>(m, s, rstd));
       dbeta.set(c, dbeta_of(s));
       if (m.count == 0) m.count = 1;  // nothing to divide by, and a rstd of 0
-      if (applies) coefficients->set(c, backward_coefficients<T, double>(m, s, rstd, gamma.value_or(c, 1)));
+      if (applies) coefficients->set(c, backward_coefficients<Arithmetic<T>, double>(m, s, rstd, gamma.value_or(c, 1)));
     }
   }
   void lay_out(Range channels) { coefficients->lay_out(channels); }
@@ -211,8 +211,8 @@ class WeightedBackward {
     const T *from_dy = dy + offset, *from_x = x + offset;
     T* to = dx + offset;
     const Table& k = *coefficients;
-    const GradAffineColumns<T> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
-                                      k.narrow_columns(3), k.narrow_columns(4)};
+    const GradAffineColumns<Arithmetic<T>> narrow{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
+                                                  k.narrow_columns(3), k.narrow_columns(4)};
     const auto w = weights->of_rows(offset, 0, rows.stride);
     if (k.any_wide()) {
       const GradAffineColumns<double> wide{k.wide_columns(0), k.wide_columns(1), k.wide_columns(2), k.wide_columns(3),
@@ -418,6 +418,8 @@ void run_weighted_normalize_backward(const T* dy, const T* x, const Problem& pro
   template void run_weighted_normalize_backward(const T*, const T*, const Problem&, const GivenWeights<T>&,         \
                                                 const GivenStatistics&, ChannelValues, double, T*, ChannelOutput,   \
                                                 ChannelOutput, int);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)
 BN_INSTANTIATE(double)
 #undef BN_INSTANTIATE

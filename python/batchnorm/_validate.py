@@ -20,19 +20,20 @@ from batchnorm import _layout
 Array = NDArray[Any]
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
+_TENSORS = (np.dtype(np.float16), *_FLOATS)
 _MOST_DIMENSIONS = 8
 _GRADIENTS = ("x", "gamma", "beta")
 
 
 def array(name: str, a: object) -> Array:
-    """Refuse what is not a float32 or float64 ndarray that the core can read as it lies in memory."""
+    """Refuse what is not an ndarray of a floating dtype that the core can read as it lies in memory."""
     # Subclasses may mean something else by their values (a masked array does); a memory map does not.
     if type(a) is not np.ndarray and type(a) is not np.memmap:
         raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
-    if a.dtype not in _FLOATS:
-        if a.dtype.newbyteorder("=") in _FLOATS:
+    if a.dtype not in _TENSORS and not is_bfloat16(a.dtype):
+        if a.dtype.newbyteorder("=") in _TENSORS:
             raise TypeError(f"{name} must be in native byte order, got dtype {a.dtype.str}")
-        raise TypeError(f"{name} must have dtype float32 or float64, got {a.dtype}")
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {a.dtype}")
     if not a.flags.aligned:
         raise ValueError(
             f"{name} must be aligned to its item size, got an address that is not a multiple of {a.itemsize}"
@@ -40,6 +41,11 @@ def array(name: str, a: object) -> Array:
     if not 1 <= a.ndim <= _MOST_DIMENSIONS:
         raise ValueError(f"{name} must have 1 to {_MOST_DIMENSIONS} dimensions, got {a.ndim}")
     return a
+
+
+def is_bfloat16(dtype: np.dtype[Any]) -> bool:
+    """Tell whether it is the bfloat16 of ml_dtypes, which need not be installed otherwise."""
+    return dtype.kind == "V" and dtype.itemsize == 2 and dtype.isnative and dtype.name == "bfloat16"
 
 
 def array_like(name: str, a: object, x: Array) -> Array:
@@ -105,7 +111,7 @@ def channel_values(name: str, values: Any, channels: int) -> Array:
         a = np.asarray(values)
     except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
         raise TypeError(f"{name} must be an array of numbers, got {kind(values)}") from None
-    if a.dtype.kind != "f":
+    if a.dtype.kind != "f" and not is_bfloat16(a.dtype):
         raise TypeError(f"{name} must have a floating dtype, got {a.dtype}")
     if a.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {a.shape}")

@@ -167,8 +167,9 @@ def batch_norm(
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order. An array that fills one block of memory
-        (C-contiguous, channels-last, transposed) is used in place; a sliced, strided or broadcast one costs a copy.
+    x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
+        that fills one block of memory (C-contiguous, channels-last, transposed) is used in place; a sliced, strided
+        or broadcast one costs a copy.
     gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
     axis : the channel axis; every other axis is summed over.
     eps : added to the variance; finite, >= 0. Frameworks differ: 1e-5 in PyTorch and Flax, 1e-3 in Keras.
@@ -191,7 +192,8 @@ def batch_norm(
     Returns
     -------
     y : shape, dtype and memory order of `x`; `out` where given. Within 3·2⁻²⁴ (float32) of the channel's largest
-        abs(y) before beta is added, and one rounding; a constant channel gives exactly beta.
+        abs(y) before beta is added, and one rounding; a constant channel gives exactly beta. For float16 and bfloat16
+        the y of the same values in float32, rounded once more; computed without a float32 copy.
     saved : Saved, for `batch_norm_backward`; ``saved.moments`` updates running statistics.
 
     Raises
@@ -273,7 +275,8 @@ def normalize(
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order; copied only where `batch_norm` copies.
+    x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order; copied only
+        where `batch_norm` copies.
     mean, var : (C,) of any floating dtype; var >= 0. NaN is let through and stays in its channel.
     gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
     axis : the channel axis.

@@ -394,8 +394,9 @@ class BatchNorm:
 
         Parameters
         ----------
-        x : ndarray of float32 or float64, 1 to 8 dimensions, C long on `axis`, any memory order. Kept by
-            reference for backward. In training 2 or more values a channel; an empty x updates nothing.
+        x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, C long on `axis`,
+            any memory order. Kept by reference for backward. In training 2 or more values a channel; an empty x
+            updates nothing.
         mask, weights, lengths, padding : what of x counts, and what y is elsewhere, as in `batch_norm`. Where
             nothing counts, nothing is updated.
         use_stats : "batch" or "running": the statistics that normalize, whatever the mode; None for the mode's.

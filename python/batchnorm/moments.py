@@ -210,8 +210,9 @@ def moments(
 
     Parameters
     ----------
-    x : ndarray of float32 or float64, 1 to 8 dimensions, any memory order. An array that fills one block of memory
-        (C-contiguous, channels-last, transposed) is read in place; a sliced, strided or broadcast one costs a copy.
+    x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
+        that fills one block of memory (C-contiguous, channels-last, transposed) is read in place; a sliced, strided
+        or broadcast one costs a copy.
     axis : the channel axis; every other axis is summed over.
     mask, weights, lengths, segments : what counts, as in `batch_norm`. With weights w: count = sum(w), mean =
         sum(w·x)/count, m2 = sum(w·(x - mean)²), so that ``.var(ddof=1)`` is the unbiased variance where weights are

@@ -9,7 +9,9 @@
 #include <cstdint>
 #include <span>
 #include <string>
+#include <type_traits>
 
+#include "batchnorm/float16.hpp"
 #include "batchnorm/types.hpp"
 
 namespace batchnorm::bindings {
@@ -24,9 +26,28 @@ inline bool has_dtype(const py::array& a, int type_number) { return a.dtype().nu
 inline bool is_float32(const py::array& a) { return has_dtype(a, kFloat32); }
 inline bool is_float64(const py::array& a) { return has_dtype(a, kFloat64); }
 
+inline bool is_float16(const py::array& a) { return has_dtype(a, 23); }  // NPY_HALF
+// That of ml_dtypes, known by its scalar type's name alone: NumPy gives it a number of the process's own.
+inline bool is_bfloat16(const py::array& a) {
+  return a.dtype().kind() == 'V' && a.itemsize() == 2 &&
+         a.dtype().attr("type").attr("__name__").cast<std::string>() == "bfloat16";
+}
+template <class T>
+bool holds(const py::array& a) {
+  if constexpr (std::is_same_v<T, float>) {
+    return is_float32(a);
+  } else if constexpr (std::is_same_v<T, double>) {
+    return is_float64(a);
+  } else if constexpr (std::is_same_v<T, Float16>) {
+    return is_float16(a);
+  } else {
+    return is_bfloat16(a);
+  }
+}
+
 inline void check_memory(const py::array& a, const char* name, Access access) {
-  if (!is_float32(a) && !is_float64(a)) {
-    throw py::type_error(std::string(name) + " must have dtype float32 or float64, got " +
+  if (!is_float32(a) && !is_float64(a) && !is_float16(a) && !is_bfloat16(a)) {
+    throw py::type_error(std::string(name) + " must have dtype float16, bfloat16, float32 or float64, got " +
                          py::str(a.dtype()).cast<std::string>());
   }
   if (a.dtype().byteorder() != '=') {
@@ -62,12 +83,12 @@ inline bool is_dense(const py::array& a) {
   return block == a.itemsize() * a.size();
 }
 
-// The values of a dense array in memory order. T is float or double, and what the array holds.
+// The values of a dense array in memory order. T is what x holds.
 template <class T>
 std::span<const T> tensor(const py::array& a, const char* name) {
   check_memory(a, name, Access::read);
   if (!is_dense(a)) throw py::value_error(std::string(name) + " must be dense, got an array with gaps or repeats");
-  if (a.itemsize() != sizeof(T)) throw py::type_error(std::string(name) + " must have the dtype of x");
+  if (!holds<T>(a)) throw py::type_error(std::string(name) + " must have the dtype of x");
   return {static_cast<const T*>(a.data()), static_cast<std::size_t>(a.size())};
 }
 template <class T>
@@ -92,6 +113,7 @@ inline ChannelValues channel_values(const py::object& o, const char* name) {
   check_contiguous(a, name);
   const auto size = static_cast<std::size_t>(a.size());
   if (is_float32(a)) return std::span<const float>(static_cast<const float*>(a.data()), size);
+  if (!is_float64(a)) throw py::type_error(std::string(name) + " must have dtype float32 or float64");
   return std::span<const double>(static_cast<const double*>(a.data()), size);
 }
 

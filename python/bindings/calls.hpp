@@ -17,7 +17,9 @@ inline Problem problem_of(const Sizes& sizes) { return {std::get<0>(sizes), std:
 template <class F>
 auto with_dtype_of(const py::array& x, F&& f) {
   check_memory(x, "x", Access::read);
-  return is_float32(x) ? f(float{}) : f(double{});
+  if (is_float32(x)) return f(float{});
+  if (is_float64(x)) return f(double{});
+  return is_float16(x) ? f(Float16{}) : f(BFloat16{});
 }
 
 // An array of one value per channel where it is wanted, in the dtype of gamma (float64 where there is none).

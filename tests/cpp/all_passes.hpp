@@ -5,6 +5,7 @@
 #include <cstdint>
 #include <limits>
 #include <span>
+#include <type_traits>
 #include <vector>
 
 #include "batchnorm/batchnorm.hpp"
@@ -63,17 +64,24 @@ T value(Generator& g, Kind kind, std::int64_t c, std::int64_t j, std::int64_t co
   }
 }
 
+// Keeps the huge mean finite in float16; a power of two.
+template <class T>
+constexpr float kScale = 1;
+template <>
+inline constexpr float kScale<batchnorm::Float16> = 0x1p-6f;
+
 template <class T>
 Batch<T> make_batch(const Problem& p, Kind kind, std::uint64_t seed = 1) {
   Generator g(seed);
   Batch<T> b{p, {}, data::values<T>(g, p.size()), {}, {}, {}, {}};
   b.x.resize(static_cast<std::size_t>(p.size()));
+  using Wide = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
   for (std::int64_t c = 0; c < p.channels; ++c) {
-    T before = 0;
+    Wide before = 0;
     for (std::int64_t o = 0; o < p.outer; ++o) {
       for (std::int64_t i = 0; i < p.inner; ++i) {
-        before = value<T>(g, kind, c, o * p.inner + i, p.count(), before);
-        b.x.data()[(o * p.channels + c) * p.inner + i] = before;
+        before = value<Wide>(g, kind, c, o * p.inner + i, p.count(), before);
+        b.x.data()[(o * p.channels + c) * p.inner + i] = static_cast<T>(before * Wide{kScale<T>});
       }
     }
     b.gamma.push_back(g.value<double>());

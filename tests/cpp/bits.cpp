@@ -76,6 +76,15 @@ std::vector<std::pair<const char*, std::uint64_t>> hashes(const all_passes::Resu
           {"running", hash(bits_of(r.running_mean, r.running_var))}};
 }
 
+template <class T>
+constexpr const char* kName = "float64";
+template <>
+constexpr const char* kName<float> = "float32";
+template <>
+constexpr const char* kName<Float16> = "float16";
+template <>
+constexpr const char* kName<BFloat16> = "bfloat16";
+
 // Returns whether all numbers of threads gave the same bits.
 template <class T>
 bool print(const Problem& p, Kind kind) {
@@ -85,8 +94,8 @@ bool print(const Problem& p, Kind kind) {
   for (const int threads : {2, 3, 7, 16})
     same = hashes(all_passes::run(batch, {.threads = threads})) == expected && same;
   for (const auto& [pass, value] : expected) {
-    std::printf("%s {%lld, %lld, %lld} %s %s %016llx%s\n", sizeof(T) == sizeof(float) ? "float32" : "float64",
-                static_cast<long long>(p.outer), static_cast<long long>(p.channels), static_cast<long long>(p.inner),
+    std::printf("%s {%lld, %lld, %lld} %s %s %016llx%s\n", kName<T>, static_cast<long long>(p.outer),
+                static_cast<long long>(p.channels), static_cast<long long>(p.inner),
                 all_passes::kKindNames[static_cast<int>(kind)], pass, static_cast<unsigned long long>(value),
                 same ? "" : "  differs between numbers of threads");
   }
@@ -111,6 +120,8 @@ bool print_own_shapes() {
   bool same = true;
   for (const Shape& shape : shapes()) {
     for (const Kind kind : shape.kinds) {
+      same = print<Float16>(shape.problem, kind) && same;
+      same = print<BFloat16>(shape.problem, kind) && same;
       same = print<float>(shape.problem, kind) && same;
       same = print<double>(shape.problem, kind) && same;
     }

@@ -11,7 +11,8 @@
 namespace data {
 
 template <class T>
-using Bits = std::conditional_t<sizeof(T) == sizeof(float), std::uint32_t, std::uint64_t>;
+using Bits = std::conditional_t<sizeof(T) == 2, std::uint16_t,
+                                std::conditional_t<sizeof(T) == sizeof(float), std::uint32_t, std::uint64_t>>;
 
 // SplitMix64 (Steele, Lea, Flood 2014).
 class Generator {
@@ -26,10 +27,12 @@ class Generator {
   }
   // 0, 1, ... n - 1.
   int below(int n) { return static_cast<int>(next() % static_cast<std::uint64_t>(n)); }
-  // A multiple of 2^-21 (float) or 2^-50 (double) in [-4, 4). Both steps are exact.
+  // A multiple of 2^-21 (float) or 2^-50 (double) in [-4, 4). Both steps are exact. Of 16 bits: that of float, rounded.
   template <class T>
   T value() {
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (sizeof(T) == 2) {
+      return static_cast<T>(value<float>());
+    } else if constexpr (sizeof(T) == sizeof(float)) {
       return static_cast<T>(static_cast<std::int32_t>(next() >> 40) - (std::int32_t{1} << 23)) * T(0x1p-21);
     } else {
       return static_cast<T>(static_cast<std::int64_t>(next() >> 11) - (std::int64_t{1} << 52)) * T(0x1p-50);
@@ -50,7 +53,11 @@ std::vector<T> values(Generator& generator, std::int64_t count) {
 // The bits of a value; all NaNs are one, because their sign and payload differ between machines.
 template <class T>
 Bits<T> bits(T value) {
-  return std::isnan(value) ? ~Bits<T>{0} : std::bit_cast<Bits<T>>(value);
+  if constexpr (sizeof(T) == 2) {
+    return std::isnan(static_cast<float>(value)) ? Bits<T>{0xffff} : value.bits;
+  } else {
+    return std::isnan(value) ? ~Bits<T>{0} : std::bit_cast<Bits<T>>(value);
+  }
 }
 template <class T>
 bool same_bits(T a, T b) {

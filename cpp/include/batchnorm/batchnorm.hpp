@@ -1,4 +1,4 @@
-// Batch normalization of dense float32 and float64 arrays.
+// Batch normalization of dense arrays of float16, bfloat16, float32 and float64.
 //
 // Per channel, over the m = outer*inner values of that channel:
 //     mean = sum(x)/m,  var = sum((x - mean)^2)/m  (biased),  rstd = 1/sqrt(var + eps)
@@ -6,7 +6,9 @@
 // Where var + eps is 0, rstd is taken as 0, so that y = beta.
 //
 // All functions here:
-// - are templates instantiated for T = float and T = double;
+// - are templates instantiated for T = float, T = double, and Float16 and BFloat16 (float16.hpp), for which a result in
+// T
+//   is that of the same values as float, rounded once more, to T; statistics and sums are the same;
 // - check their arguments and throw std::invalid_argument ("gamma must have 64 values, got 32") before
 //   anything is written; may throw std::bad_alloc, again before anything is written;
 // - hold the bounds of the numerical contract (README) for every finite float input, and give the same bits for
@@ -19,6 +21,7 @@
 
 #include <span>
 
+#include "batchnorm/float16.hpp"
 #include "batchnorm/info.hpp"
 #include "batchnorm/types.hpp"
 #include "batchnorm/version.hpp"

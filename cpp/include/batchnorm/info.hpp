@@ -32,7 +32,7 @@ struct BuildInfo {
 };
 [[nodiscard]] BuildInfo build_info();
 
-// The decisions taken for a training call on `problem`, as text for people. item_size: 4 or 8 bytes a value.
+// The decisions taken for a training call on `problem`, as text for people. item_size: 2, 4 or 8 bytes a value.
 [[nodiscard]] std::string explain(const Problem& problem, std::size_t item_size, const Options& options = {});
 
 }  // namespace batchnorm

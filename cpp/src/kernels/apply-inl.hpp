@@ -8,11 +8,13 @@
 namespace batchnorm::kernels {
 namespace {
 
-// Values up to the first whole line of memory at p.
+// Values up to the first whole line of memory at p, or half a line where 16 values are no more.
 template <class T>
 BN_INLINE std::int64_t values_to_line(const T* p) {
-  const auto past_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % kStreamBytes);
-  return (kStreamBytes - past_line) % kStreamBytes / static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t kVector = kLanes * static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t kUnit = kVector < kStreamBytes ? kVector : kStreamBytes;
+  const auto past_line = static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) % kUnit);
+  return (kUnit - past_line) % kUnit / static_cast<std::int64_t>(sizeof(T));
 }
 
 enum class Stores { ordinary, around_cache };
@@ -124,8 +126,14 @@ struct Mixed {
   Wide wide;
   unsigned mask;
 
-  BN_INLINE Lanes<float> operator()(const float* a, std::int64_t n) const { return choose(n, a); }
-  BN_INLINE Lanes<float> operator()(const float* a, const float* b, std::int64_t n) const { return choose(n, a, b); }
+  template <class T>
+  BN_INLINE Lanes<float> operator()(const T* a, std::int64_t n) const {
+    return choose(n, a);
+  }
+  template <class T>
+  BN_INLINE Lanes<float> operator()(const T* a, const T* b, std::int64_t n) const {
+    return choose(n, a, b);
+  }
 
   template <class... Input>
   BN_INLINE Lanes<float> choose(std::int64_t n, const Input*... input) const {

@@ -36,7 +36,7 @@ BN_INLINE GradInputMap<T, A> join(std::int64_t n, const GradInputMap<T, A>& a, c
 }
 
 template <class T, Stores kStores>
-void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<T>* k) {
+void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<Arithmetic<T>>* k) {
   apply_runs<kStores>([k](std::int64_t c) { return grad_input_map<T>(k[c]); }, runs, dx, dy, x);
 }
 
@@ -46,20 +46,22 @@ void runs_grad_input_wide(const T* dy, const T* x, T* dx, Runs runs, const GradA
 }
 
 template <class T>
-void rows_grad_input_around_cache(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
+void rows_grad_input_around_cache(const T* dy, const T* x, T* dx, Rows rows,
+                                  const GradAffineColumns<Arithmetic<T>>& k) {
   apply_rows_around_cache([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); }, rows, dx, dy, x);
 }
 
 template <class T>
-void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
+void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
   apply_rows([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); }, rows, dx, dy, x);
 }
 
-void rows_grad_input_mixed(const float* dy, const float* x, float* dx, Rows rows, const GradAffineColumns<float>& k,
+template <class T>
+void rows_grad_input_mixed(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<float>& k,
                            const WideColumns<GradAffineColumns<double>>& wide) {
   const auto make = [&k, &wide](std::int64_t c, std::int64_t n) {
-    return Mixed<GradInputMap<float, float>, GradInputMap<float, double>>{
-        grad_input_map<float>(k, c, n), grad_input_map<float>(wide.coefficients, c, n), wide.mask[c / kLanes]};
+    return Mixed<GradInputMap<T, float>, GradInputMap<T, double>>{
+        grad_input_map<T>(k, c, n), grad_input_map<T>(wide.coefficients, c, n), wide.mask[c / kLanes]};
   };
   apply_rows(make, rows, dx, dy, x);
 }

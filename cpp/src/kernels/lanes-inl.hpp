@@ -11,6 +11,11 @@ namespace {
 
 constexpr int kLanes = kVectorColumns;
 
+// Types of two bytes, which are computed in float32: lanes are widened as they are loaded and rounded as they are
+// stored.
+template <class T>
+constexpr bool kIsSixteen = sizeof(T) == 2;
+
 // 16 values of A (float or double) in as many native vectors as that takes. Arithmetic is lane by lane, each
 // operation rounded on its own.
 template <class A>
@@ -70,8 +75,14 @@ BN_INLINE Lanes<A> load_as(const T* p) {
   if constexpr (sizeof(A) == sizeof(T)) {
     return load(p);
   } else {
-    Lanes<double> r;
-    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = widen_load(p + k * Lanes<double>::kWidth);
+    Lanes<A> r;
+    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
+      if constexpr (sizeof(A) == sizeof(double)) {
+        r.v[k] = widen_load(p + k * Lanes<A>::kWidth);
+      } else {
+        r.v[k] = float_load(p + k * Lanes<A>::kWidth);
+      }
+    }
     return r;
   }
 }
@@ -80,45 +91,86 @@ BN_INLINE void store_as(T* p, const Lanes<A>& a) {
   if constexpr (sizeof(A) == sizeof(T)) {
     store(p, a);
   } else {
-    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) narrow_store(p + k * Lanes<double>::kWidth, a.v[k]);
+    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) narrow_store(p + k * Lanes<A>::kWidth, a.v[k]);
   }
 }
 
-// 16 values around the caches; p is aligned to kStreamBytes.
-template <class A>
-BN_INLINE void stream_lanes(A* p, const Lanes<A>& a) {
+// 16 values around the caches; p is aligned to them, or to kStreamBytes.
+template <class A, class T>
+BN_INLINE void stream_lanes(T* p, const Lanes<A>& a) {
   BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) stream(p + k * Lanes<A>::kWidth, a.v[k]);
 }
 
-// The same for the first n < 16 values; the other lanes are loaded as `fill` and not stored.
-template <class A, class T>
-BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, T fill) {
+// The first n lanes of a, the others of b; 0 <= n <= 16.
+template <class A>
+BN_INLINE Lanes<A> join(std::int64_t n, const Lanes<A>& a, const Lanes<A>& b) {
   Lanes<A> r;
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
-    const int skip = k * Lanes<A>::kWidth;
-    if constexpr (sizeof(A) == sizeof(T)) {
-      r.v[k] = load_part(p + skip, n - skip, fill);
-    } else {
-      r.v[k] = widen_load_part(p + skip, n - skip, fill);
-    }
-  }
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(a.v[k], n - k * Lanes<A>::kWidth, b.v[k]);
   return r;
+}
+
+// The first n < 16 of 16 values of two bytes, for machines of any kind: as two pieces that overlap, each the largest
+// power of two that n holds.
+template <class T>
+BN_INLINE void copy_first(T* to, const T* from, std::int64_t n) {
+  if (n >= 8) {
+    __builtin_memcpy(to, from, 16);
+    __builtin_memcpy(to + n - 8, from + n - 8, 16);
+  } else if (n >= 4) {
+    __builtin_memcpy(to, from, 8);
+    __builtin_memcpy(to + n - 4, from + n - 4, 8);
+  } else if (n >= 2) {
+    __builtin_memcpy(to, from, 4);
+    __builtin_memcpy(to + n - 2, from + n - 2, 4);
+  } else if (n == 1) {
+    to[0] = from[0];
+  }
+}
+
+// The same as load_as and store_as for the first n < 16 values; the other lanes are loaded as `fill` and not stored.
+template <class A, class T>
+BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, Arithmetic<T> fill) {
+  if constexpr (kIsSixteen<T>) {
+    T some[kLanes] = {};
+    copy_first(some, p, n);
+    Lanes<A> r = load_as<A>(some);
+    const typename Lanes<A>::Native zero{}, others = static_cast<A>(fill) - zero;
+    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(r.v[k], n - k * Lanes<A>::kWidth, others);
+    return r;
+  } else {
+    Lanes<A> r;
+    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
+      const int skip = k * Lanes<A>::kWidth;
+      if constexpr (sizeof(A) == sizeof(T)) {
+        r.v[k] = load_part(p + skip, n - skip, fill);
+      } else {
+        r.v[k] = widen_load_part(p + skip, n - skip, fill);
+      }
+    }
+    return r;
+  }
 }
 template <class A, class T>
 BN_INLINE void store_first(T* p, std::int64_t n, const Lanes<A>& a) {
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
-    const int skip = k * Lanes<A>::kWidth;
-    if constexpr (sizeof(A) == sizeof(T)) {
-      store_part(p + skip, n - skip, a.v[k]);
-    } else {
-      narrow_store_part(p + skip, n - skip, a.v[k]);
+  if constexpr (kIsSixteen<T>) {
+    T some[kLanes];
+    store_as(some, a);
+    copy_first(p, some, n);
+  } else {
+    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
+      const int skip = k * Lanes<A>::kWidth;
+      if constexpr (sizeof(A) == sizeof(T)) {
+        store_part(p + skip, n - skip, a.v[k]);
+      } else {
+        narrow_store_part(p + skip, n - skip, a.v[k]);
+      }
     }
   }
 }
 
 // 16 values, or the n there are. `n` is known to be 16 wherever the compiler can see a whole vector.
 template <class A, class T>
-BN_INLINE Lanes<A> load_upto(const T* p, std::int64_t n, T fill) {
+BN_INLINE Lanes<A> load_upto(const T* p, std::int64_t n, Arithmetic<T> fill) {
   return n >= kLanes ? load_as<A>(p) : load_first<A>(p, n, fill);
 }
 template <class A, class T>
@@ -128,14 +180,6 @@ BN_INLINE void store_upto(T* p, std::int64_t n, const Lanes<A>& a) {
   } else {
     store_first(p, n, a);
   }
-}
-
-// The first n lanes of a, the others of b; 0 <= n <= 16.
-template <class A>
-BN_INLINE Lanes<A> join(std::int64_t n, const Lanes<A>& a, const Lanes<A>& b) {
-  Lanes<A> r;
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(a.v[k], n - k * Lanes<A>::kWidth, b.v[k]);
-  return r;
 }
 
 // Asks for the 16 values at p, which need not be addresses of the tensor: kNear into the first-level cache, kFar into

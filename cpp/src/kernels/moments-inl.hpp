@@ -13,7 +13,7 @@ template <class T, class Accumulator, Shift kShift>
 struct MomentTerms {
   Accumulator first, second;
   Lanes<double> shift;
-  T fill;  // what the missing lanes of a short vector load: they must add nothing
+  Arithmetic<T> fill;  // what the missing lanes of a short vector load: they must add nothing
 
   BN_INLINE void add(const T* p, std::int64_t n) { add(load_upto<double>(p, n, fill)); }
   BN_INLINE void add(const Lanes<double>& x) {
@@ -58,7 +58,7 @@ void runs_moments(const T* x, Runs runs, Sums* out) {
 }
 
 template <class T, class Accumulator>
-void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
+void runs_moments_about(const T* x, Runs runs, Arithmetic<T> shift, Sums* out) {
   using Terms = MomentTerms<T, Accumulator, Shift::given>;
   const auto make = [shift](std::int64_t) { return Terms{{}, {}, broadcast(static_cast<double>(shift)), shift}; };
   sum_runs<Accumulator>(make, runs, out, x);
@@ -74,7 +74,7 @@ void rows_moments(const T* x, Rows rows, const ColumnSums& out) {
 
 // The missing lanes of a short vector of columns hold 0 - 0.
 template <class T, class Accumulator>
-void rows_moments_about(const T* x, Rows rows, const T* shift, const ColumnSums& out) {
+void rows_moments_about(const T* x, Rows rows, const Arithmetic<T>* shift, const ColumnSums& out) {
   const auto make = [shift](std::int64_t c, std::int64_t n) {
     return MomentTerms<T, Accumulator, Shift::given>{{}, {}, load_upto<double>(shift + c, n, T(0)), T(0)};
   };

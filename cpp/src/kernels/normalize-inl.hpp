@@ -31,7 +31,7 @@ BN_INLINE NormalizeMap<T, A> join(std::int64_t n, const NormalizeMap<T, A>& a, c
 }
 
 template <class T, Stores kStores>
-void runs_normalize(const T* x, T* y, Runs runs, const Affine<T>* k) {
+void runs_normalize(const T* x, T* y, Runs runs, const Affine<Arithmetic<T>>* k) {
   apply_runs<kStores>([k](std::int64_t c) { return normalize_map<T>(k[c]); }, runs, y, x);
 }
 
@@ -41,20 +41,21 @@ void runs_normalize_wide(const T* x, T* y, Runs runs, const Affine<double>& k) {
 }
 
 template <class T>
-void rows_normalize_around_cache(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
+void rows_normalize_around_cache(const T* x, T* y, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
   apply_rows_around_cache([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);
 }
 
 template <class T>
-void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
+void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
   apply_rows([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);
 }
 
-void rows_normalize_mixed(const float* x, float* y, Rows rows, const AffineColumns<float>& k,
+template <class T>
+void rows_normalize_mixed(const T* x, T* y, Rows rows, const AffineColumns<float>& k,
                           const WideColumns<AffineColumns<double>>& wide) {
   const auto make = [&k, &wide](std::int64_t c, std::int64_t n) {
-    return Mixed<NormalizeMap<float, float>, NormalizeMap<float, double>>{
-        normalize_map<float>(k, c, n), normalize_map<float>(wide.coefficients, c, n), wide.mask[c / kLanes]};
+    return Mixed<NormalizeMap<T, float>, NormalizeMap<T, double>>{
+        normalize_map<T>(k, c, n), normalize_map<T>(wide.coefficients, c, n), wide.mask[c / kLanes]};
   };
   apply_rows(make, rows, y, x);
 }

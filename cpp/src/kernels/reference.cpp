@@ -12,7 +12,7 @@ Runs one_channel(const Runs& runs) { return {runs.length, runs.count, runs.strid
 
 // moments: sum(x - shift) and sum((x - shift)^2).
 template <class T>
-void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
+void runs_moments_about(const T* x, Runs runs, Arithmetic<T> shift, Sums* out) {
   double first = 0, second = 0;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
@@ -26,7 +26,7 @@ void runs_moments_about(const T* x, Runs runs, T shift, Sums* out) {
 template <class T>
 void runs_moments(const T* x, Runs runs, Sums* out) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
-    runs_moments_about(x + c * runs.length, one_channel(runs), T(0), out + c);
+    runs_moments_about(x + c * runs.length, one_channel(runs), 0, out + c);
   }
 }
 
@@ -43,7 +43,7 @@ void runs_normalize_one(const T* x, T* y, Runs runs, const Affine<A>& k) {
   }
 }
 template <class T>
-void runs_normalize(const T* x, T* y, Runs runs, const Affine<T>* k) {
+void runs_normalize(const T* x, T* y, Runs runs, const Affine<Arithmetic<T>>* k) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     runs_normalize_one(x + c * runs.length, y + c * runs.length, one_channel(runs), k[c]);
   }
@@ -84,7 +84,7 @@ void runs_grad_input_one(const T* dy, const T* x, T* dx, Runs runs, const GradAf
   }
 }
 template <class T>
-void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<T>* k) {
+void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<Arithmetic<T>>* k) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     const std::int64_t at = c * runs.length;
     runs_grad_input_one(dy + at, x + at, dx + at, one_channel(runs), k[c]);
@@ -110,7 +110,7 @@ void rows_moments(const T* x, Rows rows, const ColumnSums& out) {
   }
 }
 template <class T>
-void rows_moments_about(const T* x, Rows rows, const T* shift, const ColumnSums& out) {
+void rows_moments_about(const T* x, Rows rows, const Arithmetic<T>* shift, const ColumnSums& out) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     Sums s;
     runs_moments_about(x + c, column(rows), shift[c], &s);
@@ -119,12 +119,13 @@ void rows_moments_about(const T* x, Rows rows, const T* shift, const ColumnSums&
 }
 
 template <class T>
-void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<T>& k) {
+void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
-    runs_normalize_one(x + c, y + c, column(rows), Affine<T>{k.center[c], k.scale[c], k.offset[c]});
+    runs_normalize_one(x + c, y + c, column(rows), Affine<Arithmetic<T>>{k.center[c], k.scale[c], k.offset[c]});
   }
 }
-void rows_normalize_mixed(const float* x, float* y, Rows rows, const AffineColumns<float>& k,
+template <class T>
+void rows_normalize_mixed(const T* x, T* y, Rows rows, const AffineColumns<float>& k,
                           const WideColumns<AffineColumns<double>>& wide) {
   const AffineColumns<double>& w = wide.coefficients;
   for (std::int64_t c = 0; c < rows.columns; ++c) {
@@ -150,10 +151,11 @@ GradAffine<A> at(const GradAffineColumns<A>& k, std::int64_t c) {
   return {k.dy_center[c], k.dy_scale[c], k.x_center[c], k.x_scale[c], k.offset[c]};
 }
 template <class T>
-void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<T>& k) {
+void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
   for (std::int64_t c = 0; c < rows.columns; ++c) runs_grad_input_one(dy + c, x + c, dx + c, column(rows), at(k, c));
 }
-void rows_grad_input_mixed(const float* dy, const float* x, float* dx, Rows rows, const GradAffineColumns<float>& k,
+template <class T>
+void rows_grad_input_mixed(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<float>& k,
                            const WideColumns<GradAffineColumns<double>>& wide) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     if ((wide.mask[c / 16] >> (c % 16)) & 1) {
@@ -235,9 +237,9 @@ constexpr Kernels<T> make_kernels() {
   k.add_blocks = add_blocks;
   k.runs_second_grad = runs_second_grad<T>;
   k.rows_second_grad = rows_second_grad<T>;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    k.rows_normalize_mixed = rows_normalize_mixed;
-    k.rows_grad_input_mixed = rows_grad_input_mixed;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    k.rows_normalize_mixed = rows_normalize_mixed<T>;
+    k.rows_grad_input_mixed = rows_grad_input_mixed<T>;
   }
   return k;
 }
@@ -251,7 +253,8 @@ double weight_of(const RunWeights<W>& w, std::int64_t run, std::int64_t i) {
 
 // sum(w*(x - shift)) and sum(w*(x - shift)^2).
 template <class T>
-void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weights, Runs runs, T shift, Sums* out) {
+void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weights, Runs runs, Arithmetic<T> shift,
+                                 Sums* out) {
   double first = 0, second = 0;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
@@ -267,13 +270,13 @@ void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weig
 template <class T>
 void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Sums* out) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
-    runs_weighted_moments_about(x + c * runs.length, w, one_channel(runs), T(0), out + c);
+    runs_weighted_moments_about(x + c * runs.length, w, one_channel(runs), Arithmetic<T>(0), out + c);
   }
 }
 
 template <class T>
 T at_padding_of(AtPadding at_padding, T input, double formula) {
-  if (at_padding == AtPadding::zero) return T(0);
+  if (at_padding == AtPadding::zero) return T{};
   return at_padding == AtPadding::input ? input : static_cast<T>(formula);
 }
 
@@ -294,7 +297,7 @@ void runs_weighted_normalize_one(const T* x, T* y, const RunWeights<WeightOf<T>>
 }
 template <class T>
 void runs_weighted_normalize(const T* x, T* y, const RunWeights<WeightOf<T>>& w, AtPadding at_padding, Runs runs,
-                             const Affine<T>* k) {
+                             const Affine<Arithmetic<T>>* k) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     const std::int64_t at = c * runs.length;
     runs_weighted_normalize_one(x + at, y + at, w, at_padding, one_channel(runs), k[c]);
@@ -346,7 +349,7 @@ void runs_weighted_grad_input_one(const T* dy, const T* x, T* dx, const RunWeigh
 }
 template <class T>
 void runs_weighted_grad_input(const T* dy, const T* x, T* dx, const RunWeights<WeightOf<T>>& w, AtPadding at_padding,
-                              Runs runs, const GradAffine<T>* k) {
+                              Runs runs, const GradAffine<Arithmetic<T>>* k) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
     const std::int64_t at = c * runs.length;
     runs_weighted_grad_input_one(dy + at, x + at, dx + at, w, at_padding, one_channel(runs), k[c]);
@@ -368,7 +371,7 @@ void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows ro
   }
 }
 template <class T>
-void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const T* shift,
+void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const Arithmetic<T>* shift,
                                  const ColumnSums& out) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     Sums s;
@@ -378,15 +381,15 @@ void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, R
 }
 template <class T>
 void rows_weighted_normalize(const T* x, T* y, const RowWeights<WeightOf<T>>& w, AtPadding at_padding, Rows rows,
-                             const AffineColumns<T>& k) {
+                             const AffineColumns<Arithmetic<T>>& k) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
-    const Affine<T> one{k.center[c], k.scale[c], k.offset[c]};
+    const Affine<Arithmetic<T>> one{k.center[c], k.scale[c], k.offset[c]};
     runs_weighted_normalize_one(x + c, y + c, column(w, c), at_padding, column(rows), one);
   }
 }
-void rows_weighted_normalize_mixed(const float* x, float* y, const RowWeights<float>& w, AtPadding at_padding,
-                                   Rows rows, const AffineColumns<float>& k,
-                                   const WideColumns<AffineColumns<double>>& wide) {
+template <class T>
+void rows_weighted_normalize_mixed(const T* x, T* y, const RowWeights<float>& w, AtPadding at_padding, Rows rows,
+                                   const AffineColumns<float>& k, const WideColumns<AffineColumns<double>>& wide) {
   const AffineColumns<double>& exact = wide.coefficients;
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     if ((wide.mask[c / 16] >> (c % 16)) & 1) {
@@ -409,13 +412,14 @@ void rows_weighted_grad_sums(const T* dy, const T* x, const RowWeights<WeightOf<
 }
 template <class T>
 void rows_weighted_grad_input(const T* dy, const T* x, T* dx, const RowWeights<WeightOf<T>>& w, AtPadding at_padding,
-                              Rows rows, const GradAffineColumns<T>& k) {
+                              Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     runs_weighted_grad_input_one(dy + c, x + c, dx + c, column(w, c), at_padding, column(rows), at(k, c));
   }
 }
-void rows_weighted_grad_input_mixed(const float* dy, const float* x, float* dx, const RowWeights<float>& w,
-                                    AtPadding at_padding, Rows rows, const GradAffineColumns<float>& k,
+template <class T>
+void rows_weighted_grad_input_mixed(const T* dy, const T* x, T* dx, const RowWeights<float>& w, AtPadding at_padding,
+                                    Rows rows, const GradAffineColumns<float>& k,
                                     const WideColumns<GradAffineColumns<double>>& wide) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     if ((wide.mask[c / 16] >> (c % 16)) & 1) {
@@ -441,16 +445,22 @@ constexpr WeightedKernels<T> make_weighted_kernels() {
   k.runs_grad_input = k.runs_grad_input_around_cache = runs_weighted_grad_input<T>;
   k.runs_grad_input_wide = runs_weighted_grad_input_one<T, double>;
   k.rows_grad_input = k.rows_grad_input_around_cache = rows_weighted_grad_input<T>;
-  if constexpr (sizeof(T) == sizeof(float)) {
-    k.rows_normalize_mixed = rows_weighted_normalize_mixed;
-    k.rows_grad_input_mixed = rows_weighted_grad_input_mixed;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    k.rows_normalize_mixed = rows_weighted_normalize_mixed<T>;
+    k.rows_grad_input_mixed = rows_weighted_grad_input_mixed<T>;
   }
   return k;
 }
 
 }  // namespace
 
-const KernelTable reference_table = {make_kernels<float>(), make_kernels<double>(), make_weighted_kernels<float>(),
-                                     make_weighted_kernels<double>()};
+const KernelTable reference_table = {make_kernels<float>(),
+                                     make_kernels<double>(),
+                                     make_kernels<Float16>(),
+                                     make_kernels<BFloat16>(),
+                                     make_weighted_kernels<float>(),
+                                     make_weighted_kernels<double>(),
+                                     make_weighted_kernels<Float16>(),
+                                     make_weighted_kernels<BFloat16>()};
 
 }  // namespace batchnorm::kernels

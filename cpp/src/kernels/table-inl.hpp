@@ -11,58 +11,48 @@
 namespace batchnorm::kernels {
 namespace {
 
+// Accumulator: what plain sums are taken with.
+template <class T, class Accumulator>
+constexpr Kernels<T> make_kernels() {
+  Kernels<T> k = {.runs_moments = runs_moments<T, Accumulator>,
+                  .rows_moments = rows_moments<T, Accumulator>,
+                  .runs_moments_about = runs_moments_about<T, Accumulator>,
+                  .rows_moments_about = rows_moments_about<T, Accumulator>,
+                  .runs_moments_compensated = runs_moments<T, Compensated>,
+                  .rows_moments_compensated = rows_moments<T, Compensated>,
+                  .runs_normalize = runs_normalize<T, Stores::ordinary>,
+                  .runs_normalize_wide = runs_normalize_wide<T>,
+                  .rows_normalize = rows_normalize<T>,
+                  .rows_normalize_mixed = nullptr,
+                  .runs_normalize_around_cache = runs_normalize<T, Stores::around_cache>,
+                  .rows_normalize_around_cache = rows_normalize_around_cache<T>,
+                  .runs_grad_sums = runs_grad_sums<T, Accumulator>,
+                  .rows_grad_sums = rows_grad_sums<T, Accumulator>,
+                  .runs_grad_input = runs_grad_input<T, Stores::ordinary>,
+                  .runs_grad_input_wide = runs_grad_input_wide<T>,
+                  .rows_grad_input = rows_grad_input<T>,
+                  .rows_grad_input_mixed = nullptr,
+                  .runs_grad_input_around_cache = runs_grad_input<T, Stores::around_cache>,
+                  .rows_grad_input_around_cache = rows_grad_input_around_cache<T>,
+                  .add_blocks = add_blocks<Accumulator>,
+                  .runs_second_grad = runs_second_grad<T>,
+                  .rows_second_grad = rows_second_grad<T>};
+  if constexpr (sizeof(T) < sizeof(double)) {  // float64 has nothing wider to go to
+    k.rows_normalize_mixed = rows_normalize_mixed<T>;
+    k.rows_grad_input_mixed = rows_grad_input_mixed<T>;
+  }
+  return k;
+}
+
 constexpr KernelTable make_table() {
-  KernelTable t{};
-  t.f32 = {.runs_moments = runs_moments<float, Plain>,
-           .rows_moments = rows_moments<float, Plain>,
-           .runs_moments_about = runs_moments_about<float, Plain>,
-           .rows_moments_about = rows_moments_about<float, Plain>,
-           .runs_moments_compensated = runs_moments<float, Compensated>,
-           .rows_moments_compensated = rows_moments<float, Compensated>,
-           .runs_normalize = runs_normalize<float, Stores::ordinary>,
-           .runs_normalize_wide = runs_normalize_wide<float>,
-           .rows_normalize = rows_normalize<float>,
-           .rows_normalize_mixed = rows_normalize_mixed,
-           .runs_normalize_around_cache = runs_normalize<float, Stores::around_cache>,
-           .rows_normalize_around_cache = rows_normalize_around_cache<float>,
-           .runs_grad_sums = runs_grad_sums<float, Plain>,
-           .rows_grad_sums = rows_grad_sums<float, Plain>,
-           .runs_grad_input = runs_grad_input<float, Stores::ordinary>,
-           .runs_grad_input_wide = runs_grad_input_wide<float>,
-           .rows_grad_input = rows_grad_input<float>,
-           .rows_grad_input_mixed = rows_grad_input_mixed,
-           .runs_grad_input_around_cache = runs_grad_input<float, Stores::around_cache>,
-           .rows_grad_input_around_cache = rows_grad_input_around_cache<float>,
-           .add_blocks = add_blocks<Plain>,
-           .runs_second_grad = runs_second_grad<float>,
-           .rows_second_grad = rows_second_grad<float>};
-  // float64 has nothing wider to go to.
-  t.f64 = {.runs_moments = runs_moments<double, Compensated>,
-           .rows_moments = rows_moments<double, Compensated>,
-           .runs_moments_about = runs_moments_about<double, Compensated>,
-           .rows_moments_about = rows_moments_about<double, Compensated>,
-           .runs_moments_compensated = runs_moments<double, Compensated>,
-           .rows_moments_compensated = rows_moments<double, Compensated>,
-           .runs_normalize = runs_normalize<double, Stores::ordinary>,
-           .runs_normalize_wide = runs_normalize_wide<double>,
-           .rows_normalize = rows_normalize<double>,
-           .rows_normalize_mixed = nullptr,
-           .runs_normalize_around_cache = runs_normalize<double, Stores::around_cache>,
-           .rows_normalize_around_cache = rows_normalize_around_cache<double>,
-           .runs_grad_sums = runs_grad_sums<double, Compensated>,
-           .rows_grad_sums = rows_grad_sums<double, Compensated>,
-           .runs_grad_input = runs_grad_input<double, Stores::ordinary>,
-           .runs_grad_input_wide = runs_grad_input_wide<double>,
-           .rows_grad_input = rows_grad_input<double>,
-           .rows_grad_input_mixed = nullptr,
-           .runs_grad_input_around_cache = runs_grad_input<double, Stores::around_cache>,
-           .rows_grad_input_around_cache = rows_grad_input_around_cache<double>,
-           .add_blocks = add_blocks<Compensated>,
-           .runs_second_grad = runs_second_grad<double>,
-           .rows_second_grad = rows_second_grad<double>};
-  t.weighted_f32 = make_weighted_kernels<float, Plain>();
-  t.weighted_f64 = make_weighted_kernels<double, Compensated>();
-  return t;
+  return {.f32 = make_kernels<float, Plain>(),
+          .f64 = make_kernels<double, Compensated>(),
+          .f16 = make_kernels<Float16, Plain>(),
+          .bf16 = make_kernels<BFloat16, Plain>(),
+          .weighted_f32 = make_weighted_kernels<float, Plain>(),
+          .weighted_f64 = make_weighted_kernels<double, Compensated>(),
+          .weighted_f16 = make_weighted_kernels<Float16, Plain>(),
+          .weighted_bf16 = make_weighted_kernels<BFloat16, Plain>()};
 }
 
 }  // namespace

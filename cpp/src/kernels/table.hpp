@@ -8,6 +8,10 @@
 //   rows  (interleaved)  many channels: `count` rows of `columns` contiguous values, `stride` values apart; arguments
 //                        are arrays with one entry per column.
 //
+// A tensor's storage type T may be narrower than Arithmetic<T>, in which its elements are computed (float16, bfloat16
+// in float32): lanes are widened as they are loaded, which is exact, and rounded once, to nearest even, as they are
+// stored.
+//
 // Same bits on every instruction set, because all of this is part of the contract:
 // - Sums are taken on 16 virtual lanes: value j of a run goes to lane j % 16, lanes live on from run to run, and fold
 //   at the end as (l, l+8), (l, l+4), (l, l+2), (l, l+1). A column of a row has a single lane, rows in order.
@@ -17,9 +21,6 @@
 //   float64), when a fused one is the same.
 //
 // Room kept for what follows, none of which the kernels below would notice:
-// - a storage type other than the arithmetic type (float16, bfloat16): lanes are widened as they are loaded and
-// narrowed
-//   as they are stored, so that it is a third table, Kernels<float16>, from the same passes;
 // - a weight per position: one more input that walks along with x (and dy), by which the terms of moments and grad_sums
 //   are multiplied; a mask is a weight of 0 or 1;
 // - an epilogue (ReLU, add then ReLU): a map around the map of normalize, the residual being one more input; its mirror
@@ -30,6 +31,8 @@
 
 #include <cstdint>
 #include <type_traits>
+
+#include "arithmetic.hpp"
 
 namespace batchnorm::kernels {
 
@@ -110,42 +113,42 @@ struct WideColumns {
 
 template <class T>
 struct Kernels {
-  // moments. float: plain, about 0. double: compensated, about 0. Sums: one entry per channel.
+  // moments. float and narrower: plain, about 0. double: compensated, about 0. Sums: one entry per channel.
   void (*runs_moments)(const T* x, Runs, Sums*);
   void (*rows_moments)(const T* x, Rows, const ColumnSums&);
   // About a shift, which is a value of T: no cancellation where |mean| is far above std. float: plain. double:
   // compensated. Runs: of one channel.
-  void (*runs_moments_about)(const T* x, Runs, T shift, Sums*);
-  void (*rows_moments_about)(const T* x, Rows, const T* shift, const ColumnSums&);
+  void (*runs_moments_about)(const T* x, Runs, Arithmetic<T> shift, Sums*);
+  void (*rows_moments_about)(const T* x, Rows, const Arithmetic<T>* shift, const ColumnSums&);
   // Compensated, about 0: keeps the digits of a mean far below std.
   void (*runs_moments_compensated)(const T* x, Runs, Sums*);
   void (*rows_moments_compensated)(const T* x, Rows, const ColumnSums&);
 
   // normalize. y may be exactly x. The wide form reads and writes T and computes in float64; runs of one channel.
-  void (*runs_normalize)(const T* x, T* y, Runs, const Affine<T>*);
+  void (*runs_normalize)(const T* x, T* y, Runs, const Affine<Arithmetic<T>>*);
   void (*runs_normalize_wide)(const T* x, T* y, Runs, const Affine<double>&);
-  void (*rows_normalize)(const T* x, T* y, Rows, const AffineColumns<T>&);
-  void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<T>&,
+  void (*rows_normalize)(const T* x, T* y, Rows, const AffineColumns<Arithmetic<T>>&);
+  void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<Arithmetic<T>>&,
                                const WideColumns<AffineColumns<double>>&);
 
   // The same with stores that go around the caches, for outputs too large to be read from there. y must not be x. Rows:
   // side by side (stride == columns), of kVectorColumns columns at least, with kVectorColumns more coefficients behind
   // those of the last column, which repeat the first.
-  void (*runs_normalize_around_cache)(const T* x, T* y, Runs, const Affine<T>*);
-  void (*rows_normalize_around_cache)(const T* x, T* y, Rows, const AffineColumns<T>&);
+  void (*runs_normalize_around_cache)(const T* x, T* y, Runs, const Affine<Arithmetic<T>>*);
+  void (*rows_normalize_around_cache)(const T* x, T* y, Rows, const AffineColumns<Arithmetic<T>>&);
 
   // grad_sums. float: plain. double: compensated.
   void (*runs_grad_sums)(const T* dy, const T* x, Runs, const double* mean, Sums*);
   void (*rows_grad_sums)(const T* dy, const T* x, Rows, const double* mean, const ColumnSums&);
 
   // grad_input. dx may be exactly dy or exactly x; not where it is stored around the caches.
-  void (*runs_grad_input)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>*);
+  void (*runs_grad_input)(const T* dy, const T* x, T* dx, Runs, const GradAffine<Arithmetic<T>>*);
   void (*runs_grad_input_wide)(const T* dy, const T* x, T* dx, Runs, const GradAffine<double>&);
-  void (*rows_grad_input)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&);
-  void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&,
+  void (*rows_grad_input)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<Arithmetic<T>>&);
+  void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<Arithmetic<T>>&,
                                 const WideColumns<GradAffineColumns<double>>&);
-  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, Runs, const GradAffine<T>*);
-  void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<T>&);
+  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, Runs, const GradAffine<Arithmetic<T>>*);
+  void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<Arithmetic<T>>&);
 
   // The sums of `count` blocks of rows added up, first block first, each addition with its error kept in the low part.
   // Of the first `columns` columns of each; the arrays of a block lie `stride` values behind those of the one before.
@@ -164,7 +167,7 @@ struct Kernels {
 
 // What weights are given as, for tensors of T.
 template <class T>
-using WeightOf = std::conditional_t<sizeof(T) == sizeof(double), double, float>;
+using WeightOf = Arithmetic<T>;
 
 // Of a piece of a planar tensor: those of the runs k begin at values + k*stride, for each of its channels.
 template <class W>
@@ -195,49 +198,58 @@ enum class AtPadding { zero, input, formula };
 template <class T>
 struct WeightedKernels {
   using W = WeightOf<T>;
+  using A = Arithmetic<T>;
   struct Moments {
     void (*runs)(const T* x, const RunWeights<W>&, Runs, Sums*);
     void (*rows)(const T* x, const RowWeights<W>&, Rows, const ColumnSums&);
-    void (*runs_about)(const T* x, const RunWeights<W>&, Runs, T shift, Sums*);
-    void (*rows_about)(const T* x, const RowWeights<W>&, Rows, const T* shift, const ColumnSums&);
+    void (*runs_about)(const T* x, const RunWeights<W>&, Runs, A shift, Sums*);
+    void (*rows_about)(const T* x, const RowWeights<W>&, Rows, const A* shift, const ColumnSums&);
     void (*runs_compensated)(const T* x, const RunWeights<W>&, Runs, Sums*);
     void (*rows_compensated)(const T* x, const RowWeights<W>&, Rows, const ColumnSums&);
   };
   Moments masked, weighted;
 
-  void (*runs_normalize)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<T>*);
-  void (*runs_normalize_around_cache)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<T>*);
+  void (*runs_normalize)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<A>*);
+  void (*runs_normalize_around_cache)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<A>*);
   void (*runs_normalize_wide)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<double>&);
-  void (*rows_normalize)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&);
-  void (*rows_normalize_around_cache)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&);
-  void (*rows_normalize_mixed)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<T>&,
+  void (*rows_normalize)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<A>&);
+  void (*rows_normalize_around_cache)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<A>&);
+  void (*rows_normalize_mixed)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<A>&,
                                const WideColumns<AffineColumns<double>>&);
 
   void (*runs_grad_sums)(const T* dy, const T* x, const RunWeights<W>&, Runs, const double* mean, Sums*);
   void (*rows_grad_sums)(const T* dy, const T* x, const RowWeights<W>&, Rows, const double* mean, const ColumnSums&);
 
-  void (*runs_grad_input)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs, const GradAffine<T>*);
+  void (*runs_grad_input)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs, const GradAffine<A>*);
   void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs,
-                                       const GradAffine<T>*);
+                                       const GradAffine<A>*);
   void (*runs_grad_input_wide)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs,
                                const GradAffine<double>&);
   void (*rows_grad_input)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
-                          const GradAffineColumns<T>&);
+                          const GradAffineColumns<A>&);
   void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
-                                       const GradAffineColumns<T>&);
+                                       const GradAffineColumns<A>&);
   void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
-                                const GradAffineColumns<T>&, const WideColumns<GradAffineColumns<double>>&);
+                                const GradAffineColumns<A>&, const WideColumns<GradAffineColumns<double>>&);
 };
 
 struct KernelTable {
   Kernels<float> f32;
   Kernels<double> f64;
+  Kernels<Float16> f16;
+  Kernels<BFloat16> bf16;
   WeightedKernels<float> weighted_f32;
   WeightedKernels<double> weighted_f64;
+  WeightedKernels<Float16> weighted_f16;
+  WeightedKernels<BFloat16> weighted_bf16;
 
   template <class T>
   [[nodiscard]] const Kernels<T>& of() const {
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (std::is_same_v<T, Float16>) {
+      return f16;
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return bf16;
+    } else if constexpr (std::is_same_v<T, float>) {
       return f32;
     } else {
       return f64;
@@ -245,7 +257,11 @@ struct KernelTable {
   }
   template <class T>
   [[nodiscard]] const WeightedKernels<T>& weighted() const {
-    if constexpr (sizeof(T) == sizeof(float)) {
+    if constexpr (std::is_same_v<T, Float16>) {
+      return weighted_f16;
+    } else if constexpr (std::is_same_v<T, BFloat16>) {
+      return weighted_bf16;
+    } else if constexpr (std::is_same_v<T, float>) {
       return weighted_f32;
     } else {
       return weighted_f64;

@@ -14,7 +14,7 @@ namespace {
 template <class T, class Accumulator, Shift kShift>
 struct MaskedMoments : MomentTerms<T, Accumulator, kShift> {
   using Base = MomentTerms<T, Accumulator, kShift>;
-  MaskedMoments(const Lanes<double>& about, T fill_with) : Base{{}, {}, about, fill_with} {}
+  MaskedMoments(const Lanes<double>& about, Arithmetic<T> fill_with) : Base{{}, {}, about, fill_with} {}
 
   template <class Weights>
   BN_INLINE void add(const T* p, const Weights& w, std::int64_t n) {
@@ -40,9 +40,9 @@ template <class T, class Accumulator, Shift kShift>
 struct WeightedMoments {
   Accumulator first, second;
   Lanes<double> shift;
-  T fill;
+  Arithmetic<T> fill;
 
-  WeightedMoments(const Lanes<double>& about, T fill_with) : shift(about), fill(fill_with) {}
+  WeightedMoments(const Lanes<double>& about, Arithmetic<T> fill_with) : shift(about), fill(fill_with) {}
 
   template <class Weights>
   BN_INLINE void add(const T* p, const Weights& weights, std::int64_t n) {
@@ -82,7 +82,8 @@ void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs ru
   sum_runs<Accumulator>(make, runs, out, x, w);
 }
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
-void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, T shift, Sums* out) {
+void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Arithmetic<T> shift,
+                                 Sums* out) {
   const auto make = [shift](std::int64_t) {
     return Terms<T, Accumulator, Shift::given>(broadcast(static_cast<double>(shift)), shift);
   };
@@ -94,7 +95,7 @@ void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows ro
   sum_rows(make, rows, out, x, w);
 }
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
-void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const T* shift,
+void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const Arithmetic<T>* shift,
                                  const ColumnSums& out) {
   const auto make = [shift](std::int64_t c, std::int64_t n) {
     return Terms<T, Accumulator, Shift::given>(load_upto<double>(shift + c, n, T(0)), T(0));
@@ -172,12 +173,12 @@ struct WeightedMixed {
   Wide wide;
   unsigned mask;
 
-  template <class Weights>
-  BN_INLINE Lanes<float> operator()(const float* a, const Weights& w, std::int64_t n) const {
+  template <class T, class Weights>
+  BN_INLINE Lanes<float> operator()(const T* a, const Weights& w, std::int64_t n) const {
     return choose(narrow(a, w, n), wide, a, w, n);
   }
-  template <class Weights>
-  BN_INLINE Lanes<float> operator()(const float* a, const float* b, const Weights& w, std::int64_t n) const {
+  template <class T, class Weights>
+  BN_INLINE Lanes<float> operator()(const T* a, const T* b, const Weights& w, std::int64_t n) const {
     return choose(narrow(a, b, w, n), wide, a, b, w, n);
   }
   template <class... Arguments>
@@ -278,9 +279,9 @@ BN_INLINE void apply_weighted_rows_around_cache(Make make, Rows rows, T* out, co
 
 template <class T, Stores kStores>
 void runs_weighted_normalize(const T* x, T* y, const RunWeights<WeightOf<T>>& w, AtPadding at_padding, Runs runs,
-                             const Affine<T>* k) {
+                             const Affine<Arithmetic<T>>* k) {
   const auto make = [k, at_padding](std::int64_t c) {
-    return WeightedNormalizeMap<T, T>{normalize_map<T>(k[c]), at_padding};
+    return WeightedNormalizeMap<T, Arithmetic<T>>{normalize_map<T>(k[c]), at_padding};
   };
   apply_weighted_runs<kStores>(make, runs, y, w, x);
 }
@@ -294,27 +295,27 @@ void runs_weighted_normalize_wide(const T* x, T* y, const RunWeights<WeightOf<T>
 }
 template <class T>
 void rows_weighted_normalize(const T* x, T* y, const RowWeights<WeightOf<T>>& w, AtPadding at_padding, Rows rows,
-                             const AffineColumns<T>& k) {
+                             const AffineColumns<Arithmetic<T>>& k) {
   const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedNormalizeMap<T, T>{normalize_map<T>(k, c, n), at_padding};
+    return WeightedNormalizeMap<T, Arithmetic<T>>{normalize_map<T>(k, c, n), at_padding};
   };
   apply_weighted_rows(make, rows, y, w, x);
 }
 template <class T>
 void rows_weighted_normalize_around_cache(const T* x, T* y, const RowWeights<WeightOf<T>>& w, AtPadding at_padding,
-                                          Rows rows, const AffineColumns<T>& k) {
+                                          Rows rows, const AffineColumns<Arithmetic<T>>& k) {
   const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedNormalizeMap<T, T>{normalize_map<T>(k, c, n), at_padding};
+    return WeightedNormalizeMap<T, Arithmetic<T>>{normalize_map<T>(k, c, n), at_padding};
   };
   apply_weighted_rows_around_cache(make, rows, y, w, x);
 }
-void rows_weighted_normalize_mixed(const float* x, float* y, const RowWeights<float>& w, AtPadding at_padding,
-                                   Rows rows, const AffineColumns<float>& k,
-                                   const WideColumns<AffineColumns<double>>& wide) {
+template <class T>
+void rows_weighted_normalize_mixed(const T* x, T* y, const RowWeights<float>& w, AtPadding at_padding, Rows rows,
+                                   const AffineColumns<float>& k, const WideColumns<AffineColumns<double>>& wide) {
   const auto make = [&k, &wide, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedMixed<WeightedNormalizeMap<float, float>, WeightedNormalizeMap<float, double>>{
-        {normalize_map<float>(k, c, n), at_padding},
-        {normalize_map<float>(wide.coefficients, c, n), at_padding},
+    return WeightedMixed<WeightedNormalizeMap<T, float>, WeightedNormalizeMap<T, double>>{
+        {normalize_map<T>(k, c, n), at_padding},
+        {normalize_map<T>(wide.coefficients, c, n), at_padding},
         wide.mask[c / kLanes]};
   };
   apply_weighted_rows(make, rows, y, w, x);
@@ -322,9 +323,9 @@ void rows_weighted_normalize_mixed(const float* x, float* y, const RowWeights<fl
 
 template <class T, Stores kStores>
 void runs_weighted_grad_input(const T* dy, const T* x, T* dx, const RunWeights<WeightOf<T>>& w, AtPadding at_padding,
-                              Runs runs, const GradAffine<T>* k) {
+                              Runs runs, const GradAffine<Arithmetic<T>>* k) {
   const auto make = [k, at_padding](std::int64_t c) {
-    return WeightedGradInputMap<T, T>{grad_input_map<T>(k[c]), at_padding};
+    return WeightedGradInputMap<T, Arithmetic<T>>{grad_input_map<T>(k[c]), at_padding};
   };
   apply_weighted_runs<kStores>(make, runs, dx, w, dy, x);
 }
@@ -338,27 +339,28 @@ void runs_weighted_grad_input_wide(const T* dy, const T* x, T* dx, const RunWeig
 }
 template <class T>
 void rows_weighted_grad_input(const T* dy, const T* x, T* dx, const RowWeights<WeightOf<T>>& w, AtPadding at_padding,
-                              Rows rows, const GradAffineColumns<T>& k) {
+                              Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
   const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedGradInputMap<T, T>{grad_input_map<T>(k, c, n), at_padding};
+    return WeightedGradInputMap<T, Arithmetic<T>>{grad_input_map<T>(k, c, n), at_padding};
   };
   apply_weighted_rows(make, rows, dx, w, dy, x);
 }
 template <class T>
 void rows_weighted_grad_input_around_cache(const T* dy, const T* x, T* dx, const RowWeights<WeightOf<T>>& w,
-                                           AtPadding at_padding, Rows rows, const GradAffineColumns<T>& k) {
+                                           AtPadding at_padding, Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
   const auto make = [&k, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedGradInputMap<T, T>{grad_input_map<T>(k, c, n), at_padding};
+    return WeightedGradInputMap<T, Arithmetic<T>>{grad_input_map<T>(k, c, n), at_padding};
   };
   apply_weighted_rows_around_cache(make, rows, dx, w, dy, x);
 }
-void rows_weighted_grad_input_mixed(const float* dy, const float* x, float* dx, const RowWeights<float>& w,
-                                    AtPadding at_padding, Rows rows, const GradAffineColumns<float>& k,
+template <class T>
+void rows_weighted_grad_input_mixed(const T* dy, const T* x, T* dx, const RowWeights<float>& w, AtPadding at_padding,
+                                    Rows rows, const GradAffineColumns<float>& k,
                                     const WideColumns<GradAffineColumns<double>>& wide) {
   const auto make = [&k, &wide, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedMixed<WeightedGradInputMap<float, float>, WeightedGradInputMap<float, double>>{
-        {grad_input_map<float>(k, c, n), at_padding},
-        {grad_input_map<float>(wide.coefficients, c, n), at_padding},
+    return WeightedMixed<WeightedGradInputMap<T, float>, WeightedGradInputMap<T, double>>{
+        {grad_input_map<T>(k, c, n), at_padding},
+        {grad_input_map<T>(wide.coefficients, c, n), at_padding},
         wide.mask[c / kLanes]};
   };
   apply_weighted_rows(make, rows, dx, w, dy, x);
@@ -394,9 +396,9 @@ constexpr WeightedKernels<T> make_weighted_kernels() {
                        .rows_grad_input = rows_weighted_grad_input<T>,
                        .rows_grad_input_around_cache = rows_weighted_grad_input_around_cache<T>,
                        .rows_grad_input_mixed = nullptr};
-  if constexpr (sizeof(T) == sizeof(float)) {
-    k.rows_normalize_mixed = rows_weighted_normalize_mixed;
-    k.rows_grad_input_mixed = rows_weighted_grad_input_mixed;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    k.rows_normalize_mixed = rows_weighted_normalize_mixed<T>;
+    k.rows_grad_input_mixed = rows_weighted_grad_input_mixed<T>;
   }
   return k;
 }

@@ -9,6 +9,14 @@ namespace {
 using NativeFloat = float __attribute__((vector_size(16)));
 using NativeDouble = double __attribute__((vector_size(16)));
 
+}  // namespace
+}  // namespace batchnorm::kernels
+
+#include "kernels/vec/sixteen_by_integers.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
 BN_INLINE NativeDouble widen_load(const float* p) {
   return NativeDouble{static_cast<double>(p[0]), static_cast<double>(p[1])};
 }
@@ -32,6 +40,10 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 // There are no stores that go around the caches here: ordinary ones.
 BN_INLINE void stream(float* p, NativeFloat v) { __builtin_memcpy(p, &v, sizeof v); }
 BN_INLINE void stream(double* p, NativeDouble v) { __builtin_memcpy(p, &v, sizeof v); }
+template <class T>
+BN_INLINE void stream(T* p, NativeFloat v) {
+  narrow_store(p, v);
+}
 BN_INLINE void finish_streams() {}
 
 }  // namespace

@@ -24,8 +24,9 @@ BN_INLINE void store_part_by_scalars(T* p, std::int64_t n, V v) {
 // The first n lanes of a, the others of b.
 template <class V>
 BN_INLINE V first_of(V a, std::int64_t n, V b) {
-  for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(a[0])); ++l) b[l] = l < n ? a[l] : b[l];
-  return b;
+  V r{};
+  for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(a[0])); ++l) r[l] = l < n ? a[l] : b[l];
+  return r;
 }
 
 BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {

@@ -11,6 +11,14 @@ namespace {
 using NativeFloat = __m128;
 using NativeDouble = __m128d;
 
+}  // namespace
+}  // namespace batchnorm::kernels
+
+#include "kernels/vec/sixteen_by_integers.hpp"
+
+namespace batchnorm::kernels {
+namespace {
+
 // Eight bytes at any address: through memcpy, which is one move.
 BN_INLINE NativeDouble widen_load(const float* p) {
   double two;
@@ -37,6 +45,12 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 // Stores that go around the caches; p is aligned to a vector.
 BN_INLINE void stream(float* p, NativeFloat v) { _mm_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm_stream_pd(p, v); }
+template <class T>
+BN_INLINE void stream(T* p, NativeFloat v) {
+  long long four;
+  narrow_store(reinterpret_cast<T*>(&four), v);
+  _mm_stream_si64(reinterpret_cast<long long*>(p), four);
+}
 BN_INLINE void finish_streams() { _mm_sfence(); }
 
 }  // namespace

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "batchnorm/float16.hpp"
 #include "kernels/vec/native.hpp"
 
 namespace batchnorm::kernels {
@@ -18,6 +19,41 @@ BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
   return _mm256_cvtps_pd(_mm_and_ps(counted, _mm_loadu_ps(p)));
 }
 BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+// float16 and bfloat16: by float32, which holds them exactly; to nearest even.
+BN_INLINE NativeFloat float_load(const Float16* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+}
+BN_INLINE NativeFloat float_load(const BFloat16* p) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+BN_INLINE NativeDouble widen_load(const Float16* p) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+BN_INLINE NativeDouble widen_load(const BFloat16* p) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16)));
+}
+BN_INLINE __m128i narrow(const Float16*, NativeFloat v) {
+  return _mm256_cvtps_ph(v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+BN_INLINE __m128i narrow(const BFloat16*, NativeFloat v) {
+  const __m256i bits = _mm256_castps_si256(v), high = _mm256_srli_epi32(bits, 16);
+  const __m256i odd = _mm256_and_si256(high, _mm256_set1_epi32(1));
+  const __m256i up = _mm256_add_epi32(_mm256_add_epi32(bits, _mm256_set1_epi32(0x7fff)), odd);
+  const __m256i nan = _mm256_or_si256(high, _mm256_set1_epi32(0x40));
+  const __m256i is_nan = _mm256_castps_si256(_mm256_cmp_ps(v, v, _CMP_UNORD_Q));
+  const __m256i halves = _mm256_blendv_epi8(_mm256_srli_epi32(up, 16), nan, is_nan);
+  return _mm_packus_epi32(_mm256_castsi256_si128(halves), _mm256_extracti128_si256(halves, 1));
+}
+template <class T>
+BN_INLINE void narrow_store(T* p, NativeFloat v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
+}
+template <class T>
+BN_INLINE void narrow_store(T* p, NativeDouble v) {
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow(p, _mm256_zextps128_ps256(_mm256_cvtpd_ps(v))));
+}
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
@@ -34,6 +70,10 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 // Stores that go around the caches; p is aligned to a vector.
 BN_INLINE void stream(float* p, NativeFloat v) { _mm256_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm256_stream_pd(p, v); }
+template <class T>
+BN_INLINE void stream(T* p, NativeFloat v) {
+  _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
+}
 BN_INLINE void finish_streams() { _mm_sfence(); }
 // The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
 // no memory.

@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#include "batchnorm/float16.hpp"
 #include "kernels/vec/native.hpp"
 
 namespace batchnorm::kernels {
@@ -18,6 +19,44 @@ BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
   return _mm256_cvtps_pd(_mm_maskz_loadu_ps(counted, p));
 }
 BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
+// float16 and bfloat16: by float32, which holds them exactly; to nearest even. Vectors of the compiler and zero masks,
+// since GCC 12 takes what the plain intrinsics leave undefined for a mistake.
+using SixteenInts = std::uint32_t __attribute__((vector_size(64)));
+using SixteenShorts = std::uint16_t __attribute__((vector_size(32)));
+
+BN_INLINE NativeFloat float_load(const Float16* p) {
+  return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
+}
+BN_INLINE NativeFloat float_load(const BFloat16* p) {
+  SixteenShorts bits;
+  __builtin_memcpy(&bits, p, sizeof bits);
+  return (NativeFloat)(__builtin_convertvector(bits, SixteenInts) << 16);
+}
+BN_INLINE NativeDouble widen_load(const Float16* p) {
+  return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+}
+BN_INLINE NativeDouble widen_load(const BFloat16* p) {
+  const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16)));
+}
+BN_INLINE __m256i narrow(const Float16*, NativeFloat v) {
+  return _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+}
+BN_INLINE __m256i narrow(const BFloat16*, NativeFloat v) {
+  const SixteenInts bits = (SixteenInts)v, high = bits >> 16, rounded = (bits + 0x7fff + (high & 1)) >> 16;
+  const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
+  const __m512i halves = _mm512_mask_blend_epi32(is_nan, (__m512i)rounded, (__m512i)(high | 0x40));
+  return _mm512_maskz_cvtepi32_epi16(0xffff, halves);
+}
+template <class T>
+BN_INLINE void narrow_store(T* p, NativeFloat v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+}
+template <class T>
+BN_INLINE void narrow_store(T* p, NativeDouble v) {
+  const NativeFloat four = _mm512_zextps128_ps512(_mm256_cvtpd_ps(v));
+  _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(narrow(p, four)));
+}
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
@@ -34,6 +73,10 @@ BN_INLINE NativeDouble product_error(NativeDouble a, NativeDouble b, NativeDoubl
 // Stores that go around the caches; p is aligned to a vector.
 BN_INLINE void stream(float* p, NativeFloat v) { _mm512_stream_ps(p, v); }
 BN_INLINE void stream(double* p, NativeDouble v) { _mm256_stream_pd(p, v); }
+template <class T>
+BN_INLINE void stream(T* p, NativeFloat v) {
+  _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
+}
 BN_INLINE void finish_streams() { _mm_sfence(); }
 // The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
 // no memory.
