@@ -264,3 +264,53 @@ def test_every_instruction_set_gives_the_same_bits():
     results = {isa: bits(isa) for isa in isas}
     assert len(set(results.values())) == 1, {isa: hash(text) for isa, text in results.items()}
     assert results[isas[0]].count("\n") == len(list(product(range(2), range(4), range(5))))
+
+
+COUNTED = {
+    "mask": lambda rng: {"mask": rng.random((6, 40)) < 0.6},
+    "keep": lambda rng: {"mask": rng.random((6, 40)) < 0.6, "padding": "keep"},
+    "weights": lambda rng: {"weights": rng.integers(0, 3, (6, 40)) * 0.75},
+    "lengths": lambda rng: {"lengths": [3, 40, 0, 7, 9, 1]},
+    "segments": lambda rng: {"segments": [0, 0, 1, 1, 1, 2]},
+}
+
+
+@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("kind", COUNTED)
+def test_parts_of_a_batch_give_the_rounded_float32_results(dtype, kind, axis):
+    rng = np.random.default_rng(0)
+    x, dy = (np.ascontiguousarray(np.moveaxis(random_values(dtype, (6, 5, 40), k), 1, axis)) for k in (1, 2))
+    gamma, counted = rng.normal(size=5).astype(np.float32), COUNTED[kind](rng)
+    y, saved = bn.batch_norm(x, gamma, axis=axis, **counted)
+    wide_y, wide_saved = bn.batch_norm(x.astype(np.float32), gamma, axis=axis, **counted)
+    same(y, rounded(wide_y, dtype))
+    assert saved.moments == wide_saved.moments
+    got, wide = bn.batch_norm_backward(dy, saved), bn.batch_norm_backward(dy.astype(np.float32), wide_saved)
+    same(got.dx, rounded(wide.dx, dtype))
+    assert (got.dgamma == wide.dgamma).all()
+
+
+def test_derivatives_are_the_rounded_float32_derivatives(dtype):
+    x, dy, v = (random_values(dtype, (6, 5, 40), k) for k in range(3))
+    gamma = np.linspace(-1, 2, 5).astype(np.float32)
+    _, saved = bn.batch_norm(x, gamma)
+    _, wide = bn.batch_norm(x.astype(np.float32), gamma)
+    jvp = bn.batch_norm_jvp(v, saved, gamma_dot=gamma)
+    same(jvp, rounded(bn.batch_norm_jvp(v.astype(np.float32), wide, gamma_dot=gamma), dtype))
+    second = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=gamma)
+    wide_second = bn.batch_norm_double_backward(
+        v.astype(np.float32), dy.astype(np.float32), wide, v_dgamma=gamma
+    )
+    same(second.ddy, rounded(wide_second.ddy, dtype))
+    same(second.dx, rounded(wide_second.dx, dtype))
+    assert (second.dgamma == wide_second.dgamma).all()
+
+
+def test_a_backward_from_y_wants_more_digits_than_16_bits_have(dtype):
+    x = random_values(dtype, (6, 5), 0)
+    before = x.copy()
+    with pytest.raises(
+        TypeError, match="x must have dtype float32 or float64 for a backward pass from y, got"
+    ):
+        bn.batch_norm_inplace(x, np.ones(5))
+    same(x, before)

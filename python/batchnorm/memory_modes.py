@@ -202,6 +202,10 @@ def _float64(name: str, values: ArrayLike | None, channels: int, absent: float) 
 
 
 def _check_invertible(gamma: PerChannel, beta: PerChannel, item_size: int) -> None:
+    if item_size not in _GAMMA_RANGE:
+        raise TypeError(
+            "x must have dtype float32 or float64 for a backward pass from y, got one of 16 bits, whose y has lost too much"
+        )
     least, most = _GAMMA_RANGE[item_size]
     size = np.abs(gamma)
     _validate.each_channel(
