@@ -21,8 +21,6 @@
 //   float64), when a fused one is the same.
 //
 // Room kept for what follows, none of which the kernels below would notice:
-// - a weight per position: one more input that walks along with x (and dy), by which the terms of moments and grad_sums
-//   are multiplied; a mask is a weight of 0 or 1;
 // - an epilogue (ReLU, add then ReLU): a map around the map of normalize, the residual being one more input; its mirror
 //   in backward is a map around the load of dy;
 // - a merge over ranks: happens between the passes, where no kernel runs.
