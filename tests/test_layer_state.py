@@ -364,6 +364,100 @@ def test_weights_do_not_matter_to_given_statistics_but_where_they_are_padding():
     assert (layer(X, weights=weights, padding="zero") == layer(X, mask=MASK)).all()
 
 
+# ---- small batches -----------------------------------------------------------------------------------------
+
+SCHEDULE = bn.RenormSchedule(((2, 1.0), (6, 3.0)), ((2, 0.0), (6, 5.0)))
+
+
+def test_a_layer_of_ghosts_is_made_of_the_functions():
+    layer = bn.BatchNorm(3, ghost_size=3, update_rate=0.3)
+    mean, var = np.zeros(3), np.ones(3)
+    for step in range(4):
+        x = X * np.float32(step + 1)
+        y, saved = bn.ghost_batch_norm(x, layer.gamma, layer.beta, ghost_size=3)
+        assert layer(x).tobytes() == y.tobytes()
+        mean, var = bn.ghost_update_running(mean, var, saved.moments, update_rate=0.3)
+        gradients = bn.ghost_batch_norm_backward(DY, saved)
+        assert layer.backward(DY).tobytes() == gradients.dx.tobytes()
+        assert layer.dgamma.tobytes() == gradients.dgamma.tobytes()
+    assert layer.running_mean.tobytes() == mean.tobytes()
+    assert layer.running_var.tobytes() == var.tobytes()
+    assert layer.update_count == 4
+    assert (layer.eval()(X) == bn.normalize(X, mean, var, layer.gamma, layer.beta)).all()
+
+
+def test_ghosts_pool_as_their_batch_does():
+    layer, plain = bn.BatchNorm(3, ghost_size=3, update_rate=None), bn.BatchNorm(3, update_rate=None)
+    layer(X)
+    plain(X)
+    np.testing.assert_allclose(layer.running_var, plain.running_var, rtol=1e-14)
+
+
+@pytest.mark.parametrize("parity", ["paper", "keras", "torchrl"])
+def test_a_layer_with_renorm_is_made_of_the_functions_and_its_step_is_state(parity, tmp_path):
+    settings = {"renorm": SCHEDULE, "parity": parity, "update_rate": 0.3}
+    layer = bn.BatchNorm(3, **settings)
+    mean, var = np.zeros(3), np.ones(3)
+    for step in range(9):
+        if step == 5:  # goes on from a file
+            layer.save(tmp_path / "state")
+            layer = bn.BatchNorm(3, **settings)
+            layer.load(tmp_path / "state")
+        x = X * np.float32(step + 1)
+        limits = SCHEDULE(step)._asdict()
+        y, saved = bn.batch_renorm(x, mean, var, layer.gamma, layer.beta, parity=parity, **limits)
+        assert layer(x).tobytes() == y.tobytes()
+        mean, var = bn.renorm_update_running(mean, var, saved, update_rate=0.3)
+        gradients = bn.batch_renorm_backward(DY, saved)
+        assert layer.backward(DY).tobytes() == gradients.dx.tobytes()
+        assert layer.dgamma.tobytes() == gradients.dgamma.tobytes()
+    assert layer.running_mean.tobytes() == mean.tobytes()
+    assert layer.running_var.tobytes() == var.tobytes()
+
+
+@pytest.mark.parametrize("settings", [{"ghost_size": 3}, {"renorm": SCHEDULE}])
+def test_policies_and_in_place_calls_hold_for_small_batches(settings):
+    layer = trained(nonfinite="skip", **settings)
+    before = bits(layer)
+    layer(poisoned(np.nan))
+    assert bits(layer) == before
+    x = X.copy()
+    assert layer(x, out=x) is x
+    with pytest.raises(RuntimeError, match="backward must follow a call"):
+        layer.backward(DY)
+    with pytest.raises(ValueError, match="mask must be None in training with ghost_size or renorm"):
+        layer(X, mask=MASK)
+    assert copy.copy(layer).running_var.tobytes() == layer.running_var.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "text"),
+    [
+        ({"ghost_size": 3, "renorm": SCHEDULE}, ValueError, "renorm must be None with a ghost_size"),
+        (
+            {"renorm": SCHEDULE, "update_rate": None},
+            ValueError,
+            "renorm must be None where update_rate is None",
+        ),
+        ({"renorm": 3}, TypeError, "renorm must be a RenormSchedule or None, got int"),
+        ({"parity": "tf"}, ValueError, "parity must be 'paper' or 'keras' or 'torchrl', got 'tf'"),
+        ({"ghost_size": 0}, ValueError, "ghost_size must be"),
+    ],
+)
+def test_small_batch_settings_that_make_no_sense_are_refused(settings, error, text):
+    with pytest.raises(error) as caught:
+        bn.BatchNorm(3, **settings)
+    assert str(caught.value).startswith(text)
+
+
+def test_renorm_updates_only_as_it_corrects():
+    layer = trained(renorm=SCHEDULE)
+    before = bits(layer)
+    with pytest.raises(ValueError, match="update_stats must not be True with running statistics"):
+        layer(X, use_stats="running", update_stats=True)
+    assert bits(layer) == before
+
+
 # ---- calls that fail ---------------------------------------------------------------------------------------
 
 

@@ -692,7 +692,7 @@ def test_a_layer_built_without_gamma_takes_none():
             TypeError,
             (
                 "keywords of BatchNorm() must be of axis, convention, eps, update_rate, ddof, gamma, beta, dtype, "
-                "debias, nonfinite, single_value, domains, num_threads, got epsilon, track"
+                "debias, nonfinite, single_value, domains, ghost_size, renorm, parity, num_threads, got epsilon, track"
             ),
         ),
         (

@@ -54,7 +54,7 @@ def no_other_arguments(others: Mapping[str, object]) -> None:
     if others:
         raise TypeError(
             "keywords of BatchNorm() must be of axis, convention, eps, update_rate, ddof, gamma, beta, dtype, debias, "
-            f"nonfinite, single_value, domains, num_threads, got {', '.join(others)}"
+            f"nonfinite, single_value, domains, ghost_size, renorm, parity, num_threads, got {', '.join(others)}"
         )
 
 
@@ -123,6 +123,35 @@ def domains(value: object) -> int | None:
     if number < 1:
         raise ValueError(f"domains must be >= 1 or None, got {number}")
     return number
+
+
+def renorm(value: Any, ghost_size: int | None, rate: float | None) -> Any:
+    """Give the schedule of batch renormalization, or None."""
+    if value is None:
+        return None
+    if not callable(value) or not hasattr(value, "r_max"):
+        raise TypeError(f"renorm must be a RenormSchedule or None, got {_kind(value)}")
+    if ghost_size is not None:
+        raise ValueError(f"renorm must be None with a ghost_size, got both (ghost_size={ghost_size})")
+    if rate is None:
+        raise ValueError(
+            "renorm must be None where update_rate is None: it corrects towards an exponential average"
+        )
+    return value
+
+
+def parts_of_small_batches(names: Mapping[str, object]) -> ValueError:
+    """Return the error for a mask in a layer of ghosts or renormalization."""
+    return ValueError(
+        f"{', '.join(names)} must be None in training with ghost_size or renorm, which take all of a batch"
+    )
+
+
+def update_without_renorm() -> ValueError:
+    """Return the error for statistics that renormalization does not keep."""
+    return ValueError(
+        "update_stats must not be True with running statistics in a layer with renorm, which updates as it corrects"
+    )
 
 
 def domain(value: object, count: int | None) -> int:

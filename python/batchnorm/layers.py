@@ -17,13 +17,27 @@ from numpy.typing import ArrayLike, DTypeLike, NDArray
 from batchnorm import _validate, _validate_state, conventions, state_file
 from batchnorm.functional import (
     Gradients,
+    Saved,
     batch_norm,
     batch_norm_backward,
     normalize,
     normalize_backward,
     update_running,
 )
-from batchnorm.moments import Moments, moments
+from batchnorm.ghost import (
+    GhostSaved,
+    ghost_batch_norm,
+    ghost_batch_norm_backward,
+    ghost_update_running,
+)
+from batchnorm.moments import Moments, merge, moments
+from batchnorm.renorm import (
+    RenormSaved,
+    RenormSchedule,
+    batch_renorm,
+    batch_renorm_backward,
+    renorm_update_running,
+)
 from batchnorm.report import Batch, Report, batch_findings, parameter_findings, statistics_findings
 
 __all__ = ["BatchNorm"]
@@ -51,6 +65,14 @@ _BY_CONVENTION: Any = _ByConvention()
 NONFINITE = ("raise", "skip", "warn", "propagate")
 SINGLE_VALUE = ("raise", "use_running", "skip")
 USE_STATS = ("batch", "running")
+PARITIES = ("paper", "keras", "torchrl")
+
+_AnySaved = Saved | GhostSaved | RenormSaved
+_BACKWARD: dict[type, Callable[..., Gradients]] = {
+    Saved: batch_norm_backward,
+    GhostSaved: ghost_batch_norm_backward,
+    RenormSaved: batch_renorm_backward,
+}
 
 # What backward needs of the last forward call: its x, and what gives dx, dgamma and dbeta for a dy.
 _LastCall = tuple[NDArray[Any], Callable[..., Gradients]]
@@ -94,6 +116,12 @@ class BatchNorm:
         "use_running" (as in evaluation, nothing is updated) or "skip" (y = beta, nothing is updated).
     domains : int >= 1 or None. K sets of running statistics beside one gamma and beta; each call names its set by
         ``domain=``. Statistics and counts then have a first axis of K.
+    ghost_size : int >= 1 or None. Training calls normalize each ghost of so many samples by its own statistics, which
+        update the running ones one after another (`ghost_batch_norm`, `ghost_update_running`).
+    renorm : RenormSchedule or None. Training calls are corrected towards the running statistics (`batch_renorm`), within
+        the limits that the schedule gives for step `update_count`.
+    parity : "paper" (default), "keras" or "torchrl": whose rules `renorm` follows; its running variance is not
+        `ddof`'s then (`renorm_update_running`).
     num_threads : int >= 1 or None: threads of each call, as in the functions.
 
     Attributes
@@ -157,6 +185,9 @@ class BatchNorm:
         nonfinite: str = "warn",
         single_value: str = "raise",
         domains: int | None = None,
+        ghost_size: int | None = None,
+        renorm: RenormSchedule | None = None,
+        parity: str = "paper",
         num_threads: int | None = None,
         **others: Any,
     ) -> None:
@@ -174,6 +205,11 @@ class BatchNorm:
         self._nonfinite = _validate_state.choice("nonfinite", nonfinite, NONFINITE)
         self._single_value = _validate_state.choice("single_value", single_value, SINGLE_VALUE)
         self._domains = _validate_state.domains(domains)
+        self._ghost_size = None if ghost_size is None else _validate.ghost_size(ghost_size)
+        self._renorm: RenormSchedule | None = _validate_state.renorm(
+            renorm, self._ghost_size, self._update_rate
+        )
+        self._parity = _validate_state.choice("parity", parity, PARITIES)
         self._num_threads = _validate.num_threads(num_threads) or None
         self._gamma = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
         self._beta = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
@@ -239,6 +275,21 @@ class BatchNorm:
     def domains(self) -> int | None:
         """K, the sets of running statistics; None for one without an axis of its own."""
         return self._domains
+
+    @property
+    def ghost_size(self) -> int | None:
+        """Samples of each ghost in training; None for the whole batch."""
+        return self._ghost_size
+
+    @property
+    def renorm(self) -> RenormSchedule | None:
+        """The limits of batch renormalization by step; None without it."""
+        return self._renorm
+
+    @property
+    def parity(self) -> str:
+        """Whose rules batch renormalization follows."""
+        return self._parity
 
     @property
     def num_threads(self) -> int | None:
@@ -515,27 +566,47 @@ class BatchNorm:
         gamma = _snapshot(self._gamma)
         if out is not None and update and self._nonfinite == "raise":
             self._refuse_nonfinite(x, how)
-        y, saved = batch_norm(
-            x,
-            gamma,
-            self._beta,
-            axis=self._axis,
-            eps=self._eps,
-            out=out,
-            num_threads=self._num_threads,
-            **how,
-        )
+        y, saved, seen = self._normalized_by_batch(x, gamma, out, k, how)
         size, batch = x.size, self._batch
-        statistics = self._updated(k, saved.moments, how) if update and size > 0 else self._statistics
-        last_call: _LastCall | None = (x, partial(batch_norm_backward, saved=saved))
+        statistics = self._updated(k, seen, how, saved) if update and size > 0 else self._statistics
+        last_call: _LastCall | None = (x, partial(_BACKWARD[type(saved)], saved=saved))
         if size > 0:
-            batch = (k, saved.moments, size)
+            batch = (k, seen, size)
             if saved.x is None:  # out was x
                 last_call = None
         # From here on nothing can raise.
         self._statistics, self._last_call, self._batch = statistics, last_call, batch
         self._largest_size = max(self._largest_size, size)
         return y
+
+    def _normalized_by_batch(
+        self,
+        x: NDArray[Any],
+        gamma: NDArray[Any] | None,
+        out: NDArray[Any] | None,
+        k: int,
+        how: Mapping[str, Any],
+    ) -> tuple[NDArray[Any], _AnySaved, Moments]:
+        """Return y, what its backward takes, and the moments of the batch."""
+        axis, eps, threads = self._axis, self._eps, self._num_threads
+        if self._ghost_size is None and self._renorm is None:
+            y, saved = batch_norm(
+                x, gamma, self._beta, axis=axis, eps=eps, out=out, num_threads=threads, **how
+            )
+            return y, saved, saved.moments
+        if how:
+            raise _validate_state.parts_of_small_batches(how)
+        options: dict[str, Any] = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
+        if self._ghost_size is not None:
+            y, ghosts = ghost_batch_norm(x, gamma, self._beta, ghost_size=self._ghost_size, **options)
+            return y, ghosts, merge(Moments.empty(self._channels), *ghosts.moments)
+        assert self._renorm is not None
+        now = self._statistics[k]
+        limits = self._renorm(now.update_count)._asdict()
+        y, renormed = batch_renorm(
+            x, now.mean, now.var, gamma, self._beta, parity=self._parity, **limits, **options
+        )
+        return y, renormed, renormed.moments
 
     def _by_running(
         self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
@@ -547,6 +618,8 @@ class BatchNorm:
             if update
             else None
         )
+        if update and self._renorm is not None:
+            raise _validate_state.update_without_renorm()
         if batch is not None and x.size > 0:
             _validate.batch_values(x, self._axis % x.ndim)
             all_statistics = self._updated(k, batch, how)
@@ -582,7 +655,9 @@ class BatchNorm:
         if channel >= 0:
             raise ValueError(_validate_state.nonfinite_batch(channel))
 
-    def _updated(self, k: int, batch: Moments, how: Mapping[str, Any]) -> tuple[_Statistics, ...]:
+    def _updated(
+        self, k: int, batch: Moments, how: Mapping[str, Any], saved: _AnySaved | None = None
+    ) -> tuple[_Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
         before = self._statistics
         if how and not batch.count.any():
@@ -599,7 +674,7 @@ class BatchNorm:
         rate = self._update_rate
         if self._debias and rate:
             rate = _debiased_rate(rate, before[k].update_count + 1)
-        after = _updated_statistics(before[k], batch, rate, self._ddof)
+        after = _updated_statistics(before[k], batch, rate, self._ddof, saved)
         return (after,) if len(before) == 1 else (*before[:k], after, *before[k + 1 :])
 
     def _as_gradient(
@@ -1159,6 +1234,10 @@ class BatchNorm:
             settings.append(f"single_value={self._single_value!r}")
         if self._domains is not None:
             settings.append(f"domains={self._domains}")
+        if self._ghost_size is not None:
+            settings.append(f"ghost_size={self._ghost_size}")
+        if self._renorm is not None:
+            settings.append(f"renorm={self._renorm}, parity={self._parity!r}")
         if self._num_threads is not None:
             settings.append(f"num_threads={self._num_threads}")
         frozen = [name for name in ("statistics", "affine") if getattr(self, f"_frozen_{name}")]
@@ -1215,16 +1294,26 @@ def _for_given_statistics(how: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _updated_statistics(
-    statistics: _Statistics, batch: Moments, update_rate: float | None, ddof: int
+    statistics: _Statistics,
+    batch: Moments,
+    update_rate: float | None,
+    ddof: int,
+    saved: _AnySaved | None = None,
 ) -> _Statistics:
-    """Return the statistics after one more batch. Changes none of its arguments."""
+    """Return the statistics after one more batch, that of `saved`. Changes none of its arguments."""
     count = statistics.update_count + 1
     if count >= 2**63:  # more than a state file can hold
         count -= 1
     if statistics.pooled is not None:
         return _pooled_statistics(statistics.pooled | batch, count, ddof)
     assert update_rate is not None
-    mean, var = update_running(statistics.mean, statistics.var, batch, update_rate=update_rate, ddof=ddof)
+    mean, var = statistics.mean, statistics.var
+    if isinstance(saved, RenormSaved):
+        mean, var = renorm_update_running(mean, var, saved, update_rate=update_rate)
+    elif isinstance(saved, GhostSaved):
+        mean, var = ghost_update_running(mean, var, saved.moments, update_rate=update_rate, ddof=ddof)
+    else:
+        mean, var = update_running(mean, var, batch, update_rate=update_rate, ddof=ddof)
     return _Statistics(mean, var, count, None)
 
 
