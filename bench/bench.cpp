@@ -38,7 +38,9 @@ constexpr const char* kHelp =
     "batchnorm-bench: the time of each pass of each case, against a copy of the same bytes in the same run.\n"
     "  --case NAME       only the case of that name, or those whose name contains it; may be repeated, as the next "
     "three\n"
-    "  --pass NAME       train, infer, backward, moments, normalize, grad_sums or grad_input\n"
+    "  --pass NAME       train, infer, backward, moments, normalize, grad_sums or grad_input; and, only by name,\n"
+    "                    train_masked, infer_masked, backward_masked, train_weighted, backward_weighted,\n"
+    "                    train_segments, backward_segments\n"
     "  --layout NAME     nchw, nhwc or nc\n"
     "  --dtype NAME      float16, bfloat16, float32 (default) or float64\n"
     "  --isa NAME        the kernels to use, as the environment variable BATCHNORM_ISA\n"
@@ -73,6 +75,7 @@ std::vector<Case> picked(const Words& names) {
 std::vector<bench::PassFacts> passes_for(const Settings& settings, const batchnorm::Problem& problem) {
   std::vector<bench::PassFacts> result;
   for (const auto& facts : bench::kPasses) {
+    if (facts.by_name && settings.passes.empty()) continue;
     if (among(settings.passes, facts.name) && problem.count() >= facts.values_needed) result.push_back(facts);
   }
   return result;

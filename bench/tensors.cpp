@@ -88,6 +88,8 @@ void Tensors<T>::run(Pass pass) {
       return batchnorm::grad_sums<T>(dy, x, problem_, moments, sums_, options_);
     case Pass::grad_input:
       return batchnorm::grad_input<T>(dy, x, problem_, moments, sums, gamma_, kEps, dx(), options_);
+    default:
+      return run_counted(pass);
   }
 }
 

@@ -11,6 +11,8 @@
 #include <vector>
 
 #include "batchnorm/batchnorm.hpp"
+#include "batchnorm/segments.hpp"
+#include "batchnorm/weighted.hpp"
 #include "copy.hpp"
 #include "passes.hpp"
 
@@ -75,6 +77,17 @@ class Tensors {
   };
   [[nodiscard]] Definition define() const;
 
+  // What is counted of the tensor where not all of it is, and what is known of that.
+  struct Counted {
+    std::vector<PerChannel> mask, weights;  // one per position
+    std::vector<std::int64_t> offsets = {0};
+    std::vector<batchnorm::Moments> moments, of_segments;
+  };
+  void count_parts();
+  void prepare_counted(Pass pass);
+  void run_counted(Pass pass);
+  void verify_counted(Pass pass, const char* name) const;
+
   void fill();
   void forget_results(Pass pass);
   void spoil_one_value(Pass pass);
@@ -93,6 +106,7 @@ class Tensors {
   std::vector<batchnorm::Moments> moments_;
   std::vector<batchnorm::GradSums> sums_;
   Definition definition_;
+  std::unique_ptr<Counted> counted_;
 };
 
 extern template class Tensors<batchnorm::Float16>;

@@ -1,36 +1,20 @@
 // Tensors<T>::verify(): the definition of every result, in plain float64 loops in the order of memory.
 #include <algorithm>
 #include <cmath>
-#include <cstdio>
 #include <limits>
 #include <stdexcept>
 #include <string>
 #include <type_traits>
 
+#include "require.hpp"
 #include "tensors.hpp"
 
 namespace bench {
 namespace {
 
-// What rounding may do to a result, relative to the absolute terms it is made of: some units in the last place of T,
-// and for float64 what the plain loops themselves round away. The data lie within 4 standard deviations of their mean.
-template <class T>
-constexpr double kRounding = sizeof(T) == 4 ? 1e-6 : 1e-10;
-template <>
-constexpr double kRounding<batchnorm::Float16> = 0x1p-11 + 1e-6;
-template <>
-constexpr double kRounding<batchnorm::BFloat16> = 0x1p-8 + 1e-6;
-
 // Added to a result to spoil it: more than rounding may do.
 template <class T>
 constexpr double kSpoils = sizeof(T) == 2 ? 0.5 : 0.001;
-
-void require(const char* pass, const char* what, std::size_t at, double got, double expected, double tolerance) {
-  if (std::abs(got - expected) <= tolerance) return;  // false for NaN
-  char text[200];
-  std::snprintf(text, sizeof text, "%s is wrong: %s[%zu] is %.9g, by definition %.9g", pass, what, at, got, expected);
-  throw std::runtime_error(text);
-}
 
 // f(channel, place) for every value.
 template <class F>
@@ -68,6 +52,7 @@ typename Tensors<T>::Definition Tensors<T>::define() const {
 
 template <class T>
 void Tensors<T>::verify(Pass pass, bool spoil) {
+  if (is_counted(pass)) prepare_counted(pass);
   forget_results(pass);
   run(pass);
   if (spoil) spoil_one_value(pass);
@@ -89,6 +74,8 @@ void Tensors<T>::verify(Pass pass, bool spoil) {
       return verify_grad_sums();
     case Pass::grad_input:
       return verify_dx("grad_input");
+    default:
+      return verify_counted(pass, name_of(pass));
   }
 }
 
@@ -99,8 +86,8 @@ void Tensors<T>::forget_results(Pass pass) {
     using Value = std::remove_reference_t<decltype(values[0])>;
     std::fill(values.begin(), values.end(), static_cast<Value>(std::numeric_limits<float>::quiet_NaN()));
   };
-  if (pass == Pass::train || pass == Pass::infer || pass == Pass::normalize) forget(y_.values());
-  if (pass == Pass::backward || pass == Pass::grad_input) forget(dx_.values());
+  if (writes_y(pass)) forget(y_.values());
+  if (writes_dx(pass)) forget(dx_.values());
   if (pass == Pass::train || pass == Pass::moments) moments_.assign(moments_.size(), {});
   if (pass == Pass::grad_sums) sums_.assign(sums_.size(), {});
   if (pass == Pass::backward) {
@@ -113,8 +100,8 @@ template <class T>
 void Tensors<T>::spoil_one_value(Pass pass) {
   const std::size_t at = x_.values().size() / 2, c = gamma_.size() / 2;
   const auto spoil = [](T& value) { value = static_cast<T>(double{value} + kSpoils<T>); };
-  if (pass == Pass::train || pass == Pass::infer || pass == Pass::normalize) spoil(y_.values()[at]);
-  if (pass == Pass::backward || pass == Pass::grad_input) spoil(dx_.values()[at]);
+  if (writes_y(pass)) spoil(y_.values()[at]);
+  if (writes_dx(pass)) spoil(dx_.values()[at]);
   if (pass == Pass::moments) moments_[c].mean += kSpoils<T>;
   if (pass == Pass::grad_sums) sums_[c].sum_dy += kSpoils<T> * static_cast<double>(problem_.count());
 }

@@ -18,6 +18,8 @@ from batchnorm.bench.process import OthersLoad
 
 README = Path(__file__).parents[1] / "bench" / "README.md"
 PASSES = ("train", "infer", "backward", "moments", "normalize", "grad_sums", "grad_input")
+COUNTED = ("train_masked", "infer_masked", "backward_masked", "train_weighted", "backward_weighted")
+COUNTED += ("train_segments", "backward_segments")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a value
 TINY = "tiny-2x8x4x4"
 
@@ -117,7 +119,13 @@ def test_bytes_are_those_of_the_tensors_that_must_move(report):
         assert row["bytes"] == tensors[row["pass"]] * value * math.prod(row["shape"])
 
 
-@pytest.mark.parametrize("pass_name", PASSES)
+def test_passes_over_parts_of_a_tensor_are_measured_by_name():
+    words = [word for name in COUNTED for word in ("--pass", name)]
+    rows = programs.run_bench(None, ["--case", TINY, *words, "--rounds", "1"])["rows"]
+    assert {row["pass"] for row in rows} == {*COUNTED, "copy", "stream"}
+
+
+@pytest.mark.parametrize("pass_name", (*PASSES, *COUNTED))
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_wrong_result_is_refused(pass_name, dtype):
     done = bench("--case", TINY, "--pass", pass_name, "--dtype", dtype, "--spoil", pass_name)

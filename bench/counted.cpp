@@ -1,0 +1,133 @@
+// The passes over parts of a tensor: masks, weights and segments, and the definition of their results.
+#include <algorithm>
+#include <cmath>
+
+#include "require.hpp"
+#include "tensors.hpp"
+
+namespace bench {
+namespace {
+
+bool is_masked(Pass pass) {
+  return pass == Pass::train_masked || pass == Pass::infer_masked || pass == Pass::backward_masked;
+}
+bool is_segmented(Pass pass) { return pass == Pass::train_segments || pass == Pass::backward_segments; }
+bool is_backward(Pass pass) {
+  return pass == Pass::backward_masked || pass == Pass::backward_weighted || pass == Pass::backward_segments;
+}
+
+// Bits in no order that anybody could foresee.
+std::size_t scrambled(std::size_t n) { return (n + 1) * 0x9e3779b97f4a7c15u >> 40; }
+
+}  // namespace
+
+// Three of four positions count; weights from 0.25 to 2; segments of 1 to 127 rows.
+template <class T>
+void Tensors<T>::count_parts() {
+  counted_ = std::make_unique<Counted>();
+  Counted& k = *counted_;
+  const auto positions = static_cast<std::size_t>(problem_.count()), channels = gamma_.size();
+  for (std::size_t p = 0; p < positions; ++p) {
+    k.mask.push_back(p > 1 && scrambled(p) % 4 == 0 ? 0 : 1);
+    k.weights.push_back(k.mask[p] * static_cast<PerChannel>(1 + scrambled(p + positions) % 8) / 4);
+  }
+  for (std::size_t s = 0; k.offsets.back() < problem_.outer; ++s) {
+    const std::int64_t rows = 1 + static_cast<std::int64_t>(scrambled(s) % 127);
+    k.offsets.push_back(std::min(k.offsets.back() + rows, problem_.outer));
+  }
+  k.moments.resize(channels);
+  k.of_segments.resize(channels * (k.offsets.size() - 1));
+}
+
+template <class T>
+void Tensors<T>::run_counted(Pass pass) {
+  const std::span<const T> x = x_.values(), dy = dy_.values();
+  Counted& k = *counted_;
+  const batchnorm::WeightsFor<T> w{is_masked(pass) ? k.mask : k.weights,
+                                   is_masked(pass) ? batchnorm::Padding::zero : batchnorm::Padding::normalize};
+  if (is_backward(pass)) {
+    const std::span<T> dx = new_if_fresh(dx_).values();
+    if (is_segmented(pass)) {
+      return batchnorm::segment_batch_norm_backward<T>(dy, x, problem_, k.offsets, k.of_segments, gamma_, kEps, dx,
+                                                       dgamma_, dbeta_, options_);
+    }
+    return batchnorm::batch_norm_backward<T>(dy, x, problem_, w, k.moments, gamma_, kEps, dx, dgamma_, dbeta_,
+                                             options_);
+  }
+  const std::span<T> y = new_if_fresh(y_).values();
+  if (is_segmented(pass)) {
+    return batchnorm::segment_batch_norm<T>(x, problem_, k.offsets, gamma_, beta_, kEps, y, k.of_segments, options_);
+  }
+  if (pass == Pass::infer_masked) {
+    return batchnorm::normalize<T>(x, problem_, w, running_mean_, running_var_, gamma_, beta_, kEps, y, options_);
+  }
+  batchnorm::batch_norm<T>(x, problem_, w, gamma_, beta_, kEps, y, k.moments, options_);
+}
+
+// What backward passes need, as forward ones leave it.
+template <class T>
+void Tensors<T>::prepare_counted(Pass pass) {
+  if (counted_ == nullptr) count_parts();
+  Counted& k = *counted_;
+  const std::span<const T> x = x_.values();
+  const auto& weights = is_masked(pass) ? k.mask : k.weights;
+  batchnorm::moments<T>(x, problem_, {weights, batchnorm::Padding::zero}, k.moments, options_);
+  if (is_segmented(pass)) batchnorm::segment_moments<T>(x, problem_, k.offsets, k.of_segments, options_);
+}
+
+// A value belongs to the group of its segment and channel, and has a weight there.
+template <class T>
+void Tensors<T>::verify_counted(Pass pass, const char* name) const {
+  const Counted& k = *counted_;
+  const auto channels = static_cast<std::size_t>(problem_.channels), inner = static_cast<std::size_t>(problem_.inner);
+  const T *x = x_.values().data(), *dy = dy_.values().data(), *y = y_.values().data(), *dx = dx_.values().data();
+  const auto each = [&](const auto& f) {  // f(group, channel, weight, place)
+    std::size_t segment = 0, at = 0;
+    for (std::size_t o = 0; o < static_cast<std::size_t>(problem_.outer); ++o) {
+      while (is_segmented(pass) && k.offsets[segment + 1] <= static_cast<std::int64_t>(o)) ++segment;
+      for (std::size_t c = 0; c < channels; ++c) {
+        for (std::size_t i = 0; i < inner; ++i) {
+          const std::size_t position = o * inner + i;
+          const double w = is_segmented(pass) ? 1 : double{is_masked(pass) ? k.mask[position] : k.weights[position]};
+          f(segment * channels + c, c, w, at++);
+        }
+      }
+    }
+  };
+  const std::size_t groups = is_segmented(pass) ? k.of_segments.size() : channels;
+  std::vector<double> total(groups), mean(groups), var(groups), sum(groups), dot(groups);
+  const auto used = [&](double w) { return w != 0 || !is_masked(pass); };
+  each([&](std::size_t g, std::size_t, double w, std::size_t at) { total[g] += w, mean[g] += w * double{x[at]}; });
+  for (std::size_t g = 0; g < groups; ++g) mean[g] /= total[g];
+  each([&](std::size_t g, std::size_t, double w, std::size_t at) {
+    const double xmu = double{x[at]} - mean[g];
+    var[g] += w * xmu * xmu / total[g];
+    if (used(w)) sum[g] += double{dy[at]}, dot[g] += double{dy[at]} * xmu;
+  });
+  each([&](std::size_t g, std::size_t c, double w, std::size_t at) {
+    const bool given = pass == Pass::infer_masked;
+    const double rstd = 1 / std::sqrt((given ? double{running_var_[c]} : var[g]) + kEps), gain = double{gamma_[c]};
+    const double xhat = (double{x[at]} - (given ? double{running_mean_[c]} : mean[g])) * rstd;
+    if (!is_backward(pass)) {
+      const double expected = used(w) ? gain * xhat + double{beta_[c]} : 0, shift = std::abs(double{beta_[c]});
+      return require(name, "y", at, double{y[at]}, expected, kRounding<T> * (4 * std::abs(gain) * (1 + rstd) + shift));
+    }
+    const double share = w / total[g], along = share * xhat * rstd * dot[g];
+    const double expected = used(w) ? gain * rstd * (double{dy[at]} - share * sum[g] - along) : 0;
+    const double scale = std::abs(gain) * rstd * (4 + share * std::abs(sum[g]) + std::abs(along));
+    require(name, "dx", at, double{dx[at]}, expected, 2 * kRounding<T> * scale);
+  });
+}
+
+#define BENCH_INSTANTIATE(T)                       \
+  template void Tensors<T>::run_counted(Pass);     \
+  template void Tensors<T>::prepare_counted(Pass); \
+  template void Tensors<T>::count_parts();         \
+  template void Tensors<T>::verify_counted(Pass, const char*) const;
+BENCH_INSTANTIATE(batchnorm::Float16)
+BENCH_INSTANTIATE(batchnorm::BFloat16)
+BENCH_INSTANTIATE(float)
+BENCH_INSTANTIATE(double)
+#undef BENCH_INSTANTIATE
+
+}  // namespace bench
