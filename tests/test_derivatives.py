@@ -197,7 +197,9 @@ def test_values_that_carry_derivatives_of_their_own_are_refused():
             TypeError, match="x_dot must have dtype float16, bfloat16, float32 or float64, got"
         ):
             bn.batch_norm_jvp(value, c.saved())
-        with pytest.raises(TypeError, match="v_dx must have dtype float32 or float64, got"):
+        with pytest.raises(
+            TypeError, match="v_dx must have dtype float16, bfloat16, float32 or float64, got"
+        ):
             bn.batch_norm_double_backward(value, c.dy, c.saved())
 
 

@@ -103,9 +103,12 @@ struct Results {
   std::vector<double> dgamma_second, dgamma_second_frozen;
 };
 
+// The passes of training, or the derivatives too, which take as long once more.
+enum class Order { first, second };
+
 // Every pass over the batch. Does no arithmetic of its own, so that it may run in any floating-point environment.
 template <class T>
-Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5) {
+Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5, Order order = Order::second) {
   const auto n = b.x.size(), channels = b.gamma.size();
   Results<T> r{std::vector<Moments>(channels),
                std::vector<Moments>(channels),
@@ -143,6 +146,8 @@ Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5) {
                                     options);
   batchnorm::normalize_backward<T>(dy, x, p, mean, var, gamma, eps, r.dx_frozen, std::span(r.dgamma_frozen),
                                    std::span(r.dbeta_frozen), options);
+  batchnorm::update_running(r.running_mean, r.running_var, r.saved, 0.1, 1);
+  if (order == Order::first) return r;
   const std::span<const T> v(r.dx);  // any values that are not dy
   batchnorm::batch_norm_jvp<T>(v, x, p, r.saved, gamma, beta, mean, eps, r.y_dot, options);
   batchnorm::batch_norm_double_backward<T>(v, dy, x, p, r.saved, gamma, beta, mean, eps, r.ddy, r.dx_second,
@@ -150,7 +155,6 @@ Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5) {
   batchnorm::normalize_jvp<T>(v, x, p, mean, var, gamma, beta, var, beta, mean, eps, r.y_dot_frozen, options);
   batchnorm::normalize_double_backward<T>(v, dy, x, p, mean, var, gamma, beta, mean, eps, r.ddy_frozen,
                                           r.dx_second_frozen, std::span(r.dgamma_second_frozen), options);
-  batchnorm::update_running(r.running_mean, r.running_var, r.saved, 0.1, 1);
   return r;
 }
 
