@@ -15,30 +15,10 @@ void check_common(const Problem& problem, const Options& options) {
 }
 
 template <class T>
-void check_output(const char* name, std::span<T> out, const Problem& problem, std::span<const T> in,
-                  const char* in_name) {
-  check::size(name, out.size(), problem);
-  check::no_partial_overlap(name, out.data(), in_name, in.data(), in.size_bytes());
-}
-
-template <class T>
 void check_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, const Options& options) {
   check_common(problem, options);
   check::size("dy", dy.size(), problem);
   check::size("x", x.size(), problem);
-}
-
-template <class T>
-void check_gradients(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues gamma,
-                     double eps, std::span<T> dx, ChannelOutput dgamma, ChannelOutput dbeta) {
-  check::channels_or_absent("gamma", gamma, problem);
-  check::eps(eps);
-  if (!dx.empty()) {
-    check_output("dx", dx, problem, dy, "dy");
-    check::no_partial_overlap("dx", dx.data(), "x", x.data(), x.size_bytes());
-  }
-  if (dgamma.wanted()) check::channels("dgamma", dgamma.size(), problem);
-  if (dbeta.wanted()) check::channels("dbeta", dbeta.size(), problem);
 }
 
 template <class T>
@@ -50,7 +30,7 @@ void check_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& pr
   check::channels_or_absent("mean_dot", tangents.mean, problem);
   check::channels_or_absent("var_dot", tangents.var, problem);
   check::eps(eps);
-  check_output("y_dot", y_dot, problem, x_dot, "x_dot");
+  check::output("y_dot", y_dot, problem, x_dot, "x_dot");
   check::no_partial_overlap("y_dot", y_dot.data(), "x", x.data(), x.size_bytes());
 }
 
@@ -60,8 +40,8 @@ void check_second_tensors(std::span<const T> v, std::span<const T> dy, std::span
                           std::span<T> ddy, std::span<T> dx) {
   check::size("v", v.size(), problem);
   for (const auto& [name, in] : {std::pair{"v", v}, {"dy", dy}, {"x", x}}) {
-    if (!ddy.empty()) check_output("ddy", ddy, problem, in, name);
-    if (!dx.empty()) check_output("dx", dx, problem, in, name);
+    if (!ddy.empty()) check::output("ddy", ddy, problem, in, name);
+    if (!dx.empty()) check::output("dx", dx, problem, in, name);
     if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy.data(), name, in.data(), in.size_bytes());
   }
   if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy.data(), "dx", dx.data(), dx.size_bytes());
@@ -84,11 +64,6 @@ auto in_default_environment(F f) {
   decltype(f()) result{};
   run_here([&] { result = f(); });
   return result;
-}
-
-template <class T>
-T* data_or_null(std::span<T> s) {
-  return s.empty() ? nullptr : s.data();
 }
 
 }  // namespace
@@ -147,7 +122,7 @@ void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamm
   check::channels_or_absent("gamma", gamma, problem);
   check::channels_or_absent("beta", beta, problem);
   check::eps(eps);
-  check_output("y", y, problem, x, "x");
+  check::output("y", y, problem, x, "x");
   check::channels("saved", saved.size(), problem);
   check::batch_values(problem);
   run_batch_norm(x.data(), problem, gamma, beta, eps, y.data(), saved.data(), options.threads);
@@ -165,7 +140,7 @@ void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean,
   check::channels_or_absent("beta", beta, problem);
   check::eps(eps);
   check::variances(var);
-  check_output("y", y, problem, x, "x");
+  check::output("y", y, problem, x, "x");
   run_normalize(x.data(), problem, {mean, var}, gamma, beta, eps, y.data(), options.threads);
 }
 
@@ -180,7 +155,7 @@ void normalize(std::span<const T> x, const Problem& problem, std::span<const Mom
   check::channels_or_absent("gamma", gamma, problem);
   check::channels_or_absent("beta", beta, problem);
   check::eps(eps);
-  check_output("y", y, problem, x, "x");
+  check::output("y", y, problem, x, "x");
   run_normalize(x.data(), problem, {{}, {}, moments.data()}, gamma, beta, eps, y.data(), options.threads);
 }
 
@@ -205,7 +180,7 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& prob
   check::counts_of_batch("moments", moments, problem);
   check::channels("sums", sums.size(), problem);
   check::size("dx", dx.size(), problem);
-  check_gradients(dy, x, problem, gamma, eps, dx, {}, {});
+  check::gradients(dy, x, problem, gamma, eps, dx, {}, {});
   run_grad_input(dy.data(), x.data(), problem, moments.data(), sums.data(), gamma, eps, dx.data(), options.threads);
 }
 
@@ -217,7 +192,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Prob
   check_backward(dy, x, problem, options);
   check::channels("saved", saved.size(), problem);
   check::counts_of_batch("saved", saved, problem);
-  check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
   run_batch_norm_backward(dy.data(), x.data(), problem, saved.data(), gamma, eps, data_or_null(dx), dgamma, dbeta,
                           options.threads);
 }
@@ -231,7 +206,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
   check::channels_present("mean", mean, problem);
   check::channels_present("var", var, problem);
   check::variances(var);
-  check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
   run_normalize_backward(dy.data(), x.data(), problem, {mean, var}, gamma, eps, data_or_null(dx), dgamma, dbeta,
                          options.threads);
 }

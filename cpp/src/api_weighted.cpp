@@ -22,32 +22,6 @@ GivenWeights<T> checked(const Problem& problem, const WeightsFor<T>& weights, st
   return {weights.values.data(), summary, weights.padding};
 }
 
-template <class T>
-void check_output(const char* name, std::span<T> out, const Problem& problem, std::span<const T> in,
-                  const char* in_name) {
-  check::size(name, out.size(), problem);
-  check::no_partial_overlap(name, out.data(), in_name, in.data(), in.size_bytes());
-}
-
-template <class T>
-void check_gradients(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues gamma,
-                     double eps, std::span<T> dx, ChannelOutput dgamma, ChannelOutput dbeta) {
-  check::size("dy", dy.size(), problem);
-  check::channels_or_absent("gamma", gamma, problem);
-  check::eps(eps);
-  if (!dx.empty()) {
-    check_output("dx", dx, problem, dy, "dy");
-    check::no_partial_overlap("dx", dx.data(), "x", x.data(), x.size_bytes());
-  }
-  if (dgamma.wanted()) check::channels("dgamma", dgamma.size(), problem);
-  if (dbeta.wanted()) check::channels("dbeta", dbeta.size(), problem);
-}
-
-template <class T>
-T* data_or_null(std::span<T> s) {
-  return s.empty() ? nullptr : s.data();
-}
-
 }  // namespace
 
 template <class T>
@@ -67,7 +41,7 @@ void batch_norm(std::span<const T> x, const Problem& problem, const WeightsFor<T
   check::channels_or_absent("gamma", gamma, problem);
   check::channels_or_absent("beta", beta, problem);
   check::eps(eps);
-  check_output("y", y, problem, x, "x");
+  check::output("y", y, problem, x, "x");
   check::channels("saved", saved.size(), problem);
   check::counted_positions(given.summary.counted, problem);
   run_weighted_batch_norm(x.data(), problem, given, gamma, beta, eps, y.data(), saved.data(), options.threads);
@@ -86,7 +60,7 @@ void normalize(std::span<const T> x, const Problem& problem, const WeightsFor<T>
   check::channels_or_absent("beta", beta, problem);
   check::eps(eps);
   check::variances(var);
-  check_output("y", y, problem, x, "x");
+  check::output("y", y, problem, x, "x");
   run_weighted_normalize(x.data(), problem, given, {mean, var}, gamma, beta, eps, y.data(), options.threads);
 }
 
@@ -112,7 +86,7 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& prob
   check::counts("moments", moments);
   check::channels("sums", sums.size(), problem);
   check::size("dx", dx.size(), problem);
-  check_gradients(dy, x, problem, gamma, eps, dx, {}, {});
+  check::gradients(dy, x, problem, gamma, eps, dx, {}, {});
   run_weighted_grad_input(dy.data(), x.data(), problem, given, moments.data(), sums.data(), gamma, eps, dx.data(),
                           options.threads);
 }
@@ -125,7 +99,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Prob
   const GivenWeights<T> given = checked(problem, weights, x, options);
   check::channels("saved", saved.size(), problem);
   check::counts("saved", saved);
-  check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
   run_weighted_batch_norm_backward(dy.data(), x.data(), problem, given, saved.data(), gamma, eps, data_or_null(dx),
                                    dgamma, dbeta, options.threads);
 }
@@ -141,7 +115,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
   check::channels_present("mean", mean, problem);
   check::channels_present("var", var, problem);
   check::variances(var);
-  check_gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
   run_weighted_normalize_backward(dy.data(), x.data(), problem, given, {mean, var}, gamma, eps, data_or_null(dx),
                                   dgamma, dbeta, options.threads);
 }

@@ -51,4 +51,34 @@ void no_partial_overlap(const char* out_name, const void* out, const char* in_na
 // `out` does not touch `in`, of as many bytes.
 void apart(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
 
+// A tensor that is written: of the problem's size, exactly `in` or apart from it.
+template <class T>
+void output(const char* name, std::span<T> out, const Problem& problem, std::span<const T> in, const char* in_name) {
+  size(name, out.size(), problem);
+  no_partial_overlap(name, out.data(), in_name, in.data(), in.size_bytes());
+}
+// dy and the gradients of a call, of which those that are empty are not wanted.
+template <class T>
+void gradients(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues gamma, double eps_,
+               std::span<T> dx, ChannelOutput dgamma, ChannelOutput dbeta) {
+  size("dy", dy.size(), problem);
+  channels_or_absent("gamma", gamma, problem);
+  eps(eps_);
+  if (!dx.empty()) {
+    output("dx", dx, problem, dy, "dy");
+    no_partial_overlap("dx", dx.data(), "x", x.data(), x.size_bytes());
+  }
+  if (dgamma.wanted()) channels("dgamma", dgamma.size(), problem);
+  if (dbeta.wanted()) channels("dbeta", dbeta.size(), problem);
+}
+
 }  // namespace batchnorm::check
+
+namespace batchnorm {
+
+template <class T>
+T* data_or_null(std::span<T> s) {
+  return s.empty() ? nullptr : s.data();
+}
+
+}  // namespace batchnorm

@@ -20,6 +20,15 @@ inline void read_channels(const ChannelValues& from, Range channels, double abse
   for (std::int64_t c = channels.begin; c < channels.end; ++c) *to++ = from.value_or(c, absent);
 }
 
+template <class V>
+V read_channels(const ChannelValues& from, std::int64_t c, double absent) {
+  if constexpr (kChannelsOf<V> == 1) {
+    return from.value_or(c, absent);
+  } else {
+    return V{from.value_or(c, absent), from.value_or(c + 1, absent)};
+  }
+}
+
 // Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input). Interleaved, their fields become one array
 // each.
 template <class T, template <class> class Map>

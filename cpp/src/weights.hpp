@@ -25,8 +25,9 @@ class TensorWeights {
  public:
   using W = kernels::WeightOf<T>;
 
-  TensorWeights(const W* values, const WeightSummary& summary, const Plan& plan)
-      : values_(values), problem_(plan.problem), summary_(summary) {}
+  TensorWeights(const W* values, const WeightSummary& summary) : values_(values), summary_(summary) {}
+  // Before all that follows: the tensor, as the plan sees it.
+  void belong_to(const Problem& problem) { problem_ = problem; }
 
   [[nodiscard]] double total() const { return summary_.total; }
   [[nodiscard]] const kernels::WeightedKernels<T>::Moments& moments_of(const kernels::WeightedKernels<T>& k) const {
@@ -47,7 +48,7 @@ class TensorWeights {
 
  private:
   const W* values_;
-  Problem problem_;
+  Problem problem_{};
   WeightSummary summary_;
 };
 
