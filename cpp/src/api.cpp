@@ -42,9 +42,9 @@ void check_second_tensors(std::span<const T> v, std::span<const T> dy, std::span
   for (const auto& [name, in] : {std::pair{"v", v}, {"dy", dy}, {"x", x}}) {
     if (!ddy.empty()) check::output("ddy", ddy, problem, in, name);
     if (!dx.empty()) check::output("dx", dx, problem, in, name);
-    if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy.data(), name, in.data(), in.size_bytes());
+    if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy, name, in);
   }
-  if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy.data(), "dx", dx.data(), dx.size_bytes());
+  if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy, "dx", dx);
 }
 
 template <class T>

@@ -13,6 +13,12 @@
 
 namespace batchnorm {
 
+// dx = gamma*rstd*dy from a variance that is constant; without values: dx = dy.
+struct ConstantScale {
+  ChannelValues var = {}, gamma = {};
+  double eps = 0;
+};
+
 template <class T, class Calls>
 class BackwardPass {
  public:
@@ -22,7 +28,7 @@ class BackwardPass {
 
   bool reduces, applies;
   Calls calls;
-  const Moments* moments;
+  const Moments* moments;  // null where only a constant scale is applied
   GradSums* sums_out = nullptr;
   const GradSums* sums_in = nullptr;  // where it applies but does not reduce
   ChannelOutput dgamma = {}, dbeta = {};
@@ -30,7 +36,8 @@ class BackwardPass {
   double eps = 0;
   bool forward_mode = false;  // dy is a tangent of x, and dx becomes that of y
   ChannelValues gamma_dot = {}, beta_dot = {};
-  const double* column_mean = nullptr;  // interleaved and reduces: moments[...].mean, per column
+  const ConstantScale* constant_scale = nullptr;  // of dx, whatever else is computed
+  const double* column_mean = nullptr;            // interleaved and reduces: moments[...].mean, per column
   Plan plan = {};
   Table* coefficients = nullptr;  // where it applies
 
@@ -49,6 +56,8 @@ class BackwardPass {
   }
 
   void finish(Range channels, const kernels::Sums* totals) {
+    if (applies && constant_scale != nullptr) set_constant_scale(channels);
+    if (moments == nullptr) return;
     for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
       const Range some{begin, std::min(begin + kTogether, channels.end)};
       finish_some(some, totals == nullptr ? nullptr : totals + (begin - channels.begin));
@@ -93,8 +102,20 @@ class BackwardPass {
       const TwoParts<V> rstd{gather<V>(rstd_hi + i), gather<V>(rstd_lo + i)};
       put(first + i, s, dgamma_of<A>(m, s, rstd));
       m.count = m.count == 0 ? all<V>(1) : m.count;  // nothing to divide by, and a rstd of 0
-      if (applies) coefficients->set(first + i, coefficients_of<V>(first + i, m, s, rstd));
+      if (applies && constant_scale == nullptr) coefficients->set(first + i, coefficients_of<V>(first + i, m, s, rstd));
     });
+  }
+
+  void set_constant_scale(Range channels) const {
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      const TwoParts<double> rstd = rstd_for<A, double>(constant_scale->var.value_or(c, 1), constant_scale->eps);
+      const auto k = frozen_backward_coefficients<A>(rstd, constant_scale->gamma.value_or(c, 1));
+      const auto without_x = [](const kernels::Affine<double>& of_dy) {
+        return kernels::GradAffine<double>{of_dy.center, of_dy.scale, 0, 0, of_dy.offset};
+      };
+      coefficients->set(c,
+                        Coefficients<double, kernels::GradAffine>{without_x(k.narrow), without_x(k.wide), k.is_wide});
+    }
   }
 
   // Of the channels of a V from c on; `totals` are null for an empty batch, whose sums are 0.

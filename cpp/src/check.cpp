@@ -164,9 +164,18 @@ void counts_of_segments(const char* name, std::span<const Moments> moments, std:
   }
 }
 
-void apart(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes) {
-  const auto a = reinterpret_cast<std::uintptr_t>(out), b = reinterpret_cast<std::uintptr_t>(in);
-  if ((a > b ? a - b : b - a) < bytes) fail(out_name, " must share no memory with ", in_name, ", got an overlap");
+void bytes_apart(const char* a_name, const void* a, std::size_t a_bytes, const char* b_name, const void* b,
+                 std::size_t b_bytes) {
+  const auto first = reinterpret_cast<std::uintptr_t>(a), second = reinterpret_cast<std::uintptr_t>(b);
+  if (first > second ? first - second < b_bytes && a_bytes > 0 : second - first < a_bytes && b_bytes > 0) {
+    fail(a_name, " must share no memory with ", b_name, ", got an overlap");
+  }
+}
+
+void mask_bytes(std::size_t got, std::int64_t needed) {
+  if (got != static_cast<std::size_t>(needed)) {
+    fail("mask must have ", needed, " bytes (relu_mask_bytes of the problem), got ", got);
+  }
 }
 
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes) {

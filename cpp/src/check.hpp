@@ -48,8 +48,14 @@ void counts_of_segments(const char* name, std::span<const Moments> moments, std:
                         const Problem& problem);
 // `out` is exactly `in`, or does not touch it.
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
-// `out` does not touch `in`, of as many bytes.
-void apart(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
+// Arrays of any types and sizes that must not touch each other.
+void bytes_apart(const char* a_name, const void* a, std::size_t a_bytes, const char* b_name, const void* b,
+                 std::size_t b_bytes);
+template <class A, class B>
+void apart(const char* a_name, std::span<A> a, const char* b_name, std::span<B> b) {
+  bytes_apart(a_name, a.data(), a.size_bytes(), b_name, b.data(), b.size_bytes());
+}
+void mask_bytes(std::size_t got, std::int64_t needed);
 
 // A tensor that is written: of the problem's size, exactly `in` or apart from it.
 template <class T>

@@ -545,8 +545,10 @@ TEST(every_table_has_every_kernel) {
              k.rows_grad_input && k.runs_normalize_around_cache && k.rows_normalize_around_cache &&
              k.runs_grad_input_around_cache && k.rows_grad_input_around_cache && k.add_blocks;
     };
-    EXPECT(complete(implementation.table->f32) && complete(implementation.table->f64), implementation.name);
-    EXPECT(implementation.table->f32.rows_normalize_mixed && implementation.table->f32.rows_grad_input_mixed,
+    EXPECT(complete(implementation.table->of<float>()) && complete(implementation.table->of<double>()),
+           implementation.name);
+    EXPECT(implementation.table->of<float>().rows_normalize_mixed &&
+               implementation.table->of<float>().rows_grad_input_mixed,
            implementation.name);
   }
 }
@@ -731,9 +733,9 @@ TEST(channels_of_one_piece_get_the_bits_that_each_gets_alone) {
       for (const std::int64_t count : {1, 3}) {
         const Runs runs{length, count, channels * length + (length % 3) * 5, channels, length % 2 == 0 ? 0 : 1'000'000};
         for (const Implementation& implementation : runnable()) {
-          expect_each_channel_as_alone<float>(implementation.name, implementation.table->f32, runs,
+          expect_each_channel_as_alone<float>(implementation.name, implementation.table->of<float>(), runs,
                                               several_channels<float>(runs, ++seed));
-          expect_each_channel_as_alone<double>(implementation.name, implementation.table->f64, runs,
+          expect_each_channel_as_alone<double>(implementation.name, implementation.table->of<double>(), runs,
                                                several_channels<double>(runs, ++seed));
         }
       }
@@ -758,7 +760,7 @@ TEST(sums_of_blocks_add_up_with_the_error_of_each_addition_kept) {
         if (is_reference && low_is_kept) continue;  // it keeps no low parts
         std::vector<double>& total = totals.emplace_back(static_cast<std::size_t>(4 * columns));
         const auto add_blocks =
-            low_is_kept ? implementation.table->f64.add_blocks : implementation.table->f32.add_blocks;
+            low_is_kept ? implementation.table->of<double>().add_blocks : implementation.table->of<float>().add_blocks;
         add_blocks(sums_at(parts.data()), kBlocks, stride, columns, sums_at(total.data()));
         EXPECT(data::same_bits(total, totals.front()), implementation.name, " ", columns, " columns");
       }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/lanes-inl.hpp"
+#include "kernels/relu_inputs-inl.hpp"
 #include "kernels/table.hpp"
 #include "kernels/weights-inl.hpp"
 
@@ -74,7 +75,7 @@ struct InStretch {
 };
 
 template <class Pair, class... Input>
-BN_INLINE void sum_run(Pair& pair, std::int64_t length, const InStretch& in, const Input*... input) {
+BN_INLINE void sum_run(Pair& pair, std::int64_t length, const InStretch& in, const Input&... input) {
   std::int64_t i = 0;
   for (; i + kLanes <= length; i += kLanes) {
     const std::int64_t ahead = i + in.ahead + (i + in.ahead < in.left ? 0 : in.jump);
@@ -111,15 +112,15 @@ constexpr std::int64_t kStretchesPerVisit = 4, kShortRun = 256;
 
 // Where an input has run k of a channel, `start` values behind the first run of the first channel; overloaded for what
 // is not as large as the tensor (weights-inl.hpp).
-template <class T>
-BN_INLINE const T* run_at(const T* input, std::int64_t start, std::int64_t) {
+template <class Input>
+BN_INLINE Input run_at(const Input& input, std::int64_t start, std::int64_t) {
   return input + start;
 }
 
 // make(c) gives what channel c sums: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of
 // each input. Inputs walk together.
-template <class Accumulator, class Make, class T, class... Rest>
-BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const T* input, const Rest&... rest) {
+template <class Accumulator, class T, class Make, class... Input>
+BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input&... input) {
   KeptLanes<Accumulator> kept[kMostChannels];
   for (std::int64_t c = 0; runs.count == 0 && c < runs.channels; ++c) out[c] = Sums{};
   const std::int64_t stretch = runs.channels * runs.length;
@@ -138,7 +139,7 @@ BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const T* input, const R
       const InStretch in{stretch - c * runs.length, jump, ahead};
       for (std::int64_t v = 0; v < visit; ++v) {
         const std::int64_t start = (k + v) * runs.stride + c * runs.length;
-        sum_run(pair, runs.length, in, input + start, run_at(rest, start, k + v)...);
+        sum_run(pair, runs.length, in, run_at(input, start, k + v)...);
       }
       if (k + visit < runs.count) {
         keep(pair.first, lanes.first, lanes.first_lo, kLanes);
@@ -213,13 +214,13 @@ BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::
 }
 
 // make(c, n) gives the empty Pair of the n columns from c on.
-template <class Make, class T, class... Rest>
-BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const T* input, const Rest&... rest) {
+template <class T, class Make, class... Input>
+BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input&... input) {
   const std::int64_t ahead = values_ahead<T>(rows), stride = rows.stride;
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
-    visit_rows(make, r == 0, visit, rows.columns, stride, ahead, out, rows_of(input, r, visit, stride, rows.columns),
-               rows_of(rest, r, visit, stride, rows.columns)...);
+    visit_rows(make, r == 0, visit, rows.columns, stride, ahead, out,
+               rows_of(input, r, visit, stride, rows.columns)...);
   }
 }
 

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kernels/lanes-inl.hpp"
+#include "kernels/relu_inputs-inl.hpp"
 #include "kernels/table.hpp"
 
 namespace batchnorm::kernels {
@@ -22,7 +23,7 @@ enum class Stores { ordinary, around_cache };
 // 16 outputs at p, which begins a line. What lies `ahead` is fetched: inputs where stores go around the caches, else
 // the output.
 template <Stores kStores, class A, class T, class... Input>
-BN_INLINE void put(T* p, const Lanes<A>& outputs, std::int64_t ahead, const Input*... input) {
+BN_INLINE void put(T* p, const Lanes<A>& outputs, std::int64_t ahead, const Input&... input) {
   if constexpr (kStores == Stores::around_cache) {
     stream_lanes(p, outputs);
     (fetch_lanes<Fetch::kFar>(input + ahead), ...);
@@ -37,7 +38,7 @@ BN_INLINE void put(T* p, const Lanes<A>& outputs, std::int64_t ahead, const Inpu
 // coefficients of both. make(c) gives the map of channel c; map(p..., n) the outputs for the next 16 (or n < 16) values
 // at the input pointers p.
 template <Stores kStores, class Make, class T, class... Input>
-BN_INLINE void apply_stretch(Make make, const Runs& runs, T* out, const Input*... input) {
+BN_INLINE void apply_stretch(Make make, const Runs& runs, T* out, const Input&... input) {
   auto map = make(0);
   std::int64_t at = values_to_line(out);
   if (at > runs.length) at = runs.length;
@@ -61,7 +62,7 @@ BN_INLINE void apply_stretch(Make make, const Runs& runs, T* out, const Input*..
 }
 
 template <Stores kStores, class Make, class T, class... Input>
-BN_INLINE void apply_runs(Make make, Runs runs, T* out, const Input*... input) {
+BN_INLINE void apply_runs(Make make, Runs runs, T* out, const Input&... input) {
   for (std::int64_t k = 0; k < runs.count; ++k) {
     apply_stretch<kStores>(make, runs, out + k * runs.stride, (input + k * runs.stride)...);
   }
@@ -73,7 +74,7 @@ constexpr std::int64_t kRowsPerApply = 4;
 
 template <class Map, class T, class... Input>
 BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t n, T* out,
-                             const Input*... input) {
+                             const Input&... input) {
   for (std::int64_t at = 0; at < count * rows.stride; at += rows.stride) {
     if (rows.ahead != 0) {
       (fetch_lanes<Fetch::kFar>(input + at + rows.ahead), ...);
@@ -85,7 +86,7 @@ BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& row
 
 // make(c, n) gives the map of the n <= 16 columns from c on.
 template <class Make, class T, class... Input>
-BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input*... input) {
+BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input&... input) {
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerApply) {
     const std::int64_t visit = rows.count - r < kRowsPerApply ? rows.count - r : kRowsPerApply;
     const std::int64_t start = r * rows.stride;
@@ -100,23 +101,27 @@ BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input*... input) {
   }
 }
 
-// The same with stores around the caches: rows side by side as one piece of memory, of which only the ends are not
-// whole lines. A vector across the end of a row takes the coefficients behind the last column, which are those of the
-// first.
-template <class Make, class T, class... Input>
-BN_INLINE void apply_rows_around_cache(Make make, Rows rows, T* out, const Input*... input) {
+// The same for rows side by side, as one piece of memory of which only the ends are not whole lines. A vector across
+// the end of a row takes the coefficients behind the last column, which are those of the first.
+template <Stores kStores, class Make, class T, class... Input>
+BN_INLINE void apply_rows_in_line(Make make, Rows rows, T* out, const Input&... input) {
   const std::int64_t total = rows.count * rows.columns;
   std::int64_t at = values_to_line(out);
   if (at > total) at = total;
   if (at > 0) store_first(out, at, make(0, at)(input..., at));
   std::int64_t c = at;
   for (; at + kLanes <= total; at += kLanes) {
-    stream_lanes(out + at, make(c, kLanes)((input + at)..., kLanes));
+    const auto outputs = make(c, kLanes)((input + at)..., kLanes);
+    if constexpr (kStores == Stores::around_cache) {
+      stream_lanes(out + at, outputs);
+    } else {
+      store_as(out + at, outputs);
+    }
     c += kLanes;
     if (c >= rows.columns) c -= rows.columns;
   }
   if (at < total) store_first(out + at, total - at, make(c, total - at)((input + at)..., total - at));
-  finish_streams();
+  if constexpr (kStores == Stores::around_cache) finish_streams();
 }
 
 // A vector of columns of which those in `mask` are computed by `wide` (in float64), the others by `narrow`.
@@ -126,22 +131,13 @@ struct Mixed {
   Wide wide;
   unsigned mask;
 
-  template <class T>
-  BN_INLINE Lanes<float> operator()(const T* a, std::int64_t n) const {
-    return choose(n, a);
-  }
-  template <class T>
-  BN_INLINE Lanes<float> operator()(const T* a, const T* b, std::int64_t n) const {
-    return choose(n, a, b);
-  }
-
-  template <class... Input>
-  BN_INLINE Lanes<float> choose(std::int64_t n, const Input*... input) const {
-    const Lanes<float> fast = narrow(input..., n);
+  template <class... Arguments>
+  BN_INLINE Lanes<float> operator()(const Arguments&... arguments) const {
+    const Lanes<float> fast = narrow(arguments...);
     if (mask == 0) return fast;
     float result[kLanes], exact[kLanes];
     store(result, fast);
-    store_as(exact, wide(input..., n));
+    store_as(exact, wide(arguments...));
     for (int l = 0; l < kLanes; ++l) {
       if ((mask >> l) & 1u) result[l] = exact[l];
     }

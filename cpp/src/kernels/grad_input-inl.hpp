@@ -11,9 +11,12 @@ struct GradInputMap {
   Lanes<A> dy_center, dy_scale, x_center, x_scale, offset;
 
   BN_INLINE Lanes<A> operator()(const T* dy, const T* x, std::int64_t n) const {
-    return (load_upto<A>(dy, n, T(0)) - dy_center) * dy_scale + (load_upto<A>(x, n, T(0)) - x_center) * x_scale +
-           offset;
+    return of(load_upto<A>(dy, n, T(0)), x, n);
   }
+  BN_INLINE Lanes<A> of(const Lanes<A>& dy, const T* x, std::int64_t n) const {
+    return (dy - dy_center) * dy_scale + (load_upto<A>(x, n, T(0)) - x_center) * x_scale + offset;
+  }
+  BN_INLINE Lanes<A> of(const Lanes<A>& dy) const { return (dy - dy_center) * dy_scale + offset; }
 };
 
 template <class T, class A>
@@ -48,7 +51,8 @@ void runs_grad_input_wide(const T* dy, const T* x, T* dx, Runs runs, const GradA
 template <class T>
 void rows_grad_input_around_cache(const T* dy, const T* x, T* dx, Rows rows,
                                   const GradAffineColumns<Arithmetic<T>>& k) {
-  apply_rows_around_cache([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); }, rows, dx, dy, x);
+  apply_rows_in_line<Stores::around_cache>([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); },
+                                           rows, dx, dy, x);
 }
 
 template <class T>

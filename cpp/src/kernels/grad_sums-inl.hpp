@@ -12,8 +12,8 @@ struct GradTerms {
   Accumulator first, second;
   Lanes<double> mean;
 
-  BN_INLINE void add(const T* dy, const T* x, std::int64_t n) {
-    const Lanes<double> g = load_upto<double>(dy, n, T(0));
+  BN_INLINE void add(const T* dy, const T* x, std::int64_t n) { add_lanes(load_upto<double>(dy, n, T(0)), x, n); }
+  BN_INLINE void add_lanes(const Lanes<double>& g, const T* x, std::int64_t n) {
     // Missing lanes: 0*(0 - mean).
     const Lanes<double> d = other_subtract(load_upto<double>(x, n, T(0)), mean);
     first.add(g);
@@ -24,7 +24,7 @@ struct GradTerms {
 template <class T, class Accumulator>
 void runs_grad_sums(const T* dy, const T* x, Runs runs, const double* mean, Sums* out) {
   using Terms = GradTerms<T, Accumulator>;
-  sum_runs<Accumulator>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x);
+  sum_runs<Accumulator, T>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x);
 }
 
 template <class T, class Accumulator>
@@ -32,7 +32,7 @@ void rows_grad_sums(const T* dy, const T* x, Rows rows, const double* mean, cons
   const auto make = [mean](std::int64_t c, std::int64_t n) {
     return GradTerms<T, Accumulator>{{}, {}, load_upto<double>(mean + c, n, 0.0)};
   };
-  sum_rows(make, rows, out, dy, x);
+  sum_rows<T>(make, rows, out, dy, x);
 }
 
 }  // namespace

@@ -54,14 +54,14 @@ struct MomentTerms {
 template <class T, class Accumulator>
 void runs_moments(const T* x, Runs runs, Sums* out) {
   using Terms = MomentTerms<T, Accumulator, Shift::none>;
-  sum_runs<Accumulator>([](std::int64_t) { return Terms{{}, {}, {}, T(0)}; }, runs, out, x);
+  sum_runs<Accumulator, T>([](std::int64_t) { return Terms{{}, {}, {}, T(0)}; }, runs, out, x);
 }
 
 template <class T, class Accumulator>
 void runs_moments_about(const T* x, Runs runs, Arithmetic<T> shift, Sums* out) {
   using Terms = MomentTerms<T, Accumulator, Shift::given>;
   const auto make = [shift](std::int64_t) { return Terms{{}, {}, broadcast(static_cast<double>(shift)), shift}; };
-  sum_runs<Accumulator>(make, runs, out, x);
+  sum_runs<Accumulator, T>(make, runs, out, x);
 }
 
 template <class T, class Accumulator>
@@ -69,7 +69,7 @@ void rows_moments(const T* x, Rows rows, const ColumnSums& out) {
   const auto make = [](std::int64_t, std::int64_t) {
     return MomentTerms<T, Accumulator, Shift::none>{{}, {}, broadcast(0.0), T(0)};
   };
-  sum_rows(make, rows, out, x);
+  sum_rows<T>(make, rows, out, x);
 }
 
 // The missing lanes of a short vector of columns hold 0 - 0.
@@ -78,7 +78,7 @@ void rows_moments_about(const T* x, Rows rows, const Arithmetic<T>* shift, const
   const auto make = [shift](std::int64_t c, std::int64_t n) {
     return MomentTerms<T, Accumulator, Shift::given>{{}, {}, load_upto<double>(shift + c, n, T(0)), T(0)};
   };
-  sum_rows(make, rows, out, x);
+  sum_rows<T>(make, rows, out, x);
 }
 
 }  // namespace

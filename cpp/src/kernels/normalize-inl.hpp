@@ -42,7 +42,8 @@ void runs_normalize_wide(const T* x, T* y, Runs runs, const Affine<double>& k) {
 
 template <class T>
 void rows_normalize_around_cache(const T* x, T* y, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
-  apply_rows_around_cache([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);
+  apply_rows_in_line<Stores::around_cache>([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); },
+                                           rows, y, x);
 }
 
 template <class T>

@@ -452,15 +452,167 @@ constexpr WeightedKernels<T> make_weighted_kernels() {
   return k;
 }
 
+// ---- ReLU: normalize, a residual added, and what is at or below 0 made 0; backward through the mask ----
+
+bool bit_of(const std::uint8_t* mask, std::int64_t at) { return ((mask[at / 8] >> (at % 8)) & 1) != 0; }
+// Other threads may set other bits of the byte.
+void set_bit(std::uint8_t* mask, std::int64_t at, bool value) {
+  const auto bit = static_cast<std::uint8_t>(1u << (at % 8));
+  if (value) {
+    __atomic_fetch_or(mask + at / 8, bit, __ATOMIC_RELAXED);
+  } else {
+    __atomic_fetch_and(mask + at / 8, static_cast<std::uint8_t>(~bit), __ATOMIC_RELAXED);
+  }
+}
+
+template <class T, class A>
+void runs_relu_one(const T* x, T* y, const ReluTail<T>& tail, Runs runs, const Affine<A>& k) {
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = r * runs.stride + i;
+      const double exact = (static_cast<double>(x[at]) - static_cast<double>(k.center)) * static_cast<double>(k.scale) +
+                           static_cast<double>(k.offset);
+      auto sum = static_cast<Arithmetic<T>>(exact);
+      if (tail.residual != nullptr) sum += static_cast<Arithmetic<T>>(tail.residual[tail.at + at]);
+      const bool stays = !(sum <= 0);
+      if (tail.mask != nullptr) set_bit(tail.mask, tail.first_bit + tail.at + at, stays);
+      y[at] = stays ? static_cast<T>(sum) : static_cast<T>(0);
+    }
+  }
+}
+template <class T>
+ReluTail<T> from(const ReluTail<T>& tail, std::int64_t n) {
+  return {tail.residual, tail.mask, tail.first_bit, tail.at + n};
+}
+template <class T>
+void runs_relu(const T* x, T* y, const ReluTail<T>& tail, Runs runs, const Affine<Arithmetic<T>>* k) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    const std::int64_t at = c * runs.length;
+    runs_relu_one(x + at, y + at, from(tail, at), one_channel(runs), k[c]);
+  }
+}
+template <class T>
+void rows_relu(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    const Affine<Arithmetic<T>> one{k.center[c], k.scale[c], k.offset[c]};
+    runs_relu_one(x + c, y + c, from(tail, c), column(rows), one);
+  }
+}
+template <class T>
+void rows_relu_mixed(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const AffineColumns<float>& k,
+                     const WideColumns<AffineColumns<double>>& wide) {
+  const AffineColumns<double>& w = wide.coefficients;
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    if ((wide.mask[c / 16] >> (c % 16)) & 1) {
+      const Affine<double> one{w.center[c], w.scale[c], w.offset[c]};
+      runs_relu_one(x + c, y + c, from(tail, c), column(rows), one);
+    } else {
+      const Affine<float> one{k.center[c], k.scale[c], k.offset[c]};
+      runs_relu_one(x + c, y + c, from(tail, c), column(rows), one);
+    }
+  }
+}
+
+template <class T>
+T dresidual_at(const ReluInputs<T>& in, std::int64_t at) {
+  return bit_of(in.mask, in.first_bit + in.at + at) ? in.dy[in.at + at] : static_cast<T>(0);
+}
+template <class T>
+void runs_relu_grad_sums_one(const ReluInputs<T>& in, Runs runs, double mean, Sums* out) {
+  double first = 0, second = 0;
+  for (std::int64_t k = 0; k < runs.count; ++k) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = k * runs.stride + i;
+      const auto dy = static_cast<double>(dresidual_at(in, at));
+      first += dy;
+      second += dy * (static_cast<double>(in.x[in.at + at]) - mean);
+    }
+  }
+  *out = Sums{first, 0, second, 0};
+}
+template <class T, class A>
+void runs_relu_grad_input_one(const ReluInputs<T>& in, T* dx, Runs runs, const GradAffine<A>& k) {
+  for (std::int64_t r = 0; r < runs.count; ++r) {
+    for (std::int64_t i = 0; i < runs.length; ++i) {
+      const std::int64_t at = r * runs.stride + i;
+      const T dy = dresidual_at(in, at);
+      double d = (static_cast<double>(dy) - static_cast<double>(k.dy_center)) * static_cast<double>(k.dy_scale);
+      if (in.x != nullptr) {
+        d += (static_cast<double>(in.x[in.at + at]) - static_cast<double>(k.x_center)) * static_cast<double>(k.x_scale);
+      }
+      if (in.dresidual != nullptr) in.dresidual[in.at + at] = dy;
+      dx[at] = static_cast<T>(d + static_cast<double>(k.offset));
+    }
+  }
+}
+template <class T>
+ReluInputs<T> from(ReluInputs<T> in, std::int64_t n) {
+  in.at += n;
+  return in;
+}
+template <class T>
+void runs_relu_grad_sums(const ReluInputs<T>& in, Runs runs, const double* mean, Sums* out) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    runs_relu_grad_sums_one(from(in, c * runs.length), one_channel(runs), mean[c], out + c);
+  }
+}
+template <class T>
+void rows_relu_grad_sums(const ReluInputs<T>& in, Rows rows, const double* mean, const ColumnSums& out) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    Sums s;
+    runs_relu_grad_sums_one(from(in, c), column(rows), mean[c], &s);
+    put(out, c, s);
+  }
+}
+template <class T>
+void runs_relu_grad_input(const ReluInputs<T>& in, T* dx, Runs runs, const GradAffine<Arithmetic<T>>* k) {
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    runs_relu_grad_input_one(from(in, c * runs.length), dx + c * runs.length, one_channel(runs), k[c]);
+  }
+}
+template <class T>
+void rows_relu_grad_input(const ReluInputs<T>& in, T* dx, Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    runs_relu_grad_input_one(from(in, c), dx + c, column(rows), at(k, c));
+  }
+}
+template <class T>
+void rows_relu_grad_input_mixed(const ReluInputs<T>& in, T* dx, Rows rows, const GradAffineColumns<float>& k,
+                                const WideColumns<GradAffineColumns<double>>& wide) {
+  for (std::int64_t c = 0; c < rows.columns; ++c) {
+    if ((wide.mask[c / 16] >> (c % 16)) & 1) {
+      runs_relu_grad_input_one(from(in, c), dx + c, column(rows), at(wide.coefficients, c));
+    } else {
+      runs_relu_grad_input_one(from(in, c), dx + c, column(rows), at(k, c));
+    }
+  }
+}
+
+template <class T>
+constexpr ReluKernels<T> make_relu_kernels() {
+  ReluKernels<T> k{};
+  k.runs_normalize = k.runs_normalize_around_cache = runs_relu<T>;
+  k.runs_normalize_wide = runs_relu_one<T, double>;
+  k.rows_normalize = k.rows_normalize_in_line = k.rows_normalize_around_cache = rows_relu<T>;
+  k.runs_grad_sums = runs_relu_grad_sums<T>;
+  k.rows_grad_sums = rows_relu_grad_sums<T>;
+  k.runs_grad_input = k.runs_grad_input_around_cache = runs_relu_grad_input<T>;
+  k.runs_grad_input_wide = runs_relu_grad_input_one<T, double>;
+  k.rows_grad_input = k.rows_grad_input_around_cache = rows_relu_grad_input<T>;
+  if constexpr (sizeof(T) < sizeof(double)) {
+    k.rows_normalize_mixed = rows_relu_mixed<T>;
+    k.rows_grad_input_mixed = rows_relu_grad_input_mixed<T>;
+  }
+  return k;
+}
+
+template <class T>
+constexpr KernelsOf<T> make_all() {
+  return {make_kernels<T>(), make_weighted_kernels<T>(), make_relu_kernels<T>()};
+}
+
 }  // namespace
 
-const KernelTable reference_table = {make_kernels<float>(),
-                                     make_kernels<double>(),
-                                     make_kernels<Float16>(),
-                                     make_kernels<BFloat16>(),
-                                     make_weighted_kernels<float>(),
-                                     make_weighted_kernels<double>(),
-                                     make_weighted_kernels<Float16>(),
-                                     make_weighted_kernels<BFloat16>()};
+const KernelTable reference_table = {make_all<float>(), make_all<double>(), make_all<Float16>(), make_all<BFloat16>()};
 
 }  // namespace batchnorm::kernels

@@ -5,6 +5,7 @@
 #include "kernels/grad_sums-inl.hpp"
 #include "kernels/moments-inl.hpp"
 #include "kernels/normalize-inl.hpp"
+#include "kernels/relu-inl.hpp"
 #include "kernels/second_grad-inl.hpp"
 #include "kernels/weighted-inl.hpp"
 
@@ -44,15 +45,15 @@ constexpr Kernels<T> make_kernels() {
   return k;
 }
 
+template <class T, class Accumulator>
+constexpr KernelsOf<T> make_all() {
+  return {make_kernels<T, Accumulator>(), make_weighted_kernels<T, Accumulator>(), make_relu_kernels<T, Accumulator>()};
+}
 constexpr KernelTable make_table() {
-  return {.f32 = make_kernels<float, Plain>(),
-          .f64 = make_kernels<double, Compensated>(),
-          .f16 = make_kernels<Float16, Plain>(),
-          .bf16 = make_kernels<BFloat16, Plain>(),
-          .weighted_f32 = make_weighted_kernels<float, Plain>(),
-          .weighted_f64 = make_weighted_kernels<double, Compensated>(),
-          .weighted_f16 = make_weighted_kernels<Float16, Plain>(),
-          .weighted_bf16 = make_weighted_kernels<BFloat16, Plain>()};
+  return {.f32 = make_all<float, Plain>(),
+          .f64 = make_all<double, Compensated>(),
+          .f16 = make_all<Float16, Plain>(),
+          .bf16 = make_all<BFloat16, Plain>()};
 }
 
 }  // namespace

@@ -20,11 +20,7 @@
 // - Multiplications and additions are separate, each rounded, except where a product is exact (float*float in
 //   float64), when a fused one is the same.
 //
-// Room kept for what follows, none of which the kernels below would notice:
-// - an epilogue (ReLU, add then ReLU): a map around the map of normalize, the residual being one more input; its mirror
-//   in backward is a map around the load of dy;
-// - a merge over ranks: happens between the passes, where no kernel runs.
-// What each means for the plan is told in docs/kernels.md.
+// Room kept for a merge over ranks: it happens between the passes, where no kernel runs (docs/kernels.md).
 #pragma once
 
 #include <cstdint>
@@ -231,18 +227,76 @@ struct WeightedKernels {
                                 const GradAffineColumns<A>&, const WideColumns<GradAffineColumns<double>>&);
 };
 
+// ---- ReLU ----
+//
+// y = max(s, 0), where s is what normalize gives, in the arithmetic type and rounded to it, and the residual added. NaN
+// stays; -0 becomes 0. The mask has one bit an element: whether s is above 0 or NaN. The bit of the element at place e
+// of the tensor is bit (first_bit + e) % 8 of byte (first_bit + e) / 8.
+
+// What follows normalize. Pieces of a tensor that are worked on at the same time may share a byte of the mask: bits of
+// a byte that is not a piece's own alone are set in one step.
+template <class T>
+struct ReluTail {
+  const T* residual;   // like x; null: none
+  std::uint8_t* mask;  // null: none
+  std::int64_t first_bit;
+  std::int64_t at = 0;  // where x and y begin in the tensor
+};
+
+// What backward reads, and where the mask lets it through: dy*1, else 0, which is dresidual.
+template <class T>
+struct ReluInputs {
+  const T *dy, *x;           // x null: grad_input without its term
+  const std::uint8_t* mask;  // may be read up to 4 bytes behind a bit
+  std::int64_t first_bit;
+  T* dresidual = nullptr;  // written by grad_input; may be dy or x; null: not wanted
+  bool streams = false;    // whether dresidual goes around the caches where dx does: it lies alike in cache lines
+  std::int64_t at = 0;     // where the pointers' piece begins in the tensor
+};
+
+// The functions are those of Kernels. rows_normalize_in_line walks as rows_normalize_around_cache does, with ordinary
+// stores and the same demands: vectors begin at lines of y, which is quicker where rows of the mask are not whole
+// bytes.
+template <class T>
+struct ReluKernels {
+  using A = Arithmetic<T>;
+  void (*runs_normalize)(const T* x, T* y, const ReluTail<T>&, Runs, const Affine<A>*);
+  void (*runs_normalize_around_cache)(const T* x, T* y, const ReluTail<T>&, Runs, const Affine<A>*);
+  void (*runs_normalize_wide)(const T* x, T* y, const ReluTail<T>&, Runs, const Affine<double>&);
+  void (*rows_normalize)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&);
+  void (*rows_normalize_in_line)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&);
+  void (*rows_normalize_around_cache)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&);
+  void (*rows_normalize_mixed)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&,
+                               const WideColumns<AffineColumns<double>>&);
+
+  void (*runs_grad_sums)(const ReluInputs<T>&, Runs, const double* mean, Sums*);
+  void (*rows_grad_sums)(const ReluInputs<T>&, Rows, const double* mean, const ColumnSums&);
+
+  void (*runs_grad_input)(const ReluInputs<T>&, T* dx, Runs, const GradAffine<A>*);
+  void (*runs_grad_input_around_cache)(const ReluInputs<T>&, T* dx, Runs, const GradAffine<A>*);
+  void (*runs_grad_input_wide)(const ReluInputs<T>&, T* dx, Runs, const GradAffine<double>&);
+  void (*rows_grad_input)(const ReluInputs<T>&, T* dx, Rows, const GradAffineColumns<A>&);
+  void (*rows_grad_input_around_cache)(const ReluInputs<T>&, T* dx, Rows, const GradAffineColumns<A>&);
+  void (*rows_grad_input_mixed)(const ReluInputs<T>&, T* dx, Rows, const GradAffineColumns<A>&,
+                                const WideColumns<GradAffineColumns<double>>&);
+};
+
+// All that is made for one type of tensors.
+template <class T>
+struct KernelsOf {
+  Kernels<T> plain;
+  WeightedKernels<T> weighted;
+  ReluKernels<T> relu;
+};
+
 struct KernelTable {
-  Kernels<float> f32;
-  Kernels<double> f64;
-  Kernels<Float16> f16;
-  Kernels<BFloat16> bf16;
-  WeightedKernels<float> weighted_f32;
-  WeightedKernels<double> weighted_f64;
-  WeightedKernels<Float16> weighted_f16;
-  WeightedKernels<BFloat16> weighted_bf16;
+  KernelsOf<float> f32;
+  KernelsOf<double> f64;
+  KernelsOf<Float16> f16;
+  KernelsOf<BFloat16> bf16;
 
   template <class T>
-  [[nodiscard]] const Kernels<T>& of() const {
+  [[nodiscard]] const KernelsOf<T>& all() const {
     if constexpr (std::is_same_v<T, Float16>) {
       return f16;
     } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -254,16 +308,16 @@ struct KernelTable {
     }
   }
   template <class T>
+  [[nodiscard]] const Kernels<T>& of() const {
+    return all<T>().plain;
+  }
+  template <class T>
   [[nodiscard]] const WeightedKernels<T>& weighted() const {
-    if constexpr (std::is_same_v<T, Float16>) {
-      return weighted_f16;
-    } else if constexpr (std::is_same_v<T, BFloat16>) {
-      return weighted_bf16;
-    } else if constexpr (std::is_same_v<T, float>) {
-      return weighted_f32;
-    } else {
-      return weighted_f64;
-    }
+    return all<T>().weighted;
+  }
+  template <class T>
+  [[nodiscard]] const ReluKernels<T>& relu() const {
+    return all<T>().relu;
   }
 };
 

@@ -79,7 +79,7 @@ struct WeightedMoments {
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
 void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Sums* out) {
   const auto make = [](std::int64_t) { return Terms<T, Accumulator, Shift::none>(broadcast(0.0), T(0)); };
-  sum_runs<Accumulator>(make, runs, out, x, w);
+  sum_runs<Accumulator, T>(make, runs, out, x, w);
 }
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
 void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Arithmetic<T> shift,
@@ -87,12 +87,12 @@ void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& w, R
   const auto make = [shift](std::int64_t) {
     return Terms<T, Accumulator, Shift::given>(broadcast(static_cast<double>(shift)), shift);
   };
-  sum_runs<Accumulator>(make, runs, out, x, w);
+  sum_runs<Accumulator, T>(make, runs, out, x, w);
 }
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
 void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const ColumnSums& out) {
   const auto make = [](std::int64_t, std::int64_t) { return Terms<T, Accumulator, Shift::none>(broadcast(0.0), T(0)); };
-  sum_rows(make, rows, out, x, w);
+  sum_rows<T>(make, rows, out, x, w);
 }
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
 void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const Arithmetic<T>* shift,
@@ -100,7 +100,7 @@ void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, R
   const auto make = [shift](std::int64_t c, std::int64_t n) {
     return Terms<T, Accumulator, Shift::given>(load_upto<double>(shift + c, n, T(0)), T(0));
   };
-  sum_rows(make, rows, out, x, w);
+  sum_rows<T>(make, rows, out, x, w);
 }
 
 // ---- grad_sums ----
@@ -123,7 +123,7 @@ template <class T, class Accumulator>
 void runs_masked_grad_sums(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, const double* mean,
                            Sums* out) {
   using Terms = MaskedGradTerms<T, Accumulator>;
-  sum_runs<Accumulator>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x, w);
+  sum_runs<Accumulator, T>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x, w);
 }
 template <class T, class Accumulator>
 void rows_masked_grad_sums(const T* dy, const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const double* mean,
@@ -131,7 +131,7 @@ void rows_masked_grad_sums(const T* dy, const T* x, const RowWeights<WeightOf<T>
   const auto make = [mean](std::int64_t c, std::int64_t n) {
     return MaskedGradTerms<T, Accumulator>{{}, {}, load_upto<double>(mean + c, n, 0.0)};
   };
-  sum_rows(make, rows, out, dy, x, w);
+  sum_rows<T>(make, rows, out, dy, x, w);
 }
 
 // ---- what is written ----

@@ -57,6 +57,15 @@ BN_INLINE void narrow_store(T* p, NativeDouble v) {
   const std::uint32_t two = vget_lane_u32(vreinterpret_u32_u16(narrow(p, vcvt_high_f32_f64(vcvt_f32_f64(v), v))), 0);
   __builtin_memcpy(p, &two, sizeof two);
 }
+// Bit l: whether lane l is above 0 or NaN.
+BN_INLINE unsigned above_zero(NativeFloat v) {
+  const uint32x4_t bits = {1, 2, 4, 8};
+  return vaddvq_u32(vbicq_u32(bits, vcleq_f32(v, vdupq_n_f32(0))));
+}
+BN_INLINE unsigned above_zero(NativeDouble v) {
+  const uint64x2_t bits = {1, 2};
+  return static_cast<unsigned>(vaddvq_u64(vbicq_u64(bits, vcleq_f64(v, vdupq_n_f64(0)))));
+}
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return vfmaq_f64(c, a, b); }
 // a + b and a - b, for machines that can do more sums at once in another way.

@@ -34,6 +34,13 @@ BN_INLINE void narrow_store(float* p, NativeDouble v) {
   const double two = _mm_cvtsd_f64(_mm_castps_pd(_mm_cvtpd_ps(v)));
   __builtin_memcpy(p, &two, sizeof two);
 }
+// Bit l: whether lane l is above 0 or NaN.
+BN_INLINE unsigned above_zero(NativeFloat v) {
+  return static_cast<unsigned>(_mm_movemask_ps(_mm_cmpnle_ps(v, _mm_setzero_ps())));
+}
+BN_INLINE unsigned above_zero(NativeDouble v) {
+  return static_cast<unsigned>(_mm_movemask_pd(_mm_cmpnle_pd(v, _mm_setzero_pd())));
+}
 // a*b + c where a*b is exact.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return a * b + c; }
 // a + b and a - b, for machines that can do more sums at once in another way.

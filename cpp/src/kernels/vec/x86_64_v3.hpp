@@ -54,6 +54,13 @@ template <class T>
 BN_INLINE void narrow_store(T* p, NativeDouble v) {
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), narrow(p, _mm256_zextps128_ps256(_mm256_cvtpd_ps(v))));
 }
+// Bit l: whether lane l is above 0 or NaN.
+BN_INLINE unsigned above_zero(NativeFloat v) {
+  return static_cast<unsigned>(_mm256_movemask_ps(_mm256_cmp_ps(v, _mm256_setzero_ps(), _CMP_NLE_UQ)));
+}
+BN_INLINE unsigned above_zero(NativeDouble v) {
+  return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)));
+}
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);

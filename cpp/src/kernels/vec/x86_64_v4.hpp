@@ -57,6 +57,9 @@ BN_INLINE void narrow_store(T* p, NativeDouble v) {
   const NativeFloat four = _mm512_zextps128_ps512(_mm256_cvtpd_ps(v));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(narrow(p, four)));
 }
+// Bit l: whether lane l is above 0 or NaN.
+BN_INLINE unsigned above_zero(NativeFloat v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
+BN_INLINE unsigned above_zero(NativeDouble v) { return _mm256_cmp_pd_mask(v, _mm256_setzero_pd(), _CMP_NLE_UQ); }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
