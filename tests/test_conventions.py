@@ -2,6 +2,7 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -89,6 +90,100 @@ def test_a_layer_trained_here_is_what_the_library_would_have_trained(library):
         assert_float32(mine, recorded(library, 20)[name])
 
 
+def nnx_module(state, **changes):
+    """Give a recorded state as an nnx.BatchNorm of Flax has it."""
+    settings = {"epsilon": 1e-5, "momentum": 0.99, "axis": -1, "use_running_average": False}
+    arrays = {name: state[name] for name in ("scale", "bias", "mean", "var")}
+    return SimpleNamespace(**(settings | arrays | changes))
+
+
+def test_an_nnx_module_is_read_as_the_variables_of_linen_are():
+    state = recorded("flax", 10)
+    layer = bn.BatchNorm.from_flax(nnx_module(state))
+    assert (layer.eps, layer.update_rate, layer.axis, layer.ddof) == (1e-5, 0.01, -1, 0)
+    for step in range(10, 20):
+        layer(X[step])
+    assert_float32(layer.running_var, recorded("flax", 20)["var"])
+    assert_float32(layer.eval()(X[0]), recorded("flax", 20)["y"])
+    flat = {name: value for name, value in state.items() if name != "y"}
+    other = bn.BatchNorm.from_flax(flat)
+    assert all(
+        (other.state_dict()[name] == value).all()
+        for name, value in imported("flax", state).state_dict().items()
+    )
+
+
+def test_the_settings_of_an_nnx_module_are_taken_unless_others_are_given():
+    module = nnx_module(recorded("flax", 1), epsilon=1e-2, momentum=0.75, axis=(0,), scale=None)
+    layer = bn.BatchNorm.from_flax(module)
+    assert (layer.eps, layer.update_rate, layer.axis, layer.gamma) == (1e-2, 0.25, 0, None)
+    layer = bn.BatchNorm.from_flax(module, epsilon=1e-4, momentum=0.5, axis=1)
+    assert (layer.eps, layer.update_rate, layer.axis) == (1e-4, 0.5, 1)
+
+
+# ---- the mode ----------------------------------------------------------------------------------------------
+
+
+class TorchModule:
+    """What is read of a module of PyTorch."""
+
+    eps, momentum = 1e-5, 0.1
+
+    def __init__(self, training, state):
+        self.training, self.state_dict = training, lambda: state
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_is_in_the_mode_of_the_module_it_came_from(training):
+    state = source_of("torch", recorded("torch", 10))
+    assert bn.BatchNorm.from_torch(TorchModule(training, state)).training is training
+    module = nnx_module(recorded("flax", 10), use_running_average=not training)
+    assert bn.BatchNorm.from_flax(module).training is training
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_layer_from_bare_arrays_is_in_training_mode(library):
+    assert imported(library, recorded(library, 10)).training
+
+
+def test_an_nnx_module_that_leaves_the_mode_to_its_calls_is_in_training_mode():
+    assert bn.BatchNorm.from_flax(nnx_module(recorded("flax", 1), use_running_average=None)).training
+
+
+def keras_layer(**changes):
+    state = source_of("keras", recorded("keras", 10))
+    return SimpleNamespace(**(state | {"epsilon": 1e-3, "momentum": 0.99, "axis": -1} | changes))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_layer_of_keras_that_is_not_trainable_is_frozen(trainable):
+    layer = bn.BatchNorm.from_keras(keras_layer(trainable=trainable))
+    assert layer.training
+    assert (layer.frozen_statistics, layer.frozen_affine) == (not trainable, not trainable)
+    y = layer(X[0])
+    agrees = np.allclose(y, recorded("keras", 10)["y"], rtol=4e-6, atol=4e-6)
+    assert agrees is (not trainable)
+
+
+@pytest.mark.parametrize("said", [{"center": False}, {"scale": True}, {"scale": True, "center": False}])
+def test_three_arrays_of_keras_are_read_with_what_is_said_of_them(said):
+    gamma, mean, var = (recorded("keras", 10)[name] for name in ("gamma", "moving_mean", "moving_variance"))
+    layer = bn.BatchNorm.from_keras([gamma, mean, var], **said)
+    assert layer.beta is None
+    assert (layer.gamma == gamma).all()
+    assert (layer.running_mean == mean).all()
+    without_scale = bn.BatchNorm.from_keras([gamma, mean, var], **{n: not v for n, v in said.items()})
+    assert without_scale.gamma is None
+    assert (without_scale.beta == gamma).all()
+
+
+def test_two_arrays_of_keras_are_the_statistics():
+    mean, var = (recorded("keras", 10)[name] for name in ("moving_mean", "moving_variance"))
+    layer = bn.BatchNorm.from_keras([mean, var])
+    assert (layer.gamma, layer.beta) == (None, None)
+    assert (layer.running_var == var).all()
+
+
 # ---- the libraries themselves ------------------------------------------------------------------------------
 
 
@@ -104,6 +199,7 @@ def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
         layer = bn.BatchNorm.from_torch(module)
         assert (layer.eps, layer.update_rate, layer.ddof, layer.update_count) == (1e-4, 0.2, 1, 10)
         assert_float32(layer.eval()(x[0]), module.eval()(torch.tensor(x[0])).numpy())
+        assert not bn.BatchNorm.from_torch(module).training
         for k in range(10, 20):
             layer.train()(x[k])
             module.train()(torch.tensor(x[k]))
@@ -149,6 +245,43 @@ def test_live_variables_of_flax_go_on_in_step():
     assert_float32(mine.running_var, np.asarray(variables["batch_stats"]["var"]))
     again = bn.BatchNorm.from_flax(variables, momentum=0.9)
     assert_float32(again.eval()(X[0]), mine.eval()(X[0]))
+
+
+def test_a_live_module_of_nnx_goes_on_in_step_over_and_back():
+    nnx = pytest.importorskip("flax.nnx", reason="compares with Flax where it is installed")
+    module = nnx.BatchNorm(4, momentum=0.9, epsilon=1e-4, use_bias=False, rngs=nnx.Rngs(0))
+    for k in range(10):
+        module(X[k])
+    layer = bn.BatchNorm.from_flax(module)
+    assert (layer.eps, layer.update_rate, layer.beta, layer.training) == (1e-4, 0.1, None, True)
+    for k in range(10, 20):
+        module(X[k])
+        layer(X[k])
+    assert_float32(layer.running_var, np.asarray(module.var[...]))
+    module.eval()
+    assert_float32(layer.eval()(X[0]), np.asarray(module(X[0])))
+    assert not bn.BatchNorm.from_flax(module).training
+    other = nnx.BatchNorm(4, momentum=0.9, epsilon=1e-4, use_bias=False, rngs=nnx.Rngs(0))
+    variables = layer.to_flax()
+    nnx.update(other, variables["params"] | variables["batch_stats"])
+    (other.train if layer.training else other.eval)()
+    assert_float32(np.asarray(other(X[0])), layer(X[0]))
+    assert_float32(bn.BatchNorm.from_flax(nnx.state(module), epsilon=1e-4).eval()(X[0]), layer(X[0]))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
+def test_live_layers_of_keras_are_read_as_lists_and_frozen_where_not_trainable(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="compares with Keras where it is installed")
+    layer = keras.layers.BatchNormalization(scale=False)
+    layer.build((6, 4))
+    layer.set_weights([np.arange(4.0), np.arange(4.0), np.arange(1.0, 5.0)])
+    layer.trainable = False
+    from_list = bn.BatchNorm.from_keras(layer.get_weights(), scale=False).eval()
+    frozen = bn.BatchNorm.from_keras(layer)
+    expected = keras.ops.convert_to_numpy(layer(X[0], training=True))
+    assert_float32(from_list(X[0]), expected)
+    assert_float32(frozen(X[0]), expected)
 
 
 # ---- what is said by name ----------------------------------------------------------------------------------
@@ -251,7 +384,47 @@ def test_a_state_without_a_counter_or_parameters_is_taken():
         (
             lambda: bn.BatchNorm.from_keras([np.ones(2)] * 3),
             ValueError,
-            "source must be the 4 arrays of get_weights() (a mapping of names where gamma or beta is absent), got 3",
+            "source must be the arrays of get_weights(): 4, or 2 without gamma and beta, or 3 with scale=False or center=False given to tell which of them is absent, got 3 with scale=None and center=None",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, center=False),
+            ValueError,
+            "source must be the arrays of get_weights(): 4,",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 3, scale=0),
+            TypeError,
+            "scale must be True or False, got int",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras({"moving_mean": np.ones(2)}, scale=False),
+            ValueError,
+            "scale and center must be None where source is no list: it has its names",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras("gamma"),
+            TypeError,
+            "source must be a BatchNormalization of Keras that is built, its get_weights(), or a mapping",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(), gamma=False),
+            TypeError,
+            "gamma must not be given for a layer from elsewhere, as source has it or not, got False",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(), domains=2),
+            TypeError,
+            "domains must not be given for a layer from elsewhere, as source has one set of statistics, got 2",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(), debias=True),
+            TypeError,
+            "debias must not be given for a layer from elsewhere, as the statistics of source have a share",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, update_rate=None),
+            TypeError,
+            "update_rate must be a number for a layer from elsewhere, which has no moments, got None",
         ),
         (
             lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=1.5),
@@ -261,7 +434,17 @@ def test_a_state_without_a_counter_or_parameters_is_taken():
         (
             lambda: bn.BatchNorm.from_flax({"params": {}}),
             TypeError,
-            "variables must be a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got ['params']",
+            "variables must be a BatchNorm of Flax's nnx, its state (mean, var, scale, bias), or a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got ['params']",
+        ),
+        (
+            lambda: bn.BatchNorm.from_flax(np.ones(2)),
+            TypeError,
+            "variables must be a BatchNorm of Flax's nnx, its state",
+        ),
+        (
+            lambda: bn.BatchNorm.from_flax(nnx_module(recorded("flax", 1), axis=(1, 2))),
+            TypeError,
+            "axis must be an int, got tuple",
         ),
         (
             lambda: bn.BatchNorm(2).to_keras(),
@@ -317,6 +500,8 @@ def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
 
     layer = bn.BatchNorm.from_torch(Frozen())
     assert layer.update_rate == 0
+    assert layer.frozen_statistics
+    assert layer.frozen_affine
     before = layer.running_mean.copy(), layer.running_var.copy()
     layer(np.random.default_rng(0).normal(size=(8, layer.channels)))
     assert np.array_equal((layer.running_mean, layer.running_var), before)

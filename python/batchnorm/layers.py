@@ -895,6 +895,7 @@ class BatchNorm:
 
     @classmethod
     def _from(cls, source: conventions.Imported, dtype: DTypeLike, settings: Mapping[str, Any]) -> Self:
+        conventions.check_settings(settings)
         has = {"gamma": source.gamma is not None, "beta": source.beta is not None}
         layer = cls(source.mean.size, dtype=dtype, **(source.settings | has | dict(settings)))
         state = {
@@ -906,7 +907,9 @@ class BatchNorm:
             if value is not None:
                 state[name] = value.astype(layer.dtype)
         layer.load_state_dict(state)
-        return layer
+        if source.frozen:
+            layer.freeze()
+        return layer.train(source.training)
 
     @classmethod
     def from_torch(
@@ -930,11 +933,12 @@ class BatchNorm:
         update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
         axis : the channel axis of x; PyTorch's is 1.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
-        BatchNorm with ddof=1: running variances of PyTorch are unbiased. In training mode.
+        BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module, training for a
+        state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d).
 
         Raises
         ------
@@ -956,7 +960,8 @@ class BatchNorm:
         """Give the state_dict of a batch norm of PyTorch that goes on where this layer is, as arrays.
 
         Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without
-        is ones or zeros. ``{k: torch.from_numpy(v) for k, v in layer.to_torch().items()}`` loads.
+        is ones or zeros. ``{k: torch.from_numpy(v) for k, v in layer.to_torch().items()}`` loads. The mode is not in it:
+        ``module.train(layer.training)``.
 
         Parameters
         ----------
@@ -996,6 +1001,8 @@ class BatchNorm:
         epsilon: float | None = None,
         momentum: float | None = None,
         axis: int | None = None,
+        scale: bool | None = None,
+        center: bool | None = None,
         dtype: DTypeLike = np.float32,
         **settings: Any,
     ) -> Self:
@@ -1006,13 +1013,16 @@ class BatchNorm:
         source : a built layer, the list of its get_weights(), or a mapping of gamma, beta, moving_mean and
             moving_variance (gamma or beta absent with scale or center False).
         epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
+        scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
+            which does not tell; one of 4 has both and one of 2 has neither.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
         BatchNorm with update_rate = 1 - momentum and ddof=0: moving variances of Keras 3 are biased. (Those of the
-        fused kernels of TensorFlow were not: pass ddof=1 to go on with them.)
+        fused kernels of TensorFlow were not: pass ddof=1 to go on with them.) In training mode, which Keras has by
+        call; with statistics and affine frozen for a layer of ``trainable=False``.
 
         Raises
         ------
@@ -1026,14 +1036,17 @@ class BatchNorm:
         array([[2.]])
 
         """
-        source = conventions.from_keras(source, epsilon=epsilon, momentum=momentum, axis=axis)
+        source = conventions.from_keras(
+            source, epsilon=epsilon, momentum=momentum, axis=axis, scale=scale, center=center
+        )
         return cls._from(source, dtype, settings)
 
     def to_keras(self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
         """Give the weights of a BatchNormalization of Keras that goes on where this layer is.
 
         Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
-        ``keras_layer.set_weights(list(layer.to_keras().values()))`` loads.
+        ``keras_layer.set_weights(list(layer.to_keras().values()))`` loads. What `freeze` has frozen is
+        ``keras_layer.trainable = False`` there.
 
         Parameters
         ----------
@@ -1063,31 +1076,35 @@ class BatchNorm:
     @classmethod
     def from_flax(
         cls,
-        variables: Mapping[str, Any],
+        variables: Any,
         *,
-        epsilon: float = 1e-5,
-        momentum: float = 0.99,
-        axis: int = -1,
+        epsilon: float | None = None,
+        momentum: float | None = None,
+        axis: int | None = None,
         dtype: DTypeLike = np.float32,
         **settings: Any,
     ) -> Self:
-        """Make a layer that goes on where a BatchNorm of Flax (linen) is.
+        """Make a layer that goes on where a BatchNorm of Flax (nnx or linen) is.
 
         Parameters
         ----------
-        variables : mapping of "params" (scale, bias; absent where not used) and "batch_stats" (mean, var).
-        epsilon, momentum, axis : of Flax, whose defaults they are.
+        variables : an nnx.BatchNorm; its state, a mapping of mean, var, scale and bias; or the variables of one of
+            linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
+            used.
+        epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
-        BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased.
+        BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In evaluation for an
+        nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its use_fast_variance
+        is a way of rounding, which nothing here needs.
 
         Raises
         ------
         TypeError, ValueError
-            For what is no such mapping.
+            For what is no such source.
 
         Examples
         --------
@@ -1105,7 +1122,9 @@ class BatchNorm:
     ) -> dict[str, dict[str, NDArray[Any]]]:
         """Give the variables of a BatchNorm of Flax that goes on where this layer is.
 
-        Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
+        Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`; its use_running_average is
+        ``not layer.training``. They are those of linen; for nnx, with ``v = layer.to_flax()``,
+        ``nnx.update(module, v["params"] | v["batch_stats"])`` loads.
 
         Parameters
         ----------
@@ -1149,11 +1168,12 @@ class BatchNorm:
         inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
         epsilon, momentum : its attributes, with their defaults.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
-        BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1.
+        BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1. In training mode; a node without training_mode=1
+        evaluates.
 
         Raises
         ------
@@ -1183,7 +1203,7 @@ class BatchNorm:
         Returns
         -------
         inputs : dict of scale, B, input_mean, input_var; ones and zeros for a parameter that the layer is without.
-        attributes : dict of epsilon and momentum (1 - update_rate).
+        attributes : dict of epsilon and momentum (1 - update_rate). Without training_mode, the node evaluates.
 
         Raises
         ------
