@@ -18,6 +18,7 @@ from batchnorm import _validate, _validate_state, conventions, state_file
 from batchnorm.functional import (
     Gradients,
     Saved,
+    _rounded,
     batch_norm,
     batch_norm_backward,
     normalize,
@@ -680,12 +681,7 @@ class BatchNorm:
     def _as_gradient(
         self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None
     ) -> NDArray[Any] | None:
-        if gradient is None or parameter is None:
-            return None
-        if gradient.dtype == self._dtype:
-            return gradient
-        with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
-            return gradient.astype(self._dtype)
+        return None if gradient is None or parameter is None else _rounded(gradient, self._dtype)
 
     # ---- diagnostics ----
 

@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _validate
-from batchnorm.functional import Gradients, PerChannel, Saved, batch_norm, batch_norm_backward
+from batchnorm.functional import Gradients, PerChannel, Saved, _rounded, batch_norm, batch_norm_backward
 from batchnorm.moments import Moments
 
 Array = NDArray[Any]
@@ -221,8 +221,3 @@ def _check_invertible(gamma: PerChannel, beta: PerChannel, item_size: int) -> No
             f"gamma must be at least abs(beta)/{_MOST_BETA:.0f} in every channel to be inverted, "
             f"got gamma {gamma[c]} and beta {beta[c]} in channel {c}"
         )
-
-
-def _rounded(values: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(all="ignore"):  # a float16 gradient may well overflow; dx is written already
-        return values.astype(dtype, copy=False)
