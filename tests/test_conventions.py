@@ -307,7 +307,7 @@ def test_a_convention_sets_the_defaults_and_what_is_given_goes_first(name, eps, 
 
 def test_an_unknown_convention_is_refused_with_the_list_of_known_ones():
     with pytest.raises(
-        ValueError, match="convention must be 'torch' or 'keras' or 'flax' or 'onnx', got 'caffe'"
+        ValueError, match="convention must be 'torch', 'keras', 'flax' or 'onnx', got 'caffe'"
     ):
         bn.BatchNorm(3, convention="caffe")
 
@@ -486,9 +486,13 @@ def test_an_export_with_another_ddof_is_for_inference():
     assert list(layer.to_keras(any_ddof=True)) == ["gamma", "beta", "moving_mean", "moving_variance"]
 
 
-@pytest.mark.parametrize("momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0.3, 0.7), (0, 1), (1, 0)]
+)
 def test_the_rest_of_a_momentum_has_no_digits_of_rounding(momentum, rate):
-    assert bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=momentum).update_rate == rate
+    layer = bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=momentum)
+    assert layer.update_rate == rate
+    assert layer.to_onnx()[1]["momentum"] == momentum
 
 
 def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():

@@ -14,7 +14,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from decimal import Decimal
 from typing import Any
 
 import numpy as np
@@ -65,7 +64,7 @@ def convention(name: object) -> Convention:
     """Give the convention of that name."""
     if name is None:
         return DEFAULT
-    return CONVENTIONS[_validate_state.choice("convention", name, tuple(CONVENTIONS))]
+    return CONVENTIONS[_validate.choice("convention", name, tuple(CONVENTIONS))]
 
 
 def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Imported:
@@ -324,4 +323,4 @@ def _rest(name: str, value: Any) -> float:
     momentum = _number(name, value)
     if not 0 <= momentum <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {momentum}")
-    return float(1 - Decimal(repr(momentum)))  # 0.01 for 0.99, where 1 - 0.99 is 0.010000000000000009
+    return _validate.rest(momentum)

@@ -630,13 +630,8 @@ def grad_input(
 def _input_of(saved: Saved) -> Array:
     """Give the x of `saved`, whose fields may have been replaced since `batch_norm` made it."""
     _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
-    if saved.x is None:
-        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
-    x = _validate.array("saved.x", saved.x)
+    x = _validate.saved_input(saved.x, saved.axis, saved.eps)
     _validate.instance("saved.moments", saved.moments, Moments, "Moments")
-    _validate.eps(saved.eps)
-    if _validate.axis(saved.axis, x.ndim) != saved.axis:
-        raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
     needed = x.shape[saved.axis]
     if saved.part is not None:
         _validate.instance("saved.part", saved.part, (Positions, Segments), "Positions, Segments or None")

@@ -257,13 +257,8 @@ def _ghosts(x: Array, size: int) -> Iterator[slice]:
 def _input_of(saved: GhostSaved) -> Array:
     """Give the x of `saved`, whose fields may have been replaced since `ghost_batch_norm` made it."""
     _validate.instance("saved", saved, GhostSaved, "the GhostSaved of a ghost_batch_norm call")
-    if saved.x is None:
-        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
-    x = _validate.array("saved.x", saved.x)
-    _validate.eps(saved.eps)
+    x = _validate.saved_input(saved.x, saved.axis, saved.eps)
     size = _validate.ghost_size(saved.ghost_size)
-    if _validate.axis(saved.axis, x.ndim) != saved.axis:
-        raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
     _validate.ghost_values(x, saved.axis, size)
     needed = len(range(0, len(x), size))
     _validate.instance("saved.moments", saved.moments, Sequence, "a sequence of Moments")

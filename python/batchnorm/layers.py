@@ -66,7 +66,6 @@ _BY_CONVENTION: Any = _ByConvention()
 NONFINITE = ("raise", "skip", "warn", "propagate")
 SINGLE_VALUE = ("raise", "use_running", "skip")
 USE_STATS = ("batch", "running")
-PARITIES = ("paper", "keras", "torchrl")
 
 _AnySaved = Saved | GhostSaved | RenormSaved
 _BACKWARD: dict[type, Callable[..., Gradients]] = {
@@ -203,14 +202,14 @@ class BatchNorm:
         self._ddof = _validate_state.ddof(defaults.ddof if ddof is _BY_CONVENTION else ddof)
         self._dtype = _validate_state.dtype(dtype)
         self._debias = _validate_state.debias(debias, self._update_rate)
-        self._nonfinite = _validate_state.choice("nonfinite", nonfinite, NONFINITE)
-        self._single_value = _validate_state.choice("single_value", single_value, SINGLE_VALUE)
+        self._nonfinite = _validate.choice("nonfinite", nonfinite, NONFINITE)
+        self._single_value = _validate.choice("single_value", single_value, SINGLE_VALUE)
         self._domains = _validate_state.domains(domains)
         self._ghost_size = None if ghost_size is None else _validate.ghost_size(ghost_size)
         self._renorm: RenormSchedule | None = _validate_state.renorm(
             renorm, self._ghost_size, self._update_rate
         )
-        self._parity = _validate_state.choice("parity", parity, PARITIES)
+        self._parity = _validate.choice("parity", parity, _validate.PARITIES)
         self._num_threads = _validate.num_threads(num_threads) or None
         self._gamma = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
         self._beta = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
@@ -483,7 +482,7 @@ class BatchNorm:
         k = _validate_state.domain(domain, self._domains)
         by_batch = update = self._training and not self._frozen_statistics
         if use_stats is not None:
-            by_batch = _validate_state.choice("use_stats", use_stats, USE_STATS) == "batch"
+            by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
         if update_stats is not None:
             update = _validate_state.flag("update_stats", update_stats)
             if update and self._frozen_statistics:
@@ -556,7 +555,7 @@ class BatchNorm:
             needs = ("x",) if _validate.needs(needs)[0] else ()
         dx, dgamma, dbeta = gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
         dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
-        if _same_memory(x, out):
+        if _is_x(out, x):
             self._last_call = None
         self._dgamma, self._dbeta = dgamma, dbeta
         return dx
@@ -564,6 +563,8 @@ class BatchNorm:
     def _by_batch(
         self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
     ) -> NDArray[Any]:
+        if how and (self._ghost_size is not None or self._renorm is not None):
+            raise _validate_state.parts_of_small_batches(how)
         gamma = _snapshot(self._gamma)
         if out is not None and update and self._nonfinite == "raise":
             self._refuse_nonfinite(x, how)
@@ -595,8 +596,6 @@ class BatchNorm:
                 x, gamma, self._beta, axis=axis, eps=eps, out=out, num_threads=threads, **how
             )
             return y, saved, saved.moments
-        if how:
-            raise _validate_state.parts_of_small_batches(how)
         options: dict[str, Any] = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
         if self._ghost_size is not None:
             y, ghosts = ghost_batch_norm(x, gamma, self._beta, ghost_size=self._ghost_size, **options)
@@ -612,15 +611,11 @@ class BatchNorm:
     def _by_running(
         self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
     ) -> NDArray[Any]:
-        gamma, all_statistics = _snapshot(self._gamma), self._statistics
-        statistics = all_statistics[k]
-        batch = (
-            moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
-            if update
-            else None
-        )
         if update and self._renorm is not None:
             raise _validate_state.update_without_renorm()
+        gamma, all_statistics = _snapshot(self._gamma), self._statistics
+        statistics = all_statistics[k]
+        batch = self._moments(x, how) if update else None
         if batch is not None and x.size > 0:
             _validate.batch_values(x, self._axis % x.ndim)
             all_statistics = self._updated(k, batch, how)
@@ -629,7 +624,7 @@ class BatchNorm:
         mean, var = statistics.mean, statistics.var
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
-        last_call = None if _same_memory(x, out) else (x, gradients)
+        last_call = None if _is_x(out, x) else (x, gradients)
         seen = self._batch if batch is None or x.size == 0 else (k, batch, x.size)
         # From here on nothing can raise.
         self._last_call, self._batch = last_call, seen
@@ -647,12 +642,15 @@ class BatchNorm:
         mean, var = x.reshape(-1).astype(np.float64), np.zeros(self._channels)
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
-        self._last_call = None if _same_memory(x, out) else (x, gradients)
+        self._last_call = None if _is_x(out, x) else (x, gradients)
         return y
 
+    def _moments(self, x: NDArray[Any], how: Mapping[str, Any]) -> Moments:
+        counted = {name: value for name, value in how.items() if name != "padding"}
+        return moments(x, axis=self._axis, num_threads=self._num_threads, **counted)
+
     def _refuse_nonfinite(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
-        batch = moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
-        channel = batch._first_nonfinite()
+        channel = self._moments(x, how)._first_nonfinite()
         if channel >= 0:
             raise ValueError(_validate_state.nonfinite_batch(channel))
 
@@ -1215,7 +1213,7 @@ class BatchNorm:
         scale, shift, mean, var = self._exported("onnx", dtype, any_ddof)
         assert self._update_rate is not None
         inputs = {"scale": scale, "B": shift, "input_mean": mean, "input_var": var}
-        return inputs, {"epsilon": self._eps, "momentum": 1 - self._update_rate}
+        return inputs, {"epsilon": self._eps, "momentum": _validate.rest(self._update_rate)}
 
     def _exported(self, library: str, dtype: DTypeLike, any_ddof: bool) -> list[NDArray[Any]]:
         """Return gamma, beta, mean and var as fresh arrays of `dtype`, for a library that can take them."""
@@ -1294,10 +1292,6 @@ def _is_single_value(x: object, axis: int) -> bool:
     return isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and 0 < x.size == x.shape[axis]
 
 
-def _without_padding(how: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in how.items() if name != "padding"}
-
-
 def _for_given_statistics(how: Mapping[str, Any]) -> dict[str, Any]:
     """Give what `normalize` takes of it: of weights only where they are 0, and only if that is padding."""
     rest = dict(how)
@@ -1349,8 +1343,5 @@ def _snapshot(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
     return None if parameter is None else parameter.copy()
 
 
-def _same_memory(x: NDArray[Any], out: NDArray[Any] | None) -> bool:
-    """Tell whether out is x. The functions have refused any other overlap, so the first byte tells."""
-    if out is None or x.size == 0 or not np.may_share_memory(x, out):
-        return False
-    return bool(x.__array_interface__["data"][0] == out.__array_interface__["data"][0])
+def _is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
+    return out is not None and x.size > 0 and _validate.same_memory(out, x)
