@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -177,6 +178,14 @@ def test_three_arrays_of_keras_are_read_with_what_is_said_of_them(said):
     assert (without_scale.beta == gamma).all()
 
 
+def test_weights_of_the_fused_kernels_go_on_unbiased():
+    arrays = list(source_of("keras", recorded("keras", 10)).values())
+    layer = bn.BatchNorm.from_keras(arrays, ddof=1)
+    layer(X[10])
+    expected = 0.99 * arrays[3].astype(np.float64) + 0.01 * X[10].astype(np.float64).var(0, ddof=1)
+    np.testing.assert_allclose(layer.running_var, expected, rtol=1e-12)
+
+
 def test_two_arrays_of_keras_are_the_statistics():
     mean, var = (recorded("keras", 10)[name] for name in ("moving_mean", "moving_variance"))
     layer = bn.BatchNorm.from_keras([mean, var])
@@ -212,6 +221,17 @@ def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
             layer.train()(x[k])
             other.train()(torch.tensor(x[k]))
         assert_float32(layer.running_mean, other.running_mean.numpy())
+
+
+def test_a_synchronized_module_of_pytorch_is_read_as_any_other():
+    torch = pytest.importorskip("torch", reason="compares with PyTorch where it is installed")
+    module = torch.nn.SyncBatchNorm(3, eps=1e-4, momentum=0.2).eval()
+    layer = bn.BatchNorm.from_torch(module)
+    assert (layer.eps, layer.update_rate, layer.ddof, layer.training) == (1e-4, 0.2, 1, False)
+    x = np.random.default_rng(0).normal(2, 3, (5, 3)).astype(np.float32)
+    with torch.no_grad():
+        assert_float32(layer(x), module(torch.tensor(x)).numpy())
+    assert set(layer.to_torch()) == set(module.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
@@ -545,18 +565,120 @@ def test_a_layer_of_keras_with_renorm_is_refused():
 
 TABLE = Path(__file__).parent.parent / "docs" / "conventions.md"
 
+# Each row that the table must have, on its own: the batch norms of others, and what they can do.
+OF_LIBRARIES = (
+    "PyTorch BatchNorm1d, 2d, 3d",
+    "PyTorch SyncBatchNorm",
+    "Keras 3 BatchNormalization",
+    "tf.keras, fused kernels",
+    "tf.keras, other kernels",
+    "Flax BatchNorm, linen and nnx",
+    "Haiku BatchNorm",
+    "Equinox BatchNorm",
+    "MLX BatchNorm",
+    "ONNX BatchNormalization",
+    "oneDNN",
+    "cuDNN",
+    "tinygrad BatchNorm",
+    "numpy-ml BatchNorm1D, 2D",
+    "apex SyncBatchNorm",
+    "detectron2 NaiveSyncBatchNorm",
+    "InPlaceABN",
+    "PyTorch Geometric BatchNorm",
+    "batchrenorm (PyTorch package)",
+    "torchrl BatchRenorm1d",
+)
+ABILITIES = 21
+COLUMNS = ("kind", "row", "there", "here", "shown by")
 
-def test_every_test_that_the_table_names_exists():
-    named = re.findall(r"`(test_\w+)::(test_\w+)`", TABLE.read_text())
-    assert len(named) > 30
-    missing = [
-        f"{file}::{test}"
-        for file, test in named
-        if f"def {test}(" not in (TABLE.parent.parent / "tests" / f"{file}.py").read_text()
-    ]
-    assert missing == []
+
+class Formula(NamedTuple):
+    """What a library does in training: its eps and the share of the old, of a variance with that ddof."""
+
+    settings: dict  # of BatchNorm, as the table says
+    eps: float
+    keep: float
+    ddof: int
+    is_debiased: bool = False
+
+
+FORMULAS = {
+    "PyTorch BatchNorm1d, 2d, 3d": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "Keras 3 BatchNormalization": Formula({"convention": "keras"}, 1e-3, 0.99, 0),
+    "tf.keras, fused kernels": Formula({"convention": "keras", "ddof": 1}, 1e-3, 0.99, 1),
+    "tf.keras, other kernels": Formula({"convention": "keras"}, 1e-3, 0.99, 0),
+    "Flax BatchNorm, linen and nnx": Formula({"convention": "flax"}, 1e-5, 0.99, 0),
+    "Haiku BatchNorm": Formula({"update_rate": 1 - 0.8, "debias": True, "ddof": 0}, 1e-5, 0.8, 0, True),
+    "Equinox BatchNorm": Formula({"convention": "flax"}, 1e-5, 0.99, 0),
+    "MLX BatchNorm": Formula({"convention": "torch", "axis": -1}, 1e-5, 0.9, 1),
+    "ONNX BatchNormalization": Formula({"convention": "onnx"}, 1e-5, 0.9, 0),
+    "cuDNN": Formula({"eps": 1e-4, "update_rate": 0.3, "ddof": 1}, 1e-4, 0.7, 1),
+    "tinygrad BatchNorm": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "numpy-ml BatchNorm1D, 2D": Formula({"convention": "onnx", "axis": -1}, 1e-5, 0.9, 0),
+    "apex SyncBatchNorm": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "detectron2 NaiveSyncBatchNorm": Formula({"convention": "torch", "ddof": 0}, 1e-5, 0.9, 0),
+    "InPlaceABN": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "PyTorch Geometric BatchNorm": Formula(
+        {"convention": "torch", "single_value": "use_running"}, 1e-5, 0.9, 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_settings_in_the_table_follow_the_formula_of_the_library(name):
+    settings, eps, keep, ddof, is_debiased = FORMULAS[name]
+    layer = bn.BatchNorm(4, **settings)
+    start = 0.0 if is_debiased else 1.0
+    mean, var = np.zeros(4), np.full(4, start)
+    for k, x in enumerate(X.astype(np.float64), 1):
+        y = layer.train()(x)
+        assert_within_digits(y, (x - x.mean(0)) / np.sqrt(x.var(0) + eps))
+        mean = keep * mean + (1 - keep) * x.mean(0)
+        var = keep * var + (1 - keep) * x.var(0, ddof=ddof)
+        share = 1 - keep**k if is_debiased else 1.0
+        assert_within_digits(layer.running_mean, mean / share)
+        assert_within_digits(layer.running_var, var / share)
+        assert_within_digits(layer.eval()(x), (x - mean / share) / np.sqrt(var / share + eps))
+
+
+def assert_within_digits(got, expected):
+    """Check that float64 values agree to some hundred roundings, which the twenty steps of a formula may add up to."""
+    np.testing.assert_allclose(got, expected, rtol=2e-14, atol=2e-14 * np.abs(expected).max())
+
+
+def rows():
+    """Give the rows of the table as mappings of its columns."""
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+    assert cells[0] == COLUMNS
+    assert [set("".join(row)) for row in cells[1:]].count({"-"}) == 1, "there must be one table"
+    return [dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]]
+
+
+def test_every_library_and_every_ability_has_a_row_of_its_own():
+    names = [row["row"] for row in rows()]
+    assert len(set(names)) == len(names)
+    assert tuple(row["row"] for row in rows() if row["kind"] == "library") == OF_LIBRARIES
+    assert sum(row["kind"] == "ability" for row in rows()) == ABILITIES
+    assert {row["kind"] for row in rows()} == {"library", "ability", "added"}
+    assert set(FORMULAS) <= set(OF_LIBRARIES)
+
+
+def test_every_row_of_the_table_names_a_test_or_says_not_yet():
+    for row in rows():
+        tests = re.findall(r"`(test_\w+)::(test_\w+)`", row["shown by"])
+        assert bool(tests) != row["here"].startswith("not yet"), row["row"]
+        assert ", ".join(f"`{file}::{test}`" for file, test in tests) == row["shown by"], row["row"]
+        for file, test in tests:
+            text = (Path(__file__).parent / f"{file}.py").read_text(encoding="utf-8")
+            assert f"def {test}(" in text, f"{row['row']}: {file} has no {test}"
+
+
+def test_a_row_that_names_the_formula_has_one():
+    named = {row["row"] for row in rows() if "the_formula_of_the_library`" in row["shown by"]}
+    assert named <= set(FORMULAS)
 
 
 def test_the_conventions_that_are_known_are_in_the_table():
-    text = TABLE.read_text()
-    assert all(f'"{name}"' in text for name in conventions.CONVENTIONS)
+    text = "".join(row["here"] for row in rows())
+    assert all(f'convention="{name}"' in text for name in conventions.CONVENTIONS)
