@@ -549,3 +549,15 @@ def test_a_refusal_comes_before_any_work(settings, call, text, monkeypatch):
     layer = bn.BatchNorm(3, nonfinite="raise", **settings)
     with pytest.raises(ValueError, match=text):
         layer(np.random.default_rng(0).normal(size=(4, 3)), **call)
+
+
+@pytest.mark.parametrize("single_value", ["use_running", "skip"])
+def test_one_value_a_channel_is_masked_as_any_other(single_value):
+    layer = bn.BatchNorm(2, single_value=single_value)
+    layer.beta += 3
+    x, mask = np.array([[5.0, 7.0]]), np.array([False])
+    np.testing.assert_array_equal(layer(x, mask=mask), [[0.0, 0.0]])
+    np.testing.assert_array_equal(layer(x, mask=mask, padding="keep"), x)
+    np.testing.assert_array_equal(layer(x, mask=~mask), layer(x))
+    with pytest.raises(TypeError, match="mask must have a bool dtype, got int64"):
+        layer(x, mask=[1])

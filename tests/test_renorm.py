@@ -328,3 +328,12 @@ def test_a_mistake_is_named_and_changes_nothing(call, error, text):
         call(arrays)
     assert str(raised.value) == text
     assert arrays.bytes() == before
+
+
+def test_moments_that_were_replaced_by_something_else_are_named():
+    x = np.random.default_rng(0).normal(size=(4, 3))
+    _, saved = bn.batch_renorm(x, np.zeros(3), np.ones(3), **LIMITS)
+    _, inplace = bn.batch_norm_inplace(x.copy())
+    for backward, kept in ((bn.batch_renorm_backward, saved), (bn.batch_norm_inplace_backward, inplace)):
+        with pytest.raises(TypeError, match=r"saved\.moments must be Moments, got None"):
+            backward(x, dataclasses.replace(kept, moments=None))

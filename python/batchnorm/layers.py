@@ -490,7 +490,7 @@ class BatchNorm:
         counted = {"mask": mask, "weights": weights, "lengths": lengths, "padding": padding}
         how = {name: value for name, value in counted.items() if value is not None}
         if by_batch and self._single_value != "raise" and _is_single_value(x, self._axis):
-            return self._single(x, out, k)
+            return self._single(x, out, k, how)
         if by_batch:
             return self._by_batch(x, out, k, how, update)
         return self._by_running(x, out, k, how, update)
@@ -633,12 +633,14 @@ class BatchNorm:
             self._largest_size = max(self._largest_size, x.size)
         return y
 
-    def _single(self, x: NDArray[Any], out: NDArray[Any] | None, k: int) -> NDArray[Any]:
+    def _single(
+        self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any]
+    ) -> NDArray[Any]:
         """Normalize one value a channel: by running statistics, or by itself and no variance, which gives beta."""
         if self._single_value == "use_running":
-            return self._by_running(x, out, k, {}, False)
+            return self._by_running(x, out, k, how, False)
         gamma = _snapshot(self._gamma)
-        settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0}
+        settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
         mean, var = x.reshape(-1).astype(np.float64), np.zeros(self._channels)
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)

@@ -173,6 +173,7 @@ def batch_norm_inplace_backward(
            [ 0.0871]]), array([1.]))
     """
     _validate.instance("saved", saved, SavedOutput, "the SavedOutput of a batch_norm_inplace call")
+    _validate.instance("saved.moments", saved.moments, Moments, "Moments")
     values = saved.y if y is None else _validate.array_like("y", y, saved.y)
     dx, dgamma, dbeta = batch_norm_backward(
         dy, _as_if_input(values, saved), needs=needs, out=out, num_threads=num_threads

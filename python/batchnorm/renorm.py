@@ -278,6 +278,7 @@ def batch_renorm_backward(
     (array([3.]), array([4.]))
     """
     _validate.instance("saved", saved, RenormSaved, "the RenormSaved of a batch_renorm call")
+    _validate.instance("saved.moments", saved.moments, Moments, "Moments")
     need_x, need_gamma, need_beta = _validate.needs(needs)
     channels = saved.moments.channels
     r, d = (_validate.channel_values(f"saved.{n}", getattr(saved, n), channels) for n in ("r", "d"))
