@@ -248,6 +248,16 @@ def test_a_nan_in_dy_stays_in_its_channel(layout, dtype, backward):
     assert np.isnan(got.dgamma[1])
 
 
+def test_an_infinity_in_a_part_stays_in_its_channel_of_the_sums_without_a_warning():
+    x, dy = np.random.default_rng(0).normal(size=(2, 6, 2))
+    saved = bn.batch_norm(x)[1]
+    spoiled = dy.copy()
+    spoiled[0, 1] = np.inf
+    total = bn.grad_sums(spoiled, saved) + bn.grad_sums(dy, saved)
+    np.testing.assert_array_equal(np.isfinite(total.sum_dy), [True, False])
+    assert total.sum_dy[0] == 2 * bn.grad_sums(dy, saved).sum_dy[0]
+
+
 def test_x_and_dy_are_not_changed(layout, dtype):
     x, dy, gamma = problem(layout, dtype)
     before = [a.copy() for a in (x, dy, gamma)]

@@ -119,7 +119,7 @@ def imports(path):
             yield from (f"{module}.{alias.name}" for alias in node.names)
 
 
-@pytest.mark.parametrize("name", ["reference", "tolerances", "adversarial"])
+@pytest.mark.parametrize("name", ["reference", "tolerances", "adversarial", "differences"])
 def test_the_oracle_never_imports_the_package(name):
     assert not [module for module in imports(TESTS / f"{name}.py") if module.split(".")[0] == "batchnorm"]
 

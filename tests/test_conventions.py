@@ -2,6 +2,8 @@
 
 import re
 from pathlib import Path
+from types import SimpleNamespace
+from typing import NamedTuple
 
 import numpy as np
 import pytest
@@ -89,6 +91,108 @@ def test_a_layer_trained_here_is_what_the_library_would_have_trained(library):
         assert_float32(mine, recorded(library, 20)[name])
 
 
+def nnx_module(state, **changes):
+    """Give a recorded state as an nnx.BatchNorm of Flax has it."""
+    settings = {"epsilon": 1e-5, "momentum": 0.99, "axis": -1, "use_running_average": False}
+    arrays = {name: state[name] for name in ("scale", "bias", "mean", "var")}
+    return SimpleNamespace(**(settings | arrays | changes))
+
+
+def test_an_nnx_module_is_read_as_the_variables_of_linen_are():
+    state = recorded("flax", 10)
+    layer = bn.BatchNorm.from_flax(nnx_module(state))
+    assert (layer.eps, layer.update_rate, layer.axis, layer.ddof) == (1e-5, 0.01, -1, 0)
+    for step in range(10, 20):
+        layer(X[step])
+    assert_float32(layer.running_var, recorded("flax", 20)["var"])
+    assert_float32(layer.eval()(X[0]), recorded("flax", 20)["y"])
+    flat = {name: value for name, value in state.items() if name != "y"}
+    other = bn.BatchNorm.from_flax(flat)
+    assert all(
+        (other.state_dict()[name] == value).all()
+        for name, value in imported("flax", state).state_dict().items()
+    )
+
+
+def test_the_settings_of_an_nnx_module_are_taken_unless_others_are_given():
+    module = nnx_module(recorded("flax", 1), epsilon=1e-2, momentum=0.75, axis=(0,), scale=None)
+    layer = bn.BatchNorm.from_flax(module)
+    assert (layer.eps, layer.update_rate, layer.axis, layer.gamma) == (1e-2, 0.25, 0, None)
+    layer = bn.BatchNorm.from_flax(module, epsilon=1e-4, momentum=0.5, axis=1)
+    assert (layer.eps, layer.update_rate, layer.axis) == (1e-4, 0.5, 1)
+
+
+# ---- the mode ----------------------------------------------------------------------------------------------
+
+
+class TorchModule:
+    """What is read of a module of PyTorch."""
+
+    eps, momentum = 1e-5, 0.1
+
+    def __init__(self, training, state):
+        self.training, self.state_dict = training, lambda: state
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_layer_is_in_the_mode_of_the_module_it_came_from(training):
+    state = source_of("torch", recorded("torch", 10))
+    assert bn.BatchNorm.from_torch(TorchModule(training, state)).training is training
+    module = nnx_module(recorded("flax", 10), use_running_average=not training)
+    assert bn.BatchNorm.from_flax(module).training is training
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_layer_from_bare_arrays_is_in_training_mode(library):
+    assert imported(library, recorded(library, 10)).training
+
+
+def test_an_nnx_module_that_leaves_the_mode_to_its_calls_is_in_training_mode():
+    assert bn.BatchNorm.from_flax(nnx_module(recorded("flax", 1), use_running_average=None)).training
+
+
+def keras_layer(**changes):
+    state = source_of("keras", recorded("keras", 10))
+    return SimpleNamespace(**(state | {"epsilon": 1e-3, "momentum": 0.99, "axis": -1} | changes))
+
+
+@pytest.mark.parametrize("trainable", [True, False])
+def test_a_layer_of_keras_that_is_not_trainable_is_frozen(trainable):
+    layer = bn.BatchNorm.from_keras(keras_layer(trainable=trainable))
+    assert layer.training
+    assert (layer.frozen_statistics, layer.frozen_affine) == (not trainable, not trainable)
+    y = layer(X[0])
+    agrees = np.allclose(y, recorded("keras", 10)["y"], rtol=4e-6, atol=4e-6)
+    assert agrees is (not trainable)
+
+
+@pytest.mark.parametrize("said", [{"center": False}, {"scale": True}, {"scale": True, "center": False}])
+def test_three_arrays_of_keras_are_read_with_what_is_said_of_them(said):
+    gamma, mean, var = (recorded("keras", 10)[name] for name in ("gamma", "moving_mean", "moving_variance"))
+    layer = bn.BatchNorm.from_keras([gamma, mean, var], **said)
+    assert layer.beta is None
+    assert (layer.gamma == gamma).all()
+    assert (layer.running_mean == mean).all()
+    without_scale = bn.BatchNorm.from_keras([gamma, mean, var], **{n: not v for n, v in said.items()})
+    assert without_scale.gamma is None
+    assert (without_scale.beta == gamma).all()
+
+
+def test_weights_of_the_fused_kernels_go_on_unbiased():
+    arrays = list(source_of("keras", recorded("keras", 10)).values())
+    layer = bn.BatchNorm.from_keras(arrays, ddof=1)
+    layer(X[10])
+    expected = 0.99 * arrays[3].astype(np.float64) + 0.01 * X[10].astype(np.float64).var(0, ddof=1)
+    np.testing.assert_allclose(layer.running_var, expected, rtol=1e-12)
+
+
+def test_two_arrays_of_keras_are_the_statistics():
+    mean, var = (recorded("keras", 10)[name] for name in ("moving_mean", "moving_variance"))
+    layer = bn.BatchNorm.from_keras([mean, var])
+    assert (layer.gamma, layer.beta) == (None, None)
+    assert (layer.running_var == var).all()
+
+
 # ---- the libraries themselves ------------------------------------------------------------------------------
 
 
@@ -104,6 +208,7 @@ def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
         layer = bn.BatchNorm.from_torch(module)
         assert (layer.eps, layer.update_rate, layer.ddof, layer.update_count) == (1e-4, 0.2, 1, 10)
         assert_float32(layer.eval()(x[0]), module.eval()(torch.tensor(x[0])).numpy())
+        assert not bn.BatchNorm.from_torch(module).training
         for k in range(10, 20):
             layer.train()(x[k])
             module.train()(torch.tensor(x[k]))
@@ -116,6 +221,17 @@ def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
             layer.train()(x[k])
             other.train()(torch.tensor(x[k]))
         assert_float32(layer.running_mean, other.running_mean.numpy())
+
+
+def test_a_synchronized_module_of_pytorch_is_read_as_any_other():
+    torch = pytest.importorskip("torch", reason="compares with PyTorch where it is installed")
+    module = torch.nn.SyncBatchNorm(3, eps=1e-4, momentum=0.2).eval()
+    layer = bn.BatchNorm.from_torch(module)
+    assert (layer.eps, layer.update_rate, layer.ddof, layer.training) == (1e-4, 0.2, 1, False)
+    x = np.random.default_rng(0).normal(2, 3, (5, 3)).astype(np.float32)
+    with torch.no_grad():
+        assert_float32(layer(x), module(torch.tensor(x)).numpy())
+    assert set(layer.to_torch()) == set(module.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
@@ -151,6 +267,43 @@ def test_live_variables_of_flax_go_on_in_step():
     assert_float32(again.eval()(X[0]), mine.eval()(X[0]))
 
 
+def test_a_live_module_of_nnx_goes_on_in_step_over_and_back():
+    nnx = pytest.importorskip("flax.nnx", reason="compares with Flax where it is installed")
+    module = nnx.BatchNorm(4, momentum=0.9, epsilon=1e-4, use_bias=False, rngs=nnx.Rngs(0))
+    for k in range(10):
+        module(X[k])
+    layer = bn.BatchNorm.from_flax(module)
+    assert (layer.eps, layer.update_rate, layer.beta, layer.training) == (1e-4, 0.1, None, True)
+    for k in range(10, 20):
+        module(X[k])
+        layer(X[k])
+    assert_float32(layer.running_var, np.asarray(module.var[...]))
+    module.eval()
+    assert_float32(layer.eval()(X[0]), np.asarray(module(X[0])))
+    assert not bn.BatchNorm.from_flax(module).training
+    other = nnx.BatchNorm(4, momentum=0.9, epsilon=1e-4, use_bias=False, rngs=nnx.Rngs(0))
+    variables = layer.to_flax()
+    nnx.update(other, variables["params"] | variables["batch_stats"])
+    (other.train if layer.training else other.eval)()
+    assert_float32(np.asarray(other(X[0])), layer(X[0]))
+    assert_float32(bn.BatchNorm.from_flax(nnx.state(module), epsilon=1e-4).eval()(X[0]), layer(X[0]))
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
+def test_live_layers_of_keras_are_read_as_lists_and_frozen_where_not_trainable(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="compares with Keras where it is installed")
+    layer = keras.layers.BatchNormalization(scale=False)
+    layer.build((6, 4))
+    layer.set_weights([np.arange(4.0), np.arange(4.0), np.arange(1.0, 5.0)])
+    layer.trainable = False
+    from_list = bn.BatchNorm.from_keras(layer.get_weights(), scale=False).eval()
+    frozen = bn.BatchNorm.from_keras(layer)
+    expected = keras.ops.convert_to_numpy(layer(X[0], training=True))
+    assert_float32(from_list(X[0]), expected)
+    assert_float32(frozen(X[0]), expected)
+
+
 # ---- what is said by name ----------------------------------------------------------------------------------
 
 
@@ -174,7 +327,7 @@ def test_a_convention_sets_the_defaults_and_what_is_given_goes_first(name, eps, 
 
 def test_an_unknown_convention_is_refused_with_the_list_of_known_ones():
     with pytest.raises(
-        ValueError, match="convention must be 'torch' or 'keras' or 'flax' or 'onnx', got 'caffe'"
+        ValueError, match="convention must be 'torch', 'keras', 'flax' or 'onnx', got 'caffe'"
     ):
         bn.BatchNorm(3, convention="caffe")
 
@@ -251,7 +404,47 @@ def test_a_state_without_a_counter_or_parameters_is_taken():
         (
             lambda: bn.BatchNorm.from_keras([np.ones(2)] * 3),
             ValueError,
-            "source must be the 4 arrays of get_weights() (a mapping of names where gamma or beta is absent), got 3",
+            "source must be the arrays of get_weights(): 4, or 2 without gamma and beta, or 3 with scale=False or center=False given to tell which of them is absent, got 3 with scale=None and center=None",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, center=False),
+            ValueError,
+            "source must be the arrays of get_weights(): 4,",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 3, scale=0),
+            TypeError,
+            "scale must be True or False, got int",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras({"moving_mean": np.ones(2)}, scale=False),
+            ValueError,
+            "scale and center must be None where source is no list: it has its names",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras("gamma"),
+            TypeError,
+            "source must be a BatchNormalization of Keras that is built, its get_weights(), or a mapping",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(), gamma=False),
+            TypeError,
+            "gamma must not be given for a layer from elsewhere, as source has it or not, got False",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(), domains=2),
+            TypeError,
+            "domains must not be given for a layer from elsewhere, as source has one set of statistics, got 2",
+        ),
+        (
+            lambda: bn.BatchNorm.from_torch(state(), debias=True),
+            TypeError,
+            "debias must not be given for a layer from elsewhere, as the statistics of source have a share",
+        ),
+        (
+            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, update_rate=None),
+            TypeError,
+            "update_rate must be a number for a layer from elsewhere, which has no moments, got None",
         ),
         (
             lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=1.5),
@@ -261,7 +454,17 @@ def test_a_state_without_a_counter_or_parameters_is_taken():
         (
             lambda: bn.BatchNorm.from_flax({"params": {}}),
             TypeError,
-            "variables must be a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got ['params']",
+            "variables must be a BatchNorm of Flax's nnx, its state (mean, var, scale, bias), or a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got ['params']",
+        ),
+        (
+            lambda: bn.BatchNorm.from_flax(np.ones(2)),
+            TypeError,
+            "variables must be a BatchNorm of Flax's nnx, its state",
+        ),
+        (
+            lambda: bn.BatchNorm.from_flax(nnx_module(recorded("flax", 1), axis=(1, 2))),
+            TypeError,
+            "axis must be an int, got tuple",
         ),
         (
             lambda: bn.BatchNorm(2).to_keras(),
@@ -303,9 +506,13 @@ def test_an_export_with_another_ddof_is_for_inference():
     assert list(layer.to_keras(any_ddof=True)) == ["gamma", "beta", "moving_mean", "moving_variance"]
 
 
-@pytest.mark.parametrize("momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0, 1), (1, 0)])
+@pytest.mark.parametrize(
+    "momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0.3, 0.7), (0, 1), (1, 0)]
+)
 def test_the_rest_of_a_momentum_has_no_digits_of_rounding(momentum, rate):
-    assert bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=momentum).update_rate == rate
+    layer = bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=momentum)
+    assert layer.update_rate == rate
+    assert layer.to_onnx()[1]["momentum"] == momentum
 
 
 def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
@@ -317,6 +524,8 @@ def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
 
     layer = bn.BatchNorm.from_torch(Frozen())
     assert layer.update_rate == 0
+    assert layer.frozen_statistics
+    assert layer.frozen_affine
     before = layer.running_mean.copy(), layer.running_var.copy()
     layer(np.random.default_rng(0).normal(size=(8, layer.channels)))
     assert np.array_equal((layer.running_mean, layer.running_var), before)
@@ -356,18 +565,120 @@ def test_a_layer_of_keras_with_renorm_is_refused():
 
 TABLE = Path(__file__).parent.parent / "docs" / "conventions.md"
 
+# Each row that the table must have, on its own: the batch norms of others, and what they can do.
+OF_LIBRARIES = (
+    "PyTorch BatchNorm1d, 2d, 3d",
+    "PyTorch SyncBatchNorm",
+    "Keras 3 BatchNormalization",
+    "tf.keras, fused kernels",
+    "tf.keras, other kernels",
+    "Flax BatchNorm, linen and nnx",
+    "Haiku BatchNorm",
+    "Equinox BatchNorm",
+    "MLX BatchNorm",
+    "ONNX BatchNormalization",
+    "oneDNN",
+    "cuDNN",
+    "tinygrad BatchNorm",
+    "numpy-ml BatchNorm1D, 2D",
+    "apex SyncBatchNorm",
+    "detectron2 NaiveSyncBatchNorm",
+    "InPlaceABN",
+    "PyTorch Geometric BatchNorm",
+    "batchrenorm (PyTorch package)",
+    "torchrl BatchRenorm1d",
+)
+ABILITIES = 21
+COLUMNS = ("kind", "row", "there", "here", "shown by")
 
-def test_every_test_that_the_table_names_exists():
-    named = re.findall(r"`(test_\w+)::(test_\w+)`", TABLE.read_text())
-    assert len(named) > 30
-    missing = [
-        f"{file}::{test}"
-        for file, test in named
-        if f"def {test}(" not in (TABLE.parent.parent / "tests" / f"{file}.py").read_text()
-    ]
-    assert missing == []
+
+class Formula(NamedTuple):
+    """What a library does in training: its eps and the share of the old, of a variance with that ddof."""
+
+    settings: dict  # of BatchNorm, as the table says
+    eps: float
+    keep: float
+    ddof: int
+    is_debiased: bool = False
+
+
+FORMULAS = {
+    "PyTorch BatchNorm1d, 2d, 3d": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "Keras 3 BatchNormalization": Formula({"convention": "keras"}, 1e-3, 0.99, 0),
+    "tf.keras, fused kernels": Formula({"convention": "keras", "ddof": 1}, 1e-3, 0.99, 1),
+    "tf.keras, other kernels": Formula({"convention": "keras"}, 1e-3, 0.99, 0),
+    "Flax BatchNorm, linen and nnx": Formula({"convention": "flax"}, 1e-5, 0.99, 0),
+    "Haiku BatchNorm": Formula({"update_rate": 1 - 0.8, "debias": True, "ddof": 0}, 1e-5, 0.8, 0, True),
+    "Equinox BatchNorm": Formula({"convention": "flax"}, 1e-5, 0.99, 0),
+    "MLX BatchNorm": Formula({"convention": "torch", "axis": -1}, 1e-5, 0.9, 1),
+    "ONNX BatchNormalization": Formula({"convention": "onnx"}, 1e-5, 0.9, 0),
+    "cuDNN": Formula({"eps": 1e-4, "update_rate": 0.3, "ddof": 1}, 1e-4, 0.7, 1),
+    "tinygrad BatchNorm": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "numpy-ml BatchNorm1D, 2D": Formula({"convention": "onnx", "axis": -1}, 1e-5, 0.9, 0),
+    "apex SyncBatchNorm": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "detectron2 NaiveSyncBatchNorm": Formula({"convention": "torch", "ddof": 0}, 1e-5, 0.9, 0),
+    "InPlaceABN": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
+    "PyTorch Geometric BatchNorm": Formula(
+        {"convention": "torch", "single_value": "use_running"}, 1e-5, 0.9, 1
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FORMULAS)
+def test_the_settings_in_the_table_follow_the_formula_of_the_library(name):
+    settings, eps, keep, ddof, is_debiased = FORMULAS[name]
+    layer = bn.BatchNorm(4, **settings)
+    start = 0.0 if is_debiased else 1.0
+    mean, var = np.zeros(4), np.full(4, start)
+    for k, x in enumerate(X.astype(np.float64), 1):
+        y = layer.train()(x)
+        assert_within_digits(y, (x - x.mean(0)) / np.sqrt(x.var(0) + eps))
+        mean = keep * mean + (1 - keep) * x.mean(0)
+        var = keep * var + (1 - keep) * x.var(0, ddof=ddof)
+        share = 1 - keep**k if is_debiased else 1.0
+        assert_within_digits(layer.running_mean, mean / share)
+        assert_within_digits(layer.running_var, var / share)
+        assert_within_digits(layer.eval()(x), (x - mean / share) / np.sqrt(var / share + eps))
+
+
+def assert_within_digits(got, expected):
+    """Check that float64 values agree to some hundred roundings, which the twenty steps of a formula may add up to."""
+    np.testing.assert_allclose(got, expected, rtol=2e-14, atol=2e-14 * np.abs(expected).max())
+
+
+def rows():
+    """Give the rows of the table as mappings of its columns."""
+    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+    assert cells[0] == COLUMNS
+    assert [set("".join(row)) for row in cells[1:]].count({"-"}) == 1, "there must be one table"
+    return [dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]]
+
+
+def test_every_library_and_every_ability_has_a_row_of_its_own():
+    names = [row["row"] for row in rows()]
+    assert len(set(names)) == len(names)
+    assert tuple(row["row"] for row in rows() if row["kind"] == "library") == OF_LIBRARIES
+    assert sum(row["kind"] == "ability" for row in rows()) == ABILITIES
+    assert {row["kind"] for row in rows()} == {"library", "ability", "added"}
+    assert set(FORMULAS) <= set(OF_LIBRARIES)
+
+
+def test_every_row_of_the_table_names_a_test_or_says_not_yet():
+    for row in rows():
+        tests = re.findall(r"`(test_\w+)::(test_\w+)`", row["shown by"])
+        assert bool(tests) != row["here"].startswith("not yet"), row["row"]
+        assert ", ".join(f"`{file}::{test}`" for file, test in tests) == row["shown by"], row["row"]
+        for file, test in tests:
+            text = (Path(__file__).parent / f"{file}.py").read_text(encoding="utf-8")
+            assert f"def {test}(" in text, f"{row['row']}: {file} has no {test}"
+
+
+def test_a_row_that_names_the_formula_has_one():
+    named = {row["row"] for row in rows() if "the_formula_of_the_library`" in row["shown by"]}
+    assert named <= set(FORMULAS)
 
 
 def test_the_conventions_that_are_known_are_in_the_table():
-    text = TABLE.read_text()
-    assert all(f'"{name}"' in text for name in conventions.CONVENTIONS)
+    text = "".join(row["here"] for row in rows())
+    assert all(f'convention="{name}"' in text for name in conventions.CONVENTIONS)

@@ -5,6 +5,7 @@ import pytest
 
 import batchnorm as bn
 import reference
+from differences import complex_step, each_derivative
 from tolerances import assert_within
 
 EPS = 1e-2
@@ -65,17 +66,6 @@ def close(got, expected):
     assert_within("complex step", "float64", got, expected, scale=np.abs(expected).max())
 
 
-def gradients(loss, arrays):
-    """Complex step of a real loss by every element of every array."""
-    for position, array in enumerate(arrays):
-        gradient = np.empty(array.shape)
-        for index in np.ndindex(array.shape):
-            moved = array.astype(np.complex128)
-            moved[index] += STEP * 1j
-            gradient[index] = imaginary(loss(*arrays[:position], moved, *arrays[position + 1 :]))
-        yield gradient
-
-
 # ---- bounds -----------------------------------------------------------------------------------------------
 
 
@@ -130,7 +120,7 @@ def test_double_backward_equals_the_complex_step_of_backward(frozen):
         return (c.v * got.dx).sum() + (c.w * got.dgamma).sum() + (c.wb * got.dbeta).sum()
 
     second = c.frozen_second() if frozen else c.second()
-    for got, expected in zip(second, gradients(loss, (c.dy, c.x, c.gamma)), strict=True):
+    for got, expected in zip(second, each_derivative(loss, (c.dy, c.x, c.gamma), complex_step), strict=True):
         close(got, expected)
 
 
@@ -155,7 +145,7 @@ def test_the_gradient_of_jvp_is_double_backward():
         return (c.dy * reference.jvp(c.v, x, c.gamma, **c.options)).sum()
 
     second = bn.batch_norm_double_backward(c.v, c.dy, c.saved())
-    close(second.dx, next(gradients(loss, (c.x,))))
+    close(second.dx, each_derivative(loss, (c.x,), complex_step)[0])
 
 
 def test_double_backward_equals_that_of_torch():

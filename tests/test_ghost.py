@@ -9,6 +9,7 @@ import pytest
 
 import batchnorm as bn
 import reference
+from differences import central_difference, complex_step, each_derivative
 from tolerances import assert_forward, assert_within
 
 EPS = 1e-3
@@ -194,31 +195,6 @@ def gradient_problem():
     rng = np.random.default_rng(31)
     shape = GRADIENT_SHAPE
     return rng.normal(1, 2, shape), rng.normal(size=3), rng.normal(size=3), rng.normal(size=shape)
-
-
-def each_derivative(loss, arrays, step):
-    """[step(f)] for every element of every array, where f moves that one element of that one array."""
-    gradients = []
-    for position, array in enumerate(arrays):
-        gradient = np.empty(array.shape)
-        for index in np.ndindex(array.shape):
-
-            def moved(by, position=position, array=array, index=index):
-                changed = array.astype(np.result_type(array.dtype, type(by)))
-                changed[index] += by
-                return loss(*arrays[:position], changed, *arrays[position + 1 :])
-
-            gradient[index] = step(moved)
-        gradients.append(gradient)
-    return gradients
-
-
-def complex_step(moved):
-    return moved(1e-200j).imag / 1e-200
-
-
-def central_difference(moved):
-    return (moved(1e-5) - moved(-1e-5)) / 2e-5
 
 
 def test_backward_equals_the_complex_step_of_the_formula():

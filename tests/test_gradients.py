@@ -5,6 +5,7 @@ import pytest
 
 import batchnorm as bn
 import reference
+from differences import central_difference, complex_step, each_derivative
 from tolerances import assert_within
 
 SHAPE, AXIS, EPS = (3, 4, 5), 1, 1e-2
@@ -33,32 +34,6 @@ def ours(frozen):
         return bn.normalize_backward(weights, x, *frozen_statistics(), gamma, axis=AXIS, eps=EPS)
     _, saved = bn.batch_norm(x, gamma, beta, axis=AXIS, eps=EPS)
     return bn.batch_norm_backward(weights, saved)
-
-
-def each_derivative(loss, arrays, step):
-    """[step(f, v)] for every element of every array, where f moves that one element of that one array."""
-    gradients = []
-    for position, array in enumerate(arrays):
-        gradient = np.empty(array.shape)
-        for index in np.ndindex(array.shape):
-
-            def moved(by, position=position, array=array, index=index):
-                changed = array.astype(np.result_type(array.dtype, type(by)))
-                changed[index] += by
-                return loss(*arrays[:position], changed, *arrays[position + 1 :])
-
-            gradient[index] = step(moved)
-        gradients.append(gradient)
-    return gradients
-
-
-def complex_step(moved):
-    # The formula is analytic: Im f(x + ih) / h is the derivative, with nothing subtracted.
-    return moved(1e-200j).imag / 1e-200
-
-
-def central_difference(moved):
-    return (moved(1e-5) - moved(-1e-5)) / 2e-5
 
 
 @pytest.mark.parametrize("frozen", [False, True], ids=["batch", "frozen"])

@@ -440,7 +440,7 @@ def test_policies_and_in_place_calls_hold_for_small_batches(settings):
             "renorm must be None where update_rate is None",
         ),
         ({"renorm": 3}, TypeError, "renorm must be a RenormSchedule or None, got int"),
-        ({"parity": "tf"}, ValueError, "parity must be 'paper' or 'keras' or 'torchrl', got 'tf'"),
+        ({"parity": "tf"}, ValueError, "parity must be 'paper', 'keras' or 'torchrl', got 'tf'"),
         ({"ghost_size": 0}, ValueError, "ghost_size must be"),
     ],
 )
@@ -516,9 +516,9 @@ def test_a_backward_that_fails_changes_no_gradient(monkeypatch):
         (
             {"nonfinite": "drop"},
             ValueError,
-            "nonfinite must be 'raise' or 'skip' or 'warn' or 'propagate', got 'drop'",
+            "nonfinite must be 'raise', 'skip', 'warn' or 'propagate', got 'drop'",
         ),
-        ({"single_value": 1}, ValueError, "single_value must be 'raise' or 'use_running' or 'skip', got 1"),
+        ({"single_value": 1}, ValueError, "single_value must be 'raise', 'use_running' or 'skip', got 1"),
         ({"debias": 1}, TypeError, "debias must be True or False, got int"),
         ({"domains": 0}, ValueError, "domains must be >= 1 or None, got 0"),
         ({"domains": 1.5}, TypeError, "domains must be an int, got float"),
@@ -528,3 +528,36 @@ def test_a_mistaken_setting_is_named(settings, error, text):
     with pytest.raises(error) as caught:
         bn.BatchNorm(3, **settings)
     assert str(caught.value) == text
+
+
+@pytest.mark.parametrize(
+    ("settings", "call", "text"),
+    [
+        (
+            {"renorm": bn.RenormSchedule.paper()},
+            {"use_stats": "running", "update_stats": True},
+            "update_stats",
+        ),
+        ({"ghost_size": 2}, {"mask": np.ones(4, bool), "out": np.empty((4, 3))}, "mask must be None"),
+    ],
+)
+def test_a_refusal_comes_before_any_work(settings, call, text, monkeypatch):
+    def work(*_, **__):
+        pytest.fail("x was read before the refusal")
+
+    monkeypatch.setattr("batchnorm.layers.moments", work)
+    layer = bn.BatchNorm(3, nonfinite="raise", **settings)
+    with pytest.raises(ValueError, match=text):
+        layer(np.random.default_rng(0).normal(size=(4, 3)), **call)
+
+
+@pytest.mark.parametrize("single_value", ["use_running", "skip"])
+def test_one_value_a_channel_is_masked_as_any_other(single_value):
+    layer = bn.BatchNorm(2, single_value=single_value)
+    layer.beta += 3
+    x, mask = np.array([[5.0, 7.0]]), np.array([False])
+    np.testing.assert_array_equal(layer(x, mask=mask), [[0.0, 0.0]])
+    np.testing.assert_array_equal(layer(x, mask=mask, padding="keep"), x)
+    np.testing.assert_array_equal(layer(x, mask=~mask), layer(x))
+    with pytest.raises(TypeError, match="mask must have a bool dtype, got int64"):
+        layer(x, mask=[1])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 import operator
 from collections.abc import Iterable
+from decimal import Decimal
 from itertools import pairwise
 from typing import Any, NamedTuple
 
@@ -22,6 +23,7 @@ Array = NDArray[Any]
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _TENSORS = (np.dtype(np.float16), *_FLOATS)
 _MOST_DIMENSIONS = 8
+PARITIES = ("paper", "keras", "torchrl")
 _GRADIENTS = ("x", "gamma", "beta")
 
 
@@ -48,6 +50,17 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "V" and dtype.itemsize == 2 and dtype.isnative and dtype.name == "bfloat16"
 
 
+def saved_input(x: object, axis_: object, eps_: object) -> Array:
+    """Give the x that a forward call has saved, after checking what was saved beside it."""
+    if x is None:
+        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
+    checked = array("saved.x", x)
+    eps(eps_)
+    if axis(axis_, checked.ndim) != axis_:
+        raise ValueError(f"saved.axis must be >= 0, got {axis_}")
+    return checked
+
+
 def array_like(name: str, a: object, x: Array) -> Array:
     """Refuse what does not also have the shape and dtype of `x`."""
     checked = array(name, a)
@@ -71,6 +84,15 @@ def axis(value: object, ndim: int) -> int:
     return index % ndim
 
 
+def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+    """Give one of the words that are allowed."""
+    if not isinstance(value, str) or value not in choices:
+        raise ValueError(
+            f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}"
+        )
+    return value
+
+
 def number(name: str, value: object) -> float:
     """Give a real number as a float; one beyond float64 becomes an infinity."""
     if isinstance(value, bool | np.bool) or not isinstance(value, int | float | np.integer | np.floating):
@@ -79,6 +101,11 @@ def number(name: str, value: object) -> float:
         return float(value)
     except OverflowError:  # an int beyond float64
         return math.inf if value > 0 else -math.inf
+
+
+def rest(share: float) -> float:
+    """Give 1 - share as one would write it: 0.01 for 0.99, where 1 - 0.99 is 0.010000000000000009."""
+    return float(1 - Decimal(repr(share)))
 
 
 def eps(value: object) -> float:
@@ -104,13 +131,7 @@ def ddof(value: object) -> int:
 
 def channel_values(name: str, values: Any, channels: int) -> Array:
     """Give one value per channel as a contiguous float32 or float64 array; a copy only where that takes one."""
-    # As for x: a subclass may mean something else by its values.
-    if isinstance(values, np.ndarray) and type(values) is not np.ndarray and type(values) is not np.memmap:
-        raise TypeError(f"{name} must be a numpy.ndarray or a sequence, got {type(values).__name__}")
-    try:
-        a = np.asarray(values)
-    except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
-        raise TypeError(f"{name} must be an array of numbers, got {kind(values)}") from None
+    a = numbers(name, values)
     if a.dtype.kind != "f" and not is_bfloat16(a.dtype):
         raise TypeError(f"{name} must have a floating dtype, got {a.dtype}")
     if a.shape != (channels,):
@@ -119,6 +140,17 @@ def channel_values(name: str, values: Any, channels: int) -> Array:
         return a
     with np.errstate(all="ignore"):  # a long double may well be beyond float64
         return np.array(a, dtype=np.float32 if a.dtype.itemsize <= 4 else np.float64)
+
+
+def numbers(name: str, values: Any) -> Array:
+    """Give an array of what is one or a sequence."""
+    # As for x: a subclass may mean something else by its values.
+    if isinstance(values, np.ndarray) and type(values) is not np.ndarray and type(values) is not np.memmap:
+        raise TypeError(f"{name} must be a numpy.ndarray or a sequence, got {type(values).__name__}")
+    try:
+        return np.asarray(values)
+    except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
+        raise TypeError(f"{name} must be an array of numbers, got {kind(values)}") from None
 
 
 def table(name: str, values: Any, columns: int) -> Array:
@@ -193,8 +225,7 @@ class Limits(NamedTuple):
 
 def renorm_limits(r_max: object, d_max: object, weight: object, r_min: object, parity: object) -> Limits:
     """Give the limits as floats; where r_min is None, what `parity` says."""
-    if not isinstance(parity, str) or parity not in ("paper", "keras", "torchrl"):
-        raise ValueError(f"parity must be 'paper', 'keras' or 'torchrl', got {parity!r}")
+    choice("parity", parity, PARITIES)
     most, offset = _at_least("r_max", r_max, 1.0), _at_least("d_max", d_max, 0.0)
     share = _at_least("weight", weight, 0.0)
     if share == math.inf:

@@ -45,7 +45,7 @@ def no_other_arguments(others: Mapping[str, object]) -> None:
         momentum = others["momentum"]
         reading = "1-momentum"
         if isinstance(momentum, Real) and not isinstance(momentum, bool):
-            reading = f"{round(1 - float(momentum), 12):g}"
+            reading = f"{_validate.rest(float(momentum)):g}"
         raise TypeError(
             "update_rate must be given instead of momentum, whose meaning differs between frameworks: write "
             f"update_rate={momentum!r} for PyTorch's momentum={momentum!r}, update_rate={reading} for that of Keras, "
@@ -98,13 +98,6 @@ def flag(name: str, value: object) -> bool:
     if not isinstance(value, (bool, np.bool_)):
         raise TypeError(f"{name} must be True or False, got {_kind(value)}")
     return bool(value)
-
-
-def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
-    """Give one of the words that are allowed."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be {' or '.join(map(repr, choices))}, got {value!r}")
-    return value
 
 
 def debias(value: object, rate: float | None) -> bool:

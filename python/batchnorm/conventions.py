@@ -13,8 +13,7 @@ None of them is imported: what is given is read by its attributes and names.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from decimal import Decimal
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -43,12 +42,13 @@ CONVENTIONS = {
 # What BatchNorm() takes where none is named: those of PyTorch.
 DEFAULT = CONVENTIONS["torch"]
 
+_FLAX = ("scale", "bias", "mean", "var")
 _LIBRARY = {"torch": "PyTorch", "keras": "Keras", "flax": "Flax", "onnx": "ONNX"}
 
 
 @dataclass(frozen=True, eq=False)
 class Imported:
-    """Settings of a BatchNorm and the state it is to begin with."""
+    """Settings of a BatchNorm and the state it is to begin with, its mode included."""
 
     settings: dict[str, Any]
     gamma: Array | None
@@ -56,13 +56,15 @@ class Imported:
     mean: Array
     var: Array
     update_count: int = 0
+    training: bool = True
+    frozen: bool = False
 
 
 def convention(name: object) -> Convention:
     """Give the convention of that name."""
     if name is None:
         return DEFAULT
-    return CONVENTIONS[_validate_state.choice("convention", name, tuple(CONVENTIONS))]
+    return CONVENTIONS[_validate.choice("convention", name, tuple(CONVENTIONS))]
 
 
 def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Imported:
@@ -87,7 +89,7 @@ def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: 
         )
     settings = {"eps": _number("eps", eps), "update_rate": _number("momentum", rate), "ddof": 1, "axis": axis}
     count = state.get("num_batches_tracked")
-    return _imported(
+    imported = _imported(
         settings,
         state.get("weight"),
         state.get("bias"),
@@ -95,25 +97,27 @@ def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: 
         _needed(state, "running_var", "PyTorch's track_running_stats=True"),
         0 if count is None else _count(_numpy(count)),
     )
+    if is_mapping:
+        return imported
+    frozen = not hasattr(source, "momentum")
+    return replace(imported, training=bool(getattr(source, "training", True)), frozen=frozen)
 
 
-def from_keras(source: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Imported:
+def from_keras(source: Any, *, epsilon: Any, momentum: Any, axis: Any, scale: Any, center: Any) -> Imported:
     """Read a layer of Keras, the list of its get_weights(), or a mapping of their names."""
-    names = ("gamma", "beta", "moving_mean", "moving_variance")
-    if isinstance(source, Mapping):
+    names, frozen = ("gamma", "beta", "moving_mean", "moving_variance"), False
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        state = dict(zip(_keras_weights(len(source), scale, center), source, strict=True))
+    elif scale is not None or center is not None:
+        raise ValueError("scale and center must be None where source is no list: it has its names")
+    elif isinstance(source, Mapping):
         _only(source, names, "of Keras")
         state = dict(source)
-    elif isinstance(source, Sequence):
-        if len(source) != len(names):
-            raise ValueError(
-                f"source must be the 4 arrays of get_weights() (a mapping of names where gamma or beta is absent), "
-                f"got {len(source)}"
-            )
-        state = dict(zip(names, source, strict=True))
     elif hasattr(source, "moving_variance"):
         if getattr(source, "renorm", False):
             raise ValueError("source must be a layer without renorm, whose further state has no place here")
         state = {name: getattr(source, name, None) for name in names}
+        frozen = not getattr(source, "trainable", True)
         epsilon = source.epsilon if epsilon is None else epsilon
         momentum = source.momentum if momentum is None else momentum
         axis = source.axis if axis is None else axis
@@ -122,45 +126,67 @@ def from_keras(source: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Import
             "source must be a BatchNormalization of Keras that is built, its get_weights(), or a mapping of their names, "
             f"got {_validate.kind(source)}"
         )
-    if isinstance(axis, Sequence) and len(axis) == 1:  # tf.keras makes a list of it
-        axis = axis[0]
-    settings = {
-        "eps": _number("epsilon", 1e-3 if epsilon is None else epsilon),
-        "update_rate": _rest("momentum", 0.99 if momentum is None else momentum),
-        "ddof": 0,
-        "axis": -1 if axis is None else axis,
-    }
+    settings = _settings("keras", epsilon, momentum, axis)
     needs = "a layer of Keras that is built"
-    return _imported(
+    imported = _imported(
         settings,
         state.get("gamma"),
         state.get("beta"),
         _needed(state, "moving_mean", needs),
         _needed(state, "moving_variance", needs),
     )
+    return replace(imported, frozen=frozen)
 
 
-def from_flax(variables: Any, *, epsilon: Any, momentum: Any, axis: int) -> Imported:
-    """Read the variables of a BatchNorm of Flax."""
-    if not isinstance(variables, Mapping) or "batch_stats" not in variables:
-        raise TypeError(
-            "variables must be a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got "
-            f"{sorted(variables) if isinstance(variables, Mapping) else _validate.kind(variables)}"
+def _keras_weights(count: int, scale: Any, center: Any) -> list[str]:
+    """Give the names of the arrays of get_weights(), which say nothing of themselves but how many they are."""
+    said = {"gamma": scale, "beta": center}
+    for name, value in (("scale", scale), ("center", center)):
+        if value is not None:
+            _validate_state.flag(name, value)
+    kinds = [
+        kind
+        for kind in ({"gamma": a, "beta": b} for a in (True, False) for b in (True, False))
+        if sum(kind.values()) == count - 2 and all(said[name] in (None, kind[name]) for name in said)
+    ]
+    if len(kinds) != 1:
+        raise ValueError(
+            "source must be the arrays of get_weights(): 4, or 2 without gamma and beta, or 3 with scale=False or "
+            f"center=False given to tell which of them is absent, got {count} with scale={scale} and center={center}"
         )
-    params, stats = variables.get("params", {}), variables["batch_stats"]
-    for name, group in (("params", params), ("batch_stats", stats)):
-        if not isinstance(group, Mapping):
-            raise TypeError(f"{name} must be a mapping of names to arrays, got {_validate.kind(group)}")
-    _only(params, ("scale", "bias"), "of Flax's params")
-    _only(stats, ("mean", "var"), "of Flax's batch_stats")
-    settings = {
-        "eps": _number("epsilon", epsilon),
-        "update_rate": _rest("momentum", momentum),
-        "ddof": 0,
-        "axis": axis,
-    }
-    mean, var = (_needed(stats, name, "Flax's batch_stats") for name in ("mean", "var"))
-    return _imported(settings, params.get("scale"), params.get("bias"), mean, var)
+    return [*(name for name, is_there in kinds[0].items() if is_there), "moving_mean", "moving_variance"]
+
+
+def from_flax(variables: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Imported:
+    """Read a BatchNorm of Flax's nnx, its state, or the variables of one of linen."""
+    training = True
+    if isinstance(variables, Mapping) and "batch_stats" in variables:
+        params, stats = variables.get("params", {}), variables["batch_stats"]
+        for name, group in (("params", params), ("batch_stats", stats)):
+            if not isinstance(group, Mapping):
+                raise TypeError(f"{name} must be a mapping of names to arrays, got {_validate.kind(group)}")
+        _only(params, ("scale", "bias"), "of Flax's params")
+        _only(stats, ("mean", "var"), "of Flax's batch_stats")
+        state = {**params, **stats}
+    elif isinstance(variables, Mapping) and "mean" in variables:
+        _only(variables, _FLAX, "of Flax")
+        state = dict(variables)
+    elif all(hasattr(variables, name) for name in ("mean", "var", "epsilon", "momentum")):
+        state = {name: getattr(variables, name, None) for name in _FLAX}
+        epsilon = variables.epsilon if epsilon is None else epsilon
+        momentum = variables.momentum if momentum is None else momentum
+        axis = variables.axis if axis is None else axis
+        training = not getattr(variables, "use_running_average", False)  # None leaves it to the call
+    else:
+        raise TypeError(
+            "variables must be a BatchNorm of Flax's nnx, its state (mean, var, scale, bias), or a mapping with "
+            "'batch_stats' (mean, var) and 'params' (scale, bias), got "
+            f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else _validate.kind(variables)}"
+        )
+    settings = _settings("flax", epsilon, momentum, axis)
+    mean, var = (_needed(state, name, "Flax's batch_stats") for name in ("mean", "var"))
+    imported = _imported(settings, state.get("scale"), state.get("bias"), mean, var)
+    return replace(imported, training=training)
 
 
 def from_onnx(inputs: Any, *, epsilon: Any, momentum: Any) -> Imported:
@@ -170,13 +196,26 @@ def from_onnx(inputs: Any, *, epsilon: Any, momentum: Any) -> Imported:
     names = ("scale", "B", "input_mean", "input_var")
     _only(inputs, names, "of ONNX")
     gamma, beta, mean, var = (_needed(inputs, name, "ONNX's BatchNormalization") for name in names)
-    settings = {
-        "eps": _number("epsilon", epsilon),
-        "update_rate": _rest("momentum", momentum),
-        "ddof": 0,
-        "axis": 1,
+    return _imported(_settings("onnx", epsilon, momentum, 1), gamma, beta, mean, var)
+
+
+def check_settings(settings: Mapping[str, Any]) -> None:
+    """Refuse settings of a layer that what is carried over decides."""
+    reasons = {
+        "gamma": "source has it or not",
+        "beta": "source has it or not",
+        "domains": "source has one set of statistics",
+        "debias": "the statistics of source have a share of the values that they began as",
     }
-    return _imported(settings, gamma, beta, mean, var)
+    for name, reason in reasons.items():
+        if name in settings:
+            raise TypeError(
+                f"{name} must not be given for a layer from elsewhere, as {reason}, got {settings[name]!r}"
+            )
+    if "update_rate" in settings and settings["update_rate"] is None:
+        raise TypeError(
+            "update_rate must be a number for a layer from elsewhere, which has no moments, got None"
+        )
 
 
 def check_export(
@@ -199,6 +238,21 @@ def check_export(
 def floats(dtype: Any) -> np.dtype[Any]:
     """Give the dtype of exported arrays."""
     return _validate_state.dtype(dtype)
+
+
+def _settings(library: str, epsilon: Any, momentum: Any, axis: Any) -> dict[str, Any]:
+    """Give the settings of a library whose momentum is the share of the old; None for its defaults."""
+    defaults = CONVENTIONS[library]
+    if (
+        isinstance(axis, Sequence) and not isinstance(axis, str) and len(axis) == 1
+    ):  # tf.keras makes a list of it
+        axis = axis[0]
+    return {
+        "eps": defaults.eps if epsilon is None else _number("epsilon", epsilon),
+        "update_rate": defaults.update_rate if momentum is None else _rest("momentum", momentum),
+        "ddof": defaults.ddof,
+        "axis": -1 if axis is None else axis,
+    }
 
 
 def _imported(
@@ -256,7 +310,8 @@ def _numpy(value: Any) -> Array:
     if hasattr(value, "numpy") and not isinstance(value, np.ndarray):
         value = value.numpy()
         return _numpy(value) if hasattr(value, "detach") else np.asarray(value)
-    return np.asarray(value)
+    array = np.asarray(value)
+    return array.astype(np.float32) if _validate.is_bfloat16(array.dtype) else array
 
 
 def _number(name: str, value: Any) -> float:
@@ -268,4 +323,4 @@ def _rest(name: str, value: Any) -> float:
     momentum = _number(name, value)
     if not 0 <= momentum <= 1:
         raise ValueError(f"{name} must be from 0 to 1, got {momentum}")
-    return float(1 - Decimal(repr(momentum)))  # 0.01 for 0.99, where 1 - 0.99 is 0.010000000000000009
+    return _validate.rest(momentum)

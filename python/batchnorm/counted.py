@@ -77,8 +77,8 @@ def counted(
         raise ValueError(
             f"at most one of mask, weights, lengths and segments must be given, got {' and '.join(names)}"
         )
-    if padding is not None and (not isinstance(padding, str) or padding not in PADDINGS):
-        raise ValueError(f"padding must be 'zero', 'keep' or 'normalize', got {padding!r}")
+    if padding is not None:
+        _validate.choice("padding", padding, PADDINGS)
     if not names or names == ["segments"]:
         if padding is not None:
             raise ValueError(
@@ -95,12 +95,7 @@ def counted(
 
 
 def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
-    if isinstance(values, np.ndarray) and type(values) is not np.ndarray and type(values) is not np.memmap:
-        raise TypeError(f"{name} must be a numpy.ndarray or a sequence, got {type(values).__name__}")
-    try:
-        a = np.asarray(values)
-    except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
-        raise TypeError(f"{name} must be an array of numbers, got {_validate.kind(values)}") from None
+    a = _validate.numbers(name, values)
     if a.dtype.kind not in kinds:
         raise TypeError(f"{name} must have {_article(wanted)} dtype, got {a.dtype}")
     return a

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
-from batchnorm.functional import Saved, _deliver, _input_of, _rounded, _target
+from batchnorm.functional import Saved, _deliver, _input_of, _like_gamma, _target
 
 Array = NDArray[Any]
 Outputs = tuple[Array | None, Array | None]
@@ -357,10 +357,7 @@ class _Second:
             None if a is None else _deliver(a, o)
             for a, o in zip((self._ddy, self._dx), self._out, strict=True)
         )
-        if dgamma is not None and self._gamma is not None:
-            dtype = np.asarray(self._gamma).dtype
-            dgamma = dgamma if dgamma.dtype == dtype else _rounded(dgamma, dtype)
-        return SecondGradients(ddy, dx, dgamma)
+        return SecondGradients(ddy, dx, _like_gamma(dgamma, self._gamma))
 
 
 def _refuse_third_order(**arguments: object) -> None:

@@ -133,12 +133,8 @@ class GradSums:
             )
         a, b = self._table, other._table
         table = np.empty_like(a)
-        total = a[:, ::2] + b[:, ::2]
-        part = total - a[:, ::2]
-        error = (a[:, ::2] - (total - part)) + (
-            b[:, ::2] - part
-        )  # Knuth's TwoSum: what the addition rounded off
-        table[:, ::2], table[:, 1::2] = total, a[:, 1::2] + b[:, 1::2] + error
+        table[:, ::2], rounded_off = _two_sum(a[:, ::2], b[:, ::2])
+        table[:, 1::2] = a[:, 1::2] + b[:, 1::2] + rounded_off
         return GradSums(self.count + other.count, table)
 
     def __repr__(self) -> str:
@@ -634,13 +630,8 @@ def grad_input(
 def _input_of(saved: Saved) -> Array:
     """Give the x of `saved`, whose fields may have been replaced since `batch_norm` made it."""
     _validate.instance("saved", saved, Saved, "the Saved of a batch_norm call")
-    if saved.x is None:
-        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
-    x = _validate.array("saved.x", saved.x)
+    x = _validate.saved_input(saved.x, saved.axis, saved.eps)
     _validate.instance("saved.moments", saved.moments, Moments, "Moments")
-    _validate.eps(saved.eps)
-    if _validate.axis(saved.axis, x.ndim) != saved.axis:
-        raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
     needed = x.shape[saved.axis]
     if saved.part is not None:
         _validate.instance("saved.part", saved.part, (Positions, Segments), "Positions, Segments or None")
@@ -687,14 +678,24 @@ def _gradients(
 ) -> Gradients:
     if dx is not None:
         dx = _deliver(dx, out)
-    if gamma is not None:  # the core gives float32 or float64; other dtypes round from there
-        dtype = np.asarray(gamma).dtype
-        dgamma, dbeta = (g if g is None or g.dtype == dtype else _rounded(g, dtype) for g in (dgamma, dbeta))
-    return Gradients(dx, dgamma, dbeta)
+    return Gradients(dx, _like_gamma(dgamma, gamma), _like_gamma(dbeta, gamma))
+
+
+def _like_gamma(gradient: Array | None, gamma: ArrayLike | None) -> Array | None:
+    """Give a gradient, float32 or float64 as it was computed, in the dtype of gamma; as it is where that is None."""
+    return gradient if gradient is None or gamma is None else _rounded(gradient, np.asarray(gamma).dtype)
 
 
 def _rounded(values: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(
-        all="ignore"
-    ):  # a float16 gradient may well overflow or underflow; dx is written already
+    if values.dtype == dtype:
+        return values
+    with np.errstate(all="ignore"):  # a float16 gradient may well over- or underflow; dx is written already
         return values.astype(dtype)
+
+
+def _two_sum(a: Array, b: Array) -> tuple[Array, Array]:
+    """Give a + b and what that addition rounded off (Knuth's TwoSum); 0 where the sum is not finite."""
+    with np.errstate(all="ignore"):  # infinities and NaN stay in their channel
+        total = a + b
+        part = total - a
+        return total, np.where(np.isfinite(total), (a - (total - part)) + (b - part), 0.0)

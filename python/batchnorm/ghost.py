@@ -18,7 +18,8 @@ from batchnorm.functional import (
     Gradients,
     PerChannel,
     Saved,
-    _rounded,
+    _like_gamma,
+    _two_sum,
     batch_norm,
     batch_norm_backward,
     update_running,
@@ -187,8 +188,7 @@ def ghost_batch_norm_backward(
         for name, gradient in (("gamma", dgamma), ("beta", dbeta)):
             if gradient is not None:
                 sums[name].add(gradient)
-    dtype = np.dtype(np.float64) if saved.gamma is None else saved.gamma.dtype
-    totals = {name: _rounded(total.value(), dtype) for name, total in sums.items()}
+    totals = {name: _like_gamma(total.value(), saved.gamma) for name, total in sums.items()}
     return Gradients(dx, totals.get("gamma"), totals.get("beta"))
 
 
@@ -242,12 +242,8 @@ class _Sum:
         self._high, self._low = np.zeros(channels), np.zeros(channels)
 
     def add(self, term: PerChannel) -> None:
-        with np.errstate(all="ignore"):  # infinities and NaN stay in their channel
-            total = self._high + term
-            part = total - self._high
-            error = (self._high - (total - part)) + (term - part)  # Knuth's TwoSum
-            self._low += np.where(np.isfinite(total), error, 0.0)
-        self._high = total
+        self._high, rounded_off = _two_sum(self._high, term)
+        self._low += rounded_off
 
     def value(self) -> PerChannel:
         return self._high + self._low
@@ -261,13 +257,8 @@ def _ghosts(x: Array, size: int) -> Iterator[slice]:
 def _input_of(saved: GhostSaved) -> Array:
     """Give the x of `saved`, whose fields may have been replaced since `ghost_batch_norm` made it."""
     _validate.instance("saved", saved, GhostSaved, "the GhostSaved of a ghost_batch_norm call")
-    if saved.x is None:
-        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
-    x = _validate.array("saved.x", saved.x)
-    _validate.eps(saved.eps)
+    x = _validate.saved_input(saved.x, saved.axis, saved.eps)
     size = _validate.ghost_size(saved.ghost_size)
-    if _validate.axis(saved.axis, x.ndim) != saved.axis:
-        raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
     _validate.ghost_values(x, saved.axis, size)
     needed = len(range(0, len(x), size))
     _validate.instance("saved.moments", saved.moments, Sequence, "a sequence of Moments")

@@ -18,6 +18,7 @@ from batchnorm import _validate, _validate_state, conventions, state_file
 from batchnorm.functional import (
     Gradients,
     Saved,
+    _rounded,
     batch_norm,
     batch_norm_backward,
     normalize,
@@ -65,7 +66,6 @@ _BY_CONVENTION: Any = _ByConvention()
 NONFINITE = ("raise", "skip", "warn", "propagate")
 SINGLE_VALUE = ("raise", "use_running", "skip")
 USE_STATS = ("batch", "running")
-PARITIES = ("paper", "keras", "torchrl")
 
 _AnySaved = Saved | GhostSaved | RenormSaved
 _BACKWARD: dict[type, Callable[..., Gradients]] = {
@@ -202,14 +202,14 @@ class BatchNorm:
         self._ddof = _validate_state.ddof(defaults.ddof if ddof is _BY_CONVENTION else ddof)
         self._dtype = _validate_state.dtype(dtype)
         self._debias = _validate_state.debias(debias, self._update_rate)
-        self._nonfinite = _validate_state.choice("nonfinite", nonfinite, NONFINITE)
-        self._single_value = _validate_state.choice("single_value", single_value, SINGLE_VALUE)
+        self._nonfinite = _validate.choice("nonfinite", nonfinite, NONFINITE)
+        self._single_value = _validate.choice("single_value", single_value, SINGLE_VALUE)
         self._domains = _validate_state.domains(domains)
         self._ghost_size = None if ghost_size is None else _validate.ghost_size(ghost_size)
         self._renorm: RenormSchedule | None = _validate_state.renorm(
             renorm, self._ghost_size, self._update_rate
         )
-        self._parity = _validate_state.choice("parity", parity, PARITIES)
+        self._parity = _validate.choice("parity", parity, _validate.PARITIES)
         self._num_threads = _validate.num_threads(num_threads) or None
         self._gamma = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
         self._beta = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
@@ -482,7 +482,7 @@ class BatchNorm:
         k = _validate_state.domain(domain, self._domains)
         by_batch = update = self._training and not self._frozen_statistics
         if use_stats is not None:
-            by_batch = _validate_state.choice("use_stats", use_stats, USE_STATS) == "batch"
+            by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
         if update_stats is not None:
             update = _validate_state.flag("update_stats", update_stats)
             if update and self._frozen_statistics:
@@ -490,7 +490,7 @@ class BatchNorm:
         counted = {"mask": mask, "weights": weights, "lengths": lengths, "padding": padding}
         how = {name: value for name, value in counted.items() if value is not None}
         if by_batch and self._single_value != "raise" and _is_single_value(x, self._axis):
-            return self._single(x, out, k)
+            return self._single(x, out, k, how)
         if by_batch:
             return self._by_batch(x, out, k, how, update)
         return self._by_running(x, out, k, how, update)
@@ -555,7 +555,7 @@ class BatchNorm:
             needs = ("x",) if _validate.needs(needs)[0] else ()
         dx, dgamma, dbeta = gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
         dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
-        if _same_memory(x, out):
+        if _is_x(out, x):
             self._last_call = None
         self._dgamma, self._dbeta = dgamma, dbeta
         return dx
@@ -563,6 +563,8 @@ class BatchNorm:
     def _by_batch(
         self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
     ) -> NDArray[Any]:
+        if how and (self._ghost_size is not None or self._renorm is not None):
+            raise _validate_state.parts_of_small_batches(how)
         gamma = _snapshot(self._gamma)
         if out is not None and update and self._nonfinite == "raise":
             self._refuse_nonfinite(x, how)
@@ -594,8 +596,6 @@ class BatchNorm:
                 x, gamma, self._beta, axis=axis, eps=eps, out=out, num_threads=threads, **how
             )
             return y, saved, saved.moments
-        if how:
-            raise _validate_state.parts_of_small_batches(how)
         options: dict[str, Any] = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
         if self._ghost_size is not None:
             y, ghosts = ghost_batch_norm(x, gamma, self._beta, ghost_size=self._ghost_size, **options)
@@ -611,15 +611,11 @@ class BatchNorm:
     def _by_running(
         self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
     ) -> NDArray[Any]:
-        gamma, all_statistics = _snapshot(self._gamma), self._statistics
-        statistics = all_statistics[k]
-        batch = (
-            moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
-            if update
-            else None
-        )
         if update and self._renorm is not None:
             raise _validate_state.update_without_renorm()
+        gamma, all_statistics = _snapshot(self._gamma), self._statistics
+        statistics = all_statistics[k]
+        batch = self._moments(x, how) if update else None
         if batch is not None and x.size > 0:
             _validate.batch_values(x, self._axis % x.ndim)
             all_statistics = self._updated(k, batch, how)
@@ -628,7 +624,7 @@ class BatchNorm:
         mean, var = statistics.mean, statistics.var
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
-        last_call = None if _same_memory(x, out) else (x, gradients)
+        last_call = None if _is_x(out, x) else (x, gradients)
         seen = self._batch if batch is None or x.size == 0 else (k, batch, x.size)
         # From here on nothing can raise.
         self._last_call, self._batch = last_call, seen
@@ -637,21 +633,26 @@ class BatchNorm:
             self._largest_size = max(self._largest_size, x.size)
         return y
 
-    def _single(self, x: NDArray[Any], out: NDArray[Any] | None, k: int) -> NDArray[Any]:
+    def _single(
+        self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any]
+    ) -> NDArray[Any]:
         """Normalize one value a channel: by running statistics, or by itself and no variance, which gives beta."""
         if self._single_value == "use_running":
-            return self._by_running(x, out, k, {}, False)
+            return self._by_running(x, out, k, how, False)
         gamma = _snapshot(self._gamma)
-        settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0}
+        settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
         mean, var = x.reshape(-1).astype(np.float64), np.zeros(self._channels)
         y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
         gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
-        self._last_call = None if _same_memory(x, out) else (x, gradients)
+        self._last_call = None if _is_x(out, x) else (x, gradients)
         return y
 
+    def _moments(self, x: NDArray[Any], how: Mapping[str, Any]) -> Moments:
+        counted = {name: value for name, value in how.items() if name != "padding"}
+        return moments(x, axis=self._axis, num_threads=self._num_threads, **counted)
+
     def _refuse_nonfinite(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
-        batch = moments(x, axis=self._axis, num_threads=self._num_threads, **_without_padding(how))
-        channel = batch._first_nonfinite()
+        channel = self._moments(x, how)._first_nonfinite()
         if channel >= 0:
             raise ValueError(_validate_state.nonfinite_batch(channel))
 
@@ -680,12 +681,7 @@ class BatchNorm:
     def _as_gradient(
         self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None
     ) -> NDArray[Any] | None:
-        if gradient is None or parameter is None:
-            return None
-        if gradient.dtype == self._dtype:
-            return gradient
-        with np.errstate(all="ignore"):  # a sum beyond the dtype is an infinity, and no reason for a warning
-            return gradient.astype(self._dtype)
+        return None if gradient is None or parameter is None else _rounded(gradient, self._dtype)
 
     # ---- diagnostics ----
 
@@ -895,6 +891,7 @@ class BatchNorm:
 
     @classmethod
     def _from(cls, source: conventions.Imported, dtype: DTypeLike, settings: Mapping[str, Any]) -> Self:
+        conventions.check_settings(settings)
         has = {"gamma": source.gamma is not None, "beta": source.beta is not None}
         layer = cls(source.mean.size, dtype=dtype, **(source.settings | has | dict(settings)))
         state = {
@@ -906,7 +903,9 @@ class BatchNorm:
             if value is not None:
                 state[name] = value.astype(layer.dtype)
         layer.load_state_dict(state)
-        return layer
+        if source.frozen:
+            layer.freeze()
+        return layer.train(source.training)
 
     @classmethod
     def from_torch(
@@ -930,11 +929,12 @@ class BatchNorm:
         update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
         axis : the channel axis of x; PyTorch's is 1.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
-        BatchNorm with ddof=1: running variances of PyTorch are unbiased. In training mode.
+        BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module, training for a
+        state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d).
 
         Raises
         ------
@@ -956,7 +956,8 @@ class BatchNorm:
         """Give the state_dict of a batch norm of PyTorch that goes on where this layer is, as arrays.
 
         Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without
-        is ones or zeros. ``{k: torch.from_numpy(v) for k, v in layer.to_torch().items()}`` loads.
+        is ones or zeros. ``{k: torch.from_numpy(v) for k, v in layer.to_torch().items()}`` loads. The mode is not in it:
+        ``module.train(layer.training)``.
 
         Parameters
         ----------
@@ -996,6 +997,8 @@ class BatchNorm:
         epsilon: float | None = None,
         momentum: float | None = None,
         axis: int | None = None,
+        scale: bool | None = None,
+        center: bool | None = None,
         dtype: DTypeLike = np.float32,
         **settings: Any,
     ) -> Self:
@@ -1006,13 +1009,16 @@ class BatchNorm:
         source : a built layer, the list of its get_weights(), or a mapping of gamma, beta, moving_mean and
             moving_variance (gamma or beta absent with scale or center False).
         epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
+        scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
+            which does not tell; one of 4 has both and one of 2 has neither.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
         BatchNorm with update_rate = 1 - momentum and ddof=0: moving variances of Keras 3 are biased. (Those of the
-        fused kernels of TensorFlow were not: pass ddof=1 to go on with them.)
+        fused kernels of TensorFlow were not: pass ddof=1 to go on with them.) In training mode, which Keras has by
+        call; with statistics and affine frozen for a layer of ``trainable=False``.
 
         Raises
         ------
@@ -1026,14 +1032,17 @@ class BatchNorm:
         array([[2.]])
 
         """
-        source = conventions.from_keras(source, epsilon=epsilon, momentum=momentum, axis=axis)
+        source = conventions.from_keras(
+            source, epsilon=epsilon, momentum=momentum, axis=axis, scale=scale, center=center
+        )
         return cls._from(source, dtype, settings)
 
     def to_keras(self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
         """Give the weights of a BatchNormalization of Keras that goes on where this layer is.
 
         Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
-        ``keras_layer.set_weights(list(layer.to_keras().values()))`` loads.
+        ``keras_layer.set_weights(list(layer.to_keras().values()))`` loads. What `freeze` has frozen is
+        ``keras_layer.trainable = False`` there.
 
         Parameters
         ----------
@@ -1063,31 +1072,35 @@ class BatchNorm:
     @classmethod
     def from_flax(
         cls,
-        variables: Mapping[str, Any],
+        variables: Any,
         *,
-        epsilon: float = 1e-5,
-        momentum: float = 0.99,
-        axis: int = -1,
+        epsilon: float | None = None,
+        momentum: float | None = None,
+        axis: int | None = None,
         dtype: DTypeLike = np.float32,
         **settings: Any,
     ) -> Self:
-        """Make a layer that goes on where a BatchNorm of Flax (linen) is.
+        """Make a layer that goes on where a BatchNorm of Flax (nnx or linen) is.
 
         Parameters
         ----------
-        variables : mapping of "params" (scale, bias; absent where not used) and "batch_stats" (mean, var).
-        epsilon, momentum, axis : of Flax, whose defaults they are.
+        variables : an nnx.BatchNorm; its state, a mapping of mean, var, scale and bias; or the variables of one of
+            linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
+            used.
+        epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
-        BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased.
+        BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In evaluation for an
+        nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its use_fast_variance
+        is a way of rounding, which nothing here needs.
 
         Raises
         ------
         TypeError, ValueError
-            For what is no such mapping.
+            For what is no such source.
 
         Examples
         --------
@@ -1105,7 +1118,9 @@ class BatchNorm:
     ) -> dict[str, dict[str, NDArray[Any]]]:
         """Give the variables of a BatchNorm of Flax that goes on where this layer is.
 
-        Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
+        Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`; its use_running_average is
+        ``not layer.training``. They are those of linen; for nnx, with ``v = layer.to_flax()``,
+        ``nnx.update(module, v["params"] | v["batch_stats"])`` loads.
 
         Parameters
         ----------
@@ -1149,11 +1164,12 @@ class BatchNorm:
         inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
         epsilon, momentum : its attributes, with their defaults.
         dtype : of gamma and beta.
-        **settings : others of `BatchNorm`.
+        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
         -------
-        BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1.
+        BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1. In training mode; a node without training_mode=1
+        evaluates.
 
         Raises
         ------
@@ -1183,7 +1199,7 @@ class BatchNorm:
         Returns
         -------
         inputs : dict of scale, B, input_mean, input_var; ones and zeros for a parameter that the layer is without.
-        attributes : dict of epsilon and momentum (1 - update_rate).
+        attributes : dict of epsilon and momentum (1 - update_rate). Without training_mode, the node evaluates.
 
         Raises
         ------
@@ -1199,7 +1215,7 @@ class BatchNorm:
         scale, shift, mean, var = self._exported("onnx", dtype, any_ddof)
         assert self._update_rate is not None
         inputs = {"scale": scale, "B": shift, "input_mean": mean, "input_var": var}
-        return inputs, {"epsilon": self._eps, "momentum": 1 - self._update_rate}
+        return inputs, {"epsilon": self._eps, "momentum": _validate.rest(self._update_rate)}
 
     def _exported(self, library: str, dtype: DTypeLike, any_ddof: bool) -> list[NDArray[Any]]:
         """Return gamma, beta, mean and var as fresh arrays of `dtype`, for a library that can take them."""
@@ -1278,10 +1294,6 @@ def _is_single_value(x: object, axis: int) -> bool:
     return isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and 0 < x.size == x.shape[axis]
 
 
-def _without_padding(how: Mapping[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in how.items() if name != "padding"}
-
-
 def _for_given_statistics(how: Mapping[str, Any]) -> dict[str, Any]:
     """Give what `normalize` takes of it: of weights only where they are 0, and only if that is padding."""
     rest = dict(how)
@@ -1333,8 +1345,5 @@ def _snapshot(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
     return None if parameter is None else parameter.copy()
 
 
-def _same_memory(x: NDArray[Any], out: NDArray[Any] | None) -> bool:
-    """Tell whether out is x. The functions have refused any other overlap, so the first byte tells."""
-    if out is None or x.size == 0 or not np.may_share_memory(x, out):
-        return False
-    return bool(x.__array_interface__["data"][0] == out.__array_interface__["data"][0])
+def _is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
+    return out is not None and x.size > 0 and _validate.same_memory(out, x)

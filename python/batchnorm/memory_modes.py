@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _validate
-from batchnorm.functional import Gradients, PerChannel, Saved, batch_norm, batch_norm_backward
+from batchnorm.functional import Gradients, PerChannel, Saved, _rounded, batch_norm, batch_norm_backward
 from batchnorm.moments import Moments
 
 Array = NDArray[Any]
@@ -173,6 +173,7 @@ def batch_norm_inplace_backward(
            [ 0.0871]]), array([1.]))
     """
     _validate.instance("saved", saved, SavedOutput, "the SavedOutput of a batch_norm_inplace call")
+    _validate.instance("saved.moments", saved.moments, Moments, "Moments")
     values = saved.y if y is None else _validate.array_like("y", y, saved.y)
     dx, dgamma, dbeta = batch_norm_backward(
         dy, _as_if_input(values, saved), needs=needs, out=out, num_threads=num_threads
@@ -221,8 +222,3 @@ def _check_invertible(gamma: PerChannel, beta: PerChannel, item_size: int) -> No
             f"gamma must be at least abs(beta)/{_MOST_BETA:.0f} in every channel to be inverted, "
             f"got gamma {gamma[c]} and beta {beta[c]} in channel {c}"
         )
-
-
-def _rounded(values: Array, dtype: np.dtype[Any]) -> Array:
-    with np.errstate(all="ignore"):  # a float16 gradient may well overflow; dx is written already
-        return values.astype(dtype, copy=False)

@@ -37,7 +37,7 @@ from batchnorm.functional import (
     Gradients,
     PerChannel,
     Saved,
-    _rounded,
+    _like_gamma,
     batch_norm_backward,
     normalize,
     update_running,
@@ -278,6 +278,7 @@ def batch_renorm_backward(
     (array([3.]), array([4.]))
     """
     _validate.instance("saved", saved, RenormSaved, "the RenormSaved of a batch_renorm call")
+    _validate.instance("saved.moments", saved.moments, Moments, "Moments")
     need_x, need_gamma, need_beta = _validate.needs(needs)
     channels = saved.moments.channels
     r, d = (_validate.channel_values(f"saved.{n}", getattr(saved, n), channels) for n in ("r", "d"))
@@ -289,13 +290,14 @@ def batch_renorm_backward(
     names = ("x",) * need_x + ("gamma",) * need_gamma + ("beta",) * (need_gamma or need_beta)
     plain = Saved(saved.x, saved.moments, None, folded, saved.axis, saved.eps)
     dx, along_xhat, dbeta = batch_norm_backward(dy, plain, needs=names, out=out, num_threads=num_threads)
-    dtype = np.dtype(np.float64) if saved.gamma is None else saved.gamma.dtype
     dgamma = None
     if need_gamma:
         assert along_xhat is not None and dbeta is not None
         with np.errstate(all="ignore"):
-            dgamma = _rounded(r * along_xhat + d * dbeta, dtype)
-    return Gradients(dx, dgamma, _rounded(dbeta, dtype) if need_beta and dbeta is not None else None)
+            dgamma = r * along_xhat + d * dbeta
+    return Gradients(
+        dx, _like_gamma(dgamma, saved.gamma), _like_gamma(dbeta, saved.gamma) if need_beta else None
+    )
 
 
 def renorm_update_running(
