@@ -26,6 +26,16 @@ from batchnorm.layers import BatchNorm
 from batchnorm.memory_modes import SavedOutput, batch_norm_inplace, batch_norm_inplace_backward
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
+from batchnorm.relu import (
+    ReluGradients,
+    ReluMask,
+    ReluOutput,
+    SavedRelu,
+    batch_norm_relu,
+    batch_norm_relu_backward,
+    normalize_relu,
+    normalize_relu_backward,
+)
 from batchnorm.renorm import (
     RenormLimits,
     RenormSaved,
@@ -43,12 +53,16 @@ __all__ = [
     "GradSums",
     "Gradients",
     "Moments",
+    "ReluGradients",
+    "ReluMask",
+    "ReluOutput",
     "RenormLimits",
     "RenormSaved",
     "RenormSchedule",
     "Report",
     "Saved",
     "SavedOutput",
+    "SavedRelu",
     "SecondGradients",
     "__version__",
     "active_isa",
@@ -59,6 +73,8 @@ __all__ = [
     "batch_norm_inplace",
     "batch_norm_inplace_backward",
     "batch_norm_jvp",
+    "batch_norm_relu",
+    "batch_norm_relu_backward",
     "batch_renorm",
     "batch_renorm_backward",
     "explain",
@@ -74,6 +90,8 @@ __all__ = [
     "normalize_backward",
     "normalize_double_backward",
     "normalize_jvp",
+    "normalize_relu",
+    "normalize_relu_backward",
     "renorm_update_running",
     "set_num_threads",
     "show_config",

@@ -273,3 +273,57 @@ def set_num_threads(threads: int) -> None: ...
 def get_num_threads() -> int: ...
 def build_info() -> dict[str, Any]: ...
 def explain(sizes: _Sizes, item_size: int, threads: int) -> str: ...
+def relu_mask_bytes(sizes: _Sizes) -> int: ...
+def batch_norm_relu(
+    x: _Array,
+    sizes: _Sizes,
+    residual: _Array | None,
+    gamma: _Array | None,
+    beta: _Array | None,
+    eps: float,
+    out: _Array,
+    mask: NDArray[np.uint8] | None,
+    threads: int,
+) -> _Table: ...
+def normalize_relu(
+    x: _Array,
+    sizes: _Sizes,
+    residual: _Array | None,
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    beta: _Array | None,
+    eps: float,
+    out: _Array,
+    mask: NDArray[np.uint8] | None,
+    threads: int,
+) -> None: ...
+def batch_norm_relu_backward(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    mask: NDArray[np.uint8],
+    moments: _Table,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array | None,
+    dresidual: _Array | None,
+    need_gamma: bool,
+    need_beta: bool,
+    threads: int,
+) -> tuple[_Table | None, _Table | None]: ...
+def normalize_relu_backward(
+    dy: _Array,
+    x: _Array,
+    sizes: _Sizes,
+    mask: NDArray[np.uint8],
+    mean: _Array,
+    var: _Array,
+    gamma: _Array | None,
+    eps: float,
+    out: _Array | None,
+    dresidual: _Array | None,
+    need_gamma: bool,
+    need_beta: bool,
+    threads: int,
+) -> tuple[_Table | None, _Table | None]: ...

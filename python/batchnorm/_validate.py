@@ -24,7 +24,7 @@ _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _TENSORS = (np.dtype(np.float16), *_FLOATS)
 _MOST_DIMENSIONS = 8
 PARITIES = ("paper", "keras", "torchrl")
-_GRADIENTS = ("x", "gamma", "beta")
+GRADIENTS = ("x", "gamma", "beta")
 
 
 def array(name: str, a: object) -> Array:
@@ -282,7 +282,7 @@ def num_threads(value: object) -> int:
 
 def needs(names: Any) -> tuple[bool, bool, bool]:
     """Tell which of x, gamma, beta are named."""
-    need_x, need_gamma, need_beta = needs_among(_GRADIENTS, names)
+    need_x, need_gamma, need_beta = needs_among(GRADIENTS, names)
     return need_x, need_gamma, need_beta
 
 
@@ -318,13 +318,13 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
 
 
 def two_outputs(
-    out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None]
+    out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None], names: str = "ddy, dx"
 ) -> tuple[Array | None, Array | None]:
-    """Refuse what is not two outputs (`output`) or None, apart from each other."""
+    """Refuse what is not two outputs (`output`) or None, apart from each other; `names` tells which they are."""
     if out is None:
         return None, None
     if not isinstance(out, tuple) or len(out) != 2:
-        raise TypeError(f"out must be a tuple (ddy, dx) of arrays or None, got {kind(out)}")
+        raise TypeError(f"out must be a tuple ({names}) of arrays or None, got {kind(out)}")
     for a in out:
         if a is not None:
             output(a, x, may_be, apart_from)

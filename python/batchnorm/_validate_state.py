@@ -133,6 +133,26 @@ def renorm(value: Any, ghost_size: int | None, rate: float | None) -> Any:
     return value
 
 
+def activation(value: object, ghost_size: int | None, renorm: object) -> str | None:
+    """Give None or "relu", which goes with one normalization of the whole batch alone."""
+    if value is None:
+        return None
+    if ghost_size is not None or renorm is not None:
+        other = "ghost_size" if ghost_size is not None else "renorm"
+        raise ValueError(f"activation must be None in a layer with {other}, got {value!r}")
+    return _validate.choice("activation", value, ("relu",))
+
+
+def parts_with_activation(names: Mapping[str, object]) -> ValueError:
+    """Tell that an activation leaves nothing of x out."""
+    return ValueError(f"{next(iter(names))} must be None in a layer with an activation")
+
+
+def residual_without_activation() -> ValueError:
+    """Tell which layers take a residual."""
+    return ValueError("residual must be None in a layer without activation='relu'")
+
+
 def parts_of_small_batches(names: Mapping[str, object]) -> ValueError:
     """Return the error for a mask in a layer of ghosts or renormalization."""
     return ValueError(

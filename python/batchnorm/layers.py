@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
@@ -32,6 +32,15 @@ from batchnorm.ghost import (
     ghost_update_running,
 )
 from batchnorm.moments import Moments, merge, moments
+from batchnorm.relu import NEEDS as RELU_NEEDS
+from batchnorm.relu import (
+    ReluGradients,
+    SavedRelu,
+    batch_norm_relu,
+    batch_norm_relu_backward,
+    normalize_relu,
+    normalize_relu_backward,
+)
 from batchnorm.renorm import (
     RenormSaved,
     RenormSchedule,
@@ -54,6 +63,13 @@ class _Statistics:
     pooled: Moments | None  # everything seen, where update_rate is None
 
 
+class _Output(NamedTuple):
+    """Where y goes, and what is added to it first."""
+
+    out: NDArray[Any] | None
+    residual: NDArray[Any] | None
+
+
 class _ByConvention:
     """The default of a setting that the convention gives."""
 
@@ -67,15 +83,16 @@ NONFINITE = ("raise", "skip", "warn", "propagate")
 SINGLE_VALUE = ("raise", "use_running", "skip")
 USE_STATS = ("batch", "running")
 
-_AnySaved = Saved | GhostSaved | RenormSaved
-_BACKWARD: dict[type, Callable[..., Gradients]] = {
+_AnySaved = Saved | SavedRelu | GhostSaved | RenormSaved
+_BACKWARD: dict[type, Callable[..., Gradients | ReluGradients]] = {
     Saved: batch_norm_backward,
+    SavedRelu: batch_norm_relu_backward,
     GhostSaved: ghost_batch_norm_backward,
     RenormSaved: batch_renorm_backward,
 }
 
 # What backward needs of the last forward call: its x, and what gives dx, dgamma and dbeta for a dy.
-_LastCall = tuple[NDArray[Any], Callable[..., Gradients]]
+_LastCall = tuple[NDArray[Any], Callable[..., Gradients | ReluGradients]]
 
 
 class BatchNorm:
@@ -122,12 +139,15 @@ class BatchNorm:
         the limits that the schedule gives for step `update_count`.
     parity : "paper" (default), "keras" or "torchrl": whose rules `renorm` follows; its running variance is not
         `ddof`'s then (`renorm_update_running`).
+    activation : "relu" or None. "relu": each call gives max(y + residual, 0) in the same pass (`batch_norm_relu`), and
+        backward goes through that. Not with `ghost_size` and `renorm`, nor with masks.
     num_threads : int >= 1 or None: threads of each call, as in the functions.
 
     Attributes
     ----------
     gamma, beta : (C,) of `dtype`, start as ones and zeros, or None. To be changed in place or by assigning.
     dgamma, dbeta : (C,) of `dtype`, from the last backward; None before it, and where not asked for.
+    dresidual : like x, from the last backward; None before it, without a residual, and where not asked for.
     running_mean, running_var : float64 (C,), read-only; start as zeros and ones.
     update_count : int, training calls that updated them.
     training : bool, True at first.
@@ -188,6 +208,7 @@ class BatchNorm:
         ghost_size: int | None = None,
         renorm: RenormSchedule | None = None,
         parity: str = "paper",
+        activation: str | None = None,
         num_threads: int | None = None,
         **others: Any,
     ) -> None:
@@ -210,11 +231,13 @@ class BatchNorm:
             renorm, self._ghost_size, self._update_rate
         )
         self._parity = _validate.choice("parity", parity, _validate.PARITIES)
+        self._activation = _validate_state.activation(activation, self._ghost_size, self._renorm)
         self._num_threads = _validate.num_threads(num_threads) or None
         self._gamma = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
         self._beta = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
         self._dgamma: NDArray[Any] | None = None
         self._dbeta: NDArray[Any] | None = None
+        self._dresidual: NDArray[Any] | None = None
         self._training = True
         self._frozen_statistics = self._frozen_affine = False
         # One set per domain; replaced as a whole, never changed.
@@ -292,6 +315,11 @@ class BatchNorm:
         return self._parity
 
     @property
+    def activation(self) -> str | None:
+        """What follows the normalization in the same pass."""
+        return self._activation
+
+    @property
     def num_threads(self) -> int | None:
         """Threads of each call; None for the setting of the process."""
         return self._num_threads
@@ -334,6 +362,11 @@ class BatchNorm:
     def dbeta(self) -> NDArray[Any] | None:
         """Gradient of beta from the last backward, (C,) of `dtype`; None before it or if not asked for."""
         return self._dbeta
+
+    @property
+    def dresidual(self) -> NDArray[Any] | None:
+        """Gradient of the residual from the last backward; None where there was none, or it was not asked for."""
+        return self._dresidual
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
@@ -429,6 +462,7 @@ class BatchNorm:
         self,
         x: NDArray[Any],
         *,
+        residual: NDArray[Any] | None = None,
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         lengths: ArrayLike | None = None,
@@ -448,6 +482,7 @@ class BatchNorm:
         x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, C long on `axis`,
             any memory order. Kept by reference for backward. In training 2 or more values a channel; an empty x
             updates nothing.
+        residual : in a layer with activation="relu": added before it; shape and dtype of x.
         mask, weights, lengths, padding : what of x counts, and what y is elsewhere, as in `batch_norm`. Where
             nothing counts, nothing is updated.
         use_stats : "batch" or "running": the statistics that normalize, whatever the mode; None for the mode's.
@@ -463,7 +498,7 @@ class BatchNorm:
         Raises
         ------
         TypeError, ValueError
-            For an x or out that does not fit. Nothing has changed or been written then.
+            For an x, residual or out that does not fit. Nothing has changed or been written then.
 
         Notes
         -----
@@ -489,17 +524,22 @@ class BatchNorm:
                 raise _validate_state.update_of_frozen()
         counted = {"mask": mask, "weights": weights, "lengths": lengths, "padding": padding}
         how = {name: value for name, value in counted.items() if value is not None}
+        if self._activation is None and residual is not None:
+            raise _validate_state.residual_without_activation()
+        if self._activation is not None and how:
+            raise _validate_state.parts_with_activation(how)
+        to = _Output(out, residual)
         if by_batch and self._single_value != "raise" and _is_single_value(x, self._axis):
-            return self._single(x, out, k, how)
+            return self._single(x, to, k, how)
         if by_batch:
-            return self._by_batch(x, out, k, how, update)
-        return self._by_running(x, out, k, how, update)
+            return self._by_batch(x, to, k, how, update)
+        return self._by_running(x, to, k, how, update)
 
     def backward(
         self,
         dy: NDArray[Any],
         *,
-        needs: Iterable[str] = ("x", "gamma", "beta"),
+        needs: Iterable[str] | None = None,
         out: NDArray[Any] | None = None,
     ) -> NDArray[Any] | None:
         """Return dx for the last call of the layer, and set `dgamma` and `dbeta`.
@@ -510,6 +550,9 @@ class BatchNorm:
         ``dx = gamma * rstd * (dy - dbeta/n - xhat * dgamma/n)``    after a training call (biased var of x)
         ``dx = gamma * rstd * dy``                after an evaluation call (constant statistics)
 
+        In a layer with activation="relu", dy is first set to 0 where y was not above 0 before ReLU; that is `dresidual`,
+        which is set after a call with a residual.
+
         It belongs to the last call whatever has happened since: gamma and statistics are those of that call,
         and ``train()``, ``eval()`` or a change of gamma in between make no difference. It may be called
         again.
@@ -517,7 +560,7 @@ class BatchNorm:
         Parameters
         ----------
         dy : gradient of y: shape and dtype of that x.
-        needs : which of "x", "gamma", "beta" to compute; the others become None.
+        needs : which of "x", "gamma", "beta" (and "residual") to compute; the others become None. None: all.
         out : where to put dx: shape and dtype of x. It may be dy itself; or x itself, for the last backward.
 
         Returns
@@ -551,24 +594,32 @@ class BatchNorm:
         if last is None:
             raise _validate_state.no_forward_call()
         x, gradients = last
+        known = _validate.GRADIENTS if self._activation is None else RELU_NEEDS
+        names: Iterable[str] = known if needs is None else needs
         if self._frozen_affine:
-            needs = ("x",) if _validate.needs(needs)[0] else ()
-        dx, dgamma, dbeta = gradients(dy, needs=needs, out=out, num_threads=self._num_threads)
+            asked = _validate.needs_among(known, names)
+            names = [
+                n for n, wanted in zip(known, asked, strict=True) if wanted and n not in ("gamma", "beta")
+            ]
+        to: Any = out if self._activation is None or out is None else (out, None)
+        dresidual: list[NDArray[Any] | None]
+        dx, dgamma, dbeta, *dresidual = gradients(dy, needs=names, out=to, num_threads=self._num_threads)
         dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
         if _is_x(out, x):
             self._last_call = None
         self._dgamma, self._dbeta = dgamma, dbeta
+        self._dresidual = dresidual[0] if dresidual else None
         return dx
 
     def _by_batch(
-        self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
+        self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any], update: bool
     ) -> NDArray[Any]:
         if how and (self._ghost_size is not None or self._renorm is not None):
             raise _validate_state.parts_of_small_batches(how)
         gamma = _snapshot(self._gamma)
-        if out is not None and update and self._nonfinite == "raise":
+        if to.out is not None and update and self._nonfinite == "raise":
             self._refuse_nonfinite(x, how)
-        y, saved, seen = self._normalized_by_batch(x, gamma, out, k, how)
+        y, saved, seen = self._normalized_by_batch(x, gamma, to, k, how)
         size, batch = x.size, self._batch
         statistics = self._updated(k, seen, how, saved) if update and size > 0 else self._statistics
         last_call: _LastCall | None = (x, partial(_BACKWARD[type(saved)], saved=saved))
@@ -585,18 +636,21 @@ class BatchNorm:
         self,
         x: NDArray[Any],
         gamma: NDArray[Any] | None,
-        out: NDArray[Any] | None,
+        to: _Output,
         k: int,
         how: Mapping[str, Any],
     ) -> tuple[NDArray[Any], _AnySaved, Moments]:
         """Return y, what its backward takes, and the moments of the batch."""
-        axis, eps, threads = self._axis, self._eps, self._num_threads
-        if self._ghost_size is None and self._renorm is None:
+        axis, eps, out, threads = self._axis, self._eps, to.out, self._num_threads
+        if self._activation is None and self._ghost_size is None and self._renorm is None:
             y, saved = batch_norm(
                 x, gamma, self._beta, axis=axis, eps=eps, out=out, num_threads=threads, **how
             )
             return y, saved, saved.moments
         options: dict[str, Any] = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
+        if self._activation is not None:
+            y, with_mask = batch_norm_relu(x, gamma, self._beta, residual=to.residual, **options)
+            return y, with_mask, with_mask.moments
         if self._ghost_size is not None:
             y, ghosts = ghost_batch_norm(x, gamma, self._beta, ghost_size=self._ghost_size, **options)
             return y, ghosts, merge(Moments.empty(self._channels), *ghosts.moments)
@@ -609,7 +663,7 @@ class BatchNorm:
         return y, renormed, renormed.moments
 
     def _by_running(
-        self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any], update: bool
+        self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any], update: bool
     ) -> NDArray[Any]:
         if update and self._renorm is not None:
             raise _validate_state.update_without_renorm()
@@ -619,12 +673,8 @@ class BatchNorm:
         if batch is not None and x.size > 0:
             _validate.batch_values(x, self._axis % x.ndim)
             all_statistics = self._updated(k, batch, how)
-        how = _for_given_statistics(how)
-        settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **how}
-        mean, var = statistics.mean, statistics.var
-        y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
-        gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
-        last_call = None if _is_x(out, x) else (x, gradients)
+        settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **_for_given_statistics(how)}
+        y, last_call = self._by_constants(x, statistics.mean, statistics.var, gamma, to, settings)
         seen = self._batch if batch is None or x.size == 0 else (k, batch, x.size)
         # From here on nothing can raise.
         self._last_call, self._batch = last_call, seen
@@ -633,18 +683,42 @@ class BatchNorm:
             self._largest_size = max(self._largest_size, x.size)
         return y
 
-    def _single(
-        self, x: NDArray[Any], out: NDArray[Any] | None, k: int, how: Mapping[str, Any]
-    ) -> NDArray[Any]:
+    def _by_constants(
+        self,
+        x: NDArray[Any],
+        mean: NDArray[np.float64],
+        var: NDArray[np.float64],
+        gamma: NDArray[Any] | None,
+        to: _Output,
+        settings: Mapping[str, Any],
+    ) -> tuple[NDArray[Any], _LastCall | None]:
+        """Normalize by statistics that are constants; return y, and what its backward takes."""
+        threads = self._num_threads
+        given: dict[str, Any] = {"x": x, "mean": mean, "var": var, "gamma": gamma, **settings}
+        gradients: Callable[..., Gradients | ReluGradients]
+        if self._activation is None:
+            y = normalize(**given, beta=self._beta, out=to.out, num_threads=threads)
+            gradients = partial(normalize_backward, **given)
+        else:
+            y, mask = normalize_relu(
+                **given,
+                beta=self._beta,
+                residual=to.residual,
+                out=to.out,
+                num_threads=threads,
+                needs_mask=True,
+            )
+            gradients = partial(_without_residual, to.residual is None, mask=mask, **given)
+        return y, None if _is_x(to.out, x) else (x, gradients)
+
+    def _single(self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any]) -> NDArray[Any]:
         """Normalize one value a channel: by running statistics, or by itself and no variance, which gives beta."""
         if self._single_value == "use_running":
-            return self._by_running(x, out, k, how, False)
+            return self._by_running(x, to, k, how, False)
         gamma = _snapshot(self._gamma)
         settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
         mean, var = x.reshape(-1).astype(np.float64), np.zeros(self._channels)
-        y = normalize(x, mean, var, gamma, self._beta, out=out, num_threads=self._num_threads, **settings)
-        gradients = partial(normalize_backward, x=x, mean=mean, var=var, gamma=gamma, **settings)
-        self._last_call = None if _is_x(out, x) else (x, gradients)
+        y, self._last_call = self._by_constants(x, mean, var, gamma, to, settings)
         return y
 
     def _moments(self, x: NDArray[Any], how: Mapping[str, Any]) -> Moments:
@@ -1254,6 +1328,8 @@ class BatchNorm:
             settings.append(f"ghost_size={self._ghost_size}")
         if self._renorm is not None:
             settings.append(f"renorm={self._renorm}, parity={self._parity!r}")
+        if self._activation is not None:
+            settings.append(f"activation={self._activation!r}")
         if self._num_threads is not None:
             settings.append(f"num_threads={self._num_threads}")
         frozen = [name for name in ("statistics", "affine") if getattr(self, f"_frozen_{name}")]
@@ -1288,6 +1364,15 @@ def _state_of(statistics: _Statistics) -> dict[str, NDArray[Any]]:
 def _debiased_rate(rate: float, count: int) -> float:
     """Share of the batch that is the `count`-th: what it weighs of all that have been seen."""
     return rate if rate == 1 else rate / -math.expm1(count * math.log1p(-rate))
+
+
+def _without_residual(
+    no_residual: bool, dy: NDArray[Any], *, needs: Iterable[str], **rest: Any
+) -> ReluGradients:
+    """Call `normalize_relu_backward`, which does not know whether there was a residual."""
+    return normalize_relu_backward(
+        dy, needs=[n for n in needs if not (no_residual and n == "residual")], **rest
+    )
 
 
 def _is_single_value(x: object, axis: int) -> bool:

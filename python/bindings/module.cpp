@@ -17,6 +17,7 @@ namespace batchnorm::bindings {
 
 void add_ordinary_calls(py::module_& m);  // ordinary.cpp
 void add_weighted_calls(py::module_& m);  // weighted.cpp
+void add_relu_calls(py::module_& m);      // relu.cpp
 
 namespace {
 
@@ -330,6 +331,7 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
 
   add_ordinary_calls(m);
   add_weighted_calls(m);
+  add_relu_calls(m);
 
   m.def("built_isas", &batchnorm::built_isas, "Instruction sets compiled in, best first.");
   m.def("available_isas", &batchnorm::available_isas, "Those that run on this machine, best first.");

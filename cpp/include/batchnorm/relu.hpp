@@ -3,8 +3,8 @@
 //     s = (x - mean)*rstd*gamma + beta + residual,  y = max(s, 0)       (He et al. 2016, figure 2)
 //
 // The bits of y are those of normalizing in float (double for double tensors), adding and taking the maximum one after
-// the other; for Float16 and BFloat16 with a single rounding at the end. NaN stays NaN, -0 becomes 0. The backward pass
-// wants x and a mask: one bit an element, whether s was above 0 (or NaN), through which dy is let.
+// the other; for Float16 and BFloat16 with a single rounding at the end. NaN and -0 stay what they are. The backward
+// pass wants x and a mask: one bit an element, whether s was above 0 (or NaN), through which dy is let.
 //
 // What batchnorm.hpp says of all its functions holds here too.
 #pragma once

@@ -474,9 +474,8 @@ void runs_relu_one(const T* x, T* y, const ReluTail<T>& tail, Runs runs, const A
                            static_cast<double>(k.offset);
       auto sum = static_cast<Arithmetic<T>>(exact);
       if (tail.residual != nullptr) sum += static_cast<Arithmetic<T>>(tail.residual[tail.at + at]);
-      const bool stays = !(sum <= 0);
-      if (tail.mask != nullptr) set_bit(tail.mask, tail.first_bit + tail.at + at, stays);
-      y[at] = stays ? static_cast<T>(sum) : static_cast<T>(0);
+      if (tail.mask != nullptr) set_bit(tail.mask, tail.first_bit + tail.at + at, !(sum <= 0));
+      y[at] = sum < 0 ? static_cast<T>(0) : static_cast<T>(sum);
     }
   }
 }

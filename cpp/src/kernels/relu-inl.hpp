@@ -27,12 +27,12 @@ template <class Map>
 struct ReluMap {
   Map map;
 
-  template <class T>
-  BN_INLINE Lanes<Arithmetic<T>> operator()(const T* x, const ReluTail<T>& tail, std::int64_t n) const {
+  template <class T, class Tail>
+  BN_INLINE Lanes<Arithmetic<T>> operator()(const T* x, const Tail& tail, std::int64_t n) const {
     using A = Arithmetic<T>;
     Lanes<A> sum = rounded_to<A>(map(x, n));
-    if (tail.residual != nullptr) sum = sum + load_upto<A>(tail.residual + tail.at, n, T(0));
-    if (tail.mask != nullptr) put_bits(tail.mask, tail.first_bit + tail.at, above_zero(sum), n);
+    if (tail.has_residual()) sum = sum + load_upto<A>(tail.residual, n, T(0));
+    if (tail.has_mask()) put_bits<Tail::bits>(tail.mask, tail.bit, above_zero(sum), n);
     return relu(sum);
   }
 };
@@ -47,20 +47,22 @@ BN_INLINE ReluMap<Map> relu_map(const Map& map) {
 
 template <class T, Stores kStores>
 void runs_relu(const T* x, T* y, const ReluTail<T>& tail, Runs runs, const Affine<Arithmetic<T>>* k) {
-  apply_runs<kStores>([k](std::int64_t c) { return relu_map(normalize_map<T>(k[c])); }, runs, y, x, tail);
+  const auto make = [k](std::int64_t c) { return relu_map(normalize_map<T>(k[c])); };
+  with_parts<Bits::whole_bytes>(tail, [&](const auto& parts) { apply_runs<kStores>(make, runs, y, x, parts); });
 }
 template <class T>
 void runs_relu_wide(const T* x, T* y, const ReluTail<T>& tail, Runs runs, const Affine<double>& k) {
-  apply_runs<Stores::ordinary>([&k](std::int64_t) { return relu_map(normalize_map<T>(k)); }, runs, y, x, tail);
+  apply_runs<Stores::ordinary>([&k](std::int64_t) { return relu_map(normalize_map<T>(k)); }, runs, y, x, moving(tail));
 }
 template <class T>
 void rows_relu(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
-  apply_rows([&k](std::int64_t c, std::int64_t n) { return relu_map(normalize_map<T>(k, c, n)); }, rows, y, x, tail);
+  const auto make = [&k](std::int64_t c, std::int64_t n) { return relu_map(normalize_map<T>(k, c, n)); };
+  with_parts<Bits::anywhere>(tail, [&](const auto& parts) { apply_rows(make, rows, y, x, parts); });
 }
 template <class T, Stores kStores>
 void rows_relu_in_line(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
   const auto make = [&k](std::int64_t c, std::int64_t n) { return relu_map(normalize_map<T>(k, c, n)); };
-  apply_rows_in_line<kStores>(make, rows, y, x, tail);
+  with_parts<Bits::whole_bytes>(tail, [&](const auto& parts) { apply_rows_in_line<kStores>(make, rows, y, x, parts); });
 }
 template <class T>
 void rows_relu_mixed(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const AffineColumns<float>& k,
@@ -69,47 +71,49 @@ void rows_relu_mixed(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const
     return relu_map(Mixed<NormalizeMap<T, float>, NormalizeMap<T, double>>{
         normalize_map<T>(k, c, n), normalize_map<T>(wide.coefficients, c, n), wide.mask[c / kLanes]});
   };
-  apply_rows(make, rows, y, x, tail);
+  apply_rows(make, rows, y, x, moving(tail));
 }
 
 // ---- backward ----
 
 template <class T, class Accumulator>
 struct ReluGradTerms : GradTerms<T, Accumulator> {
-  BN_INLINE void add(const ReluInputs<T>& in, std::int64_t n) {
-    const Lanes<double> dy = load_upto<double>(in.dy + in.at, n, T(0));
-    this->add_lanes(keep_lanes(dy, bits_at(in.mask, in.first_bit + in.at)), in.x + in.at, n);
+  BN_INLINE void add(const SummedInputs<T>& in, std::int64_t n) {
+    this->add_lanes(keep_lanes(load_upto<double>(in.dy, n, T(0)), in.bits()), in.x, n);
   }
 };
 
 template <class T, class Accumulator>
 void runs_relu_grad_sums(const ReluInputs<T>& in, Runs runs, const double* mean, Sums* out) {
   using Terms = ReluGradTerms<T, Accumulator>;
-  sum_runs<Accumulator, T>([mean](std::int64_t c) { return Terms{{{}, {}, broadcast(mean[c])}}; }, runs, out, in);
+  sum_runs<Accumulator, T>([mean](std::int64_t c) { return Terms{{{}, {}, broadcast(mean[c])}}; }, runs, out,
+                           SummedInputs<T>(in));
 }
 template <class T, class Accumulator>
 void rows_relu_grad_sums(const ReluInputs<T>& in, Rows rows, const double* mean, const ColumnSums& out) {
   const auto make = [mean](std::int64_t c, std::int64_t n) {
     return ReluGradTerms<T, Accumulator>{{{}, {}, load_upto<double>(mean + c, n, 0.0)}};
   };
-  sum_rows<T>(make, rows, out, in);
+  sum_rows<T>(make, rows, out, SummedInputs<T>(in));
 }
 
 template <class T, class A>
 struct ReluGradInputMap {
   GradInputMap<T, A> map;
 
-  BN_INLINE Lanes<A> operator()(const ReluInputs<T>& in, std::int64_t n) const {
-    const Lanes<A> dy = keep_lanes(load_upto<A>(in.dy + in.at, n, T(0)), bits_at(in.mask, in.first_bit + in.at));
-    const Lanes<A> dx = in.x == nullptr ? map.of(dy) : map.of(dy, in.x + in.at, n);
-    if (in.dresidual != nullptr) put_dresidual(in, dy, n);
+  template <class Inputs>
+  BN_INLINE Lanes<A> operator()(const Inputs& in, std::int64_t n) const {
+    const Lanes<A> dy = keep_lanes(load_upto<A>(in.dy, n, T(0)), in.bits());
+    const Lanes<A> dx = in.has_x() ? map.of(dy, in.x, n) : map.of(dy);
+    if (in.has_dresidual()) put_dresidual(in, dy, n);
     return dx;
   }
-  BN_INLINE static void put_dresidual(const ReluInputs<T>& in, const Lanes<A>& dy, std::int64_t n) {
+  template <class Inputs>
+  BN_INLINE static void put_dresidual(const Inputs& in, const Lanes<A>& dy, std::int64_t n) {
     if constexpr (sizeof(A) == sizeof(Arithmetic<T>)) {
-      if (in.streams && n == kLanes) return stream_lanes(in.dresidual + in.at, dy);
+      if (in.streams && n == kLanes) return stream_lanes(in.dresidual, dy);
     }
-    store_upto(in.dresidual + in.at, n, dy);
+    store_upto(in.dresidual, n, dy);
   }
 };
 template <class T, class A>
@@ -124,21 +128,23 @@ BN_INLINE ReluGradInputMap<T, A> relu_map(const GradInputMap<T, A>& map) {
 
 template <class T, Stores kStores>
 void runs_relu_grad_input(const ReluInputs<T>& in, T* dx, Runs runs, const GradAffine<Arithmetic<T>>* k) {
-  apply_runs<kStores>([k](std::int64_t c) { return relu_map(grad_input_map<T>(k[c])); }, runs, dx, in);
+  const auto make = [k](std::int64_t c) { return relu_map(grad_input_map<T>(k[c])); };
+  with_parts(in, [&](const auto& parts) { apply_runs<kStores>(make, runs, dx, parts); });
 }
 template <class T>
 void runs_relu_grad_input_wide(const ReluInputs<T>& in, T* dx, Runs runs, const GradAffine<double>& k) {
-  apply_runs<Stores::ordinary>([&k](std::int64_t) { return relu_map(grad_input_map<T>(k)); }, runs, dx, in);
+  apply_runs<Stores::ordinary>([&k](std::int64_t) { return relu_map(grad_input_map<T>(k)); }, runs, dx, moving(in));
 }
 template <class T>
 void rows_relu_grad_input(const ReluInputs<T>& in, T* dx, Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
-  apply_rows([&k](std::int64_t c, std::int64_t n) { return relu_map(grad_input_map<T>(k, c, n)); }, rows, dx, in);
+  const auto make = [&k](std::int64_t c, std::int64_t n) { return relu_map(grad_input_map<T>(k, c, n)); };
+  with_parts(in, [&](const auto& parts) { apply_rows(make, rows, dx, parts); });
 }
 template <class T>
 void rows_relu_grad_input_around_cache(const ReluInputs<T>& in, T* dx, Rows rows,
                                        const GradAffineColumns<Arithmetic<T>>& k) {
   const auto make = [&k](std::int64_t c, std::int64_t n) { return relu_map(grad_input_map<T>(k, c, n)); };
-  apply_rows_in_line<Stores::around_cache>(make, rows, dx, in);
+  with_parts(in, [&](const auto& parts) { apply_rows_in_line<Stores::around_cache>(make, rows, dx, parts); });
 }
 template <class T>
 void rows_relu_grad_input_mixed(const ReluInputs<T>& in, T* dx, Rows rows, const GradAffineColumns<float>& k,
@@ -147,7 +153,7 @@ void rows_relu_grad_input_mixed(const ReluInputs<T>& in, T* dx, Rows rows, const
     return Mixed<ReluGradInputMap<T, float>, ReluGradInputMap<T, double>>{
         {grad_input_map<T>(k, c, n)}, {grad_input_map<T>(wide.coefficients, c, n)}, wide.mask[c / kLanes]};
   };
-  apply_rows(make, rows, dx, in);
+  apply_rows(make, rows, dx, moving(in));
 }
 
 template <class T, class Accumulator>

@@ -18,12 +18,11 @@ BN_INLINE unsigned above_zero(const Lanes<A>& a) {
   BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) bits |= above_zero(a.v[k]) << (k * Lanes<A>::kWidth);
   return bits;
 }
-// Lanes at or below 0 become 0.
+// Lanes below 0 become 0; NaN and -0 stay.
 template <class A>
 BN_INLINE Lanes<A> relu(const Lanes<A>& a) {
   Lanes<A> r;
-  const typename Lanes<A>::Native zero{};
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = a.v[k] <= 0 ? zero : a.v[k];
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = relu(a.v[k]);
   return r;
 }
 
@@ -45,19 +44,25 @@ BN_INLINE void set_bits_of_byte(std::uint8_t* p, unsigned bits, unsigned which) 
     }
   }
 }
+// Whether the bits of 16 values are always two bytes: where vectors begin at lines of y, as the mask does.
+enum class Bits { whole_bytes, anywhere };
+
 // The first n <= 16 bits, from bit `at` on.
+template <Bits kBits>
 BN_INLINE void put_bits(std::uint8_t* mask, std::int64_t at, unsigned bits, std::int64_t n) {
-  std::uint8_t* p = mask + at / 8;
-  const auto shift = static_cast<unsigned>(at % 8);
-  if (shift != 0 || n < kLanes) return put_some_bits(p, shift, bits, n);
+  const auto place = static_cast<std::uint64_t>(at);  // whose division is a shift
+  std::uint8_t* p = mask + place / 8;
+  const auto shift = static_cast<unsigned>(place % 8);
+  if ((kBits == Bits::anywhere && shift != 0) || n < kLanes) return put_some_bits(p, shift, bits, n);
   const auto whole = static_cast<std::uint16_t>(bits);
   __builtin_memcpy(p, &whole, sizeof whole);
 }
 
 BN_INLINE unsigned bits_at(const std::uint8_t* mask, std::int64_t at) {
+  const auto place = static_cast<std::uint64_t>(at);
   std::uint32_t bits;
-  __builtin_memcpy(&bits, mask + at / 8, sizeof bits);
-  return bits >> (at % 8);
+  __builtin_memcpy(&bits, mask + place / 8, sizeof bits);
+  return bits >> (place % 8);
 }
 // Lanes whose bit is set; the others are 0.
 template <class A>
@@ -77,42 +82,120 @@ BN_INLINE Lanes<A> keep_lanes(const Lanes<A>& a, unsigned bits) {
 
 // ---- inputs of the walks ----
 
-template <class T>
-BN_INLINE ReluTail<T> operator+(ReluTail<T> tail, std::int64_t n) {
-  tail.at += n;
+// A ReluTail that moves along with x. What is known to be there or not costs the walks no registers.
+enum class Part { absent, present, unknown };
+template <class T, Part kResidual, Part kMask, Bits kBits>
+struct MovingTail {
+  static constexpr Bits bits = kBits;
+
+  const T* residual;
+  std::uint8_t* mask;
+  std::int64_t bit;
+
+  MovingTail(const ReluTail<T>& tail)
+      : residual(tail.residual == nullptr ? nullptr : tail.residual + tail.at),
+        mask(tail.mask),
+        bit(tail.first_bit + tail.at) {}
+  [[nodiscard]] BN_INLINE bool has_residual() const {
+    return kResidual == Part::unknown ? residual != nullptr : kResidual == Part::present;
+  }
+  [[nodiscard]] BN_INLINE bool has_mask() const {
+    return kMask == Part::unknown ? mask != nullptr : kMask == Part::present;
+  }
+};
+template <class T, Part kResidual, Part kMask, Bits kBits>
+BN_INLINE MovingTail<T, kResidual, kMask, kBits> operator+(MovingTail<T, kResidual, kMask, kBits> tail,
+                                                           std::int64_t n) {
+  if (tail.has_residual()) tail.residual += n;
+  tail.bit += n;
   return tail;
 }
-template <Fetch kWhere, class T>
-BN_INLINE void fetch_lanes(const ReluTail<T>& tail) {
-  if (tail.residual != nullptr) fetch_lanes<kWhere>(tail.residual + tail.at);
+template <Fetch kWhere, class T, Part kResidual, Part kMask, Bits kBits>
+BN_INLINE void fetch_lanes(const MovingTail<T, kResidual, kMask, kBits>& tail) {
+  if (tail.has_residual()) fetch_lanes<kWhere>(tail.residual);
 }
 
+// f(tail), as that of the parts there are.
+template <Bits kBits, class T, class F>
+BN_INLINE void with_parts(const ReluTail<T>& tail, const F& f) {
+  if (tail.residual == nullptr) {
+    if (tail.mask == nullptr) return f(MovingTail<T, Part::absent, Part::absent, kBits>(tail));
+    return f(MovingTail<T, Part::absent, Part::present, kBits>(tail));
+  }
+  if (tail.mask == nullptr) return f(MovingTail<T, Part::present, Part::absent, kBits>(tail));
+  return f(MovingTail<T, Part::present, Part::present, kBits>(tail));
+}
 template <class T>
-BN_INLINE ReluInputs<T> operator+(ReluInputs<T> in, std::int64_t n) {
-  in.at += n;
+BN_INLINE MovingTail<T, Part::unknown, Part::unknown, Bits::anywhere> moving(const ReluTail<T>& tail) {
+  return tail;
+}
+
+// ReluInputs that move along.
+template <class T, Part kX, Part kDresidual>
+struct MovingInputs {
+  const T *dy, *x;
+  const std::uint8_t* mask;
+  std::int64_t bit;
+  T* dresidual;
+  bool streams;
+
+  MovingInputs(const ReluInputs<T>& in)
+      : dy(in.dy + in.at),
+        x(in.x == nullptr ? nullptr : in.x + in.at),
+        mask(in.mask),
+        bit(in.first_bit + in.at),
+        dresidual(in.dresidual == nullptr ? nullptr : in.dresidual + in.at),
+        streams(in.streams) {}
+  [[nodiscard]] BN_INLINE bool has_x() const { return kX == Part::unknown ? x != nullptr : kX == Part::present; }
+  [[nodiscard]] BN_INLINE bool has_dresidual() const {
+    return kDresidual == Part::unknown ? dresidual != nullptr : kDresidual == Part::present;
+  }
+  [[nodiscard]] BN_INLINE unsigned bits() const { return bits_at(mask, bit); }
+};
+template <class T, Part kX, Part kDresidual>
+BN_INLINE MovingInputs<T, kX, kDresidual> operator+(MovingInputs<T, kX, kDresidual> in, std::int64_t n) {
+  in.dy += n;
+  if (in.has_x()) in.x += n;
+  in.bit += n;
+  if (in.has_dresidual()) in.dresidual += n;
   return in;
 }
-template <Fetch kWhere, class T>
-BN_INLINE void fetch_lanes(const ReluInputs<T>& in) {
-  fetch_lanes<kWhere>(in.dy + in.at);
-  if (in.x != nullptr) fetch_lanes<kWhere>(in.x + in.at);
+template <Fetch kWhere, class T, Part kX, Part kDresidual>
+BN_INLINE void fetch_lanes(const MovingInputs<T, kX, kDresidual>& in) {
+  fetch_lanes<kWhere>(in.dy);
+  if (in.has_x()) fetch_lanes<kWhere>(in.x);
 }
 template <class T>
-BN_INLINE ReluInputs<T> rows_of(const ReluInputs<T>& in, std::int64_t r, std::int64_t, std::int64_t stride,
-                                std::int64_t) {
+using SummedInputs = MovingInputs<T, Part::present, Part::absent>;
+
+template <class T>
+BN_INLINE SummedInputs<T> rows_of(const SummedInputs<T>& in, std::int64_t r, std::int64_t, std::int64_t stride,
+                                  std::int64_t) {
   return in + r * stride;
 }
 template <class T>
-BN_INLINE ReluInputs<T> columns_of(const ReluInputs<T>& in, std::int64_t c) {
+BN_INLINE SummedInputs<T> columns_of(const SummedInputs<T>& in, std::int64_t c) {
   return in + c;
 }
 template <class T>
-BN_INLINE ReluInputs<T> row_of(const ReluInputs<T>& in, std::int64_t r, std::int64_t stride) {
+BN_INLINE SummedInputs<T> row_of(const SummedInputs<T>& in, std::int64_t r, std::int64_t stride) {
   return in + r * stride;
 }
 template <class T>
-BN_INLINE void fetch_row(const ReluInputs<T>& in, std::int64_t ahead) {
+BN_INLINE void fetch_row(const SummedInputs<T>& in, std::int64_t ahead) {
   fetch_lanes<Fetch::kFar>(in + ahead);
+}
+
+// f(inputs), as those of the parts there are.
+template <class T, class F>
+BN_INLINE void with_parts(const ReluInputs<T>& in, const F& f) {
+  if (in.x == nullptr) return f(MovingInputs<T, Part::absent, Part::unknown>(in));
+  if (in.dresidual == nullptr) return f(MovingInputs<T, Part::present, Part::absent>(in));
+  f(MovingInputs<T, Part::present, Part::present>(in));
+}
+template <class T>
+BN_INLINE MovingInputs<T, Part::unknown, Part::unknown> moving(const ReluInputs<T>& in) {
+  return in;
 }
 
 }  // namespace

@@ -230,7 +230,7 @@ struct WeightedKernels {
 // ---- ReLU ----
 //
 // y = max(s, 0), where s is what normalize gives, in the arithmetic type and rounded to it, and the residual added. NaN
-// stays; -0 becomes 0. The mask has one bit an element: whether s is above 0 or NaN. The bit of the element at place e
+// and -0 stay. The mask has one bit an element: whether s is above 0 or NaN. The bit of the element at place e
 // of the tensor is bit (first_bit + e) % 8 of byte (first_bit + e) / 8.
 
 // What follows normalize. Pieces of a tensor that are worked on at the same time may share a byte of the mask: bits of
@@ -239,6 +239,7 @@ template <class T>
 struct ReluTail {
   const T* residual;   // like x; null: none
   std::uint8_t* mask;  // null: none
+  // For runs, and rows in line: bits of the lines of y, and so of the vectors that begin at them, are whole bytes.
   std::int64_t first_bit;
   std::int64_t at = 0;  // where x and y begin in the tensor
 };

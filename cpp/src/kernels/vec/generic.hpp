@@ -34,6 +34,8 @@ BN_INLINE unsigned above_zero(NativeFloat v) {
   return (v[0] <= 0 ? 0u : 1u) | (v[1] <= 0 ? 0u : 2u) | (v[2] <= 0 ? 0u : 4u) | (v[3] <= 0 ? 0u : 8u);
 }
 BN_INLINE unsigned above_zero(NativeDouble v) { return (v[0] <= 0 ? 0u : 1u) | (v[1] <= 0 ? 0u : 2u); }
+BN_INLINE NativeFloat relu(NativeFloat v) { return v < 0 ? NativeFloat{} : v; }
+BN_INLINE NativeDouble relu(NativeDouble v) { return v < 0 ? NativeDouble{} : v; }
 // a*b + c where a*b is exact.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return a * b + c; }
 // a + b and a - b, for machines that can do more sums at once in another way.

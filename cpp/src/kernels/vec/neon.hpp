@@ -66,6 +66,9 @@ BN_INLINE unsigned above_zero(NativeDouble v) {
   const uint64x2_t bits = {1, 2};
   return static_cast<unsigned>(vaddvq_u64(vbicq_u64(bits, vcleq_f64(v, vdupq_n_f64(0)))));
 }
+// Not vmax, which turns -0 into 0.
+BN_INLINE NativeFloat relu(NativeFloat v) { return v < 0 ? NativeFloat{} : v; }
+BN_INLINE NativeDouble relu(NativeDouble v) { return v < 0 ? NativeDouble{} : v; }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return vfmaq_f64(c, a, b); }
 // a + b and a - b, for machines that can do more sums at once in another way.

@@ -41,6 +41,9 @@ BN_INLINE unsigned above_zero(NativeFloat v) {
 BN_INLINE unsigned above_zero(NativeDouble v) {
   return static_cast<unsigned>(_mm_movemask_pd(_mm_cmpnle_pd(v, _mm_setzero_pd())));
 }
+// Below 0: 0. The second of two that are equal or not ordered.
+BN_INLINE NativeFloat relu(NativeFloat v) { return _mm_max_ps(_mm_setzero_ps(), v); }
+BN_INLINE NativeDouble relu(NativeDouble v) { return _mm_max_pd(_mm_setzero_pd(), v); }
 // a*b + c where a*b is exact.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return a * b + c; }
 // a + b and a - b, for machines that can do more sums at once in another way.

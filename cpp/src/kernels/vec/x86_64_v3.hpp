@@ -61,6 +61,9 @@ BN_INLINE unsigned above_zero(NativeFloat v) {
 BN_INLINE unsigned above_zero(NativeDouble v) {
   return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)));
 }
+// Below 0: 0. The second of two that are equal or not ordered.
+BN_INLINE NativeFloat relu(NativeFloat v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
+BN_INLINE NativeDouble relu(NativeDouble v) { return _mm256_max_pd(_mm256_setzero_pd(), v); }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);

@@ -60,6 +60,9 @@ BN_INLINE void narrow_store(T* p, NativeDouble v) {
 // Bit l: whether lane l is above 0 or NaN.
 BN_INLINE unsigned above_zero(NativeFloat v) { return _mm512_cmp_ps_mask(v, _mm512_setzero_ps(), _CMP_NLE_UQ); }
 BN_INLINE unsigned above_zero(NativeDouble v) { return _mm256_cmp_pd_mask(v, _mm256_setzero_pd(), _CMP_NLE_UQ); }
+// Below 0: 0. The second of two that are equal or not ordered.
+BN_INLINE NativeFloat relu(NativeFloat v) { return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), v); }
+BN_INLINE NativeDouble relu(NativeDouble v) { return _mm256_max_pd(_mm256_setzero_pd(), v); }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
