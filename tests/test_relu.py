@@ -10,7 +10,7 @@ import batchnorm as bn
 from batchnorm import BatchNorm
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
-SHAPES = [((4, 7, 5, 3), 1), ((6, 5, 4), -1), ((33, 20), 1), ((3, 70, 2), 1), ((2, 1, 9), 0), ((50,), 0), ((0, 3), 1)]
+SHAPES = [((4, 7, 5, 3), 1), ((6, 5, 4), -1), ((33, 20), 1), ((3, 70, 2), 1), ((2, 1, 9), 0), ((0, 3), 1)]
 
 
 def case(shape, axis, dtype, order="C", seed=0):
@@ -35,8 +35,6 @@ def same(a, b):
 @pytest.mark.parametrize("added", [True, False])
 def test_training_gives_the_bits_of_the_steps_one_after_another(shape, axis, dtype, order, added):
     x, dy, residual, gamma, beta = case(shape, axis, dtype, order)
-    if shape[axis] * 1 == x.size:
-        pytest.skip("one value a channel has no variance")
     z, plain = bn.batch_norm(x.astype(arithmetic(dtype)), gamma, beta, axis=axis)
     total = z + residual.astype(z.dtype) if added else z
     y, saved = bn.batch_norm_relu(x, gamma, beta, residual=residual if added else None, axis=axis)
@@ -55,7 +53,7 @@ def test_training_gives_the_bits_of_the_steps_one_after_another(shape, axis, dty
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize(("shape", "axis"), SHAPES)
+@pytest.mark.parametrize(("shape", "axis"), [*SHAPES, ((50,), 0)])
 def test_inference_gives_the_bits_of_the_steps_one_after_another(shape, axis, dtype):
     x, dy, residual, gamma, beta = case(shape, axis, dtype)
     mean, var = np.linspace(-1, 1, shape[axis]), np.linspace(0.5, 2, shape[axis])
@@ -189,7 +187,7 @@ def test_arguments_that_do_not_fit_are_named():
     )
     assert (
         error_of(lambda: bn.batch_norm_relu_backward(dy, saved, out=np.empty_like(x)))
-        == "TypeError: out must be a tuple (dx, dresidual) of arrays or None, got an ndarray"
+        == "TypeError: out must be a tuple (dx, dresidual) of arrays or None, got ndarray"
     )
     assert (
         error_of(lambda: bn.batch_norm_relu_backward(dy, saved, needs=("y",)))
@@ -254,4 +252,7 @@ def test_a_layer_refuses_what_does_not_go_with_relu():
         error_of(lambda: BatchNorm(3, activation="relu", ghost_size=2))
         == "ValueError: activation must be None in a layer with ghost_size, got 'relu'"
     )
-    assert error_of(lambda: BatchNorm(3, activation="gelu")).startswith("ValueError: activation must be 'relu'")
+    assert (
+        error_of(lambda: BatchNorm(3, activation="gelu"))
+        == "ValueError: activation must be None or 'relu', got 'gelu'"
+    )

@@ -70,14 +70,18 @@ class _Output(NamedTuple):
     residual: NDArray[Any] | None
 
 
-class _ByConvention:
-    """The default of a setting that the convention gives."""
+class _Default:
+    """The default of an argument whose value depends on others."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
 
     def __repr__(self) -> str:
-        return "<by convention>"
+        return f"<{self._text}>"
 
 
-_BY_CONVENTION: Any = _ByConvention()
+_BY_CONVENTION: Any = _Default("by convention")
+_ALL: Any = _Default("all")
 
 NONFINITE = ("raise", "skip", "warn", "propagate")
 SINGLE_VALUE = ("raise", "use_running", "skip")
@@ -539,7 +543,7 @@ class BatchNorm:
         self,
         dy: NDArray[Any],
         *,
-        needs: Iterable[str] | None = None,
+        needs: Iterable[str] = _ALL,
         out: NDArray[Any] | None = None,
     ) -> NDArray[Any] | None:
         """Return dx for the last call of the layer, and set `dgamma` and `dbeta`.
@@ -560,7 +564,7 @@ class BatchNorm:
         Parameters
         ----------
         dy : gradient of y: shape and dtype of that x.
-        needs : which of "x", "gamma", "beta" (and "residual") to compute; the others become None. None: all.
+        needs : which of "x", "gamma", "beta" (and "residual") to compute; the others become None. Default: all.
         out : where to put dx: shape and dtype of x. It may be dy itself; or x itself, for the last backward.
 
         Returns
@@ -595,7 +599,7 @@ class BatchNorm:
             raise _validate_state.no_forward_call()
         x, gradients = last
         known = _validate.GRADIENTS if self._activation is None else RELU_NEEDS
-        names: Iterable[str] = known if needs is None else needs
+        names: Iterable[str] = known if needs is _ALL else needs
         if self._frozen_affine:
             asked = _validate.needs_among(known, names)
             names = [
