@@ -23,10 +23,18 @@ enum class Pass {
   backward_weighted,
   train_segments,
   backward_segments,
+  // With a ReLU behind, or the addition of a residual and a ReLU.
+  train_relu,
+  infer_relu,
+  backward_relu,
+  train_add_relu,
+  infer_add_relu,
+  backward_add_relu,
 };
-constexpr bool is_counted(Pass pass) { return pass >= Pass::train_masked; }
+constexpr bool is_counted(Pass pass) { return pass >= Pass::train_masked && pass < Pass::train_relu; }
+constexpr bool is_relu(Pass pass) { return pass >= Pass::train_relu; }
 
-// What a pass is held against: one stream in and one out, or two in and one out.
+// What a pass is held against, whatever it reads and writes besides: one stream in and one out, or two in and one out.
 enum class Yardstick { copy, stream };
 
 struct PassFacts {
@@ -53,14 +61,22 @@ inline constexpr std::array kPasses = {
     PassFacts{Pass::backward_weighted, "backward_weighted", 3, Yardstick::stream, 2, true},
     PassFacts{Pass::train_segments, "train_segments", 2, Yardstick::copy, 2, true},
     PassFacts{Pass::backward_segments, "backward_segments", 3, Yardstick::stream, 2, true},
+    PassFacts{Pass::train_relu, "train_relu", 2, Yardstick::copy, 2, true},            // x -> y, mask
+    PassFacts{Pass::infer_relu, "infer_relu", 2, Yardstick::copy, 1, true},            // x -> y
+    PassFacts{Pass::backward_relu, "backward_relu", 3, Yardstick::stream, 2, true},    // dy, x, mask -> dx
+    PassFacts{Pass::train_add_relu, "train_add_relu", 3, Yardstick::stream, 2, true},  // x, residual -> y, mask
+    PassFacts{Pass::infer_add_relu, "infer_add_relu", 3, Yardstick::stream, 1, true},  // x, residual -> y
+    PassFacts{Pass::backward_add_relu, "backward_add_relu", 4, Yardstick::stream, 2,
+              true},  // dy, x, mask -> dx, dresidual
 };
 
 constexpr const PassFacts& facts_of(Pass pass) { return kPasses[static_cast<std::size_t>(pass)]; }
 constexpr const char* name_of(Pass pass) { return facts_of(pass).name; }
 // What a pass writes: y or dx, if a tensor at all.
-constexpr bool writes_dx(Pass pass) { return facts_of(pass).tensors == 3; }
 constexpr bool writes_y(Pass pass) {
-  return facts_of(pass).tensors == 2 && facts_of(pass).yardstick == Yardstick::copy;
+  return pass == Pass::train_add_relu || pass == Pass::infer_add_relu ||
+         (facts_of(pass).tensors == 2 && facts_of(pass).yardstick == Yardstick::copy);
 }
+constexpr bool writes_dx(Pass pass) { return facts_of(pass).tensors >= 3 && !writes_y(pass); }
 
 }  // namespace bench

@@ -164,7 +164,7 @@ void print(const Result& result) {
     std::printf("  NOT ALONE: other processes kept %.1f processors busy\n", result.measured.others);
   }
   for (const Row& r : result.measured.rows) {
-    std::printf("  %-10s %11.2f us +-%4.1f %% %7.1f GB/s %6.2f +-%5.2f x %s\n", r.pass.c_str(), r.seconds.median * 1e6,
+    std::printf("  %-17s %11.2f us +-%4.1f %% %7.1f GB/s %6.2f +-%5.2f x %s\n", r.pass.c_str(), r.seconds.median * 1e6,
                 100 * r.seconds.mad / r.seconds.median, r.bytes / r.seconds.median / 1e9, r.ratio.median, r.ratio.mad,
                 r.yardstick.c_str());
   }

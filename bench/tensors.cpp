@@ -89,7 +89,7 @@ void Tensors<T>::run(Pass pass) {
     case Pass::grad_input:
       return batchnorm::grad_input<T>(dy, x, problem_, moments, sums, gamma_, kEps, dx(), options_);
     default:
-      return run_counted(pass);
+      return is_relu(pass) ? run_relu(pass) : run_counted(pass);
   }
 }
 

@@ -88,6 +88,17 @@ class Tensors {
   void run_counted(Pass pass);
   void verify_counted(Pass pass, const char* name) const;
 
+  // What a ReLU wants besides. The residual of a pass without one is empty.
+  struct WithRelu {
+    explicit WithRelu(const batchnorm::Problem& problem);
+    Buffer<T> residual, dresidual;
+    std::vector<std::uint8_t> mask;
+    std::vector<batchnorm::Moments> moments;
+  };
+  void prepare_relu();
+  void run_relu(Pass pass);
+  void verify_relu(Pass pass, const char* name) const;
+
   void fill();
   void forget_results(Pass pass);
   void spoil_one_value(Pass pass);
@@ -107,6 +118,7 @@ class Tensors {
   std::vector<batchnorm::GradSums> sums_;
   Definition definition_;
   std::unique_ptr<Counted> counted_;
+  std::unique_ptr<WithRelu> with_relu_;
 };
 
 extern template class Tensors<batchnorm::Float16>;

@@ -53,6 +53,7 @@ typename Tensors<T>::Definition Tensors<T>::define() const {
 template <class T>
 void Tensors<T>::verify(Pass pass, bool spoil) {
   if (is_counted(pass)) prepare_counted(pass);
+  if (is_relu(pass)) prepare_relu();
   forget_results(pass);
   run(pass);
   if (spoil) spoil_one_value(pass);
@@ -75,7 +76,7 @@ void Tensors<T>::verify(Pass pass, bool spoil) {
     case Pass::grad_input:
       return verify_dx("grad_input");
     default:
-      return verify_counted(pass, name_of(pass));
+      return is_relu(pass) ? verify_relu(pass, name_of(pass)) : verify_counted(pass, name_of(pass));
   }
 }
 

@@ -1,6 +1,7 @@
 // Batches of every kind that the library treats differently, and every pass of the public API over one of them.
 #pragma once
 
+#include <algorithm>
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -106,33 +107,51 @@ struct Results {
 // The passes of training, or the derivatives too, which take as long once more.
 enum class Order { first, second };
 
-// Every pass over the batch. Does no arithmetic of its own, so that it may run in any floating-point environment.
+// Room for the results of every pass.
 template <class T>
-Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5, Order order = Order::second) {
+Results<T> room_for(const Batch<T>& b) {
   const auto n = b.x.size(), channels = b.gamma.size();
-  Results<T> r{std::vector<Moments>(channels),
-               std::vector<Moments>(channels),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<GradSums>(channels),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<double>(channels),
-               std::vector<double>(channels),
-               std::vector<double>(channels),
-               std::vector<double>(channels),
-               b.mean,
-               b.var,
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<T>(n),
-               std::vector<double>(channels),
-               std::vector<double>(channels)};
+  return {std::vector<Moments>(channels),
+          std::vector<Moments>(channels),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<GradSums>(channels),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<double>(channels),
+          std::vector<double>(channels),
+          std::vector<double>(channels),
+          std::vector<double>(channels),
+          b.mean,
+          b.var,
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<T>(n),
+          std::vector<double>(channels),
+          std::vector<double>(channels)};
+}
+
+// Makes sure that no result of an earlier run stands for one that a later run fails to write.
+template <class T>
+void forget(Results<T>& r) {
+  const auto clear = [](auto&... values) {
+    (std::fill(values.begin(), values.end(), std::remove_reference_t<decltype(values[0])>{}), ...);
+  };
+  clear(r.moments, r.saved, r.y, r.y_from_moments, r.y_given, r.sums, r.dx, r.dx_from_sums, r.dx_frozen, r.dgamma,
+        r.dbeta, r.dgamma_frozen, r.dbeta_frozen, r.y_dot, r.ddy, r.dx_second, r.y_dot_frozen, r.ddy_frozen,
+        r.dx_second_frozen, r.dgamma_second, r.dgamma_second_frozen);
+}
+
+// Every pass over the batch, into room that was made for it. Does no arithmetic of its own, so that it may run in any
+// floating-point environment.
+template <class T>
+void run_into(Results<T>& r, const Batch<T>& b, const Options& options, double eps = 1e-5,
+              Order order = Order::second) {
   const std::span<const T> x(b.x), dy(b.dy);
   const std::span<const double> gamma(b.gamma), beta(b.beta), mean(b.mean), var(b.var);
   const Problem& p = b.problem;
@@ -146,8 +165,10 @@ Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5, Ord
                                     options);
   batchnorm::normalize_backward<T>(dy, x, p, mean, var, gamma, eps, r.dx_frozen, std::span(r.dgamma_frozen),
                                    std::span(r.dbeta_frozen), options);
+  r.running_mean = b.mean;
+  r.running_var = b.var;
   batchnorm::update_running(r.running_mean, r.running_var, r.saved, 0.1, 1);
-  if (order == Order::first) return r;
+  if (order == Order::first) return;
   const std::span<const T> v(r.dx);  // any values that are not dy
   batchnorm::batch_norm_jvp<T>(v, x, p, r.saved, gamma, beta, mean, eps, r.y_dot, options);
   batchnorm::batch_norm_double_backward<T>(v, dy, x, p, r.saved, gamma, beta, mean, eps, r.ddy, r.dx_second,
@@ -155,6 +176,11 @@ Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5, Ord
   batchnorm::normalize_jvp<T>(v, x, p, mean, var, gamma, beta, var, beta, mean, eps, r.y_dot_frozen, options);
   batchnorm::normalize_double_backward<T>(v, dy, x, p, mean, var, gamma, beta, mean, eps, r.ddy_frozen,
                                           r.dx_second_frozen, std::span(r.dgamma_second_frozen), options);
+}
+template <class T>
+Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5, Order order = Order::second) {
+  Results<T> r = room_for(b);
+  run_into(r, b, options, eps, order);
   return r;
 }
 
