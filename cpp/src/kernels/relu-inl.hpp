@@ -79,7 +79,7 @@ void rows_relu_mixed(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const
 template <class T, class Accumulator>
 struct ReluGradTerms : GradTerms<T, Accumulator> {
   BN_INLINE void add(const SummedInputs<T>& in, std::int64_t n) {
-    this->add_lanes(keep_lanes(load_upto<double>(in.dy, n, T(0)), in.bits()), in.x, n);
+    this->add_lanes(load_kept<double>(in.dy, in.bits(), n), in.x, n);
   }
 };
 
@@ -103,7 +103,7 @@ struct ReluGradInputMap {
 
   template <class Inputs>
   BN_INLINE Lanes<A> operator()(const Inputs& in, std::int64_t n) const {
-    const Lanes<A> dy = keep_lanes(load_upto<A>(in.dy, n, T(0)), in.bits());
+    const Lanes<A> dy = load_kept<A>(in.dy, in.bits(), n);
     const Lanes<A> dx = in.has_x() ? map.of(dy, in.x, n) : map.of(dy);
     if (in.has_dresidual()) put_dresidual(in, dy, n);
     return dx;

@@ -63,6 +63,14 @@ BN_INLINE unsigned above_zero(NativeDouble v) { return _mm256_cmp_pd_mask(v, _mm
 // Below 0: 0. The second of two that are equal or not ordered.
 BN_INLINE NativeFloat relu(NativeFloat v) { return _mm512_maskz_max_ps(0xffff, _mm512_setzero_ps(), v); }
 BN_INLINE NativeDouble relu(NativeDouble v) { return _mm256_max_pd(_mm256_setzero_pd(), v); }
+// Values whose bit is set, else 0.
+#define BN_HAS_KEPT_LOADS
+BN_INLINE NativeFloat load_kept(const float* p, unsigned bits) {
+  return _mm512_maskz_loadu_ps(static_cast<__mmask16>(bits), p);
+}
+BN_INLINE NativeDouble widen_load_kept(const float* p, unsigned bits) {
+  return _mm256_maskz_cvtps_pd(static_cast<__mmask8>(bits), _mm_loadu_ps(p));
+}
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
