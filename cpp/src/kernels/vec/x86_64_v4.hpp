@@ -22,31 +22,41 @@ BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_
 // float16 and bfloat16: by float32, which holds them exactly; to nearest even. Vectors of the compiler and zero masks,
 // since GCC 12 takes what the plain intrinsics leave undefined for a mistake.
 using SixteenInts = std::uint32_t __attribute__((vector_size(64)));
-using SixteenShorts = std::uint16_t __attribute__((vector_size(32)));
+using ManyShorts = std::uint16_t __attribute__((vector_size(64)));
+using ManyBytes = std::uint8_t __attribute__((vector_size(16)));
 
 BN_INLINE NativeFloat float_load(const Float16* p) {
   return _mm512_maskz_cvtph_ps(0xffff, _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 BN_INLINE NativeFloat float_load(const BFloat16* p) {
-  SixteenShorts bits;
-  __builtin_memcpy(&bits, p, sizeof bits);
-  return (NativeFloat)(__builtin_convertvector(bits, SixteenInts) << 16);
+  const __m256i bits = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+  return (NativeFloat)((SixteenInts)_mm512_maskz_cvtepu16_epi32(0xffff, bits) << 16);
 }
 BN_INLINE NativeDouble widen_load(const Float16* p) {
   return _mm256_cvtps_pd(_mm_cvtph_ps(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
+// bfloat16 is the upper half of float32: one permutation puts it there.
 BN_INLINE NativeDouble widen_load(const BFloat16* p) {
+  const ManyBytes upper = {0x80, 0x80, 0, 1, 0x80, 0x80, 2, 3, 0x80, 0x80, 4, 5, 0x80, 0x80, 6, 7};
   const __m128i bits = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(p));
-  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_slli_epi32(_mm_cvtepu16_epi32(bits), 16)));
+  return _mm256_cvtps_pd(_mm_castsi128_ps(_mm_shuffle_epi8(bits, (__m128i)upper)));
 }
 BN_INLINE __m256i narrow(const Float16*, NativeFloat v) {
   return _mm512_maskz_cvtps_ph(0xffff, v, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 }
+// To the even one of two that are as near: half a unit less a bit is added, or half a unit where the upper half is odd.
+// NaN keeps its upper half and becomes quiet. Six operations instead of the nine that a compiler makes of the formula,
+// and two instead of six to widen: training of 32 x 64 x 12544 values took 0.98 of the time of float32 before, now
+// 0.74.
 BN_INLINE __m256i narrow(const BFloat16*, NativeFloat v) {
-  const SixteenInts bits = (SixteenInts)v, high = bits >> 16, rounded = (bits + 0x7fff + (high & 1)) >> 16;
+  const SixteenInts bits = (SixteenInts)v, half = SixteenInts{} + 0x8000u, quiet = SixteenInts{} + 0x400000u;
+  const __mmask16 is_odd = _mm512_test_epi32_mask((__m512i)bits, (__m512i)(SixteenInts{} + 0x10000u));
   const __mmask16 is_nan = _mm512_cmp_ps_mask(v, v, _CMP_UNORD_Q);
-  const __m512i halves = _mm512_mask_blend_epi32(is_nan, (__m512i)rounded, (__m512i)(high | 0x40));
-  return _mm512_maskz_cvtepi32_epi16(0xffff, halves);
+  __m512i rounded = (__m512i)(bits + 0x7fffu);
+  rounded = _mm512_mask_add_epi32(rounded, is_odd, (__m512i)bits, (__m512i)half);
+  rounded = _mm512_mask_or_epi32(rounded, is_nan, (__m512i)bits, (__m512i)quiet);
+  const auto halves = (ManyShorts)rounded;
+  return (__m256i)__builtin_shufflevector(halves, halves, 1, 3, 5, 7, 9, 11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31);
 }
 template <class T>
 BN_INLINE void narrow_store(T* p, NativeFloat v) {
