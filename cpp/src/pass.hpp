@@ -3,7 +3,8 @@
 //
 // Calls say which kernels a pass uses, on which tensors. They give
 //   const kernels::Kernels<T>& kernels   for what does not depend on the values that count
-//   void prepare(Plan&)                  once, before anything else is called
+//   void prepare(Plan&)                  once, before anything else is called, and before memory is taken
+//   void begin()                         if there is anything to write before the passes
 //   int streams()                        tensors that a pass which applies goes through
 //   and what forward_pass.hpp and backward_pass.hpp ask for.
 #pragma once
@@ -57,6 +58,7 @@ void run(Pass pass, const Problem& problem, int threads) {
     if (wants_means) pass.column_mean = lay_out_means(plan, pass.moments, workspace);
   }
   Traversal<Pass> traversal(plan, pass, workspace);
+  if constexpr (requires { pass.calls.begin(); }) pass.calls.begin();
   if (!pass.applies) return traversal.run();
   Table coefficients(plan, workspace);
   pass.coefficients = &coefficients;

@@ -46,8 +46,10 @@ struct ReluForwardCalls {
     const bool by_columns = plan.path == Path::row_blocks && !goes_around_cache(plan) &&
                             (into.mask == nullptr || plan.apply_rows.columns % 8 == 0);
     walk = by_columns ? RowWalk::columns : RowWalk::in_line;
-    if (into.mask == nullptr) return;
     first_bit = by_columns ? 0 : values_past_line(into.y);
+  }
+  void begin() const {
+    if (into.mask == nullptr) return;
     std::fill_n(into.mask, kReluMaskHead, std::uint8_t{0});
     into.mask[0] = static_cast<std::uint8_t>(first_bit);
   }

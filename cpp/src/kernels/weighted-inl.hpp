@@ -166,34 +166,6 @@ struct WeightedGradInputMap {
   }
 };
 
-// Columns in `mask` by `wide` (in float64), the others by `narrow`.
-template <class Narrow, class Wide>
-struct WeightedMixed {
-  Narrow narrow;
-  Wide wide;
-  unsigned mask;
-
-  template <class T, class Weights>
-  BN_INLINE Lanes<float> operator()(const T* a, const Weights& w, std::int64_t n) const {
-    return choose(narrow(a, w, n), wide, a, w, n);
-  }
-  template <class T, class Weights>
-  BN_INLINE Lanes<float> operator()(const T* a, const T* b, const Weights& w, std::int64_t n) const {
-    return choose(narrow(a, b, w, n), wide, a, b, w, n);
-  }
-  template <class... Arguments>
-  BN_INLINE Lanes<float> choose(const Lanes<float>& fast, const Wide& exactly, const Arguments&... arguments) const {
-    if (mask == 0) return fast;
-    float result[kLanes], exact[kLanes];
-    store(result, fast);
-    store_as(exact, exactly(arguments...));
-    for (int l = 0; l < kLanes; ++l) {
-      if ((mask >> l) & 1u) result[l] = exact[l];
-    }
-    return load<float>(result);
-  }
-};
-
 // Runs of fewer values are stored from their begin on; longer ones line by line.
 constexpr std::int64_t kLongRun = 1024;
 
@@ -313,7 +285,7 @@ template <class T>
 void rows_weighted_normalize_mixed(const T* x, T* y, const RowWeights<float>& w, AtPadding at_padding, Rows rows,
                                    const AffineColumns<float>& k, const WideColumns<AffineColumns<double>>& wide) {
   const auto make = [&k, &wide, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedMixed<WeightedNormalizeMap<T, float>, WeightedNormalizeMap<T, double>>{
+    return Mixed<WeightedNormalizeMap<T, float>, WeightedNormalizeMap<T, double>>{
         {normalize_map<T>(k, c, n), at_padding},
         {normalize_map<T>(wide.coefficients, c, n), at_padding},
         wide.mask[c / kLanes]};
@@ -358,7 +330,7 @@ void rows_weighted_grad_input_mixed(const T* dy, const T* x, T* dx, const RowWei
                                     Rows rows, const GradAffineColumns<float>& k,
                                     const WideColumns<GradAffineColumns<double>>& wide) {
   const auto make = [&k, &wide, at_padding](std::int64_t c, std::int64_t n) {
-    return WeightedMixed<WeightedGradInputMap<T, float>, WeightedGradInputMap<T, double>>{
+    return Mixed<WeightedGradInputMap<T, float>, WeightedGradInputMap<T, double>>{
         {grad_input_map<T>(k, c, n), at_padding},
         {grad_input_map<T>(wide.coefficients, c, n), at_padding},
         wide.mask[c / kLanes]};
