@@ -14,9 +14,10 @@ struct Plain {
   static constexpr bool kHasLow = false;
   Lanes<double> sum = broadcast(0.0);
 
-  BN_INLINE void add(const Lanes<double>& term) { sum = sum + term; }
+  // To the lanes of vector k.
+  BN_INLINE void add(int k, NativeDouble term) { sum.v[k] = sum.v[k] + term; }
   // The same on other units; a pass that adds two terms a value uses both kinds.
-  BN_INLINE void other_add(const Lanes<double>& term) { sum = kernels::other_add(sum, term); }
+  BN_INLINE void other_add(int k, NativeDouble term) { sum.v[k] = kernels::other_add(sum.v[k], term); }
 };
 
 // sum + low is the sum to about twice float64's digits.
@@ -24,13 +25,44 @@ struct Compensated {
   static constexpr bool kHasLow = true;
   Lanes<double> sum = broadcast(0.0), low = broadcast(0.0);
 
-  BN_INLINE void add(const Lanes<double>& term) {
-    const Lanes<double> next = sum + term;
-    low = low + sum_error(sum, term, next);
-    sum = next;
+  BN_INLINE void add(int k, NativeDouble term) {
+    const NativeDouble next = sum.v[k] + term;
+    low.v[k] = low.v[k] + sum_error(sum.v[k], term, next);
+    sum.v[k] = next;
   }
-  BN_INLINE void other_add(const Lanes<double>& term) { add(term); }
+  BN_INLINE void other_add(int k, NativeDouble term) { add(k, term); }
 };
+
+// A pair of sums takes values by
+//   add_vector(k, p...)     those of 16 values at each input p that belong to vector k of the lanes,
+//   add_part(k, n, p...)    the same where there are n < 16 values; missing lanes get what adds nothing.
+// Quarters of the lanes that get nothing are left out on every instruction set, so that 0*(0 - mean) of an infinite mean
+// reaches the same lanes. Runs of 7 x 7 values end with one value in a vector, of 14 x 14 with four.
+template <class Pair, class... Input>
+BN_INLINE void add_first(Pair& pair, std::int64_t n, const Input&... input) {
+  constexpr int kWidth = Lanes<double>::kWidth, kQuarter = kLanes / 4;
+  static_assert(kWidth <= kQuarter);
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+    if (n >= (k + 1) * kWidth) {
+      pair.add_vector(k, input...);
+    } else if (n > k * kWidth / kQuarter * kQuarter) {
+      pair.add_part(k, n, input...);
+    }
+  }
+}
+
+// What is summed is added vector by vector of the 16 lanes, and of no more vectors in one sweep over some values than
+// have their accumulators in registers, with eight registers left for what is added. Where all 16 lanes of float32 were
+// taken step by step, GCC kept accumulators of AVX2 on the stack: grad_sums of 32 x 256 x 14 x 14 values took 540 us,
+// now ... (Zen 3, one thread).
+template <class Accumulator>
+constexpr int vectors_a_sweep() {
+  int vectors = Lanes<double>::kVectors;
+  while (vectors * (Accumulator::kHasLow ? 4 : 2) > kVectorRegisters - 8) vectors /= 2;
+  return vectors;
+}
+// Values that stay in the first-level cache until the last sweep: 4 KB of float64.
+constexpr std::int64_t kSweepValues = 512;
 
 // Folds the lanes of one channel: (l, l+8), (l, l+4), (l, l+2), (l, l+1); whole vectors as long as there are two.
 BN_INLINE void fold(Plain a, double* sum, double* low) {
@@ -62,11 +94,13 @@ BN_INLINE void fold(const Compensated& a, double* sum, double* low) {
   *low = e[0];
 }
 
-// How far ahead values of runs are fetched, where a stretch is as long. The machine's own prefetchers stop at the end
-// of a page and of a stretch: without this, moments of 32 x 1024 runs of 192 values took 0.65 ms (Zen 4, two threads,
-// 25 MB), with it 0.39. Of 128 x 256 runs of 784 values (103 MB): 5.0 ms at 2 KB ahead and into the first-level cache,
-// 3.6 at 4 or 8 KB into the second.
-constexpr std::int64_t kAheadBytes = 8192;
+// How far ahead values of runs are fetched, in all inputs together, where a stretch is as long. The machine's own
+// prefetchers stop at the end of a page and of a stretch: without this, moments of 32 x 1024 runs of 192 values took
+// 0.65 ms (Zen 4, two threads, 25 MB), with it 0.39. Of 128 x 256 runs of 784 values (103 MB): 5.0 ms at 2 KB ahead and
+// into the first-level cache, 3.6 at 4 or 8 KB into the second. Fetching further costs more where values are near:
+// grad_sums of 32 x 256 runs of 196 values (Zen 3, two threads, 13 MB) ran at 57 GB/s with 4 KB of each input, at 68 with
+// 2 KB, at 75 without.
+constexpr std::int64_t kAheadBytes = 4096;
 
 // Where a run lies in its stretch: `left` values from here to the end of the stretch, the next one `jump` values
 // behind.
@@ -74,15 +108,31 @@ struct InStretch {
   std::int64_t left, jump, ahead;
 };
 
-template <class Pair, class... Input>
-BN_INLINE void sum_run(Pair& pair, std::int64_t length, const InStretch& in, const Input&... input) {
-  std::int64_t i = 0;
-  for (; i + kLanes <= length; i += kLanes) {
-    const std::int64_t ahead = i + in.ahead + (i + in.ahead < in.left ? 0 : in.jump);
-    (fetch_lanes<Fetch::kFar>(input + ahead), ...);
-    pair.add((input + i)..., kLanes);
+template <class Accumulator, int kFirst = 0, class Pair, class... Input>
+BN_INLINE void sweep_run(Pair& pair, std::int64_t begin, std::int64_t end, const InStretch& in,
+                         const Input&... input) {
+  constexpr int kEnd = kFirst + vectors_a_sweep<Accumulator>();
+  for (std::int64_t i = begin; i + kLanes <= end; i += kLanes) {
+    if constexpr (kFirst == 0) {
+      const std::int64_t ahead = i + in.ahead + (i + in.ahead < in.left ? 0 : in.jump);
+      (fetch_lanes<Fetch::kFar>(input + ahead), ...);
+    }
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, (input + i)...);
   }
-  if (i < length) pair.add((input + i)..., length - i);
+  if constexpr (kEnd < Lanes<double>::kVectors) sweep_run<Accumulator, kEnd>(pair, begin, end, in, input...);
+}
+template <class Accumulator, class Pair, class... Input>
+BN_INLINE void sum_run(Pair& pair, std::int64_t length, const InStretch& in, const Input&... input) {
+  const std::int64_t whole = length / kLanes * kLanes;
+  if constexpr (vectors_a_sweep<Accumulator>() == Lanes<double>::kVectors) {
+    sweep_run<Accumulator>(pair, 0, whole, in, input...);
+  } else {
+    for (std::int64_t begin = 0; begin < whole; begin += kSweepValues) {
+      const std::int64_t end = begin + kSweepValues < whole ? begin + kSweepValues : whole;
+      sweep_run<Accumulator>(pair, begin, end, in, input...);
+    }
+  }
+  if (whole < length) add_first(pair, length - whole, (input + whole)...);
 }
 
 // Accumulators in memory.
@@ -117,15 +167,14 @@ BN_INLINE Input run_at(const Input& input, std::int64_t start, std::int64_t) {
   return input + start;
 }
 
-// make(c) gives what channel c sums: two accumulators and add(p..., n), which takes the next 16 (or n < 16) values of
-// each input. Inputs walk together.
+// make(c) gives the pair of channel c. Inputs walk together.
 template <class Accumulator, class T, class Make, class... Input>
 BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input&... input) {
   KeptLanes<Accumulator> kept[kMostChannels];
   for (std::int64_t c = 0; runs.count == 0 && c < runs.channels; ++c) out[c] = Sums{};
   const std::int64_t stretch = runs.channels * runs.length;
   const std::int64_t most = runs.length < kShortRun ? kStretchesPerVisit : 1, jump = most * runs.stride - stretch;
-  constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T));
+  constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T) * sizeof...(Input));
   const std::int64_t ahead = stretch < kAhead ? stretch : kAhead;
   for (std::int64_t k = 0; k < runs.count; k += most) {
     const std::int64_t visit = runs.count - k < most ? runs.count - k : most;
@@ -139,7 +188,7 @@ BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input&... input) 
       const InStretch in{stretch - c * runs.length, jump, ahead};
       for (std::int64_t v = 0; v < visit; ++v) {
         const std::int64_t start = (k + v) * runs.stride + c * runs.length;
-        sum_run(pair, runs.length, in, run_at(input, start, k + v)...);
+        sum_run<Accumulator>(pair, runs.length, in, run_at(input, start, k + v)...);
       }
       if (k + visit < runs.count) {
         keep(pair.first, lanes.first, lanes.first_lo, kLanes);
@@ -156,13 +205,26 @@ BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input&... input) 
 // loaded and stored once for eight vectors of input, and the machine's prefetchers see eight streams.
 constexpr std::int64_t kRowsPerVisit = 8;
 
-// How far ahead values of rows are fetched: two visits, or this far. Without it, moments of 100352 x 256 values took
-// 5.5 ms, with it 3.3 (Zen 4, two threads; one visit ahead 5.0, all into the first-level cache 5.0).
-constexpr std::int64_t kFarBytes = 16 * 1024;
+// Values of rows are fetched a visit ahead, or this far; where rows lie side by side, line after line, though a visit
+// goes down eight rows at a time: memory gives more that way. Moments of 100352 x 256 values ran at 34 GB/s (Zen 3, two
+// threads; reading alone at 41), at 24 where lines were fetched in the order of the visit and 20 where none were;
+// grad_sums at 36, 22 and 20. What is in the caches anyway loses up to a tenth.
+constexpr std::int64_t kFarBytes = 4096;
+// A visit of more is too much to fetch ahead: a quarter of a small second-level cache. Then 4 KB along each row.
+constexpr std::int64_t kMostVisitBytes = 128 * 1024;
+
+// At row r of the columns from c on, `distance + c*column + r*row` values behind row 0 of these columns are fetched.
+struct RowsAhead {
+  std::int64_t distance, column, row;
+};
 template <class T>
-BN_INLINE std::int64_t values_ahead(const Rows& rows) {
-  constexpr std::int64_t kLeast = 2 * kRowsPerVisit, kFar = kFarBytes / static_cast<std::int64_t>(sizeof(T));
-  return kLeast * rows.stride >= kFar ? kLeast * rows.stride : kFar / rows.stride * rows.stride;
+BN_INLINE RowsAhead rows_ahead(const Rows& rows) {
+  constexpr std::int64_t kSize = sizeof(T), kFar = kFarBytes / kSize;
+  const std::int64_t visit = kRowsPerVisit * rows.stride;
+  if (visit > kMostVisitBytes / kSize) return {kFar, 0, rows.stride};
+  const std::int64_t distance = visit > kFar ? visit : kFar / rows.stride * rows.stride;
+  if (rows.stride == rows.columns) return {distance, kRowsPerVisit - 1, kLanes};
+  return {distance, 0, rows.stride};
 }
 
 // An input of a visit in three steps, overloaded for what is not as large as the tensor: the rows from r on, what the
@@ -184,17 +246,32 @@ BN_INLINE void fetch_row(const T* input, std::int64_t ahead) {
   fetch_lanes<Fetch::kFar>(input + ahead);
 }
 
+template <class Accumulator, int kFirst = 0, class Pair, class... Columns>
+BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, std::int64_t stride, const RowsAhead& ahead, std::int64_t c,
+                          const Columns&... input) {
+  constexpr int kEnd = kFirst + vectors_a_sweep<Accumulator>();
+  for (std::int64_t r = 0; r < rows; ++r) {
+    if constexpr (kFirst == 0) (fetch_row(row_of(input, r, ahead.row), ahead.distance + c * ahead.column), ...);
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, row_of(input, r, stride)...);
+  }
+  if constexpr (kEnd < Lanes<double>::kVectors) {
+    sweep_rows<Accumulator, kEnd>(pair, rows, stride, ahead, c, input...);
+  }
+}
+
 // One visit: up to eight rows of the n <= 16 columns from `c` on, where the inputs are.
 template <class Pair, class... Columns>
-BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, std::int64_t ahead,
+BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, const RowsAhead& ahead,
                              std::int64_t c, std::int64_t n, const ColumnSums& out, const Columns&... input) {
+  using Accumulator = std::remove_cvref_t<decltype(pair.first)>;
   if (!first_visit) {
     restore(pair.first, out.first + c, out.first_lo + c, n);
     restore(pair.second, out.second + c, out.second_lo + c, n);
   }
-  for (std::int64_t r = 0; r < rows; ++r) {
-    (fetch_row(row_of(input, r, stride), ahead), ...);
-    pair.add(row_of(input, r, stride)..., n);
+  if (n == kLanes) {
+    sweep_rows<Accumulator>(pair, rows, stride, ahead, c, input...);
+  } else {
+    for (std::int64_t r = 0; r < rows; ++r) add_first(pair, n, row_of(input, r, stride)...);
   }
   keep(pair.first, out.first + c, out.first_lo + c, n);
   keep(pair.second, out.second + c, out.second_lo + c, n);
@@ -202,7 +279,7 @@ BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, s
 
 template <class Make, class... Input>
 BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::int64_t columns, std::int64_t stride,
-                          std::int64_t ahead, const ColumnSums& out, const Input&... input) {
+                          const RowsAhead& ahead, const ColumnSums& out, const Input&... input) {
   std::int64_t c = 0;
   for (; c + kLanes <= columns; c += kLanes) {
     visit_columns(make(c, kLanes), first_visit, visit, stride, ahead, c, kLanes, out, columns_of(input, c)...);
@@ -216,7 +293,8 @@ BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::
 // make(c, n) gives the empty Pair of the n columns from c on.
 template <class T, class Make, class... Input>
 BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input&... input) {
-  const std::int64_t ahead = values_ahead<T>(rows), stride = rows.stride;
+  const RowsAhead ahead = rows_ahead<T>(rows);
+  const std::int64_t stride = rows.stride;
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
     visit_rows(make, r == 0, visit, rows.columns, stride, ahead, out,
@@ -231,11 +309,15 @@ BN_INLINE void add_blocks_of_columns(const double* sum, const double* low, std::
   Compensated a;
   for (std::int64_t b = 0; b < count; ++b) {
     const Lanes<double> term = load_upto<double>(sum + b * stride + c, n, 0.0);
-    const Lanes<double> next = a.sum + term;
-    Lanes<double> error = sum_error(a.sum, term, next);
-    if constexpr (Accumulator::kHasLow) error = error + load_upto<double>(low + b * stride + c, n, 0.0);
-    a.low = a.low + error;
-    a.sum = next;
+    Lanes<double> term_low;
+    if constexpr (Accumulator::kHasLow) term_low = load_upto<double>(low + b * stride + c, n, 0.0);
+    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+      const NativeDouble next = a.sum.v[k] + term.v[k];
+      NativeDouble error = sum_error(a.sum.v[k], term.v[k], next);
+      if constexpr (Accumulator::kHasLow) error = error + term_low.v[k];
+      a.low.v[k] = a.low.v[k] + error;
+      a.sum.v[k] = next;
+    }
   }
   keep(a, total + c, total_low + c, n);
 }

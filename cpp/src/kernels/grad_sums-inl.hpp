@@ -12,12 +12,17 @@ struct GradTerms {
   Accumulator first, second;
   Lanes<double> mean;
 
-  BN_INLINE void add(const T* dy, const T* x, std::int64_t n) { add_lanes(load_upto<double>(dy, n, T(0)), x, n); }
-  BN_INLINE void add_lanes(const Lanes<double>& g, const T* x, std::int64_t n) {
-    // Missing lanes: 0*(0 - mean).
-    const Lanes<double> d = other_subtract(load_upto<double>(x, n, T(0)), mean);
-    first.add(g);
-    second.other_add(g * d);
+  BN_INLINE void add_vector(int k, const T* dy, const T* x) {
+    add_value(k, load_vector<double>(dy, k), load_vector<double>(x, k));
+  }
+  // Where values are missing: 0*(0 - mean).
+  BN_INLINE void add_part(int k, std::int64_t n, const T* dy, const T* x) {
+    add_value(k, load_vector_of_first<double>(dy, k, n, T(0)), load_vector_of_first<double>(x, k, n, T(0)));
+  }
+
+  BN_INLINE void add_value(int k, NativeDouble dy, NativeDouble x) {
+    first.add(k, dy);
+    second.other_add(k, dy * other_subtract(x, mean.v[k]));
   }
 };
 

@@ -59,32 +59,33 @@ BN_INLINE Lanes<A> broadcast(A value) {
 // Loads and stores of 16 values, converting between the storage type T and the arithmetic type A.
 // Vector by vector: GCC 12 takes a memcpy of all lanes at once through the stack.
 template <class A>
-BN_INLINE Lanes<A> load(const A* p) {
-  Lanes<A> r;
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k)
-      __builtin_memcpy(&r.v[k], p + k * Lanes<A>::kWidth, sizeof r.v[k]);
-  return r;
-}
-template <class A>
 BN_INLINE void store(A* p, const Lanes<A>& a) {
   BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k)
       __builtin_memcpy(p + k * Lanes<A>::kWidth, &a.v[k], sizeof a.v[k]);
 }
+// Vector k of the 16 values at p.
+template <class A, class T>
+BN_INLINE typename Lanes<A>::Native load_vector(const T* p, int k) {
+  const T* from = p + k * Lanes<A>::kWidth;
+  if constexpr (sizeof(A) == sizeof(T)) {
+    typename Lanes<A>::Native v;
+    __builtin_memcpy(&v, from, sizeof v);
+    return v;
+  } else if constexpr (sizeof(A) == sizeof(double)) {
+    return widen_load(from);
+  } else {
+    return float_load(from);
+  }
+}
 template <class A, class T>
 BN_INLINE Lanes<A> load_as(const T* p) {
-  if constexpr (sizeof(A) == sizeof(T)) {
-    return load(p);
-  } else {
-    Lanes<A> r;
-    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
-      if constexpr (sizeof(A) == sizeof(double)) {
-        r.v[k] = widen_load(p + k * Lanes<A>::kWidth);
-      } else {
-        r.v[k] = float_load(p + k * Lanes<A>::kWidth);
-      }
-    }
-    return r;
-  }
+  Lanes<A> r;
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = load_vector<A>(p, k);
+  return r;
+}
+template <class A>
+BN_INLINE Lanes<A> load(const A* p) {
+  return load_as<A>(p);
 }
 template <class A, class T>
 BN_INLINE void store_as(T* p, const Lanes<A>& a) {
@@ -110,7 +111,7 @@ BN_INLINE Lanes<A> join(std::int64_t n, const Lanes<A>& a, const Lanes<A>& b) {
 }
 
 // The first n < 16 of 16 values of two bytes, for machines of any kind: as two pieces that overlap, each the largest
-// power of two that n holds.
+// power of two that n holds; below 1, none.
 template <class T>
 BN_INLINE void copy_first(T* to, const T* from, std::int64_t n) {
   if (n >= 8) {
@@ -127,28 +128,27 @@ BN_INLINE void copy_first(T* to, const T* from, std::int64_t n) {
   }
 }
 
-// The same as load_as and store_as for the first n < 16 values; the other lanes are loaded as `fill` and not stored.
+// The same as load_vector, load_as and store_as for the first n < 16 values; the other lanes are loaded as `fill` and
+// not stored.
 template <class A, class T>
-BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, Arithmetic<T> fill) {
+BN_INLINE typename Lanes<A>::Native load_vector_of_first(const T* p, int k, std::int64_t n, Arithmetic<T> fill) {
+  const int skip = k * Lanes<A>::kWidth;
   if constexpr (kIsSixteen<T>) {
     T some[kLanes] = {};
-    copy_first(some, p, n);
-    Lanes<A> r = load_as<A>(some);
-    const typename Lanes<A>::Native zero{}, others = static_cast<A>(fill) - zero;
-    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(r.v[k], n - k * Lanes<A>::kWidth, others);
-    return r;
+    copy_first(some, p + skip, n - skip < Lanes<A>::kWidth ? n - skip : Lanes<A>::kWidth);
+    const typename Lanes<A>::Native zero{};
+    return first_of(load_vector<A>(some, 0), n - skip, static_cast<A>(fill) - zero);
+  } else if constexpr (sizeof(A) == sizeof(T)) {
+    return load_part(p + skip, n - skip, fill);
   } else {
-    Lanes<A> r;
-    BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
-      const int skip = k * Lanes<A>::kWidth;
-      if constexpr (sizeof(A) == sizeof(T)) {
-        r.v[k] = load_part(p + skip, n - skip, fill);
-      } else {
-        r.v[k] = widen_load_part(p + skip, n - skip, fill);
-      }
-    }
-    return r;
+    return widen_load_part(p + skip, n - skip, fill);
   }
+}
+template <class A, class T>
+BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, Arithmetic<T> fill) {
+  Lanes<A> r;
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = load_vector_of_first<A>(p, k, n, fill);
+  return r;
 }
 template <class A, class T>
 BN_INLINE void store_first(T* p, std::int64_t n, const Lanes<A>& a) {
@@ -199,31 +199,11 @@ BN_INLINE void fetch_lanes_to_store(T* p) {
   }
 }
 
-BN_INLINE Lanes<double> multiply_add_exact(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& c) {
-  Lanes<double> r;
-  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = multiply_add_exact(a.v[k], b.v[k], c.v[k]);
-  return r;
-}
 // a*a - square, exactly; taken as 0 where it reaches below float64's smallest number, since there the fused and the
 // split form round it differently. 2^-960 is above the square whose last exact bit is 2^-1074.
-BN_INLINE Lanes<double> square_error(const Lanes<double>& a, const Lanes<double>& square) {
-  Lanes<double> r;
-  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
-    const NativeDouble error = product_error(a.v[k], a.v[k], square.v[k]);
-    r.v[k] = square.v[k] >= 0x1p-960 ? error : NativeDouble{};
-  }
-  return r;
-}
-
-BN_INLINE Lanes<double> other_add(const Lanes<double>& a, const Lanes<double>& b) {
-  Lanes<double> r;
-  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = other_add(a.v[k], b.v[k]);
-  return r;
-}
-BN_INLINE Lanes<double> other_subtract(const Lanes<double>& a, const Lanes<double>& b) {
-  Lanes<double> r;
-  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = other_subtract(a.v[k], b.v[k]);
-  return r;
+BN_INLINE NativeDouble square_error(NativeDouble a, NativeDouble square) {
+  const NativeDouble error = product_error(a, a, square);
+  return square >= 0x1p-960 ? error : NativeDouble{};
 }
 
 // What rounding took from sum = a + b, exactly (Knuth's TwoSum), half of it on each kind of unit.
@@ -231,14 +211,9 @@ BN_INLINE double sum_error(double a, double b, double sum) {
   const double b_part = sum - a;
   return (a - (sum - b_part)) + (b - b_part);
 }
-BN_INLINE Lanes<double> sum_error(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& sum) {
-  Lanes<double> r;
-  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
-    const NativeDouble b_part = other_subtract(sum.v[k], a.v[k]);
-    const NativeDouble a_error = a.v[k] - (sum.v[k] - b_part);
-    r.v[k] = other_add(a_error, other_subtract(b.v[k], b_part));
-  }
-  return r;
+BN_INLINE NativeDouble sum_error(NativeDouble a, NativeDouble b, NativeDouble sum) {
+  const NativeDouble b_part = other_subtract(sum, a);
+  return other_add(a - (sum - b_part), other_subtract(b, b_part));
 }
 
 }  // namespace

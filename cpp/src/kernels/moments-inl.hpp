@@ -15,38 +15,42 @@ struct MomentTerms {
   Lanes<double> shift;
   Arithmetic<T> fill;  // what the missing lanes of a short vector load: they must add nothing
 
-  BN_INLINE void add(const T* p, std::int64_t n) { add(load_upto<double>(p, n, fill)); }
-  BN_INLINE void add(const Lanes<double>& x) {
+  BN_INLINE void add_vector(int k, const T* p) { add_value(k, load_vector<double>(p, k)); }
+  BN_INLINE void add_part(int k, std::int64_t n, const T* p) {
+    add_value(k, load_vector_of_first<double>(p, k, n, fill));
+  }
+
+  BN_INLINE void add_value(int k, NativeDouble x) {
     if constexpr (Accumulator::kHasLow) {
-      add_compensated(x);
+      add_compensated(k, x);
     } else {
-      add_plain(x);
+      add_plain(k, x);
     }
   }
-  BN_INLINE void add_plain(const Lanes<double>& x) {
+  BN_INLINE void add_plain(int k, NativeDouble x) {
     if constexpr (kShift == Shift::none) {
-      first.add(x);
-      second.sum = multiply_add_exact(x, x, second.sum);
+      first.add(k, x);
+      second.sum.v[k] = multiply_add_exact(x, x, second.sum.v[k]);
     } else {
-      const Lanes<double> d = x - shift;  // may round where x and shift are far apart, so d*d need not be exact
-      first.add(d);
-      second.add(d * d);
+      const NativeDouble d = x - shift.v[k];  // may round where x and shift are far apart, so d*d need not be exact
+      first.add(k, d);
+      second.add(k, d * d);
     }
   }
-  BN_INLINE void add_compensated(const Lanes<double>& x) {
+  BN_INLINE void add_compensated(int k, NativeDouble x) {
     if constexpr (kShift == Shift::none) {
-      const Lanes<double> square = x * x;
-      first.add(x);
-      second.add(square);
-      if constexpr (sizeof(T) == sizeof(double)) second.low = second.low + square_error(x, square);
+      const NativeDouble square = x * x;
+      first.add(k, x);
+      second.add(k, square);
+      if constexpr (sizeof(T) == sizeof(double)) second.low.v[k] = second.low.v[k] + square_error(x, square);
     } else {
-      const Lanes<double> d = x - shift;
-      const Lanes<double> d_lo = sum_error(x, broadcast(0.0) - shift, d);
-      const Lanes<double> square = d * d;
-      first.add(d);
-      first.low = first.low + d_lo;
-      second.add(square);
-      second.low = second.low + (square_error(d, square) + (d + d) * d_lo);
+      const NativeDouble d = x - shift.v[k];
+      const NativeDouble d_lo = sum_error(x, NativeDouble{} - shift.v[k], d);
+      const NativeDouble square = d * d;
+      first.add(k, d);
+      first.low.v[k] = first.low.v[k] + d_lo;
+      second.add(k, square);
+      second.low.v[k] = second.low.v[k] + (square_error(d, square) + (d + d) * d_lo);
     }
   }
 };

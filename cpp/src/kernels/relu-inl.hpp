@@ -78,8 +78,12 @@ void rows_relu_mixed(const T* x, T* y, const ReluTail<T>& tail, Rows rows, const
 
 template <class T, class Accumulator>
 struct ReluGradTerms : GradTerms<T, Accumulator> {
-  BN_INLINE void add(const SummedInputs<T>& in, std::int64_t n) {
-    this->add_lanes(load_kept<double>(in.dy, in.bits(), n), in.x, n);
+  BN_INLINE void add_vector(int k, const SummedInputs<T>& in) {
+    this->add_value(k, load_kept_vector<double>(in.dy, in.bits(), k), load_vector<double>(in.x, k));
+  }
+  BN_INLINE void add_part(int k, std::int64_t n, const SummedInputs<T>& in) {
+    this->add_value(k, load_kept_vector_of_first<double>(in.dy, in.bits(), k, n),
+                    load_vector_of_first<double>(in.x, k, n, T(0)));
   }
 };
 

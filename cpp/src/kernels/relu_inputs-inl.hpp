@@ -64,47 +64,50 @@ BN_INLINE unsigned bits_at(const std::uint8_t* mask, std::int64_t at) {
   __builtin_memcpy(&bits, mask + place / 8, sizeof bits);
   return bits >> (place % 8);
 }
-// Lanes whose bit is set; the others are 0.
+// Lanes whose bit is set; the others are 0: of vector k.
 template <class A>
-BN_INLINE Lanes<A> keep_lanes(const Lanes<A>& a, unsigned bits) {
+BN_INLINE typename Lanes<A>::Native keep_vector(typename Lanes<A>::Native v, unsigned bits, int k) {
   using Native = typename Lanes<A>::Native;
   using One = std::conditional_t<sizeof(A) == sizeof(float), std::int32_t, std::int64_t>;
   typedef One Ints __attribute__((vector_size(sizeof(Native))));
   const Ints all = static_cast<One>(bits) - Ints{};
-  Lanes<A> r;
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
-    Ints bit = {};
-    BN_UNROLL for (int l = 0; l < Lanes<A>::kWidth; ++l) bit[l] = One{1} << (k * Lanes<A>::kWidth + l);
-    r.v[k] = (all & bit) != 0 ? a.v[k] : Native{};
-  }
-  return r;
+  Ints bit = {};
+  BN_UNROLL for (int l = 0; l < Lanes<A>::kWidth; ++l) bit[l] = One{1} << (k * Lanes<A>::kWidth + l);
+  return (all & bit) != 0 ? v : Native{};
 }
 
 // ---- inputs of the walks ----
 
-// 16 (or n < 16) values whose bit is set, else 0.
+// Values whose bit is set, else 0: vector k of 16, or of n < 16; all of either.
 template <class A, class T>
-BN_INLINE Lanes<A> load_kept(const T* p, unsigned bits, std::int64_t n) {
-  return keep_lanes(load_upto<A>(p, n, T(0)), bits);
+BN_INLINE typename Lanes<A>::Native load_kept_vector(const T* p, unsigned bits, int k) {
+  return keep_vector<A>(load_vector<A>(p, k), bits, k);
 }
 #ifdef BN_HAS_KEPT_LOADS
 // Where a conversion can leave lanes out: backward through a mask took 1.12, 1.33 and 1.38 times the time without (103,
 // 26 and 0.3 MB, Zen 4) with lanes chosen afterwards, 1.05, 1.18 and 1.29 this way.
 template <class A>
-BN_INLINE Lanes<A> load_kept(const float* p, unsigned bits, std::int64_t n) {
-  if (n < kLanes) return keep_lanes(load_first<A>(p, n, 0.0f), bits);
+BN_INLINE typename Lanes<A>::Native load_kept_vector(const float* p, unsigned bits, int k) {
+  const int at = k * Lanes<A>::kWidth;
+  if constexpr (sizeof(A) == sizeof(double)) {
+    return widen_load_kept(p + at, bits >> at);
+  } else {
+    return load_kept(p + at, bits >> at);
+  }
+}
+#endif
+template <class A, class T>
+BN_INLINE typename Lanes<A>::Native load_kept_vector_of_first(const T* p, unsigned bits, int k, std::int64_t n) {
+  return keep_vector<A>(load_vector_of_first<A>(p, k, n, T(0)), bits, k);
+}
+template <class A, class T>
+BN_INLINE Lanes<A> load_kept(const T* p, unsigned bits, std::int64_t n) {
   Lanes<A> r;
   BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) {
-    const int at = k * Lanes<A>::kWidth;
-    if constexpr (sizeof(A) == sizeof(double)) {
-      r.v[k] = widen_load_kept(p + at, bits >> at);
-    } else {
-      r.v[k] = load_kept(p + at, bits >> at);
-    }
+    r.v[k] = n < kLanes ? load_kept_vector_of_first<A>(p, bits, k, n) : load_kept_vector<A>(p, bits, k);
   }
   return r;
 }
-#endif
 
 // A ReluTail that moves along with x. What is known to be there or not costs the walks no registers.
 enum class Part { absent, present, unknown };

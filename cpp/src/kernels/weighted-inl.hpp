@@ -17,23 +17,28 @@ struct MaskedMoments : MomentTerms<T, Accumulator, kShift> {
   MaskedMoments(const Lanes<double>& about, Arithmetic<T> fill_with) : Base{{}, {}, about, fill_with} {}
 
   template <class Weights>
-  BN_INLINE void add(const T* p, const Weights& w, std::int64_t n) {
+  BN_INLINE void add_vector(int k, const T* p, const Weights& w) {
     if constexpr (kShift == Shift::none) {
-      Base::add(values_where(p, w, n));
+      this->add_value(k, vector_where(p, w, k));
     } else {
-      Base::add(where(weight_lanes<double>(w, n), load_upto<double>(p, n, this->fill), this->shift));
+      this->add_value(k, weight_vector<double>(w, k) != 0 ? load_vector<double>(p, k) : this->shift.v[k]);
+    }
+  }
+  template <class Weights>
+  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
+    if constexpr (kShift == Shift::none) {
+      this->add_value(k, vector_of_first_where(p, w, k, n));
+    } else {
+      const NativeDouble x = load_vector_of_first<double>(p, k, n, this->fill);
+      this->add_value(k, weight_vector_of_first<double>(w, k, n) != 0 ? x : this->shift.v[k]);
     }
   }
 };
 
 // What rounding took from product = a*b; taken as 0 where square_error is (lanes-inl.hpp).
-BN_INLINE Lanes<double> product_error(const Lanes<double>& a, const Lanes<double>& b, const Lanes<double>& product) {
-  Lanes<double> r;
-  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
-    const NativeDouble p = product.v[k], size = p < 0 ? -p : p;
-    r.v[k] = size >= 0x1p-960 ? kernels::product_error(a.v[k], b.v[k], p) : NativeDouble{};
-  }
-  return r;
+BN_INLINE NativeDouble normal_product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
+  const NativeDouble size = product < 0 ? -product : product;
+  return size >= 0x1p-960 ? product_error(a, b, product) : NativeDouble{};
 }
 
 template <class T, class Accumulator, Shift kShift>
@@ -45,34 +50,40 @@ struct WeightedMoments {
   WeightedMoments(const Lanes<double>& about, Arithmetic<T> fill_with) : shift(about), fill(fill_with) {}
 
   template <class Weights>
-  BN_INLINE void add(const T* p, const Weights& weights, std::int64_t n) {
-    const Lanes<double> w = weight_lanes<double>(weights, n);
-    const Lanes<double> x = where(w, load_upto<double>(p, n, fill), shift);
+  BN_INLINE void add_vector(int k, const T* p, const Weights& weights) {
+    add_value(k, weight_vector<double>(weights, k), load_vector<double>(p, k));
+  }
+  template <class Weights>
+  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const Weights& weights) {
+    add_value(k, weight_vector_of_first<double>(weights, k, n), load_vector_of_first<double>(p, k, n, fill));
+  }
+  BN_INLINE void add_value(int k, NativeDouble w, NativeDouble value) {
+    const NativeDouble x = w != 0 ? value : shift.v[k];
     if constexpr (Accumulator::kHasLow) {
-      add_compensated(w, x);
+      add_compensated(k, w, x);
     } else {
-      add_plain(w, x);
+      add_plain(k, w, x);
     }
   }
-  BN_INLINE void add_plain(const Lanes<double>& w, const Lanes<double>& x) {
-    const Lanes<double> d = kShift == Shift::none ? x : x - shift;
-    const Lanes<double> term = w * d;
-    first.add(term);
-    second.add(term * d);
+  BN_INLINE void add_plain(int k, NativeDouble w, NativeDouble x) {
+    const NativeDouble d = kShift == Shift::none ? x : x - shift.v[k];
+    const NativeDouble term = w * d;
+    first.add(k, term);
+    second.add(k, term * d);
   }
-  BN_INLINE void add_compensated(const Lanes<double>& w, const Lanes<double>& x) {
-    Lanes<double> d = x, d_lo = broadcast(0.0);
+  BN_INLINE void add_compensated(int k, NativeDouble w, NativeDouble x) {
+    NativeDouble d = x, d_lo = {};
     if constexpr (kShift == Shift::given) {
-      d = x - shift;
-      d_lo = sum_error(x, broadcast(0.0) - shift, d);
+      d = x - shift.v[k];
+      d_lo = sum_error(x, NativeDouble{} - shift.v[k], d);
     }
-    const Lanes<double> term = w * d;
-    const Lanes<double> term_lo = product_error(w, d, term) + w * d_lo;
-    const Lanes<double> square = term * d;
-    first.add(term);
-    first.low = first.low + term_lo;
-    second.add(square);
-    second.low = second.low + (product_error(term, d, square) + (term_lo * d + term * d_lo));
+    const NativeDouble term = w * d;
+    const NativeDouble term_lo = normal_product_error(w, d, term) + w * d_lo;
+    const NativeDouble square = term * d;
+    first.add(k, term);
+    first.low.v[k] = first.low.v[k] + term_lo;
+    second.add(k, square);
+    second.low.v[k] = second.low.v[k] + (normal_product_error(term, d, square) + (term_lo * d + term * d_lo));
   }
 };
 
@@ -105,17 +116,16 @@ void rows_weighted_moments_about(const T* x, const RowWeights<WeightOf<T>>& w, R
 
 // ---- grad_sums ----
 
+// Where there is no weight: 0*(0 - mean).
 template <class T, class Accumulator>
-struct MaskedGradTerms {
-  Accumulator first, second;
-  Lanes<double> mean;
-
+struct MaskedGradTerms : GradTerms<T, Accumulator> {
   template <class Weights>
-  BN_INLINE void add(const T* dy, const T* x, const Weights& weights, std::int64_t n) {
-    const Lanes<double> g = values_where(dy, weights, n);
-    const Lanes<double> d = other_subtract(values_where(x, weights, n), mean);  // times 0 where there is no weight
-    first.add(g);
-    second.other_add(g * d);
+  BN_INLINE void add_vector(int k, const T* dy, const T* x, const Weights& weights) {
+    this->add_value(k, vector_where(dy, weights, k), vector_where(x, weights, k));
+  }
+  template <class Weights>
+  BN_INLINE void add_part(int k, std::int64_t n, const T* dy, const T* x, const Weights& weights) {
+    this->add_value(k, vector_of_first_where(dy, weights, k, n), vector_of_first_where(x, weights, k, n));
   }
 };
 
@@ -123,13 +133,13 @@ template <class T, class Accumulator>
 void runs_masked_grad_sums(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, const double* mean,
                            Sums* out) {
   using Terms = MaskedGradTerms<T, Accumulator>;
-  sum_runs<Accumulator, T>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x, w);
+  sum_runs<Accumulator, T>([mean](std::int64_t c) { return Terms{{{}, {}, broadcast(mean[c])}}; }, runs, out, dy, x, w);
 }
 template <class T, class Accumulator>
 void rows_masked_grad_sums(const T* dy, const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const double* mean,
                            const ColumnSums& out) {
   const auto make = [mean](std::int64_t c, std::int64_t n) {
-    return MaskedGradTerms<T, Accumulator>{{}, {}, load_upto<double>(mean + c, n, 0.0)};
+    return MaskedGradTerms<T, Accumulator>{{{}, {}, load_upto<double>(mean + c, n, 0.0)}};
   };
   sum_rows<T>(make, rows, out, dy, x, w);
 }

@@ -147,6 +147,25 @@ BN_INLINE Lanes<A> weight_lanes(const WeightedColumns<W>& w, std::int64_t) {
   return w.lanes == nullptr ? broadcast(static_cast<A>(*w.one)) : load_as<A>(w.lanes);
 }
 
+template <class A, class W>
+BN_INLINE typename Lanes<A>::Native weight_vector(const W* w, int k) {
+  return load_vector<A>(w, k);
+}
+template <class A, class W>
+BN_INLINE typename Lanes<A>::Native weight_vector(const WeightedColumns<W>& w, int k) {
+  const typename Lanes<A>::Native zero{};
+  return w.lanes == nullptr ? static_cast<A>(*w.one) - zero : load_vector<A>(w.lanes, k);
+}
+// Of n < 16 values.
+template <class A, class W>
+BN_INLINE typename Lanes<A>::Native weight_vector_of_first(const W* w, int k, std::int64_t n) {
+  return load_vector_of_first<A>(w, k, n, W(0));
+}
+template <class A, class W>
+BN_INLINE typename Lanes<A>::Native weight_vector_of_first(const WeightedColumns<W>& w, int k, std::int64_t) {
+  return weight_vector<A>(w, k);
+}
+
 // a where the weight is not 0, else b.
 template <class A>
 BN_INLINE Lanes<A> where(const Lanes<A>& weight, const Lanes<A>& a, const Lanes<A>& b) {
@@ -155,20 +174,20 @@ BN_INLINE Lanes<A> where(const Lanes<A>& weight, const Lanes<A>& a, const Lanes<
   return r;
 }
 
-// Values where the weight is not 0, else 0.
+// Values where the weight is not 0, else 0: vector k of 16, or of n < 16.
 template <class T, class Weights>
-BN_INLINE Lanes<double> values_where(const T* p, const Weights& weights, std::int64_t n) {
-  return where(weight_lanes<double>(weights, n), load_upto<double>(p, n, T(0)), broadcast(0.0));
+BN_INLINE NativeDouble vector_where(const T* p, const Weights& weights, int k) {
+  return weight_vector<double>(weights, k) != 0 ? load_vector<double>(p, k) : NativeDouble{};
 }
 // Chosen before they are widened: moments of runs took 1.9 times as long as without a mask the other way.
-BN_INLINE Lanes<double> values_where(const float* p, const float* weights, std::int64_t n) {
-  if (n < kLanes) return where(weight_lanes<double>(weights, n), load_first<double>(p, n, 0.0f), broadcast(0.0));
-  Lanes<double> r;
-  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
-    const int at = k * Lanes<double>::kWidth;
-    r.v[k] = widen_load_where(p + at, weights + at);
-  }
-  return r;
+BN_INLINE NativeDouble vector_where(const float* p, const float* weights, int k) {
+  const int at = k * Lanes<double>::kWidth;
+  return widen_load_where(p + at, weights + at);
+}
+template <class T, class Weights>
+BN_INLINE NativeDouble vector_of_first_where(const T* p, const Weights& weights, int k, std::int64_t n) {
+  const NativeDouble x = load_vector_of_first<double>(p, k, n, T(0));
+  return weight_vector_of_first<double>(weights, k, n) != 0 ? x : NativeDouble{};
 }
 
 }  // namespace

@@ -8,6 +8,7 @@ namespace {
 
 using NativeFloat = float __attribute__((vector_size(16)));
 using NativeDouble = double __attribute__((vector_size(16)));
+constexpr int kVectorRegisters = 16;
 
 }  // namespace
 }  // namespace batchnorm::kernels

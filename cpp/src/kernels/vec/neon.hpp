@@ -11,6 +11,7 @@ namespace {
 
 using NativeFloat = float32x4_t;
 using NativeDouble = float64x2_t;
+constexpr int kVectorRegisters = 32;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
 // Values where the weight is not 0, else 0.

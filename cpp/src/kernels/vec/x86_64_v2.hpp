@@ -10,6 +10,7 @@ namespace {
 
 using NativeFloat = __m128;
 using NativeDouble = __m128d;
+constexpr int kVectorRegisters = 16;
 
 }  // namespace
 }  // namespace batchnorm::kernels

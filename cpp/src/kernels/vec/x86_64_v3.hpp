@@ -11,6 +11,7 @@ namespace {
 
 using NativeFloat = __m256;
 using NativeDouble = __m256d;
+constexpr int kVectorRegisters = 16;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
 // Values where the weight is not 0, else 0.
