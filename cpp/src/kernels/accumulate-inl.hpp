@@ -205,26 +205,19 @@ BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input&... input) 
 // loaded and stored once for eight vectors of input, and the machine's prefetchers see eight streams.
 constexpr std::int64_t kRowsPerVisit = 8;
 
-// Values of rows are fetched a visit ahead, or this far; where rows lie side by side, line after line, though a visit
-// goes down eight rows at a time: memory gives more that way. Moments of 100352 x 256 values ran at 34 GB/s (Zen 3, two
+// Values of rows are fetched a visit ahead, or this far. Moments of 100352 x 256 values ran at 34 GB/s (Zen 3, two
 // threads; reading alone at 41), at 24 where lines were fetched in the order of the visit and 20 where none were;
 // grad_sums at 36, 22 and 20. What is in the caches anyway loses up to a tenth.
 constexpr std::int64_t kFarBytes = 4096;
 // A visit of more is too much to fetch ahead: a quarter of a small second-level cache. Then 4 KB along each row.
 constexpr std::int64_t kMostVisitBytes = 128 * 1024;
 
-// At row r of the columns from c on, `distance + c*column + r*row` values behind row 0 of these columns are fetched.
-struct RowsAhead {
-  std::int64_t distance, column, row;
-};
 template <class T>
 BN_INLINE RowsAhead rows_ahead(const Rows& rows) {
   constexpr std::int64_t kSize = sizeof(T), kFar = kFarBytes / kSize;
   const std::int64_t visit = kRowsPerVisit * rows.stride;
-  if (visit > kMostVisitBytes / kSize) return {kFar, 0, rows.stride};
-  const std::int64_t distance = visit > kFar ? visit : kFar / rows.stride * rows.stride;
-  if (rows.stride == rows.columns) return {distance, kRowsPerVisit - 1, kLanes};
-  return {distance, 0, rows.stride};
+  if (visit > kMostVisitBytes / kSize) return {{.count = 0, .columns = 0, .stride = rows.stride}, kFar, kRowsPerVisit};
+  return {rows, visit > kFar ? visit : kFar / rows.stride * rows.stride, kRowsPerVisit};
 }
 
 // An input of a visit in three steps, overloaded for what is not as large as the tensor: the rows from r on, what the
@@ -251,7 +244,7 @@ BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, std::int64_t stride, co
                           const Columns&... input) {
   constexpr int kEnd = kFirst + vectors_a_sweep<Accumulator>();
   for (std::int64_t r = 0; r < rows; ++r) {
-    if constexpr (kFirst == 0) (fetch_row(row_of(input, r, ahead.row), ahead.distance + c * ahead.column), ...);
+    if constexpr (kFirst == 0) (fetch_row(input, ahead.at(c, r)), ...);
     BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, row_of(input, r, stride)...);
   }
   if constexpr (kEnd < Lanes<double>::kVectors) {

@@ -72,14 +72,21 @@ BN_INLINE void apply_runs(Make make, Runs runs, T* out, const Input&... input) {
 // Four rows a visit: coefficients are loaded once for four vectors of each input.
 constexpr std::int64_t kRowsPerApply = 4;
 
+// What rows.ahead asks for at row r of the columns from c on, whose row 0 is at `out` and `input`.
+template <class T, class... Input>
+BN_INLINE void fetch_ahead_of_row(const Rows& rows, std::int64_t c, std::int64_t r, T* out, const Input&... input) {
+  if (rows.ahead == 0) return;
+  const std::int64_t at = RowsAhead(rows, rows.ahead, kRowsPerApply).at(c, r);
+  (fetch_lanes<Fetch::kFar>(input + at), ...);
+  fetch_lanes_to_store(out + at);
+}
+
 template <class Map, class T, class... Input>
-BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t n, T* out,
-                             const Input&... input) {
-  for (std::int64_t at = 0; at < count * rows.stride; at += rows.stride) {
-    if (rows.ahead != 0) {
-      (fetch_lanes<Fetch::kFar>(input + at + rows.ahead), ...);
-      fetch_lanes_to_store(out + at + rows.ahead);
-    }
+BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t c, std::int64_t n,
+                             T* out, const Input&... input) {
+  for (std::int64_t r = 0; r < count; ++r) {
+    fetch_ahead_of_row(rows, c, r, out, input...);
+    const std::int64_t at = r * rows.stride;
     store_upto(out + at, n, map((input + at)..., n));
   }
 }
@@ -92,11 +99,11 @@ BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input&... input) {
     const std::int64_t start = r * rows.stride;
     std::int64_t c = 0;
     for (; c + kLanes <= rows.columns; c += kLanes) {
-      apply_columns(make(c, kLanes), visit, rows, kLanes, out + start + c, (input + start + c)...);
+      apply_columns(make(c, kLanes), visit, rows, c, kLanes, out + start + c, (input + start + c)...);
     }
     if (c < rows.columns) {
       const std::int64_t n = rows.columns - c;
-      apply_columns(make(c, n), visit, rows, n, out + start + c, (input + start + c)...);
+      apply_columns(make(c, n), visit, rows, c, n, out + start + c, (input + start + c)...);
     }
   }
 }

@@ -192,6 +192,21 @@ BN_INLINE void fetch_lanes(const T* p) {
   }
 }
 
+// What is fetched while a kernel goes down some rows at a time, 16 columns after 16: at row r of the columns from c on,
+// what lies at(c, r) values behind row 0 of these columns. Where rows lie side by side that is line after line of the
+// rows ahead, since memory gives more in this order than in that of the visit.
+struct RowsAhead {
+  std::int64_t distance, column, row;
+
+  RowsAhead(const Rows& rows, std::int64_t distance_in_values, std::int64_t rows_a_visit)
+      : distance(distance_in_values),
+        column(rows.stride == rows.columns ? rows_a_visit - 1 : 0),
+        row(rows.stride == rows.columns ? kLanes : rows.stride) {}
+  [[nodiscard]] BN_INLINE std::int64_t at(std::int64_t c, std::int64_t r) const {
+    return distance + c * column + r * row;
+  }
+};
+
 template <class T>
 BN_INLINE void fetch_lanes_to_store(T* p) {
   for (std::int64_t at = 0; at < kLanes; at += kStreamBytes / static_cast<std::int64_t>(sizeof(T))) {

@@ -203,14 +203,11 @@ BN_INLINE void apply_weighted_runs(Make make, Runs runs, T* out, const RunWeight
 }
 
 template <class Map, class T, class W, class... Input>
-BN_INLINE void apply_weighted_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t n, T* out,
-                                      const WeightedColumns<W>& w, const Input*... input) {
+BN_INLINE void apply_weighted_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t c,
+                                      std::int64_t n, T* out, const WeightedColumns<W>& w, const Input*... input) {
   for (std::int64_t r = 0; r < count; ++r) {
+    fetch_ahead_of_row(rows, c, r, out, input...);
     const std::int64_t at = r * rows.stride;
-    if (rows.ahead != 0) {
-      (fetch_lanes<Fetch::kFar>(input + at + rows.ahead), ...);
-      fetch_lanes_to_store(out + at + rows.ahead);
-    }
     store_upto(out + at, n, map((input + at)..., row_of(w, r, 0), n));
   }
 }
@@ -221,7 +218,7 @@ BN_INLINE void apply_weighted_rows(Make make, Rows rows, T* out, const RowWeight
     const WeightedRows<W> w = rows_of(weights, r, visit, 0, 0);
     for (std::int64_t c = 0; c < rows.columns; c += kLanes) {
       const std::int64_t n = rows.columns - c < kLanes ? rows.columns - c : kLanes, at = r * rows.stride + c;
-      apply_weighted_columns(make(c, n), visit, rows, n, out + at, columns_of(w, c), (input + at)...);
+      apply_weighted_columns(make(c, n), visit, rows, c, n, out + at, columns_of(w, c), (input + at)...);
     }
   }
 }
