@@ -2,7 +2,6 @@
 
 #include <algorithm>
 #include <limits>
-#include <type_traits>
 #include <vector>
 
 #include "dispatch.hpp"
@@ -23,7 +22,6 @@ DoubleDouble sum_of(const W* w, std::int64_t n) {
 
 template <class W>
 struct Chunks {
-  using Counter = std::conditional_t<sizeof(W) == sizeof(std::int32_t), std::int32_t, std::int64_t>;
   struct Part {
     DoubleDouble total;
     std::int64_t counted = 0;
@@ -36,15 +34,10 @@ struct Chunks {
     for (std::int64_t k = chunks.begin; k < chunks.end; ++k) {
       const W* w = weights.data() + k * kChunk;
       const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
-      Counter zeros = 0, ones = 0, good = 0;
-      for (std::int64_t i = 0; i < n; ++i) {  // in vectors, since the counters are as wide as the weights
-        zeros += static_cast<Counter>(w[i] == 0);
-        ones += static_cast<Counter>(w[i] == 1);
-        good += static_cast<Counter>(w[i] >= 0) & static_cast<Counter>(w[i] <= std::numeric_limits<W>::max());
-      }
-      const bool is_mask = zeros + ones == n;
-      const DoubleDouble total = is_mask ? DoubleDouble{static_cast<double>(ones), 0} : sum_of(w, n);
-      parts[static_cast<std::size_t>(k)] = {total, n - zeros, is_mask, good == n};
+      const kernels::WeightCounts counts = active_implementation().table->weighted<W>().count(w, n);
+      const bool is_mask = counts.zeros + counts.ones == n;
+      const DoubleDouble total = is_mask ? DoubleDouble{static_cast<double>(counts.ones), 0} : sum_of(w, n);
+      parts[static_cast<std::size_t>(k)] = {total, n - counts.zeros, is_mask, counts.good == n};
     }
   }
 };

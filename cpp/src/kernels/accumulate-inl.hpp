@@ -230,56 +230,56 @@ template <class T>
 BN_INLINE const T* columns_of(const T* rows, std::int64_t c) {
   return rows + c;
 }
-template <class T>
-BN_INLINE const T* row_of(const T* columns, std::int64_t r, std::int64_t stride) {
-  return columns + r * stride;
+template <class T, class Places>
+BN_INLINE const T* row_of(const T* columns, std::int64_t r, const Places& place) {
+  return columns + place(r);
 }
 template <class T>
 BN_INLINE void fetch_row(const T* input, std::int64_t ahead) {
   fetch_lanes<Fetch::kFar>(input + ahead);
 }
 
-template <class Accumulator, int kFirst = 0, class Pair, class... Columns>
-BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, std::int64_t stride, const RowsAhead& ahead, std::int64_t c,
+template <class Accumulator, int kFirst = 0, class Pair, class Places, class... Columns>
+BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, const Places& place, const RowsAhead& ahead, std::int64_t c,
                           const Columns&... input) {
   constexpr int kEnd = kFirst + vectors_a_sweep<Accumulator>();
   for (std::int64_t r = 0; r < rows; ++r) {
     if constexpr (kFirst == 0) (fetch_row(input, ahead.at(c, r)), ...);
-    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, row_of(input, r, stride)...);
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, row_of(input, r, place)...);
   }
   if constexpr (kEnd < Lanes<double>::kVectors) {
-    sweep_rows<Accumulator, kEnd>(pair, rows, stride, ahead, c, input...);
+    sweep_rows<Accumulator, kEnd>(pair, rows, place, ahead, c, input...);
   }
 }
 
 // One visit: up to eight rows of the n <= 16 columns from `c` on, where the inputs are.
-template <class Pair, class... Columns>
-BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride, const RowsAhead& ahead,
-                             std::int64_t c, std::int64_t n, const ColumnSums& out, const Columns&... input) {
+template <class Pair, class Places, class... Columns>
+BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, const Places& place,
+                             const RowsAhead& ahead, std::int64_t c, std::int64_t n, const ColumnSums& out, const Columns&... input) {
   using Accumulator = std::remove_cvref_t<decltype(pair.first)>;
   if (!first_visit) {
     restore(pair.first, out.first + c, out.first_lo + c, n);
     restore(pair.second, out.second + c, out.second_lo + c, n);
   }
   if (n == kLanes) {
-    sweep_rows<Accumulator>(pair, rows, stride, ahead, c, input...);
+    sweep_rows<Accumulator>(pair, rows, place, ahead, c, input...);
   } else {
-    for (std::int64_t r = 0; r < rows; ++r) add_first(pair, n, row_of(input, r, stride)...);
+    for (std::int64_t r = 0; r < rows; ++r) add_first(pair, n, row_of(input, r, place)...);
   }
   keep(pair.first, out.first + c, out.first_lo + c, n);
   keep(pair.second, out.second + c, out.second_lo + c, n);
 }
 
-template <class Make, class... Input>
-BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::int64_t columns, std::int64_t stride,
+template <class Make, class Places, class... Input>
+BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::int64_t columns, const Places& place,
                           const RowsAhead& ahead, const ColumnSums& out, const Input&... input) {
   std::int64_t c = 0;
   for (; c + kLanes <= columns; c += kLanes) {
-    visit_columns(make(c, kLanes), first_visit, visit, stride, ahead, c, kLanes, out, columns_of(input, c)...);
+    visit_columns(make(c, kLanes), first_visit, visit, place, ahead, c, kLanes, out, columns_of(input, c)...);
   }
   if (c < columns) {
     const std::int64_t n = columns - c;
-    visit_columns(make(c, n), first_visit, visit, stride, ahead, c, n, out, columns_of(input, c)...);
+    visit_columns(make(c, n), first_visit, visit, place, ahead, c, n, out, columns_of(input, c)...);
   }
 }
 
@@ -290,7 +290,7 @@ BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input
   const std::int64_t stride = rows.stride;
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
-    visit_rows(make, r == 0, visit, rows.columns, stride, ahead, out,
+    visit_rows(make, r == 0, visit, rows.columns, EvenRows{stride}, ahead, out,
                rows_of(input, r, visit, stride, rows.columns)...);
   }
 }

@@ -5,6 +5,7 @@
 #include "kernels/lanes-inl.hpp"
 #include "kernels/relu_inputs-inl.hpp"
 #include "kernels/table.hpp"
+#include "kernels/weights-inl.hpp"
 
 namespace batchnorm::kernels {
 namespace {
@@ -33,6 +34,22 @@ BN_INLINE void put(T* p, const Lanes<A>& outputs, std::int64_t ahead, const Inpu
   }
 }
 
+// Stretch k of an input, and the input at a value of it, which has a place in its run; overloaded for weights, which
+// begin anew with each run.
+template <class Input>
+BN_INLINE Input stretch_at(const Input& input, const Runs& runs, std::int64_t k) {
+  return input + k * runs.stride;
+}
+template <class Input>
+BN_INLINE Input value_at(const Input& input, std::int64_t at, std::int64_t) {
+  return input + at;
+}
+template <Stores kStores, class Map, class T, class... Input>
+BN_INLINE void put_mapped(const Map& map, std::int64_t begin, std::int64_t at, std::int64_t ahead, T* out,
+                          const Input&... input) {
+  put<kStores>(out + at, map(value_at(input, at, at - begin)..., kLanes), ahead, value_at(input, at, at - begin)...);
+}
+
 // One stretch: the runs of neighbouring channels as one piece of memory, so that only its ends are not whole vectors
 // that begin at a line; a vector that holds the end of one run and the begin of the next computes with the
 // coefficients of both. make(c) gives the map of channel c; map(p..., n) the outputs for the next 16 (or n < 16) values
@@ -42,19 +59,18 @@ BN_INLINE void apply_stretch(Make make, const Runs& runs, T* out, const Input&..
   auto map = make(0);
   std::int64_t at = values_to_line(out);
   if (at > runs.length) at = runs.length;
-  if (at > 0) store_first(out, at, map(input..., at));
-  for (std::int64_t c = 0, end = runs.length;; end += runs.length) {
-    for (; at + kLanes <= end; at += kLanes) {
-      put<kStores>(out + at, map((input + at)..., kLanes), runs.ahead, (input + at)...);
-    }
+  if (at > 0) store_first(out, at, map(value_at(input, 0, 0)..., at));
+  for (std::int64_t c = 0, begin = 0;; begin += runs.length) {
+    const std::int64_t end = begin + runs.length;
+    for (; at + kLanes <= end; at += kLanes) put_mapped<kStores>(map, begin, at, runs.ahead, out, input...);
     const std::int64_t rest = end - at;
     if (++c == runs.channels) {
-      if (rest > 0) store_first(out + at, rest, map((input + at)..., rest));
+      if (rest > 0) store_first(out + at, rest, map(value_at(input, at, at - begin)..., rest));
       return;
     }
     const auto next = make(c);
     if (rest > 0) {
-      put<kStores>(out + at, join(rest, map, next)((input + at)..., kLanes), runs.ahead, (input + at)...);
+      put_mapped<kStores>(join(rest, map, next), begin, at, runs.ahead, out, input...);
       at += kLanes;
     }
     map = next;
@@ -64,7 +80,7 @@ BN_INLINE void apply_stretch(Make make, const Runs& runs, T* out, const Input&..
 template <Stores kStores, class Make, class T, class... Input>
 BN_INLINE void apply_runs(Make make, Runs runs, T* out, const Input&... input) {
   for (std::int64_t k = 0; k < runs.count; ++k) {
-    apply_stretch<kStores>(make, runs, out + k * runs.stride, (input + k * runs.stride)...);
+    apply_stretch<kStores>(make, runs, out + k * runs.stride, stretch_at(input, runs, k)...);
   }
   if constexpr (kStores == Stores::around_cache) finish_streams();
 }
@@ -81,13 +97,27 @@ BN_INLINE void fetch_ahead_of_row(const Rows& rows, std::int64_t c, std::int64_t
   fetch_lanes_to_store(out + at);
 }
 
-template <class Map, class T, class... Input>
-BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t c, std::int64_t n,
-                             T* out, const Input&... input) {
+template <class Map, class Places, class T, class... Input>
+BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Places& place, const Rows& rows, std::int64_t c,
+                             std::int64_t n, T* out, const Input&... input) {
   for (std::int64_t r = 0; r < count; ++r) {
     fetch_ahead_of_row(rows, c, r, out, input...);
-    const std::int64_t at = r * rows.stride;
+    const std::int64_t at = place(r);
     store_upto(out + at, n, map((input + at)..., n));
+  }
+}
+
+// `count` of the rows, whose first is at `out` and `input`.
+template <class Make, class Places, class T, class... Input>
+BN_INLINE void apply_visit(Make make, std::int64_t count, const Places& place, const Rows& rows, T* out,
+                           const Input&... input) {
+  std::int64_t c = 0;
+  for (; c + kLanes <= rows.columns; c += kLanes) {
+    apply_columns(make(c, kLanes), count, place, rows, c, kLanes, out + c, (input + c)...);
+  }
+  if (c < rows.columns) {
+    const std::int64_t n = rows.columns - c;
+    apply_columns(make(c, n), count, place, rows, c, n, out + c, (input + c)...);
   }
 }
 
@@ -96,15 +126,8 @@ template <class Make, class T, class... Input>
 BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input&... input) {
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerApply) {
     const std::int64_t visit = rows.count - r < kRowsPerApply ? rows.count - r : kRowsPerApply;
-    const std::int64_t start = r * rows.stride;
-    std::int64_t c = 0;
-    for (; c + kLanes <= rows.columns; c += kLanes) {
-      apply_columns(make(c, kLanes), visit, rows, c, kLanes, out + start + c, (input + start + c)...);
-    }
-    if (c < rows.columns) {
-      const std::int64_t n = rows.columns - c;
-      apply_columns(make(c, n), visit, rows, c, n, out + start + c, (input + start + c)...);
-    }
+    const std::int64_t at = r * rows.stride;
+    apply_visit(make, visit, EvenRows{rows.stride}, rows, out + at, (input + at)...);
   }
 }
 

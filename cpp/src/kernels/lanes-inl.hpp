@@ -63,14 +63,22 @@ BN_INLINE void store(A* p, const Lanes<A>& a) {
   BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k)
       __builtin_memcpy(p + k * Lanes<A>::kWidth, &a.v[k], sizeof a.v[k]);
 }
+// A native vector at any address. Loaded by memcpy, GCC 12 takes some of them through the stack.
+struct __attribute__((packed, may_alias)) UnalignedFloat {
+  NativeFloat vector;
+};
+struct __attribute__((packed, may_alias)) UnalignedDouble {
+  NativeDouble vector;
+};
+BN_INLINE NativeFloat load_whole(const float* p) { return reinterpret_cast<const UnalignedFloat*>(p)->vector; }
+BN_INLINE NativeDouble load_whole(const double* p) { return reinterpret_cast<const UnalignedDouble*>(p)->vector; }
+
 // Vector k of the 16 values at p.
 template <class A, class T>
 BN_INLINE typename Lanes<A>::Native load_vector(const T* p, int k) {
   const T* from = p + k * Lanes<A>::kWidth;
   if constexpr (sizeof(A) == sizeof(T)) {
-    typename Lanes<A>::Native v;
-    __builtin_memcpy(&v, from, sizeof v);
-    return v;
+    return load_whole(from);
   } else if constexpr (sizeof(A) == sizeof(double)) {
     return widen_load(from);
   } else {
@@ -205,6 +213,12 @@ struct RowsAhead {
   [[nodiscard]] BN_INLINE std::int64_t at(std::int64_t c, std::int64_t r) const {
     return distance + c * column + r * row;
   }
+};
+
+// Where row r of a visit lies behind its first.
+struct EvenRows {
+  std::int64_t stride;
+  BN_INLINE std::int64_t operator()(std::int64_t r) const { return r * stride; }
 };
 
 template <class T>

@@ -267,6 +267,17 @@ void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weig
   }
   *out = Sums{first, 0, second, 0};
 }
+template <class W>
+WeightCounts count_weights(const W* w, std::int64_t n) {
+  WeightCounts counts{};
+  for (std::int64_t i = 0; i < n; ++i) {
+    if (w[i] == 0) ++counts.zeros;
+    if (w[i] == 1) ++counts.ones;
+    if (w[i] >= 0 && w[i] - w[i] == 0) ++counts.good;  // infinity less infinity is NaN
+  }
+  return counts;
+}
+
 template <class T>
 void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Sums* out) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
@@ -437,6 +448,7 @@ constexpr WeightedKernels<T> make_weighted_kernels() {
   k.weighted = {runs_weighted_moments<T>,       rows_weighted_moments<T>, runs_weighted_moments_about<T>,
                 rows_weighted_moments_about<T>, runs_weighted_moments<T>, rows_weighted_moments<T>};
   k.masked = k.weighted;
+  k.count = count_weights<WeightOf<T>>;
   k.runs_normalize = k.runs_normalize_around_cache = runs_weighted_normalize<T>;
   k.runs_normalize_wide = runs_weighted_normalize_one<T, double>;
   k.rows_normalize = k.rows_normalize_around_cache = rows_weighted_normalize<T>;

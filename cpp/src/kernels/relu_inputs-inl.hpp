@@ -204,9 +204,9 @@ template <class T>
 BN_INLINE SummedInputs<T> columns_of(const SummedInputs<T>& in, std::int64_t c) {
   return in + c;
 }
-template <class T>
-BN_INLINE SummedInputs<T> row_of(const SummedInputs<T>& in, std::int64_t r, std::int64_t stride) {
-  return in + r * stride;
+template <class T, class Places>
+BN_INLINE SummedInputs<T> row_of(const SummedInputs<T>& in, std::int64_t r, const Places& place) {
+  return in + place(r);
 }
 template <class T>
 BN_INLINE void fetch_row(const SummedInputs<T>& in, std::int64_t ahead) {

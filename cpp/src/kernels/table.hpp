@@ -179,6 +179,11 @@ struct RowWeights {
 };
 constexpr std::int64_t kMostWeightedColumns = 1024;
 
+// How many weights are 0, 1, and neither negative, infinite nor NaN; of fewer than 2^31.
+struct WeightCounts {
+  std::int64_t zeros, ones, good;
+};
+
 // What an output is where the weight is 0: 0; the input (x of normalize, dy of grad_input); or what the formula gives
 // for that weight (grad_input: dy*dy_scale).
 enum class AtPadding { zero, input, formula };
@@ -202,6 +207,8 @@ struct WeightedKernels {
     void (*rows_compensated)(const T* x, const RowWeights<W>&, Rows, const ColumnSums&);
   };
   Moments masked, weighted;
+
+  WeightCounts (*count)(const W*, std::int64_t n);
 
   void (*runs_normalize)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<A>*);
   void (*runs_normalize_around_cache)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<A>*);

@@ -87,6 +87,35 @@ struct WeightedMoments {
   }
 };
 
+// Rows that count, where each row of the tensor has a weight of its own (has_ones): the others add nothing and are not
+// visited. What is given is the same, bit for bit.
+struct ChosenRows {
+  std::int64_t place[kRowsPerVisit], count = 0;
+
+  BN_INLINE void choose(std::int64_t where) { place[count++] = where; }
+  BN_INLINE std::int64_t operator()(std::int64_t r) const { return place[r]; }
+};
+template <class T, class Make, class W, class... Input>
+BN_INLINE void sum_counted_rows(Make make, Rows rows, const ColumnSums& out, const RowWeights<W>& weights,
+                                const Input*... input) {
+  const RowsAhead ahead = rows_ahead<T>(rows);
+  for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
+    const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit, at = r * rows.stride;
+    for (std::int64_t t = 0; t < weights.repeat; ++t) {
+      ChosenRows chosen;
+      for (std::int64_t k = 0; k < visit; ++k) {
+        if (weights.values[(r + k) * weights.repeat + t] != 0) chosen.choose(k * rows.stride);
+      }
+      if (chosen.count == 0 && r > 0) continue;
+      const std::int64_t end = weights.repeat == 1 ? rows.columns : (t + 1) * weights.channels;
+      for (std::int64_t c = t * weights.channels; c < end; c += kLanes) {
+        const std::int64_t n = end - c < kLanes ? end - c : kLanes;
+        visit_columns(make(c, n), r == 0, chosen.count, chosen, ahead, c, n, out, (input + at + c)...);
+      }
+    }
+  }
+}
+
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
 void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Sums* out) {
   const auto make = [](std::int64_t) { return Terms<T, Accumulator, Shift::none>(broadcast(0.0), T(0)); };
@@ -102,6 +131,11 @@ void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& w, R
 }
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
 void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const ColumnSums& out) {
+  using Masked = MaskedMoments<T, Accumulator, Shift::none>;
+  if constexpr (std::is_same_v<Terms<T, Accumulator, Shift::none>, Masked>) {
+    const auto plain = [](std::int64_t, std::int64_t) { return typename Masked::Base{{}, {}, {}, T(0)}; };
+    if (has_ones(w)) return sum_counted_rows<T>(plain, rows, out, w, x);
+  }
   const auto make = [](std::int64_t, std::int64_t) { return Terms<T, Accumulator, Shift::none>(broadcast(0.0), T(0)); };
   sum_rows<T>(make, rows, out, x, w);
 }
@@ -138,6 +172,10 @@ void runs_masked_grad_sums(const T* dy, const T* x, const RunWeights<WeightOf<T>
 template <class T, class Accumulator>
 void rows_masked_grad_sums(const T* dy, const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const double* mean,
                            const ColumnSums& out) {
+  const auto plain = [mean](std::int64_t c, std::int64_t n) {
+    return GradTerms<T, Accumulator>{{}, {}, load_upto<double>(mean + c, n, 0.0)};
+  };
+  if (has_ones(w)) return sum_counted_rows<T>(plain, rows, out, w, dy, x);
   const auto make = [mean](std::int64_t c, std::int64_t n) {
     return MaskedGradTerms<T, Accumulator>{{{}, {}, load_upto<double>(mean + c, n, 0.0)}};
   };
@@ -154,12 +192,23 @@ struct WeightedNormalizeMap {
 
   template <class Weights>
   BN_INLINE Lanes<A> operator()(const T* x, const Weights& weights, std::int64_t n) const {
-    const Lanes<A> y = map(x, n);
-    if (at_padding == AtPadding::formula) return y;
-    const Lanes<A> padding = at_padding == AtPadding::input ? load_upto<A>(x, n, T(0)) : broadcast(A(0));
-    return where(weight_lanes<A>(weights, n), y, padding);
+    return where(weight_lanes<A>(weights, n), map(x, n), padding(n, x));
+  }
+  // Whether what has this weight is as without weights.
+  template <class W>
+  [[nodiscard]] BN_INLINE bool is_plain(W weight) const {
+    return weight != 0 || at_padding == AtPadding::formula;
+  }
+  BN_INLINE Lanes<A> padding(std::int64_t n, const T* x) const {
+    if (at_padding == AtPadding::formula) return map(x, n);
+    return at_padding == AtPadding::input ? load_upto<A>(x, n, T(0)) : broadcast(A(0));
   }
 };
+template <class T, class A>
+BN_INLINE WeightedNormalizeMap<T, A> join(std::int64_t n, const WeightedNormalizeMap<T, A>& a,
+                                          const WeightedNormalizeMap<T, A>& b) {
+  return {join(n, a.map, b.map), a.at_padding};
+}
 
 template <class T, class A>
 struct WeightedGradInputMap {
@@ -171,18 +220,28 @@ struct WeightedGradInputMap {
     const Lanes<A> w = weight_lanes<A>(weights, n), g = load_upto<A>(dy, n, T(0));
     const Lanes<A> from_x = (load_upto<A>(x, n, T(0)) - map.x_center) * map.x_scale;
     const Lanes<A> counted = (g - w * map.dy_center) * map.dy_scale + w * from_x + w * map.offset;
-    if (at_padding == AtPadding::zero) return where(w, counted, broadcast(A(0)));
-    return where(w, counted, at_padding == AtPadding::input ? g : g * map.dy_scale);
+    return where(w, counted, padding(n, dy, x));
+  }
+  BN_INLINE Lanes<A> padding(std::int64_t n, const T* dy, const T*) const {
+    if (at_padding == AtPadding::zero) return broadcast(A(0));
+    const Lanes<A> g = load_upto<A>(dy, n, T(0));
+    return at_padding == AtPadding::input ? g : g * map.dy_scale;
+  }
+  template <class W>
+  [[nodiscard]] BN_INLINE bool is_plain(W weight) const {
+    return weight == 1;
   }
 };
-
-// Runs of fewer values are stored from their begin on; longer ones line by line.
-constexpr std::int64_t kLongRun = 1024;
+template <class T, class A>
+BN_INLINE WeightedGradInputMap<T, A> join(std::int64_t n, const WeightedGradInputMap<T, A>& a,
+                                          const WeightedGradInputMap<T, A>& b) {
+  return {join(n, a.map, b.map), a.at_padding};
+}
 
 template <Stores kStores, class Map, class T, class W, class... Input>
 BN_INLINE void apply_weighted_run(const Map& map, std::int64_t length, std::int64_t ahead, T* out, const W* w,
                                   const Input*... input) {
-  std::int64_t at = kStores == Stores::ordinary && length < kLongRun ? 0 : values_to_line(out);
+  std::int64_t at = values_to_line(out);
   if (at > length) at = length;
   if (at > 0) store_first(out, at, map(input..., w, at));
   for (; at + kLanes <= length; at += kLanes) {
@@ -190,9 +249,10 @@ BN_INLINE void apply_weighted_run(const Map& map, std::int64_t length, std::int6
   }
   if (at < length) store_first(out + at, length - at, map((input + at)..., w + at, length - at));
 }
-// Run by run: the weights begin anew with each of a stretch.
+// Stretches as without weights, which are repeated for that; run by run where this would take long.
 template <Stores kStores, class Make, class T, class W, class... Input>
 BN_INLINE void apply_weighted_runs(Make make, Runs runs, T* out, const RunWeights<W>& w, const Input*... input) {
+  if (runs.length <= kLongestRepeated) return apply_runs<kStores>(make, runs, out, input..., w);
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t c = 0; c < runs.channels; ++c) {
       const std::int64_t at = k * runs.stride + c * runs.length;
@@ -211,8 +271,48 @@ BN_INLINE void apply_weighted_columns(const Map& map, std::int64_t count, const 
     store_upto(out + at, n, map((input + at)..., row_of(w, r, 0), n));
   }
 }
+// A row that is not as without weights.
+template <class Make, class T, class W, class... Input>
+BN_INLINE void apply_row_with(const W& weight, Make make, std::int64_t columns, T* out, const Input*... input) {
+  for (std::int64_t c = 0; c < columns; c += kLanes) {
+    const std::int64_t n = columns - c < kLanes ? columns - c : kLanes;
+    const auto map = make(c, n);
+    if (weight == 0) {
+      store_upto(out + c, n, map.padding(n, (input + c)...));
+    } else {
+      store_upto(out + c, n, map((input + c)..., WeightedColumns<W>{nullptr, &weight}, n));
+    }
+  }
+}
+// Rows with a weight each: those that are as without weights are visited together, the others alone, so that no vector
+// looks at its weight and padding at no input.
+template <class Make, class T, class W, class... Input>
+BN_INLINE void apply_rows_with_one_each(Make make, const Rows& rows, T* out, const W* weights, const Input*... input) {
+  const auto some = make(0, rows.columns < kLanes ? rows.columns : kLanes);
+  const auto plain = [&make](std::int64_t c, std::int64_t n) { return make(c, n).map; };
+  for (std::int64_t r = 0; r < rows.count;) {
+    const std::int64_t first = r, from = first * rows.stride;
+    ChosenRows chosen;
+    for (; r < rows.count && chosen.count < kRowsPerApply; ++r) {
+      if (some.is_plain(weights[r])) {
+        chosen.choose((r - first) * rows.stride);
+        continue;
+      }
+      const std::int64_t at = r * rows.stride;
+      apply_row_with(weights[r], make, rows.columns, out + at, (input + at)...);
+    }
+    apply_visit(plain, chosen.count, chosen, rows, out + from, (input + from)...);
+  }
+}
+
 template <class Make, class T, class W, class... Input>
 BN_INLINE void apply_weighted_rows(Make make, Rows rows, T* out, const RowWeights<W>& weights, const Input*... input) {
+  if constexpr (requires { make(0, 0).map; }) {
+    const std::int64_t width = weights.repeat == 1 ? rows.columns : weights.channels;
+    const std::int64_t stride = weights.repeat == 1 ? rows.stride : weights.channels;
+    const Rows of_tensor{rows.count * weights.repeat, width, stride, rows.ahead};
+    if (has_ones(weights)) return apply_rows_with_one_each(make, of_tensor, out, weights.values, input...);
+  }
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerApply) {
     const std::int64_t visit = rows.count - r < kRowsPerApply ? rows.count - r : kRowsPerApply;
     const WeightedRows<W> w = rows_of(weights, r, visit, 0, 0);
@@ -345,6 +445,22 @@ void rows_weighted_grad_input_mixed(const T* dy, const T* x, T* dx, const RowWei
   apply_weighted_rows(make, rows, dx, w, dy, x);
 }
 
+// ---- counts ----
+
+// A loop that compilers turn into vectors, since the counters are as wide as the weights.
+template <class W>
+WeightCounts count_weights(const W* w, std::int64_t n) {
+  using Counter = std::conditional_t<sizeof(W) == sizeof(std::int32_t), std::int32_t, std::int64_t>;
+  constexpr W kMost = sizeof(W) == sizeof(float) ? static_cast<W>(__FLT_MAX__) : static_cast<W>(__DBL_MAX__);
+  Counter zeros = 0, ones = 0, good = 0;
+  for (std::int64_t i = 0; i < n; ++i) {
+    zeros += static_cast<Counter>(w[i] == 0);
+    ones += static_cast<Counter>(w[i] == 1);
+    good += static_cast<Counter>(w[i] >= 0) & static_cast<Counter>(w[i] <= kMost);
+  }
+  return {zeros, ones, good};
+}
+
 // ---- the table ----
 
 template <class T, class Accumulator, template <class, class, Shift> class Terms>
@@ -361,6 +477,7 @@ template <class T, class Accumulator>
 constexpr WeightedKernels<T> make_weighted_kernels() {
   WeightedKernels<T> k{.masked = weighted_moments_kernels<T, Accumulator, MaskedMoments>(),
                        .weighted = weighted_moments_kernels<T, Accumulator, WeightedMoments>(),
+                       .count = count_weights<WeightOf<T>>,
                        .runs_normalize = runs_weighted_normalize<T, Stores::ordinary>,
                        .runs_normalize_around_cache = runs_weighted_normalize<T, Stores::around_cache>,
                        .runs_normalize_wide = runs_weighted_normalize_wide<T>,

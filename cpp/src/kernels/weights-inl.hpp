@@ -16,16 +16,52 @@ BN_INLINE const W* run_at(const RunWeights<W>& w, std::int64_t, std::int64_t k) 
   return w.values + k * w.stride;
 }
 
+// The weights of a stretch, for walks along it: where it holds several channels, over and over, so that 16 of any place
+// are one load.
+constexpr std::int64_t kLongestRepeated = 1024;
+template <class W>
+struct StretchWeights {
+  const W* values;  // null: repeated
+  W repeated[kLongestRepeated + kLanes];
+};
+template <class W>
+BN_INLINE StretchWeights<W> stretch_at(const RunWeights<W>& w, const Runs& runs, std::int64_t k) {
+  StretchWeights<W> stretch;
+  stretch.values = w.values + k * w.stride;
+  if (runs.channels == 1) return stretch;
+  std::int64_t i = 0;
+  for (; i + kLanes <= runs.length; i += kLanes) store(stretch.repeated + i, load_as<W>(stretch.values + i));
+  for (; i < runs.length; ++i) stretch.repeated[i] = stretch.values[i];
+  for (; i < runs.length + kLanes; ++i) stretch.repeated[i] = stretch.repeated[i - runs.length];
+  stretch.values = nullptr;
+  return stretch;
+}
+template <class W>
+struct PlacedWeights {
+  const W* lanes;
+};
+template <class W>
+BN_INLINE PlacedWeights<W> value_at(const StretchWeights<W>& w, std::int64_t, std::int64_t place) {
+  return {(w.values != nullptr ? w.values : w.repeated) + place};
+}
+template <class W>
+BN_INLINE PlacedWeights<W> operator+(const PlacedWeights<W>& w, std::int64_t) {
+  return w;
+}
+template <Fetch kWhere, class W>
+BN_INLINE void fetch_lanes(const PlacedWeights<W>&) {}  // few, and near
+
 // ---- rows ----
 
-// The weights of up to eight rows, so that those of 16 columns are one load. Three forms: a single weight for the whole
-// row; where a row is one row of the tensor, its weights over and over, at least 16 behind any place; else one per
-// column.
+// The weights of up to eight rows, so that those of 16 columns are one load. Three forms: where a row of the tensor is
+// whole vectors, or all of a row, a single weight for each; where a row is one row of the tensor, its weights over and
+// over, at least 16 behind any place; else one per column.
 template <class W>
 struct WeightedRows {
   static constexpr std::int64_t kMostRows = 8;
 
-  const W* one_a_row;  // or null
+  const W* ones;  // or null: of the first row, `repeat` further on those of the next
+  std::int64_t repeat, channels;
   std::int64_t period, first_column, stride;
   W lanes[kMostRows * (kMostWeightedColumns + kLanes)];
 };
@@ -71,24 +107,30 @@ BN_INLINE void spread_weights(const RowWeights<W>& w, std::int64_t r, std::int64
     const Ints number = __builtin_convertvector(place * per_channel, Ints);
     const W* from = w.values + r * w.repeat + first;
     for (std::int64_t k = 0; k < visit; ++k) {
-      const Native some = lanes_by_number(load_part(from + k * w.repeat, w.repeat - first, W(0)), number);
+      const W* some_of_row = from + k * w.repeat;
+      const bool has_whole = (visit - k) * w.repeat - first >= kWidth;  // all but the last, which may end the tensor
+      const Native table = has_whole ? load_whole(some_of_row) : load_part(some_of_row, w.repeat - first, W(0));
+      const Native some = lanes_by_number(table, number);
       __builtin_memcpy(rows.lanes + k * rows.stride + c, &some, sizeof some);
     }
   }
 }
 
 template <class W>
+BN_INLINE bool has_ones(const RowWeights<W>& w) {
+  return w.inner == 1 && (w.repeat == 1 || w.channels % kLanes == 0);
+}
+template <class W>
 BN_INLINE WeightedRows<W> rows_of(const RowWeights<W>& w, std::int64_t r, std::int64_t visit, std::int64_t,
                                   std::int64_t) {
   WeightedRows<W> rows;
   const W* values = w.values + r * w.repeat * w.inner;
   rows.first_column = w.first_column;
-  rows.one_a_row = nullptr;
+  rows.repeat = w.repeat;
+  rows.channels = w.channels;
+  rows.ones = has_ones(w) ? values : nullptr;
   rows.period = w.inner;
-  if (w.repeat == 1 && w.inner == 1) {
-    rows.one_a_row = values;
-    return rows;
-  }
+  if (rows.ones != nullptr) return rows;
   // A row of 16-value runs or shorter (plan.cpp) takes two vectors and what is written too much.
   rows.stride = w.repeat == 1 ? 4 * kLanes : w.repeat * w.channels * w.inner + kLanes;
   if (w.repeat > 1) rows.period = 0;
@@ -114,7 +156,7 @@ BN_INLINE WeightedRows<W> rows_of(const RowWeights<W>& w, std::int64_t r, std::i
   return rows;
 }
 
-// Of 16 columns: those of row r at lanes + r*stride, or all as *one.
+// Of 16 columns: those of row r at lanes + r*stride, or all as one[r*stride].
 template <class W>
 struct WeightedColumns {
   const W* lanes;
@@ -123,13 +165,15 @@ struct WeightedColumns {
 };
 template <class W>
 BN_INLINE WeightedColumns<W> columns_of(const WeightedRows<W>& rows, std::int64_t c) {
-  if (rows.one_a_row != nullptr) return {nullptr, rows.one_a_row};
+  if (rows.ones != nullptr) {
+    return {nullptr, rows.ones + (rows.repeat == 1 ? 0 : c / rows.channels), rows.repeat};
+  }
   const auto place = static_cast<std::uint32_t>(rows.first_column + c);  // 32 bits divide sooner
   return {rows.lanes + (rows.period == 0 ? c : place % static_cast<std::uint32_t>(rows.period)), nullptr, rows.stride};
 }
-template <class W>
-BN_INLINE WeightedColumns<W> row_of(const WeightedColumns<W>& columns, std::int64_t r, std::int64_t) {
-  if (columns.lanes == nullptr) return {nullptr, columns.one + r};
+template <class W, class Places>
+BN_INLINE WeightedColumns<W> row_of(const WeightedColumns<W>& columns, std::int64_t r, const Places&) {
+  if (columns.lanes == nullptr) return {nullptr, columns.one + r * columns.stride};
   return {columns.lanes + r * columns.stride, nullptr};
 }
 template <class W>
@@ -141,6 +185,10 @@ BN_INLINE void fetch_row(const WeightedColumns<W>&, std::int64_t) {}  // few, an
 template <class A, class W>
 BN_INLINE Lanes<A> weight_lanes(const W* w, std::int64_t n) {
   return load_upto<A>(w, n, W(0));
+}
+template <class A, class W>
+BN_INLINE Lanes<A> weight_lanes(const PlacedWeights<W>& w, std::int64_t n) {
+  return load_upto<A>(w.lanes, n, W(0));
 }
 template <class A, class W>
 BN_INLINE Lanes<A> weight_lanes(const WeightedColumns<W>& w, std::int64_t) {
