@@ -20,7 +20,7 @@ constexpr int kThreads[] = {1, 2, 3, 7, 64, 1000};
 // moments, normalize, batch_norm, grad_sums, grad_input, batch_norm_backward; float and double.
 constexpr Work kWorks[] = {{true, false, 1, 4}, {false, true, 2, 4}, {true, true, 2, 4},
                            {true, false, 2, 8}, {false, true, 3, 8}, {true, true, 3, 8}};
-constexpr Work kTraining{true, true, 2, 4};
+constexpr Work kTraining{true, true, 2, 4}, kBackward{true, true, 3, 4};
 
 std::string text(const Problem& p) { return expect::text("{", p.outer, ", ", p.channels, ", ", p.inner, "}"); }
 
@@ -277,6 +277,9 @@ TEST(only_large_outputs_are_stored_around_the_caches) {
   EXPECT(!around({32, 64, 12544}, {true, false, 1, 4}));  // nothing is written
   EXPECT(around({4096, 2048, 49}, kTraining));            // runs of a stretch make whole lines
   EXPECT(around({401408, 130, 1}, kTraining));
+  EXPECT(!around({25088, 128, 1}, kTraining));  // 13 MB twice
+  EXPECT(around({25088, 128, 1}, kBackward));   // three times, of which rows are read again
+  EXPECT(!around({32, 512, 196}, kBackward));   // planes are not
 }
 
 }  // namespace

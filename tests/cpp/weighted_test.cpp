@@ -215,7 +215,7 @@ void expect_rows(const Implementation& i, const RowCase& r, std::size_t place) {
   std::vector<T> fields[5];
   for (int f = 0; f < 5; ++f) {
     for (std::int64_t e = 0; e < columns + kernels::kVectorColumns; ++e) {
-      fields[f].push_back(T(0.25) * static_cast<T>((e % columns + f) % 7) - T(f));
+      fields[f].push_back(T(0.25) * static_cast<T>((e % (r.channels * r.inner) + f) % 7) - T(f));
     }
   }
   const kernels::AffineColumns<T> forward{fields[0].data(), fields[1].data(), fields[2].data()};
@@ -286,7 +286,8 @@ TEST(rows_with_weights_are_the_plain_ones_or_those_of_the_definition) {
     for (const std::size_t place : {0u, 5u}) {
       for (const RowCase& r :
            {RowCase{11, 16, 1, 1}, RowCase{11, 37, 1, 1}, RowCase{9, 300, 1, 1}, RowCase{13, 3, 1, 32},
-            RowCase{5, 63, 1, 16}, RowCase{9, 7, 9, 1}, RowCase{9, 20, 5, 1}, RowCase{4, 2, 3, 16}}) {
+            RowCase{5, 63, 1, 16}, RowCase{9, 7, 9, 1}, RowCase{9, 20, 5, 1}, RowCase{4, 2, 3, 16},
+            RowCase{11, 32, 1, 2}, RowCase{9, 16, 1, 4}}) {
         expect_rows<float>(i, r, place);
         expect_rows<double>(i, r, place);
       }
