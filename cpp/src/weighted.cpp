@@ -18,9 +18,6 @@ using kernels::Runs;
 using kernels::Sums;
 using kernels::WideColumns;
 
-// Runs shorter than this are stored as usual: both ends of each run are parts of lines.
-constexpr std::int64_t kShortestStream = 256;
-
 template <class W>
 bool goes_around_cache(const kernels::RowWeights<W>& w, const Rows& rows) {
   return w.inner == 1 && w.repeat == 1 && rows.columns >= kernels::kVectorColumns;
@@ -85,8 +82,7 @@ struct WeightedForwardCalls : WeightedCalls<T> {
       const auto apply = around ? kernels.runs_normalize_around_cache : kernels.runs_normalize;
       return apply(x + offset, y + offset, runs, k);
     }
-    const bool around_runs = around && runs.length >= kShortestStream;
-    const auto apply = around_runs ? weighted.runs_normalize_around_cache : weighted.runs_normalize;
+    const auto apply = around ? weighted.runs_normalize_around_cache : weighted.runs_normalize;
     apply(x + offset, y + offset, weights.of_runs(offset, c), at_padding, runs, k);
   }
   void apply_runs_wide(std::int64_t offset, const Runs& runs, std::int64_t c, const Affine<double>& k) const {
@@ -139,8 +135,7 @@ struct WeightedBackwardCalls : WeightedCalls<T> {
 
   void apply_runs(const Plan& plan, std::int64_t offset, const Runs& runs, std::int64_t c,
                   const GradAffine<A>* k) const {
-    const bool around = is_apart(plan) && runs.length >= kShortestStream;
-    const auto apply = around ? weighted.runs_grad_input_around_cache : weighted.runs_grad_input;
+    const auto apply = is_apart(plan) ? weighted.runs_grad_input_around_cache : weighted.runs_grad_input;
     apply(dy + offset, x + offset, dx + offset, weights.of_runs(offset, c), at_padding, runs, k);
   }
   void apply_runs_wide(std::int64_t offset, const Runs& runs, std::int64_t c, const GradAffine<double>& k) const {
