@@ -353,6 +353,40 @@ def test_every_way_into_the_binding_is_tested_here():
     assert sorted(f"try_{name}" for name in TRIES) == [name for name in dir(_core) if name.startswith("try_")]
 
 
+@pytest.mark.parametrize("update_rate", [0.1, None])
+@pytest.mark.parametrize("bad", [None, np.nan])
+def test_a_layer_gives_the_same_on_both_ways(update_rate, bad):
+    given = Arguments()
+    ordinary = bn.BatchNorm(3, update_rate=update_rate, nonfinite="skip")
+    general = bn.BatchNorm(
+        3, update_rate=update_rate, nonfinite="skip", single_value="skip"
+    )  # as far as it matters
+    assert ordinary._is_ordinary and not general._is_ordinary
+    for x in (given.x, given.x[:2] + 1, given.x * 2):
+        if bad is not None:
+            x[0, 1] = bad
+        out = np.empty_like(x)
+        results = [layer(x, out=out if layer is ordinary else None) for layer in (ordinary, general)]
+        assert results[0] is out
+        np.testing.assert_array_equal(*results)
+        np.testing.assert_array_equal(*(layer.backward(np.ones_like(x)) for layer in (ordinary, general)))
+    for name in ("dgamma", "dbeta", "running_mean", "running_var", "update_count"):
+        np.testing.assert_array_equal(getattr(ordinary, name), getattr(general, name))
+    assert ordinary.update_count == (3 if bad is None else 0)
+    assert str(ordinary.report()) == str(general.report())
+
+
+@pytest.mark.parametrize("change", [{"x": np.ones((4, 2), np.float32)}, {"out": np.ones((1, 3), np.float32)}])
+def test_a_layer_leaves_what_is_not_ordinary_to_the_general_way(change):
+    layer = bn.BatchNorm(3)
+    before = layer.state_dict()
+    given = {"x": np.arange(12, dtype=np.float32).reshape(4, 3), **change}
+    with pytest.raises(ValueError, match=r"^(x must have 3 channels on axis 1|out must have)"):
+        layer(given.pop("x"), **given)
+    for name, value in layer.state_dict().items():
+        np.testing.assert_array_equal(value, before[name])
+
+
 def test_a_memory_map_takes_the_result(tmp_path):
     a = Arguments()
     expected = FUNCTIONS["batch_norm"](Arguments())[0]

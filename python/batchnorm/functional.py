@@ -217,10 +217,9 @@ def batch_norm(
     """
     plain = mask is None and weights is None and lengths is None and segments is None and padding is None
     if plain:
-        done = _core.try_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
+        done = ordinary_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
-            y, kept_x, table, axis = done
-            return y, Saved(kept_x, Moments._from_core(table), None, gamma, axis, eps)  # type: ignore[arg-type]  # array or None
+            return done
 
     _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
@@ -247,6 +246,17 @@ def batch_norm(
     kept = None if gamma is None else np.asarray(gamma)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
     return _deliver(y, out), Saved(kept_x, Moments._from_core(table), None, kept, axis, eps, part)
+
+
+def ordinary_batch_norm(
+    x: object, gamma: Any, beta: object, axis: object, eps: Any, out: object, num_threads: object
+) -> tuple[Array, Saved] | None:
+    """Do `batch_norm` in one call of the core; None, and nothing has changed, where an argument is not ordinary."""
+    done = _core.try_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
+    if done is None:
+        return None
+    y, kept_x, table, axis_from_0 = done
+    return y, Saved(kept_x, Moments._from_core(table), None, gamma, axis_from_0, eps)
 
 
 def normalize(
