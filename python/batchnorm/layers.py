@@ -84,6 +84,8 @@ class _Default:
 _BY_CONVENTION: Any = _Default("by convention")
 _ALL: Any = _Default("all")
 
+_NO_PARTS: Mapping[str, Any] = {}
+
 NONFINITE = ("raise", "skip", "warn", "propagate")
 SINGLE_VALUE = ("raise", "use_running", "skip")
 USE_STATS = ("batch", "running")
@@ -529,13 +531,13 @@ class BatchNorm:
         """
         no_parts = mask is None and weights is None and lengths is None and padding is None
         no_options = residual is None and use_stats is None and update_stats is None and domain is None
-        if no_parts and no_options and self._is_ordinary and self._by_batch_now():
+        by_batch = update = self._training and not self._frozen_statistics
+        if by_batch and no_parts and no_options and self._is_ordinary:
             y = self._ordinary_training(x, out)
             if y is not None:
                 return y
         _validate_state.x_channels(x, self._axis, self._channels)
         k = _validate_state.domain(domain, self._domains)
-        by_batch = update = self._by_batch_now()
         if use_stats is not None:
             by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
         if update_stats is not None:
@@ -631,25 +633,24 @@ class BatchNorm:
         self._dresidual = dresidual[0] if dresidual else None
         return dx
 
-    def _by_batch_now(self) -> bool:
-        return self._training and not self._frozen_statistics
-
     def _ordinary_training(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
         """Do the ordinary call, which takes 9.4 us for (4, 16, 8, 8) on the general way below and 5.8 here.
 
         None, and nothing has changed, where an argument is not ordinary: the general way takes it, or reports what is
         wrong with it.
         """
-        gamma = _snapshot(self._gamma)
+        assert self._gamma is not None  # as it is in every ordinary layer
+        gamma = self._gamma.copy()
         done = ordinary_batch_norm(x, gamma, self._beta, self._axis, self._eps, out, self._num_threads)
         if done is None:
             return None
         y, saved = done
-        statistics, batch = self._updated(0, saved.moments, {}, saved), (0, saved.moments, x.size)
+        size, moments_of_x = x.size, saved.moments
+        statistics, batch = self._updated(0, moments_of_x, _NO_PARTS, saved), (0, moments_of_x, size)
         # From here on nothing can raise.
         self._statistics, self._batch = statistics, batch
         self._last_call = None if saved.x is None else (x, partial(batch_norm_backward, saved=saved))
-        self._largest_size = max(self._largest_size, x.size)
+        self._largest_size = max(self._largest_size, size)
         return y
 
     def _by_batch(
