@@ -14,13 +14,6 @@ namespace {
 constexpr std::int64_t kChunk = 16 * 1024;
 
 template <class W>
-DoubleDouble sum_of(const W* w, std::int64_t n) {
-  kernels::Sums sums;
-  active_implementation().table->of<W>().runs_moments_compensated(w, {.length = n, .count = 1, .stride = n}, &sums);
-  return two_sum(sums.first, sums.first_lo);
-}
-
-template <class W>
 struct Chunks {
   struct Part {
     DoubleDouble total;
@@ -35,9 +28,8 @@ struct Chunks {
       const W* w = weights.data() + k * kChunk;
       const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
       const kernels::WeightCounts counts = active_implementation().table->weighted<W>().count(w, n);
-      const bool is_mask = counts.zeros + counts.ones == n;
-      const DoubleDouble total = is_mask ? DoubleDouble{static_cast<double>(counts.ones), 0} : sum_of(w, n);
-      parts[static_cast<std::size_t>(k)] = {total, n - counts.zeros, is_mask, counts.good == n};
+      parts[static_cast<std::size_t>(k)] = {two_sum(counts.total, counts.total_lo), n - counts.zeros,
+                                            counts.zeros + counts.ones == n, counts.good == n};
     }
   }
 };
@@ -49,7 +41,7 @@ WeightSummary summarize(std::span<const W> weights, int threads) {
   const auto count = (static_cast<std::int64_t>(weights.size()) + kChunk - 1) / kChunk;
   Chunks<W> chunks{weights, std::vector<typename Chunks<W>::Part>(static_cast<std::size_t>(count))};
   const Phase phase{count, 1, false, [](void* self, Range range) { static_cast<Chunks<W>*>(self)->summarize(range); }};
-  run_phases(count > 4 ? available_threads(threads) : 1, &phase, 1, &chunks);
+  run_phases(count > 1 ? available_threads(threads) : 1, &phase, 1, &chunks);
   WeightSummary result;
   DoubleDouble total;
   for (const auto& part : chunks.parts) {

@@ -37,12 +37,17 @@ class TensorWeights {
   // Of the planar piece at `offset`, whose first channel is c.
   [[nodiscard]] kernels::RunWeights<W> of_runs(std::int64_t offset, std::int64_t c) const {
     const std::int64_t inner = problem_.inner, slab = problem_.channels * inner, o = offset / slab;
-    return {values_ + o * inner + (offset - o * slab - c * inner), inner};
+    return {values_ + o * inner + (offset - o * slab - c * inner), inner, summary_.is_mask};
   }
   // Of the block of rows at `offset`, which begins at `column`.
   [[nodiscard]] kernels::RowWeights<W> of_rows(std::int64_t offset, std::int64_t column, std::int64_t stride) const {
     const std::int64_t inner = problem_.inner, width = problem_.channels * inner;
-    return {values_ + (offset - column) / width * inner, problem_.channels, inner, stride / width, column};
+    return {values_ + (offset - column) / width * inner,
+            problem_.channels,
+            inner,
+            stride / width,
+            column,
+            summary_.is_mask};
   }
   [[nodiscard]] double at(std::int64_t position) const { return static_cast<double>(values_[position]); }
 

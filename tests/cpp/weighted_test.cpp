@@ -13,6 +13,7 @@
 #include "data.hpp"
 #include "dispatch.hpp"
 #include "expect.hpp"
+#include "guarded.hpp"
 #include "kernels/table.hpp"
 #include "machine.hpp"
 
@@ -97,7 +98,12 @@ bool same(T a, T b) {
   return std::memcmp(&a, &b, sizeof a) == 0;
 }
 
-constexpr AtPadding kPaddings[] = {AtPadding::zero, AtPadding::input, AtPadding::formula};
+// What is written at padding, and whether kernels are told that weights are those of a mask.
+constexpr struct {
+  AtPadding at_padding;
+  bool is_mask;
+} kMaskings[] = {{AtPadding::zero, false}, {AtPadding::zero, true},     {AtPadding::input, false},
+                 {AtPadding::input, true}, {AtPadding::formula, false}, {AtPadding::formula, true}};
 
 // normalize and grad_input of runs under a mask, against the plain kernels of the same table.
 template <class T>
@@ -106,13 +112,13 @@ void expect_masked_runs(const Implementation& i, const Runs& runs, std::size_t p
   const auto& k = i.table->weighted<T>();
   const std::int64_t size = runs.count * runs.stride;
   Data<T> d(size, runs.count * runs.length, place, Kind::mask, 1);
-  const RunWeights<kernels::WeightOf<T>> w{d.w.data(), runs.length};
   const auto forward = affine<T>(runs.channels);
   const auto backward = grad_affine<T>(runs.channels);
   Tensor<T> y(size, place), dx(size, place), around(size, place);
   plain.runs_normalize(d.x.data(), y.data(), runs, forward.data());
   plain.runs_grad_input(d.dy.data(), d.x.data(), dx.data(), runs, backward.data());
-  for (const AtPadding at_padding : kPaddings) {
+  for (const auto& [at_padding, is_mask] : kMaskings) {
+    const RunWeights<kernels::WeightOf<T>> w{d.w.data(), runs.length, is_mask};
     k.runs_normalize(d.x.data(), d.y.data(), w, at_padding, runs, forward.data());
     k.runs_normalize_around_cache(d.x.data(), around.data(), w, at_padding, runs, forward.data());
     EXPECT(d.y.same_bits(around), i.name);
@@ -209,7 +215,6 @@ void expect_rows(const Implementation& i, const RowCase& r, std::size_t place) {
   const std::int64_t columns = r.channels * r.inner * r.repeat, size = r.count * columns;
   const Rows rows{r.count, columns, columns};
   Data<T> d(size, r.count * r.repeat * r.inner, place, Kind::mask, 3);
-  const RowWeights<W> w{d.w.data(), r.channels, r.inner, r.repeat, 0};
   const auto& plain = i.table->of<T>();
   const auto& k = i.table->weighted<T>();
   std::vector<T> fields[5];
@@ -225,7 +230,8 @@ void expect_rows(const Implementation& i, const RowCase& r, std::size_t place) {
   plain.rows_normalize(d.x.data(), y.data(), rows, forward);
   plain.rows_grad_input(d.dy.data(), d.x.data(), dx.data(), rows, backward);
   const bool can_go_around = r.inner == 1 && r.repeat == 1 && columns >= kernels::kVectorColumns;
-  for (const AtPadding at_padding : kPaddings) {
+  for (const auto& [at_padding, is_mask] : kMaskings) {
+    const RowWeights<W> w{d.w.data(), r.channels, r.inner, r.repeat, 0, is_mask};
     bool as_said = true;
     k.rows_normalize(d.x.data(), d.y.data(), w, at_padding, rows, forward);
     const auto weight_of = [&](std::int64_t at) {
@@ -289,6 +295,47 @@ TEST(rows_with_weights_are_the_plain_ones_or_those_of_the_definition) {
                                RowCase{4, 2, 3, 16}, RowCase{11, 32, 1, 2}, RowCase{9, 16, 1, 4}}) {
         expect_rows<float>(i, r, place);
         expect_rows<double>(i, r, place);
+      }
+    }
+  }
+}
+
+// Weights that end at a page whose touch ends the program.
+template <class T>
+void expect_no_touch_behind_weights(const Implementation& i, const RowCase& r) {
+  using W = kernels::WeightOf<T>;
+  const std::int64_t columns = r.channels * r.inner * r.repeat, size = r.count * columns;
+  const Rows rows{r.count, columns, columns};
+  Data<T> d(size, r.count * r.repeat * r.inner, 0, Kind::mask, 5);
+  static guarded::Array<W> memory;
+  const W* values = memory.place(d.w, guarded::Place::ends_at_guard);
+  const RowWeights<W> w{values, r.channels, r.inner, r.repeat, 0, true};
+  const auto n = static_cast<std::size_t>(columns);
+  std::vector<double> sums(4 * n), mean(n);
+  const kernels::ColumnSums out{sums.data(), sums.data() + n, sums.data() + 2 * n, sums.data() + 3 * n};
+  const std::vector<T> ones(n + kernels::kVectorColumns, T(1));
+  const T* k = ones.data();
+  const auto& kernels = i.table->weighted<T>();
+  for (const auto* moments : {&kernels.masked, &kernels.weighted}) {
+    moments->rows(d.x.data(), w, rows, out);
+    moments->rows_about(d.x.data(), w, rows, k, out);
+    moments->rows_compensated(d.x.data(), w, rows, out);
+  }
+  kernels.rows_grad_sums(d.dy.data(), d.x.data(), w, rows, mean.data(), out);
+  kernels.rows_normalize(d.x.data(), d.y.data(), w, AtPadding::zero, rows, {k, k, k});
+  kernels.rows_grad_input(d.dy.data(), d.x.data(), d.y.data(), w, AtPadding::input, rows, {k, k, k, k, k});
+  EXPECT(memory.untouched(), i.name);
+}
+
+TEST(weights_of_rows_are_read_no_further_than_they_go) {
+  for (const Implementation& i : implementations()) {
+    if (!machine_runs(i.name)) continue;
+    for (const std::int64_t count : {1, 2, 3, 8, 9, 21}) {
+      for (const RowCase& r : {RowCase{count, 37, 1, 1}, RowCase{count, 2, 1, 32}, RowCase{count, 3, 1, 32},
+                               RowCase{count, 63, 1, 16}, RowCase{count, 40, 1, 2}, RowCase{count, 7, 9, 1},
+                               RowCase{count, 2, 3, 16}, RowCase{count, 5, 1, 3}, RowCase{count, 16, 1, 4}}) {
+        expect_no_touch_behind_weights<float>(i, r);
+        expect_no_touch_behind_weights<double>(i, r);
       }
     }
   }

@@ -166,37 +166,49 @@ BN_INLINE Input run_at(const Input& input, std::int64_t start, std::int64_t) {
   return input + start;
 }
 
+// What a visit of the stretches k, ..., k + count - 1 needs of an input; overloaded for what is prepared for a visit.
+template <class Input>
+BN_INLINE const Input& visit_of(const Input& input, const Runs&, std::int64_t, std::int64_t) {
+  return input;
+}
+
+// The stretches of a visit: channel by channel.
+template <class Accumulator, class T, class Make, class... Input>
+BN_INLINE void sum_visit(const Make& make, const Runs& runs, std::int64_t k, std::int64_t visit, std::int64_t jump,
+                         KeptLanes<Accumulator>* kept, Sums* out, const Input&... input) {
+  constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T) * sizeof...(Input));
+  const std::int64_t stretch = runs.channels * runs.length, ahead = stretch < kAhead ? stretch : kAhead;
+  for (std::int64_t c = 0; c < runs.channels; ++c) {
+    KeptLanes<Accumulator>& lanes = kept[c];
+    auto pair = make(c);
+    if (k > 0) {
+      restore(pair.first, lanes.first, lanes.first_lo, kLanes);
+      restore(pair.second, lanes.second, lanes.second_lo, kLanes);
+    }
+    const InStretch in{stretch - c * runs.length, jump, ahead};
+    for (std::int64_t v = 0; v < visit; ++v) {
+      const std::int64_t start = (k + v) * runs.stride + c * runs.length;
+      sum_run<Accumulator>(pair, runs.length, in, run_at(input, start, k + v)...);
+    }
+    if (k + visit < runs.count) {
+      keep(pair.first, lanes.first, lanes.first_lo, kLanes);
+      keep(pair.second, lanes.second, lanes.second_lo, kLanes);
+    } else {
+      fold(pair.first, &out[c].first, &out[c].first_lo);
+      fold(pair.second, &out[c].second, &out[c].second_lo);
+    }
+  }
+}
 // make(c) gives the pair of channel c. Inputs walk together.
 template <class Accumulator, class T, class Make, class... Input>
 BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input&... input) {
   KeptLanes<Accumulator> kept[kMostChannels];
   for (std::int64_t c = 0; runs.count == 0 && c < runs.channels; ++c) out[c] = Sums{};
-  const std::int64_t stretch = runs.channels * runs.length;
-  const std::int64_t most = runs.length < kShortRun ? kStretchesPerVisit : 1, jump = most * runs.stride - stretch;
-  constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(sizeof(T) * sizeof...(Input));
-  const std::int64_t ahead = stretch < kAhead ? stretch : kAhead;
+  const std::int64_t most = runs.length < kShortRun ? kStretchesPerVisit : 1;
+  const std::int64_t jump = most * runs.stride - runs.channels * runs.length;
   for (std::int64_t k = 0; k < runs.count; k += most) {
     const std::int64_t visit = runs.count - k < most ? runs.count - k : most;
-    for (std::int64_t c = 0; c < runs.channels; ++c) {
-      KeptLanes<Accumulator>& lanes = kept[c];
-      auto pair = make(c);
-      if (k > 0) {
-        restore(pair.first, lanes.first, lanes.first_lo, kLanes);
-        restore(pair.second, lanes.second, lanes.second_lo, kLanes);
-      }
-      const InStretch in{stretch - c * runs.length, jump, ahead};
-      for (std::int64_t v = 0; v < visit; ++v) {
-        const std::int64_t start = (k + v) * runs.stride + c * runs.length;
-        sum_run<Accumulator>(pair, runs.length, in, run_at(input, start, k + v)...);
-      }
-      if (k + visit < runs.count) {
-        keep(pair.first, lanes.first, lanes.first_lo, kLanes);
-        keep(pair.second, lanes.second, lanes.second_lo, kLanes);
-      } else {
-        fold(pair.first, &out[c].first, &out[c].first_lo);
-        fold(pair.second, &out[c].second, &out[c].second_lo);
-      }
-    }
+    sum_visit<Accumulator, T>(make, runs, k, visit, jump, kept, out, visit_of(input, runs, k, visit)...);
   }
 }
 

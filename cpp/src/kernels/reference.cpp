@@ -274,6 +274,7 @@ WeightCounts count_weights(const W* w, std::int64_t n) {
     if (w[i] == 0) ++counts.zeros;
     if (w[i] == 1) ++counts.ones;
     if (w[i] >= 0 && w[i] - w[i] == 0) ++counts.good;  // infinity less infinity is NaN
+    counts.total += static_cast<double>(w[i]);
   }
   return counts;
 }

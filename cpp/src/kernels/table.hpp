@@ -163,11 +163,13 @@ struct Kernels {
 template <class T>
 using WeightOf = Arithmetic<T>;
 
-// Of a piece of a planar tensor: those of the runs k begin at values + k*stride, for each of its channels.
+// Of a piece of a planar tensor: those of the runs k begin at values + k*stride, for each of its channels. is_mask: all
+// are known to be 0 or 1.
 template <class W>
 struct RunWeights {
   const W* values;
   std::int64_t stride;
+  bool is_mask = false;
 };
 // Of a block of rows, each of which is `repeat` rows of the tensor side by side: the weights of row r begin at
 // values + r*repeat*inner; column e of it, counted from `first_column` on, has that of row e / (channels*inner) of the
@@ -177,12 +179,15 @@ template <class W>
 struct RowWeights {
   const W* values;
   std::int64_t channels, inner, repeat, first_column;
+  bool is_mask = false;
 };
 constexpr std::int64_t kMostWeightedColumns = 1024;
 
-// How many weights are 0, 1, and neither negative, infinite nor NaN; of fewer than 2^31.
+// How many weights are 0, 1, and neither negative, infinite nor NaN, of fewer than 2^31; and their sum, as high and low
+// part.
 struct WeightCounts {
   std::int64_t zeros, ones, good;
+  double total, total_lo;
 };
 
 // What an output is where the weight is 0: 0; the input (x of normalize, dy of grad_input); or what the formula gives

@@ -21,10 +21,9 @@ namespace {
 BN_INLINE NativeDouble widen_load(const float* p) {
   return NativeDouble{static_cast<double>(p[0]), static_cast<double>(p[1])};
 }
-// Values where the weight is not 0, else 0.
-BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
-  return NativeDouble{weights[0] != 0 ? static_cast<double>(p[0]) : 0.0,
-                      weights[1] != 0 ? static_cast<double>(p[1]) : 0.0};
+// Vector k of the doubles that the lanes of v are.
+BN_INLINE NativeDouble widen_part(NativeFloat v, int k) {
+  return NativeDouble{static_cast<double>(v[2 * k]), static_cast<double>(v[2 * k + 1])};
 }
 BN_INLINE void narrow_store(float* p, NativeDouble v) {
   p[0] = static_cast<float>(v[0]);

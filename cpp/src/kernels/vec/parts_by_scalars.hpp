@@ -1,4 +1,5 @@
-// The first n values or lanes of a vector, one by one, for machines without masks. Included by their headers, last.
+// The first n values or lanes of a vector, one by one, and lanes by number, for machines without masks. Included by
+// their headers, last.
 #pragma once
 
 #include "kernels/vec/native.hpp"
@@ -27,6 +28,19 @@ BN_INLINE V first_of(V a, std::int64_t n, V b) {
   V r{};
   for (int l = 0; l < static_cast<int>(sizeof(V) / sizeof(a[0])); ++l) r[l] = l < n ? a[l] : b[l];
   return r;
+}
+
+// Lane l: p[number[l]], with numbers below half the number of lanes. Two are sooner loaded than permuted.
+template <class T, class Numbers>
+BN_INLINE auto load_by_number(const T* p, Numbers number) {
+  typedef T Vector __attribute__((vector_size(sizeof(Numbers))));
+  if constexpr (sizeof(Numbers) == 2 * sizeof(T)) {
+    return Vector{p[number[0]], p[number[1]]};
+  } else {
+    Vector table;
+    __builtin_memcpy(&table, p, sizeof table);
+    return lanes_by_number(table, number);
+  }
 }
 
 BN_INLINE NativeFloat load_part(const float* p, std::int64_t n, float fill) {

@@ -14,10 +14,20 @@ using NativeDouble = __m256d;
 constexpr int kVectorRegisters = 16;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-// Values where the weight is not 0, else 0.
-BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
-  const __m128 counted = _mm_cmp_ps(_mm_loadu_ps(weights), _mm_setzero_ps(), _CMP_NEQ_UQ);
-  return _mm256_cvtps_pd(_mm_and_ps(counted, _mm_loadu_ps(p)));
+// Vector k of the doubles that the lanes of v are.
+BN_INLINE NativeDouble widen_part(NativeFloat v, int k) {
+  return _mm256_cvtps_pd(k == 0 ? _mm256_castps256_ps128(v) : _mm256_extractf128_ps(v, 1));
+}
+// Lane l: p[number[l]], with numbers below half the number of lanes (AVX2 permutes four values twice as often as
+// eight).
+template <class Numbers>
+BN_INLINE NativeFloat load_by_number(const float* p, Numbers number) {
+  const __m128 some = _mm_loadu_ps(p);
+  return _mm256_permutevar_ps(_mm256_insertf128_ps(_mm256_castps128_ps256(some), some, 1), (__m256i)number);
+}
+template <class Numbers>
+BN_INLINE NativeDouble load_by_number(const double* p, Numbers number) {
+  return lanes_by_number(_mm256_loadu_pd(p), number);
 }
 BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 // float16 and bfloat16: by float32, which holds them exactly; to nearest even.

@@ -14,10 +14,27 @@ using NativeDouble = __m256d;
 constexpr int kVectorRegisters = 32;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-// Values where the weight is not 0, else 0.
-BN_INLINE NativeDouble widen_load_where(const float* p, const float* weights) {
-  const __mmask8 counted = _mm_cmp_ps_mask(_mm_loadu_ps(weights), _mm_setzero_ps(), _CMP_NEQ_UQ);
-  return _mm256_cvtps_pd(_mm_maskz_loadu_ps(counted, p));
+// Vector k of the doubles that the lanes of v are.
+BN_INLINE NativeDouble widen_part(NativeFloat v, int k) {
+  switch (k) {
+    case 0:
+      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 0, 1, 2, 3));
+    case 1:
+      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 4, 5, 6, 7));
+    case 2:
+      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 8, 9, 10, 11));
+    default:
+      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 12, 13, 14, 15));
+  }
+}
+// Lane l: p[number[l]], with numbers below half the number of lanes.
+template <class Numbers>
+BN_INLINE NativeFloat load_by_number(const float* p, Numbers number) {
+  return _mm512_maskz_permutexvar_ps(0xffff, (__m512i)number, _mm512_loadu_ps(p));
+}
+template <class Numbers>
+BN_INLINE NativeDouble load_by_number(const double* p, Numbers number) {
+  return _mm256_permutexvar_pd((__m256i)number, _mm256_loadu_pd(p));
 }
 BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 // float16 and bfloat16: by float32, which holds them exactly; to nearest even. Vectors of the compiler and zero masks,
