@@ -45,6 +45,7 @@ class CoefficientTable {
   }
   CoefficientTable(const Plan& plan, Workspace& workspace)
       : plan_(plan),
+        is_column_(!plan.planar() && plan.problem.inner == 1 && plan.apply_rows.repeat == 1),
         channels_(workspace.take<Map<T>>(plan.problem.channels)),
         wide_channels_(workspace.take<Map<double>>(plan.problem.channels)),
         is_wide_(workspace.take<bool>(plan.problem.channels)) {
@@ -58,13 +59,13 @@ class CoefficientTable {
   // Of the channels of a V from c on, written by whoever owns them.
   template <class V>
   void set(std::int64_t c, const Coefficients<V, Map>& k) {
-    put(k.narrow, channels_ + c);
+    is_column_ ? put_columns(k.narrow, c) : put(k.narrow, channels_ + c);
     for (int l = 0; l < kChannelsOf<V>; ++l) is_wide_[c + l] = lane(k.is_wide, l);
     if (!any(k.is_wide)) return;
     put(k.wide, wide_channels_ + c);
     any_wide_.store(true, std::memory_order_relaxed);
   }
-  // Of channel c and those that follow it.
+  // Planar: of channel c and those that follow it.
   [[nodiscard]] const Map<T>* narrow(std::int64_t c) const { return channels_ + c; }
   [[nodiscard]] const Map<double>& wide(std::int64_t c) const { return wide_channels_[c]; }
   [[nodiscard]] bool is_wide(std::int64_t c) const { return is_wide_[c]; }
@@ -109,30 +110,35 @@ class CoefficientTable {
     }
   }
 
+  // Each field of the channels of a V, where a column is a channel.
+  template <class V>
+  void put_columns(const Map<V>& k, std::int64_t c) {
+    V fields[kFields];
+    std::memcpy(fields, &k, sizeof k);
+    for (std::int64_t f = 0; f < kFields; ++f) put_values(fields[f], narrow_field(f) + c);
+  }
+
   void lay_out_columns(Range channels) {
     const std::int64_t inner = plan_.problem.inner, width = plan_.problem.channels * inner;
-    if (inner == 1 && plan_.apply_rows.repeat == 1) return lay_out_alike(channels);
-    for (std::int64_t row = 0; row < plan_.apply_rows.repeat; ++row) {
-      std::int64_t e = row * width + channels.begin * inner;
-      for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-        for (std::int64_t i = 0; i < inner; ++i)
-          scatter(channels_[c], narrow_, plan_.apply_rows.columns + kRepeated, e++);
-      }
+    if (is_column_) return lay_out_wide(channels.begin, channels.end);
+    std::int64_t e = channels.begin * inner;
+    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+      for (std::int64_t i = 0; i < inner; ++i)
+        scatter(channels_[c], narrow_, plan_.apply_rows.columns + kRepeated, e++);
     }
+    if (plan_.apply_rows.repeat > 1) repeat_row(width);
     const bool all = channels.begin == 0 && channels.end == plan_.problem.channels;
     lay_out_wide(channels.begin * inner, all ? plan_.apply_rows.columns : channels.end * inner);
   }
-  // The same where a column is a channel.
-  void lay_out_alike(Range channels) {
-    const std::int64_t count = channels.end - channels.begin;
+  // Rows side by side: the columns of the first one again and again.
+  void repeat_row(std::int64_t width) {
     for (std::int64_t f = 0; f < kFields; ++f) {
-      const T* from = reinterpret_cast<const T*>(channels_ + channels.begin) + f;
-      T* to = narrow_field(f) + channels.begin;
-      for (std::int64_t c = 0; c < count; ++c) to[c] = from[c * kFields];
+      T* field = narrow_field(f);
+      for (std::int64_t done = width; done < plan_.apply_rows.columns; done *= 2) {
+        std::copy_n(field, std::min(done, plan_.apply_rows.columns - done), field + done);
+      }
     }
-    lay_out_wide(channels.begin, channels.end);
   }
-
   void repeat_first() {
     const std::int64_t columns = plan_.apply_rows.columns;
     for (std::int64_t f = 0; f < kFields; ++f) {
@@ -160,6 +166,7 @@ class CoefficientTable {
   }
 
   const Plan& plan_;
+  bool is_column_;  // whether coefficients are laid out as soon as they are known
   Map<T>* channels_;
   Map<double>* wide_channels_;
   bool* is_wide_;

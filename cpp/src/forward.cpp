@@ -62,12 +62,12 @@ void run_moments(const T* x, const Problem& problem, Moments* out, int threads) 
 
 template <class T>
 void run_batch_norm(const T* x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps, T* y,
-                    Moments* saved, int threads) {
+                    Moments* saved, int threads, std::int64_t part_of) {
   Pass<T> pass{.reduces = true, .applies = true, .calls = {x, y}, .saved = saved};
   pass.gamma = gamma;
   pass.beta = beta;
   pass.eps = eps;
-  run(pass, problem, threads);
+  run(pass, problem, threads, part_of);
 }
 
 template <class T>
@@ -82,7 +82,8 @@ void run_normalize(const T* x, const Problem& problem, const GivenStatistics& gi
 
 #define BN_INSTANTIATE(T)                                                                                             \
   template void run_moments(const T*, const Problem&, Moments*, int);                                                 \
-  template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int);    \
+  template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int,     \
+                               std::int64_t);                                                                         \
   template void run_normalize(const T*, const Problem&, const GivenStatistics&, ChannelValues, ChannelValues, double, \
                               T*, int);
 BN_INSTANTIATE(Float16)

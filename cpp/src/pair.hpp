@@ -4,6 +4,7 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 namespace batchnorm {
 
@@ -38,6 +39,18 @@ inline bool lane(const PairOfBools& v, int l) { return v[l] != 0; }
 template <class V>
 void scatter(const V& v, double* p) {
   for (int l = 0; l < kChannelsOf<V>; ++l) p[l] = lane(v, l);
+}
+
+// The channels of a V, rounded to T.
+template <class T>
+void put_values(double v, T* p) {
+  *p = static_cast<T>(v);
+}
+template <class T>
+void put_values(const Pair& v, T* p) {
+  typedef T Two __attribute__((vector_size(2 * sizeof(T))));
+  const Two rounded = __builtin_convertvector(v, Two);
+  std::memcpy(p, &rounded, sizeof rounded);
 }
 
 // The same value in all lanes.

@@ -43,10 +43,10 @@ inline const double* lay_out_means(const Plan& plan, const Moments* moments, Wor
 }
 
 template <class Pass>
-void run(Pass pass, const Problem& problem, int threads) {
+void run(Pass pass, const Problem& problem, int threads, std::int64_t part_of = 0) {
   using Table = typename Pass::Table;
   const Plan& plan = pass.plan;
-  const Work work{pass.reduces, pass.applies, pass.calls.streams() - (pass.applies ? 0 : 1), Pass::kItemSize};
+  const Work work{pass.reduces, pass.applies, pass.calls.streams() - (pass.applies ? 0 : 1), Pass::kItemSize, part_of};
   pass.plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
   pass.calls.prepare(pass.plan);
   constexpr bool kBackward = requires { pass.column_mean; };

@@ -34,7 +34,7 @@ template <class T>
 void run_moments(const T* x, const Problem& problem, Moments* out, int threads);
 template <class T>
 void run_batch_norm(const T* x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps, T* y,
-                    Moments* saved, int threads);
+                    Moments* saved, int threads, std::int64_t part_of = 0);
 template <class T>
 void run_normalize(const T* x, const Problem& problem, const GivenStatistics& given, ChannelValues gamma,
                    ChannelValues beta, double eps, T* y, int threads);
@@ -47,7 +47,8 @@ void run_grad_input(const T* dy, const T* x, const Problem& problem, const Momen
                     ChannelValues gamma, double eps, T* dx, int threads);
 template <class T>
 void run_batch_norm_backward(const T* dy, const T* x, const Problem& problem, const Moments* saved, ChannelValues gamma,
-                             double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta, int threads);
+                             double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta, int threads,
+                             std::int64_t part_of = 0);
 template <class T>
 void run_normalize_backward(const T* dy, const T* x, const Problem& problem, const GivenStatistics& given,
                             ChannelValues gamma, double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta,

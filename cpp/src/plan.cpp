@@ -15,7 +15,7 @@ constexpr std::int64_t kChunkValues = 16 * 1024;
 // few against its values; about 32 blocks in between, to share among threads.
 constexpr std::int64_t kMostBlockRows = 1024, kLeastBlockRows = 64, kWantedBlocks = 32;
 
-// A block that is applied may have as few rows as a kernel visits at once.
+// A block that is applied may have as few rows as a kernel visits at once, where threads share them.
 constexpr std::int64_t kLeastAppliedRows = 4;
 
 // Runs up to this long are visited as columns of rows: a run of 16 values is one vector of the kernels, and a shorter
@@ -93,25 +93,30 @@ RowCut cut_rows(const Problem& p, std::int64_t repeat, std::int64_t least_block_
   return cut;
 }
 
-// Rows of `width` values side by side: whole vectors where they are uneven and shorter than `uneven`, and kShortRow.
-std::int64_t repeat_of(std::int64_t width, std::int64_t uneven) {
-  constexpr std::int64_t kLanes = kernels::kVectorColumns;
+// Rows of `width` values side by side: whole vectors where they are uneven and shorter than `uneven`, and kShortRow as
+// long as that leaves a visit of eight rows: sums of columns are added up at the end, which is work without values.
+std::int64_t repeat_of(const Problem& p, std::int64_t uneven) {
+  constexpr std::int64_t kLanes = kernels::kVectorColumns, kVisit = 8;
+  const std::int64_t width = p.channels * p.inner;
   std::int64_t repeat = 1;
   if (width < uneven) {
     while (width * repeat % kLanes != 0) repeat *= 2;  // at most 16
   }
-  while (width * repeat < kShortRow) repeat *= 2;
+  while (width * repeat < kShortRow && p.outer >= 2 * kVisit * repeat) repeat *= 2;
   return repeat;
 }
 
 std::int64_t shared_cache(const Machine& machine) { return std::min(machine.l3_bytes, kMostBelievedL3) / 2; }
+
+// What passes through the caches before they see the same memory again.
+std::int64_t values_of(const Problem& p, const Work& work) { return std::max(p.size(), work.part_of); }
 
 bool stores_go_around_cache(const Plan& plan, bool interleaved, const Work& work, const Machine& machine) {
   if (!work.applies) return false;
   const std::int64_t shared = interleaved ? 2 * shared_cache(machine) / work.streams : shared_cache(machine);
   const std::int64_t stays = std::max(kAroundCacheAboveL2 * machine.l2_bytes, shared);
   const bool long_enough = (interleaved ? plan.apply_rows.columns : plan.problem.inner) >= kShortestStream;
-  return long_enough && plan.problem.size() > stays / work.item_size;
+  return long_enough && values_of(plan.problem, work) > stays / work.item_size;
 }
 
 // Channels side by side whose stretch is long enough, as far as they do not crowd the cache and leave each thread some.
@@ -217,13 +222,13 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   const bool interleaved = p.channels > 1 && p.inner <= kShortRun;
   if (interleaved) {
     plan.path = Path::row_blocks;
-    plan.sum_rows = cut_rows(p, repeat_of(p.channels * p.inner, kShortRow), kLeastBlockRows);
-    plan.apply_rows = cut_rows(p, repeat_of(p.channels * p.inner, kMostUneven), kLeastAppliedRows);
+    plan.sum_rows = cut_rows(p, repeat_of(p, kShortRow), kLeastBlockRows);
+    plan.apply_rows = cut_rows(p, repeat_of(p, kMostUneven), threads == 1 ? kLeastBlockRows : kLeastAppliedRows);
     plan.stripe = stripe_of(plan, threads);
   }
   plan.around_cache = stores_go_around_cache(plan, interleaved, work, machine);
-  plan.fetches_outputs =
-      work.applies && !plan.around_cache && p.size() > shared_cache(machine) / (work.item_size * work.streams);
+  plan.fetches_outputs = work.applies && !plan.around_cache &&
+                         values_of(p, work) > shared_cache(machine) / (work.item_size * work.streams);
   if (!interleaved && work.reduces) {
     cut_planar(plan, kChunkValues);
     choose_planar_path(plan, work, machine, threads);

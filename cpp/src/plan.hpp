@@ -65,6 +65,8 @@ struct Work {
   bool reduces, applies;
   int streams;             // tensors read and written: x and y are 2; dy, x and dx are 3
   std::int64_t item_size;  // bytes of a value
+  // Values of the tensor that this is one part of, of many that are worked on one after the other; 0: it is all of it.
+  std::int64_t part_of = 0;
 };
 
 // Whether one thread does it whatever is allowed: asking how many are allowed costs more than a tiny call.

@@ -35,6 +35,7 @@ void for_segments(std::span<const std::int64_t> offsets, int threads, const F& f
     std::atomic<bool> out_of_memory{false};
 
     void run(Range segments) {
+      const DefaultFloatingPoint environment(DefaultFloatingPoint::ForManyCalls{});
       try {
         for (std::int64_t s = segments.begin; s < segments.end; ++s) {
           const std::int64_t first = offsets[static_cast<std::size_t>(s)];
@@ -140,7 +141,7 @@ void segment_batch_norm(std::span<const T> x, const Problem& problem, std::span<
   for_segments(offsets, options.threads, [&](std::int64_t s, const Segment& segment, int threads) {
     const std::int64_t at = segment.first_row * width;
     run_batch_norm(x.data() + at, problem_of(segment, problem), gamma, beta, eps, y.data() + at,
-                   saved.data() + s * problem.channels, threads);
+                   saved.data() + s * problem.channels, threads, problem.size());
   });
 }
 
@@ -175,7 +176,8 @@ void segment_batch_norm_backward(std::span<const T> dy, std::span<const T> x, co
       return all.empty() ? ChannelOutput{} : ChannelOutput(std::span<double>(all).subspan(first, channels));
     };
     run_batch_norm_backward(dy.data() + at, x.data() + at, problem_of(segment, problem), saved.data() + first, gamma,
-                            eps, dx.empty() ? nullptr : dx.data() + at, part(of_gamma), part(of_beta), threads);
+                            eps, dx.empty() ? nullptr : dx.data() + at, part(of_gamma), part(of_beta), threads,
+                            problem.size());
   });
   if (dgamma.wanted()) SumsOverSegments(of_gamma, problem.channels, dgamma).run(options.threads);
   if (dbeta.wanted()) SumsOverSegments(of_beta, problem.channels, dbeta).run(options.threads);

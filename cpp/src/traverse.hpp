@@ -177,6 +177,7 @@ class Traversal {
         phase<&Traversal::finish_columns>((plan_.problem.channels + channels_together() - 1) / channels_together());
     const Phase apply = phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks, true);
     if (!pass_.reduces) return run_phases({finish, apply});
+    if (plan_.sum_rows.blocks == 1) column_sums(column_memory_, plan_.sum_rows.columns);  // which are the totals
     if (!pass_.applies) return run_phases({sum, finish});
     run_phases({sum, finish, apply});
   }
@@ -223,34 +224,54 @@ class Traversal {
     }
   }
 
-  // The arrays of block b; b == blocks holds the totals of all blocks.
+  // The arrays of block b; behind them the totals of all blocks, where there are several.
   kernels::ColumnSums block_sums(std::int64_t b) { return column_sums_at(b, 0); }
+  kernels::ColumnSums totals_at(std::int64_t column) {
+    return column_sums_at(plan_.sum_rows.blocks == 1 ? 0 : plan_.sum_rows.blocks, column);
+  }
   kernels::ColumnSums column_sums_at(std::int64_t b, std::int64_t column) {
     const std::int64_t columns = plan_.sum_rows.columns;
     double* memory = column_memory_ + 4 * columns * b + column;
     return {memory, memory + columns, memory + 2 * columns, memory + 3 * columns};
   }
-  // Totals of the columns of these channels, over all blocks. The last block may be of single rows of the tensor: it
-  // adds to the first `width` columns alone.
+  // Totals of the columns of these channels, over all blocks and rows side by side. The last block may be of single
+  // rows of the tensor: it adds to the first `width` columns alone.
   void add_columns_of(Range channels) {
     const RowCut& cut = plan_.sum_rows;
     const std::int64_t inner = plan_.problem.inner, stride = 4 * cut.columns;
     const std::int64_t first = channels.begin * inner, count = (channels.end - channels.begin) * inner;
-    if (cut.repeat == 1) {
-      return pass_.add_blocks(column_sums_at(0, first), cut.blocks, stride, count, column_sums_at(cut.blocks, first));
+    if (cut.blocks > 1 && cut.repeat == 1) {
+      return pass_.add_blocks(column_sums_at(0, first), cut.blocks, stride, count, totals_at(first));
     }
-    pass_.add_blocks(block_sums(0), cut.blocks, stride, count, block_sums(cut.blocks));
-    pass_.add_blocks(column_sums_at(0, count), cut.full_blocks, stride, cut.columns - count,
-                     column_sums_at(cut.blocks, count));
+    if (cut.blocks > 1) {
+      pass_.add_blocks(block_sums(0), cut.blocks, stride, count, totals_at(0));
+      pass_.add_blocks(column_sums_at(0, count), cut.full_blocks, stride, cut.columns - count, totals_at(count));
+    }
+    add_rows_side_by_side(totals_at(0), cut.repeat, count);
+  }
+  // Half of the rows to the other half, until there is one.
+  static void add_rows_side_by_side(const kernels::ColumnSums& sums, std::int64_t rows, std::int64_t width) {
+    while (rows > 1) {
+      const std::int64_t half = rows / 2, behind = (rows - half) * width;
+      add_columns(sums.first, sums.first_lo, behind, half * width);
+      add_columns(sums.second, sums.second_lo, behind, half * width);
+      rows -= half;
+    }
+  }
+  // Sums and low parts of `count` columns += those of the columns `behind` them, which do not overlap.
+  static void add_columns(double* sum, double* low, std::int64_t behind, std::int64_t count) {
+    const double* __restrict more = sum + behind, * __restrict more_low = low + behind;
+    for (std::int64_t e = 0; e < count; ++e) {
+      const DoubleDouble total = two_sum(sum[e], more[e]);
+      sum[e] = total.hi;
+      low[e] += total.lo + more_low[e];
+    }
   }
   kernels::Sums channel_total(std::int64_t c) {
-    const kernels::ColumnSums columns = block_sums(plan_.sum_rows.blocks);
-    const Problem& p = plan_.problem;
-    if (plan_.sum_rows.repeat == 1 && p.inner == 1) return at(columns, c);
-    kernels::Sums total;
-    for (std::int64_t r = 0; r < plan_.sum_rows.repeat; ++r) {
-      for (std::int64_t i = 0; i < p.inner; ++i) add(total, at(columns, (r * p.channels + c) * p.inner + i));
-    }
+    const kernels::ColumnSums columns = totals_at(0);
+    const std::int64_t inner = plan_.problem.inner;
+    kernels::Sums total = at(columns, c * inner);
+    for (std::int64_t i = 1; i < inner; ++i) add(total, at(columns, c * inner + i));
     return total;
   }
 
