@@ -282,6 +282,31 @@ TEST(only_large_outputs_are_stored_around_the_caches) {
   EXPECT(!around({32, 512, 196}, kBackward));   // planes are not
 }
 
+TEST(a_part_of_a_large_tensor_is_stored_as_the_tensor_would_be_and_summed_as_by_itself) {
+  const Problem segment{64, 64, 1};
+  Work of_large = kTraining, of_small = kTraining;
+  of_large.part_of = 401408 * 64;
+  of_small.part_of = 4014 * 64;
+  const Plan alone = make_plan(segment, kTraining, kMachine, 1);
+  EXPECT(!alone.around_cache);
+  EXPECT(make_plan(segment, of_large, kMachine, 1).around_cache);
+  EXPECT(!make_plan(segment, of_small, kMachine, 1).around_cache);
+  EXPECT(geometry(make_plan(segment, of_large, kMachine, 1)) == geometry(alone));
+}
+
+TEST(rows_stand_side_by_side_as_long_as_that_leaves_a_visit_of_eight) {
+  const auto repeat = [](std::int64_t rows) { return make_plan({rows, 3, 1}, kTraining, kMachine, 1).sum_rows.repeat; };
+  EXPECT_EQUAL(repeat(65536), 32);  // 96 columns
+  EXPECT_EQUAL(repeat(256), 32);
+  EXPECT_EQUAL(repeat(255), 16);  // 48: whole vectors all the same
+  EXPECT_EQUAL(repeat(5), 5);
+}
+
+TEST(one_thread_alone_applies_blocks_as_large_as_it_sums) {
+  EXPECT_EQUAL(make_plan({96, 64, 1}, kTraining, kMachine, 1).apply_rows.block_rows, 64);
+  EXPECT_EQUAL(make_plan({512, 64, 1}, kTraining, kMachine, 4).apply_rows.block_rows, 16);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }

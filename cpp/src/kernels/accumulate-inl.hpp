@@ -282,9 +282,10 @@ BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, c
   keep(pair.second, out.second + c, out.second_lo + c, n);
 }
 
-template <class Make, class Places, class... Input>
-BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::int64_t columns, const Places& place,
+template <class Make, class... Input>
+BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::int64_t columns, std::int64_t stride,
                           const RowsAhead& ahead, const ColumnSums& out, const Input&... input) {
+  const EvenRows place{stride};
   std::int64_t c = 0;
   for (; c + kLanes <= columns; c += kLanes) {
     visit_columns(make(c, kLanes), first_visit, visit, place, ahead, c, kLanes, out, columns_of(input, c)...);
@@ -302,7 +303,7 @@ BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input
   const std::int64_t stride = rows.stride;
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
-    visit_rows(make, r == 0, visit, rows.columns, EvenRows{stride}, ahead, out,
+    visit_rows(make, r == 0, visit, rows.columns, stride, ahead, out,
                rows_of(input, r, visit, stride, rows.columns)...);
   }
 }

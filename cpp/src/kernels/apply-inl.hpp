@@ -97,27 +97,13 @@ BN_INLINE void fetch_ahead_of_row(const Rows& rows, std::int64_t c, std::int64_t
   fetch_lanes_to_store(out + at);
 }
 
-template <class Map, class Places, class T, class... Input>
-BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Places& place, const Rows& rows, std::int64_t c,
-                             std::int64_t n, T* out, const Input&... input) {
+template <class Map, class T, class... Input>
+BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& rows, std::int64_t c, std::int64_t n,
+                             T* out, const Input&... input) {
   for (std::int64_t r = 0; r < count; ++r) {
     fetch_ahead_of_row(rows, c, r, out, input...);
-    const std::int64_t at = place(r);
+    const std::int64_t at = r * rows.stride;
     store_upto(out + at, n, map((input + at)..., n));
-  }
-}
-
-// `count` of the rows, whose first is at `out` and `input`.
-template <class Make, class Places, class T, class... Input>
-BN_INLINE void apply_visit(Make make, std::int64_t count, const Places& place, const Rows& rows, T* out,
-                           const Input&... input) {
-  std::int64_t c = 0;
-  for (; c + kLanes <= rows.columns; c += kLanes) {
-    apply_columns(make(c, kLanes), count, place, rows, c, kLanes, out + c, (input + c)...);
-  }
-  if (c < rows.columns) {
-    const std::int64_t n = rows.columns - c;
-    apply_columns(make(c, n), count, place, rows, c, n, out + c, (input + c)...);
   }
 }
 
@@ -126,8 +112,13 @@ template <class Make, class T, class... Input>
 BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input&... input) {
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerApply) {
     const std::int64_t visit = rows.count - r < kRowsPerApply ? rows.count - r : kRowsPerApply;
-    const std::int64_t at = r * rows.stride;
-    apply_visit(make, visit, EvenRows{rows.stride}, rows, out + at, (input + at)...);
+    std::int64_t c = 0, at = r * rows.stride;
+    for (; c + kLanes <= rows.columns; c += kLanes, at += kLanes) {
+      apply_columns(make(c, kLanes), visit, rows, c, kLanes, out + at, (input + at)...);
+    }
+    if (const std::int64_t n = rows.columns - c; n > 0) {
+      apply_columns(make(c, n), visit, rows, c, n, out + at, (input + at)...);
+    }
   }
 }
 

@@ -120,12 +120,11 @@ BN_INLINE void sum_copied_rows(Make make, const Rows& rows, const ColumnSums& ou
   in_parts(rows, [&](const SomeOfRows& some, std::int64_t at) __attribute__((always_inline)) {
     copy_counted_rows(weights, some, rows.stride, kAhead, copies.values, (input + at)...);
     const auto make_from = [&](std::int64_t c, std::int64_t n) { return make(some.c + c, n); };
-    const EvenRows places{some.width};
     const ColumnSums sums = columns_from(out, some.c);
     if constexpr (sizeof...(Input) == 1) {
-      visit_rows(make_from, some.r == 0, some.count, some.width, places, nothing, sums, first);
+      visit_rows(make_from, some.r == 0, some.count, some.width, some.width, nothing, sums, first);
     } else {
-      visit_rows(make_from, some.r == 0, some.count, some.width, places, nothing, sums, first, second);
+      visit_rows(make_from, some.r == 0, some.count, some.width, some.width, nothing, sums, first, second);
     }
   });
 }

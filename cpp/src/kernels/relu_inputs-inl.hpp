@@ -67,6 +67,9 @@ BN_INLINE unsigned bits_at(const std::uint8_t* mask, std::int64_t at) {
 // Lanes whose bit is set; the others are 0: of vector k.
 template <class A>
 BN_INLINE typename Lanes<A>::Native keep_vector(typename Lanes<A>::Native v, unsigned bits, int k) {
+#ifdef BN_HAS_KEEP_FOUR
+  if constexpr (sizeof(A) == sizeof(double)) return keep_four(v, bits >> (4 * k));
+#endif
   using Native = typename Lanes<A>::Native;
   using One = std::conditional_t<sizeof(A) == sizeof(float), std::int32_t, std::int64_t>;
   typedef One Ints __attribute__((vector_size(sizeof(Native))));

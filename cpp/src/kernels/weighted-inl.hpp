@@ -120,7 +120,7 @@ BN_INLINE void sum_weighted_rows(Make make, const Rows& rows, const ColumnSums& 
   for (std::int64_t r = 0; r < rows.count; r += most) {
     const std::int64_t visit = rows.count - r < most ? rows.count - r : most;
     lay_out_rows(weights, r, visit, rows.columns, laid_out.values);
-    visit_rows(make, r == 0, visit, rows.columns, EvenRows{rows.columns}, ahead, out, x + r * rows.columns,
+    visit_rows(make, r == 0, visit, rows.columns, rows.columns, ahead, out, x + r * rows.columns,
                NearRows<W>{laid_out.values});
   }
 }

@@ -72,6 +72,24 @@ BN_INLINE unsigned above_zero(NativeFloat v) {
 BN_INLINE unsigned above_zero(NativeDouble v) {
   return static_cast<unsigned>(_mm256_movemask_pd(_mm256_cmp_pd(v, _mm256_setzero_pd(), _CMP_NLE_UQ)));
 }
+// Lanes whose bit is set, else 0: by masks from a table, since integer units and loads have little to do in the loops
+// that ask for it. Backward through a ReLU took 1.34 to 1.44 times the time without (0.3 MB, Zen 3) with bits compared
+// in vectors, 1.3 so; for eight float32 at once, two loads a mask, it was slower.
+struct MasksOfFour {
+  alignas(32) std::int64_t of[16][4];
+};
+constexpr MasksOfFour masks_of_four() {
+  MasksOfFour masks{};
+  for (unsigned bits = 0; bits < 16; ++bits) {
+    for (unsigned l = 0; l < 4; ++l) masks.of[bits][l] = (bits >> l & 1u) != 0 ? -1 : 0;
+  }
+  return masks;
+}
+constexpr MasksOfFour kMasksOfFour = masks_of_four();
+#define BN_HAS_KEEP_FOUR
+BN_INLINE NativeDouble keep_four(NativeDouble v, unsigned bits) {
+  return _mm256_and_pd(v, _mm256_load_pd(reinterpret_cast<const double*>(kMasksOfFour.of[bits & 15u])));
+}
 // Below 0: 0. The second of two that are equal or not ordered.
 BN_INLINE NativeFloat relu(NativeFloat v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
 BN_INLINE NativeDouble relu(NativeDouble v) { return _mm256_max_pd(_mm256_setzero_pd(), v); }
