@@ -173,8 +173,8 @@ struct RunWeights {
 };
 // Of a block of rows, each of which is `repeat` rows of the tensor side by side: the weights of row r begin at
 // values + r*repeat*inner; column e of it, counted from `first_column` on, has that of row e / (channels*inner) of the
-// tensor and of place e % inner. Where repeat is above 1, first_column is 0, a row has at most kMostWeightedColumns,
-// and the columns of each row of the tensor have the same coefficients.
+// tensor and of place e % inner. Where repeat is above 1, first_column is 0, channels are two at least, a row has at
+// most kMostWeightedColumns, and the columns of each row of the tensor have the same coefficients.
 template <class W>
 struct RowWeights {
   const W* values;
