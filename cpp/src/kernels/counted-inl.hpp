@@ -15,17 +15,18 @@ namespace {
 
 // Values of one input that are copied at a time: half of a small first-level cache for two of them.
 constexpr std::int64_t kCopied = 4096;
+// From the copy of an input to that of the next: the last vector of a row may be written whole.
+constexpr std::int64_t kNextCopy = kCopied + kLanes;
 
-// 16 (or n < 16) values of each input where the weight is not 0, else 0; the copies of an input lie kCopied and some
-// values behind those of the one before.
+// 16 (or n < 16) values of each input where the weight is not 0, else 0.
 template <class A, class... Input>
 BN_INLINE void copy_counted(std::int64_t n, const Lanes<A>& weights, A* to, const Input*... input) {
   const Lanes<A> zero = broadcast(A(0));
-  ((store(to, where(weights, load_upto<A>(input, n, A(0)), zero)), to += kCopied + kLanes), ...);
+  ((store(to, where(weights, load_upto<A>(input, n, A(0)), zero)), to += kNextCopy), ...);
 }
 template <int kInputs, class A>
 struct Copies {
-  A values[kInputs * (kCopied + kLanes)];
+  A values[kInputs * kNextCopy];
 };
 
 // Rows that count, where each row of the tensor has a weight of its own (has_ones): the others add nothing and are not
@@ -116,7 +117,7 @@ BN_INLINE void sum_copied_rows(Make make, const Rows& rows, const ColumnSums& ou
   constexpr std::int64_t kAhead = kFarBytes / static_cast<std::int64_t>(sizeof(T));
   const RowsAhead nothing({.count = 0, .columns = 0, .stride = 0}, 0, 1);
   Copies<sizeof...(Input), A> copies;
-  const NearRows<A> first{copies.values}, second{copies.values + kCopied + kLanes};
+  const NearRows<A> first{copies.values}, second{copies.values + kNextCopy};
   in_parts(rows, [&](const SomeOfRows& some, std::int64_t at) __attribute__((always_inline)) {
     copy_counted_rows(weights, some, rows.stride, kAhead, copies.values, (input + at)...);
     const auto make_from = [&](std::int64_t c, std::int64_t n) { return make(some.c + c, n); };
