@@ -139,6 +139,7 @@ class CoefficientTable {
       }
     }
   }
+
   void repeat_first() {
     const std::int64_t columns = plan_.apply_rows.columns;
     for (std::int64_t f = 0; f < kFields; ++f) {

@@ -260,7 +260,8 @@ class Traversal {
   }
   // Sums and low parts of `count` columns += those of the columns `behind` them, which do not overlap.
   static void add_columns(double* sum, double* low, std::int64_t behind, std::int64_t count) {
-    const double* __restrict more = sum + behind, * __restrict more_low = low + behind;
+    const double* __restrict more = sum + behind;
+    const double* __restrict more_low = low + behind;
     for (std::int64_t e = 0; e < count; ++e) {
       const DoubleDouble total = two_sum(sum[e], more[e]);
       sum[e] = total.hi;

@@ -11,6 +11,8 @@
 namespace batchnorm {
 namespace {
 
+// Weights that one task counts. Two tasks are shared out already: inference under a mask of 65536 weights took 0.93 of
+// the time, training with as many weights 0.82, when four chunks were.
 constexpr std::int64_t kChunk = 16 * 1024;
 
 template <class W>
