@@ -52,7 +52,7 @@ def test_every_ghost_keeps_the_contract_of_batch_norm(layout, dtype, has_affine)
         for part, moments in zip(parts, saved.moments, strict=True):
             exact = reference.exact_forward(x[part], gamma, beta, axis=layout.axis, eps=EPS)
             scales = reference.forward_scales(x[part], gamma, beta, exact, axis=layout.axis)
-            rstd = bn.Saved(x[part], moments, None, gamma, layout.axis % x.ndim, EPS).rstd
+            rstd = bn.Saved(x[part], moments, gamma, layout.axis % x.ndim, EPS).rstd
             statistics = moments.mean, moments.var(), rstd
             assert_forward(y[part], statistics, exact, scales, dtype)
 

@@ -32,7 +32,7 @@ class Arguments:
         self.update_rate, self.ddof = 0.1, 1
 
     def saved(self):
-        return bn.Saved(self.x, self.moments, None, self.gamma, self.axis % 4, self.eps)
+        return bn.Saved(self.x, self.moments, self.gamma, self.axis % 4, self.eps)
 
     def bytes(self):
         return {name: v.tobytes() for name, v in vars(self).items() if isinstance(v, np.ndarray)}
@@ -486,33 +486,50 @@ def test_saved_is_a_dataclass_of_all_its_fields():
     assert [field.name for field in dataclasses.fields(saved)] == [
         "x",
         "moments",
-        "rstd",
         "gamma",
         "axis",
         "eps",
         "part",
     ]
-    assert "rstd=array(" in repr(saved)
 
 
 def test_replaced_fields_are_those_that_were_given():
     a = Arguments()
     _, saved = FUNCTIONS["batch_norm"](a)
-    rstd, moments = saved.rstd + 1, bn.Moments.empty(3)
-    replaced = dataclasses.replace(saved, moments=moments, rstd=rstd)
-    assert (replaced.moments is moments, replaced.rstd is rstd) == (True, True)
+    moments = bn.Moments.empty(3)
+    replaced = dataclasses.replace(saved, moments=moments)
+    assert replaced.moments is moments
     for name in ("x", "gamma", "axis", "eps"):
         assert getattr(replaced, name) is getattr(saved, name)
     with pytest.raises(dataclasses.FrozenInstanceError):
-        replaced.rstd = rstd
+        replaced.moments = moments
 
 
-def test_rstd_given_as_none_is_computed_from_the_new_moments():
+@pytest.mark.parametrize("kind", ["plain", "masked", "segments", "relu", "in_place"])
+def test_rstd_follows_replaced_moments_and_eps(kind):
     a = Arguments()
-    _, saved = FUNCTIONS["batch_norm"](a)
-    merged = saved.moments | bn.moments(a.dy)
-    replaced = dataclasses.replace(saved, moments=merged, rstd=None)
-    np.testing.assert_array_equal(replaced.rstd, _core.rstd(merged._table, a.eps))
+    rows = len(a.x)
+    options = {
+        "masked": {"mask": (np.arange(rows) > 0).reshape(-1, 1, 1)},
+        "segments": {"segments": np.arange(rows) // 2},
+    }
+    if kind == "relu":
+        _, relu = bn.batch_norm_relu(a.x, a.gamma)
+        saved = relu.batch_norm
+    elif kind == "in_place":
+        _, saved = bn.batch_norm_inplace(a.x.copy(), a.gamma)
+    else:
+        _, saved = bn.batch_norm(a.x, a.gamma, **options.get(kind, {}))
+    saved.rstd  # noqa: B018  asked for, and so kept, before the moments change
+    merged = saved.moments | bn.Moments(saved.moments.count, saved.moments.mean + 3, saved.moments.m2)
+    replaced = dataclasses.replace(saved, moments=merged)
+    np.testing.assert_allclose(replaced.rstd, 1 / np.sqrt(merged.var() + saved.eps), rtol=1e-14)
+    assert (replaced.rstd != saved.rstd).all()
+    np.testing.assert_allclose(
+        dataclasses.replace(saved, eps=2.0).rstd, 1 / np.sqrt(saved.moments.var() + 2), rtol=1e-14
+    )
+    if kind == "relu":
+        assert dataclasses.replace(relu, batch_norm=replaced).rstd is replaced.rstd
 
 
 @pytest.mark.parametrize("rstd", ["asked_for", "not_asked_for"])

@@ -235,6 +235,19 @@ def test_rates_of_zero_and_one_are_exact(parity):
     np.testing.assert_allclose(new, (saved.moments.mean, batch), rtol=1e-15)
 
 
+def test_r_and_d_follow_replaced_moments():
+    rng = np.random.default_rng(0)
+    x = rng.normal(2, 3, (8, 3))
+    limits = {"r_max": 3.0, "d_max": 5.0, "weight": 0.5}
+    given = np.ones(3), np.full(3, 4.0)
+    _, whole = bn.batch_renorm(x, *given, **limits)
+    _, part = bn.batch_renorm(x[:5], *given, **limits)
+    merged = dataclasses.replace(part, moments=part.moments | bn.moments(x[5:]))
+    np.testing.assert_allclose([merged.r, merged.d], [whole.r, whole.d], rtol=1e-14)
+    given[0][:] = 7  # what was saved is a copy
+    assert (dataclasses.replace(whole, moments=whole.moments).d == whole.d).all()
+
+
 # ---- schedules ----
 
 
@@ -302,7 +315,8 @@ MISTAKES = [
      "axis must not be 0, which holds the samples for parity='torchrl', got 0"),
     (lambda a: backward(a, {"x": None}), ValueError,
      "saved must hold x, got that of a call with out=x, which has overwritten it"),
-    (lambda a: backward(a, {"r": a.short}), ValueError, "saved.r must have shape (3,), got (2,)"),
+    (lambda a: backward(a, {"running_mean": a.short}), ValueError,
+     "saved.running_mean must have shape (3,), got (2,)"),
     (lambda a: backward(a, needs=["w"]), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'w'"),
     (lambda a: bn.batch_renorm_backward(a.dy, None), TypeError,
      "saved must be the RenormSaved of a batch_renorm call, got None"),

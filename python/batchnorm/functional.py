@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -33,20 +34,17 @@ class Saved:
     x : the input, by reference (not copied): it must be unchanged when the backward pass reads it. None after
         ``out=x``, which has overwritten it: there is no backward pass then.
     moments : Moments of the batch.
-    rstd : (C,) float64, 1/√(var + eps) with the biased variance.
     gamma : (C,) or None, by reference.
     axis : int >= 0, the channel axis.
     eps : float.
     part : what of x was counted: None for all of it, else Positions or Segments (of `batchnorm.counted`).
 
-    For statistics that were merged over several batches or ranks, use
-    ``dataclasses.replace(saved, moments=merged, rstd=...)``; the backward pass takes mean, variance and count from
-    `moments`. Where rstd is given as None, it is computed from `moments` and `eps`.
+    For statistics that were merged over several batches or ranks, use ``dataclasses.replace(saved, moments=merged)``:
+    the backward pass takes mean, variance and count from `moments`, and `rstd` follows them.
     """
 
     x: Array | None
     moments: Moments
-    rstd: PerChannel
     gamma: Array | None
     axis: int
     eps: float
@@ -56,7 +54,6 @@ class Saved:
         self,
         x: Array | None,
         moments: Moments,
-        rstd: PerChannel | None,
         gamma: Array | None,
         axis: int,
         eps: float,
@@ -66,27 +63,16 @@ class Saved:
         fields = self.__dict__
         fields["x"], fields["moments"], fields["gamma"] = x, moments, gamma
         fields["axis"], fields["eps"], fields["part"] = axis, eps, part
-        if rstd is not None:
-            fields["rstd"] = rstd
+
+    @cached_property
+    def rstd(self) -> PerChannel:
+        """1/√(var + eps) with the biased variance of `moments`: (C,) float64."""
+        return _core.rstd(self.moments._table, self.eps)
 
     @property
     def saved_bytes(self) -> int:
         """Bytes of tensors that are kept for the backward pass: those of x; 0 where it was overwritten."""
         return 0 if self.x is None else self.x.nbytes
-
-
-class _Rstd:
-    """The field `rstd` of a Saved that was given none: computed from the others on first use."""
-
-    def __get__(self, saved: Saved | None, owner: type[Saved]) -> Any:
-        if saved is None:
-            return self
-        rstd = _core.rstd(saved.moments._table, saved.eps)
-        vars(saved)["rstd"] = rstd  # is found before this descriptor from now on
-        return rstd
-
-
-Saved.rstd = _Rstd()  # type: ignore[assignment]  # after dataclass(), which would take it for a default
 
 
 class Gradients(NamedTuple):
@@ -245,7 +231,7 @@ def batch_norm(
         part = replace(part, total=float(table[0, 0]) if len(table) else 0.0)
     kept = None if gamma is None else np.asarray(gamma)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
-    return _deliver(y, out), Saved(kept_x, Moments._from_core(table), None, kept, axis, eps, part)
+    return _deliver(y, out), Saved(kept_x, Moments._from_core(table), kept, axis, eps, part)
 
 
 def ordinary_batch_norm(
@@ -256,7 +242,7 @@ def ordinary_batch_norm(
     if done is None:
         return None
     y, kept_x, table, axis_from_0 = done
-    return y, Saved(kept_x, Moments._from_core(table), None, gamma, axis_from_0, eps)
+    return y, Saved(kept_x, Moments._from_core(table), gamma, axis_from_0, eps)
 
 
 def normalize(

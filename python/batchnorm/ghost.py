@@ -180,7 +180,7 @@ def ghost_batch_norm_backward(
     scale = None if scale is None else scale.astype(np.float64)
     sums = {name: _Sum(x.shape[saved.axis]) for name in names if name != "x"}
     for part, moments in zip(_ghosts(x, saved.ghost_size), saved.moments, strict=True):
-        ghost = Saved(x[part], moments, None, scale, saved.axis, saved.eps)
+        ghost = Saved(x[part], moments, scale, saved.axis, saved.eps)
         target = None if dx is None else dx[part]
         _, dgamma, dbeta = batch_norm_backward(
             dy[part], ghost, needs=names, out=target, num_threads=num_threads

@@ -18,12 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _validate
+from batchnorm import _core, _validate
 from batchnorm.functional import Gradients, PerChannel, Saved, _rounded, batch_norm, batch_norm_backward
 from batchnorm.moments import Moments
 
@@ -45,7 +46,6 @@ class SavedOutput:
     ----------
     y : the output, by reference (not copied): it must be unchanged when the backward pass reads it.
     moments : Moments of the batch that was overwritten; they update running statistics.
-    rstd : (C,) float64, 1/√(var + eps) with the biased variance.
     gamma, beta : (C,) float64, copies: what y was made with, 1 and 0 where that was None.
     gradient_dtype : the dtype of dgamma and dbeta: that of gamma, float64 where it was None.
     axis : int >= 0, the channel axis.
@@ -54,12 +54,16 @@ class SavedOutput:
 
     y: Array
     moments: Moments
-    rstd: PerChannel
     gamma: PerChannel
     beta: PerChannel
     gradient_dtype: np.dtype[Any]
     axis: int
     eps: float
+
+    @cached_property
+    def rstd(self) -> PerChannel:
+        """1/√(var + eps) with the biased variance of `moments`: (C,) float64."""
+        return _core.rstd(self.moments._table, self.eps)
 
     @property
     def saved_bytes(self) -> int:
@@ -123,7 +127,7 @@ def batch_norm_inplace(
     _check_invertible(scale, shift, x.dtype.itemsize)
     dtype = np.dtype(np.float64) if gamma is None else np.asarray(gamma).dtype
     y, saved = batch_norm(x, gamma, beta, axis=axis, eps=eps, out=x, num_threads=num_threads)
-    return y, SavedOutput(y, saved.moments, saved.rstd, scale, shift, dtype, saved.axis, saved.eps)
+    return y, SavedOutput(y, saved.moments, scale, shift, dtype, saved.axis, saved.eps)
 
 
 def batch_norm_inplace_backward(
@@ -194,7 +198,7 @@ def _as_if_input(y: Array, saved: SavedOutput) -> Saved:
     table[:, 3] = table[:, 0] * (size * size)
     with np.errstate(all="ignore"):  # a channel that is not finite stays so
         factor = saved.gamma * saved.rstd * size
-    return Saved(y, Moments._from_table(table), None, factor, saved.axis, 0.0)
+    return Saved(y, Moments._from_table(table), factor, saved.axis, 0.0)
 
 
 def _float64(name: str, values: ArrayLike | None, channels: int, absent: float) -> PerChannel:

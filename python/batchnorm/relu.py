@@ -60,7 +60,7 @@ class SavedRelu:
 
     Attributes
     ----------
-    batch_norm : Saved, what `batch_norm` leaves: x by reference, moments, rstd, gamma.
+    batch_norm : Saved, what `batch_norm` leaves: x by reference, moments, gamma.
     mask : ReluMask.
     has_residual : whether a residual was added, which has a gradient then.
     """
@@ -169,7 +169,7 @@ def batch_norm_relu(
     table = _core.batch_norm_relu(block, sizes, added, scale, shift, eps, y, mask.data, threads)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
     kept = None if gamma is None else np.asarray(gamma)
-    saved = Saved(kept_x, Moments._from_core(table), None, kept, axis, eps)
+    saved = Saved(kept_x, Moments._from_core(table), kept, axis, eps)
     return _deliver(y, out), SavedRelu(saved, _finished(mask), residual is not None)
 
 

@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import pairwise
 from typing import Any, NamedTuple, Self
 
@@ -125,23 +126,41 @@ class RenormSaved:
     ----------
     x : the input, by reference: it must be unchanged when the backward pass reads it. None after ``out=x``.
     moments : Moments of the batch.
-    r, d : (C,) float64, after clipping.
+    running_mean, running_var : (C,) float64, copies of those before the batch.
+    limits : (r_min, r_max, d_max, weight), floats.
     gamma : (C,) or None, by reference.
     axis : int >= 0, the channel axis.
     eps : float.
     parity : "paper", "keras" or "torchrl".
     samples : int, the size of axis 0.
+
+    `r` and `d` follow from them: ``dataclasses.replace(saved, moments=merged, samples=...)`` has those of the merged.
     """
 
     x: Array | None
     moments: Moments
-    r: PerChannel
-    d: PerChannel
+    running_mean: PerChannel
+    running_var: PerChannel
+    limits: _validate.Limits
     gamma: Array | None
     axis: int
     eps: float
     parity: str
     samples: int
+
+    @property
+    def r(self) -> PerChannel:
+        """The correction of the spread, after clipping: (C,) float64."""
+        return self._correction[0]
+
+    @property
+    def d(self) -> PerChannel:
+        """The correction of the mean, after clipping: (C,) float64."""
+        return self._correction[1]
+
+    @cached_property
+    def _correction(self) -> tuple[PerChannel, PerChannel]:
+        return _correction(self.moments, self.running_mean, self.running_var, self.eps, self.limits)
 
 
 def batch_renorm(
@@ -221,19 +240,21 @@ def batch_renorm(
     _validate.batch_values(x, axis)
 
     batch = moments_of(x, axis=axis, num_threads=num_threads)
-    r, d = _correction(batch, center, spread, eps, limits)
+    kept = None if gamma is None else np.asarray(gamma)
+    kept_x = None if out is not None and _validate.same_memory(out, x) else x
+    before = np.array(center, np.float64), np.array(spread, np.float64)
+    saved = RenormSaved(kept_x, batch, *before, limits, kept, axis, eps, parity, x.shape[0])
+    r, d = saved.r, saved.d
     with np.errstate(all="ignore"):
         folded = r if scale is None else scale.astype(np.float64) * r
         offset = (d if scale is None else scale * d) + (0.0 if shift is None else shift.astype(np.float64))
         # normalize takes the mean as one float64; what is left of it belongs to the offset.
-        rstd = Saved(None, batch, None, None, axis, eps).rstd
+        rstd = Saved(None, batch, None, axis, eps).rstd
         offset = offset - folded * rstd * batch._table[:, 2]
     y = normalize(
         x, batch.mean, batch.var(), folded, offset, axis=axis, eps=eps, out=out, num_threads=num_threads
     )
-    kept = None if gamma is None else np.asarray(gamma)
-    kept_x = None if out is not None and _validate.same_memory(out, x) else x
-    return y, RenormSaved(kept_x, batch, r, d, kept, axis, eps, parity, x.shape[0])
+    return y, saved
 
 
 def batch_renorm_backward(
@@ -281,14 +302,16 @@ def batch_renorm_backward(
     _validate.instance("saved.moments", saved.moments, Moments, "Moments")
     need_x, need_gamma, need_beta = _validate.needs(needs)
     channels = saved.moments.channels
-    r, d = (_validate.channel_values(f"saved.{n}", getattr(saved, n), channels) for n in ("r", "d"))
+    for name in ("running_mean", "running_var"):
+        _validate.channel_values(f"saved.{name}", getattr(saved, name), channels)
+    r, d = saved.r, saved.d
     scale = _validate.optional_channel_values("gamma", saved.gamma, channels)
     if out is not None and isinstance(saved.x, np.ndarray):
         _validate.output(out, saved.x, {}, {"gamma": scale})  # the rest is batch_norm_backward's to check
     with np.errstate(all="ignore"):
         folded = r if scale is None else scale.astype(np.float64) * r
     names = ("x",) * need_x + ("gamma",) * need_gamma + ("beta",) * (need_gamma or need_beta)
-    plain = Saved(saved.x, saved.moments, None, folded, saved.axis, saved.eps)
+    plain = Saved(saved.x, saved.moments, folded, saved.axis, saved.eps)
     dx, along_xhat, dbeta = batch_norm_backward(dy, plain, needs=names, out=out, num_threads=num_threads)
     dgamma = None
     if need_gamma:
