@@ -125,7 +125,7 @@ def test_the_settings_of_an_nnx_module_are_taken_unless_others_are_given():
 # ---- the mode ----------------------------------------------------------------------------------------------
 
 
-class TorchModule:
+class BatchNormOfTorch:
     """What is read of a module of PyTorch."""
 
     eps, momentum = 1e-5, 0.1
@@ -137,7 +137,7 @@ class TorchModule:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_is_in_the_mode_of_the_module_it_came_from(training):
     state = source_of("torch", recorded("torch", 10))
-    assert bn.BatchNorm.from_torch(TorchModule(training, state)).training is training
+    assert bn.BatchNorm.from_torch(BatchNormOfTorch(training, state)).training is training
     module = nnx_module(recorded("flax", 10), use_running_average=not training)
     assert bn.BatchNorm.from_flax(module).training is training
 
@@ -304,25 +304,187 @@ def test_live_layers_of_keras_are_read_as_lists_and_frozen_where_not_trainable(m
     assert_float32(frozen(X[0]), expected)
 
 
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("InstanceNorm1d", {"num_features": 4}),
+        ("InstanceNorm2d", {"num_features": 4}),
+        ("InstanceNorm3d", {"num_features": 4}),
+        ("LazyInstanceNorm2d", {}),
+        ("GroupNorm", {"num_groups": 2, "num_channels": 4}),
+        ("LayerNorm", {"normalized_shape": 4}),
+        ("RMSNorm", {"normalized_shape": 4}),
+        ("LocalResponseNorm", {"size": 2}),
+    ],
+)
+def test_live_modules_of_pytorch_that_are_no_batch_norm_are_refused_by_name(name, arguments):
+    torch = pytest.importorskip("torch", reason="reads modules of PyTorch where it is installed")
+    keeps = {"affine": True, "track_running_stats": True} if "Instance" in name else {}
+    module = getattr(torch.nn, name)(**arguments, **keeps)
+    with pytest.raises(TypeError) as caught:
+        bn.BatchNorm.from_torch(module)
+    assert str(caught.value) == f"source must be a batch norm module of PyTorch or its state_dict, got {name}"
+
+
+def test_a_lazy_module_of_pytorch_is_taken_once_it_has_its_channels():
+    torch = pytest.importorskip("torch", reason="reads modules of PyTorch where it is installed")
+    module = torch.nn.LazyBatchNorm1d(dtype=torch.float64)
+    for source in (module, module.state_dict()):
+        with pytest.raises(ValueError, match="as a lazy module has after its first input, got Uninit"):
+            bn.BatchNorm.from_torch(source)
+    module(torch.tensor(X[0].astype(np.float64)))
+    layer = bn.BatchNorm.from_torch(module)
+    assert (layer.channels, layer.dtype) == (4, np.float64)
+    assert_float32(layer.running_mean, module.running_mean.numpy())
+
+
+@pytest.mark.parametrize(
+    ("dtype", "expected"),
+    [("float64", "float64"), ("float32", "float32"), ("float16", "float16"), ("bfloat16", "float32")],
+)
+def test_a_live_module_of_pytorch_keeps_its_dtype(dtype, expected):
+    torch = pytest.importorskip("torch", reason="reads modules of PyTorch where it is installed")
+    module = torch.nn.BatchNorm1d(3).to(getattr(torch, dtype))
+    with torch.no_grad():
+        for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
+            tensor.uniform_(0.5, 2)
+    layer = bn.BatchNorm.from_torch(module)
+    assert layer.dtype == expected
+    for mine, tensor in (
+        (layer.gamma, module.weight),
+        (layer.beta, module.bias),
+        (layer.running_mean, module.running_mean),
+        (layer.running_var, module.running_var),
+    ):
+        np.testing.assert_array_equal(mine, tensor.detach().double().numpy())
+    other = torch.nn.BatchNorm1d(3).to(getattr(torch, dtype))
+    other.load_state_dict({name: torch.from_numpy(value) for name, value in layer.to_torch().items()})
+    assert all((other.state_dict()[name] == value).all() for name, value in module.state_dict().items())
+    assert bn.BatchNorm.from_torch(module, dtype=np.float32).dtype == np.float32
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
+@pytest.mark.parametrize(
+    ("policy", "expected"),
+    [
+        ("float64", "float64"),
+        ("float16", "float16"),
+        ("bfloat16", "float32"),
+        ("mixed_float16", "float32"),
+        ("mixed_bfloat16", "float32"),
+    ],
+)
+def test_a_live_layer_of_keras_keeps_its_dtype(monkeypatch, policy, expected):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="reads layers of Keras where it is installed")
+    layer = keras.layers.BatchNormalization(dtype=policy)
+    layer.build((6, 4))
+    layer.set_weights([np.arange(4) + k / 4 for k in range(4)])
+    mine = bn.BatchNorm.from_keras(layer)
+    assert mine.dtype == expected
+    np.testing.assert_array_equal(mine.gamma, np.arange(4.0))
+    np.testing.assert_array_equal(mine.running_var, np.arange(4) + 0.75)
+
+
+@pytest.mark.parametrize("name", ["LayerNormalization", "GroupNormalization", "UnitNormalization"])
+def test_live_layers_of_keras_that_are_no_batch_norm_are_refused_by_name(monkeypatch, name):
+    monkeypatch.setenv("KERAS_BACKEND", "torch")
+    keras = pytest.importorskip("keras", reason="reads layers of Keras where it is installed")
+    layer = getattr(keras.layers, name)(**({"groups": 2} if name == "GroupNormalization" else {}))
+    layer.build((6, 4))
+    with pytest.raises(TypeError, match=f"source must be a BatchNormalization of Keras .* got {name}$"):
+        bn.BatchNorm.from_keras(layer)
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", "float16"), ("bfloat16", "float32")])
+def test_a_live_module_of_nnx_keeps_its_dtype(dtype, expected):
+    nnx = pytest.importorskip("flax.nnx", reason="reads modules of Flax where it is installed")
+    module = nnx.BatchNorm(4, param_dtype=dtype, rngs=nnx.Rngs(0))
+    assert bn.BatchNorm.from_flax(module).dtype == expected
+
+
+@pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "RMSNorm"])
+def test_live_modules_of_nnx_that_are_no_batch_norm_are_refused_by_name(name):
+    nnx = pytest.importorskip("flax.nnx", reason="reads modules of Flax where it is installed")
+    options = {"num_groups": 2} if name == "GroupNorm" else {}
+    module = getattr(nnx, name)(4, rngs=nnx.Rngs(0), **options)
+    with pytest.raises(TypeError, match=f"variables must be a BatchNorm of Flax's nnx, .* got {name}$"):
+        bn.BatchNorm.from_flax(module)
+
+
+# ---- dtypes ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+@pytest.mark.parametrize("library", [*LIBRARIES, "onnx"])
+def test_a_source_keeps_its_dtype_unless_another_is_given(library, dtype):
+    source = {
+        "torch": lambda a: {"weight": a, "bias": a, "running_mean": a, "running_var": a},
+        "keras": lambda a: [a] * 4,
+        "flax": lambda a: {"params": {"scale": a}, "batch_stats": {"mean": a, "var": a}},
+        "onnx": lambda a: {"scale": a, "B": a, "input_mean": a, "input_var": a},
+    }[library](np.array([1 / 3, 2 / 3], dtype))
+    read = getattr(bn.BatchNorm, f"from_{library}")
+    layer = read(source)
+    assert layer.dtype == dtype
+    assert (layer.gamma == np.array([1 / 3, 2 / 3], dtype)).all()
+    assert read(source, dtype=np.float32).dtype == np.float32
+
+
+def test_a_source_of_two_dtypes_is_read_in_the_wider():
+    layer = bn.BatchNorm.from_torch(state(bias=np.array([1 / 3, 2 / 3])))
+    assert (layer.dtype, layer.beta[0]) == (np.float64, 1 / 3)
+
+
+def test_a_source_in_bfloat16_is_read_in_float32():
+    bfloat16 = pytest.importorskip("ml_dtypes", reason="reads bfloat16 where ml_dtypes is").bfloat16
+    layer = bn.BatchNorm.from_keras([np.array([1 / 3, 2 / 3], bfloat16)] * 4)
+    assert layer.dtype == np.float32
+    assert (layer.gamma == np.array([1 / 3, 2 / 3], bfloat16).astype(np.float32)).all()
+
+
+@pytest.mark.parametrize(("dtype", "expected"), [("float16", "float32"), ("float64", "float64")])
+def test_an_export_holds_all_digits_of_the_parameters_unless_told_otherwise(dtype, expected):
+    layer = bn.BatchNorm(2, ddof=0, dtype=dtype)
+    layer.gamma[:] = 1 / 3
+    exports = (
+        layer.to_torch(any_ddof=True)["weight"],
+        layer.to_keras()["gamma"],
+        layer.to_flax()["params"]["scale"],
+        layer.to_onnx()[0]["scale"],
+    )
+    for gamma in exports:
+        assert gamma.dtype == expected
+        assert (gamma == layer.gamma).all()
+    assert layer.to_keras(dtype=np.float16)["gamma"].dtype == np.float16
+
+
 # ---- what is said by name ----------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    ("name", "eps", "rate", "ddof"),
+    ("name", "eps", "rate", "ddof", "axis"),
     [
-        (None, 1e-5, 0.1, 1),
-        ("torch", 1e-5, 0.1, 1),
-        ("keras", 1e-3, 0.01, 0),
-        ("flax", 1e-5, 0.01, 0),
-        ("onnx", 1e-5, 0.1, 0),
+        (None, 1e-5, 0.1, 1, 1),
+        ("torch", 1e-5, 0.1, 1, 1),
+        ("keras", 1e-3, 0.01, 0, -1),
+        ("flax", 1e-5, 0.01, 0, -1),
+        ("onnx", 1e-5, 0.1, 0, 1),
     ],
 )
-def test_a_convention_sets_the_defaults_and_what_is_given_goes_first(name, eps, rate, ddof):
+def test_a_convention_sets_the_defaults_and_what_is_given_goes_first(name, eps, rate, ddof, axis):
     layer = bn.BatchNorm(3, convention=name)
-    assert (layer.eps, layer.update_rate, layer.ddof) == (eps, rate, ddof)
+    assert (layer.eps, layer.update_rate, layer.ddof, layer.axis) == (eps, rate, ddof, axis)
     layer = bn.BatchNorm(3, convention=name, eps=0.5, update_rate=None)
-    assert (layer.eps, layer.update_rate, layer.ddof) == (0.5, None, ddof)
+    assert (layer.eps, layer.update_rate, layer.ddof, layer.axis) == (0.5, None, ddof, axis)
+    assert f"axis={axis}," in repr(layer)
     assert f"ddof={ddof}" in repr(layer)
+    assert bn.BatchNorm(3, convention=name, axis=2).axis == 2
+
+
+@pytest.mark.parametrize("library", LIBRARIES)
+def test_a_convention_has_the_axis_of_what_is_carried_over(library):
+    assert bn.BatchNorm(4, convention=library).axis == imported(library, recorded(library, 1)).axis
 
 
 def test_an_unknown_convention_is_refused_with_the_list_of_known_ones():
@@ -477,6 +639,21 @@ def test_a_state_without_a_counter_or_parameters_is_taken():
             "the layer must have an update_rate for ONNX's momentum, got None",
         ),
         (
+            lambda: bn.BatchNorm(2, renorm=bn.RenormSchedule.paper()).to_torch(),
+            ValueError,
+            "the layer must have no renorm for PyTorch, whose running variances are unbiased, got renorm with parity='paper', whose are biased: pass any_ddof=True",
+        ),
+        (
+            lambda: bn.BatchNorm(2, ddof=0, renorm=bn.RenormSchedule.paper(), parity="torchrl").to_keras(),
+            ValueError,
+            "the layer must have no renorm for Keras, whose running variances are biased, got renorm with parity='torchrl', whose are unbiased: pass any_ddof=True",
+        ),
+        (
+            lambda: bn.BatchNorm.from_onnx({"scale": np.ones(2), "B": np.ones(2)}),
+            ValueError,
+            "source must have input_mean, as ONNX's BatchNormalization has, got none",
+        ),
+        (
             lambda: bn.BatchNorm(2, domains=2).to_torch(),
             ValueError,
             "the layer must have one set of statistics for PyTorch, got 2 domains",
@@ -490,15 +667,22 @@ def test_what_cannot_be_carried_over_is_named(call, error, text):
 
 
 def test_a_module_that_averages_variances_alike_needs_an_update_rate():
-    class Module:
+    class BatchNorm1d:
         eps, momentum = 1e-5, None
 
         def state_dict(self):
             return state()
 
     with pytest.raises(ValueError, match="update_rate must be given for a module with momentum=None"):
-        bn.BatchNorm.from_torch(Module())
-    assert bn.BatchNorm.from_torch(Module(), update_rate=0.3).update_rate == 0.3
+        bn.BatchNorm.from_torch(BatchNorm1d())
+    assert bn.BatchNorm.from_torch(BatchNorm1d(), update_rate=0.3).update_rate == 0.3
+
+
+def test_a_layer_with_renorm_goes_where_its_variance_is_of_the_same_kind():
+    biased = bn.BatchNorm(2, renorm=bn.RenormSchedule.paper())
+    unbiased = bn.BatchNorm(2, renorm=bn.RenormSchedule.torchrl(), parity="torchrl")
+    assert set(biased.to_keras()) == set(unbiased.to_keras(any_ddof=True))
+    assert set(unbiased.to_torch()) == set(biased.to_torch(any_ddof=True))
 
 
 def test_an_export_with_another_ddof_is_for_inference():
@@ -516,13 +700,13 @@ def test_the_rest_of_a_momentum_has_no_digits_of_rounding(momentum, rate):
 
 
 def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
-    class Frozen:
+    class FrozenBatchNorm2d:
         eps = 1e-5
 
         def state_dict(self):
             return {name: value for name, value in state().items() if name != "num_batches_tracked"}
 
-    layer = bn.BatchNorm.from_torch(Frozen())
+    layer = bn.BatchNorm.from_torch(FrozenBatchNorm2d())
     assert layer.update_rate == 0
     assert layer.frozen_statistics
     assert layer.frozen_affine
@@ -544,13 +728,20 @@ def test_a_group_of_flax_that_is_no_mapping_is_named(name):
         bn.BatchNorm.from_flax(variables)
 
 
-def test_a_module_that_is_no_batch_norm_is_refused():
-    class Linear:
-        def state_dict(self):
-            return {}
+@pytest.mark.parametrize("name", ["Linear", "InstanceNorm2d", "GroupNorm", "BatchRenorm1d", "InPlaceABN"])
+def test_a_module_that_is_no_batch_norm_is_refused(name):
+    # All that a module of that name may have in common with a batch norm: the arrays tell nothing.
+    members = {"eps": 1e-5, "momentum": 0.1, "training": True, "state_dict": lambda _: state()}
+    with pytest.raises(TypeError) as caught:
+        bn.BatchNorm.from_torch(type(name, (), members)())
+    assert str(caught.value) == f"source must be a batch norm module of PyTorch or its state_dict, got {name}"
 
-    with pytest.raises(TypeError, match="source must be a batch norm module of PyTorch"):
-        bn.BatchNorm.from_torch(Linear())
+
+@pytest.mark.parametrize("base", ["BatchNorm1d", "SyncBatchNorm", "FrozenBatchNorm2d"])
+def test_what_derives_from_a_batch_norm_is_one(base):
+    members = {"eps": 1e-5, "momentum": 0.1, "training": True, "state_dict": lambda _: state()}
+    derived = type("Norm", (type(base, (), members),), {})
+    assert bn.BatchNorm.from_torch(derived()).channels == 2
 
 
 def test_a_layer_of_keras_with_renorm_is_refused():

@@ -1,11 +1,11 @@
 """What other libraries mean by the same words, by name: their defaults, and their states as states of a `BatchNorm`.
 
-| | eps | running = | running variance |
-|---|---|---|---|
-| PyTorch | 1e-5 | (1 - momentum)·running + momentum·batch | unbiased |
-| Keras 3 | 1e-3 | momentum·running + (1 - momentum)·batch | biased |
-| Flax | 1e-5 | momentum·running + (1 - momentum)·batch | biased |
-| ONNX | 1e-5 | momentum·running + (1 - momentum)·batch | biased |
+| | eps | running = | running variance | channels |
+|---|---|---|---|---|
+| PyTorch | 1e-5 | (1 - momentum)·running + momentum·batch | unbiased | axis 1 |
+| Keras 3 | 1e-3 | momentum·running + (1 - momentum)·batch | biased | the last axis |
+| Flax | 1e-5 | momentum·running + (1 - momentum)·batch | biased | the last axis |
+| ONNX | 1e-5 | momentum·running + (1 - momentum)·batch | biased | axis 1 |
 
 None of them is imported: what is given is read by its attributes and names.
 """
@@ -26,18 +26,19 @@ Array = NDArray[Any]
 
 @dataclass(frozen=True)
 class Convention:
-    """The defaults of a library: `eps`, and `update_rate` and `ddof` of the running statistics."""
+    """The defaults of a library: `eps`, `update_rate` and `ddof` of the running statistics, and the channel `axis`."""
 
     eps: float
     update_rate: float
     ddof: int
+    axis: int
 
 
 CONVENTIONS = {
-    "torch": Convention(1e-5, 0.1, 1),
-    "keras": Convention(1e-3, 0.01, 0),
-    "flax": Convention(1e-5, 0.01, 0),
-    "onnx": Convention(1e-5, 0.1, 0),
+    "torch": Convention(1e-5, 0.1, 1, 1),
+    "keras": Convention(1e-3, 0.01, 0, -1),
+    "flax": Convention(1e-5, 0.01, 0, -1),
+    "onnx": Convention(1e-5, 0.1, 0, 1),
 }
 # What BatchNorm() takes where none is named: those of PyTorch.
 DEFAULT = CONVENTIONS["torch"]
@@ -55,6 +56,7 @@ class Imported:
     beta: Array | None
     mean: Array
     var: Array
+    dtype: np.dtype[Any]  # of gamma and beta, or the narrowest of a layer's that holds them
     update_count: int = 0
     training: bool = True
     frozen: bool = False
@@ -70,10 +72,8 @@ def convention(name: object) -> Convention:
 def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Imported:
     """Read a module of PyTorch or the mapping that is its state_dict."""
     is_mapping = isinstance(source, Mapping)
-    if not is_mapping and not (hasattr(source, "state_dict") and hasattr(source, "eps")):
-        raise TypeError(
-            f"source must be a batch norm module of PyTorch or its state_dict, got {_validate.kind(source)}"
-        )
+    if not is_mapping:
+        _check_torch_module(source)
     state = source if is_mapping else source.state_dict()
     names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
     _only(state, names, "of PyTorch")
@@ -101,6 +101,15 @@ def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: 
         return imported
     frozen = not hasattr(source, "momentum")
     return replace(imported, training=bool(getattr(source, "training", True)), frozen=frozen)
+
+
+def _check_torch_module(source: Any) -> None:
+    """Refuse what is no batch norm by its class: instance norms, for one, keep arrays of the same names."""
+    is_named = any("BatchNorm" in kind.__name__ for kind in type(source).__mro__)
+    if not (is_named and hasattr(source, "state_dict") and hasattr(source, "eps")):
+        raise TypeError(
+            f"source must be a batch norm module of PyTorch or its state_dict, got {_validate.kind(source)}"
+        )
 
 
 def from_keras(source: Any, *, epsilon: Any, momentum: Any, axis: Any, scale: Any, center: Any) -> Imported:
@@ -196,7 +205,7 @@ def from_onnx(inputs: Any, *, epsilon: Any, momentum: Any) -> Imported:
     names = ("scale", "B", "input_mean", "input_var")
     _only(inputs, names, "of ONNX")
     gamma, beta, mean, var = (_needed(inputs, name, "ONNX's BatchNormalization") for name in names)
-    return _imported(_settings("onnx", epsilon, momentum, 1), gamma, beta, mean, var)
+    return _imported(_settings("onnx", epsilon, momentum, None), gamma, beta, mean, var)
 
 
 def check_settings(settings: Mapping[str, Any]) -> None:
@@ -219,25 +228,34 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def check_export(
-    library: str, ddof: int, update_rate: float | None, domains: int | None, any_ddof: object
+    library: str,
+    ddof: int,
+    update_rate: float | None,
+    domains: int | None,
+    parity: str | None,
+    any_ddof: object,
 ) -> None:
-    """Refuse a layer whose running statistics the library could not go on with."""
+    """Refuse a layer whose running statistics the library could not go on with; `parity` is that of its renorm."""
     name, needed = _LIBRARY[library], CONVENTIONS[library].ddof
     if domains is not None:
         raise ValueError(f"the layer must have one set of statistics for {name}, got {domains} domains")
-    if not _validate_state.flag("any_ddof", any_ddof) and ddof != needed:
-        kind = "unbiased" if needed else "biased"
+    kinds = "biased", "unbiased"
+    has, kept, came = f"ddof={needed}", ddof, f"ddof={ddof}"
+    if parity is not None:  # torchrl's N/(N - 1) is unbiased for x of (N, C), the others average biased ones
+        kept = int(parity == "torchrl")
+        has, came = "no renorm", f"renorm with parity={parity!r}, whose are {kinds[kept]}"
+    if not _validate_state.flag("any_ddof", any_ddof) and kept != needed:
         raise ValueError(
-            f"the layer must have ddof={needed} for {name}, whose running variances are {kind}, got ddof={ddof}: "
+            f"the layer must have {has} for {name}, whose running variances are {kinds[needed]}, got {came}: "
             "pass any_ddof=True where it will not be trained there"
         )
     if update_rate is None and library != "torch":
         raise ValueError(f"the layer must have an update_rate for {name}'s momentum, got None")
 
 
-def floats(dtype: Any) -> np.dtype[Any]:
-    """Give the dtype of exported arrays."""
-    return _validate_state.dtype(dtype)
+def floats(dtype: Any, own: np.dtype[Any]) -> np.dtype[Any]:
+    """Give the dtype of exported arrays: where None is asked for, one that holds `own` and statistics."""
+    return np.result_type(own, np.float32) if dtype is None else _validate_state.dtype(dtype)
 
 
 def _settings(library: str, epsilon: Any, momentum: Any, axis: Any) -> dict[str, Any]:
@@ -251,7 +269,7 @@ def _settings(library: str, epsilon: Any, momentum: Any, axis: Any) -> dict[str,
         "eps": defaults.eps if epsilon is None else _number("epsilon", epsilon),
         "update_rate": defaults.update_rate if momentum is None else _rest("momentum", momentum),
         "ddof": defaults.ddof,
-        "axis": -1 if axis is None else axis,
+        "axis": defaults.axis if axis is None else axis,
     }
 
 
@@ -275,9 +293,10 @@ def _imported(
         raise ValueError(
             f"source must have running variances >= 0, got {arrays['running variance'][c]} in channel {c}"
         )
-    return Imported(
-        settings, arrays["gamma"], arrays["beta"], arrays["running mean"], arrays["running variance"], count
-    )
+    mean, var = arrays["running mean"], arrays["running variance"]
+    parameters = [a for a in (arrays["gamma"], arrays["beta"]) if a is not None] or [mean]
+    dtype = min(np.result_type(*parameters), np.dtype(np.float64), key=lambda found: found.itemsize)
+    return Imported(settings, arrays["gamma"], arrays["beta"], mean, var, dtype, count)
 
 
 def _count(value: Array) -> int:
@@ -304,12 +323,15 @@ def _needed(state: Mapping[str, Any], name: str, where: str) -> Array:
 
 def _numpy(value: Any) -> Array:
     """Give an array of any library that lies in this machine's memory."""
+    if hasattr(value, "materialize"):
+        raise ValueError(
+            f"source must have its channels, as a lazy module has after its first input, got {_validate.kind(value)}"
+        )
     if hasattr(value, "detach"):  # of PyTorch, perhaps on a device, perhaps of a dtype that NumPy has not
         value = value.detach().cpu()
-        return np.asarray(value.double() if value.is_floating_point() else value)
+        return np.asarray(value.float() if str(value.dtype) == "torch.bfloat16" else value)
     if hasattr(value, "numpy") and not isinstance(value, np.ndarray):
-        value = value.numpy()
-        return _numpy(value) if hasattr(value, "detach") else np.asarray(value)
+        return _numpy(value.numpy())
     array = np.asarray(value)
     return array.astype(np.float32) if _validate.is_bfloat16(array.dtype) else array
 

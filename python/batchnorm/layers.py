@@ -120,10 +120,10 @@ class BatchNorm:
     Parameters
     ----------
     channels : int >= 0. C below: the size of x along `axis`.
-    axis : int from -8 to 7, the channel axis of x. Default 1.
-    convention : None, "torch", "keras", "flax" or "onnx": whose defaults `eps`, `update_rate` and `ddof` have
-        where they are not given: 1e-5, 0.1 and 1 for "torch" and None; 1e-3, 0.01 and 0 for "keras"; 1e-5, 0.01 and
-        0 for "flax"; 1e-5, 0.1 and 0 for "onnx".
+    axis : int from -8 to 7, the channel axis of x. Default 1, -1 by the conventions of Keras and Flax.
+    convention : None, "torch", "keras", "flax" or "onnx": whose defaults `eps`, `update_rate`, `ddof` and `axis` have
+        where they are not given: 1e-5, 0.1, 1 and 1 for "torch" and None; 1e-3, 0.01, 0 and -1 for "keras"; 1e-5, 0.01,
+        0 and -1 for "flax"; 1e-5, 0.1, 0 and 1 for "onnx".
     eps : finite float >= 0.
     update_rate : float from 0 to 1, or None. The share of the new batch: 0 leaves the running statistics'
         bits, 1 stores exactly the batch's. It is PyTorch's momentum, and 1 minus the momentum of Keras, Flax and ONNX.
@@ -200,7 +200,7 @@ class BatchNorm:
         self,
         channels: int,
         *,
-        axis: int = 1,
+        axis: int = _BY_CONVENTION,
         convention: str | None = None,
         eps: float = _BY_CONVENTION,
         update_rate: float | None = _BY_CONVENTION,
@@ -221,8 +221,8 @@ class BatchNorm:
     ) -> None:
         _validate_state.no_other_arguments(others)
         self._channels = _validate_state.channels(channels)
-        self._axis = _validate_state.axis(axis)
         defaults = conventions.convention(convention)
+        self._axis = _validate_state.axis(defaults.axis if axis is _BY_CONVENTION else axis)
         self._eps = _validate.eps(defaults.eps if eps is _BY_CONVENTION else eps)
         self._update_rate = _validate_state.update_rate(
             defaults.update_rate if update_rate is _BY_CONVENTION else update_rate
@@ -1006,8 +1006,11 @@ class BatchNorm:
     # ---- from and to other libraries ----
 
     @classmethod
-    def _from(cls, source: conventions.Imported, dtype: DTypeLike, settings: Mapping[str, Any]) -> Self:
+    def _from(
+        cls, source: conventions.Imported, dtype: DTypeLike | None, settings: Mapping[str, Any]
+    ) -> Self:
         conventions.check_settings(settings)
+        dtype = source.dtype if dtype is None else dtype
         has = {"gamma": source.gamma is not None, "beta": source.beta is not None}
         layer = cls(source.mean.size, dtype=dtype, **(source.settings | has | dict(settings)))
         state = {
@@ -1032,19 +1035,20 @@ class BatchNorm:
         momentum: float | None = None,
         update_rate: float | None = None,
         axis: int = 1,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = None,
         **settings: Any,
     ) -> Self:
         """Make a layer that goes on where a batch norm of PyTorch is.
 
         Parameters
         ----------
-        source : a module (BatchNorm1d, 2d, 3d, SyncBatchNorm) or its state_dict: weight, bias, running_mean,
-            running_var and num_batches_tracked (absent in old ones), as tensors or arrays.
+        source : a module (BatchNorm1d, 2d, 3d, SyncBatchNorm, or one whose class or base class is named a BatchNorm) or
+            its state_dict: weight, bias, running_mean, running_var and num_batches_tracked (absent in old ones), as
+            tensors or arrays. (The state_dict of an instance norm has the same names and is not told from it.)
         eps, momentum : of PyTorch; None for the module's, and for PyTorch's defaults with a state_dict.
         update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
         axis : the channel axis of x; PyTorch's is 1.
-        dtype : of gamma and beta.
+        dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
         **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
@@ -1068,7 +1072,7 @@ class BatchNorm:
         given = {"eps": eps, "momentum": momentum, "update_rate": update_rate}
         return cls._from(conventions.from_torch(source, **given, axis=axis), dtype, settings)
 
-    def to_torch(self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
+    def to_torch(self, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
         """Give the state_dict of a batch norm of PyTorch that goes on where this layer is, as arrays.
 
         Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without
@@ -1077,7 +1081,8 @@ class BatchNorm:
 
         Parameters
         ----------
-        dtype : of all but num_batches_tracked: float16, float32 or float64.
+        dtype : of all but num_batches_tracked: float16, float32 or float64; None for float64 in a layer of float64,
+            else float32.
         any_ddof : True to export biased running variances too, where the module will not be trained.
 
         Returns
@@ -1087,7 +1092,7 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            For ddof=0 without `any_ddof`, and for domains.
+            For ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
 
         Examples
         --------
@@ -1115,7 +1120,7 @@ class BatchNorm:
         axis: int | None = None,
         scale: bool | None = None,
         center: bool | None = None,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = None,
         **settings: Any,
     ) -> Self:
         """Make a layer that goes on where a BatchNormalization of Keras is.
@@ -1127,7 +1132,7 @@ class BatchNorm:
         epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
         scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
             which does not tell; one of 4 has both and one of 2 has neither.
-        dtype : of gamma and beta.
+        dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
         **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
@@ -1153,7 +1158,7 @@ class BatchNorm:
         )
         return cls._from(source, dtype, settings)
 
-    def to_keras(self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
+    def to_keras(self, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
         """Give the weights of a BatchNormalization of Keras that goes on where this layer is.
 
         Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
@@ -1162,7 +1167,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        dtype : float16, float32 or float64.
+        dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
         any_ddof : True to export unbiased running variances too, where the layer will not be trained.
 
         Returns
@@ -1172,7 +1177,7 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            For ddof=1 without `any_ddof`, update_rate=None, and domains.
+            For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
 
         Examples
         --------
@@ -1193,7 +1198,7 @@ class BatchNorm:
         epsilon: float | None = None,
         momentum: float | None = None,
         axis: int | None = None,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = None,
         **settings: Any,
     ) -> Self:
         """Make a layer that goes on where a BatchNorm of Flax (nnx or linen) is.
@@ -1204,7 +1209,7 @@ class BatchNorm:
             linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
             used.
         epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
-        dtype : of gamma and beta.
+        dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
         **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
@@ -1230,7 +1235,7 @@ class BatchNorm:
         return cls._from(source, dtype, settings)
 
     def to_flax(
-        self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False
+        self, *, dtype: DTypeLike | None = None, any_ddof: bool = False
     ) -> dict[str, dict[str, NDArray[Any]]]:
         """Give the variables of a BatchNorm of Flax that goes on where this layer is.
 
@@ -1240,7 +1245,7 @@ class BatchNorm:
 
         Parameters
         ----------
-        dtype : float16, float32 or float64.
+        dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
         any_ddof : True to export unbiased running variances too, where it will not be trained.
 
         Returns
@@ -1250,7 +1255,7 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            For ddof=1 without `any_ddof`, update_rate=None, and domains.
+            For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
 
         Examples
         --------
@@ -1270,7 +1275,7 @@ class BatchNorm:
         *,
         epsilon: float = 1e-5,
         momentum: float = 0.9,
-        dtype: DTypeLike = np.float32,
+        dtype: DTypeLike | None = None,
         **settings: Any,
     ) -> Self:
         """Make a layer of the inputs of a BatchNormalization of ONNX (opset 14 and later).
@@ -1279,7 +1284,7 @@ class BatchNorm:
         ----------
         inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
         epsilon, momentum : its attributes, with their defaults.
-        dtype : of gamma and beta.
+        dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
         **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
 
         Returns
@@ -1303,13 +1308,13 @@ class BatchNorm:
         return cls._from(conventions.from_onnx(inputs, epsilon=epsilon, momentum=momentum), dtype, settings)
 
     def to_onnx(
-        self, *, dtype: DTypeLike = np.float32, any_ddof: bool = False
+        self, *, dtype: DTypeLike | None = None, any_ddof: bool = False
     ) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
         """Give the inputs and attributes of a BatchNormalization of ONNX that does what this layer does.
 
         Parameters
         ----------
-        dtype : float16, float32 or float64.
+        dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
         any_ddof : True to export unbiased running variances too, where the node will not be trained.
 
         Returns
@@ -1320,7 +1325,7 @@ class BatchNorm:
         Raises
         ------
         ValueError
-            For ddof=1 without `any_ddof`, update_rate=None, and domains.
+            For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
 
         Examples
         --------
@@ -1333,10 +1338,11 @@ class BatchNorm:
         inputs = {"scale": scale, "B": shift, "input_mean": mean, "input_var": var}
         return inputs, {"epsilon": self._eps, "momentum": _validate.rest(self._update_rate)}
 
-    def _exported(self, library: str, dtype: DTypeLike, any_ddof: bool) -> list[NDArray[Any]]:
+    def _exported(self, library: str, dtype: DTypeLike | None, any_ddof: bool) -> list[NDArray[Any]]:
         """Return gamma, beta, mean and var as fresh arrays of `dtype`, for a library that can take them."""
-        conventions.check_export(library, self._ddof, self._update_rate, self._domains, any_ddof)
-        wanted, statistics = conventions.floats(dtype), self._statistics[0]
+        parity = None if self._renorm is None else self._parity
+        conventions.check_export(library, self._ddof, self._update_rate, self._domains, parity, any_ddof)
+        wanted, statistics = conventions.floats(dtype, self._dtype), self._statistics[0]
         gamma = np.ones(self._channels) if self._gamma is None else self._gamma
         beta = np.zeros(self._channels) if self._beta is None else self._beta
         with np.errstate(all="ignore"):  # a statistic beyond float32 is an infinity there
