@@ -49,6 +49,19 @@ LAYOUTS = [
 ]
 
 
+def pytest_addoption(parser):
+    parser.addoption("--no-skips", action="store_true", help="a test that is skipped fails, as in CI")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item):
+    report = yield
+    if report.skipped and not hasattr(report, "wasxfail") and item.config.getoption("no_skips"):
+        *_, reason = report.longrepr
+        report.outcome, report.longrepr = "failed", f"{reason} (a failure under --no-skips)"
+    return report
+
+
 def pytest_report_header():
     facts = []
     for key, value in bn.show_config("dicts").items():
