@@ -171,6 +171,50 @@ def test_grad_sums_of_parts_about_the_merged_mean_add_up_to_those_of_the_whole(d
         assert_within("merge", "float64", total, getattr(expected, name), scale=np.abs(dy).sum() * 4)
 
 
+def test_adding_sums_loses_nothing_of_the_small_ones():
+    # Sums of 1e16 and 1: an addition in float64 alone rounds the 1 away, and the sums would depend on their order.
+    x = np.array([[-1.0], [1.0]])
+    _, saved = bn.batch_norm(x, eps=0.0)
+    large, small, opposite = (bn.grad_sums(np.array([[0.0], [v]]), saved) for v in (1e16, 1.0, -1e16))
+    for total in (large + small + opposite, small + (large + opposite), (opposite + small) + large):
+        assert total.sum_dy == total.sum_dy_xmu == [1.0]
+        assert total.count == [6.0]
+
+
+def test_adding_sums_keeps_what_float64_could_not_hold_of_each():
+    _, saved = bn.batch_norm(np.array([[-1.0], [1.0]]), eps=0.0)
+    up, down = (bn.grad_sums(np.array([[v], [1.0]]), saved) for v in (1e16, -1e16))
+    assert (up + down).sum_dy == [2.0]
+    assert (down + up).sum_dy_xmu == [2.0]
+
+
+def test_sums_of_other_values_than_the_moments_count_are_refused():
+    x, dy = np.random.default_rng(0).normal(size=(2, 6, 2))
+    _, whole = bn.batch_norm(x)
+    half = bn.grad_sums(dy[:3], dataclasses.replace(whole, x=x[:3]))
+    one_channel_less = bn.GradSums(np.array([6.0, 5.0]), bn.grad_sums(dy, whole)._table)
+    one_channel = bn.grad_sums(dy[:, :1], bn.batch_norm(x[:, :1])[1])
+    out = np.full_like(x, 7)
+    for sums in (half, one_channel_less, one_channel):
+        with pytest.raises(ValueError, match=r"^sums must count the values that saved\.moments count"):
+            bn.grad_input(dy, whole, sums, out=out)
+    assert (out == 7).all()
+    two_halves = half + bn.grad_sums(dy[3:], dataclasses.replace(whole, x=x[3:]))
+    np.testing.assert_allclose(
+        bn.grad_input(dy, whole, two_halves), bn.batch_norm_backward(dy, whole).dx, rtol=1e-12, atol=1e-13
+    )
+
+
+def test_sums_are_added_to_sums_of_as_many_channels_alone():
+    x = np.random.default_rng(0).normal(size=(6, 2))
+    sums, narrow = bn.grad_sums(x, bn.batch_norm(x)[1]), bn.grad_sums(x[:, :1], bn.batch_norm(x[:, :1])[1])
+    with pytest.raises(ValueError, match=r"^sums must have 2 channels to be added, got 1$"):
+        sums + narrow
+    with pytest.raises(TypeError, match="unsupported operand"):
+        sums + 1
+    assert repr(sums) == "GradSums(channels=2)"
+
+
 def channel_sums(values, axis):
     return values.astype(np.float64).sum(reference.other_axes(values, axis))
 

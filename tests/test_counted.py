@@ -171,6 +171,21 @@ def test_padding_says_what_y_and_dx_are_where_nothing_counts(shape, dtype, paddi
         assert (there[0] != 0).any()
 
 
+@pytest.mark.parametrize(
+    ("given", "default"), [("mask", "zero"), ("lengths", "zero"), ("weights", "normalize")]
+)
+def test_padding_is_zero_unless_weights_say_what_counts(given, default, dtype):
+    x = np.random.default_rng(0).normal(2, 1, size=(4, 3, 5)).astype(dtype)
+    lengths = np.array([5, 0, 2, 3])
+    mask = np.arange(5) < lengths[:, None]
+    value = {"mask": mask, "lengths": lengths, "weights": mask.astype(dtype)}[given]
+    y, saved = bn.batch_norm(x, **{given: value})
+    assert saved.part.padding == default
+    for padding in PADDINGS:
+        same = bn.batch_norm(x, **{given: value}, padding=padding)[0].tobytes() == y.tobytes()
+        assert same == (padding == default)
+
+
 @every_shape
 @pytest.mark.parametrize("padding", ["zero", "keep"])
 def test_normalize_with_a_mask_is_normalize_where_it_is_true(shape, dtype, padding):
@@ -194,7 +209,15 @@ def test_normalize_with_a_mask_is_normalize_where_it_is_true(shape, dtype, paddi
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis", "steps"), [((5, 4, 9), 1, 2), ((5, 9, 4), -1, 1), ((5, 9, 2, 4), 3, 1)]
+    ("shape", "axis", "steps"),
+    [
+        ((5, 4, 9), 1, 2),
+        ((5, 9, 4), -1, 1),
+        ((5, 4, 9, 2), 1, 2),
+        ((5, 9, 4, 2), 2, 1),
+        ((5, 9, 2, 4), 3, 1),
+    ],
+    ids=str,
 )
 def test_lengths_are_the_mask_of_the_first_steps(shape, axis, steps, dtype):
     rng = np.random.default_rng(0)

@@ -188,6 +188,16 @@ def test_a_thousand_ghosts_add_up_as_exactly_as_one(dtype):
     np.testing.assert_allclose(dbeta, expected, rtol=0, atol=2.0**-52 * np.abs(expected).max() + 1e-12)
 
 
+def test_the_sums_of_ghosts_are_rounded_to_the_dtype_of_gamma_once():
+    # The ghosts have sums of 2^24 + 1 and -2^24: each rounded to float32 first, they would add up to 0.
+    x = np.tile(np.array([[-1.0], [1.0]], np.float32), (2, 1))
+    dy = np.array([[0.0], [2.0**24 + 1], [0.0], [-(2.0**24)]])
+    _, saved = bn.ghost_batch_norm(x.astype(np.float64), np.ones(1, np.float32), ghost_size=2, eps=0.0)
+    _, dgamma, dbeta = bn.ghost_batch_norm_backward(dy, saved)
+    assert dgamma == dbeta == [1.0]
+    assert dgamma.dtype == dbeta.dtype == np.float32
+
+
 GRADIENT_SHAPE = (5, 3, 2)  # ghosts of 2, 2 and 1 samples
 
 

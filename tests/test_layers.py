@@ -733,6 +733,38 @@ def test_repr_is_the_call_that_builds_the_layer(settings, text):
     assert repr(eval(text, {"BatchNorm": bn.BatchNorm})) == text
 
 
+EVERY_SETTING = {
+    "axis": -1,
+    "eps": 0.25,
+    "update_rate": 0.5,
+    "ddof": 0,
+    "gamma": False,
+    "beta": False,
+    "dtype": np.dtype(np.float16),
+    "debias": True,
+    "nonfinite": "skip",
+    "single_value": "use_running",
+    "domains": 2,
+    "ghost_size": 4,
+    "renorm": bn.RenormSchedule.torchrl(3),
+    "parity": "keras",
+    "activation": "relu",
+    "num_threads": 2,
+}
+
+
+@pytest.mark.parametrize("name", EVERY_SETTING)
+def test_a_layer_built_from_the_repr_of_another_has_its_settings(name):
+    given = {name: EVERY_SETTING[name]} | ({"renorm": EVERY_SETTING["renorm"]} if name == "parity" else {})
+    layer = bn.BatchNorm(3, **given)
+    other = eval(repr(layer), vars(bn))
+    for setting in EVERY_SETTING:
+        if setting not in ("gamma", "beta"):
+            assert getattr(other, setting) == getattr(layer, setting)
+    assert (other.gamma is None, other.beta is None) == (name == "gamma", name == "beta")
+    assert repr(other) == repr(layer)
+
+
 @pytest.mark.parametrize("name", ["channels", "axis", "eps", "update_rate", "ddof", "dtype", "training"])
 def test_settings_are_fixed_at_construction(name):
     layer = bn.BatchNorm(3)

@@ -113,6 +113,43 @@ def test_a_gamma_that_cannot_be_inverted_is_refused_by_its_channel_and_nothing_i
     assert (x == before).all()
 
 
+@pytest.mark.parametrize("sign", [-1, 1])
+@pytest.mark.parametrize("end", ["least", "most"])
+def test_gamma_is_taken_up_to_the_ends_of_its_range_and_not_beyond(dtype, end, sign):
+    exponent = {"float32": 126, "float64": 150}[dtype.name]
+    last = sign * 2.0 ** (exponent if end == "most" else -exponent)
+    beyond = np.nextafter(last, sign * np.inf if end == "most" else 0.0)
+    x = np.random.default_rng(0).normal(size=(8, 1)).astype(dtype)
+    before = x.copy()
+    with pytest.raises(ValueError, match=r"^gamma must have absolute values from .* got .* in channel 0$"):
+        bn.batch_norm_inplace(x, np.array([beyond]))
+    assert (x == before).all()
+    y, saved = bn.batch_norm_inplace(x, np.array([last]))
+    assert np.isfinite(y).all()
+    dy = np.random.default_rng(1).normal(size=(8, 1)).astype(dtype)
+    expected = bn.batch_norm_backward(dy, bn.batch_norm(before)[1])  # dgamma does not depend on gamma
+    np.testing.assert_allclose(
+        bn.batch_norm_inplace_backward(dy, saved).dgamma, expected.dgamma, rtol=64 * UNIT_ROUNDOFF[dtype.name]
+    )
+
+
+def test_beta_is_taken_up_to_1024_times_gamma_and_not_beyond():
+    x = np.random.default_rng(0).normal(size=(8, 2))
+    gamma, beta = np.array([1.0, -0.5]), np.array([-1024.0, 512.0])
+    bn.batch_norm_inplace(x.copy(), gamma, beta)
+    for c in range(2):
+        far = beta.copy()
+        far[c] = np.nextafter(far[c], np.sign(far[c]) * np.inf)
+        with pytest.raises(ValueError, match=rf"^gamma must be at least abs\(beta\)/1024 .* in channel {c}$"):
+            bn.batch_norm_inplace(x, gamma, far)
+
+
+def test_values_of_16_bits_are_refused_as_their_y_has_lost_too_much():
+    x = np.ones((4, 2), np.float16)
+    with pytest.raises(TypeError, match=r"^x must have dtype float32 or float64 for a backward pass from y"):
+        bn.batch_norm_inplace(x)
+
+
 def test_a_read_only_x_is_refused_by_its_own_name():
     x = np.zeros((4, 2))
     x.flags.writeable = False

@@ -248,6 +248,20 @@ def test_r_and_d_follow_replaced_moments():
     assert (dataclasses.replace(whole, moments=whole.moments).d == whole.d).all()
 
 
+def test_a_running_variance_of_zero_is_never_rounded_below_it():
+    # sigma is sqrt(eps) before and after, so that sigma^2 - eps is what rounding leaves, of either sign.
+    x, rates = np.ones((4, 2)), np.linspace(0.05, 0.95, 19)
+    below = 0
+    for eps in (1e-5, 3e-4, 1e-3, 0.7):
+        _, saved = bn.batch_renorm(x, [1.0, 1.0], [0.0, 0.0], **LIMITS, eps=eps)
+        for rate in rates:
+            sigma = (1 - rate) * np.sqrt(eps) + rate * np.sqrt(eps)
+            below += sigma * sigma < eps
+            _, var = bn.renorm_update_running([1.0, 1.0], [0.0, 0.0], saved, update_rate=rate)
+            assert (var == max(sigma * sigma - eps, 0.0)).all()
+    assert below > 0
+
+
 # ---- schedules ----
 
 
