@@ -107,10 +107,22 @@ def test_a_negative_variance_is_an_error():
     ]
 
 
-@pytest.mark.parametrize(("var", "found"), [(0.0, True), (1e-5, True), (1.1e-5, False)])
+def above(value):
+    return float(np.nextafter(value, np.inf))
+
+
+def below(value):
+    return float(np.nextafter(value, -np.inf))
+
+
+@pytest.mark.parametrize(("var", "found"), [(0.0, True), (1e-5, True), (above(1e-5), False)])
 def test_a_variance_of_no_more_than_eps_has_vanished(var, found):
     layer = with_state(healthy(), running_var=(1, var))
     assert (("vanishing_variance", (1,)) in kinds(layer)) == found
+
+
+def test_a_variance_that_nothing_has_updated_has_not_vanished():
+    assert kinds(bn.BatchNorm(C, eps=2)) == []
 
 
 @pytest.mark.parametrize(
@@ -132,23 +144,60 @@ def test_what_float16_cannot_hold_is_found(entries, what):
     assert any(text.startswith(what) for text in texts)
 
 
-def test_float16_findings_agree_with_float16():
-    values = np.array([65504.0, 65520.0, 2.0**-14, 2.0**-15])
+# Half a spacing beyond the largest float16 is where rounding gives infinity, and below the least normal one is where it
+# gives a subnormal.
+@pytest.mark.parametrize("value", [65504.0, below(65520.0), 65520.0, 1e300])
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("name", ["running_mean", "running_var", "scale", "offset"])
+def test_what_is_beyond_float16_is_what_float16_makes_infinite(name, value, sign):
+    mean, var, gamma, beta = 0.0, 1.0, 1.0, 0.0
+    if name == "running_mean":
+        mean = sign * value
+    elif name == "running_var":
+        var = value
+    elif name == "scale":
+        gamma = sign * value
+    else:
+        beta = sign * value
+    layer = bn.BatchNorm(1, eps=0.0, dtype=np.float64)
+    layer.load_state_dict(
+        {"gamma": np.array([gamma]), "beta": np.array([beta])}
+        | {"running_mean": np.array([mean]), "running_var": np.array([var]), "update_count": 1}
+    )
     with np.errstate(over="ignore"):
-        stored = values.astype(np.float16)
-    assert np.isinf(stored).tolist() == [False, True, False, False]
-    assert (stored < np.finfo(np.float16).smallest_normal).tolist() == [False, False, False, True]
+        infinite = bool(np.isinf(np.float64(value).astype(np.float16)))
+    found = [f.text.split()[0] for f in layer.report() if f.kind == "float16" and "beyond" in f.text]
+    assert (name in found) == infinite
 
 
-@pytest.mark.parametrize(("gamma", "found"), [(0.0, True), (9e-4, True), (2e-3, False), (-2e-3, False)])
-def test_a_gamma_far_below_the_others_is_dead(gamma, found):
-    layer = with_state(healthy(), gamma=(3, gamma))
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize("value", [2.0**-14, 2.0**-14 * (1 - 2.0**-11), below(2.0**-14 * (1 - 2.0**-11)), 0])
+def test_a_scale_is_subnormal_where_float16_makes_it_so(value, sign):
+    layer = bn.BatchNorm(2, eps=0.0, dtype=np.float64)
+    layer.gamma[1] = sign * value
+    stored = np.float64(value).astype(np.float16)
+    subnormal = bool(0 < stored < np.finfo(np.float16).smallest_normal)
+    found = [f.channels for f in layer.report() if f.text.startswith("scale is subnormal")]
+    assert found == [(1,)] * subnormal
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("gamma", "found"), [(0.0, True), (below(1e-3), True), (1e-3, False)])
+def test_a_gamma_below_a_thousandth_of_the_median_is_dead(gamma, found, sign):
+    layer = with_state(bn.BatchNorm(C, dtype=np.float64), gamma=(3, sign * gamma))
     assert (("dead", (3,)) in kinds(layer)) == found
 
 
-@pytest.mark.parametrize(("beta", "found"), [(-4.1, True), (-3.9, False)])
-def test_a_channel_that_a_relu_would_silence_is_dead(beta, found):
-    layer = with_state(healthy(), beta=(0, beta))
+def test_gammas_that_are_all_zero_are_dead_though_none_is_below_the_others():
+    layer = bn.BatchNorm(C)
+    layer.gamma[...] = 0
+    assert kinds(layer) == [("dead", (0, 1, 2, 3))]
+
+
+@pytest.mark.parametrize(("beta", "found"), [(below(-4.0), True), (-4.0, False)])
+@pytest.mark.parametrize("gamma", [1.0, -1.0])
+def test_a_channel_that_a_relu_would_silence_is_dead(beta, gamma, found):
+    layer = with_state(bn.BatchNorm(C, dtype=np.float64), beta=(0, beta), gamma=(0, gamma))
     assert (("dead_relu", (0,)) in kinds(layer)) == found
 
 
@@ -163,12 +212,88 @@ def test_a_batch_unlike_the_running_statistics_has_drifted(shift, scale, expecte
     assert kinds(layer) == expected
 
 
+def seen_beside(var, batch, *, update_rate=0.0, update_count=10**6):
+    """Give what the report finds of a batch beside a running mean of 0 and that running variance."""
+    layer = bn.BatchNorm(1, update_rate=update_rate, ddof=0)
+    state = {"running_mean": np.zeros(1), "running_var": np.array([var]), "update_count": update_count}
+    layer.load_state_dict(layer.state_dict() | state)
+    layer(batch, use_stats="batch", update_stats=False)
+    return {finding.kind: finding.text for finding in layer.report()}
+
+
+def of_mean(mean, n):
+    """Give n values, half of them 1 above the mean and half 1 below."""
+    return (mean + np.tile([1.0, -1.0], n // 2))[:, None]
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+@pytest.mark.parametrize(("mean", "found"), [(0.5, True), (0.4999, False)])
+def test_a_mean_drifts_from_half_a_standard_deviation_on(mean, found, sign):
+    assert ("mean_drift" in seen_beside(1.0, of_mean(sign * mean, 400))) == found
+
+
+@pytest.mark.parametrize(("mean", "found"), [(2.5, True), (2.4999, False)])
+def test_a_mean_drifts_from_five_standard_errors_on(mean, found):
+    assert ("mean_drift" in seen_beside(1.0, of_mean(mean, 4))) == found
+
+
+@pytest.mark.parametrize(
+    ("var", "found"), [(0.5, True), (above(0.5), False), (2.0, True), (below(2.0), False)]
+)
+def test_a_variance_drifts_from_a_factor_of_two_on(var, found):
+    assert ("variance_drift" in seen_beside(var, of_mean(0.0, 10_000))) == found
+
+
+@pytest.mark.parametrize(("factor", "found"), [(1.001, True), (0.999, False)])
+def test_a_variance_drifts_from_five_standard_errors_on(factor, found):
+    share = 2 / (9 * (10 - 1))  # Wilson and Hilferty: the cube root has mean 1 - share and variance share
+    ratio = (1 - share + 5 * np.sqrt(share)) ** 3
+    assert ratio > 2
+    assert ("variance_drift" in seen_beside(1 / (ratio * factor), of_mean(0.0, 10))) == found
+
+
+def test_drift_allows_for_the_noise_of_the_running_mean():
+    # A mean of batches of n with weights r(1 - r)^k has variance r/(2 - r)/n; the batch itself has taken a share of r.
+    text = seen_beside(1.0, of_mean(2.0, 4), update_rate=0.5)["mean_drift"]
+    assert f"{2 / (1 - 0.5) / np.sqrt((1 + 0.5 / 1.5) / 4):+.3g} standard errors" in text
+
+
+def test_statistics_that_are_those_of_the_last_batch_cannot_drift():
+    layer = bn.BatchNorm(1, update_rate=1.0)
+    layer(of_mean(0.0, 400))
+    layer(of_mean(9.0, 400), update_stats=False)
+    assert kinds(layer) == []
+
+
+def test_a_running_variance_of_zero_has_no_standard_errors():
+    assert not [kind for kind in seen_beside(0.0, of_mean(9.0, 400)) if "drift" in kind]
+
+
 def test_drift_is_told_in_standard_errors():
     layer, x = bn.BatchNorm(1, update_rate=0), np.tile([[9.0], [11.0]], (50, 1))
     layer(x)  # mean 10 against 0, n = 100: 10 / sqrt(1/100) standard errors
     (finding,) = layer.report()
     assert finding.kind == "mean_drift"
     assert "+100 standard errors" in finding.text
+
+
+@pytest.mark.parametrize(
+    ("rate", "n", "updates"), [(1.0, 200, 1), (1.0, 200, 9), (0.01, 50, 4), (None, 50, 4)]
+)
+def test_two_hundred_values_are_enough_and_fewer_are_few(rate, n, updates):
+    rng, found = np.random.default_rng(0), []
+    for size in (n, n - 1):
+        layer = bn.BatchNorm(1, update_rate=rate)
+        for _ in range(updates):
+            layer(rng.normal(size=(size, 1)))
+        found.append("few_values" in dict(kinds(layer)))
+    assert found == [False, True]
+
+
+def test_statistics_that_never_change_do_not_average_few_values():
+    layer = bn.BatchNorm(1, update_rate=0.0)
+    layer(of_mean(0.0, 4))
+    assert "few_values" not in dict(kinds(layer))
 
 
 @pytest.mark.parametrize(

@@ -164,9 +164,9 @@ def statistics_findings(
     scale = _wide(gamma, 1.0, len(mean)) / np.sqrt(total)
     offset = _wide(beta, 0.0, len(mean)) - np.where(good, mean, 0.0) * scale
     for name, values in (("running_mean", mean), ("running_var", var), ("scale", scale), ("offset", offset)):
-        beyond = good & (np.abs(values) > _FLOAT16_MAX)
+        beyond = good & np.isinf(values.astype(np.float16))
         _add(found, "float16", beyond, f"{name} is beyond float16's {_FLOAT16_MAX:g}", domain)
-    low = good & (scale != 0) & (np.abs(scale) < _FLOAT16_NORMAL)
+    low = good & (scale != 0) & (np.abs(scale.astype(np.float16)) < _FLOAT16_NORMAL)
     _add(found, "float16", low, "scale is subnormal in float16", domain)
     return found
 
