@@ -4,11 +4,13 @@ The hostile files are built here, from the bytes up. Each must be refused with a
 wrong, change nothing in the layer that tried to load it, and cost no more memory than a good file would.
 """
 
+import errno
 import io
 import os
 import pickle
 import re
 import signal
+import stat
 import struct
 import subprocess
 import sys
@@ -164,6 +166,107 @@ def test_a_symbolic_link_is_followed_and_stays_one(tmp_path):
     bn.BatchNorm(C).load(tmp_path / "target")
 
 
+@pytest.mark.parametrize("relative", [True, False])
+def test_a_link_to_a_link_to_no_file_yet_makes_that_file(relative, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "folder" / "inner").symlink_to("target" if relative else tmp_path / "folder" / "target")
+    (tmp_path / "link").symlink_to("folder/inner" if relative else tmp_path / "folder" / "inner")
+    layer_with_state().save(tmp_path / "link")
+    assert (tmp_path / "link").is_symlink()
+    assert sorted(p.name for p in (tmp_path / "folder").iterdir()) == ["inner", "target"]
+    bn.BatchNorm(C).load(tmp_path / "folder" / "target")
+
+
+@pytest.mark.parametrize("method", ["save", "load"])
+def test_a_loop_of_links_is_an_os_error_and_stays(method, tmp_path):
+    (tmp_path / "a").symlink_to("b")
+    (tmp_path / "b").symlink_to("a")
+    with pytest.raises(OSError) as caught:
+        getattr(bn.BatchNorm(C), method)(tmp_path / "a")
+    assert caught.value.errno == errno.ELOOP
+    assert [(p.name, p.is_symlink()) for p in sorted(tmp_path.iterdir())] == [("a", True), ("b", True)]
+
+
+def test_all_names_of_a_file_get_the_new_state(tmp_path):
+    bn.BatchNorm(100_000).save(tmp_path / "layer.npz")  # a larger one: its rest must go
+    (tmp_path / "other").hardlink_to(tmp_path / "layer.npz")
+    layer_with_state().save(tmp_path / "layer.npz")
+    layer_with_state().save(tmp_path / "alone")
+    assert (tmp_path / "other").samefile(tmp_path / "layer.npz")
+    assert (tmp_path / "other").read_bytes() == (tmp_path / "alone").read_bytes()
+
+
+# ---- permissions ------------------------------------------------------------------------------------------
+
+posix_only = pytest.mark.skipif(os.name != "posix", reason="has no such permissions")
+
+
+@pytest.fixture
+def umask():
+    """Set the umask of the process until the test ends."""
+    before = os.umask(0o022)
+    yield os.umask
+    os.umask(before)
+
+
+def permissions(path):
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+@posix_only
+@pytest.mark.parametrize("mode", [0o600, 0o640, 0o666, 0o644])
+@pytest.mark.parametrize("through", ["file", "symbolic_link", "hard_link"])
+def test_a_file_that_is_saved_again_keeps_its_permissions(mode, through, tmp_path, umask):
+    umask(0o022)
+    bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    (tmp_path / "layer.npz").chmod(mode)
+    (tmp_path / "symbolic_link").symlink_to("layer.npz")
+    if through == "hard_link":
+        (tmp_path / "hard_link").hardlink_to(tmp_path / "layer.npz")
+    layer_with_state().save(tmp_path / ("layer.npz" if through == "file" else through))
+    assert permissions(tmp_path / "layer.npz") == mode
+
+
+@posix_only
+@pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
+def test_a_new_file_has_the_permissions_of_the_umask(mask, mode, tmp_path, umask):
+    umask(mask)
+    bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    assert permissions(tmp_path / "layer.npz") == mode
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 1)() != 0, reason="only root may give files away")
+def test_a_file_that_root_saves_again_keeps_its_owner(tmp_path):
+    bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    os.chown(tmp_path / "layer.npz", 12345, 23456)
+    layer_with_state().save(tmp_path / "layer.npz")
+    status = (tmp_path / "layer.npz").stat()
+    assert (status.st_uid, status.st_gid) == (12345, 23456)
+
+
+@posix_only
+@pytest.mark.parametrize(("mode", "left"), [(0o640, 0o600), (0o664, 0o644), (0o600, 0o600)])
+def test_what_a_group_may_is_not_given_to_another(mode, left, tmp_path, monkeypatch):
+    bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    (tmp_path / "layer.npz").chmod(mode)
+    monkeypatch.setattr(os, "chown", not_permitted)
+    layer_with_state().save(tmp_path / "layer.npz")
+    assert permissions(tmp_path / "layer.npz") == left
+
+
+@pytest.mark.skipif(getattr(os, "geteuid", lambda: 0)() == 0, reason="root may write to everything")
+def test_a_file_that_may_not_be_written_is_an_os_error(tmp_path):
+    bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    before = (tmp_path / "layer.npz").read_bytes()
+    (tmp_path / "layer.npz").chmod(0o444)
+    with pytest.raises(PermissionError):
+        layer_with_state().save(tmp_path / "layer.npz")
+    assert (tmp_path / "layer.npz").read_bytes() == before
+
+
+# ---- what is no file --------------------------------------------------------------------------------------
+
+
 @pytest.mark.parametrize("method", ["save", "load"])
 def test_a_path_of_another_type_is_refused(method):
     with pytest.raises(TypeError, match=r"^path must be a str or os.PathLike, got int$"):
@@ -188,6 +291,33 @@ def test_a_pipe_is_refused_without_waiting(tmp_path):
         bn.BatchNorm(C).load(tmp_path / "pipe")
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+def test_a_pipe_is_not_even_opened(tmp_path, monkeypatch):
+    os.mkfifo(tmp_path / "pipe")
+    monkeypatch.setattr(os, "open", lambda *_: pytest.fail("was opened"))
+    for method in ("save", "load"):
+        with pytest.raises(ValueError):
+            getattr(bn.BatchNorm(C), method)(tmp_path / "pipe")
+
+
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="no named pipes here")
+@pytest.mark.parametrize("through", ["itself", "link"])
+@pytest.mark.parametrize("kind", ["pipe", "device"])
+def test_a_pipe_and_a_device_are_not_replaced(kind, through, tmp_path):
+    mode = {"pipe": stat.S_IFIFO, "device": stat.S_IFCHR}[kind]
+    try:  # a device of one's own: where the test fails, it is replaced
+        os.mknod(tmp_path / "itself", mode | 0o600, os.makedev(1, 3))
+    except PermissionError:
+        pytest.skip("only root may make devices")
+    (tmp_path / "link").symlink_to("itself")
+    before = (tmp_path / "itself").stat()
+    text = rf"^path must be that of a regular file or of none, got {kind[0].replace('d', 'c')}rw-------$"
+    with pytest.raises(ValueError, match=text):
+        bn.BatchNorm(C).save(tmp_path / through)
+    assert (tmp_path / "itself").stat() == before
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["itself", "link"]
+
+
 @pytest.mark.skipif(not Path("/dev/zero").exists(), reason="no /dev/zero here")
 def test_an_endless_device_is_refused():
     with pytest.raises(ValueError, match=r"^file must be a regular file, got c"):
@@ -195,6 +325,10 @@ def test_an_endless_device_is_refused():
 
 
 # ---- saving is all or nothing -----------------------------------------------------------------------------
+
+
+def not_permitted(*_):
+    raise PermissionError(1, "Operation not permitted")
 
 
 def no_space(*_):
@@ -205,17 +339,57 @@ def interrupted(*_):
     raise KeyboardInterrupt
 
 
+def files(folder):
+    return {p.name: p.read_bytes() for p in folder.iterdir()}
+
+
 @pytest.mark.parametrize("failure", [no_space, interrupted])
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 @pytest.mark.parametrize("old", [True, False])
 def test_a_save_that_fails_leaves_the_old_file_and_no_other(step, failure, old, tmp_path, monkeypatch):
     if old:
         bn.BatchNorm(C).save(tmp_path / "layer.npz")
-    before = {p.name: p.read_bytes() for p in tmp_path.iterdir()}
+    before = files(tmp_path)
     monkeypatch.setattr(os, step, failure)
     with pytest.raises((OSError, KeyboardInterrupt)):
         layer_with_state().save(tmp_path / "layer.npz")
-    assert {p.name: p.read_bytes() for p in tmp_path.iterdir()} == before
+    assert files(tmp_path) == before
+
+
+@pytest.mark.parametrize("failure", [no_space, interrupted])
+@pytest.mark.parametrize("channels", [1, C, 1000])
+def test_a_save_in_place_that_fails_puts_the_old_bytes_back(channels, failure, tmp_path, monkeypatch):
+    bn.BatchNorm(channels).save(tmp_path / "layer.npz")
+    (tmp_path / "other").hardlink_to(tmp_path / "layer.npz")
+    before = files(tmp_path)
+    monkeypatch.setattr(os, "fsync", failure)  # when all new bytes are there
+    with pytest.raises((OSError, KeyboardInterrupt)):
+        layer_with_state().save(tmp_path / "layer.npz")
+    assert files(tmp_path) == before
+    assert (tmp_path / "other").samefile(tmp_path / "layer.npz")
+
+
+@posix_only
+@pytest.mark.parametrize("old", ["none", "one_name", "two_names"])
+@pytest.mark.parametrize("room", [0, 100, 20_000])
+def test_a_file_that_finds_no_room_leaves_the_old_one_and_no_other(old, room, tmp_path):
+    # A limit of the system on the size of files: writing stops in the middle, as on a disk that is full.
+    if old != "none":
+        bn.BatchNorm(1000).save(tmp_path / "layer.npz")
+    if old == "two_names":
+        (tmp_path / "other").hardlink_to(tmp_path / "layer.npz")
+    before = files(tmp_path)
+    program = (
+        "import resource, sys, batchnorm\n"
+        f"resource.setrlimit(resource.RLIMIT_FSIZE, ({room}, resource.RLIM_INFINITY))\n"
+        "try:\n"
+        "    batchnorm.BatchNorm(1000, ddof=0).save(sys.argv[1])\n"
+        "except OSError as error:\n"
+        "    sys.exit(error.errno)\n"
+    )
+    process = subprocess.run([sys.executable, "-c", program, tmp_path / "layer.npz"], timeout=60, check=False)
+    assert process.returncode == errno.EFBIG
+    assert files(tmp_path) == before
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="no SIGKILL here")

@@ -952,14 +952,21 @@ class BatchNorm:
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to the file `path` (.npz, no pickle), all or nothing.
 
-        The path is used as it is: no suffix is added. The file holds state, not settings.
+        The path is used as it is: no suffix is added, links are followed. A file that is there keeps its permissions, a
+        new one has those of the umask.
 
         Raises
         ------
         ValueError
-            For what `load` would refuse: NaN or infinity in a parameter or a running statistic.
+            For what `load` would refuse: NaN or infinity in a parameter or a running statistic, and a path of what is no
+            file (a pipe, a device).
         OSError
             Where the file cannot be written. An old file is as it was, whatever is raised.
+
+        Notes
+        -----
+        A new file takes the place of the old one, so that nobody sees half of it; one of several hard links is written
+        in place, where a process that is killed can leave half.
 
         Examples
         --------

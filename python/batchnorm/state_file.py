@@ -12,6 +12,7 @@ expected.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
 import os
 import re
@@ -19,13 +20,16 @@ import stat
 import struct
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _validate_state
 from batchnorm._validate_state import Entry, malformed
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 FORMAT_VERSION = 1
 
@@ -56,21 +60,30 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
 
     Parameters
     ----------
-    path : used as it is (no ``.npz`` is added); a symbolic link is followed. An existing file is replaced.
+    path : used as it is (no ``.npz`` is added). A symbolic link is followed to the file it means. A file that is there
+        is replaced by one of the same permissions and, as far as this process may, owner and group; a new one has those
+        of the umask.
     state : names to arrays of plain numbers. Equal states give equal bytes.
 
     Raises
     ------
     TypeError
         For a path of another type.
+    ValueError
+        For a path of what is no file: a pipe, a socket, a device.
     OSError
-        Where the file cannot be written.
+        Where the file cannot be written: no room, no permission (to write the file and its directory), a directory, a
+        loop of links.
 
     Notes
     -----
     The bytes go to a new file in the same directory, are flushed to the disk, and only then take the name
     `path`. A call that raises leaves the old file as it was and no other file behind; a process that is
     killed leaves the old or the new file, and at worst a ``.batchnorm-*.tmp`` beside it.
+
+    A file of several names (hard links) is written in place instead, since its other names would else keep the old
+    state. A call that raises puts the old bytes back. Only a process that is killed, or a power cut, can leave a file
+    that is neither, and `read_state` refuses that one.
 
     Memory: twice the state. Threads: any; of several writers of one path, one whole file wins.
 
@@ -83,25 +96,12 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
     ['format_version', 'running_mean']
 
     """
-    # pathlib and zipfile would take half of the package's import time, and most processes save nothing.
-    from pathlib import Path
-
-    target = Path(os.path.realpath(_validate_state.path(path)))
+    target, old = _target(_validate_state.path(path))
     content = _encode({_VERSION_NAME: np.array(FORMAT_VERSION, np.int64), **state})
-
-    temporary = target.with_name(f".batchnorm-{os.urandom(8).hex()}.tmp")
-    file = temporary.open("xb")  # fails rather than take another's file; the permissions are the umask's
-    try:
-        with file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(target)
-    except BaseException:
-        with contextlib.suppress(OSError):
-            temporary.unlink()
-        raise
-    _sync_directory(str(target.parent))
+    if old is not None and old.st_nlink > 1:
+        _overwrite(target, content)
+    else:
+        _replace(target, old, content)
 
 
 def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
@@ -153,8 +153,84 @@ def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> di
 # ---- writing ---------------------------------------------------------------------------------------------
 
 
+def _target(path: str) -> tuple[Path, os.stat_result | None]:
+    """Return the file that `path` means, links followed, and what is known of it; None where there is none yet."""
+    from pathlib import Path  # here and not above: most processes save nothing, and it takes long to import
+
+    target = Path(os.path.realpath(path))
+    try:
+        old = Path(path).stat()  # an OSError for a loop of links, which realpath lets through
+    except FileNotFoundError:
+        return target, None
+    if stat.S_ISDIR(old.st_mode):
+        raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
+    if not stat.S_ISREG(old.st_mode):
+        raise malformed("path", "be that of a regular file or of none", stat.filemode(old.st_mode))
+    # A rename would not ask whether the file may be written.
+    os.close(_open_without_waiting(os.fspath(target), os.O_WRONLY))
+    return target, old
+
+
+def _replace(target: Path, old: os.stat_result | None, content: bytes) -> None:
+    """Let a new file take the name `target`, with what `old` had of owner and permissions."""
+    temporary = target.with_name(f".batchnorm-{os.urandom(8).hex()}.tmp")
+    # O_EXCL: rather fail than take another's file. Its permissions are the umask's, or the owner's alone until it gets
+    # those of the old one.
+    how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
+    descriptor = os.open(temporary, how, 0o666 if old is None else 0o600)
+    try:
+        with os.fdopen(descriptor, "wb") as file:
+            file.write(content)
+            file.flush()
+            if old is not None:
+                _take_after(temporary, old)
+            os.fsync(descriptor)
+        temporary.replace(target)
+    except BaseException:
+        with contextlib.suppress(OSError):
+            temporary.unlink()
+        raise
+    _sync_directory(target.parent)
+
+
+def _take_after(path: Path, old: os.stat_result) -> None:
+    """Give a file the owner, group and permissions of another, as far as this process may."""
+    mode = stat.S_IMODE(old.st_mode)
+    if hasattr(os, "chown"):
+        try:
+            os.chown(path, old.st_uid, old.st_gid)
+        except OSError:
+            mode &= 0o777
+            try:
+                os.chown(path, -1, old.st_gid)
+            except OSError:  # the permissions of the old group are not meant for ours
+                mode = (mode & 0o707) | (mode & 0o007) << 3
+    path.chmod(mode)
+
+
+def _overwrite(target: Path, content: bytes) -> None:
+    """Write a file in place; put its old bytes back where that fails."""
+    with target.open("r+b", buffering=0) as file:
+        old = file.read()
+        try:
+            _write_from_start(file, content)
+        except BaseException:
+            with contextlib.suppress(OSError):
+                _write_from_start(file, old)
+            raise
+
+
+def _write_from_start(file: io.FileIO, content: bytes) -> None:
+    file.seek(0)
+    rest = memoryview(content)
+    while rest:
+        rest = rest[file.write(rest) :]
+    file.truncate()
+    os.fsync(file.fileno())
+
+
 def _encode(state: Mapping[str, NDArray[Any]]) -> bytes:
-    import zipfile  # here and not above: see write_state
+    import zipfile  # here and not above, as pathlib is
 
     content = io.BytesIO()
     with zipfile.ZipFile(content, "w", zipfile.ZIP_STORED) as archive:
@@ -169,7 +245,7 @@ def _encode(state: Mapping[str, NDArray[Any]]) -> bytes:
     return content.getvalue()
 
 
-def _sync_directory(directory: str) -> None:
+def _sync_directory(directory: Path) -> None:
     """Make a rename survive a power cut, where the system can. The file itself is whole either way."""
     if os.name != "posix":
         return
@@ -185,14 +261,22 @@ def _sync_directory(directory: str) -> None:
 
 
 def _read_bounded(path: str, array_bytes: int) -> bytes:
+    from pathlib import Path
+
     limit = array_bytes + _OVERHEAD_BYTES
+    _refuse_devices(Path(path).stat())  # before it is opened, which could empty a pipe or wind a tape
     with open(path, "rb", opener=_open_without_waiting) as file:
         status = os.fstat(file.fileno())
-        if not stat.S_ISREG(status.st_mode):
-            raise malformed("file", "be a regular file", stat.filemode(status.st_mode))
+        _refuse_devices(status)
         if status.st_size > limit:
             raise malformed("file", f"have at most {limit} bytes for this state", status.st_size)
         return file.read(limit)
+
+
+def _refuse_devices(status: os.stat_result) -> None:
+    """Refuse what is no file. A directory is left to open(), whose error names it."""
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise malformed("file", "be a regular file", stat.filemode(status.st_mode))
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
