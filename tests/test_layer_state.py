@@ -463,7 +463,15 @@ def test_renorm_updates_only_as_it_corrects():
 
 def points_of_failure():
     """Give the functions that a call of a layer goes through, by the names it knows them by."""
-    names = ["batch_norm", "normalize", "moments", "update_running", "partial", "_updated_statistics"]
+    names = [
+        "batch_norm",
+        "normalize",
+        "moments",
+        "update_running",
+        "partial",
+        "_new_state",
+        "_updated_statistics",
+    ]
     return [(layers, name) for name in names] + [(_core, "first_nonfinite"), (warnings, "warn")]
 
 

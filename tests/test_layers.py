@@ -85,7 +85,7 @@ def snapshot(layer):
     """Everything about a layer that a failing call could have changed, as comparable values."""
     gradients = [None if g is None else g.tobytes() for g in (layer.dgamma, layer.dbeta)]
     state = {name: (value.dtype, value.shape, value.tobytes()) for name, value in layer.state_dict().items()}
-    return state, gradients, layer.training, layer.update_count, repr(layer), id(layer._last_call)
+    return state, gradients, layer.training, layer.update_count, repr(layer), id(layer._state.call)
 
 
 # ---- forward ----------------------------------------------------------------------------------------------
@@ -593,7 +593,7 @@ def test_running_out_of_memory_in_backward_changes_nothing(monkeypatch):
 
 def test_an_update_changes_none_of_its_arguments():
     layer, batch = trained_layer(update_rate=0.5), bn.moments(normal(4, 3))
-    (statistics,) = layer._statistics
+    (statistics,) = layer._state.statistics
     before = (statistics.mean.tobytes(), statistics.var.tobytes(), batch.mean.tobytes(), batch.m2.tobytes())
     layers._updated_statistics(statistics, batch, 0.5, 1)
     assert before == (

@@ -100,8 +100,8 @@ def test_a_batch_that_was_skipped_is_found():
 
 def test_a_negative_variance_is_an_error():
     layer = healthy()
-    var = layer._statistics[0].var
-    layer._statistics[0].var = np.where(np.arange(C) == 2, -1.0, var)  # as no call can leave it
+    var = layer._state.statistics[0].var
+    layer._state.statistics[0].var = np.where(np.arange(C) == 2, -1.0, var)  # as no call can leave it
     assert [(f.severity, f.channels) for f in layer.report() if f.kind == "negative_variance"] == [
         ("error", (2,))
     ]
@@ -379,10 +379,15 @@ def test_extreme_statistics_raise_no_warning():
 
 
 @pytest.mark.parametrize("use", ["batch", "running"])
-@pytest.mark.parametrize("name", ["partial", "update_running"])
+@pytest.mark.parametrize("name", ["_updated_statistics", "update_running"])
 def test_a_call_that_fails_leaves_the_report(monkeypatch, name, use):
     layer = healthy()
-    before = layer.report(), layer._batch, layer.state_dict()["running_mean"].tobytes(), layer._last_call
+    before = (
+        layer.report(),
+        layer._state.batch,
+        layer.state_dict()["running_mean"].tobytes(),
+        layer._state.call,
+    )
 
     def fail(*_, **__):
         raise MemoryError
@@ -390,5 +395,10 @@ def test_a_call_that_fails_leaves_the_report(monkeypatch, name, use):
     monkeypatch.setattr(layers, name, fail)
     with pytest.raises(MemoryError):
         layer(np.full((64, C), 1e3) + np.arange(64)[:, None], use_stats=use, update_stats=True)
-    after = layer.report(), layer._batch, layer.state_dict()["running_mean"].tobytes(), layer._last_call
+    after = (
+        layer.report(),
+        layer._state.batch,
+        layer.state_dict()["running_mean"].tobytes(),
+        layer._state.call,
+    )
     assert after == before

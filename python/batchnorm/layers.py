@@ -64,6 +64,39 @@ class _Statistics:
     pooled: Moments | None  # everything seen, where update_rate is None
 
 
+# What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
+# no backward (any more). Each call makes one, so that it also tells calls apart. A class of its own takes four times as
+# long to make.
+_Call = list[Any]
+
+
+class _State(NamedTuple):
+    """All that a training call or a load changes, replaced by one assignment.
+
+    So that nothing that ends a call in its midst, an error, a signal or a thread that looks, finds a part of it done.
+    """
+
+    gamma: NDArray[Any] | None
+    beta: NDArray[Any] | None
+    statistics: tuple[_Statistics, ...]  # one per domain; replaced as a whole, never changed
+    call: _Call  # the last that was no mere evaluation
+    batch: tuple[int, Moments, int] | None  # the last that normalized or updated: domain, moments, size of x
+    largest_size: int  # of an x that did
+
+
+class _Results(NamedTuple):
+    """What backward has given."""
+
+    dgamma: NDArray[Any] | None = None
+    dbeta: NDArray[Any] | None = None
+    dresidual: NDArray[Any] | None = None
+
+
+# Past the __new__ of a NamedTuple, which takes three times as long.
+_new_state: Callable[[tuple[Any, ...]], _State] = partial(tuple.__new__, _State)
+_new_results: Callable[[tuple[Any, ...]], _Results] = partial(tuple.__new__, _Results)
+
+
 class _Output(NamedTuple):
     """Where y goes, and what is added to it first."""
 
@@ -97,9 +130,6 @@ _BACKWARD: dict[type, Callable[..., Gradients | ReluGradients]] = {
     GhostSaved: ghost_batch_norm_backward,
     RenormSaved: batch_renorm_backward,
 }
-
-# What backward needs of the last forward call: its x, and what gives dx, dgamma and dbeta for a dy.
-_LastCall = tuple[NDArray[Any], Callable[..., Gradients | ReluGradients]]
 
 
 class BatchNorm:
@@ -240,28 +270,26 @@ class BatchNorm:
         self._parity = _validate.choice("parity", parity, _validate.PARITIES)
         self._activation = _validate_state.activation(activation, self._ghost_size, self._renorm)
         self._num_threads = _validate.num_threads(num_threads) or None
-        self._gamma = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
-        self._beta = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
-        self._dgamma: NDArray[Any] | None = None
-        self._dbeta: NDArray[Any] | None = None
-        self._dresidual: NDArray[Any] | None = None
+        scale = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
+        shift = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
+        # Each of these is replaced by one assignment. Evaluation calls write _evaluation alone, so that those of other
+        # threads never take back what a training call has learned meanwhile.
+        self._state = _State(scale, shift, self._initial_statistics(), [], None, 0)
+        self._evaluation: tuple[_Call, _Call] | None = (
+            None  # the last, and the call of _state that it came after
+        )
+        self._results = _Results()
         self._training = True
-        self._frozen_statistics = self._frozen_affine = False
+        self._frozen = False, False  # statistics, affine
         # Whether there is nothing beside one set of running statistics that follow each batch as it comes, and a gamma,
         # to whose size the core holds x.
         special = domains, ghost_size, renorm, activation
         self._is_ordinary = (
-            self._gamma is not None
+            scale is not None
             and all(setting is None for setting in special)
             and self._single_value == "raise"
             and self._nonfinite != "raise"
         )
-        # One set per domain; replaced as a whole, never changed.
-        self._statistics = self._initial_statistics()
-        self._last_call: _LastCall | None = None
-        # For the report, of the last batch that normalized or updated: domain, moments and size of x; and the largest x.
-        self._batch: tuple[int, Moments, int] | None = None
-        self._largest_size = 0
 
     # ---- settings, fixed for the layer's life ----
 
@@ -348,13 +376,15 @@ class BatchNorm:
 
         Raises TypeError for another dtype or type, ValueError for another shape or a layer without gamma.
         """
-        return self._gamma
+        return self._state.gamma
 
     @gamma.setter
     def gamma(self, value: NDArray[Any] | None) -> None:
         # In-place operators assign the very array they have changed: it must stay the same array.
-        checked = _validate_state.parameter("gamma", value, self._gamma is not None, self._parameter_entry)
-        self._gamma = value if value is self._gamma else checked
+        now = self._state.gamma
+        checked = _validate_state.parameter("gamma", value, now is not None, self._parameter_entry)
+        if value is not now:
+            self._state = self._state._replace(gamma=checked)
 
     @property
     def beta(self) -> NDArray[Any] | None:
@@ -362,27 +392,29 @@ class BatchNorm:
 
         Raises TypeError for another dtype or type, ValueError for another shape or a layer without beta.
         """
-        return self._beta
+        return self._state.beta
 
     @beta.setter
     def beta(self, value: NDArray[Any] | None) -> None:
-        checked = _validate_state.parameter("beta", value, self._beta is not None, self._parameter_entry)
-        self._beta = value if value is self._beta else checked
+        now = self._state.beta
+        checked = _validate_state.parameter("beta", value, now is not None, self._parameter_entry)
+        if value is not now:
+            self._state = self._state._replace(beta=checked)
 
     @property
     def dgamma(self) -> NDArray[Any] | None:
         """Gradient of gamma from the last backward, (C,) of `dtype`; None before it or if not asked for."""
-        return self._dgamma
+        return self._results.dgamma
 
     @property
     def dbeta(self) -> NDArray[Any] | None:
         """Gradient of beta from the last backward, (C,) of `dtype`; None before it or if not asked for."""
-        return self._dbeta
+        return self._results.dbeta
 
     @property
     def dresidual(self) -> NDArray[Any] | None:
         """Gradient of the residual from the last backward; None where there was none, or it was not asked for."""
-        return self._dresidual
+        return self._results.dresidual
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
@@ -390,12 +422,12 @@ class BatchNorm:
 
         To set it, use `load_state_dict`.
         """
-        return self._of_domains([s.mean for s in self._statistics])
+        return self._of_domains([s.mean for s in self._state.statistics])
 
     @property
     def running_var(self) -> NDArray[np.float64]:
         """Running variance (unbiased for ddof=1, biased for 0), as `running_mean`."""
-        return self._of_domains([s.var for s in self._statistics])
+        return self._of_domains([s.var for s in self._state.statistics])
 
     @property
     def update_count(self) -> int | NDArray[np.int64]:
@@ -403,18 +435,18 @@ class BatchNorm:
 
         With K domains an int64 array (K,).
         """
-        counts = [s.update_count for s in self._statistics]
+        counts = [s.update_count for s in self._state.statistics]
         return counts[0] if self._domains is None else np.array(counts, np.int64)
 
     @property
     def frozen_statistics(self) -> bool:
         """Whether training calls use the running statistics and leave them alone."""
-        return self._frozen_statistics
+        return self._frozen[0]
 
     @property
     def frozen_affine(self) -> bool:
         """Whether backward leaves out the gradients of gamma and beta."""
-        return self._frozen_affine
+        return self._frozen[1]
 
     @property
     def training(self) -> bool:
@@ -452,16 +484,14 @@ class BatchNorm:
 
     def _set_frozen(self, frozen: bool, statistics: bool, affine: bool) -> Self:
         which = _validate_state.flag("statistics", statistics), _validate_state.flag("affine", affine)
-        if which[0]:
-            self._frozen_statistics = frozen
-        if which[1]:
-            self._frozen_affine = frozen
+        before = self._frozen
+        self._frozen = frozen if which[0] else before[0], frozen if which[1] else before[1]
         return self
 
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""
-        self._statistics = self._initial_statistics()
-        self._batch, self._largest_size = None, 0
+        fresh = self._initial_statistics()
+        self._state = self._state._replace(statistics=fresh, batch=None, largest_size=0)
 
     def _initial_statistics(self) -> tuple[_Statistics, ...]:
         return tuple(
@@ -531,7 +561,7 @@ class BatchNorm:
         """
         no_parts = mask is None and weights is None and lengths is None and padding is None
         no_options = residual is None and use_stats is None and update_stats is None and domain is None
-        by_batch = update = self._training and not self._frozen_statistics
+        by_batch = update = self._training and not self._frozen[0]
         if by_batch and no_parts and no_options and self._is_ordinary:
             y = self._ordinary_training(x, out)
             if y is not None:
@@ -542,7 +572,7 @@ class BatchNorm:
             by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
         if update_stats is not None:
             update = _validate_state.flag("update_stats", update_stats)
-            if update and self._frozen_statistics:
+            if update and self._frozen[0]:
                 raise _validate_state.update_of_frozen()
         counted = {"mask": mask, "weights": weights, "lengths": lengths, "padding": padding}
         how = {name: value for name, value in counted.items() if value is not None}
@@ -612,25 +642,39 @@ class BatchNorm:
         array([3.], dtype=float32)
 
         """
-        last = self._last_call
-        if last is None:
+        call, evaluation = self._state.call, self._evaluation
+        if evaluation is not None and evaluation[1] is call:
+            call = evaluation[0]
+        kept = tuple(call)
+        if not kept:
             raise _validate_state.no_forward_call()
-        x, gradients = last
+        x, saved = kept
         known = _validate.GRADIENTS if self._activation is None else RELU_NEEDS
         names: Iterable[str] = known if needs is _ALL else needs
-        if self._frozen_affine:
+        if self._frozen[1]:
             asked = _validate.needs_among(known, names)
             names = [
                 n for n, wanted in zip(known, asked, strict=True) if wanted and n not in ("gamma", "beta")
             ]
         to: Any = out if self._activation is None or out is None else (out, None)
-        dresidual: list[NDArray[Any] | None]
-        dx, dgamma, dbeta, *dresidual = gradients(dy, needs=names, out=to, num_threads=self._num_threads)
-        dgamma, dbeta = self._as_gradient(dgamma, self._gamma), self._as_gradient(dbeta, self._beta)
+        gamma, beta, *_ = self._state
+        dx: NDArray[Any] | None
         if _is_x(out, x):
-            self._last_call = None
-        self._dgamma, self._dbeta = dgamma, dbeta
-        self._dresidual = dresidual[0] if dresidual else None
+            call.clear()  # before its first value is gone: from there on a signal may end the call at any time
+        try:
+            backward = _BACKWARD.get(type(saved))
+            if backward is None:
+                dx, dgamma, dbeta, *others = saved(dy, needs=names, out=to, num_threads=self._num_threads)
+            else:
+                dx, dgamma, dbeta, *others = backward(
+                    dy, saved, needs=names, out=to, num_threads=self._num_threads
+                )
+            dgamma, dbeta = self._as_gradient(dgamma, gamma), self._as_gradient(dbeta, beta)
+            results = _new_results((dgamma, dbeta, others[0] if others else None))
+        except (TypeError, ValueError, MemoryError):  # which come before anything is written
+            call[:] = kept
+            raise
+        self._results = results
         return dx
 
     def _ordinary_training(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -639,18 +683,20 @@ class BatchNorm:
         None, and nothing has changed, where an argument is not ordinary: the general way takes it, or reports what is
         wrong with it.
         """
-        assert self._gamma is not None  # as it is in every ordinary layer
-        gamma = self._gamma.copy()
-        done = ordinary_batch_norm(x, gamma, self._beta, self._axis, self._eps, out, self._num_threads)
+        gamma, beta, before, _, _, largest_size = self._state
+        assert gamma is not None  # as it is in every ordinary layer
+        gamma_now = gamma.copy()
+        done = ordinary_batch_norm(x, gamma_now, beta, self._axis, self._eps, out, self._num_threads)
         if done is None:
             return None
         y, saved = done
-        size, moments_of_x = x.size, saved.moments
-        statistics, batch = self._updated(0, moments_of_x, _NO_PARTS, saved), (0, moments_of_x, size)
-        # From here on nothing can raise.
-        self._statistics, self._batch = statistics, batch
-        self._last_call = None if saved.x is None else (x, partial(batch_norm_backward, saved=saved))
-        self._largest_size = max(self._largest_size, size)
+        size, seen = x.size, saved.moments
+        statistics = self._updated(before, 0, seen, _NO_PARTS, saved)
+        call: _Call = [] if saved.x is None else [x, saved]
+        largest_size = max(largest_size, size)
+        self._state = _new_state((gamma, beta, statistics, call, (0, seen, size), largest_size))
+        if self._evaluation is not None:
+            self._evaluation = None  # it no longer counts, but would keep its x
         return y
 
     def _by_batch(
@@ -658,49 +704,46 @@ class BatchNorm:
     ) -> NDArray[Any]:
         if how and (self._ghost_size is not None or self._renorm is not None):
             raise _validate_state.parts_of_small_batches(how)
-        gamma = _snapshot(self._gamma)
+        state = self._state
         if to.out is not None and update and self._nonfinite == "raise":
             self._refuse_nonfinite(x, how)
-        y, saved, seen = self._normalized_by_batch(x, gamma, to, k, how)
-        size, batch = x.size, self._batch
-        statistics = self._updated(k, seen, how, saved) if update and size > 0 else self._statistics
-        last_call: _LastCall | None = (x, partial(_BACKWARD[type(saved)], saved=saved))
+        y, saved, seen = self._normalized_by_batch(x, state, to, k, how)
+        size, changes = x.size, dict[str, Any]()
+        if update and size > 0:
+            changes["statistics"] = self._updated(state.statistics, k, seen, how, saved)
         if size > 0:
-            batch = (k, seen, size)
-            if saved.x is None:  # out was x
-                last_call = None
-        # From here on nothing can raise.
-        self._statistics, self._last_call, self._batch = statistics, last_call, batch
-        self._largest_size = max(self._largest_size, size)
+            changes |= {"batch": (k, seen, size), "largest_size": max(state.largest_size, size)}
+        call: _Call = [] if saved.x is None and size > 0 else [x, saved]
+        self._state = self._state._replace(call=call, **changes)
+        self._evaluation = None
         return y
 
     def _normalized_by_batch(
         self,
         x: NDArray[Any],
-        gamma: NDArray[Any] | None,
+        state: _State,
         to: _Output,
         k: int,
         how: Mapping[str, Any],
     ) -> tuple[NDArray[Any], _AnySaved, Moments]:
         """Return y, what its backward takes, and the moments of the batch."""
+        gamma, beta = _snapshot(state.gamma), state.beta
         axis, eps, out, threads = self._axis, self._eps, to.out, self._num_threads
         if self._activation is None and self._ghost_size is None and self._renorm is None:
-            y, saved = batch_norm(
-                x, gamma, self._beta, axis=axis, eps=eps, out=out, num_threads=threads, **how
-            )
+            y, saved = batch_norm(x, gamma, beta, axis=axis, eps=eps, out=out, num_threads=threads, **how)
             return y, saved, saved.moments
         options: dict[str, Any] = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
         if self._activation is not None:
-            y, with_mask = batch_norm_relu(x, gamma, self._beta, residual=to.residual, **options)
+            y, with_mask = batch_norm_relu(x, gamma, beta, residual=to.residual, **options)
             return y, with_mask, with_mask.moments
         if self._ghost_size is not None:
-            y, ghosts = ghost_batch_norm(x, gamma, self._beta, ghost_size=self._ghost_size, **options)
+            y, ghosts = ghost_batch_norm(x, gamma, beta, ghost_size=self._ghost_size, **options)
             return y, ghosts, merge(Moments.empty(self._channels), *ghosts.moments)
         assert self._renorm is not None
-        now = self._statistics[k]
+        now = state.statistics[k]
         limits = self._renorm(now.update_count)._asdict()
         y, renormed = batch_renorm(
-            x, now.mean, now.var, gamma, self._beta, parity=self._parity, **limits, **options
+            x, now.mean, now.var, gamma, beta, parity=self._parity, **limits, **options
         )
         return y, renormed, renormed.moments
 
@@ -709,58 +752,67 @@ class BatchNorm:
     ) -> NDArray[Any]:
         if update and self._renorm is not None:
             raise _validate_state.update_without_renorm()
-        gamma, all_statistics = _snapshot(self._gamma), self._statistics
-        statistics = all_statistics[k]
+        state = self._state
+        now = state.statistics[k]
+        changes: dict[str, Any] = {}
         batch = self._moments(x, how) if update else None
         if batch is not None and x.size > 0:
             _validate.batch_values(x, self._axis % x.ndim)
-            all_statistics = self._updated(k, batch, how)
+            changes["statistics"] = self._updated(state.statistics, k, batch, how)
+            changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
         settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **_for_given_statistics(how)}
-        y, last_call = self._by_constants(x, statistics.mean, statistics.var, gamma, to, settings)
-        seen = self._batch if batch is None or x.size == 0 else (k, batch, x.size)
-        # From here on nothing can raise.
-        self._last_call, self._batch = last_call, seen
-        if update:
-            self._statistics = all_statistics
-            self._largest_size = max(self._largest_size, x.size)
+        y, call = self._by_constants(x, now.mean, now.var, state, to, settings)
+        if not update:
+            self._evaluated(call)
+            return y
+        self._state = self._state._replace(call=call, **changes)
+        self._evaluation = None
         return y
+
+    def _evaluated(self, call: _Call) -> None:
+        """Make a call that learns nothing the last one, whatever training calls of other threads do meanwhile."""
+        before = self._state.call
+        self._evaluation = call, before
+        before.clear()  # backward does not look there any more
 
     def _by_constants(
         self,
         x: NDArray[Any],
         mean: NDArray[np.float64],
         var: NDArray[np.float64],
-        gamma: NDArray[Any] | None,
+        state: _State,
         to: _Output,
         settings: Mapping[str, Any],
-    ) -> tuple[NDArray[Any], _LastCall | None]:
+    ) -> tuple[NDArray[Any], _Call]:
         """Normalize by statistics that are constants; return y, and what its backward takes."""
-        threads = self._num_threads
+        threads, beta = self._num_threads, state.beta
+        gamma = _snapshot(state.gamma)
         given: dict[str, Any] = {"x": x, "mean": mean, "var": var, "gamma": gamma, **settings}
         gradients: Callable[..., Gradients | ReluGradients]
         if self._activation is None:
-            y = normalize(**given, beta=self._beta, out=to.out, num_threads=threads)
+            y = normalize(**given, beta=beta, out=to.out, num_threads=threads)
             gradients = partial(normalize_backward, **given)
         else:
             y, mask = normalize_relu(
                 **given,
-                beta=self._beta,
+                beta=beta,
                 residual=to.residual,
                 out=to.out,
                 num_threads=threads,
                 needs_mask=True,
             )
             gradients = partial(_without_residual, to.residual is None, mask=mask, **given)
-        return y, None if _is_x(to.out, x) else (x, gradients)
+        return y, [] if _is_x(to.out, x) else [x, gradients]
 
     def _single(self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any]) -> NDArray[Any]:
         """Normalize one value a channel: by running statistics, or by itself and no variance, which gives beta."""
         if self._single_value == "use_running":
             return self._by_running(x, to, k, how, False)
-        gamma = _snapshot(self._gamma)
+        state = self._state
         settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
         mean, var = x.reshape(-1).astype(np.float64), np.zeros(self._channels)
-        y, self._last_call = self._by_constants(x, mean, var, gamma, to, settings)
+        y, call = self._by_constants(x, mean, var, state, to, settings)
+        self._evaluated(call)
         return y
 
     def _moments(self, x: NDArray[Any], how: Mapping[str, Any]) -> Moments:
@@ -773,10 +825,14 @@ class BatchNorm:
             raise ValueError(_validate_state.nonfinite_batch(channel))
 
     def _updated(
-        self, k: int, batch: Moments, how: Mapping[str, Any], saved: _AnySaved | None = None
+        self,
+        before: tuple[_Statistics, ...],
+        k: int,
+        batch: Moments,
+        how: Mapping[str, Any],
+        saved: _AnySaved | None = None,
     ) -> tuple[_Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
-        before = self._statistics
         if how and not batch.count.any():
             return before
         if self._nonfinite != "propagate":
@@ -821,10 +877,10 @@ class BatchNorm:
         warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
 
         """
-        gamma, beta = self._gamma, self._beta
-        batch = None if self._batch is None else Batch(*self._batch, self._largest_size)
+        gamma, beta, statistics, _, last, largest_size = self._state
+        batch = None if last is None else Batch(*last, largest_size)
         findings = parameter_findings(gamma, beta, self._channels)
-        for k, s in enumerate(self._statistics):
+        for k, s in enumerate(statistics):
             domain = None if self._domains is None else k
             findings += statistics_findings(s.mean, s.var, s.update_count, gamma, beta, self._eps, domain)
             if batch is not None and batch.domain == k:
@@ -841,9 +897,9 @@ class BatchNorm:
 
     def _state_entries(self) -> dict[str, _validate_state.Entry]:
         entries = {}
-        if self._gamma is not None:
+        if self._state.gamma is not None:
             entries["gamma"] = self._parameter_entry
-        if self._beta is not None:
+        if self._state.beta is not None:
             entries["beta"] = self._parameter_entry
         return entries | self._statistics_entries()
 
@@ -888,12 +944,12 @@ class BatchNorm:
         ['gamma', 'running_mean', 'running_var', 'update_count']
 
         """
-        state: dict[str, NDArray[Any]] = {}
-        if self._gamma is not None:
-            state["gamma"] = self._gamma.copy()
-        if self._beta is not None:
-            state["beta"] = self._beta.copy()
-        parts = [_state_of(statistics) for statistics in self._statistics]
+        now, state = self._state, dict[str, NDArray[Any]]()
+        if now.gamma is not None:
+            state["gamma"] = now.gamma.copy()
+        if now.beta is not None:
+            state["beta"] = now.beta.copy()
+        parts = [_state_of(statistics) for statistics in now.statistics]
         if self._domains is None:
             return state | parts[0]
         return state | {name: np.stack([part[name] for part in parts]) for name in parts[0]}
@@ -925,8 +981,8 @@ class BatchNorm:
         for k in range(self._domains or 1):
             checked, one = self._checked_state(state, k)
             statistics.append(one)
-        self._gamma, self._beta = checked.get("gamma"), checked.get("beta")
-        self._statistics = tuple(statistics)
+        gamma, beta = checked.get("gamma"), checked.get("beta")
+        self._state = self._state._replace(gamma=gamma, beta=beta, statistics=tuple(statistics))
 
     def _checked_state(self, state: Mapping[str, Any], k: int) -> tuple[dict[str, NDArray[Any]], _Statistics]:
         """Check all entries with the statistics of domain `k` for those of the layer."""
@@ -1108,7 +1164,7 @@ class BatchNorm:
 
         """
         weight, bias, mean, var = self._exported("torch", dtype, any_ddof)
-        count = np.array(self._statistics[0].update_count, np.int64)
+        count = np.array(self._state.statistics[0].update_count, np.int64)
         return {
             "weight": weight,
             "bias": bias,
@@ -1193,8 +1249,8 @@ class BatchNorm:
 
         """
         gamma, beta, mean, var = self._exported("keras", dtype, any_ddof)
-        weights = {} if self._gamma is None else {"gamma": gamma}
-        weights |= {} if self._beta is None else {"beta": beta}
+        weights = {} if self.gamma is None else {"gamma": gamma}
+        weights |= {} if self.beta is None else {"beta": beta}
         return weights | {"moving_mean": mean, "moving_variance": var}
 
     @classmethod
@@ -1271,8 +1327,8 @@ class BatchNorm:
 
         """
         gamma, beta, mean, var = self._exported("flax", dtype, any_ddof)
-        params = {} if self._gamma is None else {"scale": gamma}
-        params |= {} if self._beta is None else {"bias": beta}
+        params = {} if self.gamma is None else {"scale": gamma}
+        params |= {} if self.beta is None else {"bias": beta}
         return {"params": params, "batch_stats": {"mean": mean, "var": var}}
 
     @classmethod
@@ -1349,9 +1405,10 @@ class BatchNorm:
         """Return gamma, beta, mean and var as fresh arrays of `dtype`, for a library that can take them."""
         parity = None if self._renorm is None else self._parity
         conventions.check_export(library, self._ddof, self._update_rate, self._domains, parity, any_ddof)
-        wanted, statistics = conventions.floats(dtype, self._dtype), self._statistics[0]
-        gamma = np.ones(self._channels) if self._gamma is None else self._gamma
-        beta = np.zeros(self._channels) if self._beta is None else self._beta
+        wanted, state = conventions.floats(dtype, self._dtype), self._state
+        gamma = np.ones(self._channels) if state.gamma is None else state.gamma
+        beta = np.zeros(self._channels) if state.beta is None else state.beta
+        statistics = state.statistics[0]
         with np.errstate(all="ignore"):  # a statistic beyond float32 is an infinity there
             return [a.astype(wanted) for a in (gamma, beta, statistics.mean, statistics.var)]
 
@@ -1365,9 +1422,9 @@ class BatchNorm:
             f"update_rate={self._update_rate}",
             f"ddof={self._ddof}",
         ]
-        if self._gamma is None:
+        if self.gamma is None:
             settings.append("gamma=False")
-        if self._beta is None:
+        if self.beta is None:
             settings.append("beta=False")
         if self._dtype != np.float32:
             settings.append(f"dtype='{self._dtype}'")
@@ -1387,7 +1444,7 @@ class BatchNorm:
             settings.append(f"activation={self._activation!r}")
         if self._num_threads is not None:
             settings.append(f"num_threads={self._num_threads}")
-        frozen = [name for name in ("statistics", "affine") if getattr(self, f"_frozen_{name}")]
+        frozen = [name for name, is_so in zip(("statistics", "affine"), self._frozen, strict=True) if is_so]
         if frozen:
             settings.append(f"frozen: {' and '.join(frozen)}")
         return f"BatchNorm({', '.join(settings)})"
@@ -1396,7 +1453,7 @@ class BatchNorm:
         return copy.deepcopy(self)  # layers that share gamma but not running statistics would help nobody
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_last_call": None}
+        return self.__dict__ | {"_state": self._state._replace(call=[]), "_evaluation": None}
 
 
 def _initial_statistics(channels: int, update_rate: float | None, ddof: int) -> _Statistics:

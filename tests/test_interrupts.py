@@ -1,0 +1,180 @@
+"""A layer whose call is ended in its midst, as by a signal's handler: it is as before the call or as after it."""
+
+import sys
+
+import numpy as np
+import pytest
+
+import batchnorm as bn
+from batchnorm import layers
+
+RNG = np.random.default_rng(0)
+X = RNG.normal(3, 2, (7, 3, 2)).astype(np.float32)
+DY = RNG.normal(size=X.shape).astype(np.float32)
+NEXT = X * np.float32(2) + 1
+ONE = X[:1, :, :1].copy()
+MASK = np.arange(14).reshape(7, 2) % 3 > 0
+
+
+class Interrupted(BaseException):
+    pass
+
+
+def trained(**settings):
+    layer = bn.BatchNorm(3, **settings)
+    layer(X.copy(), **({"domain": 1} if layer.domains else {}))
+    layer.backward(DY)
+    return layer
+
+
+def state_of(**settings):
+    layer = trained(**settings)
+    layer(NEXT, **({"domain": 1} if layer.domains else {}))
+    return layer.state_dict() | {"gamma": np.full(3, 5, np.float32), "beta": np.full(3, 6, np.float32)}
+
+
+def is_interrupted(call, n):
+    """Run `call`, with an exception before the n-th instruction of layers.py; tell whether it came to that."""
+    left = n
+
+    def trace(frame, event, _):
+        nonlocal left
+        if frame.f_code.co_filename != layers.__file__:
+            return None
+        frame.f_trace_opcodes = True
+        left -= event == "opcode"
+        if left == 0:
+            raise Interrupted
+        return trace
+
+    before = sys.gettrace()
+    sys.settrace(trace)
+    try:
+        call()
+    except Interrupted:
+        return True
+    finally:
+        sys.settrace(before)
+    return False
+
+
+def shown(layer):
+    """Give all that the layer shows, and what backward does next."""
+    results = [layer.dgamma, layer.dbeta, layer.dresidual]
+    shows = [None if a is None else a.tobytes() for a in (*results, *layer.state_dict().values())]
+    shows += [layer.training, repr(layer), str(layer.report())]
+    for dy in (DY, DY[:1, :, :1].copy()):
+        try:
+            dx = layer.backward(dy)
+        except RuntimeError:
+            return shows, "no backward"
+        except ValueError:  # of a call with ONE
+            continue
+        after = [None if a is None else a.tobytes() for a in (dx, layer.dgamma, layer.dbeta, layer.dresidual)]
+        return shows, after
+    raise AssertionError
+
+
+def in_place(layer):
+    x = NEXT.copy()
+    layer(x, out=x)
+
+
+def evaluated(layer):
+    layer.eval()(X)
+    layer.train()
+
+
+STATE, POOLED, DOMAINS = state_of(), state_of(update_rate=None), state_of(domains=2)
+RENORM = bn.RenormSchedule.constant(3, 5)
+
+# name -> settings, what is done before, what is interrupted
+CALLS = {
+    "train": ({}, None, lambda a: a(NEXT)),
+    "train_with_out": ({}, None, lambda a: a(NEXT, out=np.empty_like(X))),
+    "train_in_place": ({}, None, in_place),
+    "train_after_evaluation": ({}, evaluated, lambda a: a(NEXT)),
+    "evaluate": ({}, lambda a: a.eval(), lambda a: a(NEXT)),
+    "pooled": ({"update_rate": None}, None, lambda a: a(NEXT)),
+    "debiased": ({"debias": True}, None, lambda a: a(NEXT)),
+    "masked": ({}, None, lambda a: a(NEXT, mask=MASK)),
+    "running": ({}, None, lambda a: a(NEXT, use_stats="running", update_stats=True)),
+    "again": ({}, None, lambda a: a(NEXT, update_stats=False)),
+    "skipped": ({"nonfinite": "skip"}, None, lambda a: a(NEXT * np.float32(np.inf))),
+    "domains": ({"domains": 2}, None, lambda a: a(NEXT, domain=1)),
+    "ghosts": ({"ghost_size": 3}, None, lambda a: a(NEXT)),
+    "renorm": ({"renorm": RENORM}, None, lambda a: a(NEXT)),
+    "relu": ({"activation": "relu"}, None, lambda a: a(NEXT, residual=X)),
+    "one_value": ({"single_value": "use_running"}, None, lambda a: a(ONE)),
+    "one_value_skipped": ({"single_value": "skip"}, None, lambda a: a(ONE)),
+    "backward": ({}, lambda a: a(NEXT), lambda a: a.backward(DY)),
+    "backward_of_evaluation": ({}, lambda a: a.eval()(NEXT), lambda a: a.backward(DY)),
+    "backward_relu": ({"activation": "relu"}, lambda a: a(NEXT, residual=X), lambda a: a.backward(DY)),
+    "load": ({}, None, lambda a: a.load_state_dict(STATE)),
+    "load_pooled": ({"update_rate": None}, None, lambda a: a.load_state_dict(POOLED)),
+    "load_domains": ({"domains": 2}, None, lambda a: a.load_state_dict(DOMAINS)),
+    "reset": ({}, None, lambda a: a.reset_statistics()),
+    "freeze": ({}, None, lambda a: a.freeze()),
+    "assign": ({}, None, lambda a: setattr(a, "gamma", np.full(3, 4, np.float32))),
+}
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_an_interrupted_call_leaves_all_old_or_all_new(name):
+    settings, prepare, call = CALLS[name]
+
+    def prepared():
+        layer = trained(**settings)
+        if prepare is not None:
+            prepare(layer)
+        return layer
+
+    def done():
+        layer = prepared()
+        with np.errstate(all="ignore"):
+            call(layer)
+        return layer
+
+    old, new = shown(prepared()), shown(done())
+    seen, n = [], 0
+    while True:
+        n += 1
+        layer = prepared()
+        if not is_interrupted(lambda layer=layer: call(layer), n):
+            break
+        seen.append(shown(layer))
+    assert n > 10
+    assert all(one in (old, new) for one in seen)
+    assert seen[0] == old
+    assert seen[-1] == new
+
+
+def test_an_interrupted_backward_into_x_is_done_or_leaves_x_whole_or_no_backward():
+    def prepared():
+        layer = trained()
+        x = NEXT.copy()
+        layer(x)
+        return layer, x
+
+    layer, x = prepared()
+    old = shown(layer)
+    layer, x = prepared()
+    layer.backward(DY, out=x)
+    new, written, n = shown(layer), x.tobytes(), 0
+    while True:
+        n += 1
+        layer, x = prepared()
+        if not is_interrupted(lambda layer=layer, x=x: layer.backward(DY, out=x), n):
+            break
+        after = shown(layer)
+        assert after in (old, new, (old[0], "no backward"))
+        assert after[1] == "no backward" or x.tobytes() != written
+    assert n > 10
+
+
+def test_a_refused_backward_into_x_can_be_put_right():
+    layer, x = trained(), NEXT.copy()
+    layer(x)
+    with pytest.raises(ValueError, match="dy must have shape"):
+        layer.backward(DY[:2], out=x)
+    assert layer.backward(DY, out=x) is x
