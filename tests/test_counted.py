@@ -255,8 +255,39 @@ def test_one_counted_position_has_no_variance():
     x = np.ones((4, 3), np.float32)
     out = np.full_like(x, 9)
     with pytest.raises(ValueError, match="weights must be above 0 at 2 positions or more"):
-        bn.batch_norm(x, mask=[True, False, False, False], out=out)
+        bn.batch_norm(x, weights=[0.5, 0, 0, 0], out=out)
     assert (out == 9).all()
+
+
+@pytest.mark.parametrize(
+    ("counted", "text"),
+    [
+        ({"mask": [[True, False], [False, False]]}, "mask must be True at"),
+        ({"mask": [[1, 0], [0, 0]]}, "mask must be True at"),
+        ({"lengths": [0, 1]}, "lengths must leave"),
+    ],
+    ids=["mask", "mask_of_integers", "lengths"],
+)
+def test_a_single_position_is_reported_by_the_name_of_what_leaves_it(counted, text):
+    x = np.ones((2, 3, 2), np.float32)
+    out = np.full_like(x, 9)
+    for call in (bn.batch_norm, lambda x, **options: bn.BatchNorm(3)(x, **options)):
+        with pytest.raises(
+            ValueError, match=rf"^{text} 2 positions or more for batch statistics \(or none\), got 1$"
+        ):
+            call(x, out=out, **counted)
+    assert (out == 9).all()
+
+
+@pytest.mark.parametrize("name", ["mask", "weights"])
+@pytest.mark.parametrize("dtype", [np.int64, np.uint8, np.int8, bool])
+def test_integers_0_and_1_mask_and_weigh_as_bools_and_floats_do(name, dtype):
+    x, flags = np.random.default_rng(0).normal(size=(4, 3, 5)), np.arange(20).reshape(4, 5) % 3 > 0
+    usual = flags if name == "mask" else flags.astype(float)
+    expected, saved = bn.batch_norm(x, **{name: usual})
+    y, other = bn.batch_norm(x, **{name: flags.astype(dtype)})
+    np.testing.assert_array_equal(y, expected)
+    assert other.moments == saved.moments == bn.moments(x, **{name: flags.astype(dtype)})
 
 
 @pytest.mark.parametrize("shape", ["nchw", "nhwc", "nc_narrow", "ncl_short"])
@@ -488,9 +519,10 @@ MISTAKES = [
         ValueError,
         f"{SHAPE_OF_POSITIONS}(4, 3, 5)",
     ),
-    ({"mask": np.ones((4, 5))}, TypeError, "mask must have a bool dtype, got float64"),
+    ({"mask": np.ones((4, 5))}, TypeError, "mask must have a bool dtype (write mask != 0), got float64"),
+    ({"mask": np.full((4, 5), 2)}, ValueError, "mask must be bools, or integers 0 and 1, got 2"),
     ({"mask": [[True], [True, False]]}, TypeError, "mask must be an array of numbers, got list"),
-    ({"weights": np.ones((4, 5), int)}, TypeError, "weights must have a floating dtype, got int64"),
+    ({"weights": np.ones((4, 5), complex)}, TypeError, "weights must have a floating dtype, got complex128"),
     (
         {"weights": np.full((4, 1, 5), -1.0)},
         ValueError,

@@ -387,7 +387,11 @@ MISTAKES = {
         ValueError,
         "axis must not be 0, which holds the samples that ghosts are made of, got 0",
     ),
-    "x": (lambda a: forward(a, [[1.0]]), TypeError, "x must be a numpy.ndarray, got list"),
+    "x": (
+        lambda a: forward(a, [[1.0]]),
+        TypeError,
+        "x must be a numpy.ndarray (write np.asarray(x, np.float32)), got list",
+    ),
     "gamma": (lambda a: forward(a, gamma=a.short), ValueError, "gamma must have shape (3,), got (2,)"),
     "beta": (lambda a: forward(a, beta=a.short), ValueError, "beta must have shape (3,), got (2,)"),
     "eps": (lambda a: forward(a, eps=-1.0), ValueError, "eps must be finite and >= 0, got -1.0"),

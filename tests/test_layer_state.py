@@ -567,5 +567,5 @@ def test_one_value_a_channel_is_masked_as_any_other(single_value):
     np.testing.assert_array_equal(layer(x, mask=mask), [[0.0, 0.0]])
     np.testing.assert_array_equal(layer(x, mask=mask, padding="keep"), x)
     np.testing.assert_array_equal(layer(x, mask=~mask), layer(x))
-    with pytest.raises(TypeError, match="mask must have a bool dtype, got int64"):
-        layer(x, mask=[1])
+    with pytest.raises(TypeError, match=r"mask must have a bool dtype \(write mask != 0\), got float64"):
+        layer(x, mask=[1.0])

@@ -638,7 +638,11 @@ def test_assigning_a_parameter_copies_it(name):
         (np.ones((3, 1), np.float32), ValueError, "gamma must have shape (3,), got (3, 1)"),
         (np.ones(3), TypeError, "gamma must have dtype float32, got float64"),
         (np.ones(3, int), TypeError, "gamma must have dtype float32, got int64"),
-        ([1.0, 1.0, 1.0], TypeError, "gamma must be a numpy.ndarray of shape (3,), got list"),
+        (
+            [1.0, 1.0, 1.0],
+            TypeError,
+            "gamma must be a numpy.ndarray of shape (3,) (write np.asarray(gamma, np.float32)), got list",
+        ),
         (None, TypeError, "gamma must be a numpy.ndarray of shape (3,), got None"),
     ],
 )
@@ -687,23 +691,6 @@ def test_a_layer_built_without_gamma_takes_none():
         ({"dtype": "nonsense"}, TypeError, "dtype must be float16, float32 or float64, got 'nonsense'"),
         ({"num_threads": 0}, ValueError, "num_threads must be an int >= 1 or None, got 0"),
         ({"num_threads": 1.5}, TypeError, "num_threads must be an int >= 1 or None, got float"),
-        (
-            {"epsilon": 1e-3, "track": True},
-            TypeError,
-            (
-                "keywords of BatchNorm() must be of axis, convention, eps, update_rate, ddof, gamma, beta, dtype, "
-                "debias, nonfinite, single_value, domains, ghost_size, renorm, parity, num_threads, got epsilon, track"
-            ),
-        ),
-        (
-            {"momentum": 0.9},
-            TypeError,
-            (
-                "update_rate must be given instead of momentum, whose meaning differs between frameworks: "
-                "write update_rate=0.9 for PyTorch's momentum=0.9, update_rate=0.1 for that of Keras, Flax or ONNX, "
-                "got momentum=0.9"
-            ),
-        ),
     ],
 )
 def test_an_unfit_setting_is_refused(settings, error, text):
@@ -950,7 +937,11 @@ UNFIT_ENTRIES = [
     ({"gamma": np.ones(3)}, TypeError, "gamma must have dtype float32, got float64"),
     ({"gamma": np.array([1, NAN, 1], np.float32)}, ValueError, "gamma must be finite, got nan in channel 1"),
     ({"beta": np.array([1, 1, -INF], np.float32)}, ValueError, "beta must be finite, got -inf in channel 2"),
-    ({"beta": [0.0, 0.0, 0.0]}, TypeError, "beta must be a numpy.ndarray of shape (3,), got list"),
+    (
+        {"beta": [0.0, 0.0, 0.0]},
+        TypeError,
+        "beta must be a numpy.ndarray of shape (3,) (write np.asarray(beta, np.float32)), got list",
+    ),
     (
         {"running_mean": np.array([NAN, 0, 0])},
         ValueError,

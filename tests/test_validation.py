@@ -2,7 +2,9 @@
 
 import dataclasses
 import functools
+import inspect
 import operator
+import re
 from typing import NamedTuple
 
 import numpy as np
@@ -33,7 +35,6 @@ class Arrays:
         self.x_of_line, self.out_shifted = (
             self.line[start : start + self.x.size].reshape(self.x.shape) for start in (0, 1)
         )
-        self.x_misaligned = self._misaligned(self.x)
         self.out_misaligned = self._misaligned(self.out)
         self.out_stride_0 = np.lib.stride_tricks.as_strided(self.line, self.x.shape, (240, 80, 20, 0))
 
@@ -84,52 +85,84 @@ def backward(name):
 
 # ---- what each mistake says ---------------------------------------------------------------------------------
 
+
+def of_library(module, name):
+    """Give what looks like an object of another library."""
+    return type(name, (), {"__module__": module, "__array__": lambda self: np.ones(3)})()
+
+
+FLOATS = "must have dtype float16, bfloat16, float32 or float64"
+
 X = [  # (name, x from Arrays, error, text): for moments, batch_norm, normalize and normalize_backward
-    ("list", lambda a: a.x.tolist(), TypeError, "x must be a numpy.ndarray, got list"),
+    (
+        "list",
+        lambda a: a.x.tolist(),
+        TypeError,
+        "x must be a numpy.ndarray (write np.asarray(x, np.float32)), got list",
+    ),
     ("str", lambda a: "text", TypeError, "x must be a numpy.ndarray, got str"),
-    ("masked", lambda a: np.ma.array(a.x), TypeError, "x must be a numpy.ndarray, got MaskedArray"),
+    ("scalar", lambda a: np.float32(1), TypeError, "x must be a numpy.ndarray, got float32"),
+    (
+        "masked",
+        lambda a: np.ma.array(a.x),
+        TypeError,
+        "x must be a numpy.ndarray (write x.filled(0), and what counts as mask=), got MaskedArray",
+    ),
+    (
+        "torch",
+        lambda a: of_library("torch", "Tensor"),
+        TypeError,
+        "x must be a numpy.ndarray (write x.detach().cpu().numpy()), got Tensor",
+    ),
+    (
+        "pandas",
+        lambda a: of_library("pandas.core.frame", "DataFrame"),
+        TypeError,
+        "x must be a numpy.ndarray (write x.to_numpy(np.float32)), got DataFrame",
+    ),
+    (
+        "xarray",
+        lambda a: of_library("xarray.core.dataarray", "DataArray"),
+        TypeError,
+        "x must be a numpy.ndarray (write x.to_numpy()), got DataArray",
+    ),
+    (
+        "some_array",
+        lambda a: of_library("jaxlib._jax", "ArrayImpl"),
+        TypeError,
+        "x must be a numpy.ndarray (write np.asarray(x, np.float32)), got ArrayImpl",
+    ),
     (
         "int64",
         lambda a: a.x.astype(np.int64),
         TypeError,
-        "x must have dtype float16, bfloat16, float32 or float64, got int64",
+        f"x {FLOATS} (write x.astype(np.float32)), got int64",
     ),
-    (
-        "bool",
-        lambda a: a.x > 0,
-        TypeError,
-        "x must have dtype float16, bfloat16, float32 or float64, got bool",
-    ),
+    ("bool", lambda a: a.x > 0, TypeError, f"x {FLOATS} (write x.astype(np.float32)), got bool"),
     (
         "uint16",
         lambda a: a.x.astype(np.uint16),
         TypeError,
-        "x must have dtype float16, bfloat16, float32 or float64, got uint16",
+        f"x {FLOATS} (write x.astype(np.float32)), got uint16",
     ),
-    (
-        "complex64",
-        lambda a: a.x.astype(np.complex64),
-        TypeError,
-        "x must have dtype float16, bfloat16, float32 or float64, got complex64",
-    ),
+    ("complex64", lambda a: a.x.astype(np.complex64), TypeError, f"x {FLOATS}, got complex64"),
     (
         "object",
         lambda a: a.x.astype(object),
         TypeError,
-        "x must have dtype float16, bfloat16, float32 or float64, got object",
+        f"x {FLOATS}, got object",
     ),
-    ("big_endian", lambda a: a.x.astype(">f4"), TypeError, "x must be in native byte order, got dtype >f4"),
+    (
+        "big_endian",
+        lambda a: a.x.astype(">f4"),
+        TypeError,
+        "x must be in native byte order (write x.astype(np.float32)), got dtype >f4",
+    ),
     (
         "big_endian_64",
         lambda a: a.x.astype(">f8"),
         TypeError,
-        "x must be in native byte order, got dtype >f8",
-    ),
-    (
-        "misaligned",
-        lambda a: a.x_misaligned,
-        ValueError,
-        "x must be aligned to its item size, got an address that is not a multiple of 4",
+        "x must be in native byte order (write x.astype(np.float64)), got dtype >f8",
     ),
     (
         "no_dimension",
@@ -164,7 +197,7 @@ EPS = [  # (name, eps, error, text)
 CHANNEL_VALUES = [  # (name, value from Arrays, error, text with {}): for gamma, beta, mean and var
     ("short", lambda a: a.short, ValueError, "{} must have shape (3,), got (2,)"),
     ("column", lambda a: a.column, ValueError, "{} must have shape (3,), got (3, 1)"),
-    ("int64", lambda a: np.ones(3, np.int64), TypeError, "{} must have a floating dtype, got int64"),
+    ("bool", lambda a: np.ones(3, bool), TypeError, "{} must have a floating dtype, got bool"),
     ("complex128", lambda a: np.ones(3, complex), TypeError, "{} must have a floating dtype, got complex128"),
     ("object", lambda a: np.ones(3, object), TypeError, "{} must have a floating dtype, got object"),
     ("ragged", lambda a: [1.0, [2.0, 3.0]], TypeError, "{} must be an array of numbers, got list"),
@@ -172,7 +205,7 @@ CHANNEL_VALUES = [  # (name, value from Arrays, error, text with {}): for gamma,
         "masked",
         lambda a: np.ma.array(np.ones(3)),
         TypeError,
-        "{} must be a numpy.ndarray or a sequence, got MaskedArray",
+        "{0} must be a numpy.ndarray or a sequence (write {0}.filled(0), say), got MaskedArray",
     ),
 ]
 
@@ -219,16 +252,20 @@ OUT = [  # (name, out from Arrays, error, text with {} for what it may be: x or 
 OVERLAP = "out must be {0} itself or share no memory with {0}, got a partial overlap"
 
 DY = [  # (name, dy from Arrays, error, text)
-    ("list", lambda a: a.dy.tolist(), TypeError, "dy must be a numpy.ndarray, got list"),
+    (
+        "list",
+        lambda a: a.dy.tolist(),
+        TypeError,
+        "dy must be a numpy.ndarray (write np.asarray(dy, np.float32)), got list",
+    ),
     ("shape", lambda a: a.dy[..., 1:], ValueError, "dy must have shape (2, 3, 4, 5), got (2, 3, 4, 4)"),
     ("transposed", lambda a: a.dy.T, ValueError, "dy must have shape (2, 3, 4, 5), got (5, 4, 3, 2)"),
     ("dtype", lambda a: a.dy.astype(np.float64), TypeError, "dy must have dtype float32, got float64"),
-    ("big_endian", lambda a: a.dy.astype(">f4"), TypeError, "dy must be in native byte order, got dtype >f4"),
     (
-        "misaligned",
-        lambda a: a.x_misaligned,
-        ValueError,
-        "dy must be aligned to its item size, got an address that is not a multiple of 4",
+        "big_endian",
+        lambda a: a.dy.astype(">f4"),
+        TypeError,
+        "dy must be in native byte order (write dy.astype(np.float32)), got dtype >f4",
     ),
 ]
 
@@ -247,12 +284,17 @@ NEEDS = [  # (name, needs, error, text)
 
 
 REPLACED = [  # (name, changed fields from Arrays, error, text): of a Saved for x with 3 channels
-    ("list", lambda a: {"x": [1.0]}, TypeError, "saved.x must be a numpy.ndarray, got list"),
+    (
+        "list",
+        lambda a: {"x": [1.0]},
+        TypeError,
+        "saved.x must be a numpy.ndarray (write np.asarray(saved.x, np.float32)), got list",
+    ),
     (
         "int_x",
         lambda a: {"x": a.x.astype(np.int64)},
         TypeError,
-        "saved.x must have dtype float16, bfloat16, float32 or float64, got int64",
+        f"saved.x {FLOATS} (write saved.x.astype(np.float32)), got int64",
     ),
     ("no_moments", lambda a: {"moments": None}, TypeError, "saved.moments must be Moments, got None"),
     (
@@ -584,6 +626,171 @@ def test_every_mistake_has_a_name_of_its_own():
 )
 def test_what_is_close_to_a_mistake_is_accepted(call):
     call(Arrays())
+
+
+# ---- keywords ------------------------------------------------------------------------------------------------
+
+
+def takers():
+    """(name, function) of all that is public and takes keywords."""
+    for name in bn.__all__:
+        f = getattr(bn, name)
+        if inspect.isfunction(f) and inspect.signature(f).parameters and f is not bn.merge:
+            yield name, f
+    yield "BatchNorm", bn.BatchNorm.__init__
+    yield "call", bn.BatchNorm.__call__
+    yield "backward", bn.BatchNorm.backward
+
+
+def arguments_of(f):
+    """Something for each argument that must be given; none is looked at where a keyword is unknown."""
+    parameters = [p for p in inspect.signature(f).parameters.values() if p.default is p.empty]
+    positional = [None for p in parameters if p.kind is p.POSITIONAL_OR_KEYWORD]
+    return positional, {p.name: None for p in parameters if p.kind is p.KEYWORD_ONLY}
+
+
+@pytest.mark.parametrize("f", list(dict(takers()).values()), ids=list(dict(takers())))
+def test_an_unknown_keyword_is_refused_with_the_list_of_the_signature(f):
+    parameters = inspect.signature(f).parameters.values()
+    assert {p.kind for p in parameters} <= {
+        inspect.Parameter.POSITIONAL_OR_KEYWORD,
+        inspect.Parameter.KEYWORD_ONLY,
+    }
+    positional, named = arguments_of(f)
+    known = ", ".join(p.name for p in parameters if p.name != "self")
+    with pytest.raises(TypeError, match=f"^keywords of .* must be of {known}, got banana$"):
+        f(*positional, banana=1, **named)
+
+
+@pytest.mark.parametrize("f", list(dict(takers()).values()), ids=list(dict(takers())))
+@pytest.mark.parametrize(
+    "word", ["num_features", "affine", "epsilon", "track_running_stats", "momentum", "training"]
+)
+def test_a_word_of_other_libraries_gets_a_sentence_wherever_it_is_written(word, f):
+    positional, named = arguments_of(f)
+    with pytest.raises(TypeError) as caught:
+        f(*positional, **{word: 0.25}, **named)
+    text = str(caught.value)
+    assert re.search(r" must be (given|left out)\b", text)
+    assert text.endswith(f", got {word}=0.25")
+
+
+WORDS = [  # (keyword and its value, what takes it, text)
+    (
+        {"num_features": 3},
+        lambda a, **o: bn.BatchNorm(**o),
+        "channels must be given instead of num_features: write BatchNorm(3)",
+    ),
+    (
+        {"num_features": 3},
+        lambda a, **o: bn.batch_norm(a.x, **o),
+        "num_features must be left out: x tells its channels, along axis",
+    ),
+    (
+        {"affine": False},
+        lambda a, **o: bn.BatchNorm(3, **o),
+        "gamma and beta must be given instead of affine: write gamma=False, beta=False",
+    ),
+    (
+        {"affine": False},
+        lambda a, **o: bn.batch_norm(a.x, **o),
+        "gamma must be given instead of affine: an array, or None for affine=False",
+    ),
+    (
+        {"epsilon": 0.001},
+        lambda a, **o: bn.normalize(a.x, a.mean, a.var, **o),
+        "eps must be given instead of epsilon: write eps=0.001",
+    ),
+    (
+        {"epsilon": 0.001},
+        lambda a, **o: bn.BatchNorm(3)(a.x, **o),
+        "eps must be given to BatchNorm(), not to its calls",
+    ),
+    (
+        {"eps": 0.001},
+        lambda a, **o: bn.batch_norm_backward(a.dy, a.saved, **o),
+        "eps must be left out: it is that of the call that gave saved",
+    ),
+    (
+        {"epsilon": 0.001},
+        lambda a, **o: bn.moments(a.x, **o),
+        "epsilon must be left out: moments() adds nothing to a variance",
+    ),
+    (
+        {"track_running_stats": False},
+        lambda a, **o: bn.BatchNorm(3, **o),
+        (
+            "use_stats must be given to the calls of a layer instead of track_running_stats: write "
+            'layer(x, use_stats="batch") for track_running_stats=False'
+        ),
+    ),
+    (
+        {"track_running_stats": False},
+        lambda a, **o: bn.batch_norm(a.x, **o),
+        "track_running_stats must be left out: functions keep nothing, a layer and update_running() do",
+    ),
+    (
+        {"momentum": 0.9},
+        lambda a, **o: bn.update_running(a.mean, a.var, a.saved.moments, **o),
+        (
+            "update_rate must be given instead of momentum, whose meaning differs between frameworks: write "
+            "update_rate=0.9 for PyTorch's momentum=0.9, update_rate=0.1 for that of Keras, Flax or ONNX"
+        ),
+    ),
+    (
+        {"momentum": 0.9},
+        lambda a, **o: bn.BatchNorm(3)(a.x, **o),
+        (
+            "update_rate must be given to BatchNorm() or update_running() instead of momentum, whose meaning differs "
+            "between frameworks: write update_rate=0.9 for PyTorch's momentum=0.9, update_rate=0.1 for that of Keras, "
+            "Flax or ONNX"
+        ),
+    ),
+    (
+        {"training": False},
+        lambda a, **o: bn.BatchNorm(3, **o),
+        "training must be left out: write layer.train() or layer.eval(), a new layer is in training",
+    ),
+    (
+        {"training": False},
+        lambda a, **o: bn.BatchNorm(3)(a.x, **o),
+        (
+            'training must be left out: write layer.train()(x) or layer.eval()(x), or use_stats="batch" or '
+            '"running" for one call'
+        ),
+    ),
+    (
+        {"training": False},
+        lambda a, **o: bn.batch_norm(a.x, **o),
+        (
+            "training must be left out: batch_norm(x) normalizes by the batch, normalize(x, mean, var) by running "
+            "statistics"
+        ),
+    ),
+    (
+        {"bias": 0.0},
+        lambda a, **o: bn.batch_norm_relu(a.x, **o),
+        "beta must be given instead of bias: write beta=0.0",
+    ),
+    (
+        {"running_var": 1.0},
+        lambda a, **o: bn.batch_norm(a.x, **o),
+        (
+            "running_var must be left out: normalize(x, mean, var) normalizes by given statistics, batch_norm(x) by "
+            "those of x"
+        ),
+    ),
+]
+
+
+@pytest.mark.parametrize(
+    ("keyword", "call", "text"), WORDS, ids=[f"{i}-{next(iter(w[0]))}" for i, w in enumerate(WORDS)]
+)
+def test_a_word_of_other_libraries_is_told_what_to_write(keyword, call, text):
+    with pytest.raises(TypeError) as caught:
+        call(Arrays(), **keyword)
+    ((name, value),) = keyword.items()
+    assert str(caught.value) == f"{text}, got {name}={value!r}"
 
 
 def test_options_are_keyword_only():

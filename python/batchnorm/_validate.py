@@ -6,15 +6,18 @@ Everything here returns its argument in the form the core wants, and changes not
 
 from __future__ import annotations
 
+import functools
+import inspect
 import math
 import operator
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any, NamedTuple
+from numbers import Real
+from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _layout
 
@@ -23,26 +26,201 @@ Array = NDArray[Any]
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _TENSORS = (np.dtype(np.float16), *_FLOATS)
 _MOST_DIMENSIONS = 8
-PARITIES = ("paper", "keras", "torchrl")
-GRADIENTS = ("x", "gamma", "beta")
+# The words that arguments may be: for type checkers, and from these for the checks.
+Activation = Literal["relu"]
+Gradient = Literal["x", "gamma", "beta"]
+Padding = Literal["zero", "keep", "normalize"]
+Parity = Literal["paper", "keras", "torchrl"]
+GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+PADDINGS: tuple[Padding, ...] = get_args(Padding)
+PARITIES: tuple[Parity, ...] = get_args(Parity)
+
+# What is None only where the call asked for that; a type checker need not hold everybody to a check for it.
+MaybeNone = Any
+
+Choice = TypeVar("Choice", bound=str)
+P = ParamSpec("P")
+R = TypeVar("R")
 
 
-def array(name: str, a: object) -> Array:
-    """Refuse what is not an ndarray of a floating dtype that the core can read as it lies in memory."""
-    # Subclasses may mean something else by their values (a masked array does); a memory map does not.
+# ---- keywords --------------------------------------------------------------------------------------------
+
+# What other libraries call what has another name here.
+_NAMES_ELSEWHERE = {
+    "num_features": "channels",
+    "features": "channels",
+    "epsilon": "eps",
+    "weight": "gamma",
+    "scale": "gamma",
+    "bias": "beta",
+    "offset": "beta",
+    "input": "x",
+    "inputs": "x",
+    "running_mean": "mean",
+    "running_var": "var",
+}
+_MODES = ("training", "train", "use_running_average")
+_SETTINGS_OF_SAVED = ("eps", "axis", "gamma")
+
+
+def keywords(function: Callable[P, R]) -> Callable[P, R]:
+    """Let unknown keywords of `function` be refused by an error that says what to write (`unknown_keywords`).
+
+    A function whose calls are small against a wrapper's has ``**others: Never`` and raises that error itself; it comes
+    back as it is, and others are left out of the signature that it shows.
+    """
+    signature = inspect.signature(function)
+    shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+    if len(shown) < len(signature.parameters):
+        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
+        return function
+    known = frozenset(signature.parameters)
+
+    @functools.wraps(function)
+    def call(*args: P.args, **named: P.kwargs) -> R:
+        if not named.keys() <= known:
+            raise unknown_keywords(call, named)
+        return function(*args, **named)
+
+    return call
+
+
+def unknown_keywords(function: Callable[..., object], named: Mapping[str, object]) -> TypeError:
+    """Return the error for keywords that `function` has not: what to write instead, where other libraries tell."""
+    known = [name for name in inspect.signature(function).parameters if name != "self"]
+    others = {name: value for name, value in named.items() if name not in known}
+    called = {"BatchNorm.__init__": "BatchNorm()", "BatchNorm.__call__": "a layer's call"}.get(
+        function.__qualname__, f"{function.__name__}()"
+    )
+    for name, value in others.items():
+        text = _instead(name, value, known, called)
+        if text:
+            return TypeError(f"{text}, got {name}={_shown(value)}")
+    return TypeError(f"keywords of {called} must be of {', '.join(known)}, got {', '.join(others)}")
+
+
+def _instead(name: str, value: object, known: list[str], called: str) -> str:
+    """Say what to write instead of a keyword of other libraries; nothing where it is none."""
+    here = _NAMES_ELSEWHERE.get(name, name)
+    if here in known:
+        at = f"BatchNorm({_shown(value)})" if here == "channels" else f"{here}={_shown(value)}"
+        return f"{here} must be given instead of {name}: write {at}"
+    if here == "channels":
+        return f"{name} must be left out: x tells its channels, along axis"
+    if name == "momentum":
+        return _instead_of_momentum(value, "update_rate" in known, called)
+    if name == "affine":
+        if called == "BatchNorm()":
+            return f"gamma and beta must be given instead of affine: write gamma={_shown(value)}, beta={_shown(value)}"
+        if called == "a layer's call":
+            return "gamma and beta must be given to BatchNorm() instead of affine"
+        if "gamma" in known:
+            return "gamma must be given instead of affine: an array, or None for affine=False"
+        return f"affine must be left out: {called} takes no gamma and beta"
+    if name == "track_running_stats":
+        if called in ("BatchNorm()", "a layer's call"):
+            return (
+                "use_stats must be given to the calls of a layer instead of track_running_stats: write "
+                'layer(x, use_stats="batch") for track_running_stats=False'
+            )
+        return f"{name} must be left out: functions keep nothing, a layer and update_running() do"
+    if name in _MODES:
+        return _instead_of_mode(name, called)
+    if here in _SETTINGS_OF_SAVED and "saved" in known:
+        return f"{name} must be left out: it is that of the call that gave saved"
+    if here in ("mean", "var"):
+        return f"{name} must be left out: normalize(x, mean, var) normalizes by given statistics, batch_norm(x) by those of x"
+    if here == "eps" and called != "a layer's call":
+        return f"{name} must be left out: {called} adds nothing to a variance"
+    if called == "a layer's call" and here in ("eps", "axis", "gamma", "beta", "update_rate", "num_threads"):
+        return f"{here} must be given to BatchNorm(), not to its calls"
+    return ""
+
+
+def _instead_of_momentum(momentum: object, has_rate: bool, called: str) -> str:
+    reading = "1-momentum"
+    if isinstance(momentum, Real) and not isinstance(momentum, bool):
+        reading = f"{rest(float(momentum)):g}"
+    place = "" if has_rate else " to BatchNorm() or update_running()"
+    return (
+        f"update_rate must be given{place} instead of momentum, whose meaning differs between frameworks: write "
+        f"update_rate={_shown(momentum)} for PyTorch's momentum={_shown(momentum)}, update_rate={reading} for that of "
+        "Keras, Flax or ONNX"
+    )
+
+
+def _instead_of_mode(name: str, called: str) -> str:
+    if called == "BatchNorm()":
+        return f"{name} must be left out: write layer.train() or layer.eval(), a new layer is in training"
+    if called == "a layer's call":
+        return (
+            f"{name} must be left out: write layer.train()(x) or layer.eval()(x), or "
+            'use_stats="batch" or "running" for one call'
+        )
+    return f"{name} must be left out: batch_norm(x) normalizes by the batch, normalize(x, mean, var) by running statistics"
+
+
+def _shown(value: object) -> str:
+    """Show a value as one writes it, if it is short."""
+    if value is None or isinstance(value, str | bool | int | float):
+        text = repr(value)
+        return text if len(text) <= 40 else f"{text[:37]}..."
+    return f"<{kind(value)}>"
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------
+
+
+def array(name: str, a: object, wanted: str = "np.float32") -> Array:
+    """Give an ndarray of a floating dtype that the core can read: `a` itself, or a copy where it is not aligned.
+
+    A subclass of ndarray is taken by its memory. `wanted` is the dtype that an error says to write,
+    "" where there is nothing to write instead.
+    """
     if type(a) is not np.ndarray and type(a) is not np.memmap:
-        raise TypeError(f"{name} must be a numpy.ndarray, got {type(a).__name__}")
+        # The values of a masked array mean something else.
+        if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
+            raise TypeError(f"{name} must be a numpy.ndarray{to_write(name, a, wanted)}, got {kind(a)}")
+        a = np.asarray(a)
     if a.dtype not in _TENSORS and not is_bfloat16(a.dtype):
-        if a.dtype.newbyteorder("=") in _TENSORS:
-            raise TypeError(f"{name} must be in native byte order, got dtype {a.dtype.str}")
-        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64, got {a.dtype}")
+        native = a.dtype.newbyteorder("=")
+        if native in _TENSORS:
+            hint = f" (write {name}.astype(np.{native}))" if wanted else ""
+            raise TypeError(f"{name} must be in native byte order{hint}, got dtype {a.dtype.str}")
+        hint = f" (write {name}.astype({wanted}))" if wanted and a.dtype.kind in "biuf" else ""
+        raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64{hint}, got {a.dtype}")
+    if not 1 <= a.ndim <= _MOST_DIMENSIONS:
+        raise ValueError(f"{name} must have 1 to {_MOST_DIMENSIONS} dimensions, got {a.ndim}")
+    return a if a.flags.aligned else np.array(a, order="K")
+
+
+def aligned(name: str, a: Array) -> None:
+    """Refuse what is to be written to in place and cannot be."""
     if not a.flags.aligned:
         raise ValueError(
             f"{name} must be aligned to its item size, got an address that is not a multiple of {a.itemsize}"
         )
-    if not 1 <= a.ndim <= _MOST_DIMENSIONS:
-        raise ValueError(f"{name} must have 1 to {_MOST_DIMENSIONS} dimensions, got {a.ndim}")
-    return a
+
+
+def to_write(name: str, value: object, wanted: str) -> str:
+    """Say how to write a value of another library as an array; nothing where that is not known."""
+    if wanted and isinstance(value, np.ma.MaskedArray):
+        return f" (write {name}.filled(0), and what counts as mask=)"
+    library = type(value).__module__.partition(".")[0]
+    write = {
+        "torch": "{}.detach().cpu().numpy()",
+        "tensorflow": "{}.numpy()",
+        "pandas": "{}.to_numpy({})",
+        "polars": "{}.to_numpy()",
+        "xarray": "{}.to_numpy()",
+        "cupy": "{}.get()",
+    }.get(library)
+    if write is None:
+        is_array = isinstance(value, list | tuple) or (
+            hasattr(value, "__array__") and not isinstance(value, np.generic)
+        )
+        write = "np.asarray({}, {})" if is_array else None
+    return "" if write is None or not wanted else f" (write {write.format(name, wanted)})"
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -62,8 +240,9 @@ def saved_input(x: object, axis_: object, eps_: object) -> Array:
 
 
 def array_like(name: str, a: object, x: Array) -> Array:
-    """Refuse what does not also have the shape and dtype of `x`."""
-    checked = array(name, a)
+    """Give `array` of what also has the shape and dtype of `x`."""
+    wanted = "ml_dtypes.bfloat16" if is_bfloat16(x.dtype) else f"np.{x.dtype}"
+    checked = array(name, a, "" if name == "out" else wanted)
     if checked.shape != x.shape:
         raise ValueError(f"{name} must have shape {x.shape}, got {checked.shape}")
     if checked.dtype != x.dtype:
@@ -84,13 +263,12 @@ def axis(value: object, ndim: int) -> int:
     return index % ndim
 
 
-def choice(name: str, value: object, choices: tuple[str, ...]) -> str:
+def choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:
     """Give one of the words that are allowed."""
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(
-            f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}"
-        )
-    return value
+    for word in choices:
+        if isinstance(value, str) and value == word:
+            return word
+    raise ValueError(f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}")
 
 
 def number(name: str, value: object) -> float:
@@ -130,27 +308,38 @@ def ddof(value: object) -> int:
 
 
 def channel_values(name: str, values: Any, channels: int) -> Array:
-    """Give one value per channel as a contiguous float32 or float64 array; a copy only where that takes one."""
+    """Give one value per channel as a contiguous float32 or float64 array; a copy only where that takes one.
+
+    Integers become float64.
+    """
     a = numbers(name, values)
-    if a.dtype.kind != "f" and not is_bfloat16(a.dtype):
+    if a.dtype.kind not in "fiu" and not is_bfloat16(a.dtype):
         raise TypeError(f"{name} must have a floating dtype, got {a.dtype}")
     if a.shape != (channels,):
         raise ValueError(f"{name} must have shape ({channels},), got {a.shape}")
     if a.dtype in _FLOATS and a.flags.c_contiguous and a.flags.aligned:
         return a
     with np.errstate(all="ignore"):  # a long double may well be beyond float64
-        return np.array(a, dtype=np.float32 if a.dtype.itemsize <= 4 else np.float64)
+        is_narrow = a.dtype.itemsize <= 4 and a.dtype.kind not in "iu"
+        return np.array(a, dtype=np.float32 if is_narrow else np.float64)
 
 
 def numbers(name: str, values: Any) -> Array:
     """Give an array of what is one or a sequence."""
-    # As for x: a subclass may mean something else by its values.
-    if isinstance(values, np.ndarray) and type(values) is not np.ndarray and type(values) is not np.memmap:
-        raise TypeError(f"{name} must be a numpy.ndarray or a sequence, got {type(values).__name__}")
+    if isinstance(values, np.ma.MaskedArray):  # its values mean something else
+        hint = f" (write {name}.filled(0), say)"
+        raise TypeError(f"{name} must be a numpy.ndarray or a sequence{hint}, got {type(values).__name__}")
     try:
         return np.asarray(values)
-    except (TypeError, ValueError):  # ragged, say; NumPy's own text does not know the argument
-        raise TypeError(f"{name} must be an array of numbers, got {kind(values)}") from None
+    except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor that needs gradients or lies on a GPU
+        hint = "" if isinstance(values, list | tuple) else to_write(name, values, "np.float32")
+        raise TypeError(f"{name} must be an array of numbers{hint}, got {kind(values)}") from None
+
+
+def float_dtype(values: ArrayLike | None) -> np.dtype[Any]:
+    """Tell the dtype of gradients of what a caller gave: its own where that floats, else float64."""
+    dtype = np.dtype(np.float64) if values is None else np.asarray(values).dtype
+    return np.dtype(np.float64) if dtype.kind in "iu" else dtype
 
 
 def table(name: str, values: Any, columns: int) -> Array:
@@ -192,6 +381,15 @@ def batch_values(x: Array, axis: int) -> None:
         raise ValueError(
             f"x must have at least 2 values per channel for batch statistics, got shape {x.shape}"
         )
+
+
+def several_positions(source: str, weights: Array) -> None:
+    """Refuse a mask or lengths that leave one position, which has no variance."""
+    needed = {"mask": "be True at", "lengths": "leave"}.get(source)
+    if needed and np.count_nonzero(weights) == 1:
+        raise ValueError(
+            f"{source} must {needed} 2 positions or more for batch statistics (or none), got 1"
+        ) from None
 
 
 def ghost_size(value: object) -> int:
@@ -302,6 +500,10 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
 
     `may_be` are the inputs it may be exactly; the first gives its name to the error text.
     """
+    if isinstance(out, np.ndarray):
+        if type(out) is not np.ndarray and type(out) is not np.memmap:
+            raise TypeError(f"out must be a numpy.ndarray (write out.view(np.ndarray)), got {kind(out)}")
+        aligned("out", out)
     checked = array_like("out", out, x)
     if not checked.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")

@@ -39,25 +39,6 @@ class Entry(NamedTuple):
 # ---- settings of a layer ---------------------------------------------------------------------------------
 
 
-def no_other_arguments(others: Mapping[str, object]) -> None:
-    """Refuse unknown keywords of BatchNorm(), and say what to write instead of ``momentum``."""
-    if "momentum" in others:
-        momentum = others["momentum"]
-        reading = "1-momentum"
-        if isinstance(momentum, Real) and not isinstance(momentum, bool):
-            reading = f"{_validate.rest(float(momentum)):g}"
-        raise TypeError(
-            "update_rate must be given instead of momentum, whose meaning differs between frameworks: write "
-            f"update_rate={momentum!r} for PyTorch's momentum={momentum!r}, update_rate={reading} for that of Keras, "
-            f"Flax or ONNX, got momentum={momentum!r}"
-        )
-    if others:
-        raise TypeError(
-            "keywords of BatchNorm() must be of axis, convention, eps, update_rate, ddof, gamma, beta, dtype, debias, "
-            f"nonfinite, single_value, domains, ghost_size, renorm, parity, num_threads, got {', '.join(others)}"
-        )
-
-
 def channels(value: object) -> int:
     """Give the number of channels as an int."""
     number = _integer("channels", value)
@@ -133,7 +114,7 @@ def renorm(value: Any, ghost_size: int | None, rate: float | None) -> Any:
     return value
 
 
-def activation(value: object, ghost_size: int | None, renorm: object) -> str | None:
+def activation(value: object, ghost_size: int | None, renorm: object) -> _validate.Activation | None:
     """Give None or "relu", which goes with one normalization of the whole batch alone."""
     if value is None:
         return None
@@ -142,7 +123,7 @@ def activation(value: object, ghost_size: int | None, renorm: object) -> str | N
     if ghost_size is not None or renorm is not None:
         other = "ghost_size" if ghost_size is not None else "renorm"
         raise ValueError(f"activation must be None in a layer with {other}, got {value!r}")
-    return value
+    return "relu"
 
 
 def parts_with_activation(names: Mapping[str, object]) -> ValueError:
@@ -331,7 +312,8 @@ def _update_count(value: object) -> NDArray[np.int64]:
 def _array(name: str, value: object, entry: Entry) -> NDArray[Any]:
     """Return a copy of `value` as a C-contiguous array of the package's own."""
     if not isinstance(value, np.ndarray):
-        raise TypeError(f"{name} must be a numpy.ndarray of shape {entry.shape}, got {_kind(value)}")
+        write = _validate.to_write(name, value, f"np.{entry.dtype}")
+        raise TypeError(f"{name} must be a numpy.ndarray of shape {entry.shape}{write}, got {_kind(value)}")
     if value.dtype != entry.dtype:
         raise TypeError(f"{name} must have dtype {entry.dtype}, got {value.dtype}")
     if value.shape != entry.shape:

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -40,6 +40,7 @@ CONVENTIONS = {
     "flax": Convention(1e-5, 0.01, 0, -1),
     "onnx": Convention(1e-5, 0.1, 0, 1),
 }
+Library = Literal["torch", "keras", "flax", "onnx"]
 # What BatchNorm() takes where none is named: those of PyTorch.
 DEFAULT = CONVENTIONS["torch"]
 

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _layout, _validate
+from batchnorm._validate import PADDINGS, Padding
 
 Array = NDArray[Any]
-
-PADDINGS = ("zero", "keep", "normalize")
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -24,11 +23,13 @@ class Positions:
     weights : ndarray, flat, in the memory order of the array; float64 for float64 arrays, else float32.
     padding : "zero", "keep" or "normalize": what the output is where the weight is 0.
     total : the sum of the weights, once the core has told it.
+    source : "mask", "weights" or "lengths": the argument that told them.
     """
 
     weights: Array
-    padding: str
+    padding: Padding
     total: float = 0.0
+    source: str = "weights"
 
     @property
     def code(self) -> int:
@@ -68,7 +69,7 @@ def counted(
     weights: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     segments: ArrayLike | None = None,
-    padding: str | None = None,
+    padding: Padding | None = None,
 ) -> Counted | None:
     """Give what the arguments of that name count of `x`, whose channel axis is `axis` (>= 0); None for all alike."""
     given = {"mask": mask, "weights": weights, "lengths": lengths, "segments": segments}
@@ -86,12 +87,12 @@ def counted(
             )
         return None if not names else _segments(x, axis, segments)
     if mask is not None:
-        flags = _numbers("mask", mask, "b", "bool")
-        return Positions(_flat(_spread("mask", flags, x, axis), x, axis), padding or "zero")
+        flags = _spread("mask", _flags(mask), x, axis)
+        return Positions(_flat(flags, x, axis), padding or "zero", source="mask")
     if weights is not None:
-        values = _numbers("weights", weights, "f", "floating")
+        values = _numbers("weights", weights, "fiub", "floating")
         return Positions(_flat(_spread("weights", values, x, axis), x, axis), padding or "normalize")
-    return Positions(_flat(_before_lengths(x, axis, lengths), x, axis), padding or "zero")
+    return Positions(_flat(_before_lengths(x, axis, lengths), x, axis), padding or "zero", source="lengths")
 
 
 def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
@@ -99,6 +100,19 @@ def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
     if a.dtype.kind not in kinds:
         raise TypeError(f"{name} must have {_article(wanted)} dtype, got {a.dtype}")
     return a
+
+
+def _flags(mask: Any) -> Array:
+    """Give a mask as bools: also of integers that are 0 and 1."""
+    a = _validate.numbers("mask", mask)
+    if a.dtype.kind not in "biu":
+        hint = " (write mask != 0)" if a.dtype.kind == "f" else ""
+        raise TypeError(f"mask must have a bool dtype{hint}, got {a.dtype}")
+    if a.dtype.kind != "b":
+        other = a[(a != 0) & (a != 1)]
+        if other.size:
+            raise ValueError(f"mask must be bools, or integers 0 and 1, got {other[0]}")
+    return a.astype(np.bool, copy=False)
 
 
 def _article(word: str) -> str:

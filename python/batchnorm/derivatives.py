@@ -11,18 +11,20 @@ Second order is where it ends. All of its combinations are one function, because
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
+from batchnorm._validate import MaybeNone
 from batchnorm.functional import Saved, _deliver, _input_of, _like_gamma, _target
 
 Array = NDArray[Any]
 Outputs = tuple[Array | None, Array | None]
 
-_SECOND = ("dy", "x", "gamma")
+SecondGradient = Literal["dy", "x", "gamma"]
+_SECOND: tuple[SecondGradient, ...] = get_args(SecondGradient)
 
 
 class SecondGradients(NamedTuple):
@@ -31,11 +33,12 @@ class SecondGradients(NamedTuple):
     They are the last order there is: a function of derivatives that is given one raises NotImplementedError.
     """
 
-    ddy: Array | None
-    dx: Array | None
-    dgamma: Array | None
+    ddy: Array | MaybeNone
+    dx: Array | MaybeNone
+    dgamma: Array | MaybeNone
 
 
+@_validate.keywords
 def batch_norm_jvp(
     x_dot: Array,
     saved: Saved,
@@ -88,7 +91,7 @@ def batch_norm_jvp(
     _refuse_third_order(x_dot=x_dot, saved=saved)
     x = _whole_input_of(saved)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("x_dot", x_dot, x)
+    x_dot = _validate.array_like("x_dot", x_dot, x)
     channels = x.shape[saved.axis]
     scale = _validate.optional_channel_values("gamma", saved.gamma, channels)
     turn = _validate.optional_channel_values("gamma_dot", gamma_dot, channels)
@@ -103,6 +106,7 @@ def batch_norm_jvp(
     return _deliver(y_dot, out)
 
 
+@_validate.keywords
 def normalize_jvp(
     x_dot: Array,
     x: Array,
@@ -158,11 +162,11 @@ def normalize_jvp(
            [1.5]])
     """
     _refuse_third_order(x_dot=x_dot, x=x)
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("x_dot", x_dot, x)
+    x_dot = _validate.array_like("x_dot", x_dot, x)
     channels = x.shape[axis]
     center = _validate.channel_values("mean", mean, channels)
     spread = _validate.variances(var, channels)
@@ -181,6 +185,7 @@ def normalize_jvp(
     return _deliver(y_dot, out)
 
 
+@_validate.keywords
 def batch_norm_double_backward(
     v_dx: Array | None,
     dy: Array,
@@ -188,7 +193,7 @@ def batch_norm_double_backward(
     *,
     v_dgamma: ArrayLike | None = None,
     v_dbeta: ArrayLike | None = None,
-    needs: Iterable[str] = _SECOND,
+    needs: Iterable[SecondGradient] = _SECOND,
     out: Outputs | None = None,
     num_threads: int | None = None,
 ) -> SecondGradients:
@@ -253,6 +258,7 @@ def batch_norm_double_backward(
     return call.results(dgamma)
 
 
+@_validate.keywords
 def normalize_double_backward(
     v_dx: Array | None,
     dy: Array,
@@ -265,7 +271,7 @@ def normalize_double_backward(
     v_dbeta: ArrayLike | None = None,
     axis: int = 1,
     eps: float = 1e-5,
-    needs: Iterable[str] = _SECOND,
+    needs: Iterable[SecondGradient] = _SECOND,
     out: Outputs | None = None,
     num_threads: int | None = None,
 ) -> SecondGradients:
@@ -301,7 +307,7 @@ def normalize_double_backward(
     array([2.])
     """
     _refuse_third_order(v_dx=v_dx, dy=dy, x=x)
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     threads = _validate.num_threads(num_threads)
@@ -331,9 +337,9 @@ class _Second:
         out: Outputs | None,
         apart: dict[str, Array | None],
     ) -> None:
-        _validate.array_like("dy", dy, x)
+        dy = _validate.array_like("dy", dy, x)
         if v_dx is not None:
-            _validate.array_like("v_dx", v_dx, x)
+            v_dx = _validate.array_like("v_dx", v_dx, x)
         need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)
         given = {"gamma": gamma, "v_dgamma": v_dgamma, "v_dbeta": v_dbeta}
         values = {n: _validate.optional_channel_values(n, a, x.shape[axis]) for n, a in given.items()}

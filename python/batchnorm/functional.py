@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Never
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
+from batchnorm._validate import MaybeNone
 from batchnorm.counted import Counted, Positions, Segments, counted, dense
 from batchnorm.moments import Moments
 
@@ -78,9 +79,9 @@ class Saved:
 class Gradients(NamedTuple):
     """Gradients of a loss: `dx` like x, `dgamma` and `dbeta` (C,); None where not asked for."""
 
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
+    dx: Array | MaybeNone
+    dgamma: Array | MaybeNone
+    dbeta: Array | MaybeNone
 
 
 class GradSums:
@@ -127,6 +128,7 @@ class GradSums:
         return f"GradSums(channels={self._table.shape[0]})"
 
 
+@_validate.keywords
 def batch_norm(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -138,9 +140,10 @@ def batch_norm(
     weights: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
     segments: ArrayLike | None = None,
-    padding: str | None = None,
+    padding: _validate.Padding | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> tuple[Array, Saved]:
     """Normalize each channel of `x` by the statistics of this batch (training).
 
@@ -201,13 +204,15 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
+    if others:
+        raise _validate.unknown_keywords(batch_norm, others)
     plain = mask is None and weights is None and lengths is None and segments is None and padding is None
     if plain:
         done = ordinary_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
 
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     threads = _validate.num_threads(num_threads)
@@ -225,9 +230,13 @@ def batch_norm(
         offsets = part.of_outer(sizes, len(x))
         table = _core.segment_batch_norm(block, sizes, offsets, scale, shift, eps, y, threads)
     else:
-        table = _core.weighted_batch_norm(
-            block, sizes, part.weights, part.code, scale, shift, eps, y, threads
-        )
+        try:
+            table = _core.weighted_batch_norm(
+                block, sizes, part.weights, part.code, scale, shift, eps, y, threads
+            )
+        except ValueError:  # the core knows only of weights
+            _validate.several_positions(part.source, part.weights)
+            raise
         part = replace(part, total=float(table[0, 0]) if len(table) else 0.0)
     kept = None if gamma is None else np.asarray(gamma)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
@@ -245,6 +254,7 @@ def ordinary_batch_norm(
     return y, Saved(kept_x, Moments._from_core(table), gamma, axis_from_0, eps)
 
 
+@_validate.keywords
 def normalize(
     x: Array,
     mean: ArrayLike,
@@ -256,9 +266,10 @@ def normalize(
     eps: float = 1e-5,
     mask: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
-    padding: str | None = None,
+    padding: _validate.Padding | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> Array:
     """Normalize each channel of `x` by statistics that are given (inference).
 
@@ -297,12 +308,14 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
+    if others:
+        raise _validate.unknown_keywords(normalize, others)
     if mask is None and lengths is None and padding is None:
         done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
 
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     threads = _validate.num_threads(num_threads)
@@ -326,13 +339,15 @@ def normalize(
     return _deliver(y, out)
 
 
+@_validate.keywords
 def batch_norm_backward(
     dy: Array,
     saved: Saved,
     *,
-    needs: Iterable[str] = ("x", "gamma", "beta"),
+    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> Gradients:
     """Gradients of `batch_norm`, through the batch's statistics.
 
@@ -378,6 +393,8 @@ def batch_norm_backward(
            [-0.3048],
            [ 0.0871]]), array([1.]))
     """
+    if others:
+        raise _validate.unknown_keywords(batch_norm_backward, others)
     if type(saved) is Saved and type(saved.moments) is Moments and saved.part is None:
         table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
         done = _core.try_batch_norm_backward(dy, saved.x, table, gamma, axis, eps, needs, out, num_threads)
@@ -387,7 +404,7 @@ def batch_norm_backward(
     x = _input_of(saved)
     need_x, need_gamma, need_beta = _validate.needs(needs)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, x)
+    dy = _validate.array_like("dy", dy, x)
     scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
     if out is not None:
         _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
@@ -408,6 +425,7 @@ def batch_norm_backward(
     return _gradients(dx, out, dgamma, dbeta, saved.gamma)
 
 
+@_validate.keywords
 def normalize_backward(
     dy: Array,
     x: Array,
@@ -419,10 +437,11 @@ def normalize_backward(
     eps: float = 1e-5,
     mask: ArrayLike | None = None,
     lengths: ArrayLike | None = None,
-    padding: str | None = None,
-    needs: Iterable[str] = ("x", "gamma", "beta"),
+    padding: _validate.Padding | None = None,
+    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> Gradients:
     """Gradients of `normalize`, whose statistics are constants (frozen statistics, fine-tuning).
 
@@ -455,17 +474,19 @@ def normalize_backward(
     Gradients(dx=array([[0.5],
            [0.5]]), dgamma=array([1.]), dbeta=array([2.]))
     """
+    if others:
+        raise _validate.unknown_keywords(normalize_backward, others)
     if mask is None and lengths is None and padding is None:
         done = _core.try_normalize_backward(dy, x, mean, var, gamma, axis, eps, needs, out, num_threads)
         if done is not None:
             return Gradients(*done)
 
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     need_x, need_gamma, need_beta = _validate.needs(needs)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, x)
+    dy = _validate.array_like("dy", dy, x)
     channels = x.shape[axis]
     center = _validate.channel_values("mean", mean, channels)
     spread = _validate.variances(var, channels)
@@ -486,6 +507,7 @@ def normalize_backward(
     return _gradients(dx, out, dgamma, dbeta, gamma)
 
 
+@_validate.keywords
 def update_running(
     running_mean: ArrayLike,
     running_var: ArrayLike,
@@ -493,6 +515,7 @@ def update_running(
     *,
     update_rate: float = 0.1,
     ddof: int = 1,
+    **others: Never,
 ) -> tuple[PerChannel, PerChannel]:
     """Give the running statistics after one more batch.
 
@@ -521,6 +544,8 @@ def update_running(
     >>> update_running([0.0], [1.0], saved.moments, update_rate=0.5)
     (array([1.]), array([1.5]))
     """
+    if others:
+        raise _validate.unknown_keywords(update_running, others)
     if type(moments) is Moments:
         done = _core.try_update_running(running_mean, running_var, moments._table, update_rate, ddof)
         if done is not None:
@@ -534,6 +559,7 @@ def update_running(
     return _core.update_running(mean, var, moments._table, rate, ddof)
 
 
+@_validate.keywords
 def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> GradSums:
     """First half of `batch_norm_backward`: the sums over the batch that it needs.
 
@@ -561,7 +587,7 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     """
     x = _input_of(saved)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, x)
+    dy = _validate.array_like("dy", dy, x)
     block, sizes = _layout.dense(x, saved.axis)
     grad, part = _layout.like(block, dy), _not_segments(saved)
     if part is None:
@@ -573,6 +599,7 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     return GradSums(np.full(sizes[1], part.total), table)
 
 
+@_validate.keywords
 def grad_input(
     dy: Array, saved: Saved, sums: GradSums, *, out: Array | None = None, num_threads: int | None = None
 ) -> Array:
@@ -604,7 +631,7 @@ def grad_input(
     x = _input_of(saved)
     _validate.instance("sums", sums, GradSums, "GradSums")
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, x)
+    dy = _validate.array_like("dy", dy, x)
     scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
     if out is not None:
         _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
@@ -639,7 +666,7 @@ def _input_of(saved: Saved) -> Array:
 
 
 def _padded(
-    x: Array, axis: int, mask: ArrayLike | None, lengths: ArrayLike | None, padding: str | None
+    x: Array, axis: int, mask: ArrayLike | None, lengths: ArrayLike | None, padding: _validate.Padding | None
 ) -> Positions | None:
     """Give the positions that are normalized by statistics that are given; None for all."""
     part = counted(x, axis, mask=mask, lengths=lengths, padding=padding)
@@ -679,7 +706,7 @@ def _gradients(
 
 def _like_gamma(gradient: Array | None, gamma: ArrayLike | None) -> Array | None:
     """Give a gradient, float32 or float64 as it was computed, in the dtype of gamma; as it is where that is None."""
-    return gradient if gradient is None or gamma is None else _rounded(gradient, np.asarray(gamma).dtype)
+    return gradient if gradient is None or gamma is None else _rounded(gradient, _validate.float_dtype(gamma))
 
 
 def _rounded(values: Array, dtype: np.dtype[Any]) -> Array:

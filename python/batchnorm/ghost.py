@@ -52,6 +52,7 @@ class GhostSaved:
     ghost_size: int
 
 
+@_validate.keywords
 def ghost_batch_norm(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -105,7 +106,7 @@ def ghost_batch_norm(
     >>> [m.mean.item() for m in saved.moments]
     [2.0, 20.0]
     """
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     size = _validate.ghost_size(ghost_size)
@@ -126,11 +127,12 @@ def ghost_batch_norm(
     return y, GhostSaved(kept_x, tuple(moments), kept, axis, eps, size)
 
 
+@_validate.keywords
 def ghost_batch_norm_backward(
     dy: Array,
     saved: GhostSaved,
     *,
-    needs: Iterable[str] = ("x", "gamma", "beta"),
+    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
@@ -169,16 +171,16 @@ def ghost_batch_norm_backward(
     """
     x = _input_of(saved)
     needed = _validate.needs(needs)
-    names = [name for name, need in zip(("x", "gamma", "beta"), needed, strict=True) if need]
+    names = [name for name, need in zip(_validate.GRADIENTS, needed, strict=True) if need]
     _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, x)
+    dy = _validate.array_like("dy", dy, x)
     scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
     if out is not None:
         _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
     dx = None if "x" not in names else np.empty_like(x, subok=False) if out is None else out
     # In float64, so that the parts of dgamma and dbeta are not rounded before they are added.
     scale = None if scale is None else scale.astype(np.float64)
-    sums = {name: _Sum(x.shape[saved.axis]) for name in names if name != "x"}
+    sums: dict[str, _Sum] = {name: _Sum(x.shape[saved.axis]) for name in names if name != "x"}
     for part, moments in zip(_ghosts(x, saved.ghost_size), saved.moments, strict=True):
         ghost = Saved(x[part], moments, scale, saved.axis, saved.eps)
         target = None if dx is None else dx[part]
@@ -192,6 +194,7 @@ def ghost_batch_norm_backward(
     return Gradients(dx, totals.get("gamma"), totals.get("beta"))
 
 
+@_validate.keywords
 def ghost_update_running(
     running_mean: ArrayLike,
     running_var: ArrayLike,

@@ -41,6 +41,7 @@ def active_isa() -> str:
     return _core.active_isa()
 
 
+@_validate.keywords
 def set_num_threads(num_threads: int | None) -> None:
     """Limit the threads of every call in this process that has no `num_threads` of its own; None removes the limit.
 
@@ -66,6 +67,7 @@ def get_num_threads() -> int:
     return _core.get_num_threads()
 
 
+@_validate.keywords
 def explain(
     shape: Sequence[int], *, axis: int = 1, dtype: DTypeLike = np.float32, num_threads: int | None = None
 ) -> str:
@@ -105,6 +107,7 @@ def config() -> dict[str, dict[str, Any]]:
     }
 
 
+@_validate.keywords
 def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, dict[str, Any]] | None:
     """Show version, compiler, flags, instruction sets (built, available, active) and threads.
 

@@ -9,12 +9,13 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Never, Self, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm import _validate, _validate_state, conventions, state_file
+from batchnorm._validate import MaybeNone
 from batchnorm.functional import (
     Gradients,
     Saved,
@@ -35,6 +36,7 @@ from batchnorm.ghost import (
 from batchnorm.moments import Moments, merge, moments
 from batchnorm.relu import NEEDS as RELU_NEEDS
 from batchnorm.relu import (
+    ReluGradient,
     ReluGradients,
     SavedRelu,
     batch_norm_relu,
@@ -119,9 +121,12 @@ _ALL: Any = _Default("all")
 
 _NO_PARTS: Mapping[str, Any] = {}
 
-NONFINITE = ("raise", "skip", "warn", "propagate")
-SINGLE_VALUE = ("raise", "use_running", "skip")
-USE_STATS = ("batch", "running")
+Nonfinite = Literal["raise", "skip", "warn", "propagate"]
+SingleValue = Literal["raise", "use_running", "skip"]
+UseStats = Literal["batch", "running"]
+NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
+SINGLE_VALUE: tuple[SingleValue, ...] = get_args(SingleValue)
+USE_STATS: tuple[UseStats, ...] = get_args(UseStats)
 
 _AnySaved = Saved | SavedRelu | GhostSaved | RenormSaved
 _BACKWARD: dict[type, Callable[..., Gradients | ReluGradients]] = {
@@ -226,12 +231,13 @@ class BatchNorm:
 
     """
 
+    @_validate.keywords
     def __init__(
         self,
         channels: int,
         *,
         axis: int = _BY_CONVENTION,
-        convention: str | None = None,
+        convention: conventions.Library | None = None,
         eps: float = _BY_CONVENTION,
         update_rate: float | None = _BY_CONVENTION,
         ddof: int = _BY_CONVENTION,
@@ -239,17 +245,15 @@ class BatchNorm:
         beta: bool = True,
         dtype: DTypeLike = np.float32,
         debias: bool = False,
-        nonfinite: str = "warn",
-        single_value: str = "raise",
+        nonfinite: Nonfinite = "warn",
+        single_value: SingleValue = "raise",
         domains: int | None = None,
         ghost_size: int | None = None,
         renorm: RenormSchedule | None = None,
-        parity: str = "paper",
-        activation: str | None = None,
+        parity: _validate.Parity = "paper",
+        activation: _validate.Activation | None = None,
         num_threads: int | None = None,
-        **others: Any,
     ) -> None:
-        _validate_state.no_other_arguments(others)
         self._channels = _validate_state.channels(channels)
         defaults = conventions.convention(convention)
         self._axis = _validate_state.axis(defaults.axis if axis is _BY_CONVENTION else axis)
@@ -329,12 +333,12 @@ class BatchNorm:
         return self._debias
 
     @property
-    def nonfinite(self) -> str:
+    def nonfinite(self) -> Nonfinite:
         """What a training call does with statistics that are not finite."""
         return self._nonfinite
 
     @property
-    def single_value(self) -> str:
+    def single_value(self) -> SingleValue:
         """What a training call does with one value a channel."""
         return self._single_value
 
@@ -354,12 +358,12 @@ class BatchNorm:
         return self._renorm
 
     @property
-    def parity(self) -> str:
+    def parity(self) -> _validate.Parity:
         """Whose rules batch renormalization follows."""
         return self._parity
 
     @property
-    def activation(self) -> str | None:
+    def activation(self) -> _validate.Activation | None:
         """What follows the normalization in the same pass."""
         return self._activation
 
@@ -371,7 +375,7 @@ class BatchNorm:
     # ---- parameters and state ----
 
     @property
-    def gamma(self) -> NDArray[Any] | None:
+    def gamma(self) -> NDArray[Any] | MaybeNone:
         """Scale of each channel, (C,) of `dtype`, or None. Assigning copies; ``gamma -= g`` works in place.
 
         Raises TypeError for another dtype or type, ValueError for another shape or a layer without gamma.
@@ -387,7 +391,7 @@ class BatchNorm:
             self._state = self._state._replace(gamma=checked)
 
     @property
-    def beta(self) -> NDArray[Any] | None:
+    def beta(self) -> NDArray[Any] | MaybeNone:
         """Shift of each channel, (C,) of `dtype`, or None. Assigning copies; ``beta -= b`` works in place.
 
         Raises TypeError for another dtype or type, ValueError for another shape or a layer without beta.
@@ -402,17 +406,17 @@ class BatchNorm:
             self._state = self._state._replace(beta=checked)
 
     @property
-    def dgamma(self) -> NDArray[Any] | None:
+    def dgamma(self) -> NDArray[Any] | MaybeNone:
         """Gradient of gamma from the last backward, (C,) of `dtype`; None before it or if not asked for."""
         return self._results.dgamma
 
     @property
-    def dbeta(self) -> NDArray[Any] | None:
+    def dbeta(self) -> NDArray[Any] | MaybeNone:
         """Gradient of beta from the last backward, (C,) of `dtype`; None before it or if not asked for."""
         return self._results.dbeta
 
     @property
-    def dresidual(self) -> NDArray[Any] | None:
+    def dresidual(self) -> NDArray[Any] | MaybeNone:
         """Gradient of the residual from the last backward; None where there was none, or it was not asked for."""
         return self._results.dresidual
 
@@ -504,6 +508,7 @@ class BatchNorm:
 
     # ---- forward and backward ----
 
+    @_validate.keywords
     def __call__(
         self,
         x: NDArray[Any],
@@ -512,11 +517,12 @@ class BatchNorm:
         mask: ArrayLike | None = None,
         weights: ArrayLike | None = None,
         lengths: ArrayLike | None = None,
-        padding: str | None = None,
-        use_stats: str | None = None,
+        padding: _validate.Padding | None = None,
+        use_stats: UseStats | None = None,
         update_stats: bool | None = None,
         domain: int | None = None,
         out: NDArray[Any] | None = None,
+        **others: Never,
     ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
@@ -559,6 +565,8 @@ class BatchNorm:
                [ 1.]])
 
         """
+        if others:
+            raise _validate.unknown_keywords(BatchNorm.__call__, others)
         no_parts = mask is None and weights is None and lengths is None and padding is None
         no_options = residual is None and use_stats is None and update_stats is None and domain is None
         by_batch = update = self._training and not self._frozen[0]
@@ -587,13 +595,15 @@ class BatchNorm:
             return self._by_batch(x, to, k, how, update)
         return self._by_running(x, to, k, how, update)
 
+    @_validate.keywords
     def backward(
         self,
         dy: NDArray[Any],
         *,
-        needs: Iterable[str] = _ALL,
+        needs: Iterable[ReluGradient] = _ALL,
         out: NDArray[Any] | None = None,
-    ) -> NDArray[Any] | None:
+        **others: Never,
+    ) -> NDArray[Any] | MaybeNone:
         """Return dx for the last call of the layer, and set `dgamma` and `dbeta`.
 
         With xhat = (x - mean) * rstd, rstd = 1/sqrt(var + eps), and sums over the n values of a channel:
@@ -642,6 +652,8 @@ class BatchNorm:
         array([3.], dtype=float32)
 
         """
+        if others:
+            raise _validate.unknown_keywords(BatchNorm.backward, others)
         call, evaluation = self._state.call, self._evaluation
         if evaluation is not None and evaluation[1] is call:
             call = evaluation[0]
@@ -649,7 +661,7 @@ class BatchNorm:
         if not kept:
             raise _validate_state.no_forward_call()
         x, saved = kept
-        known = _validate.GRADIENTS if self._activation is None else RELU_NEEDS
+        known: tuple[str, ...] = _validate.GRADIENTS if self._activation is None else RELU_NEEDS
         names: Iterable[str] = known if needs is _ALL else needs
         if self._frozen[1]:
             asked = _validate.needs_among(known, names)
@@ -664,13 +676,13 @@ class BatchNorm:
         try:
             backward = _BACKWARD.get(type(saved))
             if backward is None:
-                dx, dgamma, dbeta, *others = saved(dy, needs=names, out=to, num_threads=self._num_threads)
+                dx, dgamma, dbeta, *dresidual = saved(dy, needs=names, out=to, num_threads=self._num_threads)
             else:
-                dx, dgamma, dbeta, *others = backward(
+                dx, dgamma, dbeta, *dresidual = backward(
                     dy, saved, needs=names, out=to, num_threads=self._num_threads
                 )
             dgamma, dbeta = self._as_gradient(dgamma, gamma), self._as_gradient(dbeta, beta)
-            results = _new_results((dgamma, dbeta, others[0] if others else None))
+            results = _new_results((dgamma, dbeta, dresidual[0] if dresidual else None))
         except (TypeError, ValueError, MemoryError):  # which come before anything is written
             call[:] = kept
             raise
@@ -1479,7 +1491,7 @@ def _debiased_rate(rate: float, count: int) -> float:
 
 
 def _without_residual(
-    no_residual: bool, dy: NDArray[Any], *, needs: Iterable[str], **rest: Any
+    no_residual: bool, dy: NDArray[Any], *, needs: Iterable[ReluGradient], **rest: Any
 ) -> ReluGradients:
     """Call `normalize_relu_backward`, which does not know whether there was a residual."""
     return normalize_relu_backward(

@@ -71,6 +71,7 @@ class SavedOutput:
         return 0
 
 
+@_validate.keywords
 def batch_norm_inplace(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -118,24 +119,27 @@ def batch_norm_inplace(
     (True, array([[-2.],
            [ 2.]]))
     """
-    _validate.array("x", x)
+    if isinstance(x, np.ndarray):
+        _validate.aligned("x", x)
+    values = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     if not x.flags.writeable:
         raise ValueError("x must be writeable, got a read-only array")
     scale = _float64("gamma", gamma, x.shape[axis], 1.0)
     shift = _float64("beta", beta, x.shape[axis], 0.0)
     _check_invertible(scale, shift, x.dtype.itemsize)
-    dtype = np.dtype(np.float64) if gamma is None else np.asarray(gamma).dtype
-    y, saved = batch_norm(x, gamma, beta, axis=axis, eps=eps, out=x, num_threads=num_threads)
-    return y, SavedOutput(y, saved.moments, scale, shift, dtype, saved.axis, saved.eps)
+    dtype = _validate.float_dtype(gamma)
+    y, saved = batch_norm(values, gamma, beta, axis=axis, eps=eps, out=values, num_threads=num_threads)
+    return x, SavedOutput(y, saved.moments, scale, shift, dtype, saved.axis, saved.eps)
 
 
+@_validate.keywords
 def batch_norm_inplace_backward(
     dy: Array,
     saved: SavedOutput,
     *,
     y: Array | None = None,
-    needs: Iterable[str] = ("x", "gamma", "beta"),
+    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from functools import reduce
-from typing import Any, Self
+from typing import Any, Never, Self
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -194,6 +194,7 @@ def merge(*parts: Moments) -> Moments:
     return Moments._from_core(reduce(_core.merge, (p._table for p in parts)))
 
 
+@_validate.keywords
 def moments(
     x: NDArray[Any],
     *,
@@ -203,6 +204,7 @@ def moments(
     lengths: ArrayLike | None = None,
     segments: ArrayLike | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
@@ -239,12 +241,14 @@ def moments(
     >>> m.count, m.mean, m.var()
     (array([2., 2.]), array([ 2., 10.]), array([1., 0.]))
     """
+    if others:
+        raise _validate.unknown_keywords(moments, others)
     if mask is None and weights is None and lengths is None and segments is None:
         done = _core.try_moments(x, axis, num_threads)
         if done is not None:
             return Moments._from_core(done)
 
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     threads = _validate.num_threads(num_threads)
     part = counted(x, axis, mask=mask, weights=weights, lengths=lengths, segments=segments)

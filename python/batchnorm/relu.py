@@ -10,17 +10,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Never, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
+from batchnorm._validate import MaybeNone
 from batchnorm.functional import PerChannel, Saved, _deliver, _input_of, _like_gamma, _target
 from batchnorm.moments import Moments
 
 Array = NDArray[Any]
-NEEDS = ("x", "gamma", "beta", "residual")
+ReluGradient = Literal["x", "gamma", "beta", "residual"]
+NEEDS: tuple[ReluGradient, ...] = get_args(ReluGradient)
 
 # Bits begin behind so many bytes, of which the first says by how many more bits (cpp/src/relu.hpp).
 _HEAD = 8
@@ -94,18 +96,19 @@ class ReluOutput(NamedTuple):
     """The result of `normalize_relu`: `y` like x, and the `mask` for its backward pass; None where not asked for."""
 
     y: Array
-    mask: ReluMask | None
+    mask: ReluMask | MaybeNone
 
 
 class ReluGradients(NamedTuple):
     """Gradients of a loss: `dx` and `dresidual` like x, `dgamma` and `dbeta` (C,); None where not asked for."""
 
-    dx: Array | None
-    dgamma: Array | None
-    dbeta: Array | None
-    dresidual: Array | None
+    dx: Array | MaybeNone
+    dgamma: Array | MaybeNone
+    dbeta: Array | MaybeNone
+    dresidual: Array | MaybeNone
 
 
+@_validate.keywords
 def batch_norm_relu(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -116,6 +119,7 @@ def batch_norm_relu(
     eps: float = 1e-5,
     out: Array | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> tuple[Array, SavedRelu]:
     """Normalize each channel of `x` by the statistics of this batch, add a residual, and apply ReLU (training).
 
@@ -155,13 +159,15 @@ def batch_norm_relu(
     array([[False, False],
            [ True,  True]])
     """
-    _validate.array("x", x)
+    if others:
+        raise _validate.unknown_keywords(batch_norm_relu, others)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     threads = _validate.num_threads(num_threads)
     scale = _validate.optional_channel_values("gamma", gamma, x.shape[axis])
     shift = _validate.optional_channel_values("beta", beta, x.shape[axis])
-    _check_residual(x, residual, out, {"gamma": scale, "beta": shift})
+    residual = _residual(x, residual, out, {"gamma": scale, "beta": shift})
     _validate.batch_values(x, axis)
     block, sizes = _layout.dense(x, axis)
     added = None if residual is None else _layout.like(block, residual)
@@ -173,6 +179,7 @@ def batch_norm_relu(
     return _deliver(y, out), SavedRelu(saved, _finished(mask), residual is not None)
 
 
+@_validate.keywords
 def normalize_relu(
     x: Array,
     mean: ArrayLike,
@@ -186,6 +193,7 @@ def normalize_relu(
     needs_mask: bool = False,
     out: Array | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> ReluOutput:
     """Normalize each channel of `x` by given statistics, add a residual, and apply ReLU (inference).
 
@@ -218,7 +226,9 @@ def normalize_relu(
     array([[0.],
            [1.]])
     """
-    _validate.array("x", x)
+    if others:
+        raise _validate.unknown_keywords(normalize_relu, others)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     threads = _validate.num_threads(num_threads)
@@ -227,7 +237,7 @@ def normalize_relu(
     scale = _validate.optional_channel_values("gamma", gamma, channels)
     shift = _validate.optional_channel_values("beta", beta, channels)
     per_channel = {"mean": center, "var": spread, "gamma": scale, "beta": shift}
-    _check_residual(x, residual, out, per_channel)
+    residual = _residual(x, residual, out, per_channel)
     block, sizes = _layout.dense(x, axis)
     added = None if residual is None else _layout.like(block, residual)
     y, mask = _target(out, block), _new_mask(block, sizes) if needs_mask else None
@@ -236,13 +246,15 @@ def normalize_relu(
     return ReluOutput(_deliver(y, out), None if mask is None else _finished(mask))
 
 
+@_validate.keywords
 def batch_norm_relu_backward(
     dy: Array,
     saved: SavedRelu,
     *,
-    needs: Iterable[str] = NEEDS,
+    needs: Iterable[ReluGradient] = NEEDS,
     out: tuple[Array | None, Array | None] | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> ReluGradients:
     """Gradients of `batch_norm_relu`.
 
@@ -282,12 +294,14 @@ def batch_norm_relu_backward(
            [0.],
            [2.]]), array([2.]))
     """
+    if others:
+        raise _validate.unknown_keywords(batch_norm_relu_backward, others)
     _validate.instance("saved", saved, SavedRelu, "the SavedRelu of a batch_norm_relu call")
     plain = saved.batch_norm
     x = _input_of(plain)
     need_x, need_gamma, need_beta, need_residual = _validate.needs_among(NEEDS, needs)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, x)
+    dy = _validate.array_like("dy", dy, x)
     scale = _validate.optional_channel_values("gamma", plain.gamma, x.shape[plain.axis])
     to_x, to_residual = _validate.two_outputs(out, x, {"dy": dy, "x": x}, {"gamma": scale}, "dx, dresidual")
     block, sizes = _layout.dense(_ordered("saved.x", x, saved.mask), plain.axis)
@@ -300,6 +314,7 @@ def batch_norm_relu_backward(
     return _gradients(dx, dgamma, dbeta, dresidual, to_x, to_residual, plain.gamma)
 
 
+@_validate.keywords
 def normalize_relu_backward(
     dy: Array,
     x: Array,
@@ -310,9 +325,10 @@ def normalize_relu_backward(
     *,
     axis: int = 1,
     eps: float = 1e-5,
-    needs: Iterable[str] = NEEDS,
+    needs: Iterable[ReluGradient] = NEEDS,
     out: tuple[Array | None, Array | None] | None = None,
     num_threads: int | None = None,
+    **others: Never,
 ) -> ReluGradients:
     """Gradients of `normalize_relu`, whose statistics are constants.
 
@@ -347,12 +363,14 @@ def normalize_relu_backward(
     ReluGradients(dx=array([[0. ],
            [0.5]]), dgamma=None, dbeta=array([1.]), dresidual=None)
     """
-    _validate.array("x", x)
+    if others:
+        raise _validate.unknown_keywords(normalize_relu_backward, others)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     need_x, need_gamma, need_beta, need_residual = _validate.needs_among(NEEDS, needs)
     threads = _validate.num_threads(num_threads)
-    _validate.array_like("dy", dy, x)
+    dy = _validate.array_like("dy", dy, x)
     channels = x.shape[axis]
     center, spread = _validate.channel_values("mean", mean, channels), _validate.variances(var, channels)
     scale = _validate.optional_channel_values("gamma", gamma, channels)
@@ -368,14 +386,14 @@ def normalize_relu_backward(
     return _gradients(dx, dgamma, dbeta, dresidual, to_x, to_residual, gamma)
 
 
-def _check_residual(
+def _residual(
     x: Array, residual: object, out: Array | None, apart_from: dict[str, Array | None]
-) -> None:
-    may_be = {"x": x}
-    if residual is not None:
-        may_be["residual"] = _validate.array_like("residual", residual, x)
+) -> Array | None:
+    """Give a residual like `x`, or None, after checking where the sum goes."""
+    added = None if residual is None else _validate.array_like("residual", residual, x)
     if out is not None:
-        _validate.output(out, x, may_be, apart_from)
+        _validate.output(out, x, {"x": x} if added is None else {"x": x, "residual": added}, apart_from)
+    return added
 
 
 def _new_mask(block: Array, sizes: _layout.Sizes) -> ReluMask:

@@ -145,7 +145,7 @@ class RenormSaved:
     gamma: Array | None
     axis: int
     eps: float
-    parity: str
+    parity: _validate.Parity
     samples: int
 
     @property
@@ -163,6 +163,7 @@ class RenormSaved:
         return _correction(self.moments, self.running_mean, self.running_var, self.eps, self.limits)
 
 
+@_validate.keywords
 def batch_renorm(
     x: Array,
     running_mean: ArrayLike,
@@ -174,7 +175,7 @@ def batch_renorm(
     d_max: float,
     weight: float = 1.0,
     r_min: float | None = None,
-    parity: str = "paper",
+    parity: _validate.Parity = "paper",
     axis: int = 1,
     eps: float = 1e-5,
     out: Array | None = None,
@@ -221,7 +222,7 @@ def batch_renorm(
     >>> y.ravel(), saved.r, saved.d             # (x - 1)/2, as evaluation has it
     (array([0., 1.]), array([0.5]), array([0.5]))
     """
-    _validate.array("x", x)
+    x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     _validate.num_threads(num_threads)
@@ -257,11 +258,12 @@ def batch_renorm(
     return y, saved
 
 
+@_validate.keywords
 def batch_renorm_backward(
     dy: Array,
     saved: RenormSaved,
     *,
-    needs: Iterable[str] = ("x", "gamma", "beta"),
+    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
@@ -310,7 +312,8 @@ def batch_renorm_backward(
         _validate.output(out, saved.x, {}, {"gamma": scale})  # the rest is batch_norm_backward's to check
     with np.errstate(all="ignore"):
         folded = r if scale is None else scale.astype(np.float64) * r
-    names = ("x",) * need_x + ("gamma",) * need_gamma + ("beta",) * (need_gamma or need_beta)
+    asked = {"x": need_x, "gamma": need_gamma, "beta": need_gamma or need_beta}
+    names = [name for name in _validate.GRADIENTS if asked[name]]
     plain = Saved(saved.x, saved.moments, folded, saved.axis, saved.eps)
     dx, along_xhat, dbeta = batch_norm_backward(dy, plain, needs=names, out=out, num_threads=num_threads)
     dgamma = None
@@ -323,6 +326,7 @@ def batch_renorm_backward(
     )
 
 
+@_validate.keywords
 def renorm_update_running(
     running_mean: ArrayLike, running_var: ArrayLike, saved: RenormSaved, *, update_rate: float = 0.01
 ) -> tuple[PerChannel, PerChannel]:
