@@ -831,12 +831,12 @@ def test_a_pickle_does_not_hold_the_activations():
 @pytest.mark.parametrize(
     ("settings", "names"),
     [
-        ({}, ["gamma", "beta", "running_mean", "running_var", "update_count"]),
-        ({"gamma": False}, ["beta", "running_mean", "running_var", "update_count"]),
-        ({"gamma": False, "beta": False}, ["running_mean", "running_var", "update_count"]),
+        ({}, ["gamma", "beta", "running_mean", "running_var", "update_count", "settings"]),
+        ({"gamma": False}, ["beta", "running_mean", "running_var", "update_count", "settings"]),
+        ({"gamma": False, "beta": False}, ["running_mean", "running_var", "update_count", "settings"]),
         (
             {"update_rate": None},
-            ["gamma", "beta", "running_mean", "running_var", "update_count", "running_moments"],
+            ["gamma", "beta", "running_mean", "running_var", "update_count", "running_moments", "settings"],
         ),
     ],
 )
@@ -846,6 +846,8 @@ def test_state_dict_has_the_entries_of_the_layer(settings, names):
 
 def test_state_dict_has_the_documented_shapes_and_dtypes():
     state = trained_layer(update_rate=None, dtype=np.float16).state_dict()
+    settings = state.pop("settings")
+    assert (settings.shape, settings.dtype.kind) == ((), "U")
     assert {name: (value.shape, value.dtype.name) for name, value in state.items()} == {
         "gamma": ((3,), "float16"),
         "beta": ((3,), "float16"),

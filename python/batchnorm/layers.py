@@ -52,6 +52,7 @@ from batchnorm.renorm import (
     renorm_update_running,
 )
 from batchnorm.report import Batch, Report, batch_findings, parameter_findings, statistics_findings
+from batchnorm.settings import Settings
 
 __all__ = ["BatchNorm"]
 
@@ -942,18 +943,23 @@ class BatchNorm:
         gamma, beta : (C,) of `dtype`; absent where the layer has none.
         running_mean, running_var : float64 (C,); the variance unbiased or not, as `ddof` says.
         update_count : int64, no axes.
-        All but gamma and beta have a first axis of K with K domains.
         running_moments : float64 (C, 5), only with ``update_rate=None``: for each channel the count of values
             seen, their mean and m2 = sum((x - mean)**2), mean and m2 in two parts each.
+        settings : str, no axes: the settings that y and the statistics depend on, as JSON.
+        All but gamma, beta and settings have a first axis of K with K domains.
 
         Notes
         -----
-        Settings (axis, eps, update_rate, ddof), mode and gradients are not state.
+        The settings are all but `nonfinite`, `single_value` and `num_threads`, which only say how a call behaves. Mode
+        and gradients are not state.
 
         Examples
         --------
-        >>> sorted(BatchNorm(2, beta=False).state_dict())
-        ['gamma', 'running_mean', 'running_var', 'update_count']
+        >>> state = BatchNorm(2, beta=False).state_dict()
+        >>> sorted(state)
+        ['gamma', 'running_mean', 'running_var', 'settings', 'update_count']
+        >>> print(state["settings"])       # doctest: +ELLIPSIS
+        {"channels": 2, "axis": 1, "eps": 1e-05, "update_rate": 0.1, "ddof": 1, ...}
 
         """
         now, state = self._state, dict[str, NDArray[Any]]()
@@ -963,22 +969,51 @@ class BatchNorm:
             state["beta"] = now.beta.copy()
         parts = [_state_of(statistics) for statistics in now.statistics]
         if self._domains is None:
-            return state | parts[0]
-        return state | {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+            state |= parts[0]
+        else:
+            state |= {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        return state | {"settings": np.array(self._settings.text())}
 
-    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+    @property
+    def _settings(self) -> Settings:
+        renorm, points = self._renorm, None
+        if renorm is not None:
+            points = {"r_max": renorm.r_max, "d_max": renorm.d_max, "weight": renorm.weight}
+        return Settings(
+            channels=self._channels,
+            axis=self._axis,
+            eps=self._eps,
+            update_rate=self._update_rate,
+            ddof=self._ddof,
+            gamma=self._gamma is not None,
+            beta=self._beta is not None,
+            dtype=self._dtype.name,
+            debias=self._debias,
+            domains=self._domains,
+            ghost_size=self._ghost_size,
+            renorm=points,
+            parity=None if renorm is None else self._parity,
+            activation=self._activation,
+        )
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Take over a state as `state_dict` gives it, all or nothing; the arrays are copied.
 
-        Everything is checked before anything is assigned: exactly the entries of `state_dict`, their shapes
-        and dtypes; all values finite; running_var >= 0; update_count >= 0 (a plain int will do); and with
-        ``update_rate=None`` that running_mean, running_var (for this layer's ddof) and update_count agree
-        with running_moments, from which they are then derived. Gradients, mode and what is kept for backward
-        stay.
+        Everything is checked before anything is assigned: that the settings are this layer's; exactly the entries of
+        `state_dict`, their shapes and dtypes; all values finite; running_var >= 0; update_count >= 0 (a plain int will
+        do); and with ``update_rate=None`` that running_mean, running_var and update_count agree with running_moments,
+        from which they are then derived. Gradients, mode and what is kept for backward stay.
+
+        Parameters
+        ----------
+        state : mapping of the names of `state_dict`.
+        strict : False to take the arrays whatever settings they come with, or without any: they then mean what this
+            layer's settings say. They must fit it all the same.
 
         Raises
         ------
         TypeError, ValueError
-            Naming the entry that does not fit. Nothing has changed then.
+            Naming the settings that differ, or the entry that does not fit. Nothing has changed then.
 
         Examples
         --------
@@ -989,15 +1024,26 @@ class BatchNorm:
         array([0.2, 0.3])
 
         """
+        is_strict = _validate_state.flag("strict", strict)
+        if isinstance(state, Mapping):  # anything else is told below
+            if is_strict:
+                self._settings.require(state.get("settings"))
+            state = {name: value for name, value in state.items() if name != "settings"}
+        self._take(state, is_strict)
+
+    def _take(self, state: Mapping[str, Any], strict: bool) -> None:
+        """Take over a state without its settings, which have been compared where `strict`."""
         statistics = []
         for k in range(self._domains or 1):
-            checked, one = self._checked_state(state, k)
+            checked, one = self._checked_state(state, k, strict)
             statistics.append(one)
         gamma, beta = checked.get("gamma"), checked.get("beta")
         self._state = self._state._replace(gamma=gamma, beta=beta, statistics=tuple(statistics))
 
-    def _checked_state(self, state: Mapping[str, Any], k: int) -> tuple[dict[str, NDArray[Any]], _Statistics]:
-        """Check all entries with the statistics of domain `k` for those of the layer."""
+    def _checked_state(
+        self, state: Mapping[str, Any], k: int, strict: bool
+    ) -> tuple[dict[str, NDArray[Any]], _Statistics]:
+        """Check all entries but the settings, with the statistics of domain `k` for those of the layer."""
         entries = self._state_entries()
         if self._domains is not None:
             own = self._statistics_entries()
@@ -1006,15 +1052,16 @@ class BatchNorm:
         checked = _validate_state.state(state, entries)
         count = int(checked["update_count"])
         if self._update_rate is None:
-            return checked, self._checked_pooled(checked, count)
+            return checked, self._checked_pooled(checked, count, strict)
         return checked, _Statistics(checked["running_mean"], checked["running_var"], count, None)
 
-    def _checked_pooled(self, checked: Mapping[str, NDArray[Any]], count: int) -> _Statistics:
+    def _checked_pooled(self, checked: Mapping[str, NDArray[Any]], count: int, strict: bool) -> _Statistics:
         table = checked["running_moments"]
         _validate_state.pooled_table(table, count)
         statistics = _pooled_statistics(Moments._from_table(table), count, self._ddof)
         _validate_state.derived("running_mean", checked["running_mean"], statistics.mean)
-        _validate_state.derived("running_var", checked["running_var"], statistics.var)
+        if strict:  # else running_var may be of another ddof
+            _validate_state.derived("running_var", checked["running_var"], statistics.var)
         return statistics
 
     def save(self, path: str | os.PathLike[str]) -> None:
@@ -1046,21 +1093,27 @@ class BatchNorm:
 
         """
         state = self.state_dict()
+        arrays = {name: value for name, value in state.items() if name != "settings"}
         for k in range(self._domains or 1):
-            self._checked_state(state, k)
+            self._checked_state(arrays, k, True)
         state_file.write_state(path, state)
 
-    def load(self, path: str | os.PathLike[str]) -> None:
-        """Read from the file `path` what `save` wrote, all or nothing; the layer's settings must fit it.
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
+        """Read from the file `path` what `save` wrote, all or nothing; the layer's settings must be those of the file.
 
         Safe on files from anywhere: nothing in them is executed, and they can ask for no more memory than a
         few times the layer's own state.
 
+        Parameters
+        ----------
+        path : of the file, used as it is.
+        strict : False to take its arrays whatever settings they come with, as in `load_state_dict`.
+
         Raises
         ------
         ValueError
-            For any file that is not such a state or is of another format version, naming the member or entry.
-            Nothing has changed then.
+            For settings that differ, naming them; for any file that is not such a state, not even a file, or is of
+            another format version, naming the member or entry. Nothing has changed then.
         OSError
             Where the file cannot be read.
 
@@ -1076,7 +1129,11 @@ class BatchNorm:
         array([1.1, 1.1])
 
         """
-        self.load_state_dict(state_file.read_state(path, self._file_entries()))
+        is_strict, settings = _validate_state.flag("strict", strict), self._settings
+        text = state_file.Text(
+            "settings", 4 * len(settings.text()), settings.require if is_strict else lambda _: None
+        )
+        self._take(state_file.read_state(path, self._file_entries(), text), is_strict)
 
     # ---- from and to other libraries ----
 
@@ -1096,7 +1153,7 @@ class BatchNorm:
         for name, value in (("gamma", source.gamma), ("beta", source.beta)):
             if value is not None:
                 state[name] = value.astype(layer.dtype)
-        layer.load_state_dict(state)
+        layer.load_state_dict(state, strict=False)
         if source.frozen:
             layer.freeze()
         return layer.train(source.training)

@@ -1,7 +1,8 @@
 """State files: the arrays of a layer's state in one ``.npz``, written atomically and read without trust.
 
 The file is a zip archive of uncompressed ``.npy`` members (little-endian, format 1.0): ``format_version`` and
-one per entry of the state, so that ``numpy.load(path, allow_pickle=False)`` and any zip tool read it too.
+one per entry of the state, arrays of numbers and one text, so that ``numpy.load(path, allow_pickle=False)`` and any
+zip tool read it too.
 
 The reader is its own, and strict: it takes no pickle, no compression, no encryption, no bytes that are not
 accounted for, and evaluates nothing. It knows beforehand how large each array is, so a file can ask for no
@@ -19,8 +20,8 @@ import re
 import stat
 import struct
 import zlib
-from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -50,9 +51,21 @@ _ZIP64_EXTRA_BYTES = 20
 # The header as NumPy writes it for a plain dtype, and no other text that Python would evaluate to the same.
 _NPY_MAGIC = b"\x93NUMPY\x01\x00"
 _NPY_HEADER = re.compile(
-    rb"\{'descr': '([<>|=]?[A-Za-z]\d{0,3})', 'fortran_order': (False|True), "
+    rb"\{'descr': '([<>|=]?[A-Za-z]\d{0,6})', 'fortran_order': (False|True), "
     rb"'shape': \(([\d, ]{0,64})\), \} *\n"
 )
+
+
+class Text(NamedTuple):
+    """A text that a file may hold beside its arrays.
+
+    `require` is called with it before any array is looked at, with None where there is none, and raises ValueError where
+    it is not the one that is needed. `nbytes` is what that one takes: four bytes a character.
+    """
+
+    name: str
+    nbytes: int
+    require: Callable[[str | None], None]
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]]) -> None:
@@ -63,7 +76,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
     path : used as it is (no ``.npz`` is added). A symbolic link is followed to the file it means. A file that is there
         is replaced by one of the same permissions and, as far as this process may, owner and group; a new one has those
         of the umask.
-    state : names to arrays of plain numbers. Equal states give equal bytes.
+    state : names to arrays of plain numbers, or of one text. Equal states give equal bytes.
 
     Raises
     ------
@@ -104,12 +117,20 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
         _replace(target, old, content)
 
 
-def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
+def read_state(
+    path: str | os.PathLike[str], entries: Mapping[str, Entry], text: Text | None = None
+) -> dict[str, NDArray[Any]]:
     """Read from `path` exactly the arrays that `entries` names, each with the shape and dtype given there.
+
+    Parameters
+    ----------
+    path : of the file; a symbolic link is followed.
+    entries : names to shapes and dtypes.
+    text : that the file may hold beside them.
 
     Returns
     -------
-    Names to fresh arrays in native byte order. What the numbers mean is not checked here.
+    Names to fresh arrays in native byte order, without the text. What the numbers mean is not checked here.
 
     Raises
     ------
@@ -136,8 +157,12 @@ def read_state(path: str | os.PathLike[str], entries: Mapping[str, Entry]) -> di
     """
     source = _validate_state.path(path)
     try:
-        members = _unpack(_read_bounded(source, sum(entry.nbytes for entry in entries.values())))
+        room = sum(entry.nbytes for entry in entries.values()) + (0 if text is None else text.nbytes)
+        members = _unpack(_read_bounded(source, room))
         _check_version(members)
+        if text is not None:
+            name = _member_name(text.name)
+            text.require(_decode_text(name, members.pop(name)) if name in members else None)
         expected = {_member_name(name): entry for name, entry in entries.items()}
         if set(members) != {_member_name(_VERSION_NAME), *expected}:
             needed = ", ".join([_member_name(_VERSION_NAME), *expected])
@@ -374,16 +399,24 @@ def _check_version(members: Mapping[str, bytes]) -> None:
         )
 
 
+def _decode_text(name: str, content: bytes) -> str:
+    """Return the text of a .npy member of one string, of whatever length."""
+    what = f"member {name!r}"
+    begin, descr, fortran, shape = _header(what, content)
+    characters, rest = divmod(len(content) - begin, 4)
+    if (descr, fortran, shape, rest) != (f"<U{characters}", "False", "", 0):
+        came = f"dtype {descr!r}, shape ({shape}), {len(content) - begin} bytes"
+        raise malformed(what, "be one text of 4 bytes a character", came)
+    try:
+        return content[begin:].decode("utf-32-le")
+    except UnicodeDecodeError:
+        raise malformed(what, "hold characters of Unicode", "others") from None
+
+
 def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
     """Return the array of one .npy member, whose header is compared before its data is looked at."""
     what = f"member {name!r}"
-    if content[:8] != _NPY_MAGIC:
-        raise malformed(what, "begin as .npy format 1.0", content[:8])
-    begin = 10 + int.from_bytes(content[8:10], "little")
-    header = _NPY_HEADER.fullmatch(content[10:begin])
-    if header is None:
-        raise malformed(what, "have the .npy header of a plain array", content[10 : min(begin, 138)])
-    descr, fortran, shape = (group.decode("ascii") for group in header.groups())
+    begin, descr, fortran, shape = _header(what, content)
     # A spelling of the expected dtype or nothing: no text of the file is ever made into a dtype.
     expected = entry.dtype.newbyteorder("<").str
     if descr != expected:
@@ -396,6 +429,18 @@ def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
         raise malformed(what, f"have {entry.nbytes} bytes of data", len(content) - begin)
     stored = np.frombuffer(content, expected, offset=begin) if entry.nbytes else np.empty(0, expected)
     return stored.astype(entry.dtype).reshape(entry.shape)
+
+
+def _header(what: str, content: bytes) -> tuple[int, str, str, str]:
+    """Return where the data of a .npy member begins, and its dtype, whether in Fortran's order, and shape, as texts."""
+    if content[:8] != _NPY_MAGIC:
+        raise malformed(what, "begin as .npy format 1.0", content[:8])
+    begin = 10 + int.from_bytes(content[8:10], "little")
+    header = _NPY_HEADER.fullmatch(content[10:begin])
+    if header is None:
+        raise malformed(what, "have the .npy header of a plain array", content[10 : min(begin, 138)])
+    descr, fortran, shape = (group.decode("ascii") for group in header.groups())
+    return begin, descr, fortran, shape
 
 
 def _member_name(name: str) -> str:
