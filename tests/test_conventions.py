@@ -629,6 +629,11 @@ def test_a_state_without_a_counter_or_parameters_is_taken():
             "axis must be an int, got tuple",
         ),
         (
+            lambda: bn.BatchNorm.from_onnx([np.ones(2)] * 4),
+            TypeError,
+            "inputs must be a mapping of names to arrays, got list",
+        ),
+        (
             lambda: bn.BatchNorm(2).to_keras(),
             ValueError,
             "the layer must have ddof=0 for Keras, whose running variances are biased, got ddof=1: pass any_ddof=True",

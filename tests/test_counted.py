@@ -9,7 +9,7 @@ import pytest
 
 import batchnorm as bn
 import reference
-from tolerances import assert_backward, assert_forward, assert_within
+from tolerances import UNIT_ROUNDOFF, assert_backward, assert_forward, assert_within
 
 EPS = 1e-3
 PADDINGS = ["zero", "keep", "normalize"]
@@ -494,6 +494,49 @@ def test_weights_follow_the_memory_order_of_x(order):
     other, other_saved = bn.batch_norm(laid, gamma, beta, weights=w)
     np.testing.assert_allclose(other, y, rtol=1e-12, atol=1e-12)
     np.testing.assert_allclose(bn.batch_norm_backward(dy, other_saved).dx, dx, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("kind", ["mask", "weights", "lengths"])
+@pytest.mark.parametrize(
+    "view",
+    [
+        lambda a: np.repeat(a, 2, axis=2)[:, :, ::2],
+        lambda a: np.repeat(a.transpose(2, 0, 1), 2, axis=1)[:, ::2].transpose(1, 2, 0),
+        lambda a: a[::-1, :, ::-1].copy()[::-1, :, ::-1],
+        lambda a: np.asfortranarray(a)[:, :, ::1],
+        lambda a: np.concatenate([a, a], axis=1)[:, : a.shape[1]],
+    ],
+    ids=["gaps", "gaps_and_order", "reversed", "fortran", "part"],
+)
+def test_what_counts_is_told_of_positions_however_x_lies_in_memory(view, kind, dtype):
+    rng = np.random.default_rng(0)
+    plain, dy = rng.normal(2, 3, (5, 4, 6)).astype(dtype), rng.normal(size=(5, 4, 6)).astype(dtype)
+    lengths = np.array([6, 0, 2, 5, 3])
+    mask = np.arange(6) < lengths[:, None]
+    given = {"mask": mask, "weights": np.where(mask, 0.5, 0), "lengths": lengths}[kind]
+    options = {kind: given, "padding": "zero"}
+    x = view(plain)
+    assert (x == plain).all()
+    results = []
+    for values in (plain, x):
+        y, saved = bn.batch_norm(values, **options)
+        dx, *sums = bn.batch_norm_backward(dy, saved)
+        results.append((y, dx, *sums, saved.moments.mean, saved.moments.var()))
+        assert (bn.moments(values, **{kind: given}).mean == saved.moments.mean).all()
+    # Another memory order sums in another order: beyond the last digits nothing differs.
+    close = 64 * UNIT_ROUNDOFF[dtype.name]
+    for one, other in zip(*results, strict=True):
+        np.testing.assert_allclose(other, one, rtol=close, atol=close * np.abs(one).max())
+
+
+def test_no_rows_have_no_segments():
+    x = np.empty((0, 3, 2))
+    y, saved = bn.batch_norm(x, segments=np.empty(0, int))
+    assert y.shape == x.shape
+    assert saved.moments.channels == 0
+    dx, dgamma, dbeta = bn.batch_norm_backward(x, saved)
+    assert dx.shape == x.shape
+    assert dgamma.tolist() == dbeta.tolist() == [0, 0, 0]
 
 
 # ---- mistakes ----------------------------------------------------------------------------------------------

@@ -926,6 +926,14 @@ def test_update_count_may_be_any_integer(count):
     assert layer.update_count == 7
 
 
+def test_the_count_of_updates_stays_at_the_most_that_a_state_holds():
+    layer = bn.BatchNorm(3)
+    for before, after in ((2**63 - 2, 2**63 - 1), (2**63 - 1, 2**63 - 1)):
+        layer.load_state_dict(layer.state_dict() | {"update_count": before})
+        layer(normal(4, 3))
+        assert layer.update_count == after
+
+
 def test_loading_leaves_gradients_mode_and_backward():
     layer = trained_layer().eval()
     _, *before = snapshot(layer)
@@ -996,9 +1004,10 @@ def test_a_state_without_an_entry_is_refused():
         bn.BatchNorm(3).load_state_dict(state)
 
 
-def test_a_state_that_is_no_mapping_is_refused():
+@pytest.mark.parametrize("domains", [None, 2])
+def test_a_state_that_is_no_mapping_is_refused(domains):
     with pytest.raises(TypeError, match=r"^state must be a mapping of names to arrays, got list$"):
-        bn.BatchNorm(3).load_state_dict([("gamma", 1)])
+        bn.BatchNorm(3, domains=domains).load_state_dict([("gamma", 1)])
 
 
 def _table(change):

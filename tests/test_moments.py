@@ -157,6 +157,12 @@ def test_a_copy_merges_to_the_same_bits(duplicate):
 
 def test_moments_of_other_data_are_not_equal():
     assert bn.moments(np.eye(3)) != bn.moments(2 * np.eye(3))
+    assert bn.moments(np.eye(3)) != 3
+
+
+def test_moments_merge_with_moments_alone():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        bn.moments(np.eye(3)) | 3
 
 
 def test_repr_tells_count_and_channels():

@@ -351,6 +351,7 @@ def mistakes():
     yield from of_the_halves()
     yield from of_moments()
     yield from of_updates()
+    yield from of_sums()
     yield from of_explain()
     yield from of_settings()
 
@@ -561,6 +562,37 @@ def of_updates():
         ),
         ValueError,
         text,
+    )
+
+
+def of_sums():
+    for name, table, error, text in [
+        ("list", lambda t: t.tolist(), TypeError, "table must be a float64 array of 2 dimensions, got list"),
+        (
+            "float32",
+            lambda t: t.astype(np.float32),
+            TypeError,
+            "table must be a float64 array of 2 dimensions, got ndarray",
+        ),
+        (
+            "flat",
+            lambda t: t.ravel(),
+            TypeError,
+            "table must be a float64 array of 2 dimensions, got ndarray",
+        ),
+        ("narrow", lambda t: t[:, :3], ValueError, "table must have 4 columns, got 3"),
+    ]:
+        yield Mistake(
+            f"GradSums-table-{name}",
+            lambda a, table=table: bn.GradSums(a.mean, table(np.zeros((3, 4)))),
+            error,
+            text,
+        )
+    yield Mistake(
+        "GradSums-count",
+        lambda a: bn.GradSums(a.short, np.zeros((3, 4))),
+        ValueError,
+        "count must have shape (3,), got (2,)",
     )
 
 

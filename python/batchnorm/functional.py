@@ -98,8 +98,8 @@ class GradSums:
 
     def __init__(self, count: PerChannel, table: PerChannel) -> None:
         # The table is (C, 4): sum_dy, its low part, sum_dy_xmu, its low part. Made by grad_sums, added here.
-        self.count = _validate.channel_values("count", count, len(table))
         self._table = _validate.table("table", table, 4)
+        self.count = _validate.channel_values("count", count, len(self._table))
 
     @property
     def sum_dy(self) -> PerChannel:
