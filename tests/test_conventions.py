@@ -742,6 +742,17 @@ def test_a_module_that_is_no_batch_norm_is_refused(name):
     assert str(caught.value) == f"source must be a batch norm module of PyTorch or its state_dict, got {name}"
 
 
+@pytest.mark.parametrize(("name", "is_one"), [("BatchNorm2d", True), ("InstanceNorm2d", False)])
+def test_a_compiled_module_is_told_by_its_original_name(name, is_one):
+    members = {"eps": 1e-5, "momentum": 0.1, "training": True, "state_dict": lambda _: state()}
+    module = type("RecursiveScriptModule", (), members | {"original_name": name})()
+    if is_one:
+        assert bn.BatchNorm.from_torch(module).channels == 2
+    else:
+        with pytest.raises(TypeError, match=r"got RecursiveScriptModule$"):
+            bn.BatchNorm.from_torch(module)
+
+
 @pytest.mark.parametrize("base", ["BatchNorm1d", "SyncBatchNorm", "FrozenBatchNorm2d"])
 def test_what_derives_from_a_batch_norm_is_one(base):
     members = {"eps": 1e-5, "momentum": 0.1, "training": True, "state_dict": lambda _: state()}

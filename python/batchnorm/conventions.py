@@ -106,8 +106,10 @@ def from_torch(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: 
 
 def _check_torch_module(source: Any) -> None:
     """Refuse what is no batch norm by its class: instance norms, for one, keep arrays of the same names."""
-    is_named = any("BatchNorm" in kind.__name__ for kind in type(source).__mro__)
-    if not (is_named and hasattr(source, "state_dict") and hasattr(source, "eps")):
+    names = [kind.__name__ for kind in type(source).__mro__]
+    names.append(str(getattr(source, "original_name", "")))  # of what TorchScript has compiled
+    is_batch_norm = any("BatchNorm" in name for name in names)
+    if not (is_batch_norm and hasattr(source, "state_dict") and hasattr(source, "eps")):
         raise TypeError(
             f"source must be a batch norm module of PyTorch or its state_dict, got {_validate.kind(source)}"
         )
