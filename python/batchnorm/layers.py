@@ -1096,7 +1096,8 @@ class BatchNorm:
         arrays = {name: value for name, value in state.items() if name != "settings"}
         for k in range(self._domains or 1):
             self._checked_state(arrays, k, True)
-        state_file.write_state(path, state)
+        # The settings first, where they are found in a file that is too large for the layer that reads it.
+        state_file.write_state(path, {"settings": state["settings"]} | arrays)
 
     def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
         """Read from the file `path` what `save` wrote, all or nothing; the layer's settings must be those of the file.

@@ -158,7 +158,7 @@ def read_state(
     source = _validate_state.path(path)
     try:
         room = sum(entry.nbytes for entry in entries.values()) + (0 if text is None else text.nbytes)
-        members = _unpack(_read_bounded(source, room))
+        members = _unpack(_read_bounded(source, room, text))
         _check_version(members)
         if text is not None:
             name = _member_name(text.name)
@@ -199,18 +199,18 @@ def _target(path: str) -> tuple[Path, os.stat_result | None]:
 def _replace(target: Path, old: os.stat_result | None, content: bytes) -> None:
     """Let a new file take the name `target`, with what `old` had of owner and permissions."""
     temporary = target.with_name(f".batchnorm-{os.urandom(8).hex()}.tmp")
-    # O_EXCL: rather fail than take another's file. Its permissions are the umask's, or the owner's alone until it gets
-    # those of the old one.
-    how = os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_BINARY", 0)
-    descriptor = os.open(temporary, how, 0o666 if old is None else 0o600)
+    # The umask's permissions, or the owner's alone until it gets those of the old one.
+    permissions = 0o666 if old is None else 0o600
     try:
-        with os.fdopen(descriptor, "wb") as file:
+        with open(temporary, "xb", opener=lambda path, flags: os.open(path, flags, permissions)) as file:
             file.write(content)
             file.flush()
             if old is not None:
                 _take_after(temporary, old)
-            os.fsync(descriptor)
+            os.fsync(file.fileno())
         temporary.replace(target)
+    except FileExistsError:  # another's
+        raise
     except BaseException:
         with contextlib.suppress(OSError):
             temporary.unlink()
@@ -285,7 +285,7 @@ def _sync_directory(directory: Path) -> None:
 # ---- reading ---------------------------------------------------------------------------------------------
 
 
-def _read_bounded(path: str, array_bytes: int) -> bytes:
+def _read_bounded(path: str, array_bytes: int, text: Text | None) -> bytes:
     from pathlib import Path
 
     limit = array_bytes + _OVERHEAD_BYTES
@@ -294,8 +294,27 @@ def _read_bounded(path: str, array_bytes: int) -> bytes:
         status = os.fstat(file.fileno())
         _refuse_devices(status)
         if status.st_size > limit:
+            if text is not None:  # which tells more than a size
+                _require_first(file.read(_OVERHEAD_BYTES), text)
             raise malformed("file", f"have at most {limit} bytes for this state", status.st_size)
         return file.read(limit)
+
+
+def _require_first(raw: bytes, text: Text) -> None:
+    """Let `text` be required where it is at the beginning of a file, of which no more is there."""
+    name, at = _member_name(text.name), 0
+    spelled = name.encode()
+    while at + _LOCAL.size <= len(raw) and raw.startswith(b"PK\x03\x04", at):
+        *_, size, name_bytes, extra = _LOCAL.unpack_from(raw, at)
+        begin = at + _LOCAL.size + name_bytes + extra
+        if (
+            name_bytes == len(spelled)
+            and raw.startswith(spelled, at + _LOCAL.size)
+            and begin + size <= len(raw)
+        ):
+            text.require(_decode_text(name, raw[begin : begin + size]))
+            return
+        at = begin + size
 
 
 def _refuse_devices(status: os.stat_result) -> None:
