@@ -482,6 +482,19 @@ def exact_backward(dy, x, gamma=None, *, axis, eps, mean=None, var=None):
     return Backward(_stack(dx, x, axis), *(_concatenate([s[i] for s in sums]) for i in range(2)))
 
 
+def exact_weighted_moments(x, weights, *, axis):
+    """Give (mean, var) as Exact, of every channel: mean = sum(w x) / W, var = sum(w (x - mean)^2) / W, W = sum(w)."""
+    w = [Fraction(value) for value in np.asarray(weights, np.float64).ravel().tolist()]
+    total, means, variances = sum(w), [], []
+    for row in _rows(x, axis).astype(np.float64):
+        values = [Fraction(value) for value in row.tolist()]
+        mean = sum(a * b for a, b in zip(w, values, strict=True)) / total
+        var = sum(a * (b - mean) ** 2 for a, b in zip(w, values, strict=True)) / total
+        means.append(_to_exact([mean.numerator], mean.denominator, 0))
+        variances.append(_to_exact([var.numerator], var.denominator, 0))
+    return _concatenate(means), _concatenate(variances)
+
+
 # ---- correctly rounded sums --------------------------------------------------------------------------------
 
 

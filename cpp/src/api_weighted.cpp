@@ -19,6 +19,7 @@ GivenWeights<T> checked(const Problem& problem, const WeightsFor<T>& weights, st
   if (summary.bad >= 0) {
     check::bad_weight(summary.bad, static_cast<double>(weights.values[static_cast<std::size_t>(summary.bad)]));
   }
+  check::sum_of_weights(summary.total.hi);
   return {weights.values.data(), summary, weights.padding};
 }
 

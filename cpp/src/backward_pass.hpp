@@ -132,7 +132,13 @@ class BackwardPass {
                                                                      const GradSumsOf<V>& s,
                                                                      const TwoParts<V>& rstd) const {
     const V scale = read_channels<V>(gamma, c, 1);
-    if (!forward_mode) return backward_coefficients<A, V>(m, s, rstd, scale);
+    if (!forward_mode) {
+      auto k = backward_coefficients<A, V>(m, s, rstd, scale);
+      if constexpr (sizeof(A) == sizeof(float) && requires { calls.weights; }) {
+        if (!calls.weights.is_mask()) k.is_wide |= weighted_fits(k.wide, rstd.hi, calls.weights.sizes()) == 0;
+      }
+      return k;
+    }
     return jvp_coefficients<A, V>(m, s, rstd, scale, read_channels<V>(gamma_dot, c, 0),
                                   read_channels<V>(beta_dot, c, 0));
   }

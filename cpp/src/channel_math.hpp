@@ -65,25 +65,29 @@ struct GradSumsOf {
   }
 };
 
-// Moments from sum(x - shift) and sum((x - shift)^2), high and low parts, over `count` values of T.
+// Moments from sum(x - shift) and sum((x - shift)^2), high and low parts, over `count` values of T. A count that is a
+// sum of weights needs its low part: what it lacks, m2 lacks (mean/std)^2 times.
 template <class T, class V>
-MomentsOf<V> moments_from_sums(double count, double shift, const TwoParts<V>& first, const TwoParts<V>& second) {
+MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const TwoParts<V>& first,
+                               const TwoParts<V>& second) {
   if constexpr (sizeof(T) == sizeof(float)) {
     // Plain float64 is enough: the conditioning checks below keep the cancellation in m2 under 15 bits of 53.
-    const V sum = first.hi + first.lo, below = sum / count;  // mean - shift
+    const V sum = first.hi + first.lo, below = sum / count.hi;  // mean - shift
     const TwoParts<V> mean = two_sum(all<V>(shift), below);
     const V m2 = (second.hi + second.lo) - sum * below;
-    return {all<V>(count), mean.hi, mean.lo, m2 < 0 ? V{} : m2, V{}};
+    return {all<V>(count.hi), mean.hi, mean.lo, m2 < 0 ? V{} : m2, V{}};
   } else {
-    const DoubleDouble sum = two_sum(first.hi, first.lo), below = sum / DoubleDouble{count, 0};
+    const DoubleDouble sum = two_sum(first.hi, first.lo), below = sum / count;
     const DoubleDouble mean = DoubleDouble{shift, 0} + below;
     const DoubleDouble m2 = two_sum(second.hi, second.lo) - sum * below;
-    if (m2.hi < 0) return {count, mean.hi, mean.lo, 0, 0};
-    return {count, mean.hi, mean.lo, m2.hi, m2.lo};
+    if (m2.hi < 0) return {count.hi, mean.hi, mean.lo, 0, 0};
+    if (!std::isfinite(m2.hi))
+      return {count.hi, mean.hi, mean.lo, second.hi, 0};  // infinity or NaN, as it left float64
+    return {count.hi, mean.hi, mean.lo, m2.hi, m2.lo};
   }
 }
 template <class T, class V>
-MomentsOf<V> moments_from_sums(double count, double shift, const kernels::Sums* s) {
+MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const kernels::Sums* s) {
   using kernels::Sums;
   return moments_from_sums<T, V>(count, shift, {gather<V>(s, &Sums::first), gather<V>(s, &Sums::first_lo)},
                                  {gather<V>(s, &Sums::second), gather<V>(s, &Sums::second_lo)});
@@ -122,6 +126,18 @@ auto mean_below(const M& m, double ratio_squared) {
   return m.mean * m.mean * m.count < ratio_squared * m.m2;
 }
 
+// True where a sum of float64 values left float64, although the mean and m2 need not have (or where one of the values
+// is infinite), or where products with weights are too small to keep their digits. False for NaN. float32's cannot:
+// squares of its values and their products with weights stay below 2^400.
+template <class T, class V>
+auto left_range(const MomentsOf<V>& m) {
+  if constexpr (sizeof(T) == sizeof(float)) {
+    return decltype(V{} < V{}){};
+  } else {
+    return m.m2 > std::numeric_limits<double>::max() || m.count < 0x1p-900;
+  }
+}
+
 // Chan, Golub, LeVeque 1979: delta = mean_b - mean_a, n = n_a + n_b, mean = mean_a + delta*n_b/n,
 // m2 = m2_a + m2_b + delta^2*n_a*n_b/n. In double-double, so that merging many small parts adds no error of its own.
 inline Moments merge_moments(const Moments& a, const Moments& b) {
@@ -133,7 +149,11 @@ inline Moments merge_moments(const Moments& a, const Moments& b) {
   const DoubleDouble mean = mean_a + delta * share;
   const DoubleDouble m2 =
       DoubleDouble{a.m2, a.m2_lo} + DoubleDouble{b.m2, b.m2_lo} + delta * delta * share * DoubleDouble{a.count, 0};
-  return {n, mean.hi, mean.lo, m2.hi, m2.lo};
+  if (std::isfinite(m2.lo)) return {n, mean.hi, mean.lo, m2.hi, m2.lo};
+  // Something left float64 on the way, or is not finite. An m2 beyond float64 is infinity, not NaN.
+  const double share_b = b.count / n, apart = b.mean - a.mean;
+  const double far_mean = std::isfinite(mean.lo) ? mean.hi : a.mean * (a.count / n) + b.mean * share_b;
+  return {n, far_mean, 0, a.m2 + b.m2 + apart * share_b * a.count * apart, 0};
 }
 
 // m2/(count - ddof) to about 100 bits; NaN where count <= ddof.
@@ -178,6 +198,16 @@ TwoParts<V> rstd_for(const MomentsOf<V>& m, double eps) {
   }
 }
 
+// The rstd of y: 0, so that y = beta, where nothing counted, and where a channel without spread has a rstd whose
+// product with gamma is beyond float64.
+template <class T, class V>
+TwoParts<V> forward_rstd(const MomentsOf<V>& m, double eps, const V& gamma) {
+  const TwoParts<V> rstd = rstd_for<T>(m, eps);
+  const auto is_beta =
+      (m.count == 0) | ((m.m2 == 0) & (absolute(gamma * rstd.hi) > std::numeric_limits<double>::max()));
+  return {is_beta ? V{} : rstd.hi, is_beta ? V{} : rstd.lo};
+}
+
 // ---- coefficients ----------------------------------------------------------------------------------------------
 
 // The coefficients of the channels of a V, for element passes in T, whose values `narrow` holds, and for those in
@@ -218,16 +248,37 @@ V factor(const V& gamma, const TwoParts<V>& rstd) {
   }
 }
 
+// Whether the rounding error of an offset, beta + fold, is at most half an ulp of each y or of beta, as the contract
+// counts it. The fold may bring it to a binade where numbers are further apart. No value is nearer to the mean than the
+// center, which is the nearest of all of T: each abs(y) is at least abs(fold) - abs(beta).
+template <class T, class V>
+auto fold_fits(const V& error, const V& fold, const V& beta) {
+  using Limits = std::numeric_limits<T>;
+  const V size = absolute(beta), least_y = absolute(fold) - size;
+  const V least = power_of_two_below(size > least_y ? size : least_y);  // 0 for subnormals
+  constexpr double kSmallest = Limits::min(), kHalfSpacing = Limits::epsilon() / 2;
+  return absolute(error) <= kHalfSpacing * (least > kSmallest ? least : all<V>(kSmallest));
+}
+
 template <class T, class V>
 Coefficients<V, kernels::Affine> forward_coefficients(const V& mean, const V& mean_lo, const TwoParts<V>& rstd,
                                                       const V& gamma, const V& beta) {
   Coefficients<V, kernels::Affine> k;
-  const V exact = factor<T>(gamma, rstd), scale = round_to<T>(exact), center = round_to<T>(mean);
-  const V offset = beta + ((center - mean) - mean_lo) * scale;
+  const V exact = factor<T>(gamma, rstd), scale = round_to<T>(exact);
+  V center = round_to<T>(mean), fold = ((center - mean) - mean_lo) * scale, offset = beta + fold;
+  if constexpr (sizeof(T) == sizeof(double)) {
+    // The neighbour on the other side of the mean folds the other way.
+    if (!fold_fits<T>(two_sum(beta, fold).lo, fold, beta)) {
+      center = std::nextafter(mean, mean_lo < 0 ? -HUGE_VAL : HUGE_VAL);
+      fold = ((center - mean) - mean_lo) * scale;
+      offset = beta + fold;
+    }
+  }
   k.narrow = {center, scale, round_to<T>(offset)};
   k.wide = {mean, exact, beta - mean_lo * exact};
   if constexpr (sizeof(T) == sizeof(float)) {
-    k.is_wide = (factor_fits<T>(exact) & center_fits(mean) & offset_fits(offset)) == 0;
+    k.is_wide = (factor_fits<T>(exact) & center_fits(mean) & offset_fits(offset) &
+                 fold_fits<T>(k.narrow.offset - offset, fold, beta)) == 0;
   }
   return k;
 }
@@ -278,6 +329,23 @@ Coefficients<V, kernels::GradAffine> grad_affine(const MomentsOf<V>& m, const Tw
         (factor_fits<T>(a) & factor_fits<T>(p) & center_fits(g.hi) & center_fits(m.mean) & offset_fits(offset)) == 0;
   }
   return k;
+}
+
+// What is known of the weights of a channel's values.
+struct WeightSizes {
+  double total, mean;
+};
+// Whether float32 holds what grad_input makes of its coefficients and a weight, with its digits: below 2^-100 those of
+// the mean of dy and of its share along xhat (p/rstd) might be lost, alone or times a weight of common size.
+template <class V>
+auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const WeightSizes& weights) {
+  constexpr double kMost = 0x1p100;
+  const double least = 0x1p-100 / std::fmin(1, weights.mean), total = weights.total;
+  const V g = absolute(exact.dy_center), ag = absolute(exact.dy_scale) * g, p = absolute(exact.x_scale);
+  const auto keeps_digits = ((g == 0) | ((g >= least) & (ag >= least))) & ((p == 0) | (p >= least * rstd));
+  const auto keeps_range = (g * total <= kMost) & (ag * total <= kMost) & (p * total <= kMost * rstd) &
+                           (absolute(exact.offset) * total <= kMost);
+  return keeps_digits & keeps_range;
 }
 
 // mean(dy), as far as tensors of T need it.

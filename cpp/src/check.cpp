@@ -124,6 +124,10 @@ void bad_weight(std::int64_t position, double weight) {
   fail("weights must be finite and >= 0 at every position, got ", weight, " at position ", position);
 }
 
+void sum_of_weights(double sum) {
+  if (!std::isfinite(sum)) fail("weights must have a finite sum, got one beyond float64");
+}
+
 void counted_positions(std::int64_t counted, const Problem& p) {
   if (p.size() > 0 && counted == 1) {
     fail("weights must be above 0 at 2 positions or more for batch statistics (or at none), got 1");

@@ -35,6 +35,8 @@ void counts_of_batch(const char* name, std::span<const Moments> moments, const P
 void positions(const char* name, std::size_t got, const Problem& problem);
 // Throws: the weight of that position is negative, infinite or NaN.
 [[noreturn]] void bad_weight(std::int64_t position, double weight);
+// Within float64.
+void sum_of_weights(double sum);
 // A batch that has a variance: no position has a weight, or at least 2.
 void counted_positions(std::int64_t counted, const Problem& problem);
 // With given statistics a weight of 0 says nothing but that the output is something else.

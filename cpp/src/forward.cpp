@@ -23,7 +23,7 @@ struct ForwardCalls {
   static void prepare(const Plan&) {}
   static int streams() { return 2; }
   [[nodiscard]] SummedValues<T> summed(const Plan& plan) const {
-    return {kernels, x, static_cast<double>(plan.problem.count())};
+    return {kernels, x, {static_cast<double>(plan.problem.count()), 0}};
   }
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t, Sums* out) const {

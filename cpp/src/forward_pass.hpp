@@ -43,7 +43,7 @@ class ForwardPass {
   void finish(Range channels, const kernels::Sums* totals) {
     if (reduces) {
       const SummedValues<T> values = calls.summed(plan);
-      if (totals != nullptr && values.count > 0) {
+      if (totals != nullptr && values.count.hi > 0) {
         settle<T>(plan, values, channels, totals, saved);
       } else {
         std::fill(saved + channels.begin, saved + channels.end, Moments{});
@@ -75,7 +75,7 @@ class ForwardPass {
   }
 
  private:
-  // Of at most kTogether channels. Nothing that counted: y = beta.
+  // Of at most kTogether channels.
   void set_coefficients(Range channels) const {
     const std::int64_t first = channels.begin, count = channels.end - channels.begin;
     double g[kTogether], b[kTogether];
@@ -83,12 +83,11 @@ class ForwardPass {
     read_channels(beta, channels, 0, b);
     if (reduces || given.moments != nullptr) {
       const Moments* moments = (reduces ? saved : given.moments) + first;
-      const bool nothing = reduces && count > 0 && moments[0].count == 0;
       return for_channels<A>(count, [&]<class V>(std::int64_t i) {
         const auto m = MomentsOf<V>::at(moments + i);
-        const TwoParts<V> rstd = nothing ? TwoParts<V>{} : rstd_for<A>(m, eps);
-        coefficients->set(first + i,
-                          forward_coefficients<A, V>(m.mean, m.mean_lo, rstd, gather<V>(g + i), gather<V>(b + i)));
+        const V gamma_i = gather<V>(g + i);
+        coefficients->set(first + i, forward_coefficients<A, V>(m.mean, m.mean_lo, forward_rstd<A>(m, eps, gamma_i),
+                                                                gamma_i, gather<V>(b + i)));
       });
     }
     double mean[kTogether], var[kTogether];

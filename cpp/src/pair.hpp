@@ -2,6 +2,7 @@
 // written for V = double or Pair gives each channel the same bits either way.
 #pragma once
 
+#include <bit>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -64,6 +65,15 @@ inline Pair square_root(const Pair& v) { return Pair{std::sqrt(v[0]), std::sqrt(
 
 inline double absolute(double v) { return std::abs(v); }
 inline Pair absolute(const Pair& v) { return Pair{std::abs(v[0]), std::abs(v[1])}; }
+
+// The largest power of two that is at most |v|; 0 for 0 and subnormals.
+inline double power_of_two_below(double v) {
+  return std::bit_cast<double>(std::bit_cast<std::uint64_t>(v) & 0x7ff0'0000'0000'0000);
+}
+inline Pair power_of_two_below(const Pair& v) {
+  using Bits = std::uint64_t __attribute__((vector_size(16)));
+  return reinterpret_cast<Pair>(reinterpret_cast<Bits>(v) & 0x7ff0'0000'0000'0000);
+}
 
 // As the nearest value of T.
 template <class T>

@@ -55,7 +55,7 @@ struct ReluForwardCalls {
   }
   [[nodiscard]] int streams() const { return into.residual == nullptr ? 2 : 3; }
   [[nodiscard]] SummedValues<T> summed(const Plan& plan) const {
-    return {kernels, x, static_cast<double>(plan.problem.count())};
+    return {kernels, x, {static_cast<double>(plan.problem.count()), 0}};
   }
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t, Sums* out) const {

@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <limits>
 
 #include "channel_math.hpp"
 #include "exact_sum.hpp"
@@ -19,8 +20,9 @@ enum class Again { about_shift, compensated };
 
 template <class T>
 bool needs(Again again, const Moments& m) {
-  return again == Again::about_shift ? needs_shift<Arithmetic<T>>(m)
-                                     : mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow);
+  return again == Again::about_shift
+             ? needs_shift<Arithmetic<T>>(m)
+             : mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow) && std::isfinite(m.m2);
 }
 // Any value near the mean will do as a shift; the nearest one makes a constant channel exact.
 template <class T>
@@ -109,7 +111,7 @@ void settle_planar(const Plan& plan, const SummedValues<T>& values, std::int64_t
   if (!needs<T>(again, m)) return;
   const Arithmetic<T> shift = shift_for<T>(again, m);
   const Sums total = sum_channel_again(plan, values, c, again, shift);
-  moments_from_sums<Arithmetic<T>, double>(m.count, static_cast<double>(shift), &total).put(&m);
+  moments_from_sums<Arithmetic<T>, double>(values.count, static_cast<double>(shift), &total).put(&m);
 }
 
 // Channels [begin, end) of an interleaved tensor, at most a tile of them.
@@ -129,7 +131,18 @@ void settle_tile(const Problem& problem, const SummedValues<T>& values, Range ch
     const std::int64_t first = (c - channels.begin) * inner;
     Sums total;
     for (std::int64_t e = first; e < first + inner; ++e) add(total, at(columns, e));
-    moments_from_sums<Arithmetic<T>, double>(out[c].count, static_cast<double>(tile.shift[first]), &total).put(&out[c]);
+    moments_from_sums<Arithmetic<T>, double>(values.count, static_cast<double>(tile.shift[first]), &total).put(&out[c]);
+  }
+}
+
+// f(value, weight) for the values of channel c that count, in the order of memory.
+template <class T, class F>
+void for_values(const Problem& p, const SummedValues<T>& values, std::int64_t c, const F& f) {
+  for (std::int64_t o = 0; o < p.outer; ++o) {
+    for (std::int64_t i = 0; i < p.inner; ++i) {
+      const double weight = values.weights == nullptr ? 1 : values.weights->at(o * p.inner + i);
+      if (weight != 0) f(static_cast<double>(values.x[(o * p.channels + c) * p.inner + i]), weight);
+    }
   }
 }
 
@@ -137,22 +150,52 @@ template <class T>
 void settle_exactly(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
   ExactSum sum;
   std::int64_t since_carry = 0;
-  for (std::int64_t o = 0; o < p.outer; ++o) {
-    for (std::int64_t i = 0; i < p.inner; ++i) {
-      const double weight = values.weights == nullptr ? 1 : values.weights->at(o * p.inner + i);
-      if (weight == 0) continue;
-      const DoubleDouble term = two_product(weight, static_cast<double>(values.x[(o * p.channels + c) * p.inner + i]));
-      sum.add(term.hi);
-      if (term.lo != 0) sum.add(term.lo);
-      if (++since_carry == (std::int64_t{1} << 29)) {
-        sum.carry();
-        since_carry = 0;
-      }
+  for_values(p, values, c, [&](double x, double weight) {
+    const DoubleDouble term = two_product(weight, x);
+    sum.add(term.hi);
+    if (term.lo != 0) sum.add(term.lo);
+    if (++since_carry == (std::int64_t{1} << 29)) {
+      sum.carry();
+      since_carry = 0;
     }
-  }
-  const DoubleDouble mean = sum.value() / DoubleDouble{m.count, 0};
+  });
+  const DoubleDouble mean = sum.value() / values.count;
   m.mean = mean.hi;
   m.mean_lo = mean.lo;  // m2 is about the old mean, which is off by less than 2^-40 std: no digit of m2
+}
+
+// With values and weights scaled by powers of two, so that the largest are near 1: twice float64's digits of the mean,
+// then sums about it. An m2 beyond float64 becomes infinity; that of a channel with a value that is not finite, NaN.
+template <class T>
+void settle_scaled(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
+  double most_x = 0, most_weight = 0;
+  for_values(p, values, c, [&](double x, double weight) {
+    most_x = most_x < std::abs(x) || std::isnan(x) ? std::abs(x) : most_x;
+    most_weight = std::max(most_weight, weight);
+  });
+  if (!std::isfinite(most_x)) {
+    m.m2 = std::numeric_limits<double>::quiet_NaN();
+    return;
+  }
+  const int of_x = most_x > 0 ? std::ilogb(most_x) : 0, of_weights = std::ilogb(most_weight);
+  DoubleDouble count, sum;
+  for_values(p, values, c, [&](double x, double weight) {
+    const double w = std::ldexp(weight, -of_weights);
+    count = count + DoubleDouble{w, 0};
+    sum = sum + two_product(w, std::ldexp(x, -of_x));
+  });
+  const double shift = (sum / count).hi;
+  DoubleDouble first, second;
+  for_values(p, values, c, [&](double x, double weight) {
+    const DoubleDouble d = two_sum(std::ldexp(x, -of_x), -shift);
+    const DoubleDouble term = DoubleDouble{std::ldexp(weight, -of_weights), 0} * d;
+    first = first + term;
+    second = second + term * d;
+  });
+  const auto scaled = moments_from_sums<double, double>(count, shift, first, second);
+  const int of_squares = 2 * of_x + of_weights;
+  m = {values.count.hi, std::ldexp(scaled.mean, of_x), std::ldexp(scaled.mean_lo, of_x),
+       std::ldexp(scaled.m2, of_squares), std::ldexp(scaled.m2_lo, of_squares)};
 }
 
 // The channels that sums about 0 are not good enough for, most of which are none.
@@ -173,6 +216,7 @@ void sum_again(const Plan& plan, const SummedValues<T>& values, Range channels, 
     if (mean_below(out[c], Conditioning<Arithmetic<T>>::kExactBelow) && std::isfinite(out[c].m2)) {
       settle_exactly(problem, values, c, out[c]);
     }
+    if (left_range<Arithmetic<T>>(MomentsOf<double>::at(out + c))) settle_scaled(problem, values, c, out[c]);
   }
 }
 
@@ -185,7 +229,8 @@ void settle(const Plan& plan, const SummedValues<T>& values, Range channels, con
     const MomentsOf<V> m = moments_from_sums<Arithmetic<T>, V>(values.count, 0, totals + i);
     m.put(out + channels.begin + i);
     // Those that want an exact sum are among those that want a compensated one.
-    again |= any(needs_shift<Arithmetic<T>>(m) | mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow));
+    again |= any(needs_shift<Arithmetic<T>>(m) | mean_below(m, Conditioning<Arithmetic<T>>::kCompensateBelow) |
+                 left_range<Arithmetic<T>>(m));
   });
   if (again) sum_again(plan, values, channels, out);
 }

@@ -2,6 +2,7 @@
 #pragma once
 
 #include "batchnorm/types.hpp"
+#include "double_double.hpp"
 #include "kernels/table.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
@@ -14,14 +15,15 @@ template <class T>
 struct SummedValues {
   const kernels::Kernels<T>& kernels;
   const T* x;
-  double count;  // of each channel: how many there are, or what they weigh
+  DoubleDouble count;  // of each channel: how many there are, or what they weigh
   const kernels::WeightedKernels<T>* weighted_kernels = nullptr;
   const TensorWeights<T>* weights = nullptr;
 };
 
 // Moments of the channels in `channels`, whose sums about 0 are totals[c - channels.begin], into out[c].
 // Reads x again for a channel whose |mean| is far above its std (about a shift), or whose mean is far below its values
-// (compensated, in the last resort exactly). The decisions depend on the values alone, never on threads or ISA.
+// (compensated, in the last resort exactly), or whose sums left float64 (scaled). The decisions depend on the values
+// alone, never on threads or ISA.
 template <class T>
 void settle(const Plan& plan, const SummedValues<T>& values, Range channels, const kernels::Sums* totals, Moments* out);
 

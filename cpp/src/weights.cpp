@@ -45,9 +45,8 @@ WeightSummary summarize(std::span<const W> weights, int threads) {
   const Phase phase{count, 1, false, [](void* self, Range range) { static_cast<Chunks<W>*>(self)->summarize(range); }};
   run_phases(count > 1 ? available_threads(threads) : 1, &phase, 1, &chunks);
   WeightSummary result;
-  DoubleDouble total;
   for (const auto& part : chunks.parts) {
-    total = total + part.total;
+    result.total = result.total + part.total;
     result.counted += part.counted;
     result.is_mask &= part.is_mask;
     if (!part.good && result.bad < 0) {
@@ -55,7 +54,6 @@ WeightSummary summarize(std::span<const W> weights, int threads) {
       result.bad = std::find_if(weights.begin(), weights.end(), is_bad) - weights.begin();
     }
   }
-  result.total = total.hi;
   return result;
 }
 

@@ -1,9 +1,12 @@
 // The weights of a tensor's positions, as pieces of the tensor want them.
 #pragma once
 
+#include <algorithm>
 #include <span>
 
 #include "batchnorm/weighted.hpp"
+#include "channel_math.hpp"
+#include "double_double.hpp"
 #include "kernels/table.hpp"
 #include "plan.hpp"
 
@@ -11,7 +14,7 @@ namespace batchnorm {
 
 // What is known of weights before any tensor is looked at.
 struct WeightSummary {
-  double total = 0;          // their sum, rounded once
+  DoubleDouble total;        // their sum
   std::int64_t counted = 0;  // those above 0
   bool is_mask = true;       // whether all are 0 or 1
   std::int64_t bad = -1;     // the first that is negative, infinite or NaN; -1: none
@@ -29,7 +32,11 @@ class TensorWeights {
   // Before all that follows: the tensor, as the plan sees it.
   void belong_to(const Problem& problem) { problem_ = problem; }
 
-  [[nodiscard]] double total() const { return summary_.total; }
+  [[nodiscard]] DoubleDouble total() const { return summary_.total; }
+  [[nodiscard]] WeightSizes sizes() const {
+    return {summary_.total.hi, summary_.total.hi / static_cast<double>(std::max<std::int64_t>(1, summary_.counted))};
+  }
+  [[nodiscard]] bool is_mask() const { return summary_.is_mask; }
   [[nodiscard]] const kernels::WeightedKernels<T>::Moments& moments_of(const kernels::WeightedKernels<T>& k) const {
     return summary_.is_mask ? k.masked : k.weighted;
   }

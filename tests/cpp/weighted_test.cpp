@@ -364,6 +364,24 @@ TEST(large_tensors_under_a_mask_of_ones_are_the_plain_ones) {
   expect_large({10, 40, 100'000});
 }
 
+template <class T>
+void expect_halves_without_anything_counted() {
+  const Problem p{2, 3, 5};
+  const std::vector<T> x(30, T(7)), gamma(3, T(2)), beta = {T(1), T(-4), T(0.5)};
+  const std::vector<kernels::WeightOf<T>> none(10, 0);
+  std::vector<T> whole(30), half(30);
+  std::vector<Moments> saved(3), moments_of(3);
+  batch_norm<T>(x, p, {none, Padding::normalize}, gamma, beta, 1e-5, whole, saved);
+  moments<T>(x, p, {none, Padding::normalize}, moments_of);
+  normalize<T>(x, p, moments_of, gamma, beta, 1e-5, half);
+  EXPECT(half == whole, "");
+  for (std::size_t e = 0; e < 30; ++e) EXPECT_EQUAL(whole[e], beta[e / 5 % 3]);
+}
+TEST(where_nothing_counts_both_halves_and_the_whole_give_beta) {
+  expect_halves_without_anything_counted<float>();
+  expect_halves_without_anything_counted<double>();
+}
+
 TEST(mistakes_are_told_and_nothing_is_written) {
   const Problem p{4, 3, 5};
   std::vector<float> x(60), y(60, 9), w(20, 1);

@@ -1,11 +1,44 @@
 // The definition: every pass as plain float64 loops, in the order a person would write them.
 //
-// This is what the vector kernels are held to. It is not one of them: it sums one value after the other, so its last
-// bits differ. BATCHNORM_ISA=reference runs the library on it.
+// This is what the vector kernels are held to. It is not one of them: it sums one value after the other, all with the
+// error of each product and addition kept, so its last bits differ. BATCHNORM_ISA=reference runs the library on it.
 #include "kernels/table.hpp"
 
 namespace batchnorm::kernels {
 namespace {
+
+// A sum to about twice float64's digits.
+class Sum {
+ public:
+  // With what the addition rounds off (Knuth 1969, TwoSum).
+  void add(double term) {
+    const double sum = hi_ + term, part = sum - hi_;
+    lo_ += (hi_ - (sum - part)) + (term - part);
+    hi_ = sum;
+  }
+  // a*b, of which `a_lo` and `b_lo` are what a and b have lost.
+  void add_product(double a, double b, double a_lo = 0, double b_lo = 0) {
+    const double product = a * b;
+    add(product);
+    lo_ += __builtin_fma(a, b, -product) + (a * b_lo + a_lo * b);
+  }
+  [[nodiscard]] double hi() const { return hi_; }
+  // Infinity has no error.
+  [[nodiscard]] double lo() const { return hi_ - hi_ == 0 ? lo_ : 0; }
+
+ private:
+  double hi_ = 0, lo_ = 0;
+};
+Sums sums_of(const Sum& first, const Sum& second) { return {first.hi(), first.lo(), second.hi(), second.lo()}; }
+
+// x - y, and what that rounds off.
+struct Difference {
+  double hi, lo;
+  Difference(double x, double y) : hi(x - y) {
+    const double part = hi - x;
+    lo = (x - (hi - part)) - (y + part);
+  }
+};
 
 // The runs of one channel of several.
 Runs one_channel(const Runs& runs) { return {runs.length, runs.count, runs.stride}; }
@@ -13,15 +46,16 @@ Runs one_channel(const Runs& runs) { return {runs.length, runs.count, runs.strid
 // moments: sum(x - shift) and sum((x - shift)^2).
 template <class T>
 void runs_moments_about(const T* x, Runs runs, Arithmetic<T> shift, Sums* out) {
-  double first = 0, second = 0;
+  Sum first, second;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
-      const double d = static_cast<double>(x[k * runs.stride + i]) - static_cast<double>(shift);
-      first += d;
-      second += d * d;
+      const Difference d(static_cast<double>(x[k * runs.stride + i]), static_cast<double>(shift));
+      first.add(d.hi);
+      first.add(d.lo);
+      second.add_product(d.hi, d.hi, d.lo, d.lo);
     }
   }
-  *out = Sums{first, 0, second, 0};
+  *out = sums_of(first, second);
 }
 template <class T>
 void runs_moments(const T* x, Runs runs, Sums* out) {
@@ -51,16 +85,20 @@ void runs_normalize(const T* x, T* y, Runs runs, const Affine<Arithmetic<T>>* k)
 
 // grad_sums: sum(dy) and sum(dy*(x - mean)).
 template <class T>
+void add_gradient(T dy, T x, double mean, Sum& first, Sum& second) {
+  const Difference d(static_cast<double>(x), mean);
+  first.add(static_cast<double>(dy));
+  second.add_product(static_cast<double>(dy), d.hi, 0, d.lo);
+}
+template <class T>
 void runs_grad_sums_one(const T* dy, const T* x, Runs runs, double mean, Sums* out) {
-  double first = 0, second = 0;
+  Sum first, second;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
-      const std::int64_t at = k * runs.stride + i;
-      first += static_cast<double>(dy[at]);
-      second += static_cast<double>(dy[at]) * (static_cast<double>(x[at]) - mean);
+      add_gradient(dy[k * runs.stride + i], x[k * runs.stride + i], mean, first, second);
     }
   }
-  *out = Sums{first, 0, second, 0};
+  *out = sums_of(first, second);
 }
 template <class T>
 void runs_grad_sums(const T* dy, const T* x, Runs runs, const double* mean, Sums* out) {
@@ -195,21 +233,20 @@ void rows_second_grad(const T* v, const T* dy, const T* x, T* dx, Rows rows, con
   }
 }
 
-// total += term, with what the addition rounds off (Knuth 1969, TwoSum) added to low.
-void add(double term, double& total, double& low) {
-  const double sum = total + term, part = sum - total;
-  low += (total - (sum - part)) + (term - part);
-  total = sum;
-}
+// The low parts of blocks are left out for float, whose kernels need not write them.
+template <class T>
 void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                 const ColumnSums& total) {
   for (std::int64_t c = 0; c < columns; ++c) {
-    Sums s;
+    Sum of_first, of_second;
     for (std::int64_t at = c; at < c + count * stride; at += stride) {
-      add(first.first[at], s.first, s.first_lo);
-      add(first.second[at], s.second, s.second_lo);
+      of_first.add(first.first[at]);
+      of_second.add(first.second[at]);
+      if (sizeof(T) < sizeof(double)) continue;
+      of_first.add(first.first_lo[at]);
+      of_second.add(first.second_lo[at]);
     }
-    put(total, c, s);
+    put(total, c, sums_of(of_first, of_second));
   }
 }
 
@@ -234,7 +271,7 @@ constexpr Kernels<T> make_kernels() {
   k.rows_grad_input = rows_grad_input<T>;
   k.runs_grad_input_around_cache = runs_grad_input<T>;
   k.rows_grad_input_around_cache = rows_grad_input<T>;
-  k.add_blocks = add_blocks;
+  k.add_blocks = add_blocks<T>;
   k.runs_second_grad = runs_second_grad<T>;
   k.rows_second_grad = rows_second_grad<T>;
   if constexpr (sizeof(T) < sizeof(double)) {
@@ -255,27 +292,32 @@ double weight_of(const RunWeights<W>& w, std::int64_t run, std::int64_t i) {
 template <class T>
 void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weights, Runs runs, Arithmetic<T> shift,
                                  Sums* out) {
-  double first = 0, second = 0;
+  Sum first, second;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
       const double w = weight_of(weights, k, i);
       if (w == 0) continue;
-      const double d = static_cast<double>(x[k * runs.stride + i]) - static_cast<double>(shift);
-      first += w * d;
-      second += w * d * d;
+      const Difference d(static_cast<double>(x[k * runs.stride + i]), static_cast<double>(shift));
+      const double term = w * d.hi, term_lo = __builtin_fma(w, d.hi, -term) + w * d.lo;
+      first.add(term);
+      first.add(term_lo);
+      second.add_product(term, d.hi, term_lo, d.lo);
     }
   }
-  *out = Sums{first, 0, second, 0};
+  *out = sums_of(first, second);
 }
 template <class W>
 WeightCounts count_weights(const W* w, std::int64_t n) {
   WeightCounts counts{};
+  Sum total;
   for (std::int64_t i = 0; i < n; ++i) {
     if (w[i] == 0) ++counts.zeros;
     if (w[i] == 1) ++counts.ones;
     if (w[i] >= 0 && w[i] - w[i] == 0) ++counts.good;  // infinity less infinity is NaN
-    counts.total += static_cast<double>(w[i]);
+    total.add(static_cast<double>(w[i]));
   }
+  counts.total = total.hi();
+  counts.total_lo = total.lo();
   return counts;
 }
 
@@ -320,16 +362,13 @@ void runs_weighted_normalize(const T* x, T* y, const RunWeights<WeightOf<T>>& w,
 template <class T>
 void runs_weighted_grad_sums_one(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, double mean,
                                  Sums* out) {
-  double first = 0, second = 0;
+  Sum first, second;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
-      if (weight_of(w, k, i) == 0) continue;
-      const std::int64_t at = k * runs.stride + i;
-      first += static_cast<double>(dy[at]);
-      second += static_cast<double>(dy[at]) * (static_cast<double>(x[at]) - mean);
+      if (weight_of(w, k, i) != 0) add_gradient(dy[k * runs.stride + i], x[k * runs.stride + i], mean, first, second);
     }
   }
-  *out = Sums{first, 0, second, 0};
+  *out = sums_of(first, second);
 }
 template <class T>
 void runs_weighted_grad_sums(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, const double* mean,
@@ -531,16 +570,14 @@ T dresidual_at(const ReluInputs<T>& in, std::int64_t at) {
 }
 template <class T>
 void runs_relu_grad_sums_one(const ReluInputs<T>& in, Runs runs, double mean, Sums* out) {
-  double first = 0, second = 0;
+  Sum first, second;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
       const std::int64_t at = k * runs.stride + i;
-      const auto dy = static_cast<double>(dresidual_at(in, at));
-      first += dy;
-      second += dy * (static_cast<double>(in.x[in.at + at]) - mean);
+      add_gradient(dresidual_at(in, at), in.x[in.at + at], mean, first, second);
     }
   }
-  *out = Sums{first, 0, second, 0};
+  *out = sums_of(first, second);
 }
 template <class T, class A>
 void runs_relu_grad_input_one(const ReluInputs<T>& in, T* dx, Runs runs, const GradAffine<A>& k) {
