@@ -9,8 +9,8 @@
 // `padding` says. Weights are float for float tensors and double for double ones.
 //
 // What batchnorm.hpp says of all its functions holds here too. For weights other than 0 and 1 the products with them
-// round once more: dx is within 6u of the sum of its absolute terms, u = 2^-24 for float. The sum of the weights must be
-// finite.
+// round once more: dx is within 6u of the sum of its absolute terms, u = 2^-24 for float.
+// The sum of the weights must be finite.
 #pragma once
 
 #include <span>
