@@ -405,7 +405,7 @@ def test_backward_belongs_to_the_last_call(training):
 
 NO_CALL = (
     "backward must follow a call of the layer that left its x intact, got no such call: "
-    "call the layer first, and without out=x"
+    "call the layer first, and without out=x or keep=False"
 )
 
 
@@ -421,6 +421,44 @@ def test_backward_is_refused_where_out_overwrote_x(training, view):
     layer(x, out=x[...] if view else x)
     with pytest.raises(RuntimeError, match=f"^{re.escape(NO_CALL)}$"):
         layer.backward(x)
+
+
+EVERY_KIND = {
+    "training": bn.BatchNorm(3),
+    "evaluation": bn.BatchNorm(3).eval(),
+    "frozen": bn.BatchNorm(3).freeze(),
+    "single_value": bn.BatchNorm(3, single_value="skip"),
+    "pooled": bn.BatchNorm(3, update_rate=None),
+    "ghosts": bn.BatchNorm(3, ghost_size=2),
+    "renorm": bn.BatchNorm(3, renorm=bn.RenormSchedule.constant(2.0, 1.0)),
+    "relu": bn.BatchNorm(3, activation="relu"),
+    "relu_in_evaluation": bn.BatchNorm(3, activation="relu").eval(),
+}
+
+
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_call_with_keep_false_keeps_neither_its_x_nor_that_of_the_call_before(kind):
+    layer, samples = copy.copy(EVERY_KIND[kind]), 1 if kind == "single_value" else 4
+    first, second, dy = normal(samples, 3), normal(samples, 3, seed=1), normal(samples, 3, seed=2)
+    expected = copy.copy(layer)(first), copy.copy(layer)(second)
+    layer(first)
+    layer.backward(dy)
+    kept = weakref.ref(first), weakref.ref(second)
+    del first
+    assert kept[0]() is not None
+    same = kind not in ("renorm", "single_value")  # renorm's y depends on the calls before
+    y = layer(second, keep=False)
+    assert not same or same_bits(y, expected[1])
+    del second
+    assert kept[0]() is None
+    assert kept[1]() is None
+    with pytest.raises(RuntimeError, match=f"^{re.escape(NO_CALL)}$"):
+        layer.backward(dy)
+
+
+def test_keep_is_a_bool():
+    with pytest.raises(TypeError, match=r"^keep must be True or False, got int$"):
+        bn.BatchNorm(3)(normal(4, 3), keep=0)
 
 
 def test_backward_is_refused_once_its_own_out_overwrote_x():
@@ -718,6 +756,34 @@ def test_an_unfit_setting_is_refused(settings, error, text):
 def test_repr_is_the_call_that_builds_the_layer(settings, text):
     assert repr(bn.BatchNorm(**settings)) == text
     assert repr(eval(text, {"BatchNorm": bn.BatchNorm})) == text
+
+
+MODES = {  # what is called on a layer, and how its repr ends
+    "frozen": (lambda layer: layer.freeze(), ".freeze()"),
+    "frozen_statistics": (lambda layer: layer.freeze(affine=False), ".freeze(affine=False)"),
+    "frozen_affine": (lambda layer: layer.freeze(statistics=False), ".freeze(statistics=False)"),
+    "evaluation": (lambda layer: layer.eval(), ".eval()"),
+    "both": (lambda layer: layer.freeze().eval(), ".freeze().eval()"),
+}
+
+
+@pytest.mark.parametrize("name", MODES)
+def test_a_layer_built_from_the_repr_of_another_is_in_its_mode(name):
+    change, text = MODES[name]
+    layer = change(bn.BatchNorm(3, ddof=0))
+    assert repr(layer) == f"BatchNorm(3, axis=1, eps=1e-05, update_rate=0.1, ddof=0){text}"
+    other = eval(repr(layer), {"BatchNorm": bn.BatchNorm})
+    for mode in ("training", "frozen_statistics", "frozen_affine"):
+        assert getattr(other, mode) == getattr(layer, mode)
+    change(layer).unfreeze()
+    assert "freeze" not in repr(layer)
+
+
+def test_the_repr_of_a_subclass_has_its_name():
+    class Mine(bn.BatchNorm):
+        pass
+
+    assert repr(Mine(3)).startswith("Mine(3, ")
 
 
 EVERY_SETTING = {

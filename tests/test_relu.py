@@ -225,6 +225,53 @@ def test_a_layer_with_relu_is_the_layer_and_relu():
     assert "activation='relu'" in repr(fused)
 
 
+def test_evaluation_makes_no_mask_before_backward_asks_for_one(monkeypatch):
+    x, dy, residual, *_ = case((8, 6, 50), 1, np.float32)
+    made = []
+
+    def counted(*args, needs_mask=False, **options):
+        made.append(needs_mask)
+        return bn.normalize_relu(*args, needs_mask=needs_mask, **options)
+
+    monkeypatch.setattr("batchnorm.layers.normalize_relu", counted)
+    layer = BatchNorm(6, activation="relu").eval()
+    layer(x, residual=residual)
+    layer(x, out=np.empty_like(x))
+    layer(x, out=x.copy(), keep=False)
+    assert made == [False, False, False]
+    layer(x)
+    layer.backward(dy)
+    assert made[-2:] == [False, True]
+    layer.train().freeze()(x)  # fine-tuning: backward is certain
+    assert made[-1]
+
+
+@pytest.mark.parametrize("out", [None, "fresh", "residual"])
+@pytest.mark.parametrize("added", [True, False])
+def test_backward_of_evaluation_is_that_of_its_call_whatever_changed_since(added, out):
+    x, dy, residual, gamma, beta = case((8, 6, 50), 1, np.float32)
+    layer = BatchNorm(6, activation="relu")
+    layer.gamma[...], layer.beta[...] = gamma, beta
+    layer(2 * x + 1)
+    mean, var = layer.running_mean.copy(), layer.running_var.copy()
+    gamma, beta = layer.gamma.copy(), layer.beta.copy()
+    given = residual if added else None
+    _, mask = bn.normalize_relu(x, mean, var, gamma, beta, residual=given, needs_mask=True)
+    expected = bn.normalize_relu_backward(dy, x, mask, mean, var, gamma)
+    to = {None: None, "fresh": np.empty_like(x), "residual": residual}[out]
+    layer.eval()(x, residual=given, out=to)
+    layer.beta += 3
+    layer.gamma *= -1
+    layer.reset_statistics()
+    layer.train()
+    for _ in range(2):
+        assert same(layer.backward(dy), expected.dx)
+        assert same(layer.dgamma, expected.dgamma)
+        assert same(layer.dbeta, expected.dbeta)
+        assert (layer.dresidual is None) != added
+        assert not added or same(layer.dresidual, expected.dresidual)
+
+
 def test_a_layer_with_relu_freezes_its_affine_and_takes_single_values():
     fused = BatchNorm(3, activation="relu", single_value="skip")
     x, dy, residual, *_ = case((4, 3), 1, np.float32)

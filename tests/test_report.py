@@ -52,6 +52,43 @@ def test_a_new_layer_has_an_empty_report(channels, parameters):
     assert kinds(bn.BatchNorm(channels, gamma=parameters, beta=parameters)) == []
 
 
+@pytest.mark.parametrize("domains", [None, 2])
+@pytest.mark.parametrize(
+    "evaluated",
+    [
+        lambda layer: layer.eval(),
+        lambda layer: layer.freeze(),
+        lambda layer: layer.freeze(affine=False).eval(),
+    ],
+    ids=["eval", "freeze", "both"],
+)
+@pytest.mark.parametrize("settings", [{}, {"update_rate": None}, {"debias": True}], ids=str)
+def test_a_layer_that_evaluates_and_has_never_trained_is_found(settings, evaluated, domains):
+    layer = evaluated(bn.BatchNorm(C, domains=domains, **settings))
+    found = list(layer.report())
+    assert [(f.kind, f.severity, f.channels, f.domain) for f in found] == [
+        ("untrained", "warning", (), k) for k in ([None] if domains is None else [0, 1])
+    ]
+    places = [""] if domains is None else [" of domain 0", " of domain 1"]
+    assert [f.text for f in found] == [
+        f"the running statistics{place} have seen no batch: evaluation normalizes by mean 0 and variance 1"
+        for place in places
+    ]
+    x = np.random.default_rng(0).normal(size=(64, C))
+    layer(x, **({} if domains is None else {"domain": 0}))
+    assert len(layer.report()) == len(found)
+
+
+def test_a_layer_that_evaluates_by_statistics_of_its_own_is_not_untrained():
+    assert kinds(healthy().eval()) == []
+    given = with_state(bn.BatchNorm(C), running_mean=(1, 0.5)).eval()
+    assert given.update_count == 0
+    assert kinds(given) == []
+    assert kinds(bn.BatchNorm(C)) == []
+    assert kinds(bn.BatchNorm(C).freeze(statistics=False)) == []
+    assert kinds(bn.BatchNorm(0).eval()) == []
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_healthy_small_batches_do_not_drift(seed):
     # 2 values a channel: a batch's variance is often 10 times the running one, by chance.

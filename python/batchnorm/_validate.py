@@ -171,11 +171,11 @@ def _shown(value: object) -> str:
 # ---- arrays ----------------------------------------------------------------------------------------------
 
 
-def array(name: str, a: object, wanted: str = "np.float32") -> Array:
+def array(name: str, a: object, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Array:
     """Give an ndarray of a floating dtype that the core can read: `a` itself, or a copy where it is not aligned.
 
     A subclass of ndarray is taken by its memory. `wanted` is the dtype that an error says to write,
-    "" where there is nothing to write instead.
+    None where there is nothing to write instead.
     """
     if type(a) is not np.ndarray and type(a) is not np.memmap:
         # The values of a masked array mean something else.
@@ -185,9 +185,10 @@ def array(name: str, a: object, wanted: str = "np.float32") -> Array:
     if a.dtype not in _TENSORS and not is_bfloat16(a.dtype):
         native = a.dtype.newbyteorder("=")
         if native in _TENSORS:
-            hint = f" (write {name}.astype(np.{native}))" if wanted else ""
+            hint = f" (write {name}.astype(np.{native}))" if wanted is not None else ""
             raise TypeError(f"{name} must be in native byte order{hint}, got dtype {a.dtype.str}")
-        hint = f" (write {name}.astype({wanted}))" if wanted and a.dtype.kind in "biuf" else ""
+        is_number = wanted is not None and a.dtype.kind in "biuf"
+        hint = f" (write {name}.astype({_name(wanted)}))" if is_number else ""
         raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64{hint}, got {a.dtype}")
     if not 1 <= a.ndim <= _MOST_DIMENSIONS:
         raise ValueError(f"{name} must have 1 to {_MOST_DIMENSIONS} dimensions, got {a.ndim}")
@@ -202,9 +203,16 @@ def aligned(name: str, a: Array) -> None:
         )
 
 
-def to_write(name: str, value: object, wanted: str) -> str:
+def _name(dtype: np.dtype[Any] | None) -> str:
+    """Name a dtype as one writes it."""
+    return "ml_dtypes.bfloat16" if dtype is not None and is_bfloat16(dtype) else f"np.{dtype}"
+
+
+def to_write(name: str, value: object, wanted: np.dtype[Any] | None) -> str:
     """Say how to write a value of another library as an array; nothing where that is not known."""
-    if wanted and isinstance(value, np.ma.MaskedArray):
+    if wanted is None:
+        return ""
+    if isinstance(value, np.ma.MaskedArray):
         return f" (write {name}.filled(0), and what counts as mask=)"
     library = type(value).__module__.partition(".")[0]
     write = {
@@ -220,7 +228,7 @@ def to_write(name: str, value: object, wanted: str) -> str:
             hasattr(value, "__array__") and not isinstance(value, np.generic)
         )
         write = "np.asarray({}, {})" if is_array else None
-    return "" if write is None or not wanted else f" (write {write.format(name, wanted)})"
+    return "" if write is None else f" (write {write.format(name, _name(wanted))})"
 
 
 def is_bfloat16(dtype: np.dtype[Any]) -> bool:
@@ -241,8 +249,7 @@ def saved_input(x: object, axis_: object, eps_: object) -> Array:
 
 def array_like(name: str, a: object, x: Array) -> Array:
     """Give `array` of what also has the shape and dtype of `x`."""
-    wanted = "ml_dtypes.bfloat16" if is_bfloat16(x.dtype) else f"np.{x.dtype}"
-    checked = array(name, a, "" if name == "out" else wanted)
+    checked = array(name, a, None if name == "out" else x.dtype)
     if checked.shape != x.shape:
         raise ValueError(f"{name} must have shape {x.shape}, got {checked.shape}")
     if checked.dtype != x.dtype:
@@ -332,7 +339,7 @@ def numbers(name: str, values: Any) -> Array:
     try:
         return np.asarray(values)
     except (TypeError, ValueError, RuntimeError):  # ragged, or a tensor that needs gradients or lies on a GPU
-        hint = "" if isinstance(values, list | tuple) else to_write(name, values, "np.float32")
+        hint = "" if isinstance(values, list | tuple) else to_write(name, values, _FLOATS[0])
         raise TypeError(f"{name} must be an array of numbers{hint}, got {kind(values)}") from None
 
 

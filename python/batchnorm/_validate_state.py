@@ -181,10 +181,20 @@ def dtype(value: Any) -> np.dtype[Any]:
 # ---- what a layer is given -------------------------------------------------------------------------------
 
 
-def x_channels(x: object, axis: int, needed: int) -> None:
-    """Refuse an x of another number of channels. What is wrong with x itself is the functions' to say."""
+def x_channels(x: Any, axis: int, needed: int) -> Any:
+    """Give x, of a subclass as the array that it is, after refusing another number of channels.
+
+    What else is wrong with x is the functions' to say.
+    """
+    if (
+        isinstance(x, np.ndarray)
+        and type(x) is not np.ndarray
+        and not isinstance(x, np.ma.MaskedArray | np.memmap)
+    ):
+        x = np.asarray(x)
     if isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and x.shape[axis] != needed:
         raise ValueError(f"x must have {needed} channels on axis {axis}, got shape {x.shape}")
+    return x
 
 
 def parameter(name: str, value: object, present: bool, entry: Entry) -> NDArray[Any] | None:
@@ -212,7 +222,7 @@ def no_forward_call() -> RuntimeError:
     """Return the error for a backward that belongs to no call."""
     return RuntimeError(
         "backward must follow a call of the layer that left its x intact, got no such call: "
-        "call the layer first, and without out=x"
+        "call the layer first, and without out=x or keep=False"
     )
 
 
@@ -312,7 +322,7 @@ def _update_count(value: object) -> NDArray[np.int64]:
 def _array(name: str, value: object, entry: Entry) -> NDArray[Any]:
     """Return a copy of `value` as a C-contiguous array of the package's own."""
     if not isinstance(value, np.ndarray):
-        write = _validate.to_write(name, value, f"np.{entry.dtype}")
+        write = _validate.to_write(name, value, entry.dtype)
         raise TypeError(f"{name} must be a numpy.ndarray of shape {entry.shape}{write}, got {_kind(value)}")
     if value.dtype != entry.dtype:
         raise TypeError(f"{name} must have dtype {entry.dtype}, got {value.dtype}")

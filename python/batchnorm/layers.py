@@ -38,6 +38,7 @@ from batchnorm.relu import NEEDS as RELU_NEEDS
 from batchnorm.relu import (
     ReluGradient,
     ReluGradients,
+    ReluMask,
     SavedRelu,
     batch_norm_relu,
     batch_norm_relu_backward,
@@ -51,7 +52,14 @@ from batchnorm.renorm import (
     batch_renorm_backward,
     renorm_update_running,
 )
-from batchnorm.report import Batch, Report, batch_findings, parameter_findings, statistics_findings
+from batchnorm.report import (
+    Batch,
+    Report,
+    batch_findings,
+    parameter_findings,
+    statistics_findings,
+    untrained_findings,
+)
 from batchnorm.settings import Settings
 
 __all__ = ["BatchNorm"]
@@ -101,10 +109,11 @@ _new_results: Callable[[tuple[Any, ...]], _Results] = partial(tuple.__new__, _Re
 
 
 class _Output(NamedTuple):
-    """Where y goes, and what is added to it first."""
+    """Where y goes, what is added to it first, and whether backward may follow."""
 
     out: NDArray[Any] | None
     residual: NDArray[Any] | None
+    keep: bool
 
 
 class _Default:
@@ -201,8 +210,9 @@ class BatchNorm:
     A call that raises changes nothing in the layer: running statistics, counters, gradients, mode and what is
     kept for backward are as before.
 
-    Memory: the layer keeps a reference to the x of its last call (not a copy) until the next call; do not
-    overwrite that x before backward. The layer's own arrays are of size C.
+    Memory: the layer keeps a reference to the x of its last call (not a copy) until the next call, in evaluation too,
+    and there to the residual; do not overwrite them before backward. A call with ``keep=False`` keeps nothing, and lets
+    go of what the call before it has kept. The layer's own arrays are of size C.
 
     Threads: train a layer from one thread at a time. Evaluation calls may run at once, also while another
     thread trains: each uses one whole set of running statistics; backward then belongs to the call that
@@ -523,6 +533,7 @@ class BatchNorm:
         update_stats: bool | None = None,
         domain: int | None = None,
         out: NDArray[Any] | None = None,
+        keep: bool = True,
         **others: Never,
     ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
@@ -543,6 +554,7 @@ class BatchNorm:
             With "running", y comes from the statistics before the update. False is for a step that is run again.
         domain : int from 0 to K - 1 in a layer of K domains: the statistics that this call uses and updates.
         out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
+        keep : False where no backward will follow: the layer then keeps no reference to x.
 
         Returns
         -------
@@ -571,11 +583,11 @@ class BatchNorm:
         no_parts = mask is None and weights is None and lengths is None and padding is None
         no_options = residual is None and use_stats is None and update_stats is None and domain is None
         by_batch = update = self._training and not self._frozen[0]
-        if by_batch and no_parts and no_options and self._is_ordinary:
+        if by_batch and no_parts and no_options and keep is True and self._is_ordinary:
             y = self._ordinary_training(x, out)
             if y is not None:
                 return y
-        _validate_state.x_channels(x, self._axis, self._channels)
+        x = _validate_state.x_channels(x, self._axis, self._channels)
         k = _validate_state.domain(domain, self._domains)
         if use_stats is not None:
             by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
@@ -589,7 +601,7 @@ class BatchNorm:
             raise _validate_state.residual_without_activation()
         if self._activation is not None and how:
             raise _validate_state.parts_with_activation(how)
-        to = _Output(out, residual)
+        to = _Output(out, residual, _validate_state.flag("keep", keep))
         if by_batch and self._single_value != "raise" and _is_single_value(x, self._axis):
             return self._single(x, to, k, how)
         if by_batch:
@@ -726,7 +738,7 @@ class BatchNorm:
             changes["statistics"] = self._updated(state.statistics, k, seen, how, saved)
         if size > 0:
             changes |= {"batch": (k, seen, size), "largest_size": max(state.largest_size, size)}
-        call: _Call = [] if saved.x is None and size > 0 else [x, saved]
+        call: _Call = [] if not to.keep or (saved.x is None and size > 0) else [x, saved]
         self._state = self._state._replace(call=call, **changes)
         self._evaluation = None
         return y
@@ -799,23 +811,21 @@ class BatchNorm:
     ) -> tuple[NDArray[Any], _Call]:
         """Normalize by statistics that are constants; return y, and what its backward takes."""
         threads, beta = self._num_threads, state.beta
-        gamma = _snapshot(state.gamma)
+        gamma = _snapshot(state.gamma) if to.keep else state.gamma
         given: dict[str, Any] = {"x": x, "mean": mean, "var": var, "gamma": gamma, **settings}
         gradients: Callable[..., Gradients | ReluGradients]
         if self._activation is None:
             y = normalize(**given, beta=beta, out=to.out, num_threads=threads)
             gradients = partial(normalize_backward, **given)
         else:
-            y, mask = normalize_relu(
-                **given,
-                beta=beta,
-                residual=to.residual,
-                out=to.out,
-                num_threads=threads,
-                needs_mask=True,
-            )
-            gradients = partial(_without_residual, to.residual is None, mask=mask, **given)
-        return y, [] if _is_x(to.out, x) else [x, gradients]
+            # Evaluation leaves the mask to the backward that hardly ever comes, where out cannot be the residual.
+            now = to.keep and (self._training or not (to.out is None or to.residual is None))
+            how: dict[str, Any] = {"beta": beta, "residual": to.residual, "num_threads": threads}
+            y, mask = normalize_relu(**given, **how, out=to.out, needs_mask=now)
+            if mask is None and to.keep:
+                how["beta"] = _snapshot(beta)
+            gradients = partial(_relu_backward, mask, given, how)
+        return y, [] if not to.keep or _is_x(to.out, x) else [x, gradients]
 
     def _single(self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any]) -> NDArray[Any]:
         """Normalize one value a channel: by running statistics, or by itself and no variance, which gives beta."""
@@ -823,7 +833,7 @@ class BatchNorm:
             return self._by_running(x, to, k, how, False)
         state = self._state
         settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
-        mean, var = x.reshape(-1).astype(np.float64), np.zeros(self._channels)
+        mean, var = np.asarray(x).reshape(-1).astype(np.float64), np.zeros(self._channels)
         y, call = self._by_constants(x, mean, var, state, to, settings)
         self._evaluated(call)
         return y
@@ -893,8 +903,11 @@ class BatchNorm:
         gamma, beta, statistics, _, last, largest_size = self._state
         batch = None if last is None else Batch(*last, largest_size)
         findings = parameter_findings(gamma, beta, self._channels)
+        evaluates = not self._training or self._frozen[0]
         for k, s in enumerate(statistics):
             domain = None if self._domains is None else k
+            if evaluates:
+                findings += untrained_findings(s.mean, s.var, s.update_count, domain)
             findings += statistics_findings(s.mean, s.var, s.update_count, gamma, beta, self._eps, domain)
             if batch is not None and batch.domain == k:
                 findings += batch_findings(
@@ -1514,10 +1527,11 @@ class BatchNorm:
             settings.append(f"activation={self._activation!r}")
         if self._num_threads is not None:
             settings.append(f"num_threads={self._num_threads}")
-        frozen = [name for name, is_so in zip(("statistics", "affine"), self._frozen, strict=True) if is_so]
-        if frozen:
-            settings.append(f"frozen: {' and '.join(frozen)}")
-        return f"BatchNorm({', '.join(settings)})"
+        others = {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}
+        modes = f".freeze({others[self._frozen]})" if any(self._frozen) else ""
+        if not self._training:
+            modes += ".eval()"
+        return f"{type(self).__name__}({', '.join(settings)}){modes}"
 
     def __copy__(self) -> Self:
         return copy.deepcopy(self)  # layers that share gamma but not running statistics would help nobody
@@ -1548,13 +1562,21 @@ def _debiased_rate(rate: float, count: int) -> float:
     return rate if rate == 1 else rate / -math.expm1(count * math.log1p(-rate))
 
 
-def _without_residual(
-    no_residual: bool, dy: NDArray[Any], *, needs: Iterable[ReluGradient], **rest: Any
+def _relu_backward(
+    mask: ReluMask | None,
+    given: Mapping[str, Any],
+    how: Mapping[str, Any],
+    dy: NDArray[Any],
+    *,
+    needs: Iterable[ReluGradient],
+    **rest: Any,
 ) -> ReluGradients:
-    """Call `normalize_relu_backward`, which does not know whether there was a residual."""
-    return normalize_relu_backward(
-        dy, needs=[n for n in needs if not (no_residual and n == "residual")], **rest
-    )
+    """Call `normalize_relu_backward`, which does not know whether there was a residual, with the mask of that call."""
+    if mask is None:
+        mask = normalize_relu(**given, **how, needs_mask=True).mask
+    if how["residual"] is None:
+        needs = [n for n in needs if n != "residual"]
+    return normalize_relu_backward(dy, mask=mask, **given, needs=needs, **rest)
 
 
 def _is_single_value(x: object, axis: int) -> bool:

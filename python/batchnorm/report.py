@@ -54,8 +54,8 @@ class Finding:
 
     Attributes
     ----------
-    kind : "nonfinite", "nonfinite_batch", "negative_variance", "vanishing_variance", "float16", "dead", "dead_relu",
-        "mean_drift", "variance_drift", "few_values" or "small_batch"; `Report` says what each means.
+    kind : "nonfinite", "nonfinite_batch", "untrained", "negative_variance", "vanishing_variance", "float16", "dead",
+        "dead_relu", "mean_drift", "variance_drift", "few_values" or "small_batch"; `Report` says what each means.
     severity : "error" where evaluation gives NaN, infinity or an exception; else "warning".
     channels : tuple of int, the channels concerned; () where it concerns them all.
     domain : int, or None where the layer has no domains or the finding is about gamma and beta.
@@ -78,6 +78,7 @@ class Report:
     ======================  ========================================================================================
     nonfinite               gamma, beta or a running statistic is infinite or NaN
     nonfinite_batch         the last batch's mean or variance is
+    untrained               the layer evaluates, or is frozen, by the zeros and ones that statistics start as
     negative_variance       running variance < 0
     vanishing_variance      running variance <= eps: eps decides the scale, and y has at most 1/√2 of its usual spread
     float16                 in float16, a running statistic, the folded scale gamma·rstd or the folded offset
@@ -137,6 +138,17 @@ def parameter_findings(gamma: NDArray[Any] | None, beta: NDArray[Any] | None, ch
     text = f"beta + {_DEAD_SIGMAS:g}·abs(gamma) < 0: a ReLU would pass nothing"
     _add(found, "dead_relu", shift + _DEAD_SIGMAS * size < 0, text)
     return found
+
+
+def untrained_findings(
+    mean: PerChannel, var: PerChannel, update_count: int, domain: int | None
+) -> list[Finding]:
+    """Find that statistics to evaluate by have never seen a batch."""
+    if update_count > 0 or not mean.size or (mean != 0).any() or (var != 1).any():
+        return []
+    place = "" if domain is None else f" of domain {domain}"
+    text = f"the running statistics{place} have seen no batch: evaluation normalizes by mean 0 and variance 1"
+    return [Finding("untrained", "warning", (), domain, text)]
 
 
 @np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
