@@ -167,16 +167,19 @@ def test_a_third_order_is_refused():
     c = Case()
     saved, second = c.saved(), c.second()
     text = "must not be SecondGradients: derivatives end at the second order, and this would be the third"
-    for call in (
-        lambda: bn.batch_norm_jvp(second, saved),
-        lambda: bn.batch_norm_jvp(c.v, second),
-        lambda: bn.normalize_jvp(second, c.x, c.mean, c.var),
-        lambda: bn.batch_norm_double_backward(second, c.dy, saved),
-        lambda: bn.batch_norm_double_backward(c.v, second, saved),
-        lambda: bn.batch_norm_double_backward(c.v, c.dy, second),
-        lambda: bn.normalize_double_backward(c.v, second, c.x, c.mean, c.var),
+    for name, call in (
+        ("x_dot", lambda: bn.batch_norm_jvp(second, saved)),
+        ("saved", lambda: bn.batch_norm_jvp(c.v, second)),
+        ("x_dot", lambda: bn.normalize_jvp(second, c.x, c.mean, c.var)),
+        ("x", lambda: bn.normalize_jvp(c.v, second, c.mean, c.var)),
+        ("v_dx", lambda: bn.batch_norm_double_backward(second, c.dy, saved)),
+        ("dy", lambda: bn.batch_norm_double_backward(c.v, second, saved)),
+        ("saved", lambda: bn.batch_norm_double_backward(c.v, c.dy, second)),
+        ("v_dx", lambda: bn.normalize_double_backward(second, c.dy, c.x, c.mean, c.var)),
+        ("dy", lambda: bn.normalize_double_backward(c.v, second, c.x, c.mean, c.var)),
+        ("x", lambda: bn.normalize_double_backward(c.v, c.dy, second, c.mean, c.var)),
     ):
-        with pytest.raises(NotImplementedError, match=text):
+        with pytest.raises(NotImplementedError, match=f"^{name} {text}"):
             call()
 
 
@@ -289,6 +292,31 @@ def test_bad_arguments_are_named_and_nothing_is_written(dtype):
         c.second(out=(out, out))
     with pytest.raises(ValueError, match="var must be >= 0 in every channel"):
         bn.normalize_double_backward(c.v, c.dy, c.x, c.mean, -c.var, out=(out, None))
+    np.testing.assert_array_equal(out, 7)
+
+
+@pytest.mark.parametrize("name", ["v_dx", "dy", "x_dot", "x", "x_of_jvp"])
+@pytest.mark.parametrize(
+    ("change", "error", "text"),
+    [
+        (lambda a: a.tolist(), TypeError, "must be a numpy.ndarray .*, got list"),
+        (lambda a: a.astype(np.int64), TypeError, "must have dtype float16, bfloat16, float32 or float64"),
+    ],
+    ids=["list", "int64"],
+)
+def test_each_tensor_is_named_by_its_own_name(name, change, error, text):
+    c = Case((3, 4, 5), 1)
+    constants, out = {"mean": c.mean, "var": c.var}, np.full_like(c.x, 7)
+    calls = {
+        "v_dx": lambda a: bn.batch_norm_double_backward(a, c.dy, c.saved(), out=(out, None)),
+        "dy": lambda a: bn.normalize_double_backward(c.v, a, c.x, **constants, out=(out, None)),
+        "x_dot": lambda a: bn.normalize_jvp(a, c.x, **constants, out=out),
+        "x": lambda a: bn.normalize_double_backward(c.v, c.dy, a, **constants, out=(out, None)),
+        "x_of_jvp": lambda a: bn.normalize_jvp(c.v, a, **constants, out=out),
+    }
+    good = {"v_dx": c.v, "dy": c.dy, "x_dot": c.v}.get(name, c.x)
+    with pytest.raises(error, match=rf"^{name.removesuffix('_of_jvp')} {text}"):
+        calls[name](change(good))
     np.testing.assert_array_equal(out, 7)
 
 

@@ -135,6 +135,13 @@ def test_a_batch_that_was_skipped_is_found():
     assert kinds(layer) == [("nonfinite_batch", (1,))]
 
 
+def test_a_batch_whose_variance_alone_is_not_finite_is_found():
+    layer = bn.BatchNorm(2, nonfinite="skip")
+    layer(np.array([[1e200, 1.0], [-1e200, 2.0]]))
+    assert np.isfinite(bn.moments(np.array([[1e200], [-1e200]])).mean).all()
+    assert ("nonfinite_batch", (0,)) in kinds(layer)
+
+
 def test_a_negative_variance_is_an_error():
     layer = healthy()
     var = layer._state.statistics[0].var
@@ -270,9 +277,11 @@ def test_a_mean_drifts_from_half_a_standard_deviation_on(mean, found, sign):
     assert ("mean_drift" in seen_beside(1.0, of_mean(sign * mean, 400))) == found
 
 
-@pytest.mark.parametrize(("mean", "found"), [(2.5, True), (2.4999, False)])
-def test_a_mean_drifts_from_five_standard_errors_on(mean, found):
-    assert ("mean_drift" in seen_beside(1.0, of_mean(mean, 4))) == found
+@pytest.mark.parametrize(
+    ("mean", "n", "found"), [(2.5, 4, True), (2.4999, 4, False), (3.54, 2, True), (3.53, 2, False)]
+)
+def test_a_mean_drifts_from_five_standard_errors_on(mean, n, found):
+    assert ("mean_drift" in seen_beside(1.0, of_mean(mean, n))) == found
 
 
 @pytest.mark.parametrize(

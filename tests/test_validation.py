@@ -463,6 +463,39 @@ def of_the_halves():
             error,
             text,
         )
+    for name, out, error, text in OUT:
+        yield Mistake(
+            f"grad_input-out-{name}",
+            lambda a, out=out: bn.grad_input(a.dy, a.saved, bn.grad_sums(a.dy, a.saved), out=out(a)),
+            error,
+            text,
+        )
+    yield Mistake(
+        "grad_input-out-gamma",
+        lambda a: bn.grad_input(
+            a.dy,
+            dataclasses.replace(a.saved, gamma=a.out.reshape(-1)[:3]),
+            bn.grad_sums(a.dy, a.saved),
+            out=a.out,
+        ),
+        ValueError,
+        "out must share no memory with gamma, got an overlap",
+    )
+    for name, value, error, text in NUM_THREADS:
+        yield Mistake(
+            f"grad_sums-num_threads-{name}",
+            lambda a, n=value: bn.grad_sums(a.dy, a.saved, num_threads=n),
+            error,
+            text,
+        )
+        yield Mistake(
+            f"grad_input-num_threads-{name}",
+            lambda a, n=value: bn.grad_input(
+                a.dy, a.saved, bn.grad_sums(a.dy, a.saved), out=a.out, num_threads=n
+            ),
+            error,
+            text,
+        )
     calls = {
         "batch_norm_backward": lambda a, saved: bn.batch_norm_backward(a.dy, saved),
         "grad_sums": lambda a, saved: bn.grad_sums(a.dy, saved),
@@ -823,6 +856,99 @@ def test_a_word_of_other_libraries_is_told_what_to_write(keyword, call, text):
         call(Arrays(), **keyword)
     ((name, value),) = keyword.items()
     assert str(caught.value) == f"{text}, got {name}={value!r}"
+
+
+# Per function: which values of channels it reads, and the call with some of them given.
+X64, DY64 = np.random.default_rng(43).normal(size=(2, 4, 3))
+STATISTICS = {"mean": np.zeros(3), "var": np.ones(3)}
+RUNNING = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
+LIMITS = {"r_max": 2.0, "d_max": 1.0}
+MASK64 = bn.normalize_relu(X64, **STATISTICS, needs_mask=True).mask
+READ_BY = {
+    "batch_norm": ("gamma beta", lambda out, v: bn.batch_norm(X64, **v, out=out)),
+    "batch_norm with a mask": (
+        "gamma beta",
+        lambda out, v: bn.batch_norm(X64, **v, mask=[True, True, False, True], out=out),
+    ),
+    "batch_norm_relu": ("gamma beta", lambda out, v: bn.batch_norm_relu(X64, **v, out=out)),
+    "ghost_batch_norm": ("gamma beta", lambda out, v: bn.ghost_batch_norm(X64, **v, ghost_size=2, out=out)),
+    "batch_renorm": (
+        "running_mean running_var gamma beta",
+        lambda out, v: bn.batch_renorm(X64, **(RUNNING | v), **LIMITS, out=out),
+    ),
+    "normalize": ("mean var gamma beta", lambda out, v: bn.normalize(X64, **(STATISTICS | v), out=out)),
+    "normalize_relu": (
+        "mean var gamma beta",
+        lambda out, v: bn.normalize_relu(X64, **(STATISTICS | v), out=out),
+    ),
+    "normalize_backward": (
+        "mean var gamma",
+        lambda out, v: bn.normalize_backward(DY64, X64, **(STATISTICS | v), out=out),
+    ),
+    "normalize_relu_backward": (
+        "mean var gamma",
+        lambda out, v: bn.normalize_relu_backward(DY64, X64, MASK64, **(STATISTICS | v), out=(out, None)),
+    ),
+    "batch_norm_backward": (
+        "gamma",
+        lambda out, v: bn.batch_norm_backward(DY64, bn.batch_norm(X64, **v)[1], out=out),
+    ),
+    "batch_norm_relu_backward": (
+        "gamma",
+        lambda out, v: bn.batch_norm_relu_backward(DY64, bn.batch_norm_relu(X64, **v)[1], out=(None, out)),
+    ),
+    "ghost_batch_norm_backward": (
+        "gamma",
+        lambda out, v: bn.ghost_batch_norm_backward(
+            DY64, bn.ghost_batch_norm(X64, **v, ghost_size=2)[1], out=out
+        ),
+    ),
+    "batch_renorm_backward": (
+        "gamma",
+        lambda out, v: bn.batch_renorm_backward(
+            DY64, bn.batch_renorm(X64, **RUNNING, **v, **LIMITS)[1], out=out
+        ),
+    ),
+    "batch_norm_jvp": (
+        "gamma gamma_dot beta_dot",
+        lambda out, v: bn.batch_norm_jvp(
+            DY64,
+            bn.batch_norm(X64, v.get("gamma"))[1],
+            out=out,
+            **{name: value for name, value in v.items() if name != "gamma"},
+        ),
+    ),
+    "normalize_jvp": (
+        "mean var gamma mean_dot var_dot gamma_dot beta_dot",
+        lambda out, v: bn.normalize_jvp(DY64, X64, **(STATISTICS | v), out=out),
+    ),
+    "batch_norm_double_backward": (
+        "gamma v_dgamma v_dbeta",
+        lambda out, v: bn.batch_norm_double_backward(
+            DY64,
+            DY64,
+            bn.batch_norm(X64, v.get("gamma"))[1],
+            out=(out, None),
+            **{name: value for name, value in v.items() if name != "gamma"},
+        ),
+    ),
+    "normalize_double_backward": (
+        "mean var gamma v_dgamma v_dbeta",
+        lambda out, v: bn.normalize_double_backward(DY64, DY64, X64, **(STATISTICS | v), out=(None, out)),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"), [(name, word) for name, (words, _) in READ_BY.items() for word in words.split()]
+)
+def test_out_shares_no_memory_with_values_that_are_read(function, argument):
+    out = np.ones((4, 3))
+    with pytest.raises(
+        ValueError, match=f"^out must share no memory with (saved[.])?{argument}, got an overlap$"
+    ):
+        READ_BY[function][1](out, {argument: out.reshape(-1)[3:6]})
+    assert (out == 1).all()
 
 
 def test_options_are_keyword_only():
