@@ -569,3 +569,231 @@ def test_one_value_a_channel_is_masked_as_any_other(single_value):
     np.testing.assert_array_equal(layer(x, mask=~mask), layer(x))
     with pytest.raises(TypeError, match=r"mask must have a bool dtype \(write mask != 0\), got float64"):
         layer(x, mask=[1.0])
+
+
+# ---- one value a channel, by whatever leaves it ------------------------------------------------------------
+
+LEFT = np.array([False, True, False, False])
+LEAVES_ONE = {
+    "mask": {"mask": LEFT},
+    "weights": {"weights": np.where(LEFT, 0.3, 0.0), "padding": "zero"},
+    "lengths": {"lengths": np.array([0, 1, 0, 0])},
+}
+
+
+@pytest.mark.parametrize("kind", LEAVES_ONE)
+@pytest.mark.parametrize("rate", [0.1, None])
+@pytest.mark.parametrize("single_value", ["raise", "use_running", "skip"])
+def test_single_value_is_heard_where_one_position_is_left(kind, rate, single_value):
+    how = LEAVES_ONE[kind]
+    shape = (4, 3, 1) if kind == "lengths" else (4, 3)
+    x = np.random.default_rng(1).normal(size=shape)
+    dy = np.random.default_rng(2).normal(size=shape)
+    layer = trained(update_rate=rate, single_value=single_value, weights_are="importance")
+    layer.beta += 3
+    before = bits(layer)
+    if single_value == "raise":
+        with pytest.raises(ValueError, match="2 positions or more"):
+            layer(x, **how)
+        assert bits(layer) == before
+        return
+    same = copy.copy(layer).eval()
+    y, dx = layer(x, **how), layer.backward(dy)
+    if single_value == "use_running":
+        assert y.tobytes() == same(x, **how).tobytes()
+        assert dx.tobytes() == same.backward(dy).tobytes()
+    else:
+        assert (y[1] == 3).all()
+        assert (dx == 0).all()
+    assert (y[[0, 2, 3]] == 0).all()
+    assert layer.update_count == 1 + (rate is None)
+
+
+@pytest.mark.parametrize("single_value", ["use_running", "skip"])
+@pytest.mark.parametrize("rate", [0.1, None])
+@pytest.mark.parametrize("debias", [False, True])
+def test_single_value_is_heard_for_a_last_ghost_of_one(single_value, rate, debias):
+    if debias and rate is None:
+        return
+    x, dy = np.random.default_rng(1).normal(size=(2, 7, 3))
+    settings = {"ghost_size": 3, "update_rate": rate, "debias": debias, "single_value": single_value}
+    layer = trained(**settings)
+    whole, last = copy.copy(layer), copy.copy(layer)
+    y, dx = layer(x), layer.backward(dy)
+    assert y[:6].tobytes() == whole(x[:6]).tobytes()
+    assert dx[:6].tobytes() == whole.backward(dy[:6]).tobytes()
+    assert y[6:].tobytes() == last(x[6:]).tobytes()
+    assert dx[6:].tobytes() == last.backward(dy[6:]).tobytes()
+    np.testing.assert_allclose(layer.dgamma, whole.dgamma + last.dgamma, rtol=1e-6)
+    np.testing.assert_allclose(layer.dbeta, whole.dbeta + last.dbeta, rtol=1e-6)
+    assert layer.update_count == 2
+    if rate is None:
+        exact = bn.moments(X) | bn.moments(x)
+        np.testing.assert_allclose(layer.running_mean, exact.mean, rtol=1e-14)
+        np.testing.assert_allclose(layer.running_var, exact.var(1), rtol=1e-14)
+    else:
+        assert layer.running_var.tobytes() == whole.running_var.tobytes()
+    out = x.copy()
+    assert copy.copy(last)(x, out=out).tobytes() == copy.copy(last)(x).tobytes()
+    into = dy.copy()
+    layer(x)
+    assert layer.backward(dy, out=into) is into
+    with pytest.raises(ValueError, match="dy must have shape"):
+        layer.backward(dy[:6])
+
+
+def test_a_last_ghost_of_one_raises_by_default():
+    with pytest.raises(ValueError, match="ghost_size must leave every ghost at least 2 values"):
+        bn.BatchNorm(3, ghost_size=3)(np.ones((7, 3)))
+
+
+# ---- pooling one value after the other ---------------------------------------------------------------------
+
+STREAM = np.random.default_rng(3).normal(5, 2, (101, 3))
+
+
+@pytest.mark.parametrize(
+    ("settings", "call"),
+    [
+        ({"single_value": "use_running"}, {}),
+        ({"single_value": "skip"}, {}),
+        ({}, {"use_stats": "running", "update_stats": True}),
+    ],
+)
+@pytest.mark.parametrize("ddof", [0, 1])
+def test_single_observations_are_pooled_whatever_normalizes_them(settings, call, ddof, tmp_path):
+    layer = bn.BatchNorm(3, update_rate=None, ddof=ddof, **settings)
+    for n, x in enumerate(STREAM, 1):
+        layer(x[None], **call)
+        assert layer.update_count == n
+        if n == 1:  # which has no variance
+            assert layer.running_var.tolist() == [1, 1, 1]
+            assert np.isfinite(layer.eval()(x[None])).all()
+            layer.train().save(tmp_path / "state")
+            layer = bn.BatchNorm(3, update_rate=None, ddof=ddof, **settings)
+            layer.load(tmp_path / "state")
+    exact = bn.moments(STREAM)
+    np.testing.assert_allclose(layer.running_mean, exact.mean, rtol=1e-14)
+    np.testing.assert_allclose(layer.running_var, exact.var(ddof), rtol=1e-14)
+
+
+@pytest.mark.parametrize("single_value", ["use_running", "skip"])
+def test_a_data_set_pooled_in_tens_keeps_its_last_sample(single_value):
+    layer = bn.BatchNorm(3, update_rate=None, single_value=single_value)
+    for start in range(0, 101, 10):
+        layer(STREAM[start : start + 10])
+    exact = bn.moments(STREAM)
+    np.testing.assert_allclose(layer.running_mean, exact.mean, rtol=1e-14)
+    np.testing.assert_allclose(layer.running_var, exact.var(1), rtol=1e-14)
+
+
+def test_a_single_observation_that_must_not_update_does_not():
+    layer = bn.BatchNorm(3, update_rate=None, single_value="use_running")
+    layer(STREAM[:1], update_stats=False)
+    assert layer.update_count == 0
+    assert layer.running_mean.tolist() == [0, 0, 0]
+
+
+def test_statistics_that_follow_the_batch_refuse_a_single_observation_or_pass_it_by():
+    call = {"use_stats": "running", "update_stats": True}
+    for x, how in ((STREAM[:1], {}), (STREAM[:4], {"mask": LEFT})):
+        layer = bn.BatchNorm(3, ddof=0)
+        with pytest.raises(ValueError, match="x must have at least 2 values per channel"):
+            layer(x, **how, **call)
+        assert layer.update_count == 0
+        layer = bn.BatchNorm(3, ddof=0, single_value="use_running")
+        layer(x, **how, **call)
+        assert layer.update_count == 0
+
+
+# ---- debiased ghosts ---------------------------------------------------------------------------------------
+
+
+def test_each_ghost_is_an_update_of_a_debiased_start():
+    spread = np.array([-1.0, 1, -1, 1])
+    x = np.concatenate([mean + spread for mean in (1, 2, 3)])[:, None]
+    layer = bn.BatchNorm(1, ghost_size=4, debias=True, update_rate=0.1)
+    layer(x)
+    weights = 0.1 * 0.9 ** np.array([2, 1, 0])
+    np.testing.assert_allclose(layer.running_mean, np.average([1, 2, 3], weights=weights), rtol=1e-14)
+    assert round(float(layer.running_mean[0]), 3) == 2.07
+    assert layer.update_count == 1
+
+
+@pytest.mark.parametrize("domains", [None, 2])
+def test_debiased_ghosts_are_the_average_of_all_ghosts_over_calls_and_files(tmp_path, domains):
+    settings = {"ghost_size": 3, "debias": True, "update_rate": 0.3, "domains": domains}
+    call = {} if domains is None else {"domain": 1}
+    layer, seen = bn.BatchNorm(3, **settings), []
+    for step in range(4):
+        x = X[: 8 - step % 2 * 2] * np.float32(step + 1)
+        layer(x, **call)
+        seen += bn.ghost_batch_norm(x, ghost_size=3)[1].moments
+        weights = 0.3 * 0.7 ** np.arange(len(seen) - 1, -1, -1.0)
+        for name, values in (
+            ("running_mean", [m.mean for m in seen]),
+            ("running_var", [m.var(1) for m in seen]),
+        ):
+            running = np.atleast_2d(getattr(layer, name))[-1]
+            np.testing.assert_allclose(running, np.average(values, axis=0, weights=weights), rtol=1e-12)
+        layer.save(tmp_path / "state")
+        layer = bn.BatchNorm(3, **settings)
+        layer.load(tmp_path / "state")
+
+
+# ---- warnings that are errors ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [{}, {"ghost_size": 3}, {"ghost_size": 4}, {"renorm": SCHEDULE}, {"activation": "relu"}, {"domains": 2}],
+)
+@pytest.mark.parametrize("how", [{}, {"mask": np.arange(8) % 4 > 0}])
+@pytest.mark.parametrize("target", ["out", "x"])
+def test_a_warning_that_is_an_error_writes_nothing(settings, how, target):
+    if how and (set(settings) & {"ghost_size", "renorm", "activation"}):
+        return
+    call = {"domain": 1} if "domains" in settings else {}
+    layer = trained(**settings)
+    before, dx = bits(layer), layer.backward(DY)
+    before = bits(layer)
+    x = np.arange(24.0).reshape(8, 3)
+    x[5, 1] = np.inf
+    if settings.get("ghost_size") == 4:
+        layer._single_value, x = "skip", np.concatenate([x, x[:1]])
+    kept = x.copy()
+    out = x if target == "x" else np.full_like(x, 9)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(
+            RuntimeWarning, match="got infinity or NaN in channel 1: they are left as they are"
+        ):
+            layer(x, out=out, **how, **call)
+    assert x.tobytes() == kept.tobytes()
+    assert target == "x" or (out == 9).all()
+    assert bits(layer) == before
+    assert layer.backward(DY).tobytes() == dx.tobytes()
+
+
+def test_a_warning_comes_once_whatever_filters_say():
+    layer, x = trained(), poisoned(np.inf)
+    for action in ("always", "error"):
+        with warnings.catch_warnings(record=True) as told:
+            warnings.simplefilter("always")
+            if action == "error":
+                warnings.filterwarnings("error", message="another text")
+            layer(x, out=np.empty_like(x))
+        assert [w.filename for w in told] == [__file__]
+
+
+# ---- a step that is run again ------------------------------------------------------------------------------
+
+
+def test_a_step_with_renorm_is_run_again_as_the_documentation_says():
+    layer = bn.BatchNorm(3, renorm=bn.RenormSchedule.constant(3, 5))
+    layer(X)
+    held = copy.copy(layer)
+    first = layer(X * 2, update_stats=False)
+    assert layer(X * 2).tobytes() == first.tobytes()  # the one that learns comes last
+    assert held(X * 2, update_stats=False).tobytes() == first.tobytes()  # a copy of before
+    assert layer(X * 2, update_stats=False).tobytes() != first.tobytes()

@@ -1104,7 +1104,7 @@ UNFIT_POOLED_STATES = {
     ),
     "count_of_one": (
         _table(lambda t: _set(t, (2, 0), 1)),
-        "running_moments must have counts >= 2 where update_count is not 0, got 1.0 in channel 2",
+        "running_var must be what running_moments and the layer's ddof give, got ",
     ),
     "low_part_too_high": (
         _table(lambda t: _set(t, (0, 2), 1)),
@@ -1130,7 +1130,7 @@ UNFIT_POOLED_STATES = {
     ),
     "updates_without_count": (
         lambda s: s | {"running_moments": np.zeros((3, 5))},
-        "running_moments must have counts >= 2 where update_count is not 0, got 0.0 in channel 0",
+        "running_moments must have counts > 0 where update_count is not 0, got 0.0 in channel 0",
     ),
 }
 

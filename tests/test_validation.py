@@ -583,7 +583,7 @@ def of_updates():
         "update_running-too-few-values",
         lambda a: bn.update_running(a.mean, a.var, bn.Moments(1, a.mean, np.zeros(3))),
         ValueError,
-        "batch must have more than 1 values in every channel, got 1 in channel 0",
+        "batch must have at least 2 values in every channel, got 1 in channel 0",
     )
     text = "moments must count the values of x in every channel, got count 0 in channel 0"
     yield Mistake(

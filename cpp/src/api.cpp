@@ -82,10 +82,13 @@ Moments merge(const Moments& a, const Moments& b) {
 }
 
 double variance(const Moments& moments, int ddof) {
+  // Of nothing nothing is known: normalizing by infinity gives beta, as batch_norm() does there.
+  if (moments.count == 0 && ddof == 0) return std::numeric_limits<double>::infinity();
   return in_default_environment([&] { return variance_of(moments, ddof).hi; });
 }
 
 double rstd(const Moments& moments, double eps) {
+  if (moments.count == 0) return 0;
   return in_default_environment([&] { return rstd_of(moments, eps).hi; });
 }
 

@@ -156,10 +156,11 @@ inline Moments merge_moments(const Moments& a, const Moments& b) {
   return {n, far_mean, 0, a.m2 + b.m2 + apart * share_b * a.count * apart, 0};
 }
 
-// m2/(count - ddof) to about 100 bits; NaN where count <= ddof.
+// m2/(count - ddof) to about 100 bits; NaN where count - ddof is below 1, which is what the least of counts leaves, so
+// that no rounding of a sum of weights decides about a variance.
 inline DoubleDouble variance_of(const Moments& m, int ddof) {
   const double freedom = m.count - static_cast<double>(ddof);
-  if (!(freedom > 0)) return {std::numeric_limits<double>::quiet_NaN(), 0};
+  if (!(ddof == 0 ? freedom > 0 : freedom >= 1)) return {std::numeric_limits<double>::quiet_NaN(), 0};
   if (!std::isfinite(m.m2)) return {m.m2, 0};
   return DoubleDouble{m.m2, m.m2_lo} / DoubleDouble{freedom, 0};
 }

@@ -78,8 +78,9 @@ void counts(const char* name, std::span<const Moments> moments) {
 
 void counts_above(const char* name, std::span<const Moments> moments, int ddof) {
   for (std::size_t c = 0; c < moments.size(); ++c) {
-    if (moments[c].count > 0 && moments[c].count <= ddof) {
-      fail(name, " must have more than ", ddof, " values in every channel, got ", moments[c].count, " in channel ", c);
+    if (ddof > 0 && moments[c].count > 0 && !(moments[c].count - ddof >= 1)) {
+      fail(name, " must have at least ", std::int64_t{ddof} + 1, " values in every channel, got ", moments[c].count,
+           " in channel ", c);
     }
   }
 }

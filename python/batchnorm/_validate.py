@@ -31,9 +31,11 @@ Activation = Literal["relu"]
 Gradient = Literal["x", "gamma", "beta"]
 Padding = Literal["zero", "keep", "normalize"]
 Parity = Literal["paper", "keras", "torchrl"]
+WeightsAre = Literal["counts", "importance"]
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 PADDINGS: tuple[Padding, ...] = get_args(Padding)
 PARITIES: tuple[Parity, ...] = get_args(Parity)
+WEIGHTS_ARE: tuple[WeightsAre, ...] = get_args(WeightsAre)
 
 # What is None only where the call asked for that; a type checker need not hold everybody to a check for it.
 MaybeNone = Any
@@ -375,11 +377,11 @@ def not_negative(name: str, a: Array) -> None:
     each_channel(name, a, ~(a < 0), "be >= 0 in every channel")
 
 
-def each_channel(name: str, a: Array, good: NDArray[np.bool], needed: str) -> None:
+def each_channel(name: str, a: Array, good: NDArray[np.bool], needed: str, kind_of: str = "") -> None:
     """Refuse the first value that is not good, naming its channel."""
     if not good.all():
         c = int(good.argmin())
-        raise ValueError(f"{name} must {needed}, got {a[c]} in channel {c}")
+        raise ValueError(f"{name} must {needed}, got {kind_of}{a[c]} in channel {c}")
 
 
 def batch_values(x: Array, axis: int) -> None:
@@ -540,6 +542,27 @@ def two_outputs(
     if out[0] is not None and out[1] is not None and overlap(out[0], out[1]):
         raise ValueError("out must be two arrays that share no memory, got an overlap")
     return out
+
+
+def weights_unsaid(where: str) -> ValueError:
+    """Return the error for an unbiased variance of weights that nobody said the meaning of."""
+    return ValueError(
+        "weights_are must be 'counts' (a weight of 2 is a value that came twice) or 'importance' (only their ratios matter) "
+        f"for {where} and weights other than 0 and 1, of which it decides the unbiased variance, got None"
+    )
+
+
+def weights_leave_variance(count: Array, dof: Array, ddof: int, weights_are: WeightsAre | None) -> None:
+    """Refuse sums of weights that have no variance of this ddof. None at all are passed."""
+    if ddof == 0:
+        return
+    if weights_are == "counts":
+        good, needed = count - ddof >= 1, f"sum to at least {ddof + 1} where they are counts and ddof={ddof}"
+    else:
+        good, needed = ddof * dof > (ddof - 1) * count, f"be above 0 at {ddof + 1} positions for ddof={ddof}"
+    each_channel(
+        "weights", count, good | (count == 0), f"{needed} (weights_are={weights_are!r})", "a sum of "
+    )
 
 
 def instance(name: str, value: object, wanted: type | tuple[type, ...], text: str) -> None:

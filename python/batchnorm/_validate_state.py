@@ -126,6 +126,18 @@ def activation(value: object, ghost_size: int | None, renorm: object) -> _valida
     return "relu"
 
 
+def weights_are(value: object) -> _validate.WeightsAre | None:
+    """Give what weights are, or None where that is not said."""
+    return None if value is None else _validate.choice("weights_are", value, _validate.WEIGHTS_ARE)
+
+
+def one_value() -> ValueError:
+    """Return the error for one value a channel in statistics that follow the batch."""
+    return ValueError(
+        "x must have at least 2 values per channel that count, to update running statistics by their variance, got 1"
+    )
+
+
 def parts_with_activation(names: Mapping[str, object]) -> ValueError:
     """Tell that an activation leaves nothing of x out."""
     return ValueError(f"{next(iter(names))} must be None in a layer with an activation")
@@ -265,7 +277,7 @@ def pooled_table(table: NDArray[np.float64], update_count: int) -> None:
     if update_count == 0:
         _all_channels("running_moments", table == 0, "be 0 where update_count is 0", table)
     else:
-        _all_channels("running_moments", count >= 2, "have counts >= 2 where update_count is not 0", count)
+        _all_channels("running_moments", count > 0, "have counts > 0 where update_count is not 0", count)
     _all_channels("running_moments", m2 >= 0, "have m2 >= 0", m2)
     for high, low in ((mean, mean_lo), (m2, m2_lo)):
         _all_channels(
@@ -274,6 +286,12 @@ def pooled_table(table: NDArray[np.float64], update_count: int) -> None:
             "have low parts below 2**-48 of the high",
             low,
         )
+
+
+def pooled_dof(dof: NDArray[np.float64], count: NDArray[np.float64]) -> None:
+    """Refuse what no weights of this sum can have left."""
+    within = (dof >= 0) & (dof <= count)
+    _all_channels("running_importance_dof", within, "be from 0 to the count of running_moments", dof)
 
 
 def derived(name: str, given: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
@@ -296,8 +314,8 @@ def path(value: object) -> str:
 
 
 def _check_entry(name: str, value: object, entry: Entry) -> NDArray[Any]:
-    if name == "update_count":
-        return _update_count(value)
+    if name in ("update_count", "ghost_count"):
+        return _update_count(name, value)
     array = _array(name, value, entry)
     _all_channels(name, np.isfinite(array), "be finite", array)
     if name == "running_var":
@@ -305,17 +323,17 @@ def _check_entry(name: str, value: object, entry: Entry) -> NDArray[Any]:
     return array
 
 
-def _update_count(value: object) -> NDArray[np.int64]:
+def _update_count(name: str, value: object) -> NDArray[np.int64]:
     is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
     if isinstance(value, np.ndarray):
         if value.shape != ():
-            raise ValueError(f"update_count must have shape (), got {value.shape}")
+            raise ValueError(f"{name} must have shape (), got {value.shape}")
         is_integer = value.dtype.kind in "iu"
     if not is_integer:
-        raise TypeError(f"update_count must be an integer, got {_kind(value)}")
+        raise TypeError(f"{name} must be an integer, got {_kind(value)}")
     count = int(value)  # type: ignore[call-overload]
     if not 0 <= count < 2**63:
-        raise ValueError(f"update_count must be from 0 to 2**63 - 1, got {count}")
+        raise ValueError(f"{name} must be from 0 to 2**63 - 1, got {count}")
     return np.array(count, np.int64)
 
 

@@ -36,6 +36,34 @@ class Positions:
         """The padding as the core takes it."""
         return PADDINGS.index(self.padding)
 
+    def importance_dof(self, channels: int) -> NDArray[np.float64] | None:
+        """Give that of the weights for each channel; None where each is 0 or 1."""
+        dof = importance_dof(self.weights) if self.source == "weights" else None
+        return None if dof is None else np.full(channels, dof)
+
+    def has_one(self) -> bool:
+        """Tell whether just one position has a weight, and all are what weights may be."""
+        w = self.weights
+        return np.count_nonzero(w) == 1 and bool(((w >= 0) & (w < np.inf)).all())
+
+
+def importance_dof(weights: Array) -> float | None:
+    """Give sum(w) - sum(w²)/sum(w), what the variance of importance weights divides by, to float64's digits.
+
+    None for weights of 0 and 1, of which it is their number less one. What no weight may be gives some number or NaN.
+    """
+    if ((weights == 0) | (weights == 1)).all():
+        return None
+    with np.errstate(all="ignore"):
+        w = weights.astype(np.float64)
+        at = int(w.argmax())
+        largest, w[at] = float(w[at]), 0.0
+        # With the largest as 1, the others of sum r, and q the sum of their squares: r + (r - q)/(1 + r), as q <= r.
+        # Nothing cancels, however much of the sum the largest has.
+        w /= largest
+        others, squares = float(w.sum()), float(np.square(w, out=w).sum())
+        return largest * (others + (others - squares) / (1.0 + others))
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Segments:

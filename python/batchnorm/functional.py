@@ -222,7 +222,7 @@ def batch_norm(
     if out is not None:
         _validate.output(out, x, {"x": x}, {"gamma": scale, "beta": shift})
     block, sizes = dense(x, axis, part)
-    y = _target(out, block)
+    y, dof = _target(out, block), part.importance_dof(sizes[1]) if isinstance(part, Positions) else None
     if part is None:
         _validate.batch_values(x, axis)
         table = _core.batch_norm(block, sizes, scale, shift, eps, y, threads)
@@ -240,7 +240,7 @@ def batch_norm(
         part = replace(part, total=float(table[0, 0]) if len(table) else 0.0)
     kept = None if gamma is None else np.asarray(gamma)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
-    return _deliver(y, out), Saved(kept_x, Moments._from_core(table), kept, axis, eps, part)
+    return _deliver(y, out), Saved(kept_x, Moments._from_core(table, dof), kept, axis, eps, part)
 
 
 def ordinary_batch_norm(
@@ -515,6 +515,7 @@ def update_running(
     *,
     update_rate: float = 0.1,
     ddof: int = 1,
+    weights_are: _validate.WeightsAre | None = None,
     **others: Never,
 ) -> tuple[PerChannel, PerChannel]:
     """Give the running statistics after one more batch.
@@ -528,6 +529,7 @@ def update_running(
     moments : of the batch: ``saved.moments``, say. A channel of count 0 leaves its running statistics alone.
     update_rate : from 0 (leaves the bits) to 1 (stores the batch's).
     ddof : 1 for the unbiased variance (PyTorch), 0 for the biased one (Keras, Flax, ONNX).
+    weights_are : "counts" or "importance", as in `Moments.var`; to be given for ddof=1 of weights other than 0 and 1.
 
     Returns
     -------
@@ -536,7 +538,8 @@ def update_running(
     Raises
     ------
     TypeError, ValueError
-        For shapes and dtypes that do not fit, a rate out of range, a batch of no more than `ddof` values.
+        For shapes and dtypes that do not fit, a rate out of range, a batch of fewer than `ddof` + 1 values, or of a sum of
+        weights below that where they are counts.
 
     Examples
     --------
@@ -546,7 +549,7 @@ def update_running(
     """
     if others:
         raise _validate.unknown_keywords(update_running, others)
-    if type(moments) is Moments:
+    if type(moments) is Moments and moments._dof is None and weights_are is None:
         done = _core.try_update_running(running_mean, running_var, moments._table, update_rate, ddof)
         if done is not None:
             return done
@@ -556,7 +559,10 @@ def update_running(
     var = _validate.channel_values("running_var", running_var, moments.channels)
     mean, var = mean.astype(np.float64, copy=False), var.astype(np.float64, copy=False)
     rate, ddof = _validate.update_rate(update_rate), _validate.ddof(ddof)
-    return _core.update_running(mean, var, moments._table, rate, ddof)
+    table, counted_ddof = moments._divided(ddof, weights_are)
+    if moments._dof is not None:
+        _validate.weights_leave_variance(moments.count, moments._dof, ddof, weights_are)
+    return _core.update_running(mean, var, table, rate, counted_ddof)
 
 
 @_validate.keywords

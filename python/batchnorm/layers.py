@@ -7,7 +7,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Never, Self, get_args
 
@@ -15,7 +15,8 @@ import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm import _validate, _validate_state, conventions, state_file
-from batchnorm._validate import MaybeNone
+from batchnorm._validate import MaybeNone, WeightsAre
+from batchnorm.counted import Positions, counted
 from batchnorm.functional import (
     Gradients,
     Saved,
@@ -73,6 +74,7 @@ class _Statistics:
     var: NDArray[np.float64]  # (C,); biased or unbiased as the layer's ddof says
     update_count: int
     pooled: Moments | None  # everything seen, where update_rate is None
+    ghost_count: int = 0  # updates that the t of debiasing counts, where one call makes several
 
 
 # What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
@@ -159,8 +161,8 @@ class BatchNorm:
 
     where the batch variance divides by ``n - ddof``: unbiased unless ``ddof=0``. With ``update_rate=None``
     the running statistics are instead the exact mean and variance of all values seen in training so far, as
-    if they had come in one batch. In evaluation (after ``eval()``), mean and var are the running ones and
-    nothing is updated.
+    if they had come in one batch (the variance stays 1 until there have been two values). In evaluation (after
+    ``eval()``), mean and var are the running ones and nothing is updated.
 
     Parameters
     ----------
@@ -177,12 +179,15 @@ class BatchNorm:
     dtype : float16, float32 (default) or float64, of gamma and beta. x has its own.
     debias : bool. True: running statistics are the average of the batches seen so far, weighted as `update_rate`
         says, with no share of the zeros and ones they start as: the t-th update has the rate
-        ``update_rate / (1 - (1 - update_rate)**t)``, the first stores the batch's. (Kingma & Ba 2015, section 3.)
+        ``update_rate / (1 - (1 - update_rate)**t)``, the first stores the batch's. (Kingma & Ba 2015, section 3.) With
+        `ghost_size` each ghost is an update.
     nonfinite : what a training call does where the mean or variance of its batch is infinite or NaN in any channel:
         "warn" (default) and "skip" leave all running statistics and counts as they are (bit for bit), with and
         without a RuntimeWarning; "raise" raises a ValueError; "propagate" lets them in, to stay.
     single_value : what a training call does with one value a channel, which has no variance: "raise" (default),
-        "use_running" (as in evaluation, nothing is updated) or "skip" (y = beta, nothing is updated).
+        "use_running" (as in evaluation) or "skip" (y = beta). Statistics that follow the batch are not updated then; those
+        of ``update_rate=None`` take the value in, as one more of all that have been seen. It is heard too where a mask,
+        lengths or weights leave one position, and for a last ghost of one value, which alone is treated so.
     domains : int >= 1 or None. K sets of running statistics beside one gamma and beta; each call names its set by
         ``domain=``. Statistics and counts then have a first axis of K.
     ghost_size : int >= 1 or None. Training calls normalize each ghost of so many samples by its own statistics, which
@@ -193,6 +198,11 @@ class BatchNorm:
         `ddof`'s then (`renorm_update_running`).
     activation : "relu" or None. "relu": each call gives max(y + residual, 0) in the same pass (`batch_norm_relu`), and
         backward goes through that. Not with `ghost_size` and `renorm`, nor with masks.
+    weights_are : "counts" (a weight of 2 is a value that came twice), "importance" (only their ratios matter:
+        probabilities, reliabilities), or None (default): the unbiased variance of ddof=1 divides by sum(w) - 1, or by
+        sum(w) - sum(w²)/sum(w). Without it, a training call of weights other than 0 and 1 raises: there is no default
+        that would be right for both, and weights that sum to 1 would leave counts nothing to divide by. No effect
+        where ddof=0 or weights are 0 and 1, of which both are one.
     num_threads : int >= 1 or None: threads of each call, as in the functions.
 
     Attributes
@@ -263,6 +273,7 @@ class BatchNorm:
         renorm: RenormSchedule | None = None,
         parity: _validate.Parity = "paper",
         activation: _validate.Activation | None = None,
+        weights_are: WeightsAre | None = None,
         num_threads: int | None = None,
     ) -> None:
         self._channels = _validate_state.channels(channels)
@@ -284,6 +295,7 @@ class BatchNorm:
         )
         self._parity = _validate.choice("parity", parity, _validate.PARITIES)
         self._activation = _validate_state.activation(activation, self._ghost_size, self._renorm)
+        self._weights_are = _validate_state.weights_are(weights_are)
         self._num_threads = _validate.num_threads(num_threads) or None
         scale = np.ones(self._channels, self._dtype) if _validate_state.flag("gamma", gamma) else None
         shift = np.zeros(self._channels, self._dtype) if _validate_state.flag("beta", beta) else None
@@ -377,6 +389,11 @@ class BatchNorm:
     def activation(self) -> _validate.Activation | None:
         """What follows the normalization in the same pass."""
         return self._activation
+
+    @property
+    def weights_are(self) -> WeightsAre | None:
+        """What weights other than 0 and 1 are to an unbiased running variance."""
+        return self._weights_are
 
     @property
     def num_threads(self) -> int | None:
@@ -551,7 +568,10 @@ class BatchNorm:
             nothing counts, nothing is updated.
         use_stats : "batch" or "running": the statistics that normalize, whatever the mode; None for the mode's.
         update_stats : whether the running statistics take in this batch, whatever the mode; None for the mode's.
-            With "running", y comes from the statistics before the update. False is for a step that is run again.
+            With "running", y comes from the statistics before the update. False is for a step that is run again, of
+            which y is the same, but not in a layer with `renorm`: there y depends on the running statistics and
+            `update_count`, which the first run has moved. Let the first run have False, and the last update; or run it
+            again on a ``copy.copy(layer)`` of before.
         domain : int from 0 to K - 1 in a layer of K domains: the statistics that this call uses and updates.
         out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
         keep : False where no backward will follow: the layer then keeps no reference to x.
@@ -602,8 +622,14 @@ class BatchNorm:
         if self._activation is not None and how:
             raise _validate_state.parts_with_activation(how)
         to = _Output(out, residual, _validate_state.flag("keep", keep))
-        if by_batch and self._single_value != "raise" and _is_single_value(x, self._axis):
-            return self._single(x, to, k, how)
+        if by_batch and self._single_value != "raise":
+            if _is_single_value(x, self._axis) or (how and self._counts_one(x, how)):
+                pools = update and self._update_rate is None
+                if self._single_value == "use_running":
+                    return self._by_running(x, to, k, how, pools)
+                return self._by_itself(x, to, k, how, pools)
+            if self._ghost_size is not None and not how and _ends_in_one(x, self._axis, self._ghost_size):
+                return self._ghosts_and_one(x, to, k, update)
         if by_batch:
             return self._by_batch(x, to, k, how, update)
         return self._by_running(x, to, k, how, update)
@@ -708,6 +734,8 @@ class BatchNorm:
         None, and nothing has changed, where an argument is not ordinary: the general way takes it, or reports what is
         wrong with it.
         """
+        if out is not None and self._nonfinite == "warn" and _warnings_may_raise():
+            return None
         gamma, beta, before, _, _, largest_size = self._state
         assert gamma is not None  # as it is in every ordinary layer
         gamma_now = gamma.copy()
@@ -729,13 +757,15 @@ class BatchNorm:
     ) -> NDArray[Any]:
         if how and (self._ghost_size is not None or self._renorm is not None):
             raise _validate_state.parts_of_small_batches(how)
-        state = self._state
-        if to.out is not None and update and self._nonfinite == "raise":
-            self._refuse_nonfinite(x, how)
+        state, may_tell = self._state, True
+        if update and "weights" in how and self._ddof > 0:
+            self._refuse_weights(x, how)
+        if to.out is not None and update:
+            may_tell = not self._told_before_writing(x, how)
         y, saved, seen = self._normalized_by_batch(x, state, to, k, how)
         size, changes = x.size, dict[str, Any]()
         if update and size > 0:
-            changes["statistics"] = self._updated(state.statistics, k, seen, how, saved)
+            changes["statistics"] = self._updated(state.statistics, k, seen, how, saved, may_tell)
         if size > 0:
             changes |= {"batch": (k, seen, size), "largest_size": max(state.largest_size, size)}
         call: _Call = [] if not to.keep or (saved.x is None and size > 0) else [x, saved]
@@ -781,8 +811,7 @@ class BatchNorm:
         now = state.statistics[k]
         changes: dict[str, Any] = {}
         batch = self._moments(x, how) if update else None
-        if batch is not None and x.size > 0:
-            _validate.batch_values(x, self._axis % x.ndim)
+        if batch is not None and x.size > 0 and self._learns_from(batch):
             changes["statistics"] = self._updated(state.statistics, k, batch, how)
             changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
         settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **_for_given_statistics(how)}
@@ -827,25 +856,107 @@ class BatchNorm:
             gradients = partial(_relu_backward, mask, given, how)
         return y, [] if not to.keep or _is_x(to.out, x) else [x, gradients]
 
-    def _single(self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any]) -> NDArray[Any]:
-        """Normalize one value a channel: by running statistics, or by itself and no variance, which gives beta."""
-        if self._single_value == "use_running":
-            return self._by_running(x, to, k, how, False)
-        state = self._state
+    def _learns_from(self, batch: Moments) -> bool:
+        """Tell whether statistics take in this batch: one value a channel only where they pool all values."""
+        if self._update_rate is None or not batch._has_one_value():
+            return True
+        if self._single_value == "raise":
+            raise _validate_state.one_value()
+        return False
+
+    def _by_itself(
+        self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any], pools: bool
+    ) -> NDArray[Any]:
+        """Normalize one value a channel by itself and no variance, which gives beta; `pools`: and pool it."""
+        state, batch, changes = self._state, self._moments(x, how), dict[str, Any]()
+        if pools:
+            changes["statistics"] = self._updated(state.statistics, k, batch, how)
+            changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
         settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
-        mean, var = np.asarray(x).reshape(-1).astype(np.float64), np.zeros(self._channels)
-        y, call = self._by_constants(x, mean, var, state, to, settings)
-        self._evaluated(call)
+        y, call = self._by_constants(x, batch.mean, np.zeros(self._channels), state, to, settings)
+        if not pools:
+            self._evaluated(call)
+            return y
+        self._state = self._state._replace(call=call, **changes)
+        self._evaluation = None
+        return y
+
+    def _counts_one(self, x: NDArray[Any], how: Mapping[str, Any]) -> bool:
+        """Tell whether a mask, lengths or weights leave one position."""
+        x = _validate.array("x", x)
+        part = counted(x, _validate.axis(self._axis, x.ndim), **how)
+        return isinstance(part, Positions) and part.has_one()
+
+    def _ghosts_and_one(self, x: NDArray[Any], to: _Output, k: int, update: bool) -> NDArray[Any]:
+        """Normalize ghosts, and one value a channel behind them as `single_value` says."""
+        x = _validate.array("x", x)
+        state, threads, may_tell = self._state, self._num_threads, True
+        gamma, beta, now = _snapshot(state.gamma), state.beta, state.statistics[k]
+        if to.out is not None:
+            _validate.output(to.out, x, {"x": x}, {"gamma": gamma, "beta": beta})
+        pools = update and self._update_rate is None
+        if to.out is not None and update:
+            may_tell = not self._told_before_writing(x if pools else x[:-1], _NO_PARTS)
+        one = self._moments(x[-1:], _NO_PARTS)
+        constants: dict[str, Any] = {"mean": now.mean, "var": now.var, "eps": self._eps}
+        if self._single_value == "skip":
+            constants = {"mean": one.mean, "var": np.zeros(self._channels), "eps": 0.0}
+        y = np.empty_like(x, subok=False) if to.out is None else to.out
+        options: dict[str, Any] = {"axis": self._axis, "num_threads": threads}
+        size: Any = self._ghost_size
+        _, ghosts = ghost_batch_norm(
+            x[:-1], gamma, beta, ghost_size=size, eps=self._eps, out=y[:-1], **options
+        )
+        normalize(x[-1:], **constants, gamma=gamma, beta=beta, out=y[-1:], **options)
+        seen = merge(*ghosts.moments, one) if pools else merge(*ghosts.moments)
+        changes: dict[str, Any] = {"batch": (k, seen, x.size)}
+        changes["largest_size"] = max(state.largest_size, x.size)
+        if update:
+            changes["statistics"] = self._updated(state.statistics, k, seen, _NO_PARTS, ghosts, may_tell)
+        call: _Call = []
+        if to.keep and not _is_x(to.out, x):
+            constants |= {"x": x[-1:], "gamma": gamma, "axis": self._axis}
+            call = [x, partial(_ghosts_and_one_backward, x, ghosts, constants)]
+        self._state = self._state._replace(call=call, **changes)
+        self._evaluation = None
         return y
 
     def _moments(self, x: NDArray[Any], how: Mapping[str, Any]) -> Moments:
         counted = {name: value for name, value in how.items() if name != "padding"}
         return moments(x, axis=self._axis, num_threads=self._num_threads, **counted)
 
-    def _refuse_nonfinite(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
+    def _refuse_weights(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
+        """Refuse weights that leave no unbiased variance, before anything is written."""
+        x = _validate.array("x", x)
+        part = counted(x, _validate.axis(self._axis, x.ndim), **how)
+        assert isinstance(part, Positions)
+        dof = part.importance_dof(1)
+        if dof is None:
+            return
+        if self._weights_are is None:
+            raise _validate.weights_unsaid("a layer with ddof=1")
+        if self._weights_are == "counts" and self._update_rate is not None:
+            count = part.weights.sum(dtype=np.float64, keepdims=True)
+            _validate.weights_leave_variance(count, dof, self._ddof, self._weights_are)
+
+    def _told_before_writing(self, x: NDArray[Any], how: Mapping[str, Any]) -> bool:
+        """Say that x is not finite where that may end the call, before `out` is written; tell whether it was said.
+
+        Then x is read once more. Else `_updated` says it, when the moments of the call are known.
+        """
+        if self._nonfinite != "raise" and not (self._nonfinite == "warn" and _warnings_may_raise()):
+            return False
         channel = self._moments(x, how)._first_nonfinite()
         if channel >= 0:
-            raise ValueError(_validate_state.nonfinite_batch(channel))
+            self._tell_nonfinite(channel, 5)
+        return channel >= 0
+
+    def _tell_nonfinite(self, channel: int, stacklevel: int) -> None:
+        text = _validate_state.nonfinite_batch(channel)
+        if self._nonfinite == "raise":
+            raise ValueError(text)
+        if self._nonfinite == "warn":
+            warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=stacklevel)
 
     def _updated(
         self,
@@ -854,6 +965,7 @@ class BatchNorm:
         batch: Moments,
         how: Mapping[str, Any],
         saved: _AnySaved | None = None,
+        may_tell: bool = True,
     ) -> tuple[_Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
         if how and not batch.count.any():
@@ -861,16 +973,12 @@ class BatchNorm:
         if self._nonfinite != "propagate":
             channel = batch._first_nonfinite()
             if channel >= 0:
-                if self._nonfinite == "raise":
-                    raise ValueError(_validate_state.nonfinite_batch(channel))
-                if self._nonfinite == "warn":
-                    text = _validate_state.nonfinite_batch(channel)
-                    warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=4)
+                if may_tell:
+                    self._tell_nonfinite(channel, 5)
                 return before
-        rate = self._update_rate
-        if self._debias and rate:
-            rate = _debiased_rate(rate, before[k].update_count + 1)
-        after = _updated_statistics(before[k], batch, rate, self._ddof, saved)
+        after = _updated_statistics(
+            before[k], batch, self._update_rate, self._ddof, saved, self._debias, self._weights_are
+        )
         return (after,) if len(before) == 1 else (*before[:k], after, *before[k + 1 :])
 
     def _as_gradient(
@@ -911,8 +1019,9 @@ class BatchNorm:
             findings += statistics_findings(s.mean, s.var, s.update_count, gamma, beta, self._eps, domain)
             if batch is not None and batch.domain == k:
                 findings += batch_findings(
-                    batch, s.mean, s.var, s.update_count, self._update_rate, s.pooled, self._ddof, domain
-                )
+                    batch, s.mean, s.var, s.update_count, self._update_rate, s.pooled, self._ddof, domain,
+                    self._weights_are,
+                )  # fmt: skip
         return Report(tuple(findings))
 
     # ---- saved state ----
@@ -936,7 +1045,15 @@ class BatchNorm:
         entries["update_count"] = _validate_state.Entry((), np.dtype(np.int64))
         if self._update_rate is None:
             entries["running_moments"] = _validate_state.Entry((self._channels, 5), np.dtype(np.float64))
+            if self._weights_are == "importance":
+                entries["running_importance_dof"] = per_channel
+        if self._counts_ghosts:
+            entries["ghost_count"] = entries["update_count"]
         return entries
+
+    @property
+    def _counts_ghosts(self) -> bool:
+        return self._debias and self._ghost_size is not None
 
     def _file_entries(self) -> dict[str, _validate_state.Entry]:
         """Entries of a whole state, that is with an axis of domains."""
@@ -958,6 +1075,8 @@ class BatchNorm:
         update_count : int64, no axes.
         running_moments : float64 (C, 5), only with ``update_rate=None``: for each channel the count of values
             seen, their mean and m2 = sum((x - mean)**2), mean and m2 in two parts each.
+        running_importance_dof : float64 (C,), only with that and weights_are="importance": `Moments.importance_dof`.
+        ghost_count : int64, no axes, only with `debias` and `ghost_size`: the ghosts that updated.
         settings : str, no axes: the settings that y and the statistics depend on, as JSON.
         All but gamma, beta and settings have a first axis of K with K domains.
 
@@ -980,7 +1099,8 @@ class BatchNorm:
             state["gamma"] = now.gamma.copy()
         if now.beta is not None:
             state["beta"] = now.beta.copy()
-        parts = [_state_of(statistics) for statistics in now.statistics]
+        keeps = self._counts_ghosts, self._weights_are == "importance"
+        parts = [_state_of(statistics, *keeps) for statistics in now.statistics]
         if self._domains is None:
             state |= parts[0]
         else:
@@ -1007,6 +1127,7 @@ class BatchNorm:
             renorm=points,
             parity=None if renorm is None else self._parity,
             activation=self._activation,
+            weights_are=self._weights_are,
         )
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
@@ -1066,12 +1187,19 @@ class BatchNorm:
         count = int(checked["update_count"])
         if self._update_rate is None:
             return checked, self._checked_pooled(checked, count, strict)
-        return checked, _Statistics(checked["running_mean"], checked["running_var"], count, None)
+        ghosts = int(checked.get("ghost_count", 0))
+        return checked, _Statistics(checked["running_mean"], checked["running_var"], count, None, ghosts)
 
     def _checked_pooled(self, checked: Mapping[str, NDArray[Any]], count: int, strict: bool) -> _Statistics:
         table = checked["running_moments"]
         _validate_state.pooled_table(table, count)
-        statistics = _pooled_statistics(Moments._from_table(table), count, self._ddof)
+        pooled = Moments._from_table(table)
+        dof = checked.get("running_importance_dof")
+        if dof is not None:
+            _validate_state.pooled_dof(dof, pooled.count)
+            if (dof != pooled.importance_dof).any():
+                pooled = Moments._from_table(table, dof)
+        statistics = _pooled_statistics(pooled, count, self._ddof, self._weights_are)
         _validate_state.derived("running_mean", checked["running_mean"], statistics.mean)
         if strict:  # else running_var may be of another ddof
             _validate_state.derived("running_var", checked["running_var"], statistics.var)
@@ -1525,6 +1653,8 @@ class BatchNorm:
             settings.append(f"renorm={self._renorm}, parity={self._parity!r}")
         if self._activation is not None:
             settings.append(f"activation={self._activation!r}")
+        if self._weights_are is not None:
+            settings.append(f"weights_are={self._weights_are!r}")
         if self._num_threads is not None:
             settings.append(f"num_threads={self._num_threads}")
         others = {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}
@@ -1546,14 +1676,19 @@ def _initial_statistics(channels: int, update_rate: float | None, ddof: int) -> 
     return _Statistics(np.zeros(channels), np.ones(channels), 0, None)
 
 
-def _state_of(statistics: _Statistics) -> dict[str, NDArray[Any]]:
+def _state_of(statistics: _Statistics, counts_ghosts: bool, keeps_dof: bool) -> dict[str, NDArray[Any]]:
     state: dict[str, NDArray[Any]] = {
         "running_mean": statistics.mean.copy(),
         "running_var": statistics.var.copy(),
         "update_count": np.array(statistics.update_count, np.int64),
     }
     if statistics.pooled is not None:
-        state["running_moments"] = np.array(statistics.pooled._table)
+        pooled = statistics.pooled
+        state["running_moments"] = np.array(pooled._table)
+        if keeps_dof:
+            state["running_importance_dof"] = np.array(pooled.importance_dof)
+    if counts_ghosts:
+        state["ghost_count"] = np.array(statistics.ghost_count, np.int64)
     return state
 
 
@@ -1579,6 +1714,59 @@ def _relu_backward(
     return normalize_relu_backward(dy, mask=mask, **given, needs=needs, **rest)
 
 
+def _ends_in_one(x: object, axis: int, ghost_size: int) -> bool:
+    """Tell whether the ghosts of x have 2 values a channel or more, but for the last, which has one."""
+    if not isinstance(x, np.ndarray) or not -x.ndim <= axis < x.ndim or axis % x.ndim == 0:
+        return False
+    samples = len(x)
+    return x.size == samples * x.shape[axis] > 0 and samples > ghost_size > 1 == samples % ghost_size
+
+
+def _ghosts_and_one_backward(
+    x: NDArray[Any],
+    ghosts: GhostSaved,
+    one: Mapping[str, Any],
+    dy: NDArray[Any],
+    *,
+    needs: Iterable[str],
+    out: NDArray[Any] | None,
+    num_threads: int | None,
+) -> Gradients:
+    """Give the gradients of ghosts and of a last sample that was normalized by constants."""
+    needed = _validate.needs(needs)
+    names = [name for name, need in zip(_validate.GRADIENTS, needed, strict=True) if need]
+    dy = _validate.array_like("dy", dy, x)
+    if out is not None:
+        _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": ghosts.gamma})
+    dx = None if "x" not in names else np.empty_like(x, subok=False) if out is None else out
+    # In float64, so that the two parts of dgamma and dbeta are not rounded before they are added.
+    gamma = None if ghosts.gamma is None else ghosts.gamma.astype(np.float64)
+    to = (None, None) if dx is None else (dx[:-1], dx[-1:])
+    options: dict[str, Any] = {"needs": names, "num_threads": num_threads}
+    a = ghost_batch_norm_backward(dy[:-1], replace(ghosts, gamma=gamma), out=to[0], **options)
+    b = normalize_backward(dy[-1:], **{**one, "gamma": gamma}, out=to[1], **options)
+    with np.errstate(all="ignore"):
+        dgamma = None if a.dgamma is None or b.dgamma is None else a.dgamma + b.dgamma
+        dbeta = None if a.dbeta is None or b.dbeta is None else a.dbeta + b.dbeta
+    return Gradients(dx, dgamma, dbeta)
+
+
+# warnings.filters as they were when they were last looked at, their number, the first, and what they said.
+_filters: tuple[Any, int, Any, bool] = (None, 0, None, False)
+
+
+def _warnings_may_raise() -> bool:
+    """Tell whether a RuntimeWarning may be turned into an exception (``-W error``)."""
+    global _filters
+    now: Any = warnings.filters
+    first = now[0] if now else None
+    if _filters[0] is now and _filters[1] == len(now) and _filters[2] is first:
+        return _filters[3]
+    may = any(action == "error" and issubclass(RuntimeWarning, kind) for action, _, kind, *_ in now)
+    _filters = now, len(now), first, may
+    return may
+
+
 def _is_single_value(x: object, axis: int) -> bool:
     return isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and 0 < x.size == x.shape[axis]
 
@@ -1600,28 +1788,51 @@ def _updated_statistics(
     update_rate: float | None,
     ddof: int,
     saved: _AnySaved | None = None,
+    debias: bool = False,
+    weights_are: WeightsAre | None = None,
 ) -> _Statistics:
     """Return the statistics after one more batch, that of `saved`. Changes none of its arguments."""
     count = statistics.update_count + 1
     if count >= 2**63:  # more than a state file can hold
         count -= 1
     if statistics.pooled is not None:
-        return _pooled_statistics(statistics.pooled | batch, count, ddof)
+        if weights_are != "importance" and batch._dof is not None:
+            batch = Moments._from_core(batch._table)  # nothing asks for it, and a state has no place for it
+        return _pooled_statistics(statistics.pooled | batch, count, ddof, weights_are)
     assert update_rate is not None
-    mean, var = statistics.mean, statistics.var
+    mean, var, ghosts = statistics.mean, statistics.var, statistics.ghost_count
+    if debias and update_rate > 0:
+        if isinstance(saved, GhostSaved):
+            for ghost in saved.moments:
+                ghosts = min(ghosts + 1, 2**63 - 1)
+                rate = _debiased_rate(update_rate, ghosts)
+                mean, var = update_running(mean, var, ghost, update_rate=rate, ddof=ddof)
+            return _Statistics(mean, var, count, None, ghosts)
+        update_rate = _debiased_rate(update_rate, count)
     if isinstance(saved, RenormSaved):
         mean, var = renorm_update_running(mean, var, saved, update_rate=update_rate)
     elif isinstance(saved, GhostSaved):
         mean, var = ghost_update_running(mean, var, saved.moments, update_rate=update_rate, ddof=ddof)
-    else:
+    elif batch._dof is None:
         mean, var = update_running(mean, var, batch, update_rate=update_rate, ddof=ddof)
+    else:
+        mean, var = update_running(
+            mean, var, batch, update_rate=update_rate, ddof=ddof, weights_are=weights_are
+        )
     return _Statistics(mean, var, count, None)
 
 
-def _pooled_statistics(pooled: Moments, update_count: int, ddof: int) -> _Statistics:
+def _pooled_statistics(
+    pooled: Moments, update_count: int, ddof: int, weights_are: WeightsAre | None = None
+) -> _Statistics:
     if update_count == 0:
         return _Statistics(np.zeros(pooled.channels), np.ones(pooled.channels), 0, pooled)
-    return _Statistics(pooled.mean.copy(), pooled.var(ddof), update_count, pooled)
+    var = pooled.var(ddof, weights_are=weights_are)
+    if (pooled.count < 2).any():
+        # One value has no variance, whatever ddof is: it stays as it began. So it does for counts of less than 2.
+        none = pooled.count < 2 if ddof else (pooled.count <= 1) & (pooled.m2 == 0)
+        var = np.where(none if pooled._dof is None else pooled._dof == 0, 1.0, var)
+    return _Statistics(pooled.mean.copy(), var, update_count, pooled)
 
 
 def _read_only(array: NDArray[np.float64]) -> NDArray[np.float64]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from functools import reduce
 from typing import Any, Never, Self
 
@@ -9,6 +10,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _validate
+from batchnorm._validate import WeightsAre
 from batchnorm.counted import Segments, counted, dense
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
@@ -27,12 +29,16 @@ class Moments:
 
     Parameters
     ----------
-    count : float or (C,) of float; values in each channel, >= 0.
+    count : float or (C,) of float; values in each channel, or the sum of their weights, >= 0.
     mean, m2 : (C,) of float; m2 >= 0. A channel of count 0 must have mean and m2 of 0.
+    importance_dof : None where nothing but 0 and 1 were weights; else (C,) of float from 0 to count,
+        sum(w) - sum(w²)/sum(w).
 
     Attributes
     ----------
     count, mean, m2 : (C,) float64, read-only.
+    importance_dof : (C,) float64, sum(w) - sum(w²)/sum(w), by which the unbiased variance of importance weights
+        divides; count - 1 without weights.
     channels : int, C.
 
     Instances do not change; they can be compared, copied, pickled, and used from any thread.
@@ -49,10 +55,13 @@ class Moments:
     (array([3.]), array([4.66666667]))
     """
 
-    __slots__ = ("_table",)
+    __slots__ = ("_dof", "_table")
     _table: NDArray[np.float64]
+    _dof: NDArray[np.float64] | None  # None: count - 1
 
-    def __init__(self, count: ArrayLike, mean: ArrayLike, m2: ArrayLike) -> None:
+    def __init__(
+        self, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, importance_dof: ArrayLike | None = None
+    ) -> None:
         means = np.asarray(mean, np.float64)
         if means.ndim != 1:
             raise ValueError(f"mean must have 1 dimension, got {means.ndim}")
@@ -70,19 +79,30 @@ class Moments:
         table = np.zeros((channels, _FIELDS))
         table[:, 0], table[:, 1], table[:, 3] = counts, means, squares
         table.flags.writeable = False
+        dof = None
+        if importance_dof is not None:
+            given = _validate.channel_values("importance_dof", importance_dof, channels)
+            good = (given >= 0) & (given <= counts)
+            _validate.each_channel("importance_dof", given, good, "be from 0 to count")
+            dof = np.array(given, np.float64)
+            dof.flags.writeable = False
         _set_table(self, table)
+        _set_dof(self, dof)
 
     @classmethod
-    def _from_table(cls, table: NDArray[np.float64]) -> Self:
+    def _from_table(cls, table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Self:
         """Take over a table. The caller gives up writing to it."""
         table.flags.writeable = False
-        return cls._from_core(table)
+        return cls._from_core(table, dof)
 
     @classmethod
-    def _from_core(cls, table: NDArray[np.float64]) -> Self:
+    def _from_core(cls, table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Self:
         """Take over a table of the core, which is read-only already."""
         self = object.__new__(cls)
         _set_table(self, table)
+        if dof is not None:
+            dof.flags.writeable = False
+        _set_dof(self, dof)
         return self
 
     @classmethod
@@ -110,13 +130,46 @@ class Moments:
         """Sum of squared deviations from the mean, (C,) float64."""
         return self._table[:, 3]
 
-    def var(self, ddof: int = 0) -> NDArray[np.float64]:
+    @property
+    def importance_dof(self) -> NDArray[np.float64]:
+        """sum(w) - sum(w²)/sum(w) of each channel's weights w, (C,) float64; count - 1 without weights."""
+        return np.maximum(self.count - 1, 0.0) if self._dof is None else self._dof
+
+    def var(self, ddof: int = 0, *, weights_are: WeightsAre | None = None) -> NDArray[np.float64]:
         """Variance m2/(count - ddof) of each channel, (C,) float64.
 
-        ddof=0 is the biased variance, which normalizes; ddof=1 the unbiased one. NaN where count <= ddof.
-        TypeError or ValueError for what is not an int >= 0.
+        ddof=0 is the biased variance, which normalizes; ddof=1 the unbiased one. NaN where ddof leaves less than 1. Of no
+        values the biased one is infinity: nothing is known, and normalizing by it gives beta, as `batch_norm` does.
+
+        Of weights w other than 0 and 1 the unbiased variance depends on what they are, which must be said:
+        "counts" (a weight of 2 is a value that came twice) divides by sum(w) - ddof; "importance" (only their ratios
+        matter: probabilities, reliabilities) by sum(w) - ddof·sum(w²)/sum(w), as NumPy's cov does for aweights. NaN
+        where only one value has a weight.
+
+        TypeError or ValueError for a ddof that is not an int >= 0, for other words, and where it must be said.
         """
-        return _core.variance(self._table, _validate.ddof(ddof))
+        table, rest = self._divided(_validate.ddof(ddof), weights_are)
+        var = _core.variance(table, rest)
+        if table is not self._table:
+            var[self.count == 0] = np.nan
+        return var
+
+    def _divided(self, ddof: int, weights_are: WeightsAre | None) -> tuple[NDArray[np.float64], int]:
+        """Give a table and a ddof for the core, whose m2/(count - ddof) is the variance."""
+        if weights_are is not None:
+            _validate.choice("weights_are", weights_are, _validate.WEIGHTS_ARE)
+        if self._dof is None or ddof == 0 or weights_are == "counts":
+            return self._table, ddof
+        if weights_are is None:
+            raise _validate.weights_unsaid(f"ddof={ddof}")
+        table, count = np.array(self._table), self.count
+        left = ddof * self._dof - (ddof - 1) * count
+        table[:, 0] = np.where(left > 0, left, np.where(count == 0, 0.0, np.nan))
+        return table, 0
+
+    def _has_one_value(self) -> bool:
+        """Tell whether just one value a channel has a weight, which leaves no variance."""
+        return bool(((self.count > 0) & (self.importance_dof == 0)).any())
 
     def _first_nonfinite(self) -> int:
         """Give the first channel whose mean or m2 is infinite or NaN; -1 where there is none."""
@@ -130,7 +183,9 @@ class Moments:
     def __eq__(self, other: object) -> bool:
         if not isinstance(other, Moments):
             return NotImplemented
-        return np.array_equal(self._table, other._table)
+        return np.array_equal(self._table, other._table) and (
+            self._dof is other._dof or np.array_equal(self.importance_dof, other.importance_dof)
+        )
 
     def __hash__(self) -> int:
         return hash((self._table + 0.0).tobytes())  # -0.0 equals 0.0
@@ -139,7 +194,7 @@ class Moments:
         raise AttributeError(f"Moments do not change; {name} cannot be set")
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return _restore, (np.array(self._table),)
+        return _restore, (np.array(self._table), None if self._dof is None else np.array(self._dof))
 
     def __repr__(self) -> str:
         counts = np.unique(self.count)
@@ -148,10 +203,11 @@ class Moments:
 
 
 _set_table = Moments.__dict__["_table"].__set__  # past __setattr__
+_set_dof = Moments.__dict__["_dof"].__set__
 
 
-def _restore(table: NDArray[np.float64]) -> Moments:
-    return Moments._from_table(table)
+def _restore(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Moments:
+    return Moments._from_table(table, dof)
 
 
 def merge(*parts: Moments) -> Moments:
@@ -191,7 +247,22 @@ def merge(*parts: Moments) -> Moments:
             raise ValueError(
                 f"moments must have {parts[0].channels} channels to merge with the first, got {part.channels}"
             )
-    return Moments._from_core(reduce(_core.merge, (p._table for p in parts)))
+    table = reduce(_core.merge, (p._table for p in parts))
+    return Moments._from_core(table, _merged_dof(parts))
+
+
+def _merged_dof(parts: Sequence[Moments]) -> NDArray[np.float64] | None:
+    """Give the importance_dof of the union: W - sum(w²)/W = (D_a·W_a + D_b·W_b + 2·W_a·W_b)/W, W = W_a + W_b."""
+    if all(p._dof is None for p in parts):
+        return None
+    count, dof = parts[0].count, parts[0].importance_dof
+    with np.errstate(all="ignore"):
+        for p in parts[1:]:
+            both = count + p.count
+            share, other = count / both, p.count / both
+            dof = np.where(both == 0, 0.0, dof * share + p.importance_dof * other + 2 * count * other)
+            count = both
+    return np.array(dof)
 
 
 @_validate.keywords
@@ -217,8 +288,8 @@ def moments(
         or broadcast one costs a copy.
     axis : the channel axis; every other axis is summed over.
     mask, weights, lengths, segments : what counts, as in `batch_norm`. With weights w: count = sum(w), mean =
-        sum(w·x)/count, m2 = sum(w·(x - mean)²), so that ``.var(ddof=1)`` is the unbiased variance where weights are
-        counts. With segments, one entry per segment and channel, segment first: ``.mean.reshape(-1, C)``.
+        sum(w·x)/count, m2 = sum(w·(x - mean)²); the unbiased variance needs ``.var(1, weights_are=...)``, which says what
+        they are. With segments, one entry per segment and channel, segment first: ``.mean.reshape(-1, C)``.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
 
     Returns
@@ -257,4 +328,5 @@ def moments(
         return Moments._from_core(_core.moments(block, sizes, threads))
     if isinstance(part, Segments):
         return Moments._from_core(_core.segment_moments(block, sizes, part.of_outer(sizes, len(x)), threads))
-    return Moments._from_core(_core.weighted_moments(block, sizes, part.weights, threads))
+    dof = part.importance_dof(sizes[1])
+    return Moments._from_core(_core.weighted_moments(block, sizes, part.weights, threads), dof)

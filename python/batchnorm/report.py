@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm._validate import WeightsAre
 from batchnorm.moments import Moments
 
 __all__ = ["Finding", "Report"]
@@ -91,8 +92,9 @@ class Report:
     small_batch             the last x had less than a quarter of the values of an earlier one
     ======================  ========================================================================================
 
-    Standard errors are those of independent normal values. With the update rate r and n values a channel, the running
-    variance averages n·(2 - r)/r values, as far as there have been as many.
+    Standard errors are those of independent normal values; weights that are no counts are worth sum(w)²/sum(w²) values.
+    With the update rate r and n values a channel, the running variance averages n·(2 - r)/r values, as far as there
+    have been as many.
 
     Attributes
     ----------
@@ -193,14 +195,17 @@ def batch_findings(
     pooled: Moments | None,
     ddof: int,
     domain: int | None,
+    weights_are: WeightsAre | None = None,
 ) -> list[Finding]:
     """Find what the last batch tells beside the running statistics of its domain."""
     found: list[Finding] = []
     m = batch.moments
     finite = np.isfinite(m.mean) & np.isfinite(m.m2)
     _add(found, "nonfinite_batch", ~finite, "the last batch's mean or variance is not finite", domain)
-    good = finite & (m.count >= 2) & np.isfinite(mean) & np.isfinite(var) & (var > 0)
-    n, ratio = np.where(good, m.count, 2.0), np.where(good, m.var(ddof), 1.0) / np.where(good, var, 1.0)
+    count = _worth(m, weights_are)
+    good = finite & (count >= 2) & np.isfinite(mean) & np.isfinite(var) & (var > 0)
+    batch_var = m.var(ddof, weights_are=weights_are or "importance")
+    n, ratio = np.where(good, count, 2.0), np.where(good, batch_var, 1.0) / np.where(good, var, 1.0)
     rate = 0.0 if update_rate is None else update_rate
     if rate < 1:
         off = np.where(good, m.mean - mean, 0.0) / np.sqrt(np.where(good, var, 1.0))
@@ -213,9 +218,9 @@ def batch_findings(
         errors = (np.cbrt(ratio) - (1 - share)) / np.sqrt(share)
         far = (ratio >= _DRIFT_VAR) | (ratio <= 1 / _DRIFT_VAR)
         _drift(found, "variance_drift", "variance", errors, good & far, domain)
-    values = m.count * update_count if pooled is None else pooled.count
+    values = count * update_count if pooled is None else _worth(pooled, weights_are)
     if rate > 0:
-        values = np.minimum(values, m.count * (2 - rate) / rate)
+        values = np.minimum(values, count * (2 - rate) / rate)
     if update_count > 0 and update_rate != 0 and values.size and values.min() < _ENOUGH_VALUES:
         text = f"the running variance averages {values.min():g} values, and should {_ENOUGH_VALUES:g},"
         _add(found, "few_values", values < _ENOUGH_VALUES, text, domain)
@@ -223,6 +228,13 @@ def batch_findings(
         text = f"the last x had {batch.size} values, an earlier one {batch.largest}"
         found.append(Finding("small_batch", "warning", (), domain, text))
     return found
+
+
+def _worth(m: Moments, weights_are: WeightsAre | None) -> PerChannel:
+    """Give the values that each channel's weights are worth: as many as they count, else sum(w)²/sum(w²)."""
+    if m._dof is None or weights_are == "counts":
+        return m.count
+    return np.where(m.count > 0, m.count / (m.count - m._dof), 0.0)
 
 
 def _drift(

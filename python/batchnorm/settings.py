@@ -40,6 +40,7 @@ class Settings:
     renorm: Mapping[str, Any] | None  # the points of its schedule
     parity: str | None  # None without renorm, where it means nothing
     activation: str | None
+    weights_are: str | None = None
 
     def text(self) -> str:
         """Give them as they are saved. Equal settings give equal text."""

@@ -557,7 +557,9 @@ TEST(variance_divides_by_count_minus_ddof_and_is_nan_without_freedom) {
   const Moments m{4, 10, 0, 6, 0};
   EXPECT_EQUAL(variance(m), 1.5);
   EXPECT_EQUAL(variance(m, 1), 2.0);
-  EXPECT(std::isnan(variance(m, 4)) && std::isnan(variance(m, 5)) && std::isnan(variance(Moments{})));
+  EXPECT(std::isnan(variance(m, 4)) && std::isnan(variance(m, 5)) && std::isnan(variance(Moments{}, 1)));
+  EXPECT(std::isnan(variance({.count = 1 + 1e-15, .m2 = 1}, 1)) && variance({.count = 0.5, .m2 = 1}) == 2);
+  EXPECT(std::isinf(variance(Moments{})) && rstd(Moments{}, 0) == 0 && rstd(Moments{}, 1) == 0);
 }
 
 TEST(rstd_is_0_where_nothing_can_be_divided_by) {

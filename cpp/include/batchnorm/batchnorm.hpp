@@ -39,15 +39,16 @@ void moments(std::span<const T> x, const Problem& problem, std::span<Moments> ou
 [[nodiscard]] Moments merge(const Moments& a, const Moments& b);
 
 // m2/(count - ddof), rounded once: ddof = 0 is the biased variance that normalizes, 1 the unbiased one.
-// NaN where count <= ddof.
+// NaN where ddof leaves less than 1. Of no values the biased variance is infinity: normalizing by that gives beta, as
+// batch_norm() does there.
 [[nodiscard]] double variance(const Moments& moments, int ddof = 0);
 
-// 1/sqrt(var + eps) with the biased variance, rounded once; 0 where var + eps is 0.
+// 1/sqrt(var + eps) with the biased variance, rounded once; 0 where var + eps or the count is 0.
 [[nodiscard]] double rstd(const Moments& moments, double eps);
 
 // running = (1 - update_rate)*running + update_rate*batch, in float64, for the mean and for the variance with `ddof`
 // (1: unbiased; 0: biased). update_rate is in [0, 1]: 0 leaves the bits, 1 stores the batch value.
-// A channel of count 0 is left alone; count <= ddof throws before anything changes.
+// A channel of count 0 is left alone; one where ddof leaves less than 1 throws before anything changes.
 void update_running(std::span<double> running_mean, std::span<double> running_var, std::span<const Moments> batch,
                     double update_rate, int ddof);
 

@@ -4,9 +4,11 @@
 // Per channel, with W = sum(w):
 //     mean = sum(w*x)/W,  var = sum(w*(x - mean)^2)/W  (biased),  rstd = 1/sqrt(var + eps)
 //     y = (x - mean)*rstd*gamma + beta
-// A weight of 2 counts as two values of weight 1; moments have W as their count. With weights of 1 all functions give
-// the bits of those of batchnorm.hpp. Where the weight is 0, x is not looked at (it may hold NaN) and y is what
-// `padding` says. Weights are float for float tensors and double for double ones.
+// A weight of 2 counts as two values of weight 1; moments have W as their count, of which ddof = 1 takes one away:
+// right for weights that are counts. For those of which only the ratios matter the unbiased variance is m2/(W -
+// sum(w^2)/W). With weights of 1 all functions give the bits of those of batchnorm.hpp. Where the weight is 0, x is not
+// looked at (it may hold NaN) and y is what `padding` says. Weights are float for float tensors and double for double
+// ones.
 //
 // What batchnorm.hpp says of all its functions holds here too. For weights other than 0 and 1 the products with them
 // round once more: dx is within 6u of the sum of its absolute terms, u = 2^-24 for float.
