@@ -249,27 +249,32 @@ V factor(const V& gamma, const TwoParts<V>& rstd) {
   }
 }
 
-// Whether the rounding error of an offset, beta + fold, is at most half an ulp of each y or of beta, as the contract
-// counts it. The fold may bring it to a binade where numbers are further apart. No value is nearer to the mean than the
-// center, which is the nearest of all of T: each abs(y) is at least abs(fold) - abs(beta).
+// Whether the contract has room for the rounding error of an offset, beta + fold: for y of distance t from beta, of
+// which D is the largest, it has half an ulp of max(|y|, |beta|) and 3u*(D - t). The fold may bring the offset to a
+// binade where numbers are further apart. Two things are known:
+// - No value is nearer to the mean than the center, the nearest of all of T: |y| is at least |fold| - |beta|.
+// - |y| is at least t - |beta|, whose half ulp is more than u/2 of it: the sum of both is least at t = D.
+// `spread`: D is at least that. Without it, one in ten channels with a beta near 1e-7 had no room (normals of mean 0).
 template <class T, class V>
-auto fold_fits(const V& error, const V& fold, const V& beta) {
+auto fold_fits(const V& error, const V& fold, const V& beta, const V& spread) {
   using Limits = std::numeric_limits<T>;
+  constexpr double kSmallest = Limits::min(), kU = Limits::epsilon() / 2;
   const V size = absolute(beta), least_y = absolute(fold) - size;
   const V least = power_of_two_below(size > least_y ? size : least_y);  // 0 for subnormals
-  constexpr double kSmallest = Limits::min(), kHalfSpacing = Limits::epsilon() / 2;
-  return absolute(error) <= kHalfSpacing * (least > kSmallest ? least : all<V>(kSmallest));
+  const V half_ulp = kU * (least > kSmallest ? least : all<V>(kSmallest)), at_largest = kU / 2 * (spread - size);
+  return absolute(error) <= (at_largest > half_ulp ? at_largest : half_ulp);
 }
 
+// `spread`: some y is at least so far from beta; 0 where that is not known.
 template <class T, class V>
 Coefficients<V, kernels::Affine> forward_coefficients(const V& mean, const V& mean_lo, const TwoParts<V>& rstd,
-                                                      const V& gamma, const V& beta) {
+                                                      const V& gamma, const V& beta, const V& spread) {
   Coefficients<V, kernels::Affine> k;
   const V exact = factor<T>(gamma, rstd), scale = round_to<T>(exact);
   V center = round_to<T>(mean), fold = ((center - mean) - mean_lo) * scale, offset = beta + fold;
   if constexpr (sizeof(T) == sizeof(double)) {
     // The neighbour on the other side of the mean folds the other way.
-    if (!fold_fits<T>(two_sum(beta, fold).lo, fold, beta)) {
+    if (!fold_fits<T>(two_sum(beta, fold).lo, fold, beta, spread)) {
       center = std::nextafter(mean, mean_lo < 0 ? -HUGE_VAL : HUGE_VAL);
       fold = ((center - mean) - mean_lo) * scale;
       offset = beta + fold;
@@ -279,9 +284,18 @@ Coefficients<V, kernels::Affine> forward_coefficients(const V& mean, const V& me
   k.wide = {mean, exact, beta - mean_lo * exact};
   if constexpr (sizeof(T) == sizeof(float)) {
     k.is_wide = (factor_fits<T>(exact) & center_fits(mean) & offset_fits(offset) &
-                 fold_fits<T>(k.narrow.offset - offset, fold, beta)) == 0;
+                 fold_fits<T>(k.narrow.offset - offset, fold, beta, spread)) == 0;
   }
   return k;
+}
+
+// From the statistics of the values themselves: xhat has a mean square of var*rstd^2, which is at most its own root.
+template <class T, class V>
+Coefficients<V, kernels::Affine> forward_coefficients(const MomentsOf<V>& m, double eps, const V& gamma,
+                                                      const V& beta) {
+  const TwoParts<V> rstd = forward_rstd<T>(m, eps, gamma);
+  const V spread = absolute(gamma) * ((m.m2 / m.count) * rstd.hi * rstd.hi);
+  return forward_coefficients<T, V>(m.mean, m.mean_lo, rstd, gamma, beta, spread);
 }
 
 // dx = scale*dy, for statistics that are constants: a normalize pass over dy. The offset -0 keeps the sign of a zero.

@@ -85,9 +85,7 @@ class ForwardPass {
       const Moments* moments = (reduces ? saved : given.moments) + first;
       return for_channels<A>(count, [&]<class V>(std::int64_t i) {
         const auto m = MomentsOf<V>::at(moments + i);
-        const V gamma_i = gather<V>(g + i);
-        coefficients->set(first + i, forward_coefficients<A, V>(m.mean, m.mean_lo, forward_rstd<A>(m, eps, gamma_i),
-                                                                gamma_i, gather<V>(b + i)));
+        coefficients->set(first + i, forward_coefficients<A, V>(m, eps, gather<V>(g + i), gather<V>(b + i)));
       });
     }
     double mean[kTogether], var[kTogether];
@@ -98,7 +96,7 @@ class ForwardPass {
       const V gamma_i = gather<V>(g + i);
       coefficients->set(first + i, given.only_scale ? frozen_backward_coefficients<A>(rstd, gamma_i)
                                                     : forward_coefficients<A, V>(gather<V>(mean + i), V{}, rstd,
-                                                                                 gamma_i, gather<V>(b + i)));
+                                                                                 gamma_i, gather<V>(b + i), V{}));
     });
   }
 };
