@@ -996,6 +996,7 @@ OTHER_SETTINGS = {
         ),
     ),
     "activation": ({"activation": "relu"}, "activation=None, got activation='relu'"),
+    "weights_are": ({"weights_are": "counts"}, "weights_are=None, got weights_are='counts'"),
     "convention": (
         {"convention": "keras"},
         "axis=1, eps=1e-05, update_rate=0.1, ddof=1, got axis=-1, eps=0.001, update_rate=0.01, ddof=0",
