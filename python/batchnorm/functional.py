@@ -549,7 +549,7 @@ def update_running(
     """
     if others:
         raise _validate.unknown_keywords(update_running, others)
-    if type(moments) is Moments and moments._dof is None and weights_are is None:
+    if type(moments) is Moments and weights_are is None:
         done = _core.try_update_running(running_mean, running_var, moments._table, update_rate, ddof)
         if done is not None:
             return done

@@ -55,12 +55,19 @@ class Moments:
     (array([3.]), array([4.66666667]))
     """
 
-    __slots__ = ("_dof", "_table")
+    __slots__ = ("_table",)
     _table: NDArray[np.float64]
-    _dof: NDArray[np.float64] | None  # None: count - 1
+    _dof: NDArray[np.float64] | None = None  # that is count - 1; else it is a _WeightedMoments
+
+    def __new__(
+        cls, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, *, importance_dof: ArrayLike | None = None
+    ) -> Self:
+        """Give one that has room for importance_dof where there is one."""
+        made: Any = object.__new__(cls if importance_dof is None else _WeightedMoments)
+        return made  # type: ignore[no-any-return]
 
     def __init__(
-        self, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, importance_dof: ArrayLike | None = None
+        self, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, *, importance_dof: ArrayLike | None = None
     ) -> None:
         means = np.asarray(mean, np.float64)
         if means.ndim != 1:
@@ -79,34 +86,35 @@ class Moments:
         table = np.zeros((channels, _FIELDS))
         table[:, 0], table[:, 1], table[:, 3] = counts, means, squares
         table.flags.writeable = False
-        dof = None
         if importance_dof is not None:
             given = _validate.channel_values("importance_dof", importance_dof, channels)
             good = (given >= 0) & (given <= counts)
             _validate.each_channel("importance_dof", given, good, "be from 0 to count")
             dof = np.array(given, np.float64)
             dof.flags.writeable = False
+            _set_dof(self, dof)
         _set_table(self, table)
-        _set_dof(self, dof)
 
-    @classmethod
-    def _from_table(cls, table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Self:
+    @staticmethod
+    def _from_table(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Moments:
         """Take over a table. The caller gives up writing to it."""
         table.flags.writeable = False
-        return cls._from_core(table, dof)
+        return Moments._from_core(table, dof)
 
-    @classmethod
-    def _from_core(cls, table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Self:
+    @staticmethod
+    def _from_core(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Moments:
         """Take over a table of the core, which is read-only already."""
-        self = object.__new__(cls)
-        _set_table(self, table)
-        if dof is not None:
+        if dof is None:
+            self = object.__new__(Moments)
+        else:
+            self = object.__new__(_WeightedMoments)
             dof.flags.writeable = False
-        _set_dof(self, dof)
+            _set_dof(self, dof)
+        _set_table(self, table)
         return self
 
     @classmethod
-    def empty(cls, channels: int) -> Self:
+    def empty(cls, channels: int) -> Moments:
         """Moments of no values at all: the identity of merging."""
         return cls._from_table(np.zeros((channels, _FIELDS)))
 
@@ -202,8 +210,15 @@ class Moments:
         return f"Moments(channels={self.channels}, count={values})"
 
 
+class _WeightedMoments(Moments):
+    """Moments of weights other than 0 and 1. A class of its own, so that the others need not carry what they have not."""
+
+    __slots__ = ("_dof",)
+    _dof: NDArray[np.float64]
+
+
 _set_table = Moments.__dict__["_table"].__set__  # past __setattr__
-_set_dof = Moments.__dict__["_dof"].__set__
+_set_dof = _WeightedMoments.__dict__["_dof"].__set__
 
 
 def _restore(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Moments:
