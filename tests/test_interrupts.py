@@ -1,6 +1,7 @@
 """A layer whose call is ended in its midst, as by a signal's handler: it is as before the call or as after it."""
 
 import sys
+import warnings
 
 import numpy as np
 import pytest
@@ -178,3 +179,35 @@ def test_a_refused_backward_into_x_can_be_put_right():
     with pytest.raises(ValueError, match="dy must have shape"):
         layer.backward(DY[:2], out=x)
     assert layer.backward(DY, out=x) is x
+
+
+# ---- warnings that are errors ------------------------------------------------------------------------------
+
+FUNCTIONS = {
+    "batch_norm": lambda x, g, b, out: bn.batch_norm(x, g, b, out=out),
+    "masked": lambda x, g, b, out: bn.batch_norm(x, g, b, mask=np.arange(8) % 4 > 0, out=out),
+    "weighted": lambda x, g, b, out: bn.batch_norm(x, g, b, weights=np.arange(8) / 3, out=out),
+    "segments": lambda x, g, b, out: bn.batch_norm(x, g, b, segments=np.arange(8) // 3, out=out),
+    "normalize": lambda x, g, b, out: bn.normalize(x, b, np.abs(g), g, b, out=out),
+    "ghosts": lambda x, g, b, out: bn.ghost_batch_norm(x, g, b, ghost_size=4, out=out),
+    "renorm": lambda x, g, b, out: bn.batch_renorm(x, b, np.abs(g), g, b, r_max=3, d_max=5, out=out),
+    "relu": lambda x, g, b, out: bn.batch_norm_relu(x, g, b, residual=x.copy(), out=out),
+}
+
+
+@pytest.mark.parametrize("name", FUNCTIONS)
+@pytest.mark.parametrize("special", [np.inf, np.nan, 1e300, 1e-300])
+def test_no_value_makes_a_function_warn_once_it_has_written(name, special):
+    with np.errstate(all="ignore"):
+        for dtype in (np.float16, np.float32, np.float64):
+            x = np.random.default_rng(0).normal(size=(8, 3)).astype(dtype)
+            gamma = np.array([1, special, 2]).astype(dtype)
+            beta = np.array([special, 1, 2]).astype(dtype)
+            x[2, 1] = special
+            with warnings.catch_warnings(), np.errstate(all="raise"):
+                warnings.simplefilter("error")
+                y = FUNCTIONS[name](x, gamma, beta, np.empty_like(x))
+                same = x.copy()
+                FUNCTIONS[name](same, gamma, beta, same)
+            y = y[0] if isinstance(y, tuple) else y
+            assert y.tobytes() == same.tobytes()

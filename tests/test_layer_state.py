@@ -472,7 +472,11 @@ def points_of_failure():
         "_new_state",
         "_updated_statistics",
     ]
-    return [(layers, name) for name in names] + [(_core, "first_nonfinite"), (warnings, "warn")]
+    return [(layers, name) for name in names] + [
+        (_core, "first_nonfinite"),
+        (_core, "try_update_running"),
+        (warnings, "warn"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Never, Self, get_args
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from batchnorm import _validate, _validate_state, conventions, state_file
+from batchnorm import _core, _validate, _validate_state, conventions, state_file
 from batchnorm._validate import MaybeNone, WeightsAre
 from batchnorm.counted import Positions, counted
 from batchnorm.functional import (
@@ -132,6 +132,7 @@ _BY_CONVENTION: Any = _Default("by convention")
 _ALL: Any = _Default("all")
 
 _NO_PARTS: Mapping[str, Any] = {}
+_MOST_UPDATES = 2**63 - 1  # that a state file can hold
 
 Nonfinite = Literal["raise", "skip", "warn", "propagate"]
 SingleValue = Literal["raise", "use_running", "skip"]
@@ -317,6 +318,8 @@ class BatchNorm:
             and self._single_value == "raise"
             and self._nonfinite != "raise"
         )
+        # That of statistics which take each batch in as it is.
+        self._plain_rate = None if self._debias else self._update_rate
 
     # ---- settings, fixed for the layer's life ----
 
@@ -729,7 +732,7 @@ class BatchNorm:
         return dx
 
     def _ordinary_training(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
-        """Do the ordinary call, which takes 9.4 us for (4, 16, 8, 8) on the general way below and 6 here.
+        """Do the ordinary call, which on the general way below takes half as long again for (4, 16, 8, 8).
 
         None, and nothing has changed, where an argument is not ordinary: the general way takes it, or reports what is
         wrong with it.
@@ -743,8 +746,14 @@ class BatchNorm:
         if done is None:
             return None
         y, saved = done
-        size, seen = x.size, saved.moments
-        statistics = self._updated(before, 0, seen, _NO_PARTS, saved)
+        size, seen, after = x.size, saved.moments, None
+        table, now = seen._table, before[0]
+        if self._plain_rate is not None and _core.first_nonfinite(table) < 0:
+            after = _core.try_update_running(now.mean, now.var, table, self._plain_rate, self._ddof)
+        if after is None:
+            statistics = self._updated(before, 0, seen, _NO_PARTS, saved)
+        else:
+            statistics = (_Statistics(*after, min(now.update_count + 1, _MOST_UPDATES), None),)
         call: _Call = [] if saved.x is None else [x, saved]
         largest_size = max(largest_size, size)
         self._state = _new_state((gamma, beta, statistics, call, (0, seen, size), largest_size))
@@ -1792,9 +1801,7 @@ def _updated_statistics(
     weights_are: WeightsAre | None = None,
 ) -> _Statistics:
     """Return the statistics after one more batch, that of `saved`. Changes none of its arguments."""
-    count = statistics.update_count + 1
-    if count >= 2**63:  # more than a state file can hold
-        count -= 1
+    count = min(statistics.update_count + 1, _MOST_UPDATES)
     if statistics.pooled is not None:
         if weights_are != "importance" and batch._dof is not None:
             batch = Moments._from_core(batch._table)  # nothing asks for it, and a state has no place for it
@@ -1804,7 +1811,7 @@ def _updated_statistics(
     if debias and update_rate > 0:
         if isinstance(saved, GhostSaved):
             for ghost in saved.moments:
-                ghosts = min(ghosts + 1, 2**63 - 1)
+                ghosts = min(ghosts + 1, _MOST_UPDATES)
                 rate = _debiased_rate(update_rate, ghosts)
                 mean, var = update_running(mean, var, ghost, update_rate=rate, ddof=ddof)
             return _Statistics(mean, var, count, None, ghosts)
