@@ -740,6 +740,24 @@ def test_a_word_of_other_libraries_gets_a_sentence_wherever_it_is_written(word, 
     assert text.endswith(f", got {word}=0.25")
 
 
+def test_the_signature_of_a_call_that_names_few_keywords_shows_them_all():
+    parameters = inspect.signature(bn.batch_norm).parameters
+    names = "x gamma beta axis eps mask weights lengths segments padding out num_threads"
+    assert list(parameters) == names.split()
+    assert parameters["mask"].default is None
+    assert parameters["mask"].annotation == "ArrayLike | None"
+    call = inspect.signature(bn.BatchNorm.__call__).parameters
+    assert call["keep"].default is True
+    assert list(inspect.signature(bn.BatchNorm(3)).parameters) == list(call)[1:]
+
+
+@pytest.mark.parametrize("f", [bn.batch_norm, bn.normalize, bn.moments], ids=lambda f: f.__name__)
+def test_a_keyword_that_is_given_its_default_is_as_none_given(f):
+    a = Arrays()
+    x = (a.x, a.mean, a.var) if f is bn.normalize else (a.x,)
+    assert repr(f(*x, mask=None, lengths=None)) == repr(f(*x))
+
+
 WORDS = [  # (keyword and its value, what takes it, text)
     (
         {"num_features": 3},

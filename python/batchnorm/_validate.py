@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Mapping
 from decimal import Decimal
 from itertools import pairwise
 from numbers import Real
-from typing import Any, Literal, NamedTuple, ParamSpec, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -40,7 +40,36 @@ WEIGHTS_ARE: tuple[WeightsAre, ...] = get_args(WeightsAre)
 # What is None only where the call asked for that; a type checker need not hold everybody to a check for it.
 MaybeNone = Any
 
+
+class NoOptions(TypedDict):
+    """The keywords of a function that has no others than those it names."""
+
+
+class Counts(TypedDict, total=False):
+    """What of x counts."""
+
+    mask: ArrayLike | None
+    weights: ArrayLike | None
+    lengths: ArrayLike | None
+    segments: ArrayLike | None
+
+
+class Parts(Counts, total=False):
+    """What of x counts, and what y is elsewhere."""
+
+    padding: Padding | None
+
+
+class Padded(TypedDict, total=False):
+    """Which y are computed, and what the others are."""
+
+    mask: ArrayLike | None
+    lengths: ArrayLike | None
+    padding: Padding | None
+
+
 Choice = TypeVar("Choice", bound=str)
+F = TypeVar("F", bound=Callable[..., object])
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -66,17 +95,8 @@ _SETTINGS_OF_SAVED = ("eps", "axis", "gamma")
 
 
 def keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """Let unknown keywords of `function` be refused by an error that says what to write (`unknown_keywords`).
-
-    A function whose calls are small against a wrapper's has ``**others: Never`` and raises that error itself; it comes
-    back as it is, and others are left out of the signature that it shows.
-    """
-    signature = inspect.signature(function)
-    shown = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-    if len(shown) < len(signature.parameters):
-        function.__signature__ = signature.replace(parameters=shown)  # type: ignore[attr-defined]
-        return function
-    known = frozenset(signature.parameters)
+    """Let unknown keywords of `function` be refused by an error that says what to write (`unknown_keywords`)."""
+    known = frozenset(inspect.signature(function).parameters)
 
     @functools.wraps(function)
     def call(*args: P.args, **named: P.kwargs) -> R:
@@ -85,6 +105,42 @@ def keywords(function: Callable[P, R]) -> Callable[P, R]:
         return function(*args, **named)
 
     return call
+
+
+_DEFAULTS: dict[Callable[..., object], dict[str, object]] = {}
+
+
+def options(rest: type, **defaults: object) -> Callable[[F], F]:
+    """Let a function that takes ``**options: Unpack[rest]`` show them by name in its signature.
+
+    For functions whose calls are so short that the wrapper of `keywords` would be seen in them. It takes the less time
+    the more keywords, which are hardly ever given, it does not name; it refuses unknown ones itself (`no_options`).
+    """
+    names = {name: getattr(text, "__forward_arg__", text) for name, text in rest.__annotations__.items()}
+
+    def decorate(function: F) -> F:
+        _DEFAULTS[function] = {name: defaults.get(name) for name in names}
+        signature = inspect.signature(function)
+        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
+        at = next((i for i, p in enumerate(named) if p.name == "out"), len(named))
+        named[at:at] = [
+            inspect.Parameter(
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=text
+            )
+            for name, text in names.items()
+        ]
+        function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
+        return function
+
+    return decorate
+
+
+def no_options(function: Callable[..., object], given: Mapping[str, object]) -> bool:
+    """Tell whether all options that a call gives are their defaults, after refusing those that `function` has not."""
+    defaults = _DEFAULTS[function]
+    if not given.keys() <= defaults.keys():
+        raise unknown_keywords(function, given)
+    return all(value is defaults[name] for name, value in given.items())
 
 
 def unknown_keywords(function: Callable[..., object], named: Mapping[str, object]) -> TypeError:
@@ -509,11 +565,11 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
 
     `may_be` are the inputs it may be exactly; the first gives its name to the error text.
     """
-    if isinstance(out, np.ndarray):
-        if type(out) is not np.ndarray and type(out) is not np.memmap:
-            raise TypeError(f"out must be a numpy.ndarray (write out.view(np.ndarray)), got {kind(out)}")
-        aligned("out", out)
     checked = array_like("out", out, x)
+    if checked is not out:
+        if type(out) is np.ndarray or type(out) is np.memmap:
+            aligned("out", out)
+        raise TypeError(f"out must be a numpy.ndarray (write out.view(np.ndarray)), got {kind(out)}")
     if not checked.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
     _one_address_per_value(checked)

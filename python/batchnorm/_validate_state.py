@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _validate
+from batchnorm._validate import Activation
 
 _PARAMETER_DTYPES = ("float16", "float32", "float64")
 
@@ -114,7 +115,7 @@ def renorm(value: Any, ghost_size: int | None, rate: float | None) -> Any:
     return value
 
 
-def activation(value: object, ghost_size: int | None, renorm: object) -> _validate.Activation | None:
+def activation(value: object, ghost_size: int | None, renorm: object) -> Activation | None:
     """Give None or "relu", which goes with one normalization of the whole batch alone."""
     if value is None:
         return None
@@ -198,12 +199,8 @@ def x_channels(x: Any, axis: int, needed: int) -> Any:
 
     What else is wrong with x is the functions' to say.
     """
-    if (
-        isinstance(x, np.ndarray)
-        and type(x) is not np.ndarray
-        and not isinstance(x, np.ma.MaskedArray | np.memmap)
-    ):
-        x = np.asarray(x)
+    if type(x) is not np.ndarray and isinstance(x, np.ndarray) and type(x) is not np.memmap:
+        x = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
     if isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and x.shape[axis] != needed:
         raise ValueError(f"x must have {needed} channels on axis {axis}, got shape {x.shape}")
     return x

@@ -136,11 +136,12 @@ def _flags(mask: Any) -> Array:
     if a.dtype.kind not in "biu":
         hint = " (write mask != 0)" if a.dtype.kind == "f" else ""
         raise TypeError(f"mask must have a bool dtype{hint}, got {a.dtype}")
-    if a.dtype.kind != "b":
-        other = a[(a != 0) & (a != 1)]
-        if other.size:
-            raise ValueError(f"mask must be bools, or integers 0 and 1, got {other[0]}")
-    return a.astype(np.bool, copy=False)
+    if a.dtype.kind == "b":
+        return a
+    other = a[(a != 0) & (a != 1)]
+    if other.size:
+        raise ValueError(f"mask must be bools, or integers 0 and 1, got {other[0]}")
+    return a.astype(np.bool)
 
 
 def _article(word: str) -> str:

@@ -6,16 +6,16 @@ y = (x - mean)·rstd·gamma + beta. Where var + eps is 0, rstd is 0, so that y =
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from functools import cached_property
-from typing import Any, NamedTuple, Never
+from functools import cached_property, partial
+from typing import Any, NamedTuple, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
-from batchnorm._validate import MaybeNone
+from batchnorm._validate import Gradient, MaybeNone, NoOptions, Padded, Parts, WeightsAre
 from batchnorm.counted import Counted, Positions, Segments, counted, dense
 from batchnorm.moments import Moments
 
@@ -84,6 +84,10 @@ class Gradients(NamedTuple):
     dbeta: Array | MaybeNone
 
 
+# Past the __new__ of a NamedTuple, which takes three times as long.
+_new_gradients: Callable[[tuple[Any, ...]], Gradients] = partial(tuple.__new__, Gradients)
+
+
 class GradSums:
     """The sums of the first half of the backward pass; those of several parts of a batch add up with ``+``.
 
@@ -128,7 +132,7 @@ class GradSums:
         return f"GradSums(channels={self._table.shape[0]})"
 
 
-@_validate.keywords
+@_validate.options(Parts)
 def batch_norm(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -136,14 +140,9 @@ def batch_norm(
     *,
     axis: int = 1,
     eps: float = 1e-5,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    segments: ArrayLike | None = None,
-    padding: _validate.Padding | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **parts: Unpack[Parts],
 ) -> tuple[Array, Saved]:
     """Normalize each channel of `x` by the statistics of this batch (training).
 
@@ -204,10 +203,7 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
-    if others:
-        raise _validate.unknown_keywords(batch_norm, others)
-    plain = mask is None and weights is None and lengths is None and segments is None and padding is None
-    if plain:
+    if not parts or _validate.no_options(batch_norm, parts):
         done = ordinary_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
@@ -218,7 +214,7 @@ def batch_norm(
     threads = _validate.num_threads(num_threads)
     scale = _validate.optional_channel_values("gamma", gamma, x.shape[axis])
     shift = _validate.optional_channel_values("beta", beta, x.shape[axis])
-    part = counted(x, axis, mask=mask, weights=weights, lengths=lengths, segments=segments, padding=padding)
+    part = counted(x, axis, **parts)
     if out is not None:
         _validate.output(out, x, {"x": x}, {"gamma": scale, "beta": shift})
     block, sizes = dense(x, axis, part)
@@ -254,7 +250,7 @@ def ordinary_batch_norm(
     return y, Saved(kept_x, Moments._from_core(table), gamma, axis_from_0, eps)
 
 
-@_validate.keywords
+@_validate.options(Padded)
 def normalize(
     x: Array,
     mean: ArrayLike,
@@ -264,12 +260,9 @@ def normalize(
     *,
     axis: int = 1,
     eps: float = 1e-5,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    padding: _validate.Padding | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **parts: Unpack[Padded],
 ) -> Array:
     """Normalize each channel of `x` by statistics that are given (inference).
 
@@ -308,9 +301,7 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
-    if others:
-        raise _validate.unknown_keywords(normalize, others)
-    if mask is None and lengths is None and padding is None:
+    if not parts or _validate.no_options(normalize, parts):
         done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
@@ -324,7 +315,7 @@ def normalize(
     spread = _validate.variances(var, channels)
     scale = _validate.optional_channel_values("gamma", gamma, channels)
     shift = _validate.optional_channel_values("beta", beta, channels)
-    part = _padded(x, axis, mask, lengths, padding)
+    part = _padded(x, axis, **parts)
     if out is not None:
         apart = {"mean": center, "var": spread, "gamma": scale, "beta": shift}
         _validate.output(out, x, {"x": x}, apart)
@@ -339,15 +330,15 @@ def normalize(
     return _deliver(y, out)
 
 
-@_validate.keywords
+@_validate.options(NoOptions)
 def batch_norm_backward(
     dy: Array,
     saved: Saved,
     *,
-    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
+    needs: Iterable[Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **others: Unpack[NoOptions],
 ) -> Gradients:
     """Gradients of `batch_norm`, through the batch's statistics.
 
@@ -399,7 +390,7 @@ def batch_norm_backward(
         table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
         done = _core.try_batch_norm_backward(dy, saved.x, table, gamma, axis, eps, needs, out, num_threads)
         if done is not None:
-            return Gradients(*done)
+            return _new_gradients(done)
 
     x = _input_of(saved)
     need_x, need_gamma, need_beta = _validate.needs(needs)
@@ -425,7 +416,7 @@ def batch_norm_backward(
     return _gradients(dx, out, dgamma, dbeta, saved.gamma)
 
 
-@_validate.keywords
+@_validate.options(Padded)
 def normalize_backward(
     dy: Array,
     x: Array,
@@ -435,13 +426,10 @@ def normalize_backward(
     *,
     axis: int = 1,
     eps: float = 1e-5,
-    mask: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    padding: _validate.Padding | None = None,
-    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
+    needs: Iterable[Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **parts: Unpack[Padded],
 ) -> Gradients:
     """Gradients of `normalize`, whose statistics are constants (frozen statistics, fine-tuning).
 
@@ -474,12 +462,10 @@ def normalize_backward(
     Gradients(dx=array([[0.5],
            [0.5]]), dgamma=array([1.]), dbeta=array([2.]))
     """
-    if others:
-        raise _validate.unknown_keywords(normalize_backward, others)
-    if mask is None and lengths is None and padding is None:
+    if not parts or _validate.no_options(normalize_backward, parts):
         done = _core.try_normalize_backward(dy, x, mean, var, gamma, axis, eps, needs, out, num_threads)
         if done is not None:
-            return Gradients(*done)
+            return _new_gradients(done)
 
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
@@ -491,7 +477,7 @@ def normalize_backward(
     center = _validate.channel_values("mean", mean, channels)
     spread = _validate.variances(var, channels)
     scale = _validate.optional_channel_values("gamma", gamma, channels)
-    part = _padded(x, axis, mask, lengths, padding)
+    part = _padded(x, axis, **parts)
     if out is not None:
         _validate.output(out, x, {"dy": dy, "x": x}, {"mean": center, "var": spread, "gamma": scale})
     block, sizes = _layout.dense(x, axis)
@@ -507,7 +493,7 @@ def normalize_backward(
     return _gradients(dx, out, dgamma, dbeta, gamma)
 
 
-@_validate.keywords
+@_validate.options(NoOptions)
 def update_running(
     running_mean: ArrayLike,
     running_var: ArrayLike,
@@ -515,8 +501,8 @@ def update_running(
     *,
     update_rate: float = 0.1,
     ddof: int = 1,
-    weights_are: _validate.WeightsAre | None = None,
-    **others: Never,
+    weights_are: WeightsAre | None = None,
+    **others: Unpack[NoOptions],
 ) -> tuple[PerChannel, PerChannel]:
     """Give the running statistics after one more batch.
 
@@ -671,11 +657,9 @@ def _input_of(saved: Saved) -> Array:
     return x
 
 
-def _padded(
-    x: Array, axis: int, mask: ArrayLike | None, lengths: ArrayLike | None, padding: _validate.Padding | None
-) -> Positions | None:
+def _padded(x: Array, axis: int, **parts: Unpack[Padded]) -> Positions | None:
     """Give the positions that are normalized by statistics that are given; None for all."""
-    part = counted(x, axis, mask=mask, lengths=lengths, padding=padding)
+    part = counted(x, axis, **parts)
     assert not isinstance(part, Segments)
     return None if part is not None and part.padding == "normalize" else part
 

@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _validate
+from batchnorm._validate import Gradient
 from batchnorm.functional import (
     Gradients,
     PerChannel,
@@ -132,7 +133,7 @@ def ghost_batch_norm_backward(
     dy: Array,
     saved: GhostSaved,
     *,
-    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
+    needs: Iterable[Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:

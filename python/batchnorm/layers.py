@@ -9,13 +9,14 @@ import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Never, Self, get_args
+from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm import _core, _validate, _validate_state, conventions, state_file
-from batchnorm._validate import MaybeNone, WeightsAre
+from batchnorm._validate import Activation, MaybeNone, NoOptions, Padding, Parity, WeightsAre
+from batchnorm.conventions import Library
 from batchnorm.counted import Positions, counted
 from batchnorm.functional import (
     Gradients,
@@ -141,6 +142,23 @@ NONFINITE: tuple[Nonfinite, ...] = get_args(Nonfinite)
 SINGLE_VALUE: tuple[SingleValue, ...] = get_args(SingleValue)
 USE_STATS: tuple[UseStats, ...] = get_args(UseStats)
 
+
+class _CallOptions(TypedDict, total=False):
+    """What a call of a layer may be told beside x and out."""
+
+    residual: NDArray[Any] | None
+    mask: ArrayLike | None
+    weights: ArrayLike | None
+    lengths: ArrayLike | None
+    padding: Padding | None
+    use_stats: UseStats | None
+    update_stats: bool | None
+    domain: int | None
+    keep: bool
+
+
+_PARTS = ("mask", "weights", "lengths", "padding")
+
 _AnySaved = Saved | SavedRelu | GhostSaved | RenormSaved
 _BACKWARD: dict[type, Callable[..., Gradients | ReluGradients]] = {
     Saved: batch_norm_backward,
@@ -259,7 +277,7 @@ class BatchNorm:
         channels: int,
         *,
         axis: int = _BY_CONVENTION,
-        convention: conventions.Library | None = None,
+        convention: Library | None = None,
         eps: float = _BY_CONVENTION,
         update_rate: float | None = _BY_CONVENTION,
         ddof: int = _BY_CONVENTION,
@@ -272,8 +290,8 @@ class BatchNorm:
         domains: int | None = None,
         ghost_size: int | None = None,
         renorm: RenormSchedule | None = None,
-        parity: _validate.Parity = "paper",
-        activation: _validate.Activation | None = None,
+        parity: Parity = "paper",
+        activation: Activation | None = None,
         weights_are: WeightsAre | None = None,
         num_threads: int | None = None,
     ) -> None:
@@ -384,12 +402,12 @@ class BatchNorm:
         return self._renorm
 
     @property
-    def parity(self) -> _validate.Parity:
+    def parity(self) -> Parity:
         """Whose rules batch renormalization follows."""
         return self._parity
 
     @property
-    def activation(self) -> _validate.Activation | None:
+    def activation(self) -> Activation | None:
         """What follows the normalization in the same pass."""
         return self._activation
 
@@ -539,22 +557,13 @@ class BatchNorm:
 
     # ---- forward and backward ----
 
-    @_validate.keywords
+    @_validate.options(_CallOptions, keep=True)
     def __call__(
         self,
         x: NDArray[Any],
         *,
-        residual: NDArray[Any] | None = None,
-        mask: ArrayLike | None = None,
-        weights: ArrayLike | None = None,
-        lengths: ArrayLike | None = None,
-        padding: _validate.Padding | None = None,
-        use_stats: UseStats | None = None,
-        update_stats: bool | None = None,
-        domain: int | None = None,
         out: NDArray[Any] | None = None,
-        keep: bool = True,
-        **others: Never,
+        **options: Unpack[_CallOptions],
     ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
@@ -601,30 +610,31 @@ class BatchNorm:
                [ 1.]])
 
         """
-        if others:
-            raise _validate.unknown_keywords(BatchNorm.__call__, others)
-        no_parts = mask is None and weights is None and lengths is None and padding is None
-        no_options = residual is None and use_stats is None and update_stats is None and domain is None
+        no_options = not options or _validate.no_options(BatchNorm.__call__, options)
         by_batch = update = self._training and not self._frozen[0]
-        if by_batch and no_parts and no_options and keep is True and self._is_ordinary:
+        if by_batch and no_options and self._is_ordinary:
             y = self._ordinary_training(x, out)
             if y is not None:
                 return y
         x = _validate_state.x_channels(x, self._axis, self._channels)
-        k = _validate_state.domain(domain, self._domains)
-        if use_stats is not None:
-            by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
-        if update_stats is not None:
-            update = _validate_state.flag("update_stats", update_stats)
-            if update and self._frozen[0]:
-                raise _validate_state.update_of_frozen()
-        counted = {"mask": mask, "weights": weights, "lengths": lengths, "padding": padding}
-        how = {name: value for name, value in counted.items() if value is not None}
-        if self._activation is None and residual is not None:
-            raise _validate_state.residual_without_activation()
-        if self._activation is not None and how:
-            raise _validate_state.parts_with_activation(how)
-        to = _Output(out, residual, _validate_state.flag("keep", keep))
+        k = _validate_state.domain(options.get("domain"), self._domains)
+        how, to = _NO_PARTS, _Output(out, None, True)
+        if not no_options:
+            use_stats, update_stats = options.get("use_stats"), options.get("update_stats")
+            if use_stats is not None:
+                by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
+            if update_stats is not None:
+                update = _validate_state.flag("update_stats", update_stats)
+                if update and self._frozen[0]:
+                    raise _validate_state.update_of_frozen()
+            given: Mapping[str, Any] = options
+            how = {name: given[name] for name in _PARTS if given.get(name) is not None}
+            residual = options.get("residual")
+            if self._activation is None and residual is not None:
+                raise _validate_state.residual_without_activation()
+            if self._activation is not None and how:
+                raise _validate_state.parts_with_activation(how)
+            to = _Output(out, residual, _validate_state.flag("keep", options.get("keep", True)))
         if by_batch and self._single_value != "raise":
             if _is_single_value(x, self._axis) or (how and self._counts_one(x, how)):
                 pools = update and self._update_rate is None
@@ -637,14 +647,14 @@ class BatchNorm:
             return self._by_batch(x, to, k, how, update)
         return self._by_running(x, to, k, how, update)
 
-    @_validate.keywords
+    @_validate.options(NoOptions)
     def backward(
         self,
         dy: NDArray[Any],
         *,
         needs: Iterable[ReluGradient] = _ALL,
         out: NDArray[Any] | None = None,
-        **others: Never,
+        **others: Unpack[NoOptions],
     ) -> NDArray[Any] | MaybeNone:
         """Return dx for the last call of the layer, and set `dgamma` and `dbeta`.
 

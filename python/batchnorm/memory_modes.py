@@ -25,6 +25,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _validate
+from batchnorm._validate import Gradient
 from batchnorm.functional import Gradients, PerChannel, Saved, _rounded, batch_norm, batch_norm_backward
 from batchnorm.moments import Moments
 
@@ -139,7 +140,7 @@ def batch_norm_inplace_backward(
     saved: SavedOutput,
     *,
     y: Array | None = None,
-    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
+    needs: Iterable[Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import reduce
-from typing import Any, Never, Self
+from typing import Any, Self, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -280,17 +280,13 @@ def _merged_dof(parts: Sequence[Moments]) -> NDArray[np.float64] | None:
     return np.array(dof)
 
 
-@_validate.keywords
+@_validate.options(_validate.Counts)
 def moments(
     x: NDArray[Any],
     *,
     axis: int = 1,
-    mask: ArrayLike | None = None,
-    weights: ArrayLike | None = None,
-    lengths: ArrayLike | None = None,
-    segments: ArrayLike | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **parts: Unpack[_validate.Counts],
 ) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
@@ -327,9 +323,7 @@ def moments(
     >>> m.count, m.mean, m.var()
     (array([2., 2.]), array([ 2., 10.]), array([1., 0.]))
     """
-    if others:
-        raise _validate.unknown_keywords(moments, others)
-    if mask is None and weights is None and lengths is None and segments is None:
+    if not parts or _validate.no_options(moments, parts):
         done = _core.try_moments(x, axis, num_threads)
         if done is not None:
             return Moments._from_core(done)
@@ -337,7 +331,7 @@ def moments(
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     threads = _validate.num_threads(num_threads)
-    part = counted(x, axis, mask=mask, weights=weights, lengths=lengths, segments=segments)
+    part = counted(x, axis, **parts)
     block, sizes = dense(x, axis, part)
     if part is None:
         return Moments._from_core(_core.moments(block, sizes, threads))

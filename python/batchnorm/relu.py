@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, NamedTuple, Never, get_args
+from typing import Any, Literal, NamedTuple, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
-from batchnorm._validate import MaybeNone
+from batchnorm._validate import MaybeNone, NoOptions
 from batchnorm.functional import PerChannel, Saved, _deliver, _input_of, _like_gamma, _target
 from batchnorm.moments import Moments
 
@@ -108,7 +108,7 @@ class ReluGradients(NamedTuple):
     dresidual: Array | MaybeNone
 
 
-@_validate.keywords
+@_validate.options(NoOptions)
 def batch_norm_relu(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -119,7 +119,7 @@ def batch_norm_relu(
     eps: float = 1e-5,
     out: Array | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **others: Unpack[NoOptions],
 ) -> tuple[Array, SavedRelu]:
     """Normalize each channel of `x` by the statistics of this batch, add a residual, and apply ReLU (training).
 
@@ -179,7 +179,7 @@ def batch_norm_relu(
     return _deliver(y, out), SavedRelu(saved, _finished(mask), residual is not None)
 
 
-@_validate.keywords
+@_validate.options(NoOptions)
 def normalize_relu(
     x: Array,
     mean: ArrayLike,
@@ -193,7 +193,7 @@ def normalize_relu(
     needs_mask: bool = False,
     out: Array | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **others: Unpack[NoOptions],
 ) -> ReluOutput:
     """Normalize each channel of `x` by given statistics, add a residual, and apply ReLU (inference).
 
@@ -246,7 +246,7 @@ def normalize_relu(
     return ReluOutput(_deliver(y, out), None if mask is None else _finished(mask))
 
 
-@_validate.keywords
+@_validate.options(NoOptions)
 def batch_norm_relu_backward(
     dy: Array,
     saved: SavedRelu,
@@ -254,7 +254,7 @@ def batch_norm_relu_backward(
     needs: Iterable[ReluGradient] = NEEDS,
     out: tuple[Array | None, Array | None] | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **others: Unpack[NoOptions],
 ) -> ReluGradients:
     """Gradients of `batch_norm_relu`.
 
@@ -314,7 +314,7 @@ def batch_norm_relu_backward(
     return _gradients(dx, dgamma, dbeta, dresidual, to_x, to_residual, plain.gamma)
 
 
-@_validate.keywords
+@_validate.options(NoOptions)
 def normalize_relu_backward(
     dy: Array,
     x: Array,
@@ -328,7 +328,7 @@ def normalize_relu_backward(
     needs: Iterable[ReluGradient] = NEEDS,
     out: tuple[Array | None, Array | None] | None = None,
     num_threads: int | None = None,
-    **others: Never,
+    **others: Unpack[NoOptions],
 ) -> ReluGradients:
     """Gradients of `normalize_relu`, whose statistics are constants.
 

@@ -34,6 +34,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _validate
+from batchnorm._validate import Gradient, Parity
 from batchnorm.functional import (
     Gradients,
     PerChannel,
@@ -145,7 +146,7 @@ class RenormSaved:
     gamma: Array | None
     axis: int
     eps: float
-    parity: _validate.Parity
+    parity: Parity
     samples: int
 
     @property
@@ -175,7 +176,7 @@ def batch_renorm(
     d_max: float,
     weight: float = 1.0,
     r_min: float | None = None,
-    parity: _validate.Parity = "paper",
+    parity: Parity = "paper",
     axis: int = 1,
     eps: float = 1e-5,
     out: Array | None = None,
@@ -263,7 +264,7 @@ def batch_renorm_backward(
     dy: Array,
     saved: RenormSaved,
     *,
-    needs: Iterable[_validate.Gradient] = ("x", "gamma", "beta"),
+    needs: Iterable[Gradient] = ("x", "gamma", "beta"),
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Gradients:
