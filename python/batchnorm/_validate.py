@@ -6,6 +6,7 @@ Everything here returns its argument in the form the core wants, and changes not
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
 import math
@@ -26,6 +27,7 @@ Array = NDArray[Any]
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _TENSORS = (np.dtype(np.float16), *_FLOATS)
 _MOST_DIMENSIONS = 8
+_SHOWN = 8  # values of an array or a tuple that a repr lists
 # The words that arguments may be: for type checkers, and from these for the checks.
 Activation = Literal["relu"]
 Gradient = Literal["x", "gamma", "beta"]
@@ -671,3 +673,19 @@ def _address(a: Array) -> int:
 def kind(value: object) -> str:
     """Say what came in a word: None, or the name of its type."""
     return "None" if value is None else type(value).__name__
+
+
+def summary(value: Any) -> str:
+    """Show the fields of a dataclass or a NamedTuple; of more than a few values, how many they are."""
+    is_tuple = isinstance(value, tuple)
+    names: Iterable[str] = value._fields if is_tuple else [field.name for field in dataclasses.fields(value)]
+    shown = (f"{name}={_short(getattr(value, name))}" for name in names)
+    return f"{type(value).__name__}({', '.join(shown)})"
+
+
+def _short(value: object) -> str:
+    if isinstance(value, np.ndarray) and value.size > _SHOWN:
+        return f"<{value.dtype} {value.shape}>"
+    if isinstance(value, tuple) and len(value) > _SHOWN:
+        return f"<{len(value)} {type(value[0]).__name__}>"
+    return repr(value)

@@ -31,6 +31,9 @@ class Positions:
     total: float = 0.0
     source: str = "weights"
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
     @property
     def code(self) -> int:
         """The padding as the core takes it."""
@@ -75,6 +78,9 @@ class Segments:
     """
 
     offsets: NDArray[np.int64]
+
+    def __repr__(self) -> str:
+        return _validate.summary(self)
 
     def of_outer(self, sizes: _layout.Sizes, rows: int) -> NDArray[np.int64]:
         """Give the offsets in steps of the core's outer size, which may take several to a row."""

@@ -37,6 +37,9 @@ class SecondGradients(NamedTuple):
     dx: Array | MaybeNone
     dgamma: Array | MaybeNone
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
 
 @_validate.keywords
 def batch_norm_jvp(

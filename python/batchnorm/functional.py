@@ -65,6 +65,9 @@ class Saved:
         fields["x"], fields["moments"], fields["gamma"] = x, moments, gamma
         fields["axis"], fields["eps"], fields["part"] = axis, eps, part
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
     @cached_property
     def rstd(self) -> PerChannel:
         """1/√(var + eps) with the biased variance of `moments`: (C,) float64."""
@@ -82,6 +85,9 @@ class Gradients(NamedTuple):
     dx: Array | MaybeNone
     dgamma: Array | MaybeNone
     dbeta: Array | MaybeNone
+
+    def __repr__(self) -> str:
+        return _validate.summary(self)
 
 
 # Past the __new__ of a NamedTuple, which takes three times as long.

@@ -52,6 +52,9 @@ class GhostSaved:
     eps: float
     ghost_size: int
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
 
 @_validate.keywords
 def ghost_batch_norm(

@@ -61,6 +61,9 @@ class SavedOutput:
     axis: int
     eps: float
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
     @cached_property
     def rstd(self) -> PerChannel:
         """1/√(var + eps) with the biased variance of `moments`: (C,) float64."""

@@ -43,6 +43,9 @@ class ReluMask:
     order: tuple[int, ...]
     data: NDArray[np.uint8]
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
     @property
     def nbytes(self) -> int:
         """Bytes of memory: one bit an element, and up to 24 bytes."""
@@ -71,6 +74,9 @@ class SavedRelu:
     mask: ReluMask
     has_residual: bool
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
     @property
     def x(self) -> Array | None:
         """The input, by reference; None after ``out=x``."""
@@ -98,6 +104,9 @@ class ReluOutput(NamedTuple):
     y: Array
     mask: ReluMask | MaybeNone
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
 
 class ReluGradients(NamedTuple):
     """Gradients of a loss: `dx` and `dresidual` like x, `dgamma` and `dbeta` (C,); None where not asked for."""
@@ -106,6 +115,9 @@ class ReluGradients(NamedTuple):
     dgamma: Array | MaybeNone
     dbeta: Array | MaybeNone
     dresidual: Array | MaybeNone
+
+    def __repr__(self) -> str:
+        return _validate.summary(self)
 
 
 @_validate.options(NoOptions)

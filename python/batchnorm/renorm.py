@@ -149,6 +149,9 @@ class RenormSaved:
     parity: Parity
     samples: int
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
     @property
     def r(self) -> PerChannel:
         """The correction of the spread, after clipping: (C,) float64."""

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm import _validate
 from batchnorm._validate import WeightsAre
 from batchnorm.moments import Moments
 
@@ -69,6 +70,9 @@ class Finding:
     domain: int | None
     text: str
 
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
 
 @dataclass(frozen=True)
 class Report:
@@ -120,6 +124,10 @@ class Report:
 
     def __iter__(self) -> Iterator[Finding]:
         return iter(self.findings)
+
+    def __repr__(self) -> str:
+        kinds = ", ".join(f.kind for f in self.findings)
+        return f"<Report: {kinds or 'nothing found'}>"
 
     def __str__(self) -> str:
         return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
