@@ -71,7 +71,7 @@ TRIES = {
         a.dy, a.x, a.mean, a.var, a.gamma, a.axis, a.eps, a.needs, a.out, a.num_threads
     ),
     "update_running": lambda a: _core.try_update_running(
-        a.mean, a.var, a.moments._table, a.update_rate, a.ddof
+        a.mean, a.var, a.moments._table, a.update_rate, a.ddof, None, False
     ),
 }
 WITH_OUT = [name for name in FUNCTIONS if name not in ("moments", "update_running")]

@@ -1,6 +1,6 @@
 """The C++ core of batchnorm on dense NumPy arrays. Private: use the functions of the package."""
 
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -162,9 +162,29 @@ def try_normalize_backward(
     threads: object,
     /,
 ) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
+def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
+@overload
 def try_update_running(
-    mean: object, var: object, moments: object, update_rate: object, ddof: object, /
+    mean: object,
+    var: object,
+    moments: object,
+    update_rate: object,
+    ddof: object,
+    into: None,
+    finite: bool,
+    /,
 ) -> tuple[_Table, _Table] | None: ...
+@overload
+def try_update_running(
+    mean: object,
+    var: object,
+    moments: object,
+    update_rate: object,
+    ddof: object,
+    into: tuple[_Array, ...],
+    finite: bool,
+    /,
+) -> bool | None: ...
 def weighted_moments(x: _Array, sizes: _Sizes, weights: _Array, threads: int) -> _Table: ...
 def weighted_batch_norm(
     x: _Array,

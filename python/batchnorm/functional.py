@@ -542,7 +542,9 @@ def update_running(
     if others:
         raise _validate.unknown_keywords(update_running, others)
     if type(moments) is Moments and weights_are is None:
-        done = _core.try_update_running(running_mean, running_var, moments._table, update_rate, ddof)
+        done = _core.try_update_running(
+            running_mean, running_var, moments._table, update_rate, ddof, None, False
+        )
         if done is not None:
             return done
 

@@ -709,10 +709,10 @@ class BatchNorm:
         call, evaluation = self._state.call, self._evaluation
         if evaluation is not None and evaluation[1] is call:
             call = evaluation[0]
-        kept = tuple(call)
-        if not kept:
-            raise _validate_state.no_forward_call()
-        x, saved = kept
+        try:
+            x, saved = call
+        except ValueError:
+            raise _validate_state.no_forward_call() from None
         known: tuple[str, ...] = _validate.GRADIENTS if self._activation is None else RELU_NEEDS
         names: Iterable[str] = known if needs is _ALL else needs
         if self._frozen[1]:
@@ -721,9 +721,8 @@ class BatchNorm:
                 n for n, wanted in zip(known, asked, strict=True) if wanted and n not in ("gamma", "beta")
             ]
         to: Any = out if self._activation is None or out is None else (out, None)
-        gamma, beta, *_ = self._state
         dx: NDArray[Any] | None
-        if _is_x(out, x):
+        if out is not None and _is_x(out, x):
             call.clear()  # before its first value is gone: from there on a signal may end the call at any time
         try:
             backward = _BACKWARD.get(type(saved))
@@ -733,12 +732,12 @@ class BatchNorm:
                 dx, dgamma, dbeta, *dresidual = backward(
                     dy, saved, needs=names, out=to, num_threads=self._num_threads
                 )
-            dgamma, dbeta = self._as_gradient(dgamma, gamma), self._as_gradient(dbeta, beta)
-            results = _new_results((dgamma, dbeta, dresidual[0] if dresidual else None))
         except (TypeError, ValueError, MemoryError):  # which come before anything is written
-            call[:] = kept
+            call[:] = x, saved
             raise
-        self._results = results
+        state = self._state
+        dgamma, dbeta = self._as_gradient(dgamma, state.gamma), self._as_gradient(dbeta, state.beta)
+        self._results = _new_results((dgamma, dbeta, dresidual[0] if dresidual else None))
         return dx
 
     def _ordinary_training(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -750,20 +749,26 @@ class BatchNorm:
         if out is not None and self._nonfinite == "warn" and _warnings_may_raise():
             return None
         gamma, beta, before, _, _, largest_size = self._state
-        assert gamma is not None  # as it is in every ordinary layer
-        gamma_now = gamma.copy()
+        now = before[0]
+        # What the call leaves is made before it writes, so that nothing is asked for then that there might not be.
+        made = _core.room(gamma, now.mean)
+        if made is None:
+            return None
+        gamma_now, mean, var = made
+        statistics: tuple[_Statistics, ...] = (_Statistics(mean, var, now.update_count + 1, None),)
         done = ordinary_batch_norm(x, gamma_now, beta, self._axis, self._eps, out, self._num_threads)
         if done is None:
             return None
         y, saved = done
-        size, seen, after = x.size, saved.moments, None
-        table, now = seen._table, before[0]
-        if self._plain_rate is not None and _core.first_nonfinite(table) < 0:
-            after = _core.try_update_running(now.mean, now.var, table, self._plain_rate, self._ddof)
-        if after is None:
+        seen, size, rate = saved.moments, x.size, self._plain_rate
+        if (
+            rate is None
+            or now.update_count == _MOST_UPDATES
+            or not _core.try_update_running(
+                now.mean, now.var, seen._table, rate, self._ddof, made, self._nonfinite != "propagate"
+            )
+        ):
             statistics = self._updated(before, 0, seen, _NO_PARTS, saved)
-        else:
-            statistics = (_Statistics(*after, min(now.update_count + 1, _MOST_UPDATES), None),)
         call: _Call = [] if saved.x is None else [x, saved]
         largest_size = max(largest_size, size)
         self._state = _new_state((gamma, beta, statistics, call, (0, seen, size), largest_size))

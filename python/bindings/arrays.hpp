@@ -6,6 +6,7 @@
 #include <pybind11/numpy.h>
 #include <pybind11/pybind11.h>
 
+#include <cmath>
 #include <cstdint>
 #include <span>
 #include <string>
@@ -136,6 +137,14 @@ inline py::array new_array(int type_number, int dimensions, const py::ssize_t* s
   if (array == nullptr) throw py::error_already_set();
   return py::reinterpret_steal<py::array>(array);
 }
+// The first channel whose mean or m2 is infinite or NaN; -1: none.
+inline std::int64_t first_nonfinite(std::span<const Moments> moments) {
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    if (!std::isfinite(moments[c].mean) || !std::isfinite(moments[c].m2)) return static_cast<std::int64_t>(c);
+  }
+  return -1;
+}
+
 // A new table of rows, its values unset, which Python may not write to.
 template <class Row>
 py::array new_table(std::int64_t channels) {

@@ -5,8 +5,6 @@
 // mean_lo, m2, m2_lo. GradSums are float64 tables (channels, 4): sum_dy, sum_dy_lo, sum_dy_xmu, sum_dy_xmu_lo.
 #include <pybind11/stl.h>
 
-#include <algorithm>
-#include <cmath>
 #include <optional>
 #include <tuple>
 
@@ -244,12 +242,8 @@ py::array_t<double> py_rstd(const py::array& moments_table, double eps) {
   return each_channel(moments_table, [eps](const Moments& m) { return rstd(m, eps); });
 }
 
-// The first channel whose mean or m2 is infinite or NaN; -1: none.
 std::int64_t py_first_nonfinite(const py::array& moments_table) {
-  const auto stats = table<Moments>(moments_table, "moments");
-  const auto bad = [](const Moments& m) { return !std::isfinite(m.mean) || !std::isfinite(m.m2); };
-  const auto found = std::find_if(stats.begin(), stats.end(), bad);
-  return found == stats.end() ? -1 : found - stats.begin();
+  return first_nonfinite(table<Moments>(moments_table, "moments"));
 }
 
 // A new array of the same float64 values.

@@ -176,9 +176,11 @@ PyObject* try_normalize_backward(PyObject* const (&arguments)[10]) {
   return PyTuple_Pack(3, dx.ptr(), dgamma.object(), dbeta.object());
 }
 
-// New (running_mean, running_var).
-PyObject* try_update_running(PyObject* const (&arguments)[5]) {
-  const auto& [py_mean, py_var, py_moments, py_update_rate, py_ddof] = arguments;
+// New (running_mean, running_var). Or, where the last two of `into` are arrays for them, whether they were written: not
+// where the moments must be finite and are not. Then no memory is asked for, so that it may follow a call that has
+// written.
+PyObject* try_update_running(PyObject* const (&arguments)[7]) {
+  const auto& [py_mean, py_var, py_moments, py_update_rate, py_ddof, py_into, py_finite] = arguments;
   Arguments a;
   const Array mean = a.array(py_mean);
   const py::ssize_t channels = mean.size();
@@ -187,17 +189,41 @@ PyObject* try_update_running(PyObject* const (&arguments)[5]) {
   const auto moments = a.table<Moments>(py_moments, channels);
   const double update_rate = a.number(py_update_rate, 0, 1);
   const int ddof = a.integer(py_ddof, 0, INT_MAX);
+  const bool given = py_into != Py_None;
+  Array new_mean, new_var;
+  if (given && a.need(PyTuple_CheckExact(py_into) && PyTuple_GET_SIZE(py_into) >= 2)) {
+    const py::ssize_t last = PyTuple_GET_SIZE(py_into) - 1;
+    new_mean = a.out(PyTuple_GET_ITEM(py_into, last - 1), {mean}, {var});
+    new_var = a.out(PyTuple_GET_ITEM(py_into, last), {var}, {mean});
+    a.need(new_mean.present() && new_var.present());
+  }
   if (!a.ordinary()) return not_ordinary();
+  if (py_finite == Py_True && first_nonfinite(moments) >= 0) return Py_NewRef(Py_False);
 
-  const py::object new_mean = new_like(mean), new_var = new_like(var);
+  const py::object made_mean = given ? py::object() : new_like(mean), made_var = given ? py::object() : new_like(var);
+  const auto to_mean = given ? new_mean.values<double>() : values_of<double>(made_mean);
+  const auto to_var = given ? new_var.values<double>() : values_of<double>(made_var);
   if (!done(mean, [&](auto) {
-        std::ranges::copy(mean.values<const double>(), values_of<double>(new_mean).begin());
-        std::ranges::copy(var.values<const double>(), values_of<double>(new_var).begin());
-        update_running(values_of<double>(new_mean), values_of<double>(new_var), moments, update_rate, ddof);
+        std::ranges::copy(mean.values<const double>(), to_mean.begin());
+        std::ranges::copy(var.values<const double>(), to_var.begin());
+        update_running(to_mean, to_var, moments, update_rate, ddof);
       })) {
     return not_ordinary();
   }
-  return PyTuple_Pack(2, new_mean.ptr(), new_var.ptr());
+  return given ? Py_NewRef(Py_True) : PyTuple_Pack(2, made_mean.ptr(), made_var.ptr());
+}
+
+// A copy of gamma, and room for new statistics like `mean`: what a layer's call has to have before it writes.
+PyObject* room(PyObject* const (&arguments)[2]) {
+  const auto& [py_gamma, py_mean] = arguments;
+  Arguments a;
+  const Array gamma = a.array(py_gamma), mean = a.array(py_mean);
+  if (!a.ordinary()) return not_ordinary();
+
+  py::array copy = new_like(gamma);
+  std::copy_n(gamma.data, gamma.bytes, static_cast<char*>(copy.mutable_data()));
+  const py::object new_mean = new_like(mean), new_var = new_like(mean);
+  return PyTuple_Pack(3, copy.ptr(), new_mean.ptr(), new_var.ptr());
 }
 
 // f of N arguments as CPython calls it.
@@ -241,9 +267,13 @@ void add_ordinary_calls(py::module_& m) {
           "try_normalize_backward",
           "try_normalize_backward($module, dy, x, mean, var, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
           "normalize_backward if all arguments are ordinary: dx, dgamma, dbeta."),
-      method<5, try_update_running>("try_update_running",
-                                    "try_update_running($module, mean, var, moments, update_rate, ddof, /)\n--\n\n"
-                                    "update_running if all arguments are ordinary: mean, var."),
+      method<7, try_update_running>(
+          "try_update_running",
+          "try_update_running($module, mean, var, moments, update_rate, ddof, into, finite, /)\n--\n\n"
+          "update_running if all arguments are ordinary: mean, var; or whether `into` was written."),
+      method<2, room>("room",
+                      "room($module, gamma, mean, /)\n--\n\n"
+                      "A copy of gamma and two new arrays like mean, if both are ordinary."),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();
