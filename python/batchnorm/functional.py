@@ -166,7 +166,8 @@ def batch_norm(
     mask : bool, the shape of `x` without its channel axis, or with 1 there, and 1 on any axis along which it does not
         change. Statistics are those of the positions where it is True.
     weights : floats >= 0 of such a shape, rounded to the dtype of `x`: mean = sum(w·x)/W, var = sum(w·(x - mean)²)/W,
-        with W = sum(w), which is the moments' count. A weight of 2 counts as the position twice.
+        with W = sum(w), which is the moments' count. A weight of 2 counts as the position twice; what weights are only
+        matters to unbiased variances (`Moments.var`).
     lengths : (N,) of int. Sample n (axis 0) counts for its first lengths[n] steps; steps are axis 2 where channels are
         axis 1, else axis 1.
     segments : (N,) of int, ids from 0 that never fall: rows (axis 0) of one id are normalized by their own

@@ -1775,14 +1775,16 @@ def _ghosts_and_one_backward(
     return Gradients(dx, dgamma, dbeta)
 
 
-# warnings.filters as they were when they were last looked at, their number, the first, and what they said.
+# Where filters may belong to a context (Python 3.14), what gives those of the present one.
+_context_filters: Callable[[], list[Any]] | None = getattr(warnings, "_get_filters", None)
+# The filters as they were when they were last looked at, their number, the first, and what they said.
 _filters: tuple[Any, int, Any, bool] = (None, 0, None, False)
 
 
 def _warnings_may_raise() -> bool:
     """Tell whether a RuntimeWarning may be turned into an exception (``-W error``)."""
     global _filters
-    now: Any = warnings.filters
+    now: Any = warnings.filters if _context_filters is None else _context_filters()
     first = now[0] if now else None
     if _filters[0] is now and _filters[1] == len(now) and _filters[2] is first:
         return _filters[3]
