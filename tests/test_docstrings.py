@@ -3,29 +3,21 @@
 import doctest
 import importlib
 import inspect
+from pathlib import Path
 
 import pytest
 
 import batchnorm as bn
 
-NAMES = [
-    "derivatives",
-    "functional",
-    "ghost",
-    "info",
-    "layers",
-    "memory_modes",
-    "moments",
-    "renorm",
-    "report",
-    "state_file",
-]
-MODULES = [f"batchnorm.{name}" for name in NAMES]
+PACKAGE = Path(bn.__file__).parent
+MODULES = [path for path in sorted(PACKAGE.rglob("*.py")) if ">>> " in path.read_text(encoding="utf-8")]
 
 
-@pytest.mark.parametrize("name", MODULES)
-def test_examples_show_what_they_say(name):
+@pytest.mark.parametrize("path", MODULES, ids=lambda path: path.stem)
+def test_examples_show_what_they_say(path):
+    name = ".".join(["batchnorm", *path.relative_to(PACKAGE).with_suffix("").parts])
     result = doctest.testmod(importlib.import_module(name), optionflags=doctest.NORMALIZE_WHITESPACE)
+    assert result.attempted > 0
     assert result.failed == 0
 
 
