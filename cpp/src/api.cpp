@@ -32,6 +32,11 @@ void check_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& pr
   check::eps(eps);
   check::output("y_dot", y_dot, problem, x_dot, "x_dot");
   check::no_partial_overlap("y_dot", y_dot.data(), "x", x.data(), x.size_bytes());
+  check::apart({{"y_dot", y_dot}}, {{"gamma", gamma},
+                                    {"gamma_dot", tangents.gamma},
+                                    {"beta_dot", tangents.beta},
+                                    {"mean_dot", tangents.mean},
+                                    {"var_dot", tangents.var}});
 }
 
 // Sizes and overlaps of the tensors. ddy is written before dx is computed from v, dy and x.
@@ -42,9 +47,9 @@ void check_second_tensors(std::span<const T> v, std::span<const T> dy, std::span
   for (const auto& [name, in] : {std::pair{"v", v}, {"dy", dy}, {"x", x}}) {
     if (!ddy.empty()) check::output("ddy", ddy, problem, in, name);
     if (!dx.empty()) check::output("dx", dx, problem, in, name);
-    if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy, name, in);
+    if (!ddy.empty() && !dx.empty()) check::apart({{"ddy", ddy}}, {{name, in}});
   }
-  if (!ddy.empty() && !dx.empty()) check::apart("ddy", ddy, "dx", dx);
+  if (!ddy.empty() && !dx.empty()) check::apart({{"ddy", ddy}}, {{"dx", dx}});
 }
 
 template <class T>
@@ -57,6 +62,10 @@ void check_double_backward(std::span<const T> v, std::span<const T> dy, std::spa
   check::eps(eps);
   check_second_tensors(v, dy, x, problem, ddy, dx);
   if (dgamma.wanted()) check::channels("dgamma", dgamma.size(), problem);
+  check::apart({{"dgamma", dgamma}}, {{"v", v}, {"dy", dy}, {"x", x}, {"ddy", ddy}, {"dx", dx}});
+  for (const check::Memory& output : {check::Memory{"ddy", ddy}, {"dx", dx}, {"dgamma", dgamma}}) {
+    check::apart({output}, {{"gamma", gamma}, {"v_dgamma", w.dgamma}, {"v_dbeta", w.dbeta}});
+  }
 }
 
 template <class F>
@@ -74,6 +83,7 @@ void moments(std::span<const T> x, const Problem& problem, std::span<Moments> ou
   check_common(problem, options);
   check::size("x", x.size(), problem);
   check::channels("out", out.size(), problem);
+  check::apart({{"out", out}}, {{"x", x}});
   run_moments(x.data(), problem, out.data(), options.threads);
 }
 
@@ -98,6 +108,7 @@ void update_running(std::span<double> running_mean, std::span<double> running_va
   const Problem channels{1, static_cast<std::int64_t>(batch.size()), 1};
   check::channels("running_mean", running_mean.size(), channels);
   check::channels("running_var", running_var.size(), channels);
+  check::apart({{"running_mean", running_mean}, {"running_var", running_var}}, {{"batch", batch}});
   check::counts("batch", batch);
   check::update_rate(update_rate);
   check::ddof(ddof);
@@ -128,6 +139,8 @@ void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamm
   check::output("y", y, problem, x, "x");
   check::channels("saved", saved.size(), problem);
   check::batch_values(problem);
+  check::apart({{"saved", saved}}, {{"x", x}, {"y", y}, {"gamma", gamma}, {"beta", beta}});
+  check::apart({{"y", y}}, {{"gamma", gamma}, {"beta", beta}});
   run_batch_norm(x.data(), problem, gamma, beta, eps, y.data(), saved.data(), options.threads);
 }
 
@@ -144,6 +157,7 @@ void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean,
   check::eps(eps);
   check::variances(var);
   check::output("y", y, problem, x, "x");
+  check::apart({{"y", y}}, {{"mean", mean}, {"var", var}, {"gamma", gamma}, {"beta", beta}});
   run_normalize(x.data(), problem, {mean, var}, gamma, beta, eps, y.data(), options.threads);
 }
 
@@ -159,6 +173,7 @@ void normalize(std::span<const T> x, const Problem& problem, std::span<const Mom
   check::channels_or_absent("beta", beta, problem);
   check::eps(eps);
   check::output("y", y, problem, x, "x");
+  check::apart({{"y", y}}, {{"moments", moments}, {"gamma", gamma}, {"beta", beta}});
   run_normalize(x.data(), problem, {{}, {}, moments.data()}, gamma, beta, eps, y.data(), options.threads);
 }
 
@@ -170,6 +185,7 @@ void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& probl
   check::channels("moments", moments.size(), problem);
   check::counts("moments", moments);
   check::channels("out", out.size(), problem);
+  check::apart({{"out", out}}, {{"dy", dy}, {"x", x}, {"moments", moments}});
   run_grad_sums(dy.data(), x.data(), problem, moments.data(), out.data(), options.threads);
 }
 
@@ -184,6 +200,7 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& prob
   check::channels("sums", sums.size(), problem);
   check::size("dx", dx.size(), problem);
   check::gradients(dy, x, problem, gamma, eps, dx, {}, {});
+  check::apart({{"dx", dx}}, {{"moments", moments}, {"sums", sums}});
   run_grad_input(dy.data(), x.data(), problem, moments.data(), sums.data(), gamma, eps, dx.data(), options.threads);
 }
 
@@ -196,6 +213,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Prob
   check::channels("saved", saved.size(), problem);
   check::counts_of_batch("saved", saved, problem);
   check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::apart({{"dx", dx}, {"dgamma", dgamma}, {"dbeta", dbeta}}, {{"saved", saved}});
   run_batch_norm_backward(dy.data(), x.data(), problem, saved.data(), gamma, eps, data_or_null(dx), dgamma, dbeta,
                           options.threads);
 }
@@ -210,6 +228,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
   check::channels_present("var", var, problem);
   check::variances(var);
   check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::apart({{"dx", dx}, {"dgamma", dgamma}, {"dbeta", dbeta}}, {{"mean", mean}, {"var", var}});
   run_normalize_backward(dy.data(), x.data(), problem, {mean, var}, gamma, eps, data_or_null(dx), dgamma, dbeta,
                          options.threads);
 }
@@ -226,6 +245,7 @@ void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Proble
   check::channels("saved", saved.size(), problem);
   check::counts_of_batch("saved", saved, problem);
   check_jvp(x_dot, x, problem, gamma, tangents, eps, y_dot);
+  check::apart({{"y_dot", y_dot}}, {{"saved", saved}});
   run_batch_norm_jvp<T>(x_dot.data(), x.data(), problem, saved.data(), nullptr, gamma, tangents, eps, y_dot.data(),
                         options.threads);
 }
@@ -244,6 +264,7 @@ void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem
   check::channels_present("var", var, problem);
   check::variances(var);
   check_jvp(x_dot, x, problem, gamma, tangents, eps, y_dot);
+  check::apart({{"y_dot", y_dot}}, {{"mean", mean}, {"var", var}});
   run_normalize_jvp<T>(x_dot.data(), x.data(), problem, {mean, var}, gamma, tangents, eps, y_dot.data(),
                        options.threads);
 }
@@ -259,6 +280,9 @@ void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std
   check::channels("saved", saved.size(), problem);
   check::counts_of_batch("saved", saved, problem);
   check_double_backward(v, dy, x, problem, gamma, w, eps, ddy, dx, dgamma);
+  for (const check::Memory& output : {check::Memory{"ddy", ddy}, {"dx", dx}, {"dgamma", dgamma}}) {
+    check::apart({output}, {{"saved", saved}});
+  }
   run_batch_norm_double_backward<T>(v.data(), dy.data(), x.data(), problem, saved.data(), gamma, w, eps,
                                     {data_or_null(ddy), data_or_null(dx), dgamma}, options.threads);
 }
@@ -275,6 +299,9 @@ void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std:
   check::channels_present("var", var, problem);
   check::variances(var);
   check_double_backward(v, dy, x, problem, gamma, w, eps, ddy, dx, dgamma);
+  for (const check::Memory& output : {check::Memory{"ddy", ddy}, {"dx", dx}, {"dgamma", dgamma}}) {
+    check::apart({output}, {{"mean", mean}, {"var", var}});
+  }
   run_normalize_double_backward<T>(v.data(), dy.data(), x.data(), problem, {mean, var}, gamma, w, eps,
                                    {data_or_null(ddy), data_or_null(dx), dgamma}, options.threads);
 }

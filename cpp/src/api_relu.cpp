@@ -27,11 +27,10 @@ void check_forward(std::span<const T> x, const Problem& problem, std::span<const
     check::size("residual", residual.size(), problem);
     check::no_partial_overlap("y", y.data(), "residual", residual.data(), residual.size_bytes());
   }
+  check::apart({{"y", y}}, {{"gamma", gamma}, {"beta", beta}});
   if (mask.empty()) return;
   check::mask_bytes(mask.size(), mask_bytes(problem));
-  check::apart("mask", mask, "x", x);
-  check::apart("mask", mask, "y", y);
-  check::apart("mask", mask, "residual", residual);
+  check::apart({{"mask", mask}}, {{"x", x}, {"y", y}, {"residual", residual}, {"gamma", gamma}, {"beta", beta}});
 }
 
 template <class T>
@@ -43,12 +42,12 @@ void check_backward(std::span<const T> dy, std::span<const T> x, const Problem& 
   check::size("x", x.size(), problem);
   check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
   check::mask_bytes(mask.size(), mask_bytes(problem));
-  check::apart("dx", dx, "mask", mask);
-  check::apart("dresidual", dresidual, "mask", mask);
+  check::apart({{"dx", dx}, {"dgamma", dgamma}, {"dbeta", dbeta}}, {{"mask", mask}});
   if (dresidual.empty()) return;
   check::output("dresidual", dresidual, problem, dy, "dy");
   check::no_partial_overlap("dresidual", dresidual.data(), "x", x.data(), x.size_bytes());
-  check::apart("dresidual", dresidual, "dx", dx);
+  check::apart({{"dresidual", dresidual}},
+               {{"mask", mask}, {"dx", dx}, {"dgamma", dgamma}, {"dbeta", dbeta}, {"gamma", gamma}});
 }
 
 }  // namespace
@@ -66,6 +65,8 @@ void batch_norm_relu(std::span<const T> x, const Problem& problem, std::span<con
   check_forward(x, problem, residual, gamma, beta, eps, y, mask, options);
   check::channels("saved", saved.size(), problem);
   check::batch_values(problem);
+  check::apart({{"saved", saved}},
+               {{"x", x}, {"residual", residual}, {"y", y}, {"mask", mask}, {"gamma", gamma}, {"beta", beta}});
   const ReluInto<T> into{data_or_null(residual), y.data(), data_or_null(mask)};
   run_batch_norm_relu(x.data(), problem, gamma, beta, eps, into, saved.data(), options.threads);
 }
@@ -79,6 +80,7 @@ void normalize_relu(std::span<const T> x, const Problem& problem, std::span<cons
   check::channels_present("mean", mean, problem);
   check::channels_present("var", var, problem);
   check::variances(var);
+  check::apart({{"y", y}, {"mask", mask}}, {{"mean", mean}, {"var", var}});
   const ReluInto<T> into{data_or_null(residual), y.data(), data_or_null(mask)};
   run_normalize_relu(x.data(), problem, {mean, var}, gamma, beta, eps, into, options.threads);
 }
@@ -92,6 +94,7 @@ void batch_norm_relu_backward(std::span<const T> dy, std::span<const T> x, const
   check_backward(dy, x, problem, mask, gamma, eps, dx, dresidual, dgamma, dbeta, options);
   check::channels("saved", saved.size(), problem);
   check::counts_of_batch("saved", saved, problem);
+  check::apart({{"dx", dx}, {"dresidual", dresidual}, {"dgamma", dgamma}, {"dbeta", dbeta}}, {{"saved", saved}});
   const ReluGradients<T> out{data_or_null(dx), data_or_null(dresidual), dgamma, dbeta};
   run_batch_norm_relu_backward(dy.data(), x.data(), problem, mask.data(), saved.data(), gamma, eps, out,
                                options.threads);
@@ -107,6 +110,8 @@ void normalize_relu_backward(std::span<const T> dy, std::span<const T> x, const 
   check::channels_present("mean", mean, problem);
   check::channels_present("var", var, problem);
   check::variances(var);
+  check::apart({{"dx", dx}, {"dresidual", dresidual}, {"dgamma", dgamma}, {"dbeta", dbeta}},
+               {{"mean", mean}, {"var", var}});
   const ReluGradients<T> out{data_or_null(dx), data_or_null(dresidual), dgamma, dbeta};
   run_normalize_relu_backward(dy.data(), x.data(), problem, mask.data(), {mean, var}, gamma, eps, out, options.threads);
 }

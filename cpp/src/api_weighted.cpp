@@ -31,6 +31,7 @@ void moments(std::span<const T> x, const Problem& problem, const WeightsFor<T>& 
   const DefaultFloatingPoint environment;
   const GivenWeights<T> given = checked(problem, weights, x, options);
   check::channels("out", out.size(), problem);
+  check::apart({{"out", out}}, {{"x", x}, {"weights", weights.values}});
   run_weighted_moments(x.data(), problem, given, out.data(), options.threads);
 }
 
@@ -45,6 +46,10 @@ void batch_norm(std::span<const T> x, const Problem& problem, const WeightsFor<T
   check::output("y", y, problem, x, "x");
   check::channels("saved", saved.size(), problem);
   check::counted_positions(given.summary.counted, problem);
+  check::apart({{"saved", saved}}, {{"x", x}, {"y", y}});
+  for (const check::Memory& output : {check::Memory{"saved", saved}, {"y", y}}) {
+    check::apart({output}, {{"weights", weights.values}, {"gamma", gamma}, {"beta", beta}});
+  }
   run_weighted_batch_norm(x.data(), problem, given, gamma, beta, eps, y.data(), saved.data(), options.threads);
 }
 
@@ -62,6 +67,8 @@ void normalize(std::span<const T> x, const Problem& problem, const WeightsFor<T>
   check::eps(eps);
   check::variances(var);
   check::output("y", y, problem, x, "x");
+  check::apart({{"y", y}},
+               {{"weights", weights.values}, {"mean", mean}, {"var", var}, {"gamma", gamma}, {"beta", beta}});
   run_weighted_normalize(x.data(), problem, given, {mean, var}, gamma, beta, eps, y.data(), options.threads);
 }
 
@@ -74,6 +81,7 @@ void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& probl
   check::channels("moments", moments.size(), problem);
   check::counts("moments", moments);
   check::channels("out", out.size(), problem);
+  check::apart({{"out", out}}, {{"dy", dy}, {"x", x}, {"weights", weights.values}, {"moments", moments}});
   run_weighted_grad_sums(dy.data(), x.data(), problem, given, moments.data(), out.data(), options.threads);
 }
 
@@ -88,6 +96,7 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& prob
   check::channels("sums", sums.size(), problem);
   check::size("dx", dx.size(), problem);
   check::gradients(dy, x, problem, gamma, eps, dx, {}, {});
+  check::apart({{"dx", dx}}, {{"weights", weights.values}, {"moments", moments}, {"sums", sums}});
   run_weighted_grad_input(dy.data(), x.data(), problem, given, moments.data(), sums.data(), gamma, eps, dx.data(),
                           options.threads);
 }
@@ -101,6 +110,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Prob
   check::channels("saved", saved.size(), problem);
   check::counts("saved", saved);
   check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::apart({{"dx", dx}, {"dgamma", dgamma}, {"dbeta", dbeta}}, {{"weights", weights.values}, {"saved", saved}});
   run_weighted_batch_norm_backward(dy.data(), x.data(), problem, given, saved.data(), gamma, eps, data_or_null(dx),
                                    dgamma, dbeta, options.threads);
 }
@@ -117,6 +127,8 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
   check::channels_present("var", var, problem);
   check::variances(var);
   check::gradients(dy, x, problem, gamma, eps, dx, dgamma, dbeta);
+  check::apart({{"dx", dx}, {"dgamma", dgamma}, {"dbeta", dbeta}},
+               {{"weights", weights.values}, {"mean", mean}, {"var", var}});
   run_weighted_normalize_backward(dy.data(), x.data(), problem, given, {mean, var}, gamma, eps, data_or_null(dx),
                                   dgamma, dbeta, options.threads);
 }

@@ -169,11 +169,16 @@ void counts_of_segments(const char* name, std::span<const Moments> moments, std:
   }
 }
 
-void bytes_apart(const char* a_name, const void* a, std::size_t a_bytes, const char* b_name, const void* b,
-                 std::size_t b_bytes) {
-  const auto first = reinterpret_cast<std::uintptr_t>(a), second = reinterpret_cast<std::uintptr_t>(b);
-  if (first > second ? first - second < b_bytes && a_bytes > 0 : second - first < a_bytes && b_bytes > 0) {
-    fail(a_name, " must share no memory with ", b_name, ", got an overlap");
+void apart(std::initializer_list<Memory> written, std::initializer_list<Memory> others) {
+  const auto check = [](const Memory& a, const Memory& b) {
+    const auto first = reinterpret_cast<std::uintptr_t>(a.begin), second = reinterpret_cast<std::uintptr_t>(b.begin);
+    if (first > second ? first - second < b.size && a.size > 0 : second - first < a.size && b.size > 0) {
+      fail(a.name, " must share no memory with ", b.name, ", got an overlap");
+    }
+  };
+  for (const Memory* a = written.begin(); a != written.end(); ++a) {
+    for (const Memory* b = a + 1; b != written.end(); ++b) check(*a, *b);
+    for (const Memory& b : others) check(*a, b);
   }
 }
 

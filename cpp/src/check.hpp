@@ -1,6 +1,7 @@
 // All argument checks of the C++ API and their messages: argument, what was needed, what came.
 #pragma once
 
+#include <initializer_list>
 #include <span>
 
 #include "batchnorm/types.hpp"
@@ -50,13 +51,22 @@ void counts_of_segments(const char* name, std::span<const Moments> moments, std:
                         const Problem& problem);
 // `out` is exactly `in`, or does not touch it.
 void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
-// Arrays of any types and sizes that must not touch each other.
-void bytes_apart(const char* a_name, const void* a, std::size_t a_bytes, const char* b_name, const void* b,
-                 std::size_t b_bytes);
-template <class A, class B>
-void apart(const char* a_name, std::span<A> a, const char* b_name, std::span<B> b) {
-  bytes_apart(a_name, a.data(), a.size_bytes(), b_name, b.data(), b.size_bytes());
-}
+// The memory of an argument, of any type and size; nothing where it is absent.
+struct Memory {
+  const char* name;
+  const std::byte* begin;
+  std::size_t size;
+
+  template <class T>
+  Memory(const char* of, std::span<T> values)
+      : name(of), begin(reinterpret_cast<const std::byte*>(values.data())), size(values.size_bytes()) {}
+  Memory(const char* of, const ChannelValues& values) : Memory(of, values.bytes()) {}
+  Memory(const char* of, const ChannelOutput& values) : Memory(of, values.bytes()) {}
+};
+// What is written shares no memory with anything else that is, nor with the others. Outputs per channel are written
+// while tensors and what is per channel are still read, and the other way round; only a tensor may be written to one
+// that is read (output(), no_partial_overlap()).
+void apart(std::initializer_list<Memory> written, std::initializer_list<Memory> others);
 void mask_bytes(std::size_t got, std::int64_t needed);
 
 // A tensor that is written: of the problem's size, exactly `in` or apart from it.
@@ -78,6 +88,8 @@ void gradients(std::span<const T> dy, std::span<const T> x, const Problem& probl
   }
   if (dgamma.wanted()) channels("dgamma", dgamma.size(), problem);
   if (dbeta.wanted()) channels("dbeta", dbeta.size(), problem);
+  apart({{"dgamma", dgamma}, {"dbeta", dbeta}}, {{"dy", dy}, {"x", x}, {"dx", dx}, {"gamma", gamma}});
+  apart({{"dx", dx}}, {{"gamma", gamma}});
 }
 
 }  // namespace batchnorm::check

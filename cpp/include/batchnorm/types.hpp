@@ -61,6 +61,10 @@ class ChannelValues {
   [[nodiscard]] constexpr double operator[](std::int64_t c) const {
     return f32_ != nullptr ? static_cast<double>(f32_[c]) : f64_[c];
   }
+  // The memory that they lie in.
+  [[nodiscard]] std::span<const std::byte> bytes() const {
+    return f32_ != nullptr ? std::as_bytes(std::span(f32_, size_)) : std::as_bytes(std::span(f64_, size_));
+  }
   // Value of channel c, or `absent` where the caller gave none.
   [[nodiscard]] constexpr double value_or(std::int64_t c, double absent) const {
     return present_ ? (*this)[c] : absent;
@@ -89,6 +93,10 @@ class ChannelOutput {
 
   [[nodiscard]] constexpr bool wanted() const { return wanted_; }
   [[nodiscard]] constexpr std::size_t size() const { return size_; }
+  // The memory that they go to.
+  [[nodiscard]] std::span<const std::byte> bytes() const {
+    return f32_ != nullptr ? std::as_bytes(std::span(f32_, size_)) : std::as_bytes(std::span(f64_, size_));
+  }
   // Rounds to the type of the output; does nothing where none is wanted.
   constexpr void set(std::int64_t c, double value) const {
     if (f32_ != nullptr) f32_[c] = static_cast<float>(value);
