@@ -89,13 +89,13 @@ void run_grad_input(const T* dy, const T* x, const Problem& problem, const Momen
 template <class T>
 void run_batch_norm_backward(const T* dy, const T* x, const Problem& problem, const Moments* saved, ChannelValues gamma,
                              double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta, int threads,
-                             std::int64_t part_of) {
+                             const PartOf& part) {
   Pass<T> pass{.reduces = true, .applies = dx != nullptr, .calls = {dy, x, dx}, .moments = saved};
   pass.dgamma = dgamma;
   pass.dbeta = dbeta;
   pass.gamma = gamma;
   pass.eps = eps;
-  run(pass, problem, threads, part_of);
+  run(pass, problem, threads, part);
 }
 
 template <class T>
@@ -151,7 +151,7 @@ void run_normalize_jvp(const T* x_dot, const T* x, const Problem& problem, const
   template void run_normalize_jvp(const T*, const T*, const Problem&, const GivenStatistics&, ChannelValues,           \
                                   const Tangents&, double, T*, int);                                                   \
   template void run_batch_norm_backward(const T*, const T*, const Problem&, const Moments*, ChannelValues, double, T*, \
-                                        ChannelOutput, ChannelOutput, int, std::int64_t);                              \
+                                        ChannelOutput, ChannelOutput, int, const PartOf&);                             \
   template void run_normalize_backward(const T*, const T*, const Problem&, const GivenStatistics&, ChannelValues,      \
                                        double, T*, ChannelOutput, ChannelOutput, int);
 BN_INSTANTIATE(Float16)

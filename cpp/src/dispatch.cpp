@@ -1,6 +1,7 @@
 #include "dispatch.hpp"
 
 #include <array>
+#include <atomic>
 #include <cstdlib>
 #include <stdexcept>
 
@@ -41,8 +42,11 @@ const Implementation reference_implementation{"reference", &kernels::reference_t
 std::span<const Implementation> implementations() { return kImplementations; }
 
 const Implementation& active_implementation() {
-  static const Implementation& active = choose();
-  return active;
+  // Not a static of the function: a child that is forked while another thread makes one would wait for it for ever.
+  static std::atomic<const Implementation*> active{nullptr};
+  const Implementation* chosen = active.load(std::memory_order_acquire);
+  if (chosen == nullptr) active.store(chosen = &choose(), std::memory_order_release);
+  return *chosen;
 }
 
 }  // namespace batchnorm

@@ -191,13 +191,20 @@ void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Pr
   const std::vector<Moments> about_0(out.dgamma.wanted() ? channels : 0);
   std::vector<GradSums> sums(about_0.size());
   if (out.dgamma.wanted()) run_grad_sums(v, dy, problem, about_0.data(), sums.data(), threads);
+  GivenStatistics scale = given;
+  scale.only_scale = true;
+  const auto to_dx = [&, at_most = available_threads(threads)](const PartOf& part) {
+    run_normalize(dy, problem, scale, w.dgamma, {}, eps, out.dx, at_most, part);
+  };
+  const bool scales = out.dx != nullptr && w.dgamma.present();
+  std::size_t bytes = 0;  // before ddy is written
+  if (scales) to_dx({.needed = &bytes});
+  const Workspace::Heap memory = Workspace::allocate(bytes);
   if (out.ddy != nullptr) {
     run_normalize_jvp(v, x, problem, given, gamma, {w.dgamma, w.dbeta, {}, {}}, eps, out.ddy, threads);
   }
-  if (out.dx != nullptr && w.dgamma.present()) {
-    GivenStatistics scale = given;
-    scale.only_scale = true;
-    run_normalize(dy, problem, scale, w.dgamma, {}, eps, out.dx, threads);
+  if (scales) {
+    to_dx({.memory = memory.get()});
   } else if (out.dx != nullptr) {
     std::fill_n(out.dx, problem.size(), T(0));
   }

@@ -56,36 +56,36 @@ using Pass = ForwardPass<T, ForwardCalls<T>>;
 }  // namespace
 
 template <class T>
-void run_moments(const T* x, const Problem& problem, Moments* out, int threads) {
-  run(Pass<T>{.reduces = true, .applies = false, .calls = {x, nullptr}, .saved = out}, problem, threads);
+void run_moments(const T* x, const Problem& problem, Moments* out, int threads, const PartOf& part) {
+  run(Pass<T>{.reduces = true, .applies = false, .calls = {x, nullptr}, .saved = out}, problem, threads, part);
 }
 
 template <class T>
 void run_batch_norm(const T* x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps, T* y,
-                    Moments* saved, int threads, std::int64_t part_of) {
+                    Moments* saved, int threads, const PartOf& part) {
   Pass<T> pass{.reduces = true, .applies = true, .calls = {x, y}, .saved = saved};
   pass.gamma = gamma;
   pass.beta = beta;
   pass.eps = eps;
-  run(pass, problem, threads, part_of);
+  run(pass, problem, threads, part);
 }
 
 template <class T>
 void run_normalize(const T* x, const Problem& problem, const GivenStatistics& given, ChannelValues gamma,
-                   ChannelValues beta, double eps, T* y, int threads) {
+                   ChannelValues beta, double eps, T* y, int threads, const PartOf& part) {
   Pass<T> pass{.reduces = false, .applies = true, .calls = {x, y}, .given = given};
   pass.gamma = gamma;
   pass.beta = beta;
   pass.eps = eps;
-  run(pass, problem, threads);
+  run(pass, problem, threads, part);
 }
 
 #define BN_INSTANTIATE(T)                                                                                             \
-  template void run_moments(const T*, const Problem&, Moments*, int);                                                 \
+  template void run_moments(const T*, const Problem&, Moments*, int, const PartOf&);                                  \
   template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int,     \
-                               std::int64_t);                                                                         \
+                               const PartOf&);                                                                        \
   template void run_normalize(const T*, const Problem&, const GivenStatistics&, ChannelValues, ChannelValues, double, \
-                              T*, int);
+                              T*, int, const PartOf&);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)

@@ -33,6 +33,8 @@ void set_num_threads(int threads) {
 
 int get_num_threads() { return available_threads(0); }
 
+int threads_worked() { return widest_call(); }
+
 BuildInfo build_info() {
 #ifdef NDEBUG
   constexpr bool assertions = false;

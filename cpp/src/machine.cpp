@@ -2,6 +2,7 @@
 
 #include <unistd.h>
 
+#include <atomic>
 #include <cstring>
 
 namespace batchnorm {
@@ -25,9 +26,15 @@ Machine read_machine() {
 
 }  // namespace
 
-const Machine& machine() {
-  static const Machine m = read_machine();
-  return m;
+Machine machine() {
+  // As in dispatch.cpp, not one static of the function. Whoever comes first together with others reads the same.
+  static std::atomic<std::int64_t> l2{0}, l3{0};
+  const Machine known{l2.load(std::memory_order_relaxed), l3.load(std::memory_order_relaxed)};
+  if (known.l2_bytes != 0 && known.l3_bytes != 0) return known;
+  const Machine read = read_machine();
+  l2.store(read.l2_bytes, std::memory_order_relaxed);
+  l3.store(read.l3_bytes, std::memory_order_relaxed);
+  return read;
 }
 
 bool machine_runs(const char* isa) {

@@ -11,7 +11,7 @@ struct Machine {
 };
 
 // Read once from the operating system.
-const Machine& machine();
+Machine machine();
 
 // Whether CPU and operating system run code compiled for "x86-64-v2", "x86-64-v3", "x86-64-v4", "neon" or "generic".
 bool machine_runs(const char* isa);

@@ -1,7 +1,9 @@
 #include "parallel.hpp"
 
+#include <dlfcn.h>
 #include <pthread.h>
 #include <signal.h>
+#include <unistd.h>
 
 #include <algorithm>
 #include <atomic>
@@ -9,7 +11,10 @@
 #include <cassert>
 #include <chrono>
 #include <cstdlib>
+#include <memory>
+#include <new>
 #include <thread>
+#include <utility>
 
 #include "floating_point.hpp"
 
@@ -28,21 +33,65 @@ constexpr int kMostThreads = 64;
 constexpr int kMostWorkers = kMostThreads - 1;
 
 std::atomic<int> thread_limit{0};
-std::atomic<bool> is_forked_child{false};
 
-void note_fork() { is_forked_child.store(true, std::memory_order_relaxed); }
-[[maybe_unused]] const int fork_handler_registered = pthread_atfork(nullptr, nullptr, note_fork);
+// ---- processors --------------------------------------------------------------------------------------------------
 
-// Processors that this process may use.
+#ifdef __linux__
+// Processors of this process, whatever the thread that asks is bound to. More than Linux can be built for.
+class ProcessorSet {
+ public:
+  static constexpr std::size_t kMost = 8192;
+
+  // False where the system does not say.
+  bool read() { return read_places() || sched_getaffinity(getpid(), sizeof bits_, set()) == 0; }
+  [[nodiscard]] int count() { return CPU_COUNT_S(sizeof bits_, set()); }
+  void bind_this_thread() { sched_setaffinity(0, sizeof bits_, set()); }
+
+ private:
+  [[nodiscard]] cpu_set_t* set() { return reinterpret_cast<cpu_set_t*>(bits_); }
+
+  // Where OpenMP binds threads to places, it has bound the main thread to one of them before anything could ask.
+  bool read_places() {
+#ifdef _OPENMP
+    if (omp_get_proc_bind() == omp_proc_bind_false) return false;
+    for (int place = 0; place < omp_get_num_places(); ++place) {
+      const int count = omp_get_place_num_procs(place);
+      const std::unique_ptr<int[]> numbers(new (std::nothrow) int[static_cast<std::size_t>(count)]);
+      if (numbers == nullptr) return false;
+      omp_get_place_proc_ids(place, numbers.get());
+      for (int k = 0; k < count; ++k) CPU_SET_S(static_cast<std::size_t>(numbers[k]), sizeof bits_, set());
+    }
+    return count() > 0;
+#else
+    return false;
+#endif
+  }
+
+  unsigned long bits_[kMost / (8 * sizeof(unsigned long))] = {};
+};
+#endif
+
+void bind_to_processors_of_process() {
+#ifdef __linux__
+  ProcessorSet set;
+  if (set.read()) set.bind_this_thread();
+#endif
+}
+
 int count_processors() {
 #ifdef __linux__
-  cpu_set_t set;
-  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+  ProcessorSet set;
+  if (set.read()) return set.count();
 #endif
   return std::max(1, static_cast<int>(std::thread::hardware_concurrency()));
 }
+
+// Processors that this process may use. Not a static of the function: a child that is forked while another thread makes
+// one would wait for it for ever.
+std::atomic<int> known_processors{0};
 int processors() {
-  static const int count = count_processors();
+  int count = known_processors.load(std::memory_order_relaxed);
+  if (count == 0) known_processors.store(count = count_processors(), std::memory_order_relaxed);
   return count;
 }
 
@@ -210,11 +259,25 @@ class Job {
 
 // Whether this thread is in a task of a call that has several threads.
 thread_local bool is_working = false;
+// Threads of the widest call of this thread since widest_call() was last asked.
+thread_local int widest = 1;
+
+// What tasks take is below 64 KB, with any kernels; sanitizers take several times as much. The stack of the system's
+// choice may be as small as a limit of the process says.
+constexpr std::size_t kStackBytes = 512 * 1024;
 
 // Workers are made when first wanted and live, mostly asleep, as long as the process. They and the pool are never
 // destroyed, since they may be looking at it while the process ends.
 class Pool {
  public:
+  // In a forked child, which has none of its parent's threads: what they may have been changing is left to itself.
+  void forget() {
+    for (Worker*& worker : workers_) worker = nullptr;
+    idle_.store(0, std::memory_order_relaxed);
+    made_.store(0, std::memory_order_relaxed);
+    is_making_.clear(std::memory_order_relaxed);
+  }
+
   // Takes up to `wanted` workers away from other calls: bits of their numbers.
   std::uint64_t take(int wanted) {
     std::uint64_t idle = idle_.load(std::memory_order_relaxed), taken = 0;
@@ -246,8 +309,9 @@ class Pool {
     std::atomic<Order> order;
     Job job;
 
+    // Released, because a worker that is on its way to an earlier call may read it before the bell.
     void call(const Order& what) {
-      order.store(what, std::memory_order_relaxed);
+      order.store(what, std::memory_order_release);
       bell.set(bell.get() + 1);
     }
   };
@@ -271,32 +335,41 @@ class Pool {
     return made;
   }
 
-  // Signals are for the threads of the program. A system that has no thread left leaves the call with fewer.
-  bool start(int number) noexcept {
+  // Signals are for the threads of the program. A system that has no memory or no thread left leaves the call with
+  // fewer.
+  bool start(int number) {
+    if (workers_[number] == nullptr) workers_[number] = new (std::nothrow) Worker;
+    if (workers_[number] == nullptr) return false;
+    keep_code();
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    bool started = true;
-    try {
-      if (workers_[number] == nullptr) workers_[number] = new Worker;
-      std::thread([this, number] { serve(*workers_[number]); }).detach();
-    } catch (...) {
-      started = false;
-    }
+    const bool started = start_thread(workers_[number], kStackBytes) || start_thread(workers_[number], 0);
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return started;
   }
-
-  [[noreturn]] void serve(Worker& worker) {
-    const DefaultFloatingPoint environment;
-    is_working = true;
-    Order order{};
-    for (std::uint32_t heard = 0;;) {
-      heard = worker.bell.wait(heard, order.threads <= processors());
-      order = worker.order.load(std::memory_order_relaxed);
-      workers_[order.job]->job.work(order);
+  // Of the system's stack size where none is given: the library's is too small where thread-local data, which lie on
+  // it, are large.
+  static bool start_thread(Worker* worker, std::size_t stack_bytes) {
+    pthread_attr_t attributes;
+    if (pthread_attr_init(&attributes) != 0) return false;
+    pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
+    if (stack_bytes > 0) pthread_attr_setstacksize(&attributes, stack_bytes);
+    pthread_t thread;
+    const bool started = pthread_create(&thread, &attributes, serve, worker) == 0;
+    pthread_attr_destroy(&attributes);
+    return started;
+  }
+  // Workers run this code as long as the process: an object that may be unloaded (a plugin that the library is linked
+  // into) never is from now on. The program itself cannot be opened, and need not be.
+  void keep_code() const {
+    Dl_info here;
+    if (dladdr(this, &here) != 0 && here.dli_fname != nullptr) {
+      dlopen(here.dli_fname, RTLD_LAZY | RTLD_NOLOAD | RTLD_NODELETE);
     }
   }
+
+  static void* serve(void* argument);
 
   alignas(64) std::atomic<std::uint64_t> idle_{0};
   std::atomic<int> made_{0};
@@ -304,6 +377,26 @@ class Pool {
   Worker* workers_[kMostWorkers] = {};
 };
 constinit Pool pool;
+
+// A worker looks at the processors itself: it must not be bound to those of the thread that has made it.
+void* Pool::serve(void* argument) {
+  Worker& worker = *static_cast<Worker*>(argument);
+  bind_to_processors_of_process();
+  const DefaultFloatingPoint environment;
+  is_working = true;
+  Order order{};
+  for (std::uint32_t heard = 0;;) {
+    heard = worker.bell.wait(heard, order.threads <= processors());
+    order = worker.order.load(std::memory_order_acquire);
+    pool.workers_[order.job]->job.work(order);
+  }
+}
+
+void begin_in_child() {
+  known_processors.store(0, std::memory_order_relaxed);
+  pool.forget();
+}
+[[maybe_unused]] const int fork_handler_registered = pthread_atfork(nullptr, nullptr, begin_in_child);
 
 // ---- without a pool ----------------------------------------------------------------------------------------------
 
@@ -336,10 +429,10 @@ void run_phases(int threads, const Phase* phases, int count, void* context) {
     most_blocks = std::max(most_blocks, (phases[p].tasks + phases[p].grain - 1) / phases[p].grain);
   }
   threads = static_cast<int>(std::min<std::int64_t>({threads, kMostThreads, most_blocks}));
-  const bool alone = threads == 1 || is_working || is_forked_child.load(std::memory_order_relaxed);
-  const std::uint64_t workers = alone ? 0 : pool.take(threads - 1);
+  const std::uint64_t workers = threads == 1 || is_working ? 0 : pool.take(threads - 1);
   if (workers == 0) return run_alone(phases, count, context);
 
+  widest = std::max(widest, 1 + std::popcount(workers));
   is_working = true;
   pool.run(workers, filled, filled_count, context);
   is_working = false;
@@ -347,7 +440,7 @@ void run_phases(int threads, const Phase* phases, int count, void* context) {
 }
 
 int available_threads(int requested) {
-  if (requested == 1 || is_forked_child.load(std::memory_order_relaxed)) return 1;
+  if (requested == 1) return 1;
 #ifdef _OPENMP
   if (omp_in_parallel()) return 1;
   const int setting = omp_get_max_threads();
@@ -360,6 +453,8 @@ int available_threads(int requested) {
   if (requested == 0 && limit > 0) threads = std::min(threads, limit);
   return std::clamp(threads, 1, kMostThreads);
 }
+
+int widest_call() { return std::exchange(widest, 1); }
 
 void set_thread_limit(int threads) { thread_limit.store(threads, std::memory_order_relaxed); }
 

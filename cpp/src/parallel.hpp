@@ -20,8 +20,9 @@ struct Phase {
   std::int64_t tasks;
   std::int64_t grain;  // tasks claimed at a time, >= 1
   bool backwards;      // shares are visited from their ends, and run() goes through its range from the end
-  // Must not throw. Gets at most `grain` tasks at a time where several threads work, and all tasks where one does.
-  void (*run)(void* context, Range tasks);
+  // Gets at most `grain` tasks at a time where several threads work, and all tasks where one does. What can fail must
+  // come before: the others would go on in the frame of a call that has been left.
+  void (*run)(void* context, Range tasks) noexcept;
 };
 
 constexpr int kMostPhases = 8;
@@ -35,14 +36,16 @@ void run_phases(int threads, const Phase* phases, int count, void* context);
 // cannot mix with the caller's arithmetic.
 template <class F>
 void run_here(F&& f) {
-  const Phase phase{1, 1, false, [](void* context, Range) { (*static_cast<F*>(context))(); }};
+  const Phase phase{1, 1, false, [](void* context, Range) noexcept { (*static_cast<F*>(context))(); }};
   run_phases(1, &phase, 1, &f);
 }
 
 // Threads for a call that asks for `requested` (0: the process's setting, else OpenMP's for this thread, else
-// OMP_NUM_THREADS, else the processors this process may use). 1 inside somebody's OpenMP region, and in a forked child,
-// which has none of its parent's threads.
+// OMP_NUM_THREADS, else the processors this process may use). 1 inside somebody's OpenMP region.
 int available_threads(int requested);
+
+// The most threads that a call of this thread has been shared among since this was last asked; 1: none was shared.
+int widest_call();
 
 void set_thread_limit(int threads);
 

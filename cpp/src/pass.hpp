@@ -10,6 +10,7 @@
 #pragma once
 
 #include "coefficients.hpp"
+#include "passes.hpp"
 #include "traverse.hpp"
 
 namespace batchnorm {
@@ -43,17 +44,23 @@ inline const double* lay_out_means(const Plan& plan, const Moments* moments, Wor
 }
 
 template <class Pass>
-void run(Pass pass, const Problem& problem, int threads, std::int64_t part_of = 0) {
+void run(Pass pass, const Problem& problem, int threads, const PartOf& part = {}) {
   using Table = typename Pass::Table;
   const Plan& plan = pass.plan;
-  const Work work{pass.reduces, pass.applies, pass.calls.streams() - (pass.applies ? 0 : 1), Pass::kItemSize, part_of};
+  const Work work{pass.reduces, pass.applies, pass.calls.streams() - (pass.applies ? 0 : 1), Pass::kItemSize,
+                  part.size};
   pass.plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
   pass.calls.prepare(pass.plan);
   constexpr bool kBackward = requires { pass.column_mean; };
   const bool wants_means = kBackward && pass.reduces && plan.path == Path::row_blocks;
-  Workspace workspace((pass.applies ? Table::bytes(plan) : 0) +
-                      (wants_means ? Workspace::bytes_for<double>(plan.sum_rows.columns) : 0) +
-                      Traversal<Pass>::bytes(plan, pass.reduces));
+  const std::size_t bytes = (pass.applies ? Table::bytes(plan) : 0) +
+                            (wants_means ? Workspace::bytes_for<double>(plan.sum_rows.columns) : 0) +
+                            Traversal<Pass>::bytes(plan, pass.reduces);
+  if (part.needed != nullptr) {
+    *part.needed = std::max(*part.needed, bytes);
+    return;
+  }
+  Workspace workspace(bytes, part.memory);
   if constexpr (kBackward) {
     if (wants_means) pass.column_mean = lay_out_means(plan, pass.moments, workspace);
   }

@@ -1,6 +1,8 @@
 // The calls that api.cpp makes once arguments are checked. Pointers may be null where the comment says so.
 #pragma once
 
+#include <cstddef>
+
 #include "batchnorm/types.hpp"
 #include "dispatch.hpp"
 
@@ -29,15 +31,23 @@ struct SecondOutputs {
   ChannelOutput dgamma;
 };
 
+// What a pass that is a part of a larger call is told about that.
+struct PartOf {
+  std::int64_t size =
+      0;  // values of the whole tensor, whose parts are worked on one after the other; 0: it is all of it
+  std::byte* memory = nullptr;    // what the larger call has for the pass to work in; null: it sees to that itself
+  std::size_t* needed = nullptr;  // where not null, the pass raises this to the memory that it needs, and does no more
+};
+
 // forward.cpp
 template <class T>
-void run_moments(const T* x, const Problem& problem, Moments* out, int threads);
+void run_moments(const T* x, const Problem& problem, Moments* out, int threads, const PartOf& part = {});
 template <class T>
 void run_batch_norm(const T* x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps, T* y,
-                    Moments* saved, int threads, std::int64_t part_of = 0);
+                    Moments* saved, int threads, const PartOf& part = {});
 template <class T>
 void run_normalize(const T* x, const Problem& problem, const GivenStatistics& given, ChannelValues gamma,
-                   ChannelValues beta, double eps, T* y, int threads);
+                   ChannelValues beta, double eps, T* y, int threads, const PartOf& part = {});
 
 // backward.cpp. dx may be null.
 template <class T>
@@ -48,7 +58,7 @@ void run_grad_input(const T* dy, const T* x, const Problem& problem, const Momen
 template <class T>
 void run_batch_norm_backward(const T* dy, const T* x, const Problem& problem, const Moments* saved, ChannelValues gamma,
                              double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta, int threads,
-                             std::int64_t part_of = 0);
+                             const PartOf& part = {});
 template <class T>
 void run_normalize_backward(const T* dy, const T* x, const Problem& problem, const GivenStatistics& given,
                             ChannelValues gamma, double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta,

@@ -67,7 +67,7 @@ class Traversal {
 
   template <void (Traversal::*f)(Range)>
   static Phase phase(std::int64_t tasks, bool backwards = false) {
-    return {tasks, 1, backwards, [](void* self, Range range) { (static_cast<Traversal*>(self)->*f)(range); }};
+    return {tasks, 1, backwards, [](void* self, Range range) noexcept { (static_cast<Traversal*>(self)->*f)(range); }};
   }
   void run_phases(std::initializer_list<Phase> phases) {
     batchnorm::run_phases(plan_.threads, phases.begin(), static_cast<int>(phases.size()), this);

@@ -24,12 +24,13 @@ struct Chunks {
   };
   std::span<const W> weights;
   std::vector<Part> parts;
+  const kernels::KernelTable& table = *active_implementation().table;  // which may throw, as a task may not
 
   void summarize(Range chunks) {
     for (std::int64_t k = chunks.begin; k < chunks.end; ++k) {
       const W* w = weights.data() + k * kChunk;
       const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
-      const kernels::WeightCounts counts = active_implementation().table->weighted<W>().count(w, n);
+      const kernels::WeightCounts counts = table.weighted<W>().count(w, n);
       parts[static_cast<std::size_t>(k)] = {two_sum(counts.total, counts.total_lo), n - counts.zeros,
                                             counts.zeros + counts.ones == n, counts.good == n};
     }
@@ -41,8 +42,9 @@ struct Chunks {
 template <class W>
 WeightSummary summarize(std::span<const W> weights, int threads) {
   const auto count = (static_cast<std::int64_t>(weights.size()) + kChunk - 1) / kChunk;
-  Chunks<W> chunks{weights, std::vector<typename Chunks<W>::Part>(static_cast<std::size_t>(count))};
-  const Phase phase{count, 1, false, [](void* self, Range range) { static_cast<Chunks<W>*>(self)->summarize(range); }};
+  Chunks<W> chunks{.weights = weights, .parts = std::vector<typename Chunks<W>::Part>(static_cast<std::size_t>(count))};
+  const Phase phase{count, 1, false,
+                    [](void* self, Range range) noexcept { static_cast<Chunks<W>*>(self)->summarize(range); }};
   run_phases(count > 1 ? available_threads(threads) : 1, &phase, 1, &chunks);
   WeightSummary result;
   for (const auto& part : chunks.parts) {

@@ -1,4 +1,5 @@
-// Memory of one call: a small buffer on the caller's stack, the heap beyond it.
+// Memory of one call: a small buffer on the caller's stack, the heap beyond it; or what a larger call has for its
+// parts.
 #pragma once
 
 #include <cstddef>
@@ -10,11 +11,15 @@ namespace batchnorm {
 
 class Workspace {
  public:
-  // Holds `bytes` in all; throws std::bad_alloc where the heap has not that much.
-  explicit Workspace(std::size_t bytes) {
-    if (bytes > sizeof stack_) {
-      heap_.reset(static_cast<std::byte*>(::operator new(bytes, kAlign)));
-      next_ = heap_.get();
+  // What fits on the stack.
+  static constexpr std::size_t kOnStack = 16 * 1024;
+
+  // Holds `bytes` in all; throws std::bad_alloc where the heap has not that much. `given`: so many bytes at a line's
+  // begin, to be used instead of the heap; or null.
+  explicit Workspace(std::size_t bytes, std::byte* given = nullptr) {
+    if (bytes > kOnStack) {
+      if (given == nullptr) heap_ = allocate(bytes);
+      next_ = given == nullptr ? heap_.get() : given;
     } else {
       next_ = stack_;
     }
@@ -41,8 +46,15 @@ class Workspace {
   struct Free {
     void operator()(std::byte* p) const { ::operator delete(p, kAlign); }
   };
-  alignas(64) std::byte stack_[16 * 1024];
-  std::unique_ptr<std::byte, Free> heap_;
+
+ public:
+  // Heap memory that begins with a cache line.
+  using Heap = std::unique_ptr<std::byte, Free>;
+  static Heap allocate(std::size_t bytes) { return Heap(static_cast<std::byte*>(::operator new(bytes, kAlign))); }
+
+ private:
+  alignas(64) std::byte stack_[kOnStack];
+  Heap heap_;
   std::byte* next_ = nullptr;
 };
 

@@ -1,12 +1,15 @@
 // Phases of tasks (parallel.hpp): each task once, phases in order, whoever works on them.
 #include "parallel.hpp"
 
+#include <pthread.h>
+#include <sched.h>
 #include <sys/wait.h>
 #include <unistd.h>
 
 #include <atomic>
 #include <chrono>
 #include <cstdint>
+#include <filesystem>
 #include <string>
 #include <thread>
 #include <vector>
@@ -26,7 +29,7 @@ struct Call {
   }
 
   template <int phase>
-  static void run(void* context, Range range) {
+  static void run(void* context, Range range) noexcept {
     Call& call = *static_cast<Call*>(context);
     auto& mine = call.runs[phase];
     for (std::int64_t t = range.begin; t < range.end; ++t) ++mine.data()[t];
@@ -77,7 +80,7 @@ TEST(each_task_runs_once_and_after_all_of_the_phase_before) {
 
 TEST(phases_without_tasks_are_passed_over) {
   int runs = 0;
-  const auto count = [](void* context, Range range) {
+  const auto count = [](void* context, Range range) noexcept {
     *static_cast<int*>(context) += static_cast<int>(range.end - range.begin);
   };
   const Phase phases[] = {{0, 1, false, count}, {3, 10, false, count}, {0, 1, true, count}};
@@ -105,9 +108,9 @@ TEST(calls_from_eight_threads_at_once_each_do_all_their_tasks) {
 
 TEST(a_task_that_calls_does_the_inner_call_alone) {
   std::atomic<int> inner_tasks{0};
-  const auto outer = [](void* context, Range range) {
+  const auto outer = [](void* context, Range range) noexcept {
     for (std::int64_t t = range.begin; t < range.end; ++t) {
-      const auto inner = [](void* counter, Range r) {
+      const auto inner = [](void* counter, Range r) noexcept {
         *static_cast<std::atomic<int>*>(counter) += static_cast<int>(r.end - r.begin);
       };
       const Phase phase{5, 1, false, inner};
@@ -126,7 +129,7 @@ TEST(a_slow_task_keeps_nobody_from_the_others) {
     std::atomic<bool> waited_in_vain{false};
   } slow;
   constexpr int kTasks = 50;
-  const auto run = [](void* context, Range range) {
+  const auto run = [](void* context, Range range) noexcept {
     Slow& s = *static_cast<Slow*>(context);
     if (range.begin == 0) {
       const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(3);
@@ -141,15 +144,56 @@ TEST(a_slow_task_keeps_nobody_from_the_others) {
   EXPECT(!slow.waited_in_vain.load(), "the other thread did not take over the tasks of the slow one");
 }
 
-// The child's answer: 0 where a call did all its tasks on one thread.
-int answer_of_child() {
-  alarm(1);
-  Call call(40);
-  call.make(4, 1, false);
-  return call.each_once() && available_threads(4) == 1 ? 0 : 1;
+TEST(a_call_tells_how_many_threads_it_was_shared_among) {
+  widest_call();
+  for (const int threads : {3, 2, 1}) {
+    Call call(40);
+    call.make(threads, 1, false);
+    EXPECT_EQUAL(widest_call(), threads);
+    EXPECT_EQUAL(widest_call(), 1, "asked again");
+  }
+  Call narrow(40), wide(40), one(1);
+  wide.make(4, 1, false);
+  narrow.make(2, 1, false);
+  one.make(4, 1, false);
+  EXPECT_EQUAL(widest_call(), 4, "the widest of three");
 }
 
-TEST(a_child_forked_while_threads_compute_finishes_a_call_within_a_second) {
+#ifndef __SANITIZE_THREAD__  // which knows no threads of a forked child
+
+int threads_of_process() {
+  int count = 0;
+  for (const auto& thread : std::filesystem::directory_iterator("/proc/self/task")) count += thread.exists();
+  return count;
+}
+
+int status_of(pid_t child) {
+  int status = -1;
+  waitpid(child, &status, 0);
+  return status;
+}
+
+// Runs f in a process of its own; 0 where it returned true.
+template <class F>
+int status_of_process(F&& f) {
+  const pid_t child = fork();
+  if (child == 0) {
+    alarm(20);
+    _exit(f() ? 0 : 1);
+  }
+  return status_of(child);
+}
+
+// The child's answer: 0 where a call did all its tasks on two threads, which the child then has.
+int answer_of_child() {
+  alarm(10);
+  widest_call();
+  Call call(40);
+  call.make(2, 1, false);
+  return call.each_once() && widest_call() == 2 && threads_of_process() == 2 ? 0 : 1;
+}
+
+TEST(a_child_forked_while_threads_compute_has_a_pool_of_its_own) {
   std::atomic<bool> over{false};
   std::thread other([&over] {
     while (!over) {
@@ -162,9 +206,7 @@ TEST(a_child_forked_while_threads_compute_finishes_a_call_within_a_second) {
     call.make(3, 1, true);
     const pid_t child = fork();
     if (child == 0) _exit(answer_of_child());
-    int status = -1;
-    waitpid(child, &status, 0);
-    EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0, "child ", k, " ended with status ", status);
+    EXPECT_EQUAL(status_of(child), 0, "child ", k);
   }
   over = true;
   other.join();
@@ -178,6 +220,76 @@ TEST(the_limit_of_the_process_holds_where_a_call_asks_for_no_number) {
   EXPECT_EQUAL(available_threads(1), 1);
   EXPECT(available_threads(1'000'000) <= 64, available_threads(1'000'000));
 }
+
+TEST(a_child_of_a_child_has_a_pool_too) {
+  EXPECT_EQUAL(status_of_process([] {
+                 return answer_of_child() == 0 && status_of_process([] { return answer_of_child() == 0; }) == 0;
+               }),
+               0);
+}
+
+#ifdef __linux__
+// Processors that each thread of this process may use.
+std::vector<cpu_set_t> affinities() {
+  std::vector<cpu_set_t> sets;
+  for (const auto& thread : std::filesystem::directory_iterator("/proc/self/task")) {
+    cpu_set_t set;
+    if (sched_getaffinity(std::stoi(thread.path().filename()), sizeof set, &set) == 0) sets.push_back(set);
+  }
+  return sets;
+}
+
+TEST(workers_have_the_processors_of_the_process_and_not_those_of_the_first_caller) {
+  cpu_set_t all;
+  sched_getaffinity(0, sizeof all, &all);
+  if (CPU_COUNT(&all) < 2) return;
+  const auto pinned = [&all] {
+    cpu_set_t one;
+    CPU_ZERO(&one);
+    for (int k = 0; CPU_COUNT(&one) == 0; ++k) {
+      if (CPU_ISSET(k, &all)) CPU_SET(k, &one);
+    }
+    std::atomic<int> bound{0};
+    std::thread caller([&] {
+      sched_setaffinity(0, sizeof one, &one);
+      Call call(40);
+      call.make(3, 1, false);
+      // A worker binds itself when it comes to run.
+      const auto end = std::chrono::steady_clock::now() + std::chrono::seconds(5);
+      do {
+        bound = 0;
+        for (const cpu_set_t& set : affinities()) bound += CPU_EQUAL(&set, &all) ? 0 : 1;
+      } while (bound != 1 && std::chrono::steady_clock::now() < end);
+    });
+    caller.join();
+    return bound == 1;  // the caller
+  };
+  EXPECT_EQUAL(status_of_process(pinned), 0);
+}
+#endif
+
+// The stack that workers get must be enough where a limit of the process makes the system's small.
+TEST(workers_have_stacks_of_a_size_of_their_own) {
+  const auto with_small_stacks = [] {
+    pthread_attr_t small;
+    pthread_attr_init(&small);
+    pthread_attr_setstacksize(&small, 64 * 1024);
+    if (pthread_setattr_default_np(&small) != 0) return false;
+    std::atomic<int> used{0};
+    const auto run = [](void* context, Range) noexcept {
+      volatile char bytes[200 * 1024];
+      for (std::size_t k = 0; k < sizeof bytes; k += 1024) bytes[k] = 1;
+      *static_cast<std::atomic<int>*>(context) += bytes[1024];
+      std::this_thread::sleep_for(std::chrono::milliseconds(20));  // the other thread takes some
+    };
+    const Phase phase{8, 1, false, run};
+    run_phases(2, &phase, 1, &used);
+    return used == 8;
+  };
+  EXPECT_EQUAL(status_of_process(with_small_stacks), 0);
+}
+
+#endif
 
 }  // namespace
 

@@ -128,7 +128,7 @@ void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem
 //     dx = -gamma*rstd^2*(b*v0 + a*g0 + (c - 3*a*b)*xhat) + v_dgamma*rstd*(g0 - b*xhat)
 //     dgamma = rstd*n*(c - a*b)
 // ddy and dx: problem.size() values, dgamma: problem.channels values; what is empty is not computed. dx, or ddy without
-// dx, may be exactly v, dy or x; must not overlap them otherwise. Where memory runs out, ddy may have been written.
+// dx, may be exactly v, dy or x; must not overlap them otherwise.
 template <class T>
 void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x,
                                 const Problem& problem, std::span<const Moments> saved, ChannelValues gamma,

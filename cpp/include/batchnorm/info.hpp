@@ -25,6 +25,9 @@ void set_num_threads(int threads);
 // Threads that a large call from this thread would use now.
 [[nodiscard]] int get_num_threads();
 
+// The most threads among which a call from this thread has been shared since this was last asked; 1: none was shared.
+[[nodiscard]] int threads_worked();
+
 struct BuildInfo {
   std::string version, compiler, flags, build_type;
   bool openmp;
