@@ -3,6 +3,7 @@
 import dataclasses
 import hashlib
 import json
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -428,6 +429,35 @@ def test_many_small_segments_are_shared_out_among_threads_with_the_same_bits(thr
     assert results[0] == results[1]
 
 
+def test_the_cost_of_segments_follows_the_rows_and_not_the_largest_id():
+    """Graphs without nodes may be many, but ids that leave out millions are refused before any memory is taken."""
+    x = np.arange(12.0).reshape(4, 3)
+    for rows, ids, most in (
+        (2, [0, 100_000_000], 1024),
+        (3, [0, 0, 10**7], 1024),
+        (4, [0, 0, 1024, 1024], 1024),
+    ):
+        tracemalloc.start()
+        with pytest.raises(
+            ValueError, match=f"segments must be ids below {most} with {rows} rows, .* got {ids[-1]} for"
+        ):
+            bn.batch_norm(x[:rows], segments=ids)
+        assert tracemalloc.get_traced_memory()[1] < 1e6
+        tracemalloc.stop()
+    _, saved = bn.batch_norm(x, segments=[0, 0, 1023, 1023])
+    assert saved.moments.count.reshape(1024, 3)[:, 0].nonzero()[0].tolist() == [0, 1023]
+    many = np.repeat([0, 8 * 1000 - 1], 500)
+    assert len(bn.moments(np.ones((1000, 1)), segments=many).count) == 8000
+    with pytest.raises(ValueError, match="segments must be ids below 8000 with 1000 rows"):
+        bn.moments(np.ones((1000, 1)), segments=many + many // 7999)
+
+
+def test_ids_that_are_names_become_ids_as_the_error_says():
+    x, names = np.arange(12.0).reshape(4, 3), np.array([7, 7, 10**12, 10**12])
+    y, _ = bn.batch_norm(x, segments=np.unique(names, return_inverse=True)[1])
+    np.testing.assert_array_equal(y[2:], bn.batch_norm(x[2:])[0])
+
+
 def test_arrays_that_do_not_lie_row_by_row_have_segments_too():
     rng = np.random.default_rng(0)
     x = np.asfortranarray(rng.normal(size=(40, 6)))
@@ -599,7 +629,11 @@ MISTAKES = [
         "segments must be ids from 0 that never fall, got -1 for row 0",
     ),
     ({"segments": [0, 1]}, ValueError, "segments must have shape (4,), one id per row, got (2,)"),
-    ({"segments": [0, 0, 0, 2**31]}, ValueError, "segments must be ids below 2**31, got 2147483648"),
+    (
+        {"segments": [0, 0, 0, 2**40]},
+        ValueError,
+        "segments must be ids below 1024 with 4 rows, since each up to the largest has statistics, got 1099511627776 for row 3; np.unique(segments, return_inverse=True)[1] are ids without gaps",
+    ),
     (
         {"mask": np.ones((4, 5), bool), "padding": "reflect"},
         ValueError,

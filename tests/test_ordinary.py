@@ -58,17 +58,25 @@ FUNCTIONS = {
         a.mean.astype(float), a.var.astype(float), a.moments, **of(a, "update_rate", "ddof")
     ),
 }
+
+
+def tuple_of(*items):
+    return items
+
+
 TRIES = {
     "moments": lambda a: _core.try_moments(a.x, a.axis, a.num_threads),
-    "batch_norm": lambda a: _core.try_batch_norm(a.x, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads),
+    "batch_norm": lambda a: _core.try_batch_norm(
+        tuple_of, a.x, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads
+    ),
     "normalize": lambda a: _core.try_normalize(
         a.x, a.mean, a.var, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads
     ),
     "batch_norm_backward": lambda a: _core.try_batch_norm_backward(
-        a.dy, a.x, a.moments._table, a.gamma, a.axis, a.eps, a.needs, a.out, a.num_threads
+        bn.Gradients, a.dy, a.x, a.moments._table, a.gamma, a.axis, a.eps, a.needs, a.out, a.num_threads
     ),
     "normalize_backward": lambda a: _core.try_normalize_backward(
-        a.dy, a.x, a.mean, a.var, a.gamma, a.axis, a.eps, a.needs, a.out, a.num_threads
+        bn.Gradients, a.dy, a.x, a.mean, a.var, a.gamma, a.axis, a.eps, a.needs, a.out, a.num_threads
     ),
     "update_running": lambda a: _core.try_update_running(
         a.mean, a.var, a.moments._table, a.update_rate, a.ddof, None, False

@@ -1,6 +1,7 @@
 """The C++ core of batchnorm on dense NumPy arrays. Private: use the functions of the package."""
 
-from typing import Any, TypeAlias, overload
+from collections.abc import Callable
+from typing import Any, TypeAlias, TypeVar, overload
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,13 +9,22 @@ from numpy.typing import NDArray
 _Array: TypeAlias = NDArray[Any]
 _Table: TypeAlias = NDArray[np.float64]
 _Sizes: TypeAlias = tuple[int, int, int]
+_Kept = TypeVar("_Kept")
+_Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, _Array | None, _Array | None])
 
 __version__: str
 
 def moments(x: _Array, sizes: _Sizes, threads: int) -> _Table: ...
 def batch_norm(
-    x: _Array, sizes: _Sizes, gamma: _Array | None, beta: _Array | None, eps: float, out: _Array, threads: int
-) -> _Table: ...
+    x: _Array,
+    sizes: _Sizes,
+    gamma: _Array | None,
+    beta: _Array | None,
+    eps: float,
+    out: _Array,
+    moments: _Table,
+    threads: int,
+) -> None: ...
 def normalize(
     x: _Array,
     sizes: _Sizes,
@@ -46,10 +56,10 @@ def batch_norm_backward(
     gamma: _Array | None,
     eps: float,
     out: _Array | None,
-    need_gamma: bool,
-    need_beta: bool,
+    dgamma: _Array | None,
+    dbeta: _Array | None,
     threads: int,
-) -> tuple[_Table | None, _Table | None]: ...
+) -> None: ...
 def normalize_backward(
     dy: _Array,
     x: _Array,
@@ -59,10 +69,10 @@ def normalize_backward(
     gamma: _Array | None,
     eps: float,
     out: _Array | None,
-    need_gamma: bool,
-    need_beta: bool,
+    dgamma: _Array | None,
+    dbeta: _Array | None,
     threads: int,
-) -> tuple[_Table | None, _Table | None]: ...
+) -> None: ...
 def batch_norm_jvp(
     x_dot: _Array,
     x: _Array,
@@ -102,9 +112,9 @@ def batch_norm_double_backward(
     eps: float,
     ddy: _Array | None,
     dx: _Array | None,
-    need_gamma: bool,
+    dgamma: _Array | None,
     threads: int,
-) -> _Table | None: ...
+) -> None: ...
 def normalize_double_backward(
     v_dx: _Array,
     dy: _Array,
@@ -118,13 +128,21 @@ def normalize_double_backward(
     eps: float,
     ddy: _Array | None,
     dx: _Array | None,
-    need_gamma: bool,
+    dgamma: _Array | None,
     threads: int,
-) -> _Table | None: ...
+) -> None: ...
 def try_moments(x: object, axis: object, threads: object, /) -> _Table | None: ...
 def try_batch_norm(
-    x: object, gamma: object, beta: object, axis: object, eps: object, out: object, threads: object, /
-) -> tuple[_Array, _Array | None, _Table, int] | None: ...
+    keep: Callable[[_Array | None, _Table, _Array | None, int, float], _Kept],
+    x: object,
+    gamma: object,
+    beta: object,
+    axis: object,
+    eps: object,
+    out: object,
+    threads: object,
+    /,
+) -> tuple[_Array, _Kept] | None: ...
 def try_normalize(
     x: object,
     mean: object,
@@ -138,6 +156,7 @@ def try_normalize(
     /,
 ) -> _Array | None: ...
 def try_batch_norm_backward(
+    type: type[_Gradients],
     dy: object,
     x: object,
     moments: object,
@@ -148,8 +167,9 @@ def try_batch_norm_backward(
     out: object,
     threads: object,
     /,
-) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
+) -> _Gradients | None: ...
 def try_normalize_backward(
+    type: type[_Gradients],
     dy: object,
     x: object,
     mean: object,
@@ -161,7 +181,7 @@ def try_normalize_backward(
     out: object,
     threads: object,
     /,
-) -> tuple[_Array | None, _Array | None, _Array | None] | None: ...
+) -> _Gradients | None: ...
 def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
 @overload
 def try_update_running(
@@ -185,6 +205,10 @@ def try_update_running(
     finite: bool,
     /,
 ) -> bool | None: ...
+def combine(
+    to: _Array | None, a: _Table | None, x: _Array | None, b: _Table | None, y: _Array | None, /
+) -> None: ...
+def new_moments(channels: int) -> _Table: ...
 def weighted_moments(x: _Array, sizes: _Sizes, weights: _Array, threads: int) -> _Table: ...
 def weighted_batch_norm(
     x: _Array,
@@ -195,8 +219,9 @@ def weighted_batch_norm(
     beta: _Array | None,
     eps: float,
     out: _Array,
+    moments: _Table,
     threads: int,
-) -> _Table: ...
+) -> None: ...
 def weighted_normalize(
     x: _Array,
     sizes: _Sizes,
@@ -236,10 +261,10 @@ def weighted_batch_norm_backward(
     gamma: _Array | None,
     eps: float,
     out: _Array | None,
-    need_gamma: bool,
-    need_beta: bool,
+    dgamma: _Array | None,
+    dbeta: _Array | None,
     threads: int,
-) -> tuple[_Table | None, _Table | None]: ...
+) -> None: ...
 def weighted_normalize_backward(
     dy: _Array,
     x: _Array,
@@ -251,10 +276,10 @@ def weighted_normalize_backward(
     gamma: _Array | None,
     eps: float,
     out: _Array | None,
-    need_gamma: bool,
-    need_beta: bool,
+    dgamma: _Array | None,
+    dbeta: _Array | None,
     threads: int,
-) -> tuple[_Table | None, _Table | None]: ...
+) -> None: ...
 def segment_moments(x: _Array, sizes: _Sizes, offsets: NDArray[np.int64], threads: int) -> _Table: ...
 def segment_batch_norm(
     x: _Array,
@@ -264,8 +289,9 @@ def segment_batch_norm(
     beta: _Array | None,
     eps: float,
     out: _Array,
+    moments: _Table,
     threads: int,
-) -> _Table: ...
+) -> None: ...
 def segment_batch_norm_backward(
     dy: _Array,
     x: _Array,
@@ -275,10 +301,10 @@ def segment_batch_norm_backward(
     gamma: _Array | None,
     eps: float,
     out: _Array | None,
-    need_gamma: bool,
-    need_beta: bool,
+    dgamma: _Array | None,
+    dbeta: _Array | None,
     threads: int,
-) -> tuple[_Table | None, _Table | None]: ...
+) -> None: ...
 def merge(a: _Table, b: _Table) -> _Table: ...
 def variance(moments: _Table, ddof: int) -> _Table: ...
 def rstd(moments: _Table, eps: float) -> _Table: ...
@@ -291,6 +317,7 @@ def available_isas() -> list[str]: ...
 def active_isa() -> str: ...
 def set_num_threads(threads: int) -> None: ...
 def get_num_threads() -> int: ...
+def threads_worked() -> int: ...
 def build_info() -> dict[str, Any]: ...
 def explain(sizes: _Sizes, item_size: int, threads: int) -> str: ...
 def relu_mask_bytes(sizes: _Sizes) -> int: ...
@@ -303,8 +330,9 @@ def batch_norm_relu(
     eps: float,
     out: _Array,
     mask: NDArray[np.uint8] | None,
+    moments: _Table,
     threads: int,
-) -> _Table: ...
+) -> None: ...
 def normalize_relu(
     x: _Array,
     sizes: _Sizes,
@@ -328,10 +356,10 @@ def batch_norm_relu_backward(
     eps: float,
     out: _Array | None,
     dresidual: _Array | None,
-    need_gamma: bool,
-    need_beta: bool,
+    dgamma: _Array | None,
+    dbeta: _Array | None,
     threads: int,
-) -> tuple[_Table | None, _Table | None]: ...
+) -> None: ...
 def normalize_relu_backward(
     dy: _Array,
     x: _Array,
@@ -343,7 +371,7 @@ def normalize_relu_backward(
     eps: float,
     out: _Array | None,
     dresidual: _Array | None,
-    need_gamma: bool,
-    need_beta: bool,
+    dgamma: _Array | None,
+    dbeta: _Array | None,
     threads: int,
-) -> tuple[_Table | None, _Table | None]: ...
+) -> None: ...

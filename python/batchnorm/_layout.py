@@ -44,6 +44,14 @@ def order_of_axes(x: Array) -> list[int]:
     return [d for d in range(x.ndim) if d not in order] + order
 
 
+def begins_with_rows(x: Array, axis: int) -> bool:
+    """Whether `dense` gives an outer size that is whole steps of axis 0, the outermost of all."""
+    if x.flags.c_contiguous:
+        return True
+    order = [d for d in order_of_axes(x) if x.shape[d] > 1]
+    return axis in order[1:] and order[0] == 0
+
+
 def _memory_order(x: Array) -> list[int] | None:
     """Axes longer than 1, outermost first, where they fill one block; None where there are gaps or repeats."""
     order = sorted((d for d in range(x.ndim) if x.shape[d] != 1), key=lambda d: -x.strides[d])

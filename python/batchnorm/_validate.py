@@ -296,6 +296,11 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
     return dtype.kind == "V" and dtype.itemsize == 2 and dtype.isnative and dtype.name == "bfloat16"
 
 
+def is_of_core(dtype: np.dtype[Any]) -> bool:
+    """Tell whether the core reads and writes arrays of it."""
+    return dtype in _TENSORS or is_bfloat16(dtype)
+
+
 def saved_input(x: object, axis_: object, eps_: object) -> Array:
     """Give the x that a forward call has saved, after checking what was saved beside it."""
     if x is None:

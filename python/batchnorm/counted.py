@@ -13,6 +13,10 @@ from batchnorm._validate import PADDINGS, Padding
 
 Array = NDArray[Any]
 
+# Ids that no row has cost as much memory as others. There may be some (graphs without nodes), in any small batch, and
+# several to a row in a large one; beyond that they are names of something else.
+_MOST_IDS, _MOST_IDS_A_ROW = 1024, 8
+
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Positions:
@@ -22,14 +26,19 @@ class Positions:
     ----------
     weights : ndarray, flat, in the memory order of the array; float64 for float64 arrays, else float32.
     padding : "zero", "keep" or "normalize": what the output is where the weight is 0.
-    total : the sum of the weights, once the core has told it.
     source : "mask", "weights" or "lengths": the argument that told them.
+    table : the moments of the call, whose count is the sum of the weights once the core has filled them.
     """
 
     weights: Array
     padding: Padding
-    total: float = 0.0
     source: str = "weights"
+    table: Array | None = None
+
+    @property
+    def total(self) -> float:
+        """The sum of the weights; 0 where there are no channels to tell it."""
+        return 0.0 if self.table is None or not len(self.table) else float(self.table[0, 0])
 
     def __repr__(self) -> str:
         return _validate.summary(self)
@@ -92,7 +101,9 @@ Counted = Positions | Segments
 
 def dense(x: Array, axis: int, part: Counted | None) -> tuple[Array, _layout.Sizes]:
     """Give `_layout.dense`, with axis 0 outermost where segments of it are meant (which may cost a copy)."""
-    return _layout.dense(np.ascontiguousarray(x) if isinstance(part, Segments) else x, axis)
+    if isinstance(part, Segments) and not _layout.begins_with_rows(x, axis):
+        x = np.ascontiguousarray(x)
+    return _layout.dense(x, axis)
 
 
 def counted(
@@ -217,6 +228,11 @@ def _segments(x: Array, axis: int, segments: Any) -> Segments:
     if ids[0] < 0 or falls.size:
         at = 0 if ids[0] < 0 else int(falls[0]) + 1
         raise ValueError(f"segments must be ids from 0 that never fall, got {ids[at]} for row {at}")
-    if ids[-1] >= 2**31:
-        raise ValueError(f"segments must be ids below 2**31, got {ids[-1]}")
+    most = max(_MOST_IDS, _MOST_IDS_A_ROW * ids.size)
+    if ids[-1] >= most:
+        raise ValueError(
+            f"segments must be ids below {most} with {ids.size} rows, since each up to the largest has statistics, "
+            f"got {ids[-1]} for row {ids.searchsorted(most)}; np.unique(segments, return_inverse=True)[1] are ids "
+            "without gaps"
+        )
     return Segments(np.searchsorted(ids, np.arange(ids[-1] + 2)).astype(np.int64, copy=False))

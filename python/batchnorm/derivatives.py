@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
 from batchnorm._validate import MaybeNone
-from batchnorm.functional import Saved, _deliver, _input_of, _like_gamma, _target
+from batchnorm.functional import Prepared, Saved, _deliver, _final, _input_of, _target, new_gradient
 
 Array = NDArray[Any]
 Outputs = tuple[Array | None, Array | None]
@@ -255,10 +255,10 @@ def batch_norm_double_backward(
     x = _whole_input_of(saved)
     call = _Second(v_dx, dy, x, saved.axis, saved.gamma, v_dgamma, v_dbeta, needs, out, {})
     threads = _validate.num_threads(num_threads)
-    dgamma = _core.batch_norm_double_backward(
+    _core.batch_norm_double_backward(
         *call.tensors, call.sizes, saved.moments._table, *call.values, saved.eps, *call.targets, threads
     )
-    return call.results(dgamma)
+    return call.results.delivered()
 
 
 @_validate.keywords
@@ -318,10 +318,10 @@ def normalize_double_backward(
     spread = _validate.variances(var, x.shape[axis])
     apart: dict[str, Array | None] = {"mean": center, "var": spread}
     call = _Second(v_dx, dy, x, axis, gamma, v_dgamma, v_dbeta, needs, out, apart)
-    dgamma = _core.normalize_double_backward(
+    _core.normalize_double_backward(
         *call.tensors, call.sizes, center, spread, *call.values, eps, *call.targets, threads
     )
-    return call.results(dgamma)
+    return call.results.delivered()
 
 
 class _Second:
@@ -348,25 +348,21 @@ class _Second:
         values = {n: _validate.optional_channel_values(n, a, x.shape[axis]) for n, a in given.items()}
         inputs = {"v_dx": v_dx, "dy": dy, "x": x}
         may_be = {name: a for name, a in inputs.items() if a is not None}
-        self._out = _validate.two_outputs(out, x, may_be, {**apart, **values})
+        out_dy, to_x = _validate.two_outputs(out, x, may_be, {**apart, **values})
         block, self.sizes = _layout.dense(x, axis)
         v = np.zeros_like(block, subok=False) if v_dx is None else _layout.like(block, v_dx)
-        self.tensors, self._gamma = (v, _layout.like(block, dy), block), gamma
+        self.tensors = v, _layout.like(block, dy), block
         self.values = values["gamma"], values["v_dgamma"], values["v_dbeta"]
         # ddy is written first: not to what dx is then computed from.
-        to_dy, to_x = self._out
+        to_dy = out_dy
         if to_dy is not None and need_x and any(_validate.overlap(to_dy, a) for a in may_be.values()):
             to_dy = None
-        self._ddy = _target(to_dy, block) if need_dy else None
-        self._dx = _target(to_x, block) if need_x else None
-        self.targets = (self._ddy, self._dx, need_gamma)
-
-    def results(self, dgamma: Any) -> SecondGradients:
-        ddy, dx = (
-            None if a is None else _deliver(a, o)
-            for a, o in zip((self._ddy, self._dx), self._out, strict=True)
-        )
-        return SecondGradients(ddy, dx, _like_gamma(dgamma, self._gamma))
+        ddy = _target(to_dy, block) if need_dy else None
+        dx = _target(to_x, block) if need_x else None
+        dgamma = new_gradient(gamma, self.sizes[1]) if need_gamma else None
+        results = SecondGradients(_final(ddy, out_dy), _final(dx, to_x), dgamma)
+        self.results = Prepared(results, gamma, (ddy, out_dy), (dx, to_x))
+        self.targets = (ddy, dx, dgamma)
 
 
 def _refuse_third_order(**arguments: object) -> None:

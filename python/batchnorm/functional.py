@@ -6,10 +6,10 @@ y = (x - mean)·rstd·gamma + beta. Where var + eps is 0, rstd is 0, so that y =
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple, Unpack
+from functools import cached_property
+from typing import Any, Generic, NamedTuple, TypeVar, Unpack
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -90,10 +90,6 @@ class Gradients(NamedTuple):
         return _validate.summary(self)
 
 
-# Past the __new__ of a NamedTuple, which takes three times as long.
-_new_gradients: Callable[[tuple[Any, ...]], Gradients] = partial(tuple.__new__, Gradients)
-
-
 class GradSums:
     """The sums of the first half of the backward pass; those of several parts of a batch add up with ``+``.
 
@@ -171,8 +167,9 @@ def batch_norm(
     lengths : (N,) of int. Sample n (axis 0) counts for its first lengths[n] steps; steps are axis 2 where channels are
         axis 1, else axis 1.
     segments : (N,) of int, ids from 0 that never fall: rows (axis 0) of one id are normalized by their own
-        statistics (the graphs of a batch, packed sequences). ``saved.moments`` then has one entry per segment and
-        channel, segment first. At most one of mask, weights, lengths and segments.
+        statistics (the graphs of a batch, packed sequences). ``saved.moments`` then has one entry per id and channel,
+        id first, of count 0 for those that no row has; ids are below 1024, or 8·N where that is more. At most one of
+        mask, weights, lengths and segments.
     padding : what y is where the mask is False, the weight 0 or the step beyond the length: "zero" (the default of mask
         and lengths), "keep" (x itself) or "normalize" (as everywhere; the default of weights). With "zero" and "keep",
         x is not looked at there: it may hold NaN.
@@ -211,10 +208,52 @@ def batch_norm(
     (array([2., 5.]), array([1., 0.]))
     """
     if not parts or _validate.no_options(batch_norm, parts):
-        done = ordinary_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
+        done = _core.try_batch_norm(_saved, x, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
+    return general_batch_norm(_saved, x, gamma, beta, axis, eps, parts, out, num_threads)
 
+
+_Kept = TypeVar("_Kept")
+
+
+def _saved(
+    x: Array | None,
+    table: PerChannel,
+    gamma: Array | None,
+    axis: int,
+    eps: float,
+    part: Counted | None = None,
+) -> Saved:
+    if part is None:
+        return Saved(x, Moments._from_core(table), gamma, axis, eps)
+    dof = part.importance_dof(len(table)) if isinstance(part, Positions) else None
+    return Saved(x, Moments._from_core(table, dof), gamma, axis, eps, part)
+
+
+def ordinary_batch_norm(
+    x: object, gamma: Any, beta: object, axis: object, eps: Any, out: object, num_threads: object
+) -> tuple[Array, Saved] | None:
+    """Do `batch_norm` in one call of the core; None, and nothing has changed, where an argument is not ordinary."""
+    return _core.try_batch_norm(_saved, x, gamma, beta, axis, eps, out, num_threads)
+
+
+def general_batch_norm(
+    keep: Callable[[Array | None, PerChannel, Array | None, int, float, Counted | None], _Kept],
+    x: Array,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    axis: int,
+    eps: float,
+    parts: Mapping[str, Any],
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, _Kept]:
+    """Do `batch_norm` with whatever arguments; report those that do not fit.
+
+    keep(x, table of moments, gamma, axis, eps, part) makes what is kept for the backward pass, before the table is
+    filled: once anything is written, nothing may be asked for that there might not be.
+    """
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
@@ -225,36 +264,30 @@ def batch_norm(
     if out is not None:
         _validate.output(out, x, {"x": x}, {"gamma": scale, "beta": shift})
     block, sizes = dense(x, axis, part)
-    y, dof = _target(out, block), part.importance_dof(sizes[1]) if isinstance(part, Positions) else None
+    y = _target(out, block)
+    kept = None if gamma is None else np.asarray(gamma)
+    kept_x = None if out is not None and _validate.same_memory(out, x) else x
+    segments = len(part.offsets) - 1 if isinstance(part, Segments) else 1
+    table = _core.new_moments(segments * sizes[1])
+    if isinstance(part, Positions):
+        part = replace(part, table=table)
+    results = y if out is None else out, keep(kept_x, table, kept, axis, eps, part)
     if part is None:
         _validate.batch_values(x, axis)
-        table = _core.batch_norm(block, sizes, scale, shift, eps, y, threads)
+        _core.batch_norm(block, sizes, scale, shift, eps, y, table, threads)
     elif isinstance(part, Segments):
         offsets = part.of_outer(sizes, len(x))
-        table = _core.segment_batch_norm(block, sizes, offsets, scale, shift, eps, y, threads)
+        _core.segment_batch_norm(block, sizes, offsets, scale, shift, eps, y, table, threads)
     else:
         try:
-            table = _core.weighted_batch_norm(
-                block, sizes, part.weights, part.code, scale, shift, eps, y, threads
+            _core.weighted_batch_norm(
+                block, sizes, part.weights, part.code, scale, shift, eps, y, table, threads
             )
         except ValueError:  # the core knows only of weights
             _validate.several_positions(part.source, part.weights)
             raise
-        part = replace(part, total=float(table[0, 0]) if len(table) else 0.0)
-    kept = None if gamma is None else np.asarray(gamma)
-    kept_x = None if out is not None and _validate.same_memory(out, x) else x
-    return _deliver(y, out), Saved(kept_x, Moments._from_core(table, dof), kept, axis, eps, part)
-
-
-def ordinary_batch_norm(
-    x: object, gamma: Any, beta: object, axis: object, eps: Any, out: object, num_threads: object
-) -> tuple[Array, Saved] | None:
-    """Do `batch_norm` in one call of the core; None, and nothing has changed, where an argument is not ordinary."""
-    done = _core.try_batch_norm(x, gamma, beta, axis, eps, out, num_threads)
-    if done is None:
-        return None
-    y, kept_x, table, axis_from_0 = done
-    return y, Saved(kept_x, Moments._from_core(table), gamma, axis_from_0, eps)
+    _deliver(y, out)
+    return results
 
 
 @_validate.options(Padded)
@@ -395,9 +428,11 @@ def batch_norm_backward(
         raise _validate.unknown_keywords(batch_norm_backward, others)
     if type(saved) is Saved and type(saved.moments) is Moments and saved.part is None:
         table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
-        done = _core.try_batch_norm_backward(dy, saved.x, table, gamma, axis, eps, needs, out, num_threads)
+        done = _core.try_batch_norm_backward(
+            Gradients, dy, saved.x, table, gamma, axis, eps, needs, out, num_threads
+        )
         if done is not None:
-            return _new_gradients(done)
+            return done
 
     x = _input_of(saved)
     need_x, need_gamma, need_beta = _validate.needs(needs)
@@ -410,17 +445,18 @@ def batch_norm_backward(
     block, sizes = dense(x, saved.axis, part)
     dx = _target(out, block) if need_x else None
     grad, table = _layout.like(block, dy), saved.moments._table
-    wanted = (scale, saved.eps, dx, need_gamma, need_beta, threads)
+    dgamma = new_gradient(saved.gamma, sizes[1]) if need_gamma else None
+    dbeta = new_gradient(saved.gamma, sizes[1]) if need_beta else None
+    results = Prepared(Gradients(_final(dx, out), dgamma, dbeta), saved.gamma, (dx, out))
+    wanted = (scale, saved.eps, dx, dgamma, dbeta, threads)
     if part is None:
-        dgamma, dbeta = _core.batch_norm_backward(grad, block, sizes, table, *wanted)
+        _core.batch_norm_backward(grad, block, sizes, table, *wanted)
     elif isinstance(part, Segments):
         offsets = part.of_outer(sizes, len(x))
-        dgamma, dbeta = _core.segment_batch_norm_backward(grad, block, sizes, offsets, table, *wanted)
+        _core.segment_batch_norm_backward(grad, block, sizes, offsets, table, *wanted)
     else:
-        dgamma, dbeta = _core.weighted_batch_norm_backward(
-            grad, block, sizes, part.weights, part.code, table, *wanted
-        )
-    return _gradients(dx, out, dgamma, dbeta, saved.gamma)
+        _core.weighted_batch_norm_backward(grad, block, sizes, part.weights, part.code, table, *wanted)
+    return results.delivered()
 
 
 @_validate.options(Padded)
@@ -470,9 +506,11 @@ def normalize_backward(
            [0.5]]), dgamma=array([1.]), dbeta=array([2.]))
     """
     if not parts or _validate.no_options(normalize_backward, parts):
-        done = _core.try_normalize_backward(dy, x, mean, var, gamma, axis, eps, needs, out, num_threads)
+        done = _core.try_normalize_backward(
+            Gradients, dy, x, mean, var, gamma, axis, eps, needs, out, num_threads
+        )
         if done is not None:
-            return _new_gradients(done)
+            return done
 
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
@@ -490,14 +528,15 @@ def normalize_backward(
     block, sizes = _layout.dense(x, axis)
     dx = _target(out, block) if need_x else None
     grad = _layout.like(block, dy)
-    wanted = (center, spread, scale, eps, dx, need_gamma, need_beta, threads)
+    dgamma = new_gradient(gamma, sizes[1]) if need_gamma else None
+    dbeta = new_gradient(gamma, sizes[1]) if need_beta else None
+    results = Prepared(Gradients(_final(dx, out), dgamma, dbeta), gamma, (dx, out))
+    wanted = (center, spread, scale, eps, dx, dgamma, dbeta, threads)
     if part is None:
-        dgamma, dbeta = _core.normalize_backward(grad, block, sizes, *wanted)
+        _core.normalize_backward(grad, block, sizes, *wanted)
     else:
-        dgamma, dbeta = _core.weighted_normalize_backward(
-            grad, block, sizes, part.weights, part.code, *wanted
-        )
-    return _gradients(dx, out, dgamma, dbeta, gamma)
+        _core.weighted_normalize_backward(grad, block, sizes, part.weights, part.code, *wanted)
+    return results.delivered()
 
 
 @_validate.options(NoOptions)
@@ -688,6 +727,11 @@ def _target(out: Array | None, block: Array) -> Array:
     return np.empty_like(block, subok=False)
 
 
+def _final(result: Array | None, out: Array | None) -> Array | None:
+    """Where what the core writes to `result` is in the end."""
+    return result if result is None or out is None else out
+
+
 def _deliver(result: Array, out: Array | None) -> Array:
     if out is None or result is out:
         return result
@@ -695,12 +739,65 @@ def _deliver(result: Array, out: Array | None) -> Array:
     return out
 
 
-def _gradients(
-    dx: Array | None, out: Array | None, dgamma: Any, dbeta: Any, gamma: ArrayLike | None
-) -> Gradients:
-    if dx is not None:
-        dx = _deliver(dx, out)
-    return Gradients(dx, _like_gamma(dgamma, gamma), _like_gamma(dbeta, gamma))
+_AnyGradients = TypeVar("_AnyGradients", bound=tuple[Any, ...])
+
+
+class Prepared(Generic[_AnyGradients]):
+    """What a backward pass returns, made before it writes: afterwards nothing may be asked for that there might not be.
+
+    copies : what the core writes to, and where that is to go in the end, either of which may be None.
+    """
+
+    def __init__(
+        self, results: _AnyGradients, gamma: ArrayLike | None, *copies: tuple[Array | None, Array | None]
+    ) -> None:
+        self._results, self._gamma = results, gamma
+        self._copies = [(a, o) for a, o in copies if a is not None and o is not None and a is not o]
+        self._rounds = gamma is not None and not _validate.is_of_core(_validate.float_dtype(gamma))
+
+    def delivered(self) -> _AnyGradients:
+        """Give the results, once the core has written."""
+        if self._copies:
+            for result, out in self._copies:
+                out[...] = result
+        if not self._rounds:
+            return self._results
+        named: Any = self._results
+        per_channel = [name for name in named._fields if name in ("dgamma", "dbeta")]
+        rounded: _AnyGradients = named._replace(
+            **{name: _like_gamma(getattr(named, name), self._gamma) for name in per_channel}
+        )
+        return rounded
+
+
+class Combined:
+    """Gradients whose dgamma and dbeta are made of those that another backward pass gives, by ``_core.combine``.
+
+    As `Prepared`, for that pass writes dx to `out`. The room is in the dtype of the results, or float64.
+    """
+
+    def __init__(
+        self, dtype: np.dtype[Any], out: Array | None, need_gamma: bool, need_beta: bool, channels: int
+    ) -> None:
+        self._dtype, self._out = dtype, out
+        self._rounds = dtype not in (np.float32, np.float64)
+        room = np.dtype(np.float64) if self._rounds else dtype
+        self.dgamma = np.empty(channels, room) if need_gamma else None
+        self.dbeta = np.empty(channels, room) if need_beta else None
+        self._results = Gradients(out, self.dgamma, self.dbeta)
+
+    def results(self, dx: Array | None) -> Gradients:
+        """Give them with that dx."""
+        if not self._rounds and dx is self._out:
+            return self._results
+        rounded = (None if a is None else _rounded(a, self._dtype) for a in (self.dgamma, self.dbeta))
+        return Gradients(dx, *rounded)
+
+
+def new_gradient(gamma: ArrayLike | None, channels: int) -> Array:
+    """Room for one value a channel in the dtype of gamma; in float64 where that is None, or a dtype the core has not."""
+    dtype = _validate.float_dtype(gamma)
+    return np.empty(channels, dtype if _validate.is_of_core(dtype) else np.float64)
 
 
 def _like_gamma(gradient: Array | None, gamma: ArrayLike | None) -> Array | None:

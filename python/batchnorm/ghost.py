@@ -1,28 +1,27 @@
 """Ghost batch normalization: a large batch normalized in small parts, each by statistics of its own.
 
-The batch axis (axis 0) is cut into consecutive ghosts of `ghost_size` samples. What is a composition of `batch_norm` over
-slices is written as one: nothing here sums over x.
+The batch axis (axis 0) is cut into consecutive ghosts of `ghost_size` samples, which are segments of as many rows.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _validate
+from batchnorm import _core, _layout, _validate
 from batchnorm._validate import Gradient
+from batchnorm.counted import Segments, dense
 from batchnorm.functional import (
     Gradients,
     PerChannel,
-    Saved,
-    _like_gamma,
-    _two_sum,
-    batch_norm,
-    batch_norm_backward,
+    Prepared,
+    _deliver,
+    _target,
+    new_gradient,
     update_running,
 )
 from batchnorm.moments import Moments
@@ -77,7 +76,7 @@ def ghost_batch_norm(
     Parameters
     ----------
     x : ndarray, as in `batch_norm`. The slices along axis 0 of a C-contiguous or channels-last array are used in place;
-        where such slices have gaps (axis 0 is not the slowest in memory), each costs a copy of one ghost.
+        where such slices have gaps (axis 0 is not the slowest in memory), that costs a copy of x and one of y.
     gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
     ghost_size : int >= 1, samples in a ghost. Where it does not divide the batch, the last ghost is smaller (as in TabNet);
         every ghost needs 2 or more values a channel. At or above the batch it is `batch_norm`.
@@ -99,7 +98,7 @@ def ghost_batch_norm(
 
     Notes
     -----
-    Memory: y; while it runs, as `batch_norm` on one ghost. Ghosts run one after another, each on `num_threads` threads.
+    Memory: y; while it runs, up to 3 KB a channel for each thread. Threads share out the ghosts, or each of few.
 
     Examples
     --------
@@ -114,21 +113,26 @@ def ghost_batch_norm(
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
     size = _validate.ghost_size(ghost_size)
-    _validate.num_threads(num_threads)
+    threads = _validate.num_threads(num_threads)
     scale = _validate.optional_channel_values("gamma", gamma, x.shape[axis])
     shift = _validate.optional_channel_values("beta", beta, x.shape[axis])
     if out is not None:
         _validate.output(out, x, {"x": x}, {"gamma": scale, "beta": shift})
     _validate.ghost_values(x, axis, size)
-    y = np.empty_like(x, subok=False) if out is None else out
-    # Nothing below can raise: each ghost is as valid as the whole.
-    moments = [
-        batch_norm(x[part], scale, shift, axis=axis, eps=eps, out=y[part], num_threads=num_threads)[1].moments
-        for part in _ghosts(x, size)
-    ]
+    part = _ghosts(x, size)
+    block, sizes = dense(x, axis, part)
+    target = np.empty_like(x, subok=False) if out is None else out
+    ghosts, channels = len(part.offsets) - 1, sizes[1]
+    y, table = _target(target, block), _core.new_moments(ghosts * channels)
     kept = None if gamma is None else np.asarray(gamma)
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
-    return y, GhostSaved(kept_x, tuple(moments), kept, axis, eps, size)
+    moments = tuple(Moments._from_core(table[k * channels : (k + 1) * channels]) for k in range(ghosts))
+    results = target, GhostSaved(kept_x, moments, kept, axis, eps, size)
+    # All that is returned is there: once the core writes, nothing can fail.
+    offsets = part.of_outer(sizes, len(x))
+    _core.segment_batch_norm(block, sizes, offsets, scale, shift, eps, y, table, threads)
+    _deliver(y, target)
+    return results
 
 
 @_validate.keywords
@@ -163,7 +167,7 @@ def ghost_batch_norm_backward(
 
     Notes
     -----
-    Memory: dx; while it runs, as `batch_norm_backward` on one ghost.
+    Memory: dx; while it runs, up to 3 KB a channel for each thread, and 16 bytes a ghost and channel.
 
     Examples
     --------
@@ -174,28 +178,26 @@ def ghost_batch_norm_backward(
     (array([3.]), array([11.]))
     """
     x = _input_of(saved)
-    needed = _validate.needs(needs)
-    names = [name for name, need in zip(_validate.GRADIENTS, needed, strict=True) if need]
-    _validate.num_threads(num_threads)
+    need_x, need_gamma, need_beta = _validate.needs(needs)
+    threads = _validate.num_threads(num_threads)
     dy = _validate.array_like("dy", dy, x)
     scale = _validate.optional_channel_values("gamma", saved.gamma, x.shape[saved.axis])
     if out is not None:
         _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": scale})
-    dx = None if "x" not in names else np.empty_like(x, subok=False) if out is None else out
-    # In float64, so that the parts of dgamma and dbeta are not rounded before they are added.
-    scale = None if scale is None else scale.astype(np.float64)
-    sums: dict[str, _Sum] = {name: _Sum(x.shape[saved.axis]) for name in names if name != "x"}
-    for part, moments in zip(_ghosts(x, saved.ghost_size), saved.moments, strict=True):
-        ghost = Saved(x[part], moments, scale, saved.axis, saved.eps)
-        target = None if dx is None else dx[part]
-        _, dgamma, dbeta = batch_norm_backward(
-            dy[part], ghost, needs=names, out=target, num_threads=num_threads
-        )
-        for name, gradient in (("gamma", dgamma), ("beta", dbeta)):
-            if gradient is not None:
-                sums[name].add(gradient)
-    totals = {name: _like_gamma(total.value(), saved.gamma) for name, total in sums.items()}
-    return Gradients(dx, totals.get("gamma"), totals.get("beta"))
+    part = _ghosts(x, saved.ghost_size)
+    block, sizes = dense(x, saved.axis, part)
+    grad, channels = _layout.like(block, dy), sizes[1]
+    target = None if not need_x else np.empty_like(x, subok=False) if out is None else out
+    dx = None if target is None else _target(target, block)
+    dgamma = new_gradient(saved.gamma, channels) if need_gamma else None
+    dbeta = new_gradient(saved.gamma, channels) if need_beta else None
+    results = Prepared(Gradients(target, dgamma, dbeta), saved.gamma, (dx, target))
+    table = np.concatenate([np.empty((0, 5)), *(moments._table for moments in saved.moments)])
+    offsets = part.of_outer(sizes, len(x))
+    _core.segment_batch_norm_backward(
+        grad, block, sizes, offsets, table, scale, saved.eps, dx, dgamma, dbeta, threads
+    )
+    return results.delivered()
 
 
 @_validate.keywords
@@ -242,23 +244,9 @@ def ghost_update_running(
     return mean, var  # type: ignore[return-value]  # both come from update_running by now
 
 
-class _Sum:
-    """A float64 sum of (C,) arrays, compensated: error within one rounding whatever the number of terms."""
-
-    def __init__(self, channels: int) -> None:
-        self._high, self._low = np.zeros(channels), np.zeros(channels)
-
-    def add(self, term: PerChannel) -> None:
-        self._high, rounded_off = _two_sum(self._high, term)
-        self._low += rounded_off
-
-    def value(self) -> PerChannel:
-        return self._high + self._low
-
-
-def _ghosts(x: Array, size: int) -> Iterator[slice]:
+def _ghosts(x: Array, size: int) -> Segments:
     """Give the samples of each ghost."""
-    return (slice(start, min(start + size, len(x))) for start in range(0, len(x), size))
+    return Segments(np.append(np.arange(0, len(x), size, dtype=np.int64), np.int64(len(x))))
 
 
 def _input_of(saved: GhostSaved) -> Array:

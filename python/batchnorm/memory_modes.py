@@ -26,7 +26,14 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _validate
 from batchnorm._validate import Gradient
-from batchnorm.functional import Gradients, PerChannel, Saved, _rounded, batch_norm, batch_norm_backward
+from batchnorm.functional import (
+    Combined,
+    Gradients,
+    PerChannel,
+    Saved,
+    batch_norm_backward,
+    general_batch_norm,
+)
 from batchnorm.moments import Moments
 
 Array = NDArray[Any]
@@ -133,8 +140,14 @@ def batch_norm_inplace(
     shift = _float64("beta", beta, x.shape[axis], 0.0)
     _check_invertible(scale, shift, x.dtype.itemsize)
     dtype = _validate.float_dtype(gamma)
-    y, saved = batch_norm(values, gamma, beta, axis=axis, eps=eps, out=values, num_threads=num_threads)
-    return x, SavedOutput(y, saved.moments, scale, shift, dtype, saved.axis, saved.eps)
+
+    def keep(
+        _: Array | None, table: PerChannel, gamma: object, axis: int, eps: float, part: object = None
+    ) -> tuple[Array, SavedOutput]:
+        return x, SavedOutput(values, Moments._from_core(table), scale, shift, dtype, axis, eps)
+
+    done = _core.try_batch_norm(keep, values, gamma, beta, axis, eps, values, num_threads)
+    return (done or general_batch_norm(keep, values, gamma, beta, axis, eps, {}, values, num_threads))[1]
 
 
 @_validate.keywords
@@ -187,14 +200,18 @@ def batch_norm_inplace_backward(
     _validate.instance("saved", saved, SavedOutput, "the SavedOutput of a batch_norm_inplace call")
     _validate.instance("saved.moments", saved.moments, Moments, "Moments")
     values = saved.y if y is None else _validate.array_like("y", y, saved.y)
+    names = tuple(needs)
+    _, need_gamma, need_beta = _validate.needs(names)
+    combined = Combined(saved.gradient_dtype, out, need_gamma, need_beta, saved.moments.channels)
+    sign = np.copysign(1.0, saved.gamma)
     dx, dgamma, dbeta = batch_norm_backward(
-        dy, _as_if_input(values, saved), needs=needs, out=out, num_threads=num_threads
+        dy, _as_if_input(values, saved), needs=names, out=out, num_threads=num_threads
     )
     if dgamma is not None:
-        dgamma = _rounded(np.copysign(1.0, saved.gamma) * dgamma, saved.gradient_dtype)
+        _core.combine(combined.dgamma, sign, dgamma, None, None)
     if dbeta is not None:
-        dbeta = _rounded(dbeta, saved.gradient_dtype)
-    return Gradients(dx, dgamma, dbeta)
+        _core.combine(combined.dbeta, None, dbeta, None, None)
+    return combined.results(dx)
 
 
 def _as_if_input(y: Array, saved: SavedOutput) -> Saved:

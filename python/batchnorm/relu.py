@@ -17,7 +17,16 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _layout, _validate
 from batchnorm._validate import MaybeNone, NoOptions
-from batchnorm.functional import PerChannel, Saved, _deliver, _input_of, _like_gamma, _target
+from batchnorm.functional import (
+    PerChannel,
+    Prepared,
+    Saved,
+    _deliver,
+    _final,
+    _input_of,
+    _target,
+    new_gradient,
+)
 from batchnorm.moments import Moments
 
 Array = NDArray[Any]
@@ -183,12 +192,15 @@ def batch_norm_relu(
     _validate.batch_values(x, axis)
     block, sizes = _layout.dense(x, axis)
     added = None if residual is None else _layout.like(block, residual)
-    y, mask = _target(out, block), _new_mask(block, sizes)
-    table = _core.batch_norm_relu(block, sizes, added, scale, shift, eps, y, mask.data, threads)
+    y, mask, table = _target(out, block), _new_mask(block, sizes), _core.new_moments(sizes[1])
     kept_x = None if out is not None and _validate.same_memory(out, x) else x
     kept = None if gamma is None else np.asarray(gamma)
     saved = Saved(kept_x, Moments._from_core(table), kept, axis, eps)
-    return _deliver(y, out), SavedRelu(saved, _finished(mask), residual is not None)
+    results = y if out is None else out, SavedRelu(saved, mask, residual is not None)
+    # All that is returned is there: once the core writes, nothing can fail.
+    _core.batch_norm_relu(block, sizes, added, scale, shift, eps, y, mask.data, table, threads)
+    _deliver(y, out)
+    return results
 
 
 @_validate.options(NoOptions)
@@ -254,8 +266,10 @@ def normalize_relu(
     added = None if residual is None else _layout.like(block, residual)
     y, mask = _target(out, block), _new_mask(block, sizes) if needs_mask else None
     bits = None if mask is None else mask.data
+    results = ReluOutput(y if out is None else out, mask)
     _core.normalize_relu(block, sizes, added, center, spread, scale, shift, eps, y, bits, threads)
-    return ReluOutput(_deliver(y, out), None if mask is None else _finished(mask))
+    _deliver(y, out)
+    return results
 
 
 @_validate.options(NoOptions)
@@ -320,10 +334,13 @@ def batch_norm_relu_backward(
     dx = _target(to_x, block) if need_x else None
     dresidual = _target(to_residual, block) if need_residual and saved.has_residual else None
     grad, bits, table = _layout.like(block, dy), saved.mask.data, plain.moments._table
-    dgamma, dbeta = _core.batch_norm_relu_backward(
-        grad, block, sizes, bits, table, scale, plain.eps, dx, dresidual, need_gamma, need_beta, threads
+    dgamma = new_gradient(plain.gamma, sizes[1]) if need_gamma else None
+    dbeta = new_gradient(plain.gamma, sizes[1]) if need_beta else None
+    results = _prepared(dx, dgamma, dbeta, dresidual, to_x, to_residual, plain.gamma)
+    _core.batch_norm_relu_backward(
+        grad, block, sizes, bits, table, scale, plain.eps, dx, dresidual, dgamma, dbeta, threads
     )
-    return _gradients(dx, dgamma, dbeta, dresidual, to_x, to_residual, plain.gamma)
+    return results.delivered()
 
 
 @_validate.options(NoOptions)
@@ -391,11 +408,14 @@ def normalize_relu_backward(
     block, sizes = _layout.dense(_ordered("x", x, mask), axis)
     dx = _target(to_x, block) if need_x else None
     dresidual = _target(to_residual, block) if need_residual else None
-    dgamma, dbeta = _core.normalize_relu_backward(
+    dgamma = new_gradient(gamma, sizes[1]) if need_gamma else None
+    dbeta = new_gradient(gamma, sizes[1]) if need_beta else None
+    results = _prepared(dx, dgamma, dbeta, dresidual, to_x, to_residual, gamma)
+    _core.normalize_relu_backward(
         _layout.like(block, dy), block, sizes, mask.data, center, spread, scale, eps,
-        dx, dresidual, need_gamma, need_beta, threads,
+        dx, dresidual, dgamma, dbeta, threads,
     )  # fmt: skip
-    return _gradients(dx, dgamma, dbeta, dresidual, to_x, to_residual, gamma)
+    return results.delivered()
 
 
 def _residual(
@@ -410,12 +430,8 @@ def _residual(
 
 def _new_mask(block: Array, sizes: _layout.Sizes) -> ReluMask:
     data = np.empty(_core.relu_mask_bytes(sizes), np.uint8)
+    data.flags.writeable = False  # for all but the core
     return ReluMask(block.shape, tuple(_layout.order_of_axes(block)), data)
-
-
-def _finished(mask: ReluMask) -> ReluMask:
-    mask.data.flags.writeable = False
-    return mask
 
 
 def _ordered(name: str, x: Array, mask: ReluMask) -> Array:
@@ -428,7 +444,7 @@ def _ordered(name: str, x: Array, mask: ReluMask) -> Array:
     return np.ascontiguousarray(x.transpose(mask.order)).transpose(np.argsort(mask.order))
 
 
-def _gradients(
+def _prepared(
     dx: Array | None,
     dgamma: Array | None,
     dbeta: Array | None,
@@ -436,7 +452,6 @@ def _gradients(
     to_x: Array | None,
     to_residual: Array | None,
     gamma: ArrayLike | None,
-) -> ReluGradients:
-    dx = None if dx is None else _deliver(dx, to_x)
-    dresidual = None if dresidual is None else _deliver(dresidual, to_residual)
-    return ReluGradients(dx, _like_gamma(dgamma, gamma), _like_gamma(dbeta, gamma), dresidual)
+) -> Prepared[ReluGradients]:
+    results = ReluGradients(_final(dx, to_x), dgamma, dbeta, _final(dresidual, to_residual))
+    return Prepared(results, gamma, (dx, to_x), (dresidual, to_residual))

@@ -33,13 +33,13 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _validate
+from batchnorm import _core, _validate
 from batchnorm._validate import Gradient, Parity
 from batchnorm.functional import (
+    Combined,
     Gradients,
     PerChannel,
     Saved,
-    _like_gamma,
     batch_norm_backward,
     normalize,
     update_running,
@@ -256,10 +256,10 @@ def batch_renorm(
         # normalize takes the mean as one float64; what is left of it belongs to the offset.
         rstd = Saved(None, batch, None, axis, eps).rstd
         offset = offset - folded * rstd * batch._table[:, 2]
-    y = normalize(
-        x, batch.mean, batch.var(), folded, offset, axis=axis, eps=eps, out=out, num_threads=num_threads
-    )
-    return y, saved
+    y = np.empty_like(x, subok=False) if out is None else out
+    results = y, saved
+    normalize(x, batch.mean, batch.var(), folded, offset, axis=axis, eps=eps, out=y, num_threads=num_threads)
+    return results
 
 
 @_validate.keywords
@@ -319,15 +319,13 @@ def batch_renorm_backward(
     asked = {"x": need_x, "gamma": need_gamma, "beta": need_gamma or need_beta}
     names = [name for name in _validate.GRADIENTS if asked[name]]
     plain = Saved(saved.x, saved.moments, folded, saved.axis, saved.eps)
+    combined = Combined(_validate.float_dtype(saved.gamma), out, need_gamma, need_beta, channels)
     dx, along_xhat, dbeta = batch_norm_backward(dy, plain, needs=names, out=out, num_threads=num_threads)
-    dgamma = None
     if need_gamma:
-        assert along_xhat is not None and dbeta is not None
-        with np.errstate(all="ignore"):
-            dgamma = r * along_xhat + d * dbeta
-    return Gradients(
-        dx, _like_gamma(dgamma, saved.gamma), _like_gamma(dbeta, saved.gamma) if need_beta else None
-    )
+        _core.combine(combined.dgamma, r, along_xhat, d, dbeta)
+    if need_beta:
+        _core.combine(combined.dbeta, None, dbeta, None, None)
+    return combined.results(dx)
 
 
 @_validate.keywords

@@ -128,13 +128,17 @@ std::span<const Row> table(const py::array& a, const char* name) {
   }
   return {static_cast<const Row*>(a.data()), static_cast<std::size_t>(a.shape(0))};
 }
+// The Python error that is set. py::error_already_set takes memory to say as much, where that may be what there is none
+// of.
+struct PythonError {};
+
 // A new C-contiguous array, its values unset. py::array's own constructor takes several times as long.
 inline py::array new_array(int type_number, int dimensions, const py::ssize_t* shape) {
   const auto& numpy = py::detail::npy_api::get();
   PyObject* type = numpy.PyArray_DescrFromType_(type_number);  // which the array takes over
   PyObject* array =
       numpy.PyArray_NewFromDescr_(numpy.PyArray_Type_, type, dimensions, shape, nullptr, nullptr, 0, nullptr);
-  if (array == nullptr) throw py::error_already_set();
+  if (array == nullptr) throw PythonError{};
   return py::reinterpret_steal<py::array>(array);
 }
 // The first channel whose mean or m2 is infinite or NaN; -1: none.
@@ -157,6 +161,12 @@ py::array new_table(std::int64_t channels) {
 template <class Row>
 std::span<Row> rows(py::array& a) {
   return {static_cast<Row*>(const_cast<void*>(a.data())), static_cast<std::size_t>(a.shape(0))};
+}
+// One that Python has had made for a call.
+template <class Row>
+std::span<Row> rows(py::array& a, const char* name) {
+  table<Row>(a, name);
+  return rows<Row>(a);
 }
 inline std::span<double> values(py::array_t<double>& a) {
   return {a.mutable_data(), static_cast<std::size_t>(a.size())};

@@ -1,8 +1,13 @@
 // What the calls of the core have in common: sizes, the dtype of x, gradients that may not be wanted.
+//
+// All that a call writes is an array that Python has made before: when the core has written, nothing may be asked for
+// any more that there might not be.
 #pragma once
 
+#include <algorithm>
 #include <optional>
 #include <tuple>
+#include <vector>
 
 #include "arrays.hpp"
 #include "release_for_work.hpp"
@@ -22,29 +27,40 @@ auto with_dtype_of(const py::array& x, F&& f) {
   return is_float16(x) ? f(Float16{}) : f(BFloat16{});
 }
 
-// An array of one value per channel where it is wanted, in the dtype of gamma (float64 where there is none).
-class WantedGradient {
+// An array that takes one value per channel, or none where they are not wanted. One of 16 bits gets them as float32,
+// rounded by deliver().
+class GradientInto {
  public:
-  WantedGradient(bool wanted, std::int64_t channels, const py::object& gamma) {
-    if (!wanted) return;
-    const auto size = static_cast<py::ssize_t>(channels);
-    if (!gamma.is_none() && is_float32(py::reinterpret_borrow<py::array>(gamma))) {
-      py::array_t<float> array(size);
-      output_ = std::span<float>(array.mutable_data(), static_cast<std::size_t>(channels));
-      array_ = array;
+  GradientInto(std::optional<py::array>& array, const char* name) {
+    if (!array) return;
+    check_memory(*array, name, Access::write);
+    check_contiguous(*array, name);
+    const auto size = static_cast<std::size_t>(array->size());
+    if (is_float32(*array)) {
+      output_ = std::span<float>(static_cast<float*>(array->mutable_data()), size);
+    } else if (is_float64(*array)) {
+      output_ = std::span<double>(static_cast<double*>(array->mutable_data()), size);
     } else {
-      py::array_t<double> array(size);
-      output_ = values(array);
-      array_ = array;
+      wide_.resize(size);
+      output_ = std::span<float>(wide_);
+      (is_float16(*array) ? float16_ : bfloat16_) = array->mutable_data();
     }
   }
   [[nodiscard]] ChannelOutput output() const { return output_; }
-  [[nodiscard]] std::optional<py::array> array() const { return array_; }
+  void deliver() const {
+    if (float16_ != nullptr) round_to(static_cast<Float16*>(float16_));
+    if (bfloat16_ != nullptr) round_to(static_cast<BFloat16*>(bfloat16_));
+  }
 
  private:
-  std::optional<py::array> array_;
+  template <class T>
+  void round_to(T* to) const {
+    std::transform(wide_.begin(), wide_.end(), to, [](float value) { return T(value); });
+  }
+
   ChannelOutput output_;
+  std::vector<float> wide_;
+  void *float16_ = nullptr, *bfloat16_ = nullptr;
 };
-using ChannelGradients = std::tuple<std::optional<py::array>, std::optional<py::array>>;
 
 }  // namespace batchnorm::bindings

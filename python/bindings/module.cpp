@@ -31,19 +31,17 @@ py::array py_moments(const py::array& x, const Sizes& sizes, int threads) {
   return out;
 }
 
-py::array py_batch_norm(const py::array& x, const Sizes& sizes, const py::object& gamma, const py::object& beta,
-                        double eps, py::array y, int threads) {
+void py_batch_norm(const py::array& x, const Sizes& sizes, const py::object& gamma, const py::object& beta, double eps,
+                   py::array y, py::array saved, int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
-  auto saved = new_table<Moments>(problem.channels);
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
     const auto out = output<T>(y, "out");
-    const auto result = rows<Moments>(saved);
+    const auto result = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
     batch_norm<T>(in, problem, g, b, eps, out, result, {threads});
   });
-  return saved;
 }
 
 void py_normalize(const py::array& x, const Sizes& sizes, const py::object& mean, const py::object& var,
@@ -89,39 +87,40 @@ void py_grad_input(const py::array& dy, const py::array& x, const Sizes& sizes, 
   });
 }
 
-ChannelGradients py_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                        const py::array& moments_table, const py::object& gamma, double eps,
-                                        std::optional<py::array> dx, bool need_gamma, bool need_beta, int threads) {
+void py_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes, const py::array& moments_table,
+                            const py::object& gamma, double eps, std::optional<py::array> dx,
+                            std::optional<py::array> dgamma, std::optional<py::array> dbeta, int threads) {
   const Problem problem = problem_of(sizes);
   const auto stats = table<Moments>(moments_table, "moments");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
+  const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    batch_norm_backward<T>(g, in, problem, stats, scale, eps, out, dgamma.output(), dbeta.output(), {threads});
+    batch_norm_backward<T>(g, in, problem, stats, scale, eps, out, to_gamma.output(), to_beta.output(), {threads});
   });
-  return {dgamma.array(), dbeta.array()};
+  to_gamma.deliver();
+  to_beta.deliver();
 }
 
-ChannelGradients py_normalize_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                       const py::object& mean, const py::object& var, const py::object& gamma,
-                                       double eps, std::optional<py::array> dx, bool need_gamma, bool need_beta,
-                                       int threads) {
+void py_normalize_backward(const py::array& dy, const py::array& x, const Sizes& sizes, const py::object& mean,
+                           const py::object& var, const py::object& gamma, double eps, std::optional<py::array> dx,
+                           std::optional<py::array> dgamma, std::optional<py::array> dbeta, int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
+  const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    normalize_backward<T>(g, in, problem, m, v, scale, eps, out, dgamma.output(), dbeta.output(), {threads});
+    normalize_backward<T>(g, in, problem, m, v, scale, eps, out, to_gamma.output(), to_beta.output(), {threads});
   });
-  return {dgamma.array(), dbeta.array()};
+  to_gamma.deliver();
+  to_beta.deliver();
 }
 
 void py_batch_norm_jvp(const py::array& x_dot, const py::array& x, const Sizes& sizes, const py::array& moments_table,
@@ -160,10 +159,9 @@ void py_normalize_jvp(const py::array& x_dot, const py::array& x, const Sizes& s
 
 // f(v, dy, x, ddy, dx, dgamma), the outputs empty where None or not needed.
 template <class F>
-std::optional<py::array> double_backward(const py::array& v, const py::array& dy, const py::array& x,
-                                         const Problem& problem, const py::object& gamma, std::optional<py::array> ddy,
-                                         std::optional<py::array> dx, bool need_gamma, const F& f) {
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma);
+void double_backward(const py::array& v, const py::array& dy, const py::array& x, std::optional<py::array> ddy,
+                     std::optional<py::array> dx, std::optional<py::array> dgamma, const F& f) {
+  const GradientInto to_gamma(dgamma, "dgamma");
   with_dtype_of(x, [&]<class T>(T) {
     const auto of_dx = tensor<T>(v, "v_dx");
     const auto g = tensor<T>(dy, "dy");
@@ -171,45 +169,42 @@ std::optional<py::array> double_backward(const py::array& v, const py::array& dy
     const auto to_dy = ddy ? output<T>(*ddy, "out") : std::span<T>{};
     const auto to_x = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    f(of_dx, g, in, to_dy, to_x, dgamma.output());
+    f(of_dx, g, in, to_dy, to_x, to_gamma.output());
   });
-  return dgamma.array();
+  to_gamma.deliver();
 }
 
-std::optional<py::array> py_batch_norm_double_backward(const py::array& v, const py::array& dy, const py::array& x,
-                                                       const Sizes& sizes, const py::array& moments_table,
-                                                       const py::object& gamma, const py::object& v_dgamma,
-                                                       const py::object& v_dbeta, double eps,
-                                                       std::optional<py::array> ddy, std::optional<py::array> dx,
-                                                       bool need_gamma, int threads) {
+void py_batch_norm_double_backward(const py::array& v, const py::array& dy, const py::array& x, const Sizes& sizes,
+                                   const py::array& moments_table, const py::object& gamma, const py::object& v_dgamma,
+                                   const py::object& v_dbeta, double eps, std::optional<py::array> ddy,
+                                   std::optional<py::array> dx, std::optional<py::array> dgamma, int threads) {
   const Problem problem = problem_of(sizes);
   const auto stats = table<Moments>(moments_table, "moments");
   const ChannelValues scale = channel_values(gamma, "gamma");
   const ChannelValues wg = channel_values(v_dgamma, "v_dgamma"), wb = channel_values(v_dbeta, "v_dbeta");
-  return double_backward(v, dy, x, problem, gamma, std::move(ddy), std::move(dx), need_gamma,
-                         [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
-                                      std::span<T> to_dy, std::span<T> to_x, ChannelOutput dgamma) {
-                           batch_norm_double_backward<T>(of_dx, g, in, problem, stats, scale, wg, wb, eps, to_dy, to_x,
-                                                         dgamma, {threads});
-                         });
+  double_backward(v, dy, x, std::move(ddy), std::move(dx), std::move(dgamma),
+                  [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
+                               std::span<T> to_dy, std::span<T> to_x, ChannelOutput to_gamma) {
+                    batch_norm_double_backward<T>(of_dx, g, in, problem, stats, scale, wg, wb, eps, to_dy, to_x,
+                                                  to_gamma, {threads});
+                  });
 }
 
-std::optional<py::array> py_normalize_double_backward(const py::array& v, const py::array& dy, const py::array& x,
-                                                      const Sizes& sizes, const py::object& mean, const py::object& var,
-                                                      const py::object& gamma, const py::object& v_dgamma,
-                                                      const py::object& v_dbeta, double eps,
-                                                      std::optional<py::array> ddy, std::optional<py::array> dx,
-                                                      bool need_gamma, int threads) {
+void py_normalize_double_backward(const py::array& v, const py::array& dy, const py::array& x, const Sizes& sizes,
+                                  const py::object& mean, const py::object& var, const py::object& gamma,
+                                  const py::object& v_dgamma, const py::object& v_dbeta, double eps,
+                                  std::optional<py::array> ddy, std::optional<py::array> dx,
+                                  std::optional<py::array> dgamma, int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues m = channel_values(mean, "mean"), s = channel_values(var, "var");
   const ChannelValues scale = channel_values(gamma, "gamma");
   const ChannelValues wg = channel_values(v_dgamma, "v_dgamma"), wb = channel_values(v_dbeta, "v_dbeta");
-  return double_backward(v, dy, x, problem, gamma, std::move(ddy), std::move(dx), need_gamma,
-                         [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
-                                      std::span<T> to_dy, std::span<T> to_x, ChannelOutput dgamma) {
-                           normalize_double_backward<T>(of_dx, g, in, problem, m, s, scale, wg, wb, eps, to_dy, to_x,
-                                                        dgamma, {threads});
-                         });
+  double_backward(v, dy, x, std::move(ddy), std::move(dx), std::move(dgamma),
+                  [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
+                               std::span<T> to_dy, std::span<T> to_x, ChannelOutput to_gamma) {
+                    normalize_double_backward<T>(of_dx, g, in, problem, m, s, scale, wg, wb, eps, to_dy, to_x, to_gamma,
+                                                 {threads});
+                  });
 }
 
 py::array py_merge(const py::array& a, const py::array& b) {
@@ -274,17 +269,35 @@ py::dict py_build_info() {
   return d;
 }
 
+// Whether the module is being imported in one, which is an ImportError then. pybind11 and NumPy keep things of the
+// process that belong to the main interpreter, whose GIL they would wait for.
+bool is_subinterpreter() {
+  if (PyInterpreterState_Get() == PyInterpreterState_Main()) return false;
+  PyErr_SetString(PyExc_ImportError,
+                  "batchnorm must be imported in the main interpreter of a process, got a subinterpreter (of mod_wsgi: "
+                  "see WSGIApplicationGroup %{GLOBAL})");
+  return true;
+}
+
 }  // namespace
 }  // namespace batchnorm::bindings
 
 // Every function is safe to call from several threads at once: the core keeps no state but atomic settings.
-PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
+PYBIND11_MODULE(_core_of_main, m, pybind11::mod_gil_not_used()) {
   using namespace batchnorm::bindings;
+  if (is_subinterpreter()) throw pybind11::error_already_set();
+  pybind11::register_local_exception_translator([](std::exception_ptr thrown) {
+    try {
+      if (thrown) std::rethrow_exception(thrown);
+    } catch (const PythonError&) {  // which is set
+    }
+  });
   m.doc() = "The C++ core of batchnorm on dense NumPy arrays. Private: use the functions of the package.";
 
   m.def("moments", &py_moments, py::arg("x"), py::arg("sizes"), py::arg("threads"), "Moments of each channel.");
   m.def("batch_norm", &py_batch_norm, py::arg("x"), py::arg("sizes"), py::arg("gamma"), py::arg("beta"), py::arg("eps"),
-        py::arg("out"), py::arg("threads"), "Training forward into out; returns the moments.");
+        py::arg("out"), py::arg("moments"), py::arg("threads"), "Training forward into out and moments.");
+  m.def("new_moments", &new_table<batchnorm::Moments>, py::arg("channels"), "Room for the moments of a call.");
   m.def("normalize", &py_normalize, py::arg("x"), py::arg("sizes"), py::arg("mean"), py::arg("var"), py::arg("gamma"),
         py::arg("beta"), py::arg("eps"), py::arg("out"), py::arg("threads"), "Inference forward into out.");
   m.def("grad_sums", &py_grad_sums, py::arg("dy"), py::arg("x"), py::arg("sizes"), py::arg("moments"),
@@ -293,11 +306,11 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         py::arg("sums"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("threads"),
         "Second half of the backward pass, into out.");
   m.def("batch_norm_backward", &py_batch_norm_backward, py::arg("dy"), py::arg("x"), py::arg("sizes"),
-        py::arg("moments"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("need_gamma"),
-        py::arg("need_beta"), py::arg("threads"), "Gradients of batch_norm; returns dgamma and dbeta.");
+        py::arg("moments"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("dgamma"), py::arg("dbeta"),
+        py::arg("threads"), "Gradients of batch_norm.");
   m.def("normalize_backward", &py_normalize_backward, py::arg("dy"), py::arg("x"), py::arg("sizes"), py::arg("mean"),
-        py::arg("var"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("need_gamma"), py::arg("need_beta"),
-        py::arg("threads"), "Gradients of normalize; returns dgamma and dbeta.");
+        py::arg("var"), py::arg("gamma"), py::arg("eps"), py::arg("out"), py::arg("dgamma"), py::arg("dbeta"),
+        py::arg("threads"), "Gradients of normalize.");
 
   m.def("batch_norm_jvp", &py_batch_norm_jvp, py::arg("x_dot"), py::arg("x"), py::arg("sizes"), py::arg("moments"),
         py::arg("gamma"), py::arg("gamma_dot"), py::arg("beta_dot"), py::arg("eps"), py::arg("out"), py::arg("threads"),
@@ -308,12 +321,11 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
         "Derivative of normalize along tangents, into out.");
   m.def("batch_norm_double_backward", &py_batch_norm_double_backward, py::arg("v_dx"), py::arg("dy"), py::arg("x"),
         py::arg("sizes"), py::arg("moments"), py::arg("gamma"), py::arg("v_dgamma"), py::arg("v_dbeta"), py::arg("eps"),
-        py::arg("ddy"), py::arg("dx"), py::arg("need_gamma"), py::arg("threads"),
-        "Gradients of batch_norm_backward; returns dgamma.");
+        py::arg("ddy"), py::arg("dx"), py::arg("dgamma"), py::arg("threads"), "Gradients of batch_norm_backward.");
   m.def("normalize_double_backward", &py_normalize_double_backward, py::arg("v_dx"), py::arg("dy"), py::arg("x"),
         py::arg("sizes"), py::arg("mean"), py::arg("var"), py::arg("gamma"), py::arg("v_dgamma"), py::arg("v_dbeta"),
-        py::arg("eps"), py::arg("ddy"), py::arg("dx"), py::arg("need_gamma"), py::arg("threads"),
-        "Gradients of normalize_backward; returns dgamma.");
+        py::arg("eps"), py::arg("ddy"), py::arg("dx"), py::arg("dgamma"), py::arg("threads"),
+        "Gradients of normalize_backward.");
 
   m.def("merge", &py_merge, py::arg("a"), py::arg("b"), "Moments of the union, channel by channel.");
   m.def("variance", &py_variance, py::arg("moments"), py::arg("ddof"), "m2/(count - ddof).");
@@ -331,6 +343,8 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
   m.def("available_isas", &batchnorm::available_isas, "Those that run on this machine, best first.");
   m.def("active_isa", &batchnorm::active_isa, "The one in use.");
   m.def("set_num_threads", &batchnorm::set_num_threads, py::arg("threads"), "Limit for the process; 0 removes it.");
+  m.def("threads_worked", &batchnorm::threads_worked,
+        "The most threads that a call of this thread was shared among since this was last asked; 1: none was shared.");
   m.def("get_num_threads", &batchnorm::get_num_threads, "Threads that a large call would use now.");
   m.def("build_info", &py_build_info, "Version, compiler, flags.");
   m.def(
@@ -340,4 +354,9 @@ PYBIND11_MODULE(_core, m, pybind11::mod_gil_not_used()) {
       },
       py::arg("sizes"), py::arg("item_size"), py::arg("threads"), "The plan of a training call, as text.");
   m.attr("__version__") = BATCHNORM_VERSION;
+}
+
+// What Python calls to import batchnorm._core.
+extern "C" PYBIND11_EXPORT PyObject* PyInit__core() {
+  return batchnorm::bindings::is_subinterpreter() ? nullptr : PyInit__core_of_main();
 }

@@ -8,6 +8,7 @@
 
 #include <algorithm>
 #include <exception>
+#include <new>
 
 #include "arrays.hpp"
 #include "batchnorm/batchnorm.hpp"
@@ -61,6 +62,28 @@ class ChannelGradient {
   ChannelOutput output_;
 };
 
+py::object owned(PyObject* created) {
+  if (created == nullptr) throw PythonError{};
+  return py::reinterpret_steal<py::object>(created);
+}
+
+// What a call returns is made before the core works, so that no memory is asked for once something is written.
+template <class... Part>
+py::object called(PyObject* f, const Part&... arguments) {
+  PyObject* const all[] = {arguments...};
+  return owned(PyObject_Vectorcall(f, all, sizeof...(Part), nullptr));
+}
+// A tuple of the given type, which may be a NamedTuple.
+template <class... Part>
+py::object tuple_of(PyObject* type, const Part&... items) {
+  const py::object plain = owned(PyTuple_Pack(sizeof...(Part), items...));
+  if (!PyType_Check(type) || !PyType_IsSubtype(reinterpret_cast<PyTypeObject*>(type), &PyTuple_Type)) {
+    throw py::type_error("the type of a result must be one of tuples");
+  }
+  const py::object arguments = owned(PyTuple_Pack(1, plain.ptr()));
+  return owned(PyTuple_Type.tp_new(reinterpret_cast<PyTypeObject*>(type), arguments.ptr(), nullptr));
+}
+
 PyObject* try_moments(PyObject* const (&arguments)[3]) {
   const auto& [py_x, py_axis, py_threads] = arguments;
   Arguments a;
@@ -76,9 +99,10 @@ PyObject* try_moments(PyObject* const (&arguments)[3]) {
   return result.release().ptr();
 }
 
-// (y, x or None where y has overwritten it, moments, axis from 0)
-PyObject* try_batch_norm(PyObject* const (&arguments)[7]) {
-  const auto& [py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads] = arguments;
+// (y, keep(x or None where y overwrites it, moments, gamma, axis from 0, eps)). keep is called before the moments are
+// known.
+PyObject* try_batch_norm(PyObject* const (&arguments)[8]) {
+  const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x);
   const int axis = a.axis(py_axis, x);
@@ -93,14 +117,17 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[7]) {
   const py::object y = target(out, x);
   py::array moments = new_table<Moments>(problem.channels);
   const bool overwritten = out.data == x.data;
+  const py::object axis_from_0 = owned(PyLong_FromLong(axis));
+  const py::object saved =
+      called(py_keep, overwritten ? Py_None : x.object, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps);
+  py::object result = owned(PyTuple_Pack(2, y.ptr(), saved.ptr()));
   if (!done(x, [&]<class T>(T) {
         batch_norm<T>(x.values<const T>(), problem, gamma.channel_values(), beta.channel_values(), eps, values_of<T>(y),
                       rows<Moments>(moments), {threads});
       })) {
     return not_ordinary();
   }
-  const auto axis_from_0 = py::reinterpret_steal<py::object>(PyLong_FromLong(axis));
-  return PyTuple_Pack(4, y.ptr(), overwritten ? Py_None : x.object, moments.ptr(), axis_from_0.ptr());
+  return result.release().ptr();
 }
 
 PyObject* try_normalize(PyObject* const (&arguments)[9]) {
@@ -126,9 +153,9 @@ PyObject* try_normalize(PyObject* const (&arguments)[9]) {
   return y.release().ptr();
 }
 
-// (dx, dgamma, dbeta), None where not asked for.
-PyObject* try_batch_norm_backward(PyObject* const (&arguments)[9]) {
-  const auto& [py_dy, py_x, py_moments, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
+// A tuple of that type of (dx, dgamma, dbeta), None where not asked for.
+PyObject* try_batch_norm_backward(PyObject* const (&arguments)[10]) {
+  const auto& [type, py_dy, py_x, py_moments, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x), dy = a.tensor_like(x, py_dy);
   const Problem problem = a.problem(x, a.integer(py_axis, 0, x.dimensions - 1));
@@ -142,17 +169,18 @@ PyObject* try_batch_norm_backward(PyObject* const (&arguments)[9]) {
 
   const py::object dx = needs.x ? target(out, x) : py::none();
   const ChannelGradient dgamma(needs.gamma, problem.channels, gamma), dbeta(needs.beta, problem.channels, gamma);
+  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object());
   if (!done(x, [&]<class T>(T) {
         batch_norm_backward<T>(dy.values<const T>(), x.values<const T>(), problem, moments, gamma.channel_values(), eps,
                                needs.x ? values_of<T>(dx) : std::span<T>{}, dgamma.output(), dbeta.output(), {threads});
       })) {
     return not_ordinary();
   }
-  return PyTuple_Pack(3, dx.ptr(), dgamma.object(), dbeta.object());
+  return result.release().ptr();
 }
 
-PyObject* try_normalize_backward(PyObject* const (&arguments)[10]) {
-  const auto& [py_dy, py_x, py_mean, py_var, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
+PyObject* try_normalize_backward(PyObject* const (&arguments)[11]) {
+  const auto& [type, py_dy, py_x, py_mean, py_var, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x), dy = a.tensor_like(x, py_dy);
   const Problem problem = a.problem(x, a.axis(py_axis, x));
@@ -166,6 +194,7 @@ PyObject* try_normalize_backward(PyObject* const (&arguments)[10]) {
 
   const py::object dx = needs.x ? target(out, x) : py::none();
   const ChannelGradient dgamma(needs.gamma, problem.channels, gamma), dbeta(needs.beta, problem.channels, gamma);
+  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object());
   if (!done(x, [&]<class T>(T) {
         normalize_backward<T>(dy.values<const T>(), x.values<const T>(), problem, mean.channel_values(),
                               var.channel_values(), gamma.channel_values(), eps,
@@ -173,7 +202,7 @@ PyObject* try_normalize_backward(PyObject* const (&arguments)[10]) {
       })) {
     return not_ordinary();
   }
-  return PyTuple_Pack(3, dx.ptr(), dgamma.object(), dbeta.object());
+  return result.release().ptr();
 }
 
 // New (running_mean, running_var). Or, where the last two of `into` are arrays for them, whether they were written: not
@@ -226,6 +255,36 @@ PyObject* room(PyObject* const (&arguments)[2]) {
   return PyTuple_Pack(3, copy.ptr(), new_mean.ptr(), new_var.ptr());
 }
 
+// to = a*x + b*y, where a and b, y may be None for 1 and 0. Arrays of one size; all but `to` of float64. Asks for no
+// memory, so that it may follow a call that has written.
+PyObject* combine(PyObject* const (&arguments)[5]) {
+  Arguments given;
+  const Array to = given.array(arguments[0]);
+  Array in[4];  // a, x, b, y
+  for (int k = 0; k < 4; ++k) {
+    if (arguments[k + 1] == Py_None && k != 1) continue;
+    in[k] = given.array(arguments[k + 1]);
+    given.need(in[k].is_double && in[k].size() == to.size());
+  }
+  if (!given.ordinary()) {
+    // No channels are no ordinary array, and nothing to do.
+    if (PyObject_Size(arguments[0]) == 0) Py_RETURN_NONE;
+    throw py::type_error("combine must have arrays of one size, of float64 but for the first");
+  }
+  const auto value = [](const Array& a, std::int64_t c, double absent) {
+    return a.present() ? a.values<const double>()[static_cast<std::size_t>(c)] : absent;
+  };
+  for (std::int64_t c = 0; c < to.size(); ++c) {
+    // Volatile: a product that is added is rounded first, on machines that could do both at once too.
+    const volatile double first = value(in[0], c, 1) * value(in[1], c, 0);
+    const volatile double second = value(in[2], c, 1) * value(in[3], c, 0);
+    const double sum = in[3].present() ? first + second : first;
+    const auto at = static_cast<std::size_t>(c);
+    to.is_double ? void(to.values<double>()[at] = sum) : void(to.values<float>()[at] = static_cast<float>(sum));
+  }
+  Py_RETURN_NONE;
+}
+
 // f of N arguments as CPython calls it.
 template <std::size_t N, PyObject* (*f)(PyObject* const (&)[N])>
 PyObject* entry(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t given) {
@@ -234,10 +293,15 @@ PyObject* entry(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t giv
   }
   try {
     return f(reinterpret_cast<PyObject* const(&)[N]>(*arguments));
-  } catch (py::error_already_set& error) {  // no memory for a new array
+  } catch (const PythonError&) {
+  } catch (py::error_already_set& error) {
     error.restore();
-    return nullptr;
+  } catch (const std::bad_alloc&) {
+    PyErr_NoMemory();
+  } catch (const std::exception& error) {
+    PyErr_SetString(PyExc_RuntimeError, error.what());
   }
+  return nullptr;  // an exception of C++ must not go on into the interpreter
 }
 
 template <std::size_t N, PyObject* (*f)(PyObject* const (&)[N])>
@@ -253,20 +317,20 @@ void add_ordinary_calls(py::module_& m) {
       method<3, try_moments>("try_moments",
                              "try_moments($module, x, axis, threads, /)\n--\n\n"
                              "moments if all arguments are ordinary."),
-      method<7, try_batch_norm>("try_batch_norm",
-                                "try_batch_norm($module, x, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
-                                "batch_norm if all arguments are ordinary: y, x if still intact, moments, axis."),
+      method<8, try_batch_norm>("try_batch_norm",
+                                "try_batch_norm($module, keep, x, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
+                                "batch_norm if all arguments are ordinary: y, keep(x, moments, gamma, axis, eps)."),
       method<9, try_normalize>("try_normalize",
                                "try_normalize($module, x, mean, var, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
                                "normalize if all arguments are ordinary: y."),
-      method<9, try_batch_norm_backward>(
+      method<10, try_batch_norm_backward>(
           "try_batch_norm_backward",
-          "try_batch_norm_backward($module, dy, x, moments, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
-          "batch_norm_backward if all arguments are ordinary: dx, dgamma, dbeta."),
-      method<10, try_normalize_backward>(
+          "try_batch_norm_backward($module, type, dy, x, moments, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
+          "batch_norm_backward if all arguments are ordinary: type(dx, dgamma, dbeta)."),
+      method<11, try_normalize_backward>(
           "try_normalize_backward",
-          "try_normalize_backward($module, dy, x, mean, var, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
-          "normalize_backward if all arguments are ordinary: dx, dgamma, dbeta."),
+          "try_normalize_backward($module, type, dy, x, mean, var, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
+          "normalize_backward if all arguments are ordinary: type(dx, dgamma, dbeta)."),
       method<7, try_update_running>(
           "try_update_running",
           "try_update_running($module, mean, var, moments, update_rate, ddof, into, finite, /)\n--\n\n"
@@ -274,6 +338,9 @@ void add_ordinary_calls(py::module_& m) {
       method<2, room>("room",
                       "room($module, gamma, mean, /)\n--\n\n"
                       "A copy of gamma and two new arrays like mean, if both are ordinary."),
+      method<5, combine>("combine",
+                         "combine($module, to, a, x, b, y, /)\n--\n\n"
+                         "to = a*x + b*y without asking for memory; None: a and b are 1, y is 0."),
       {nullptr, nullptr, 0, nullptr},
   };
   if (PyModule_AddFunctions(m.ptr(), methods) != 0) throw py::error_already_set();

@@ -31,28 +31,27 @@ std::span<const std::uint8_t> bytes_of(const py::array& mask) {
   check_bytes(mask);
   return {static_cast<const std::uint8_t*>(mask.data()), static_cast<std::size_t>(mask.size())};
 }
-std::span<std::uint8_t> writeable_bytes_of(MaybeArray& mask) {
+// Of one that Python has had made for the call, and may not write to itself.
+std::span<std::uint8_t> new_bytes_of(MaybeArray& mask) {
   if (!mask) return {};
   check_bytes(*mask);
-  return {static_cast<std::uint8_t*>(mask->mutable_data()), static_cast<std::size_t>(mask->size())};
+  return {static_cast<std::uint8_t*>(const_cast<void*>(mask->data())), static_cast<std::size_t>(mask->size())};
 }
 
-py::array py_batch_norm_relu(const py::array& x, const Sizes& sizes, const MaybeArray& residual,
-                             const py::object& gamma, const py::object& beta, double eps, py::array y, MaybeArray mask,
-                             int threads) {
+void py_batch_norm_relu(const py::array& x, const Sizes& sizes, const MaybeArray& residual, const py::object& gamma,
+                        const py::object& beta, double eps, py::array y, MaybeArray mask, py::array saved,
+                        int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
-  auto saved = new_table<Moments>(problem.channels);
-  const auto bits = writeable_bytes_of(mask);
+  const auto bits = new_bytes_of(mask);
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
     const auto add = tensor_or_none<T>(residual, "residual");
     const auto out = output<T>(y, "out");
-    const auto result = rows<Moments>(saved);
+    const auto result = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
     batch_norm_relu<T>(in, problem, add, g, b, eps, out, bits, result, {threads});
   });
-  return saved;
 }
 
 void py_normalize_relu(const py::array& x, const Sizes& sizes, const MaybeArray& residual, const py::object& mean,
@@ -61,7 +60,7 @@ void py_normalize_relu(const py::array& x, const Sizes& sizes, const MaybeArray&
   const Problem problem = problem_of(sizes);
   const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
   const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
-  const auto bits = writeable_bytes_of(mask);
+  const auto bits = new_bytes_of(mask);
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
     const auto add = tensor_or_none<T>(residual, "residual");
@@ -71,44 +70,46 @@ void py_normalize_relu(const py::array& x, const Sizes& sizes, const MaybeArray&
   });
 }
 
-ChannelGradients py_batch_norm_relu_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                             const py::array& mask, const py::array& moments_table,
-                                             const py::object& gamma, double eps, MaybeArray dx, MaybeArray dresidual,
-                                             bool need_gamma, bool need_beta, int threads) {
+void py_batch_norm_relu_backward(const py::array& dy, const py::array& x, const Sizes& sizes, const py::array& mask,
+                                 const py::array& moments_table, const py::object& gamma, double eps, MaybeArray dx,
+                                 MaybeArray dresidual, std::optional<py::array> dgamma, std::optional<py::array> dbeta,
+                                 int threads) {
   const Problem problem = problem_of(sizes);
   const auto stats = table<Moments>(moments_table, "moments");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
+  const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   const auto bits = bytes_of(mask);
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto out = output_or_none<T>(dx, "out"), passed_on = output_or_none<T>(dresidual, "out");
     const ReleaseForWork gil(x.size());
-    batch_norm_relu_backward<T>(g, in, problem, bits, stats, scale, eps, out, passed_on, dgamma.output(),
-                                dbeta.output(), {threads});
+    batch_norm_relu_backward<T>(g, in, problem, bits, stats, scale, eps, out, passed_on, to_gamma.output(),
+                                to_beta.output(), {threads});
   });
-  return {dgamma.array(), dbeta.array()};
+  to_gamma.deliver();
+  to_beta.deliver();
 }
 
-ChannelGradients py_normalize_relu_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                            const py::array& mask, const py::object& mean, const py::object& var,
-                                            const py::object& gamma, double eps, MaybeArray dx, MaybeArray dresidual,
-                                            bool need_gamma, bool need_beta, int threads) {
+void py_normalize_relu_backward(const py::array& dy, const py::array& x, const Sizes& sizes, const py::array& mask,
+                                const py::object& mean, const py::object& var, const py::object& gamma, double eps,
+                                MaybeArray dx, MaybeArray dresidual, std::optional<py::array> dgamma,
+                                std::optional<py::array> dbeta, int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
+  const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   const auto bits = bytes_of(mask);
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto out = output_or_none<T>(dx, "out"), passed_on = output_or_none<T>(dresidual, "out");
     const ReleaseForWork gil(x.size());
-    normalize_relu_backward<T>(g, in, problem, bits, m, v, scale, eps, out, passed_on, dgamma.output(), dbeta.output(),
-                               {threads});
+    normalize_relu_backward<T>(g, in, problem, bits, m, v, scale, eps, out, passed_on, to_gamma.output(),
+                               to_beta.output(), {threads});
   });
-  return {dgamma.array(), dbeta.array()};
+  to_gamma.deliver();
+  to_beta.deliver();
 }
 
 }  // namespace
@@ -119,16 +120,16 @@ void add_relu_calls(py::module_& m) {
       "relu_mask_bytes", [](const Sizes& sizes) { return relu_mask_bytes(problem_of(sizes)); }, arg("sizes"),
       "Bytes of a mask.");
   m.def("batch_norm_relu", &py_batch_norm_relu, arg("x"), arg("sizes"), arg("residual"), arg("gamma"), arg("beta"),
-        arg("eps"), arg("out"), arg("mask"), arg("threads"), "batch_norm, residual added, ReLU; returns the moments.");
+        arg("eps"), arg("out"), arg("mask"), arg("moments"), arg("threads"), "batch_norm, residual added, ReLU.");
   m.def("normalize_relu", &py_normalize_relu, arg("x"), arg("sizes"), arg("residual"), arg("mean"), arg("var"),
         arg("gamma"), arg("beta"), arg("eps"), arg("out"), arg("mask"), arg("threads"),
         "normalize, residual added, ReLU.");
   m.def("batch_norm_relu_backward", &py_batch_norm_relu_backward, arg("dy"), arg("x"), arg("sizes"), arg("mask"),
-        arg("moments"), arg("gamma"), arg("eps"), arg("out"), arg("dresidual"), arg("need_gamma"), arg("need_beta"),
-        arg("threads"), "Gradients of batch_norm_relu; returns dgamma and dbeta.");
+        arg("moments"), arg("gamma"), arg("eps"), arg("out"), arg("dresidual"), arg("dgamma"), arg("dbeta"),
+        arg("threads"), "Gradients of batch_norm_relu.");
   m.def("normalize_relu_backward", &py_normalize_relu_backward, arg("dy"), arg("x"), arg("sizes"), arg("mask"),
-        arg("mean"), arg("var"), arg("gamma"), arg("eps"), arg("out"), arg("dresidual"), arg("need_gamma"),
-        arg("need_beta"), arg("threads"), "Gradients of normalize_relu; returns dgamma and dbeta.");
+        arg("mean"), arg("var"), arg("gamma"), arg("eps"), arg("out"), arg("dresidual"), arg("dgamma"), arg("dbeta"),
+        arg("threads"), "Gradients of normalize_relu.");
 }
 
 }  // namespace batchnorm::bindings

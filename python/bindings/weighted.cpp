@@ -36,21 +36,19 @@ py::array py_weighted_moments(const py::array& x, const Sizes& sizes, const py::
   return out;
 }
 
-py::array py_weighted_batch_norm(const py::array& x, const Sizes& sizes, const py::array& weights, int padding,
-                                 const py::object& gamma, const py::object& beta, double eps, py::array y,
-                                 int threads) {
+void py_weighted_batch_norm(const py::array& x, const Sizes& sizes, const py::array& weights, int padding,
+                            const py::object& gamma, const py::object& beta, double eps, py::array y, py::array saved,
+                            int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
-  auto saved = new_table<Moments>(problem.channels);
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
     const auto w = weights_of<T>(weights, padding);
     const auto out = output<T>(y, "out");
-    const auto result = rows<Moments>(saved);
+    const auto result = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
     batch_norm<T>(in, problem, w, g, b, eps, out, result, {threads});
   });
-  return saved;
 }
 
 void py_weighted_normalize(const py::array& x, const Sizes& sizes, const py::array& weights, int padding,
@@ -101,43 +99,45 @@ void py_weighted_grad_input(const py::array& dy, const py::array& x, const Sizes
   });
 }
 
-ChannelGradients py_weighted_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                                 const py::array& weights, int padding, const py::array& moments_table,
-                                                 const py::object& gamma, double eps, std::optional<py::array> dx,
-                                                 bool need_gamma, bool need_beta, int threads) {
+void py_weighted_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
+                                     const py::array& weights, int padding, const py::array& moments_table,
+                                     const py::object& gamma, double eps, std::optional<py::array> dx,
+                                     std::optional<py::array> dgamma, std::optional<py::array> dbeta, int threads) {
   const Problem problem = problem_of(sizes);
   const auto stats = table<Moments>(moments_table, "moments");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
+  const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto w = weights_of<T>(weights, padding);
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    batch_norm_backward<T>(g, in, problem, w, stats, scale, eps, out, dgamma.output(), dbeta.output(), {threads});
+    batch_norm_backward<T>(g, in, problem, w, stats, scale, eps, out, to_gamma.output(), to_beta.output(), {threads});
   });
-  return {dgamma.array(), dbeta.array()};
+  to_gamma.deliver();
+  to_beta.deliver();
 }
 
-ChannelGradients py_weighted_normalize_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                                const py::array& weights, int padding, const py::object& mean,
-                                                const py::object& var, const py::object& gamma, double eps,
-                                                std::optional<py::array> dx, bool need_gamma, bool need_beta,
-                                                int threads) {
+void py_weighted_normalize_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
+                                    const py::array& weights, int padding, const py::object& mean,
+                                    const py::object& var, const py::object& gamma, double eps,
+                                    std::optional<py::array> dx, std::optional<py::array> dgamma,
+                                    std::optional<py::array> dbeta, int threads) {
   const Problem problem = problem_of(sizes);
   const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
+  const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto w = weights_of<T>(weights, padding);
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    normalize_backward<T>(g, in, problem, w, m, v, scale, eps, out, dgamma.output(), dbeta.output(), {threads});
+    normalize_backward<T>(g, in, problem, w, m, v, scale, eps, out, to_gamma.output(), to_beta.output(), {threads});
   });
-  return {dgamma.array(), dbeta.array()};
+  to_gamma.deliver();
+  to_beta.deliver();
 }
 
 std::span<const std::int64_t> offsets_of(const py::array& offsets) {
@@ -164,40 +164,39 @@ py::array py_segment_moments(const py::array& x, const Sizes& sizes, const py::a
   return out;
 }
 
-py::array py_segment_batch_norm(const py::array& x, const Sizes& sizes, const py::array& offsets,
-                                const py::object& gamma, const py::object& beta, double eps, py::array y, int threads) {
+void py_segment_batch_norm(const py::array& x, const Sizes& sizes, const py::array& offsets, const py::object& gamma,
+                           const py::object& beta, double eps, py::array y, py::array saved, int threads) {
   const Problem problem = problem_of(sizes);
   const auto bounds = offsets_of(offsets);
   const ChannelValues g = channel_values(gamma, "gamma"), b = channel_values(beta, "beta");
-  auto saved = new_table<Moments>(entries(bounds, problem));
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
     const auto out = output<T>(y, "out");
-    const auto result = rows<Moments>(saved);
+    const auto result = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
     segment_batch_norm<T>(in, problem, bounds, g, b, eps, out, result, {threads});
   });
-  return saved;
 }
 
-ChannelGradients py_segment_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
-                                                const py::array& offsets, const py::array& moments_table,
-                                                const py::object& gamma, double eps, std::optional<py::array> dx,
-                                                bool need_gamma, bool need_beta, int threads) {
+void py_segment_batch_norm_backward(const py::array& dy, const py::array& x, const Sizes& sizes,
+                                    const py::array& offsets, const py::array& moments_table, const py::object& gamma,
+                                    double eps, std::optional<py::array> dx, std::optional<py::array> dgamma,
+                                    std::optional<py::array> dbeta, int threads) {
   const Problem problem = problem_of(sizes);
   const auto bounds = offsets_of(offsets);
   const auto stats = table<Moments>(moments_table, "moments");
   const ChannelValues scale = channel_values(gamma, "gamma");
-  const WantedGradient dgamma(need_gamma, problem.channels, gamma), dbeta(need_beta, problem.channels, gamma);
+  const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
     const auto in = tensor<T>(x, "x");
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    segment_batch_norm_backward<T>(g, in, problem, bounds, stats, scale, eps, out, dgamma.output(), dbeta.output(),
+    segment_batch_norm_backward<T>(g, in, problem, bounds, stats, scale, eps, out, to_gamma.output(), to_beta.output(),
                                    {threads});
   });
-  return {dgamma.array(), dbeta.array()};
+  to_gamma.deliver();
+  to_beta.deliver();
 }
 
 }  // namespace
@@ -207,7 +206,8 @@ void add_weighted_calls(py::module_& m) {
   m.def("weighted_moments", &py_weighted_moments, arg("x"), arg("sizes"), arg("weights"), arg("threads"),
         "moments with a weight per position.");
   m.def("weighted_batch_norm", &py_weighted_batch_norm, arg("x"), arg("sizes"), arg("weights"), arg("padding"),
-        arg("gamma"), arg("beta"), arg("eps"), arg("out"), arg("threads"), "batch_norm with a weight per position.");
+        arg("gamma"), arg("beta"), arg("eps"), arg("out"), arg("moments"), arg("threads"),
+        "batch_norm with a weight per position.");
   m.def("weighted_normalize", &py_weighted_normalize, arg("x"), arg("sizes"), arg("weights"), arg("padding"),
         arg("mean"), arg("var"), arg("gamma"), arg("beta"), arg("eps"), arg("out"), arg("threads"),
         "normalize where there is a weight.");
@@ -217,19 +217,18 @@ void add_weighted_calls(py::module_& m) {
         arg("padding"), arg("moments"), arg("sums"), arg("gamma"), arg("eps"), arg("out"), arg("threads"),
         "grad_input with a weight per position.");
   m.def("weighted_batch_norm_backward", &py_weighted_batch_norm_backward, arg("dy"), arg("x"), arg("sizes"),
-        arg("weights"), arg("padding"), arg("moments"), arg("gamma"), arg("eps"), arg("out"), arg("need_gamma"),
-        arg("need_beta"), arg("threads"), "Gradients of weighted_batch_norm; returns dgamma and dbeta.");
+        arg("weights"), arg("padding"), arg("moments"), arg("gamma"), arg("eps"), arg("out"), arg("dgamma"),
+        arg("dbeta"), arg("threads"), "Gradients of weighted_batch_norm.");
   m.def("weighted_normalize_backward", &py_weighted_normalize_backward, arg("dy"), arg("x"), arg("sizes"),
-        arg("weights"), arg("padding"), arg("mean"), arg("var"), arg("gamma"), arg("eps"), arg("out"),
-        arg("need_gamma"), arg("need_beta"), arg("threads"),
-        "Gradients of weighted_normalize; returns dgamma and dbeta.");
+        arg("weights"), arg("padding"), arg("mean"), arg("var"), arg("gamma"), arg("eps"), arg("out"), arg("dgamma"),
+        arg("dbeta"), arg("threads"), "Gradients of weighted_normalize.");
   m.def("segment_moments", &py_segment_moments, arg("x"), arg("sizes"), arg("offsets"), arg("threads"),
         "moments of each segment.");
   m.def("segment_batch_norm", &py_segment_batch_norm, arg("x"), arg("sizes"), arg("offsets"), arg("gamma"), arg("beta"),
-        arg("eps"), arg("out"), arg("threads"), "batch_norm of each segment; returns the moments.");
+        arg("eps"), arg("out"), arg("moments"), arg("threads"), "batch_norm of each segment.");
   m.def("segment_batch_norm_backward", &py_segment_batch_norm_backward, arg("dy"), arg("x"), arg("sizes"),
-        arg("offsets"), arg("moments"), arg("gamma"), arg("eps"), arg("out"), arg("need_gamma"), arg("need_beta"),
-        arg("threads"), "Gradients of segment_batch_norm; returns dgamma and dbeta.");
+        arg("offsets"), arg("moments"), arg("gamma"), arg("eps"), arg("out"), arg("dgamma"), arg("dbeta"),
+        arg("threads"), "Gradients of segment_batch_norm.");
 }
 
 }  // namespace batchnorm::bindings
