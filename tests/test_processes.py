@@ -18,7 +18,9 @@ x = np.ones((4, 20000, 20), np.float32)
 reader, writer = os.pipe()
 child = os.fork()
 if child == 0:
-    os.write(writer, repr(float(bn.moments(x, num_threads=4).mean.sum())).encode())
+    bn._core.threads_worked()
+    mean = float(bn.moments(x, num_threads=4).mean.sum())
+    os.write(writer, f"{{mean}} by {{bn._core.threads_worked()}}".encode())
     os._exit(0)
 answered = select.select([reader], [], [], 30)[0]
 if not answered:
@@ -48,9 +50,107 @@ def python(code, **environment):
 
 
 @pytest.mark.parametrize("used", USED)
-def test_a_forked_child_computes_whatever_used_threads_before(used):
+def test_a_forked_child_computes_with_threads_whatever_used_some_before(used):
     done = python(FORK.format(before=USED[used]))
-    assert (done.stdout.strip(), done.returncode) == ("20000.0", 0), done.stderr
+    assert (done.stdout.strip(), done.returncode) == ("20000.0 by 4", 0), done.stderr
+
+
+AT_EXIT = """
+import threading, time
+import numpy as np, batchnorm as bn
+x = np.ones((64, 16, 1024), np.float32)  # large enough for the GIL to be released
+_, saved = bn.batch_norm(x)
+calls = 0
+def work():
+    global calls
+    while True:
+        {call}
+        calls += 1
+for _ in range(3):
+    threading.Thread(target=work, daemon=True).start()
+while calls < 3:
+    time.sleep(0.01)
+"""
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        "bn.batch_norm(x, num_threads=1)",
+        "bn.batch_norm_backward(x, saved, num_threads=2)",
+        "bn.batch_norm(x, mask=np.ones((64, 1024), bool))",
+        "bn.batch_norm_relu(x)",
+    ],
+)
+def test_a_process_may_exit_while_daemon_threads_compute(call):
+    for _ in range(2):
+        done = python(AT_EXIT.format(call=call))
+        assert (done.returncode, done.stderr) == (0, "")
+
+
+@pytest.mark.parametrize(
+    "options",
+    ["weights=np.ones(40_000)", "mask=np.ones(40_000, bool)", "segments=np.arange(40_000) // 10", ""],
+)
+def test_an_unknown_isa_is_an_error_of_every_call(options):
+    code = f"""
+import numpy as np, batchnorm as bn
+x = np.ones((40_000, 4), np.float32)
+try:
+    bn.batch_norm(x, num_threads=2, {options})
+except ValueError as error:
+    print(str(error).split(",")[0].split(" one of")[0])
+"""
+    done = python(code, BATCHNORM_ISA="nonsense")
+    assert (done.stdout.strip(), done.returncode) == ("BATCHNORM_ISA must be", 0), done.stderr
+
+
+SUBINTERPRETER = """
+try:
+    import _interpreters as interpreters
+except ImportError:
+    import _xxsubinterpreters as interpreters
+{before}
+try:
+    failed = interpreters.run_string(interpreters.create(), "import batchnorm")
+except Exception as error:
+    failed = error
+print("must be imported in the main interpreter of a process, got a subinterpreter" in str(failed))
+"""
+
+
+@pytest.mark.parametrize("before", ["", "import batchnorm"], ids=["first", "again"])
+def test_importing_in_a_subinterpreter_is_an_import_error(before):
+    done = python(SUBINTERPRETER.format(before=before))
+    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
+
+
+@pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processors are bound to on Linux alone")
+@pytest.mark.parametrize("pinned", ["caller", "openmp"])
+def test_workers_have_the_processors_of_the_process(pinned):
+    """A pinned thread calls first, or OpenMP has bound the main thread; the others may still use all."""
+    code = """
+import os, threading, time
+all_of_them = os.sched_getaffinity(0)
+import numpy as np, batchnorm as bn
+before = set(os.listdir("/proc/self/task"))
+def call():
+    if {pins}:
+        os.sched_setaffinity(0, {{min(all_of_them)}})
+    bn.moments(np.ones((64, 64, 64), np.float32), num_threads=3)
+    workers = set(os.listdir("/proc/self/task")) - before - {{str(threading.get_native_id())}}
+    end = time.monotonic() + 10
+    while not (good := [os.sched_getaffinity(int(w)) == all_of_them for w in workers] == [True, True]):
+        if time.monotonic() > end:
+            break
+    print(good)
+caller = threading.Thread(target=call)
+caller.start()
+caller.join()
+"""
+    pins = pinned == "caller"
+    done = python(code.format(pins=pins), **({} if pins else {"OMP_PROC_BIND": "true"}))
+    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
 
 
 @pytest.mark.parametrize("setting", ["100000", "0", "many", ""])
