@@ -9,6 +9,11 @@ import pytest
 import batchnorm as bn
 from batchnorm import layers
 
+try:
+    import _testcapi  # of CPython's own tests, which not every Python comes with
+except ImportError:
+    _testcapi = None
+
 RNG = np.random.default_rng(0)
 X = RNG.normal(3, 2, (7, 3, 2)).astype(np.float32)
 DY = RNG.normal(size=X.shape).astype(np.float32)
@@ -179,6 +184,39 @@ def test_a_refused_backward_into_x_can_be_put_right():
     with pytest.raises(ValueError, match="dy must have shape"):
         layer.backward(DY[:2], out=x)
     assert layer.backward(DY, out=x) is x
+
+
+# ---- no memory ---------------------------------------------------------------------------------------------
+
+ORDINARY = {
+    "train": lambda layer, out: layer(NEXT, out=out),
+    "evaluate": lambda layer, out: layer.eval()(NEXT, out=out),
+    "backward": lambda layer, out: layer.backward(DY, out=out),
+}
+
+
+if _testcapi is not None:
+
+    @pytest.mark.parametrize("name", ORDINARY)
+    def test_no_memory_for_the_nth_object_leaves_out_and_layer_alone(name):
+        call = ORDINARY[name]
+        warm = trained()
+        call(warm, np.empty_like(X))
+        old, n, done = shown(trained()), 0, 0
+        while done < 3:
+            layer, out, failed = trained(), np.full_like(X, 9), False
+            _testcapi.set_nomemory(n, n + 1)
+            try:
+                call(layer, out)
+            except MemoryError:
+                failed = True
+            finally:
+                _testcapi.remove_mem_hooks()
+            if failed:
+                assert (out == 9).all()
+                assert shown(layer.train()) == old
+            done, n = 0 if failed else done + 1, n + 1
+        assert n > 5
 
 
 # ---- warnings that are errors ------------------------------------------------------------------------------

@@ -231,13 +231,6 @@ def _saved(
     return Saved(x, Moments._from_core(table, dof), gamma, axis, eps, part)
 
 
-def ordinary_batch_norm(
-    x: object, gamma: Any, beta: object, axis: object, eps: Any, out: object, num_threads: object
-) -> tuple[Array, Saved] | None:
-    """Do `batch_norm` in one call of the core; None, and nothing has changed, where an argument is not ordinary."""
-    return _core.try_batch_norm(_saved, x, gamma, beta, axis, eps, out, num_threads)
-
-
 def general_batch_norm(
     keep: Callable[[Array | None, PerChannel, Array | None, int, float, Counted | None], _Kept],
     x: Array,

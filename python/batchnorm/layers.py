@@ -6,7 +6,7 @@ import copy
 import math
 import os
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack, get_args
@@ -26,7 +26,6 @@ from batchnorm.functional import (
     batch_norm_backward,
     normalize,
     normalize_backward,
-    ordinary_batch_norm,
     update_running,
 )
 from batchnorm.ghost import (
@@ -98,17 +97,11 @@ class _State(NamedTuple):
     largest_size: int  # of an x that did
 
 
-class _Results(NamedTuple):
-    """What backward has given."""
-
-    dgamma: NDArray[Any] | None = None
-    dbeta: NDArray[Any] | None = None
-    dresidual: NDArray[Any] | None = None
-
+# What backward has given: dgamma, dbeta and dresidual. Replaced by one assignment.
+_Results = list[NDArray[Any] | None]
 
 # Past the __new__ of a NamedTuple, which takes three times as long.
 _new_state: Callable[[tuple[Any, ...]], _State] = partial(tuple.__new__, _State)
-_new_results: Callable[[tuple[Any, ...]], _Results] = partial(tuple.__new__, _Results)
 
 
 class _Output(NamedTuple):
@@ -324,7 +317,7 @@ class BatchNorm:
         self._evaluation: tuple[_Call, _Call] | None = (
             None  # the last, and the call of _state that it came after
         )
-        self._results = _Results()
+        self._results: _Results = [None, None, None]
         self._training = True
         self._frozen = False, False  # statistics, affine
         # Whether there is nothing beside one set of running statistics that follow each batch as it comes, and a gamma,
@@ -457,17 +450,17 @@ class BatchNorm:
     @property
     def dgamma(self) -> NDArray[Any] | MaybeNone:
         """Gradient of gamma from the last backward, (C,) of `dtype`; None before it or if not asked for."""
-        return self._results.dgamma
+        return self._results[0]
 
     @property
     def dbeta(self) -> NDArray[Any] | MaybeNone:
         """Gradient of beta from the last backward, (C,) of `dtype`; None before it or if not asked for."""
-        return self._results.dbeta
+        return self._results[1]
 
     @property
     def dresidual(self) -> NDArray[Any] | MaybeNone:
         """Gradient of the residual from the last backward; None where there was none, or it was not asked for."""
-        return self._results.dresidual
+        return self._results[2]
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
@@ -721,23 +714,25 @@ class BatchNorm:
                 n for n, wanted in zip(known, asked, strict=True) if wanted and n not in ("gamma", "beta")
             ]
         to: Any = out if self._activation is None or out is None else (out, None)
-        dx: NDArray[Any] | None
+        results: _Results = [None, None, None]  # before anything is written, as `out` may be
         if out is not None and _is_x(out, x):
             call.clear()  # before its first value is gone: from there on a signal may end the call at any time
         try:
             backward = _BACKWARD.get(type(saved))
             if backward is None:
-                dx, dgamma, dbeta, *dresidual = saved(dy, needs=names, out=to, num_threads=self._num_threads)
+                given = saved(dy, needs=names, out=to, num_threads=self._num_threads)
             else:
-                dx, dgamma, dbeta, *dresidual = backward(
-                    dy, saved, needs=names, out=to, num_threads=self._num_threads
-                )
+                given = backward(dy, saved, needs=names, out=to, num_threads=self._num_threads)
         except (TypeError, ValueError, MemoryError):  # which come before anything is written
             call[:] = x, saved
             raise
         state = self._state
-        dgamma, dbeta = self._as_gradient(dgamma, state.gamma), self._as_gradient(dbeta, state.beta)
-        self._results = _new_results((dgamma, dbeta, dresidual[0] if dresidual else None))
+        results[0] = self._as_gradient(given[1], state.gamma)
+        results[1] = self._as_gradient(given[2], state.beta)
+        if len(given) > 3:
+            results[2] = given[3]
+        self._results = results
+        dx: NDArray[Any] | None = given[0]
         return dx
 
     def _ordinary_training(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
@@ -747,31 +742,44 @@ class BatchNorm:
         wrong with it.
         """
         if out is not None and self._nonfinite == "warn" and _warnings_may_raise():
-            return None
-        gamma, beta, before, _, _, largest_size = self._state
+            moments_of_x = _core.try_moments(x, self._axis, self._num_threads)
+            if moments_of_x is None or _core.first_nonfinite(moments_of_x) >= 0:
+                return None
+        parameter, beta, before, _, _, largest_size = self._state
         now = before[0]
-        # What the call leaves is made before it writes, so that nothing is asked for then that there might not be.
-        made = _core.room(gamma, now.mean)
-        if made is None:
+        # All that the call leaves is made before it writes: then nothing is asked for that there might not be.
+        room = _core.room(parameter, now.mean)
+        if room is None:
             return None
-        gamma_now, mean, var = made
-        statistics: tuple[_Statistics, ...] = (_Statistics(mean, var, now.update_count + 1, None),)
-        done = ordinary_batch_norm(x, gamma_now, beta, self._axis, self._eps, out, self._num_threads)
+        gamma_now, mean, var = room
+        statistics = (_Statistics(mean, var, now.update_count + 1, None),)
+
+        def keep(
+            kept_x: NDArray[Any] | None, table: NDArray[np.float64], gamma: Any, axis: int, eps: float
+        ) -> tuple[NDArray[np.float64], Saved, _State]:
+            size, seen = x.size, Moments._from_core(table)
+            saved = Saved(kept_x, seen, gamma, axis, eps)
+            call: _Call = [] if kept_x is None else [x, saved]
+            largest = largest_size
+            if size > largest:  # noqa: PLR1730 - max() takes a fiftieth of the call
+                largest = size
+            after = (parameter, beta, statistics, call, (0, seen, size), largest)
+            return table, saved, _new_state(after)
+
+        done = _core.try_batch_norm(keep, x, gamma_now, beta, self._axis, self._eps, out, self._num_threads)
         if done is None:
             return None
-        y, saved = done
-        seen, size, rate = saved.moments, x.size, self._plain_rate
+        y, (table, saved, state) = done
+        rate = self._plain_rate
         if (
             rate is None
             or now.update_count == _MOST_UPDATES
             or not _core.try_update_running(
-                now.mean, now.var, seen._table, rate, self._ddof, made, self._nonfinite != "propagate"
+                now.mean, now.var, table, rate, self._ddof, room, self._nonfinite != "propagate"
             )
         ):
-            statistics = self._updated(before, 0, seen, _NO_PARTS, saved)
-        call: _Call = [] if saved.x is None else [x, saved]
-        largest_size = max(largest_size, size)
-        self._state = _new_state((gamma, beta, statistics, call, (0, seen, size), largest_size))
+            state = state._replace(statistics=self._updated(before, 0, saved.moments, _NO_PARTS, saved))
+        self._state = state
         if self._evaluation is not None:
             self._evaluation = None  # it no longer counts, but would keep its x
         return y
@@ -839,19 +847,7 @@ class BatchNorm:
             changes["statistics"] = self._updated(state.statistics, k, batch, how)
             changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
         settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **_for_given_statistics(how)}
-        y, call = self._by_constants(x, now.mean, now.var, state, to, settings)
-        if not update:
-            self._evaluated(call)
-            return y
-        self._state = self._state._replace(call=call, **changes)
-        self._evaluation = None
-        return y
-
-    def _evaluated(self, call: _Call) -> None:
-        """Make a call that learns nothing the last one, whatever training calls of other threads do meanwhile."""
-        before = self._state.call
-        self._evaluation = call, before
-        before.clear()  # backward does not look there any more
+        return self._by_constants(x, now.mean, now.var, state, to, settings, changes if update else None)
 
     def _by_constants(
         self,
@@ -861,24 +857,39 @@ class BatchNorm:
         state: _State,
         to: _Output,
         settings: Mapping[str, Any],
-    ) -> tuple[NDArray[Any], _Call]:
-        """Normalize by statistics that are constants; return y, and what its backward takes."""
-        threads, beta = self._num_threads, state.beta
+        changes: Mapping[str, Any] | None,
+    ) -> NDArray[Any]:
+        """Normalize by statistics that are constants, and make that the last call; None changes nothing of the state."""
         gamma = _snapshot(state.gamma) if to.keep else state.gamma
         given: dict[str, Any] = {"x": x, "mean": mean, "var": var, "gamma": gamma, **settings}
-        gradients: Callable[..., Gradients | ReluGradients]
+        how: dict[str, Any] = {"beta": state.beta, "num_threads": self._num_threads}
+        mask: list[ReluMask | None] = [None]
+        # Evaluation leaves the mask to the backward that hardly ever comes, where out cannot be the residual.
+        needs_mask = to.keep and (self._training or not (to.out is None or to.residual is None))
+        gradients: Callable[..., Gradients | ReluGradients] = partial(normalize_backward, **given)
+        if self._activation is not None:
+            how["residual"] = to.residual
+            kept_how = how if needs_mask or not to.keep else how | {"beta": _snapshot(state.beta)}
+            gradients = partial(_relu_backward, mask, given, kept_how)
+        call: _Call = [] if not to.keep or _is_x(to.out, x) else [x, gradients]
+        before = self._state
+        after, evaluation = before, (call, before.call)
+        if changes is not None:
+            after = before._replace(call=call, **changes)
+        # All that the call leaves is made: once y is written, nothing is asked for that there might not be.
         if self._activation is None:
-            y = normalize(**given, beta=beta, out=to.out, num_threads=threads)
-            gradients = partial(normalize_backward, **given)
+            y = normalize(**given, **how, out=to.out)
         else:
-            # Evaluation leaves the mask to the backward that hardly ever comes, where out cannot be the residual.
-            now = to.keep and (self._training or not (to.out is None or to.residual is None))
-            how: dict[str, Any] = {"beta": beta, "residual": to.residual, "num_threads": threads}
-            y, mask = normalize_relu(**given, **how, out=to.out, needs_mask=now)
-            if mask is None and to.keep:
-                how["beta"] = _snapshot(beta)
-            gradients = partial(_relu_backward, mask, given, how)
-        return y, [] if not to.keep or _is_x(to.out, x) else [x, gradients]
+            y, mask[0] = normalize_relu(**given, **how, out=to.out, needs_mask=needs_mask)
+        if changes is not None:
+            self._state, self._evaluation = after, None
+            return y
+        # Whatever training calls of other threads have done meanwhile, this one is the last now.
+        if self._state.call is not evaluation[1]:
+            evaluation = call, self._state.call
+        self._evaluation = evaluation
+        evaluation[1].clear()  # backward does not look there any more
+        return y
 
     def _learns_from(self, batch: Moments) -> bool:
         """Tell whether statistics take in this batch: one value a channel only where they pool all values."""
@@ -897,13 +908,8 @@ class BatchNorm:
             changes["statistics"] = self._updated(state.statistics, k, batch, how)
             changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
         settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
-        y, call = self._by_constants(x, batch.mean, np.zeros(self._channels), state, to, settings)
-        if not pools:
-            self._evaluated(call)
-            return y
-        self._state = self._state._replace(call=call, **changes)
-        self._evaluation = None
-        return y
+        var = np.zeros(self._channels)
+        return self._by_constants(x, batch.mean, var, state, to, settings, changes if pools else None)
 
     def _counts_one(self, x: NDArray[Any], how: Mapping[str, Any]) -> bool:
         """Tell whether a mask, lengths or weights leave one position."""
@@ -1722,7 +1728,7 @@ def _debiased_rate(rate: float, count: int) -> float:
 
 
 def _relu_backward(
-    mask: ReluMask | None,
+    kept: Sequence[ReluMask | None],
     given: Mapping[str, Any],
     how: Mapping[str, Any],
     dy: NDArray[Any],
@@ -1731,8 +1737,7 @@ def _relu_backward(
     **rest: Any,
 ) -> ReluGradients:
     """Call `normalize_relu_backward`, which does not know whether there was a residual, with the mask of that call."""
-    if mask is None:
-        mask = normalize_relu(**given, **how, needs_mask=True).mask
+    mask = normalize_relu(**given, **how, needs_mask=True).mask if kept[0] is None else kept[0]
     if how["residual"] is None:
         needs = [n for n in needs if n != "residual"]
     return normalize_relu_backward(dy, mask=mask, **given, needs=needs, **rest)
