@@ -398,7 +398,10 @@ def channel_values(name: str, values: Any, channels: int) -> Array:
 
 def numbers(name: str, values: Any) -> Array:
     """Give an array of what is one or a sequence."""
-    if isinstance(values, np.ma.MaskedArray):  # its values mean something else
+    if type(values) is np.ndarray:
+        return values
+    # The values of a masked array mean something else. (NumPy imports np.ma only where it is asked for.)
+    if isinstance(values, np.ndarray) and isinstance(values, np.ma.MaskedArray):
         hint = f" (write {name}.filled(0), say)"
         raise TypeError(f"{name} must be a numpy.ndarray or a sequence{hint}, got {type(values).__name__}")
     try:

@@ -63,7 +63,7 @@ def batch_norm_jvp(
     ----------
     x_dot : tangent of x: shape and dtype of x. A memory order other than that of x costs a copy.
     saved : what `batch_norm` returned, called without ``out=x``. Its x must be unchanged.
-    gamma_dot, beta_dot : tangents of gamma and beta, (C,) of any floating dtype, or None for 0.
+    gamma_dot, beta_dot : tangents of gamma and beta, (C,) of any floating or integer dtype, or None for 0.
     out : where to put y': shape and dtype of x; may be `x_dot` or x itself, must not overlap them otherwise.
     num_threads : as in `batch_norm`.
 
@@ -135,7 +135,7 @@ def normalize_jvp(
     ----------
     x_dot : tangent of x: shape and dtype of x.
     x, mean, var, gamma : as in `normalize`.
-    mean_dot, var_dot, gamma_dot, beta_dot : tangents, (C,) of any floating dtype, or None for 0.
+    mean_dot, var_dot, gamma_dot, beta_dot : tangents, (C,) of any floating or integer dtype, or None for 0.
     axis, eps : as in `normalize`.
     out : where to put y': may be `x_dot` or `x` itself, must not overlap them otherwise.
     num_threads : as in `batch_norm`.
@@ -216,7 +216,7 @@ def batch_norm_double_backward(
     ----------
     v_dx : shape and dtype of x, or None for 0.
     dy, saved : what `batch_norm_backward` was given.
-    v_dgamma, v_dbeta : (C,) of any floating dtype, or None for 0.
+    v_dgamma, v_dbeta : (C,) of any floating or integer dtype, or None for 0.
     needs : which of "dy", "x", "gamma" to compute.
     out : where to put (ddy, dx), either of which may be None. Each may be `v_dx`, `dy` or x itself, must not overlap
         them, or each other, otherwise.

@@ -154,15 +154,15 @@ def batch_norm(
     Parameters
     ----------
     x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
-        that fills one block of memory (C-contiguous, channels-last, transposed) is used in place; a sliced, strided
-        or broadcast one costs a copy.
-    gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
+        that fills one block of memory (C-contiguous, channels-last, transposed) is used in place; a sliced, strided,
+        broadcast or not aligned one costs a copy. A subclass is taken by its memory, but a masked array is refused.
+    gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0.
     axis : the channel axis; every other axis is summed over.
     eps : added to the variance; finite, >= 0. Frameworks differ: 1e-5 in PyTorch and Flax, 1e-3 in Keras.
-    mask : bool, the shape of `x` without its channel axis, or with 1 there, and 1 on any axis along which it does not
-        change. Statistics are those of the positions where it is True.
-    weights : floats >= 0 of such a shape, rounded to the dtype of `x`: mean = sum(w·x)/W, var = sum(w·(x - mean)²)/W,
-        with W = sum(w), which is the moments' count. A weight of 2 counts as the position twice; what weights are only
+    mask : bool, or integers 0 and 1: the shape of `x` without its channel axis, or with 1 there, and 1 on any axis along
+        which it does not change. Statistics are those of the positions where it is True.
+    weights : floats or integers >= 0 of such a shape, rounded to the dtype of `x`: mean = sum(w·x)/W, var =
+        sum(w·(x - mean)²)/W, with W = sum(w), which is the moments' count. A weight of 2 counts as the position twice; what weights are only
         matters to unbiased variances (`Moments.var`).
     lengths : (N,) of int. Sample n (axis 0) counts for its first lengths[n] steps; steps are axis 2 where channels are
         axis 1, else axis 1.
@@ -306,8 +306,8 @@ def normalize(
     ----------
     x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order; copied only
         where `batch_norm` copies.
-    mean, var : (C,) of any floating dtype; var >= 0. NaN is let through and stays in its channel.
-    gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
+    mean, var : (C,) of any floating or integer dtype; var >= 0. NaN is let through and stays in its channel.
+    gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0.
     axis : the channel axis.
     eps : added to var; finite, >= 0.
     mask, lengths, padding : as in `batch_norm`: what y is beside the positions that count.
@@ -394,8 +394,8 @@ def batch_norm_backward(
 
     Returns
     -------
-    Gradients(dx, dgamma, dbeta): dx like x; dgamma and dbeta (C,) in the dtype of gamma (float64 where that is None);
-    None where not asked for. Each within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴ with weights other
+    Gradients(dx, dgamma, dbeta): dx like x; dgamma and dbeta (C,) in the dtype of gamma (float64 where that is None or
+    integers); None where not asked for. Each within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴ with weights other
     than 0 and 1.
 
     Raises
@@ -550,7 +550,7 @@ def update_running(
 
     Parameters
     ----------
-    running_mean, running_var : (C,) of any floating dtype. Not changed.
+    running_mean, running_var : (C,) of any floating or integer dtype. Not changed.
     moments : of the batch: ``saved.moments``, say. A channel of count 0 leaves its running statistics alone.
     update_rate : from 0 (leaves the bits) to 1 (stores the batch's).
     ddof : 1 for the unbiased variance (PyTorch), 0 for the biased one (Keras, Flax, ONNX).

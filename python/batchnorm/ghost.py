@@ -77,7 +77,7 @@ def ghost_batch_norm(
     ----------
     x : ndarray, as in `batch_norm`. The slices along axis 0 of a C-contiguous or channels-last array are used in place;
         where such slices have gaps (axis 0 is not the slowest in memory), that costs a copy of x and one of y.
-    gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
+    gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0.
     ghost_size : int >= 1, samples in a ghost. Where it does not divide the batch, the last ghost is smaller (as in TabNet);
         every ghost needs 2 or more values a channel. At or above the batch it is `batch_norm`.
     axis : the channel axis; not axis 0, which holds the samples.
@@ -217,7 +217,7 @@ def ghost_update_running(
 
     Parameters
     ----------
-    running_mean, running_var : (C,) of any floating dtype. Not changed.
+    running_mean, running_var : (C,) of any floating or integer dtype. Not changed.
     moments : Moments of each ghost: ``saved.moments``.
     update_rate, ddof : as in `update_running`.
 

@@ -100,7 +100,7 @@ def batch_norm_inplace(
     Parameters
     ----------
     x : as in `batch_norm`, and writeable. Overwritten.
-    gamma, beta : (C,) of any floating dtype, or None for 1 and 0. In every channel abs(beta) must be at most
+    gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0. In every channel abs(beta) must be at most
         2¹⁰·abs(gamma), so that no more than 11 bits of x̂ are lost, and abs(gamma) from 2⁻¹²⁶ to 2¹²⁶ (float32) or
         from 2⁻¹⁵⁰ to 2¹⁵⁰ (float64): from a gamma of 0 nothing could be recovered.
     axis, eps, num_threads : as in `batch_norm`.

@@ -295,8 +295,8 @@ def moments(
     Parameters
     ----------
     x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
-        that fills one block of memory (C-contiguous, channels-last, transposed) is read in place; a sliced, strided
-        or broadcast one costs a copy.
+        that fills one block of memory (C-contiguous, channels-last, transposed) is read in place; a sliced, strided,
+        broadcast or not aligned one costs a copy.
     axis : the channel axis; every other axis is summed over.
     mask, weights, lengths, segments : what counts, as in `batch_norm`. With weights w: count = sum(w), mean =
         sum(w·x)/count, m2 = sum(w·(x - mean)²); the unbiased variance needs ``.var(1, weights_are=...)``, which says what
@@ -311,7 +311,7 @@ def moments(
     Raises
     ------
     TypeError, ValueError
-        For an `x` that is no such array (byte order and alignment included), an axis out of range.
+        For an `x` that is no such array (byte order included), an axis out of range.
 
     Notes
     -----

@@ -194,9 +194,9 @@ def batch_renorm(
     Parameters
     ----------
     x : ndarray, as in `batch_norm`.
-    running_mean, running_var : (C,) of any floating dtype, before this batch; running_var >= 0. Not changed. NaN is let
+    running_mean, running_var : (C,) of any floating or integer dtype, before this batch; running_var >= 0. Not changed. NaN is let
         through and stays in its channel; a channel where running_var + eps is 0 has r = 1, d = 0.
-    gamma, beta : (C,) of any floating dtype, or None for 1 and 0.
+    gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0.
     r_max, d_max : limits, >= 1 and >= 0; infinity does not clip. ``r_max=1, d_max=0`` is batch norm.
     weight : finite, >= 0: r and d become 1 + (r - 1)·weight and d·weight.
     r_min : from 0 to 1; None: 1/r_max, and 0 for Keras.
@@ -340,7 +340,7 @@ def renorm_update_running(
 
     Parameters
     ----------
-    running_mean, running_var : (C,) of any floating dtype, running_var >= 0. Not changed.
+    running_mean, running_var : (C,) of any floating or integer dtype, running_var >= 0. Not changed.
     saved : what `batch_renorm` returned. A channel of no values leaves its running statistics alone.
     update_rate : from 0 (leaves the bits) to 1 (stores the batch's).
 
