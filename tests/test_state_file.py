@@ -382,6 +382,23 @@ def test_a_save_in_place_that_fails_puts_the_old_bytes_back(channels, failure, t
 
 
 @posix_only
+@pytest.mark.parametrize("names", [1, 2])
+def test_a_saved_file_is_on_the_disk_before_its_name_is(names, tmp_path, monkeypatch):
+    bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    if names == 2:
+        (tmp_path / "other").hardlink_to(tmp_path / "layer.npz")
+    fsync, synced = os.fsync, []
+
+    def noted(descriptor):
+        synced.append(stat.S_IFMT(os.fstat(descriptor).st_mode))
+        fsync(descriptor)
+
+    monkeypatch.setattr(os, "fsync", noted)
+    layer_with_state().save(tmp_path / "layer.npz")
+    assert synced == ([stat.S_IFREG, stat.S_IFDIR] if names == 1 else [stat.S_IFREG])
+
+
+@posix_only
 @pytest.mark.parametrize("old", ["none", "one_name", "two_names"])
 @pytest.mark.parametrize("room", [0, 100, 20_000])
 def test_a_file_that_finds_no_room_leaves_the_old_one_and_no_other(old, room, tmp_path):
