@@ -186,6 +186,20 @@ def test_weights_of_the_fused_kernels_go_on_unbiased():
     np.testing.assert_allclose(layer.running_var, expected, rtol=1e-12)
 
 
+def test_variables_that_give_an_array_by_a_method_are_read_by_it():
+    class Variable:  # as one of TensorFlow is
+        def __init__(self, value):
+            self.value = value
+
+        def numpy(self):
+            return self.value
+
+    state = source_of("keras", recorded("keras", 10))
+    layer = bn.BatchNorm.from_keras({name: Variable(value) for name, value in state.items()})
+    assert (layer.gamma == state["gamma"]).all()
+    assert (layer.running_var == state["moving_variance"]).all()
+
+
 def test_two_arrays_of_keras_are_the_statistics():
     mean, var = (recorded("keras", 10)[name] for name in ("moving_mean", "moving_variance"))
     layer = bn.BatchNorm.from_keras([mean, var])

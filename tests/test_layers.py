@@ -136,6 +136,12 @@ def test_parameters_scale_and_shift_each_channel():
     assert_close(layer(x), forward(x, *batch_statistics(x, 0), layer.gamma, layer.beta), scale=100)
 
 
+@pytest.mark.parametrize("axis", [-8, 7])
+def test_an_axis_may_be_the_first_or_last_of_eight(axis):
+    x = normal(2, 2, 1, 2, 1, 1, 2, 2)
+    assert_close(bn.BatchNorm(2, axis=axis)(x), forward(x, *batch_statistics(x, 0, axis), axis=axis))
+
+
 @pytest.mark.parametrize("axis", [-1, -2, 0, 1, 2])
 def test_axis_names_the_channels(axis):
     x = normal(4, 5, 6)
@@ -713,6 +719,7 @@ def test_a_layer_built_without_gamma_takes_none():
         ({"axis": None}, TypeError, "axis must be an int, got None"),
         ({"axis": (0, 1)}, TypeError, "axis must be an int, got tuple"),
         ({"axis": 8}, ValueError, "axis must be from -8 to 7, got 8"),
+        ({"axis": -9}, ValueError, "axis must be from -8 to 7, got -9"),
         ({"eps": "1e-5"}, TypeError, "eps must be a number, got str"),
         ({"eps": -1e-5}, ValueError, "eps must be finite and >= 0, got -1e-05"),
         ({"eps": math.nan}, ValueError, "eps must be finite and >= 0, got nan"),
