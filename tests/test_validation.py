@@ -751,6 +751,13 @@ def test_the_signature_of_a_call_that_names_few_keywords_shows_them_all():
     assert list(inspect.signature(bn.BatchNorm(3)).parameters) == list(call)[1:]
 
 
+@pytest.mark.parametrize("library", ["torch", "keras", "flax", "onnx"])
+def test_a_layer_from_elsewhere_names_every_setting_that_its_source_does_not_decide(library):
+    settings = set(inspect.signature(bn.BatchNorm).parameters)
+    named = set(inspect.signature(getattr(bn.BatchNorm, f"from_{library}")).parameters)
+    assert settings - named == {"channels", "gamma", "beta", "domains", "debias"}
+
+
 @pytest.mark.parametrize("f", [bn.batch_norm, bn.normalize, bn.moments], ids=lambda f: f.__name__)
 def test_a_keyword_that_is_given_its_default_is_as_none_given(f):
     a = Arrays()

@@ -112,22 +112,23 @@ def keywords(function: Callable[P, R]) -> Callable[P, R]:
 _DEFAULTS: dict[Callable[..., object], dict[str, object]] = {}
 
 
-def options(rest: type, **defaults: object) -> Callable[[F], F]:
+def options(rest: type, default: object = None, /, **defaults: object) -> Callable[[F], F]:
     """Let a function that takes ``**options: Unpack[rest]`` show them by name in its signature.
 
     For functions whose calls are so short that the wrapper of `keywords` would be seen in them. It takes the less time
     the more keywords, which are hardly ever given, it does not name; it refuses unknown ones itself (`no_options`).
+    Their default is `default`, or what `defaults` has for them.
     """
     names = {name: getattr(text, "__forward_arg__", text) for name, text in rest.__annotations__.items()}
 
     def decorate(function: F) -> F:
-        _DEFAULTS[function] = {name: defaults.get(name) for name in names}
+        _DEFAULTS[function] = {name: defaults.get(name, default) for name in names}
         signature = inspect.signature(function)
         named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         at = next((i for i, p in enumerate(named) if p.name == "out"), len(named))
         named[at:at] = [
             inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name), annotation=text
+                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default), annotation=text
             )
             for name, text in names.items()
         ]

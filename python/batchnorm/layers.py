@@ -124,6 +124,7 @@ class _Default:
 
 _BY_CONVENTION: Any = _Default("by convention")
 _ALL: Any = _Default("all")
+_AS_EVER: Any = _Default("as in BatchNorm()")
 
 _NO_PARTS: Mapping[str, Any] = {}
 _MOST_UPDATES = 2**63 - 1  # that a state file can hold
@@ -151,6 +152,35 @@ class _CallOptions(TypedDict, total=False):
 
 
 _PARTS = ("mask", "weights", "lengths", "padding")
+
+
+class _Settings(TypedDict, total=False):
+    """The settings of a layer that no source of another library decides."""
+
+    convention: Library | None
+    ddof: int
+    nonfinite: Nonfinite
+    single_value: SingleValue
+    ghost_size: int | None
+    renorm: RenormSchedule | None
+    parity: Parity
+    activation: Activation | None
+    weights_are: WeightsAre | None
+    num_threads: int | None
+
+
+class _MoreSettings(_Settings, total=False):
+    """The same where a source has eps and update_rate by other names."""
+
+    eps: float
+    update_rate: float
+
+
+class _MostSettings(_MoreSettings, total=False):
+    """The same where a source has no axis."""
+
+    axis: int
+
 
 _AnySaved = Saved | SavedRelu | GhostSaved | RenormSaved
 _BACKWARD: dict[type, Callable[..., Gradients | ReluGradients]] = {
@@ -1331,6 +1361,7 @@ class BatchNorm:
         return layer.train(source.training)
 
     @classmethod
+    @_validate.options(_Settings, _AS_EVER)
     def from_torch(
         cls,
         source: Any,
@@ -1340,7 +1371,7 @@ class BatchNorm:
         update_rate: float | None = None,
         axis: int = 1,
         dtype: DTypeLike | None = None,
-        **settings: Any,
+        **settings: Unpack[_Settings],
     ) -> Self:
         """Make a layer that goes on where a batch norm of PyTorch is.
 
@@ -1415,6 +1446,7 @@ class BatchNorm:
         }
 
     @classmethod
+    @_validate.options(_MoreSettings, _AS_EVER)
     def from_keras(
         cls,
         source: Any,
@@ -1425,7 +1457,7 @@ class BatchNorm:
         scale: bool | None = None,
         center: bool | None = None,
         dtype: DTypeLike | None = None,
-        **settings: Any,
+        **settings: Unpack[_MoreSettings],
     ) -> Self:
         """Make a layer that goes on where a BatchNormalization of Keras is.
 
@@ -1495,6 +1527,7 @@ class BatchNorm:
         return weights | {"moving_mean": mean, "moving_variance": var}
 
     @classmethod
+    @_validate.options(_MoreSettings, _AS_EVER)
     def from_flax(
         cls,
         variables: Any,
@@ -1503,7 +1536,7 @@ class BatchNorm:
         momentum: float | None = None,
         axis: int | None = None,
         dtype: DTypeLike | None = None,
-        **settings: Any,
+        **settings: Unpack[_MoreSettings],
     ) -> Self:
         """Make a layer that goes on where a BatchNorm of Flax (nnx or linen) is.
 
@@ -1573,6 +1606,7 @@ class BatchNorm:
         return {"params": params, "batch_stats": {"mean": mean, "var": var}}
 
     @classmethod
+    @_validate.options(_MostSettings, _AS_EVER)
     def from_onnx(
         cls,
         inputs: Mapping[str, Any],
@@ -1580,7 +1614,7 @@ class BatchNorm:
         epsilon: float = 1e-5,
         momentum: float = 0.9,
         dtype: DTypeLike | None = None,
-        **settings: Any,
+        **settings: Unpack[_MostSettings],
     ) -> Self:
         """Make a layer of the inputs of a BatchNormalization of ONNX (opset 14 and later).
 
