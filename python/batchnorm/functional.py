@@ -753,8 +753,9 @@ class Prepared(Generic[_AnyGradients]):
         if self._copies:
             for result, out in self._copies:
                 out[...] = result
-        if not self._rounds:
-            return self._results
+        return self._rounded() if self._rounds else self._results
+
+    def _rounded(self) -> _AnyGradients:
         named: Any = self._results
         per_channel = [name for name in named._fields if name in ("dgamma", "dbeta")]
         rounded: _AnyGradients = named._replace(
@@ -781,8 +782,10 @@ class Combined:
 
     def results(self, dx: Array | None) -> Gradients:
         """Give them with that dx."""
-        if not self._rounds and dx is self._out:
-            return self._results
+        # What a comprehension sees would take memory whether it is come to or not.
+        return self._results if not self._rounds and dx is self._out else self._rounded(dx)
+
+    def _rounded(self, dx: Array | None) -> Gradients:
         rounded = (None if a is None else _rounded(a, self._dtype) for a in (self.dgamma, self.dbeta))
         return Gradients(dx, *rounded)
 

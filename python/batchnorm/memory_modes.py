@@ -204,14 +204,14 @@ def batch_norm_inplace_backward(
     _, need_gamma, need_beta = _validate.needs(names)
     combined = Combined(saved.gradient_dtype, out, need_gamma, need_beta, saved.moments.channels)
     sign = np.copysign(1.0, saved.gamma)
-    dx, dgamma, dbeta = batch_norm_backward(
+    found = batch_norm_backward(
         dy, _as_if_input(values, saved), needs=names, out=out, num_threads=num_threads
     )
-    if dgamma is not None:
-        _core.combine(combined.dgamma, sign, dgamma, None, None)
-    if dbeta is not None:
-        _core.combine(combined.dbeta, None, dbeta, None, None)
-    return combined.results(dx)
+    if need_gamma:
+        _core.combine(combined.dgamma, sign, found.dgamma, None, None)
+    if need_beta:
+        _core.combine(combined.dbeta, None, found.dbeta, None, None)
+    return combined.results(found.dx)
 
 
 def _as_if_input(y: Array, saved: SavedOutput) -> Saved:

@@ -320,12 +320,12 @@ def batch_renorm_backward(
     names = [name for name in _validate.GRADIENTS if asked[name]]
     plain = Saved(saved.x, saved.moments, folded, saved.axis, saved.eps)
     combined = Combined(_validate.float_dtype(saved.gamma), out, need_gamma, need_beta, channels)
-    dx, along_xhat, dbeta = batch_norm_backward(dy, plain, needs=names, out=out, num_threads=num_threads)
+    found = batch_norm_backward(dy, plain, needs=names, out=out, num_threads=num_threads)
     if need_gamma:
-        _core.combine(combined.dgamma, r, along_xhat, d, dbeta)
+        _core.combine(combined.dgamma, r, found.dgamma, d, found.dbeta)
     if need_beta:
-        _core.combine(combined.dbeta, None, dbeta, None, None)
-    return combined.results(dx)
+        _core.combine(combined.dbeta, None, found.dbeta, None, None)
+    return combined.results(found.dx)
 
 
 @_validate.keywords
