@@ -115,14 +115,14 @@ try:
     failed = interpreters.run_string(interpreters.create(), "import batchnorm")
 except Exception as error:
     failed = error
-print("must be imported in the main interpreter of a process, got a subinterpreter" in str(failed))
+print("ImportError" in repr(failed), "subinterpreter" in str(failed))
 """
 
 
 @pytest.mark.parametrize("before", ["", "import batchnorm"], ids=["first", "again"])
 def test_importing_in_a_subinterpreter_is_an_import_error(before):
     done = python(SUBINTERPRETER.format(before=before))
-    assert (done.stdout.strip(), done.returncode) == ("True", 0), done.stderr
+    assert (done.stdout.strip(), done.returncode) == ("True True", 0), done.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "sched_getaffinity"), reason="processors are bound to on Linux alone")
