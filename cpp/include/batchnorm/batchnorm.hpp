@@ -13,8 +13,10 @@
 //   anything is written; may throw std::bad_alloc, again before anything is written;
 // - hold the bounds of the numerical contract (README) for every finite float input, and give the same bits for
 //   any number of threads, any instruction set of the list in info.hpp, in place or not;
+// - refuse outputs that share memory with another argument, but for tensors where it is said that they may;
 // - keep a NaN or infinity in its own channel;
-// - may be called from several threads at once, on outputs that do not overlap;
+// - may be called from several threads at once, on outputs that do not overlap; from threads with stacks of 64 KB; in a
+//   process that forks, whose children have threads of their own; and from an object that is unloaded later;
 // - neither use nor change the caller's floating-point environment: subnormals count even under FTZ/DAZ.
 // Spans may start at any address that is a multiple of alignof(T).
 #pragma once

@@ -6,7 +6,8 @@
 // beta are shared by all segments.
 //
 // What batchnorm.hpp says of all its functions holds here too. Results of a segment have the bits that a call on the
-// segment alone would give. Memory beyond outputs: 16 bytes a segment and channel in the backward pass.
+// segment alone would give. Memory beyond outputs: what a call on a segment takes, for each thread; 16 bytes a segment
+// and channel in the backward pass.
 #pragma once
 
 #include <span>
