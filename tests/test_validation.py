@@ -5,6 +5,7 @@ import functools
 import inspect
 import operator
 import re
+import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -763,6 +764,24 @@ def test_a_keyword_that_is_given_its_default_is_as_none_given(f):
     a = Arrays()
     x = (a.x, a.mean, a.var) if f is bn.normalize else (a.x,)
     assert repr(f(*x, mask=None, lengths=None)) == repr(f(*x))
+
+
+@pytest.mark.parametrize("f", [bn.batch_norm, bn.moments, bn.BatchNorm.__call__], ids=lambda f: f.__name__)
+def test_options_are_known_where_the_function_was_replaced_by_one_that_counts_its_calls(f, monkeypatch):
+    calls = []
+
+    def counted(*args, **named):
+        calls.append(named)
+        return f(*args, **named)
+
+    place = bn.BatchNorm if f is bn.BatchNorm.__call__ else sys.modules[f.__module__]
+    monkeypatch.setattr(place, f.__name__, counted)
+    call = bn.BatchNorm(3) if place is bn.BatchNorm else getattr(place, f.__name__)
+    x = Arrays().x
+    call(x, mask=np.ones((2, 4, 5), bool))
+    with pytest.raises(TypeError, match=r"got banana$"):
+        call(x, banana=1)
+    assert len(calls) == 2
 
 
 WORDS = [  # (keyword and its value, what takes it, text)

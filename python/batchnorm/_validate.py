@@ -109,7 +109,8 @@ def keywords(function: Callable[P, R]) -> Callable[P, R]:
     return call
 
 
-_DEFAULTS: dict[Callable[..., object], dict[str, object]] = {}
+# By name, since a function of the module may have been replaced by one that counts or traces its calls.
+_WITH_OPTIONS: dict[str, tuple[Callable[..., object], dict[str, object]]] = {}
 
 
 def options(rest: type, default: object = None, /, **defaults: object) -> Callable[[F], F]:
@@ -122,7 +123,7 @@ def options(rest: type, default: object = None, /, **defaults: object) -> Callab
     names = {name: getattr(text, "__forward_arg__", text) for name, text in rest.__annotations__.items()}
 
     def decorate(function: F) -> F:
-        _DEFAULTS[function] = {name: defaults.get(name, default) for name in names}
+        _WITH_OPTIONS[function.__qualname__] = function, {n: defaults.get(n, default) for n in names}
         signature = inspect.signature(function)
         named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         at = next((i for i, p in enumerate(named) if p.name == "out"), len(named))
@@ -138,12 +139,12 @@ def options(rest: type, default: object = None, /, **defaults: object) -> Callab
     return decorate
 
 
-def no_options(function: Callable[..., object], given: Mapping[str, object]) -> bool:
-    """Tell whether all options that a call gives are their defaults, after refusing those that `function` has not."""
-    defaults = _DEFAULTS[function]
+def no_options(name: str, given: Mapping[str, object]) -> bool:
+    """Tell whether all options that a call gives are their defaults, after refusing those that the function has not."""
+    function, defaults = _WITH_OPTIONS[name]
     if not given.keys() <= defaults.keys():
         raise unknown_keywords(function, given)
-    return all(value is defaults[name] for name, value in given.items())
+    return all(value is defaults[option] for option, value in given.items())
 
 
 def unknown_keywords(function: Callable[..., object], named: Mapping[str, object]) -> TypeError:

@@ -207,7 +207,7 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
-    if not parts or _validate.no_options(batch_norm, parts):
+    if not parts or _validate.no_options("batch_norm", parts):
         done = _core.try_batch_norm(_saved, x, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
@@ -334,7 +334,7 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
-    if not parts or _validate.no_options(normalize, parts):
+    if not parts or _validate.no_options("normalize", parts):
         done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
@@ -418,7 +418,7 @@ def batch_norm_backward(
            [ 0.0871]]), array([1.]))
     """
     if others:
-        raise _validate.unknown_keywords(batch_norm_backward, others)
+        _validate.no_options("batch_norm_backward", others)
     if type(saved) is Saved and type(saved.moments) is Moments and saved.part is None:
         table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
         done = _core.try_batch_norm_backward(
@@ -498,7 +498,7 @@ def normalize_backward(
     Gradients(dx=array([[0.5],
            [0.5]]), dgamma=array([1.]), dbeta=array([2.]))
     """
-    if not parts or _validate.no_options(normalize_backward, parts):
+    if not parts or _validate.no_options("normalize_backward", parts):
         done = _core.try_normalize_backward(
             Gradients, dy, x, mean, var, gamma, axis, eps, needs, out, num_threads
         )
@@ -573,7 +573,7 @@ def update_running(
     (array([1.]), array([1.5]))
     """
     if others:
-        raise _validate.unknown_keywords(update_running, others)
+        _validate.no_options("update_running", others)
     if type(moments) is Moments and weights_are is None:
         done = _core.try_update_running(
             running_mean, running_var, moments._table, update_rate, ddof, None, False

@@ -633,7 +633,7 @@ class BatchNorm:
                [ 1.]])
 
         """
-        no_options = not options or _validate.no_options(BatchNorm.__call__, options)
+        no_options = not options or _validate.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
         if by_batch and no_options and self._is_ordinary:
             y = self._ordinary_training(x, out)
@@ -728,7 +728,7 @@ class BatchNorm:
 
         """
         if others:
-            raise _validate.unknown_keywords(BatchNorm.backward, others)
+            _validate.no_options("BatchNorm.backward", others)
         call, evaluation = self._state.call, self._evaluation
         if evaluation is not None and evaluation[1] is call:
             call = evaluation[0]

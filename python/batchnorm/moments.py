@@ -323,7 +323,7 @@ def moments(
     >>> m.count, m.mean, m.var()
     (array([2., 2.]), array([ 2., 10.]), array([1., 0.]))
     """
-    if not parts or _validate.no_options(moments, parts):
+    if not parts or _validate.no_options("moments", parts):
         done = _core.try_moments(x, axis, num_threads)
         if done is not None:
             return Moments._from_core(done)

@@ -181,7 +181,7 @@ def batch_norm_relu(
            [ True,  True]])
     """
     if others:
-        raise _validate.unknown_keywords(batch_norm_relu, others)
+        _validate.no_options("batch_norm_relu", others)
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
@@ -251,7 +251,7 @@ def normalize_relu(
            [1.]])
     """
     if others:
-        raise _validate.unknown_keywords(normalize_relu, others)
+        _validate.no_options("normalize_relu", others)
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
@@ -321,7 +321,7 @@ def batch_norm_relu_backward(
            [2.]]), array([2.]))
     """
     if others:
-        raise _validate.unknown_keywords(batch_norm_relu_backward, others)
+        _validate.no_options("batch_norm_relu_backward", others)
     _validate.instance("saved", saved, SavedRelu, "the SavedRelu of a batch_norm_relu call")
     plain = saved.batch_norm
     x = _input_of(plain)
@@ -393,7 +393,7 @@ def normalize_relu_backward(
            [0.5]]), dgamma=None, dbeta=array([1.]), dresidual=None)
     """
     if others:
-        raise _validate.unknown_keywords(normalize_relu_backward, others)
+        _validate.no_options("normalize_relu_backward", others)
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     eps = _validate.eps(eps)
