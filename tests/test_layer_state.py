@@ -282,6 +282,18 @@ def test_each_domain_has_the_statistics_of_a_layer_of_its_own(update_rate):
         assert layer(X, domain=k).tobytes() == alone[k].eval()(X).tobytes()
 
 
+def test_one_domain_has_an_axis_of_its_own_too():
+    layer, alone = bn.BatchNorm(3, domains=1), bn.BatchNorm(3)
+    layer(X, domain=0)
+    alone(X)
+    assert layer.running_mean.shape == layer.state_dict()["running_mean"].shape == (1, 3)
+    assert layer.running_var[0].tobytes() == alone.running_var.tobytes()
+    other = bn.BatchNorm(3, domains=1)
+    other.load_state_dict(layer.state_dict())
+    assert other.running_var.tobytes() == layer.running_var.tobytes()
+    assert other.update_count.tolist() == [1]
+
+
 @every_rate
 def test_the_state_of_domains_goes_through_files(tmp_path, update_rate):
     layer = trained(domains=2, update_rate=update_rate)

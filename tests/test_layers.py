@@ -467,6 +467,17 @@ def test_keep_is_a_bool():
         bn.BatchNorm(3)(normal(4, 3), keep=0)
 
 
+def test_a_backward_into_x_that_is_refused_may_be_called_again():
+    layer, x, dy = trained_layer(), normal(4, 3, 5), normal(4, 3, 5, seed=6)
+    layer(x)
+    expected, before = layer.backward(dy), x.copy()
+    for wrong in ({"dy": dy[:3]}, {"dy": dy.astype(np.float32)}, {"dy": dy, "needs": ("w",)}):
+        with pytest.raises((TypeError, ValueError)):
+            layer.backward(**wrong, out=x)
+    assert same_bits(x, before)
+    assert same_bits(layer.backward(dy, out=x), expected)
+
+
 def test_backward_is_refused_once_its_own_out_overwrote_x():
     layer, x, dy = trained_layer(), normal(4, 3, 5), normal(4, 3, 5, seed=6)
     layer(x)
