@@ -345,6 +345,7 @@ MISTAKES = [
     (lambda a: SCHEDULE(((0, 1.0), (5, np.inf)), ((0, 1.0),)), ValueError,
      "r_max must be finite where it has several points, got inf"),
     (lambda a: SCHEDULE.paper()(-1), ValueError, "step must be an int >= 0, got -1"),
+    (lambda a: SCHEDULE.torchrl(-1), ValueError, "warmup_steps must be an int >= 0, got -1"),
 ]  # fmt: skip
 
 

@@ -127,6 +127,16 @@ def test_parameters_that_are_not_finite_are_errors(name):
     ]
 
 
+@pytest.mark.parametrize("use", ["batch", "running"])
+def test_an_empty_batch_is_not_the_last_one(use):
+    layer = healthy()
+    layer(np.full((64, C), 1e3) + np.arange(64)[:, None])
+    before = layer.report()
+    assert before
+    layer(np.empty((0, C)), use_stats=use, update_stats=True)
+    assert layer.report() == before
+
+
 def test_a_batch_that_was_skipped_is_found():
     layer = healthy(nonfinite="skip")
     x = np.random.default_rng(0).normal(3, 2, (64, C))

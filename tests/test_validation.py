@@ -995,6 +995,75 @@ def test_out_shares_no_memory_with_values_that_are_read(function, argument):
     assert (out == 1).all()
 
 
+# Per function: the tensors that it reads, and the call with some of them given.
+LINE64 = np.arange(30.0)
+SAVED64, SAVED_RELU64 = bn.batch_norm(X64)[1], bn.batch_norm_relu(X64)[1]
+TENSORS_OF = {
+    "batch_norm": ("x", lambda out, t: bn.batch_norm(out=out, **t)),
+    "batch_norm_relu": ("x residual", lambda out, t: bn.batch_norm_relu(**({"x": X64} | t), out=out)),
+    "ghost_batch_norm": ("x", lambda out, t: bn.ghost_batch_norm(out=out, ghost_size=2, **t)),
+    "batch_renorm": ("x", lambda out, t: bn.batch_renorm(out=out, **RUNNING, **LIMITS, **t)),
+    "normalize": ("x", lambda out, t: bn.normalize(out=out, **STATISTICS, **t)),
+    "normalize_relu": (
+        "x residual",
+        lambda out, t: bn.normalize_relu(**({"x": X64} | STATISTICS | t), out=out),
+    ),
+    "batch_norm_backward": ("dy", lambda out, t: bn.batch_norm_backward(saved=SAVED64, out=out, **t)),
+    "batch_norm_relu_backward": (
+        "dy",
+        lambda out, t: bn.batch_norm_relu_backward(saved=SAVED_RELU64, out=(out, None), **t),
+    ),
+    "normalize_backward": (
+        "dy x",
+        lambda out, t: bn.normalize_backward(**({"dy": DY64, "x": X64} | STATISTICS | t), out=out),
+    ),
+    "normalize_relu_backward": (
+        "dy x",
+        lambda out, t: bn.normalize_relu_backward(
+            **({"dy": DY64, "x": X64, "mask": MASK64} | STATISTICS | t), out=(None, out)
+        ),
+    ),
+    "grad_input": (
+        "dy",
+        lambda out, t: bn.grad_input(saved=SAVED64, sums=bn.grad_sums(DY64, SAVED64), out=out, **t),
+    ),
+    "batch_norm_jvp": ("x_dot", lambda out, t: bn.batch_norm_jvp(saved=SAVED64, out=out, **t)),
+    "normalize_jvp": (
+        "x_dot x",
+        lambda out, t: bn.normalize_jvp(**({"x_dot": DY64, "x": X64} | STATISTICS | t), out=out),
+    ),
+    "batch_norm_double_backward": (
+        "v_dx dy",
+        lambda out, t: bn.batch_norm_double_backward(
+            **({"v_dx": DY64, "dy": DY64} | t), saved=SAVED64, out=(None, out)
+        ),
+    ),
+    "normalize_double_backward": (
+        "v_dx dy x",
+        lambda out, t: bn.normalize_double_backward(
+            **({"v_dx": DY64, "dy": DY64, "x": X64} | STATISTICS | t), out=(out, None)
+        ),
+    ),
+}
+
+
+@pytest.mark.parametrize(
+    ("function", "argument"),
+    [(name, word) for name, (words, _) in TENSORS_OF.items() for word in words.split()],
+)
+def test_out_is_a_tensor_that_is_read_or_shares_no_memory_with_it(function, argument):
+    call, line = TENSORS_OF[function][1], LINE64.copy()
+    tensor, out = (line[at : at + 12].reshape(4, 3) for at in (0, 6))
+    text = f"out must be {argument} itself or share no memory with {argument}, got a partial overlap"
+    with pytest.raises(ValueError, match=f"^{text}$"):
+        call(out, {argument: tensor})
+    assert (line == LINE64).all()
+    expected = np.empty((4, 3))
+    call(expected, {argument: tensor})
+    call(tensor, {argument: tensor})
+    np.testing.assert_array_equal(tensor, expected)
+
+
 def test_options_are_keyword_only():
     a = Arrays()
     with pytest.raises(TypeError):
