@@ -435,8 +435,15 @@ def test_extreme_statistics_raise_no_warning():
         assert str(layer.report())
 
 
-@pytest.mark.parametrize("use", ["batch", "running"])
-@pytest.mark.parametrize("name", ["_updated_statistics", "update_running"])
+@pytest.mark.parametrize(
+    ("use", "name"),
+    [
+        ("batch", "_Statistics"),
+        ("batch", "_blended"),
+        ("running", "_updated_statistics"),
+        ("running", "update_running"),
+    ],
+)
 def test_a_call_that_fails_leaves_the_report(monkeypatch, name, use):
     layer = healthy()
     before = (

@@ -93,7 +93,8 @@ class _State(NamedTuple):
     beta: NDArray[Any] | None
     statistics: tuple[_Statistics, ...]  # one per domain; replaced as a whole, never changed
     call: _Call  # the last that was no mere evaluation
-    batch: tuple[int, Moments, int] | None  # the last that normalized or updated: domain, moments, size of x
+    # The last that normalized or updated: domain, moments (of each ghost), size of x. Never changed once it is here.
+    batch: Sequence[Any] | None
     largest_size: int  # of an x that did
 
 
@@ -359,8 +360,6 @@ class BatchNorm:
             and self._single_value == "raise"
             and self._nonfinite != "raise"
         )
-        # That of statistics which take each batch in as it is.
-        self._plain_rate = None if self._debias else self._update_rate
 
     # ---- settings, fixed for the layer's life ----
 
@@ -782,6 +781,9 @@ class BatchNorm:
         if room is None:
             return None
         gamma_now, mean, var = room
+        rate = self._update_rate
+        if self._debias and rate:
+            rate = _debiased_rate(rate, now.update_count + 1)
         statistics = (_Statistics(mean, var, now.update_count + 1, None),)
 
         def keep(
@@ -800,7 +802,6 @@ class BatchNorm:
         if done is None:
             return None
         y, (table, saved, state) = done
-        rate = self._plain_rate
         if (
             rate is None
             or now.update_count == _MOST_UPDATES
@@ -824,16 +825,44 @@ class BatchNorm:
             self._refuse_weights(x, how)
         if to.out is not None and update:
             may_tell = not self._told_before_writing(x, how)
-        y, saved, seen = self._normalized_by_batch(x, state, to, k, how)
-        size, changes = x.size, dict[str, Any]()
-        if update and size > 0:
-            changes["statistics"] = self._updated(state.statistics, k, seen, how, saved, may_tell)
+        before, now, size = state.statistics, state.statistics[k], x.size if isinstance(x, np.ndarray) else 0
+        overwrites, learns = _is_x(to.out, x), update and size > 0
+        # All that the call leaves is made before it writes, and what is not known yet then filled in: then nothing is
+        # asked for that there might not be, where statistics follow the batch in the plain way.
+        room = np.empty(self._channels), np.empty(self._channels)
+        new = _Statistics(*room, min(now.update_count + 1, _MOST_UPDATES), None)
+        rate, finite = self._followed_rate(now), self._nonfinite != "propagate"
+        call: _Call = [] if overwrites or not to.keep else [x, None]
+        batch: list[Any] = [k, None, size]
+        after = state._replace(call=call)
         if size > 0:
-            changes |= {"batch": (k, seen, size), "largest_size": max(state.largest_size, size)}
-        call: _Call = [] if not to.keep or (saved.x is None and size > 0) else [x, saved]
-        self._state = self._state._replace(call=call, **changes)
-        self._evaluation = None
+            after = after._replace(batch=batch, largest_size=max(state.largest_size, size))
+        learned = after._replace(statistics=(*before[:k], new, *before[k + 1 :]))
+        y, saved = self._normalized_by_batch(x, state, to, k, how)
+        batch[1] = seen = saved.moments
+        if call:
+            call[1] = saved
+        if learns and _blended(now, seen, rate, self._ddof, room, finite):
+            after = learned
+        elif learns:
+            statistics = self._updated(before, k, self._merged(seen), how, saved, may_tell)
+            after = after._replace(statistics=statistics)
+        elif (
+            self._state is not state
+        ):  # one that learns nothing takes nothing back of what others have learned meanwhile
+            after = self._state._replace(call=call, batch=after.batch, largest_size=after.largest_size)
+        self._state, self._evaluation = after, None
         return y
+
+    def _followed_rate(self, now: _Statistics) -> float | None:
+        """Return the rate of the next update of statistics that follow the batch in the plain way; else None."""
+        rate = self._update_rate
+        if rate is None or self._renorm is not None or (self._debias and self._ghost_size is not None):
+            return None
+        return _debiased_rate(rate, now.update_count + 1) if self._debias and rate > 0 else rate
+
+    def _merged(self, seen: Moments | tuple[Moments, ...]) -> Moments:
+        return merge(Moments.empty(self._channels), *seen) if isinstance(seen, tuple) else seen
 
     def _normalized_by_batch(
         self,
@@ -842,27 +871,21 @@ class BatchNorm:
         to: _Output,
         k: int,
         how: Mapping[str, Any],
-    ) -> tuple[NDArray[Any], _AnySaved, Moments]:
-        """Return y, what its backward takes, and the moments of the batch."""
+    ) -> tuple[NDArray[Any], _AnySaved]:
+        """Return y, and what its backward takes."""
         gamma, beta = _snapshot(state.gamma), state.beta
         axis, eps, out, threads = self._axis, self._eps, to.out, self._num_threads
         if self._activation is None and self._ghost_size is None and self._renorm is None:
-            y, saved = batch_norm(x, gamma, beta, axis=axis, eps=eps, out=out, num_threads=threads, **how)
-            return y, saved, saved.moments
+            return batch_norm(x, gamma, beta, axis=axis, eps=eps, out=out, num_threads=threads, **how)
         options: dict[str, Any] = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
         if self._activation is not None:
-            y, with_mask = batch_norm_relu(x, gamma, beta, residual=to.residual, **options)
-            return y, with_mask, with_mask.moments
+            return batch_norm_relu(x, gamma, beta, residual=to.residual, **options)
         if self._ghost_size is not None:
-            y, ghosts = ghost_batch_norm(x, gamma, beta, ghost_size=self._ghost_size, **options)
-            return y, ghosts, merge(Moments.empty(self._channels), *ghosts.moments)
+            return ghost_batch_norm(x, gamma, beta, ghost_size=self._ghost_size, **options)
         assert self._renorm is not None
         now = state.statistics[k]
         limits = self._renorm(now.update_count)._asdict()
-        y, renormed = batch_renorm(
-            x, now.mean, now.var, gamma, beta, parity=self._parity, **limits, **options
-        )
-        return y, renormed, renormed.moments
+        return batch_renorm(x, now.mean, now.var, gamma, beta, parity=self._parity, **limits, **options)
 
     def _by_running(
         self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any], update: bool
@@ -1069,7 +1092,7 @@ class BatchNorm:
 
         """
         gamma, beta, statistics, _, last, largest_size = self._state
-        batch = None if last is None else Batch(*last, largest_size)
+        batch = None if last is None else Batch(last[0], self._merged(last[1]), last[2], largest_size)
         findings = parameter_findings(gamma, beta, self._channels)
         evaluates = not self._training or self._frozen[0]
         for k, s in enumerate(statistics):
@@ -1845,6 +1868,31 @@ def _for_given_statistics(how: Mapping[str, Any]) -> dict[str, Any]:
     if rest.get("padding", "normalize") == "normalize":
         return {}
     return rest | {"mask": np.asarray(weights) != 0}
+
+
+def _blended(
+    now: _Statistics,
+    seen: Moments | tuple[Moments, ...],
+    rate: float | None,
+    ddof: int,
+    room: tuple[NDArray[np.float64], NDArray[np.float64]],
+    finite: bool,
+) -> bool:
+    """Write the statistics after one more batch, or one ghost after the other, to `room`; tell whether that was done.
+
+    Not where there is no rate, nothing counts, weights want to be told what they are, or moments must be finite and are
+    not. Asks for no memory.
+    """
+    if rate is None:
+        return False
+    if not isinstance(seen, tuple):
+        return seen._dof is None and bool(
+            _core.try_update_running(now.mean, now.var, seen._table, rate, ddof, room, finite)
+        )
+    (mean, var), k = (now.mean, now.var), 0
+    while k < len(seen) and _core.try_update_running(mean, var, seen[k]._table, rate, ddof, room, finite):
+        (mean, var), k = room, k + 1
+    return 0 < k == len(seen)
 
 
 def _updated_statistics(

@@ -206,8 +206,8 @@ PyObject* try_normalize_backward(PyObject* const (&arguments)[11]) {
 }
 
 // New (running_mean, running_var). Or, where the last two of `into` are arrays for them, whether they were written: not
-// where the moments must be finite and are not. Then no memory is asked for, so that it may follow a call that has
-// written.
+// where nothing counts, and where the moments must be finite and are not. Then no memory is asked for, so that it may
+// follow a call that has written.
 PyObject* try_update_running(PyObject* const (&arguments)[7]) {
   const auto& [py_mean, py_var, py_moments, py_update_rate, py_ddof, py_into, py_finite] = arguments;
   Arguments a;
@@ -227,7 +227,8 @@ PyObject* try_update_running(PyObject* const (&arguments)[7]) {
     a.need(new_mean.present() && new_var.present());
   }
   if (!a.ordinary()) return not_ordinary();
-  if (py_finite == Py_True && first_nonfinite(moments) >= 0) return Py_NewRef(Py_False);
+  const bool nothing = std::ranges::all_of(moments, [](const Moments& m) { return m.count == 0; });
+  if (given && (nothing || (py_finite == Py_True && first_nonfinite(moments) >= 0))) return Py_NewRef(Py_False);
 
   const py::object made_mean = given ? py::object() : new_like(mean), made_var = given ? py::object() : new_like(var);
   const auto to_mean = given ? new_mean.values<double>() : values_of<double>(made_mean);
