@@ -89,6 +89,7 @@ class Array {
     piece.for_each([&](std::int64_t at, std::int64_t e) { found.data()[e] = data_[at]; });
     return found;
   }
+  [[nodiscard]] const T* data() const { return data_; }
   [[nodiscard]] std::vector<T> all() const { return std::vector<T>(data_, data_ + count_); }
 
   [[nodiscard]] bool untouched() const { return std::memcmp(first_, before_.data(), before_.size()) == 0; }
@@ -102,7 +103,7 @@ class Array {
   }
 
  private:
-  static constexpr std::size_t kBytes = 16 * 1024;
+  static constexpr std::size_t kBytes = 64 * 1024;
   static constexpr std::ptrdiff_t kAround = 256;
 
   std::byte *begin_ = nullptr, *end_ = nullptr, *first_ = nullptr, *last_ = nullptr;

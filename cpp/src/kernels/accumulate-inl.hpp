@@ -34,8 +34,10 @@ struct Compensated {
 };
 
 // A pair of sums takes values by
-//   add_vector(k, p...)     those of 16 values at each input p that belong to vector k of the lanes,
-//   add_part(k, n, p...)    the same where there are n < 16 values; missing lanes get what adds nothing.
+//   add_vector(k, p...)         those of the values at each input p that belong to vector k of the lanes, reading these
+//                               alone: there may be no more,
+//   add_vector_of_all(k, p...)  the same where all 16 values are there and may be read; a pair need not have it,
+//   add_part(k, n, p...)        the same where there are n < 16 values; missing lanes get what adds nothing.
 // Quarters of the lanes that get nothing are left out on every instruction set, so that 0*(0 - mean) of an infinite
 // mean reaches the same lanes. Runs of 7 x 7 values end with one value in a vector, of 14 x 14 with four.
 template <class Pair, class... Input>
@@ -48,6 +50,15 @@ BN_INLINE void add_first(Pair& pair, std::int64_t n, const Input&... input) {
     } else if (n > k * kWidth / kQuarter * kQuarter) {
       pair.add_part(k, n, input...);
     }
+  }
+}
+
+template <class Pair, class... Input>
+BN_INLINE void add_vector_of_all(Pair& pair, int k, const Input&... input) {
+  if constexpr (requires { pair.add_vector_of_all(k, input...); }) {
+    pair.add_vector_of_all(k, input...);
+  } else {
+    pair.add_vector(k, input...);
   }
 }
 
@@ -116,7 +127,7 @@ BN_INLINE void sweep_run(Pair& pair, std::int64_t begin, std::int64_t end, const
       const std::int64_t ahead = i + in.ahead + (i + in.ahead < in.left ? 0 : in.jump);
       (fetch_lanes<Fetch::kFar>(input + ahead), ...);
     }
-    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, (input + i)...);
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) add_vector_of_all(pair, k, (input + i)...);
   }
   if constexpr (kEnd < Lanes<double>::kVectors) sweep_run<Accumulator, kEnd>(pair, begin, end, in, input...);
 }
@@ -256,7 +267,7 @@ BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, const Places& place, co
   constexpr int kEnd = kFirst + vectors_a_sweep<Accumulator>();
   for (std::int64_t r = 0; r < rows; ++r) {
     if constexpr (kFirst == 0) (fetch_row(input, ahead.at(c, r)), ...);
-    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, row_of(input, r, place)...);
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) add_vector_of_all(pair, k, row_of(input, r, place)...);
   }
   if constexpr (kEnd < Lanes<double>::kVectors) {
     sweep_rows<Accumulator, kEnd>(pair, rows, place, ahead, c, input...);

@@ -20,6 +20,10 @@ struct MaskedMoments : MomentTerms<T, Accumulator, Shift::none> {
     this->add_value(k, vector_where(p, w, k));
   }
   template <class Weights>
+  BN_INLINE void add_vector_of_all(int k, const T* p, const Weights& w) {
+    this->add_value(k, vector_of_all_where(p, w, k));
+  }
+  template <class Weights>
   BN_INLINE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
     this->add_value(k, vector_of_first_where(p, w, k, n));
   }
@@ -164,6 +168,10 @@ struct MaskedGradTerms : GradTerms<T, Accumulator> {
   template <class Weights>
   BN_INLINE void add_vector(int k, const T* dy, const T* x, const Weights& weights) {
     this->add_value(k, vector_where(dy, weights, k), vector_where(x, weights, k));
+  }
+  template <class Weights>
+  BN_INLINE void add_vector_of_all(int k, const T* dy, const T* x, const Weights& weights) {
+    this->add_value(k, vector_of_all_where(dy, weights, k), vector_of_all_where(x, weights, k));
   }
   template <class Weights>
   BN_INLINE void add_part(int k, std::int64_t n, const T* dy, const T* x, const Weights& weights) {
