@@ -200,6 +200,14 @@ TEST(weighted_sums_of_runs_are_those_of_the_definition) {
         expect_sums<float>(i, runs, kind);
         expect_sums<double>(i, runs, kind);
       }
+      // One run and several with every remainder, shorter and longer than what is laid out for several channels.
+      for (std::int64_t r = 0; r < kernels::kVectorColumns; ++r) {
+        for (const Runs& runs :
+             {Runs{32 + r, 3, 32 + r, 1}, Runs{32 + r, 2, 96 + 3 * r, 3}, Runs{1040 + r, 1, 2080 + 2 * r, 2}}) {
+          expect_sums<float>(i, runs, kind);
+          expect_sums<double>(i, runs, kind);
+        }
+      }
     }
   }
 }
