@@ -54,7 +54,7 @@ FIGURE = re.compile(
     r"\d[\d.]* ?(?:[KMG]B|[mnuµ]?s)\b|\w+ (?:seconds|minutes?|hours?)\b|\b(?:milli|micro)seconds?"
 )
 # What is promised, rather than measured on a day that stands beside it, and held by tests of this file.
-HELD = ["18 MB", "45 MB"]
+HELD = ["18 MB", "46 MB"]
 
 
 def test_every_size_and_time_is_held_by_a_test_or_dated():
@@ -88,7 +88,7 @@ def installed():
 def test_it_takes_no_more_megabytes_than_the_readme_says(installed):
     """A wheel is its files, deflated."""
     contents = [path.read_bytes() for path in installed]
-    assert sum(map(len, contents)) <= 45e6
+    assert sum(map(len, contents)) <= 46e6
     assert sum(len(zlib.compress(content, 6)) for content in contents) <= 18e6
 
 
