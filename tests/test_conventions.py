@@ -540,6 +540,11 @@ def state(**changes):
     return {name: value for name, value in (plain | changes).items() if value is not None}
 
 
+def test_a_running_variance_of_zero_is_taken():
+    layer = bn.BatchNorm.from_torch(state(running_var=np.array([0.0, 2.0])))
+    assert layer.running_var.tolist() == [0, 2]
+
+
 def test_a_state_without_a_counter_or_parameters_is_taken():
     layer = bn.BatchNorm.from_torch(state(weight=None, bias=None))
     assert layer.gamma is None

@@ -617,6 +617,10 @@ HOSTILE = {
     "empty_zip": (lambda: zip_of({}), "file must have a member 'format_version.npy', got no members"),
     "many_disks": (lambda: patched(4, "<H", 7, "end"), "zip end record must describe one whole file"),
     "record_uncounted": (with_record_uncounted, "zip directory must have 5 records, got 120 bytes more"),
+    "record_missing": (
+        lambda: patched(8, "<I", 0x10001 * (len(members()) + 1), "end"),
+        "zip directory must hold its records, got 0 bytes for one",
+    ),
     "counts_disagree": (lambda: patched(8, "<H", 3, "end"), "zip end record must describe one whole file"),
     "many_members": (
         lambda: zip_of({f"{i}.npy": b"" for i in range(65)}),
