@@ -249,6 +249,18 @@ OUT = [  # (name, out from Arrays, error, text with {} for what it may be: x or 
         ValueError,
         "out must have one address per value, got overlapping strides (240, 80, 20, 8)",
     ),
+    (
+        "overlapping_itself_by_one_inside",
+        lambda a: np.lib.stride_tricks.as_strided(a.line, a.x.shape, (240, 80, 16, 4)),
+        ValueError,
+        "out must have one address per value, got overlapping strides (240, 80, 16, 4)",
+    ),
+    (
+        "overlapping_itself_by_one_outside",
+        lambda a: np.lib.stride_tricks.as_strided(a.line, a.x.shape, (236, 80, 20, 4)),
+        ValueError,
+        "out must have one address per value, got overlapping strides (236, 80, 20, 4)",
+    ),
 ]
 OVERLAP = "out must be {0} itself or share no memory with {0}, got a partial overlap"
 
