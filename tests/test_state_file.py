@@ -240,6 +240,22 @@ def test_a_file_that_is_saved_again_keeps_its_permissions(mode, through, tmp_pat
 
 
 @posix_only
+def test_a_private_file_is_private_while_it_is_written_anew(tmp_path, umask, monkeypatch):
+    umask(0o022)
+    bn.BatchNorm(C).save(tmp_path / "layer.npz")
+    (tmp_path / "layer.npz").chmod(0o600)
+    seen, chown = [], os.chown
+
+    def noted(path, *owner):
+        seen.append(permissions(Path(path)))
+        chown(path, *owner)
+
+    monkeypatch.setattr(os, "chown", noted)
+    layer_with_state().save(tmp_path / "layer.npz")
+    assert seen == [0o600]
+
+
+@posix_only
 @pytest.mark.parametrize(("mask", "mode"), [(0o022, 0o644), (0o027, 0o640), (0o077, 0o600), (0o002, 0o664)])
 def test_a_new_file_has_the_permissions_of_the_umask(mask, mode, tmp_path, umask):
     umask(mask)
