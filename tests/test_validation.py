@@ -1076,6 +1076,51 @@ def test_out_is_a_tensor_that_is_read_or_shares_no_memory_with_it(function, argu
     np.testing.assert_array_equal(tensor, expected)
 
 
+# What a call means by leaving a word out; everything else is None. A change here changes what users' programs do.
+X_AXIS = {"axis": 1, "eps": 1e-5}
+ALL, ALL_OF_RELU = ("x", "gamma", "beta"), ("x", "gamma", "beta", "residual")
+DEFAULTS = {
+    bn.batch_norm: X_AXIS,
+    bn.batch_norm_backward: {"needs": ALL},
+    bn.batch_norm_double_backward: {"needs": ("dy", "x", "gamma")},
+    bn.batch_norm_inplace: X_AXIS,
+    bn.batch_norm_inplace_backward: {"needs": ALL},
+    bn.batch_norm_jvp: {},
+    bn.batch_norm_relu: X_AXIS,
+    bn.batch_norm_relu_backward: {"needs": ALL_OF_RELU},
+    bn.batch_renorm: X_AXIS | {"weight": 1.0, "parity": "paper"},
+    bn.batch_renorm_backward: {"needs": ALL},
+    bn.explain: {"axis": 1, "dtype": np.float32},
+    bn.ghost_batch_norm: X_AXIS,
+    bn.ghost_batch_norm_backward: {"needs": ALL},
+    bn.ghost_update_running: {"update_rate": 0.1, "ddof": 1},
+    bn.grad_input: {},
+    bn.grad_sums: {},
+    bn.moments: {"axis": 1},
+    bn.normalize: X_AXIS,
+    bn.normalize_backward: X_AXIS | {"needs": ALL},
+    bn.normalize_double_backward: X_AXIS | {"needs": ("dy", "x", "gamma")},
+    bn.normalize_jvp: X_AXIS,
+    bn.normalize_relu: X_AXIS | {"needs_mask": False},
+    bn.normalize_relu_backward: X_AXIS | {"needs": ALL_OF_RELU},
+    bn.renorm_update_running: {"update_rate": 0.01},
+    bn.show_config: {"mode": "stdout"},
+    bn.update_running: {"update_rate": 0.1, "ddof": 1},
+    bn.Moments.var: {"ddof": 0},
+    bn.RenormSchedule.torchrl: {"warmup_steps": 10_000, "smooth": False, "r_max": 3.0, "d_max": 5.0},
+    bn.BatchNorm.from_onnx: {"epsilon": 1e-5, "momentum": 0.9},
+    bn.BatchNorm.load_state_dict: {"strict": True},
+}
+
+
+@pytest.mark.parametrize("function", DEFAULTS, ids=lambda function: function.__qualname__)
+def test_a_word_that_is_left_out_means_what_it_meant(function):
+    parameters = inspect.signature(function).parameters.values()
+    given = {p.name: p.default for p in parameters if p.default not in (p.empty, None)}
+    found = {name: value for name, value in given.items() if not repr(value).startswith("<as in")}
+    assert found == DEFAULTS[function]
+
+
 def test_options_are_keyword_only():
     a = Arrays()
     with pytest.raises(TypeError):
