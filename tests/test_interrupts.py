@@ -196,6 +196,11 @@ WRITING = {
     "train_masked": ({}, lambda layer, out: layer(NEXT, mask=MASK, out=out)),
     "train_domains": ({"domains": 2}, lambda layer, out: layer(NEXT, domain=1, out=out)),
     "train_relu": ({"activation": "relu"}, lambda layer, out: layer(NEXT, residual=X, out=out)),
+    "train_pooled": ({"update_rate": None}, lambda layer, out: layer(NEXT, out=out)),
+    "train_pooled_ghosts": (
+        {"update_rate": None, "ghost_size": 3},
+        lambda layer, out: layer(NEXT, out=out),
+    ),
     "train_ghosts": ({"ghost_size": 3}, lambda layer, out: layer(NEXT, out=out)),
     "again": ({}, lambda layer, out: layer(NEXT, update_stats=False, out=out)),
     "running": ({}, lambda layer, out: layer(NEXT, use_stats="running", update_stats=True, out=out)),

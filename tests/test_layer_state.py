@@ -487,6 +487,7 @@ def points_of_failure():
     return [(layers, name) for name in names] + [
         (_core, "first_nonfinite"),
         (_core, "try_update_running"),
+        (_core, "pool"),
         (warnings, "warn"),
     ]
 

@@ -629,6 +629,7 @@ def test_running_out_of_memory_in_the_update_changes_nothing(update_rate, monkey
 
     monkeypatch.setattr(layers, "_updated_statistics", out_of_memory)
     monkeypatch.setattr(_core, "try_update_running", out_of_memory)
+    monkeypatch.setattr(_core, "pool", out_of_memory)
     with pytest.raises(MemoryError):
         layer(X)
     assert snapshot(layer) == before

@@ -439,7 +439,7 @@ def test_extreme_statistics_raise_no_warning():
     ("use", "name"),
     [
         ("batch", "_Statistics"),
-        ("batch", "_blended"),
+        ("batch", "_learned"),
         ("running", "_updated_statistics"),
         ("running", "update_running"),
     ],

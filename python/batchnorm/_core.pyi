@@ -182,6 +182,14 @@ def try_normalize_backward(
     threads: object,
     /,
 ) -> _Gradients | None: ...
+def pool(
+    pooled: object,
+    moments: object,
+    ddof: object,
+    into: tuple[_Table, _Table, _Table],
+    finite: bool,
+    /,
+) -> bool | None: ...
 def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
 @overload
 def try_update_running(

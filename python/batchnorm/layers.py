@@ -784,7 +784,11 @@ class BatchNorm:
         rate = self._update_rate
         if self._debias and rate:
             rate = _debiased_rate(rate, now.update_count + 1)
-        statistics = (_Statistics(mean, var, now.update_count + 1, None),)
+        pooled, into = None, room
+        if rate is None and now.pooled is not None and now.pooled._dof is None:
+            pooled_table = np.empty((self._channels, 5))
+            pooled, into = Moments._from_table(pooled_table), (pooled_table, mean, var)
+        statistics = (_Statistics(mean, var, now.update_count + 1, pooled),)
 
         def keep(
             kept_x: NDArray[Any] | None, table: NDArray[np.float64], gamma: Any, axis: int, eps: float
@@ -802,13 +806,14 @@ class BatchNorm:
         if done is None:
             return None
         y, (table, saved, state) = done
-        if (
-            rate is None
-            or now.update_count == _MOST_UPDATES
-            or not _core.try_update_running(
-                now.mean, now.var, table, rate, self._ddof, room, self._nonfinite != "propagate"
-            )
-        ):
+        finite, has_learned = self._nonfinite != "propagate", None
+        if now.update_count == _MOST_UPDATES:
+            pass
+        elif rate is not None:
+            has_learned = _core.try_update_running(now.mean, now.var, table, rate, self._ddof, room, finite)
+        elif pooled is not None and now.pooled is not None:
+            has_learned = _core.pool(now.pooled._table, table, self._ddof, into, finite)
+        if not has_learned:
             state = state._replace(statistics=self._updated(before, 0, saved.moments, _NO_PARTS, saved))
         self._state = state
         if self._evaluation is not None:
@@ -825,32 +830,44 @@ class BatchNorm:
             self._refuse_weights(x, how)
         if to.out is not None and update:
             may_tell = not self._told_before_writing(x, how)
-        before, now, size = state.statistics, state.statistics[k], x.size if isinstance(x, np.ndarray) else 0
-        overwrites, learns = _is_x(to.out, x), update and size > 0
+        gamma, beta, before, _, last, largest = state
+        now, size = before[k], x.size if isinstance(x, np.ndarray) else 0
         # All that the call leaves is made before it writes, and what is not known yet then filled in: then nothing is
-        # asked for that there might not be, where statistics follow the batch in the plain way.
-        room = np.empty(self._channels), np.empty(self._channels)
-        new = _Statistics(*room, min(now.update_count + 1, _MOST_UPDATES), None)
+        # asked for that there might not be, where statistics follow the batch in the plain way or pool it.
+        call: _Call = [] if not to.keep or _is_x(to.out, x) else [x, None]
+        batch: Any = [k, None, size]
+        parts: list[Any] = [None]
         rate, finite = self._followed_rate(now), self._nonfinite != "propagate"
-        call: _Call = [] if overwrites or not to.keep else [x, None]
-        batch: list[Any] = [k, None, size]
-        after = state._replace(call=call)
-        if size > 0:
-            after = after._replace(batch=batch, largest_size=max(state.largest_size, size))
-        learned = after._replace(statistics=(*before[:k], new, *before[k + 1 :]))
+        if size == 0:
+            batch, update = last, False
+        elif size > largest:
+            largest = size
+        after = _new_state((gamma, beta, before, call, batch, largest))
+        room: tuple[NDArray[np.float64], ...] = ()
+        if update:
+            room, pooled = (np.empty(self._channels), np.empty(self._channels)), None
+            if now.pooled is not None and now.pooled._dof is None and self._weights_are != "importance":
+                table = np.empty((self._channels, 5))
+                pooled, room = Moments._from_table(table), (table, *room)
+            new = _Statistics(room[-2], room[-1], min(now.update_count + 1, _MOST_UPDATES), pooled)
+            statistics = (new,) if len(before) == 1 else (*before[:k], new, *before[k + 1 :])
+            learned = _new_state((gamma, beta, statistics, call, batch, largest))
         y, saved = self._normalized_by_batch(x, state, to, k, how)
-        batch[1] = seen = saved.moments
+        seen = saved.moments
+        if size > 0:
+            batch[1] = parts[0] = seen
         if call:
             call[1] = saved
-        if learns and _blended(now, seen, rate, self._ddof, room, finite):
-            after = learned
-        elif learns:
-            statistics = self._updated(before, k, self._merged(seen), how, saved, may_tell)
-            after = after._replace(statistics=statistics)
+        if update:
+            if _learned(now, seen if isinstance(seen, tuple) else parts, rate, self._ddof, room, finite):
+                after = learned
+            else:
+                statistics = self._updated(before, k, self._merged(seen), how, saved, may_tell)
+                after = after._replace(statistics=statistics)
         elif (
             self._state is not state
         ):  # one that learns nothing takes nothing back of what others have learned meanwhile
-            after = self._state._replace(call=call, batch=after.batch, largest_size=after.largest_size)
+            after = self._state._replace(call=call, batch=batch, largest_size=largest)
         self._state, self._evaluation = after, None
         return y
 
@@ -1870,29 +1887,33 @@ def _for_given_statistics(how: Mapping[str, Any]) -> dict[str, Any]:
     return rest | {"mask": np.asarray(weights) != 0}
 
 
-def _blended(
+def _learned(
     now: _Statistics,
-    seen: Moments | tuple[Moments, ...],
+    parts: Sequence[Moments],
     rate: float | None,
     ddof: int,
-    room: tuple[NDArray[np.float64], NDArray[np.float64]],
+    room: tuple[NDArray[np.float64], ...],
     finite: bool,
 ) -> bool:
-    """Write the statistics after one more batch, or one ghost after the other, to `room`; tell whether that was done.
+    """Write the statistics after one more batch, its ghosts one after the other, to `room`; tell whether that was done.
 
-    Not where there is no rate, nothing counts, weights want to be told what they are, or moments must be finite and are
-    not. Asks for no memory.
+    `room` is for mean and variance, and begins with a table for the moments where all are pooled. Not done where there
+    is no rate, nothing counts, weights want to be told what they are, or moments must be finite and are not. Asks for
+    no memory.
     """
-    if rate is None:
-        return False
-    if not isinstance(seen, tuple):
-        return seen._dof is None and bool(
-            _core.try_update_running(now.mean, now.var, seen._table, rate, ddof, room, finite)
-        )
-    (mean, var), k = (now.mean, now.var), 0
-    while k < len(seen) and _core.try_update_running(mean, var, seen[k]._table, rate, ddof, room, finite):
-        (mean, var), k = room, k + 1
-    return 0 < k == len(seen)
+    k = 0
+    if len(room) == 3:
+        assert now.pooled is not None
+        table = now.pooled._table
+        while k < len(parts) and _core.pool(table, parts[k]._table, ddof, room, finite):
+            table, k = room[0], k + 1
+    elif rate is not None:
+        mean, var = now.mean, now.var
+        while k < len(parts) and parts[k]._dof is None:
+            if not _core.try_update_running(mean, var, parts[k]._table, rate, ddof, room, finite):
+                break
+            (mean, var), k = room, k + 1
+    return 0 < k == len(parts)
 
 
 def _updated_statistics(

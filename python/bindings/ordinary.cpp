@@ -243,6 +243,34 @@ PyObject* try_update_running(PyObject* const (&arguments)[7]) {
   return given ? Py_NewRef(Py_True) : PyTuple_Pack(2, made_mean.ptr(), made_var.ptr());
 }
 
+// The moments of a union, and its mean and variance, written to the arrays of `into`; whether they were: not where
+// nothing counts, and where the moments must be finite and are not. One value has no variance, nor have counts of less
+// than 2: it is 1 there. Asks for no memory; `pooled` may be the table that is written to.
+PyObject* pool(PyObject* const (&arguments)[5]) {
+  const auto& [py_pooled, py_moments, py_ddof, py_into, py_finite] = arguments;
+  Arguments a;
+  const py::ssize_t channels = a.array(py_moments).size() / 5;
+  const auto pooled = a.table<Moments>(py_pooled, channels), moments = a.table<Moments>(py_moments, channels);
+  const int ddof = a.integer(py_ddof, 0, 1);
+  if (!a.need(PyTuple_CheckExact(py_into) && PyTuple_GET_SIZE(py_into) == 3)) return not_ordinary();
+  const auto to_table = a.table<Moments>(PyTuple_GET_ITEM(py_into, 0), channels);
+  const Array to_mean = a.channel_values(PyTuple_GET_ITEM(py_into, 1), channels);
+  const Array to_var = a.channel_values(PyTuple_GET_ITEM(py_into, 2), channels);
+  a.need(to_mean.is_double && to_var.is_double);
+  if (!a.ordinary()) return not_ordinary();
+  const bool nothing = std::ranges::all_of(moments, [](const Moments& m) { return m.count == 0; });
+  if (nothing || (py_finite == Py_True && first_nonfinite(moments) >= 0)) return Py_NewRef(Py_False);
+
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    const Moments both = merge(pooled[c], moments[c]);
+    const bool has_no_variance = ddof > 0 ? both.count < 2 : both.count <= 1 && both.m2 == 0;
+    const_cast<Moments&>(to_table[c]) = both;  // of an array that Python has made for this, and made read-only
+    to_mean.values<double>()[c] = both.mean;
+    to_var.values<double>()[c] = has_no_variance ? 1 : variance(both, ddof);
+  }
+  return Py_NewRef(Py_True);
+}
+
 // A copy of gamma, and room for new statistics like `mean`: what a layer's call has to have before it writes.
 PyObject* room(PyObject* const (&arguments)[2]) {
   const auto& [py_gamma, py_mean] = arguments;
@@ -336,6 +364,10 @@ void add_ordinary_calls(py::module_& m) {
           "try_update_running",
           "try_update_running($module, mean, var, moments, update_rate, ddof, into, finite, /)\n--\n\n"
           "update_running if all arguments are ordinary: mean, var; or whether `into` was written."),
+      method<5, pool>(
+          "pool",
+          "pool($module, pooled, moments, ddof, into, finite, /)\n--\n\n"
+          "Merge moments into those pooled, if all are ordinary: whether `into` (table, mean, var) was written."),
       method<2, room>("room",
                       "room($module, gamma, mean, /)\n--\n\n"
                       "A copy of gamma and two new arrays like mean, if both are ordinary."),
