@@ -486,8 +486,8 @@ def points_of_failure():
     ]
     return [(layers, name) for name in names] + [
         (_core, "first_nonfinite"),
-        (_core, "try_update_running"),
-        (_core, "pool"),
+        (layers, "update_into"),
+        (layers, "pool_into"),
         (warnings, "warn"),
     ]
 

@@ -18,7 +18,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm import _core, layers, state_file
+from batchnorm import layers, state_file
 
 RTOL = 2**10 * 2.0**-53
 EPS = 1e-5
@@ -628,8 +628,8 @@ def test_running_out_of_memory_in_the_update_changes_nothing(update_rate, monkey
         raise MemoryError
 
     monkeypatch.setattr(layers, "_updated_statistics", out_of_memory)
-    monkeypatch.setattr(_core, "try_update_running", out_of_memory)
-    monkeypatch.setattr(_core, "pool", out_of_memory)
+    monkeypatch.setattr(layers, "update_into", out_of_memory)
+    monkeypatch.setattr(layers, "pool_into", out_of_memory)
     with pytest.raises(MemoryError):
         layer(X)
     assert snapshot(layer) == before

@@ -231,6 +231,11 @@ def _saved(
     return Saved(x, Moments._from_core(table, dof), gamma, axis, eps, part)
 
 
+# What a layer asks of the core: each is one call, and the last two ask for no memory.
+ordinary_batch_norm, new_room = _core.try_batch_norm, _core.room
+update_into, pool_into = _core.try_update_running, _core.pool
+
+
 def general_batch_norm(
     keep: Callable[[Array | None, PerChannel, Array | None, int, float, Counted | None], _Kept],
     x: Array,

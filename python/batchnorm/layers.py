@@ -14,7 +14,7 @@ from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack, get_args
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from batchnorm import _core, _validate, _validate_state, conventions, state_file
+from batchnorm import _validate, _validate_state, conventions, state_file
 from batchnorm._validate import Activation, MaybeNone, NoOptions, Padding, Parity, WeightsAre
 from batchnorm.conventions import Library
 from batchnorm.counted import Positions, counted
@@ -24,8 +24,12 @@ from batchnorm.functional import (
     _rounded,
     batch_norm,
     batch_norm_backward,
+    new_room,
     normalize,
     normalize_backward,
+    ordinary_batch_norm,
+    pool_into,
+    update_into,
     update_running,
 )
 from batchnorm.ghost import (
@@ -770,14 +774,13 @@ class BatchNorm:
         None, and nothing has changed, where an argument is not ordinary: the general way takes it, or reports what is
         wrong with it.
         """
-        if out is not None and self._nonfinite == "warn" and _warnings_may_raise():
-            moments_of_x = _core.try_moments(x, self._axis, self._num_threads)
-            if moments_of_x is None or _core.first_nonfinite(moments_of_x) >= 0:
-                return None
+        may_raise = out is not None and self._nonfinite == "warn" and _warnings_may_raise()
+        if may_raise and self._moments(x, _NO_PARTS)._first_nonfinite() >= 0:
+            return None
         parameter, beta, before, _, _, largest_size = self._state
         now = before[0]
         # All that the call leaves is made before it writes: then nothing is asked for that there might not be.
-        room = _core.room(parameter, now.mean)
+        room = new_room(parameter, now.mean)
         if room is None:
             return None
         gamma_now, mean, var = room
@@ -802,7 +805,7 @@ class BatchNorm:
             after = (parameter, beta, statistics, call, (0, seen, size), largest)
             return table, saved, _new_state(after)
 
-        done = _core.try_batch_norm(keep, x, gamma_now, beta, self._axis, self._eps, out, self._num_threads)
+        done = ordinary_batch_norm(keep, x, gamma_now, beta, self._axis, self._eps, out, self._num_threads)
         if done is None:
             return None
         y, (table, saved, state) = done
@@ -810,9 +813,9 @@ class BatchNorm:
         if now.update_count == _MOST_UPDATES:
             pass
         elif rate is not None:
-            has_learned = _core.try_update_running(now.mean, now.var, table, rate, self._ddof, room, finite)
+            has_learned = update_into(now.mean, now.var, table, rate, self._ddof, room, finite)
         elif pooled is not None and now.pooled is not None:
-            has_learned = _core.pool(now.pooled._table, table, self._ddof, into, finite)
+            has_learned = pool_into(now.pooled._table, table, self._ddof, into, finite)
         if not has_learned:
             state = state._replace(statistics=self._updated(before, 0, saved.moments, _NO_PARTS, saved))
         self._state = state
@@ -1905,12 +1908,12 @@ def _learned(
     if len(room) == 3:
         assert now.pooled is not None
         table = now.pooled._table
-        while k < len(parts) and _core.pool(table, parts[k]._table, ddof, room, finite):
+        while k < len(parts) and pool_into(table, parts[k]._table, ddof, room, finite):
             table, k = room[0], k + 1
     elif rate is not None:
         mean, var = now.mean, now.var
         while k < len(parts) and parts[k]._dof is None:
-            if not _core.try_update_running(mean, var, parts[k]._table, rate, ddof, room, finite):
+            if not update_into(mean, var, parts[k]._table, rate, ddof, room, finite):
                 break
             (mean, var), k = room, k + 1
     return 0 < k == len(parts)
