@@ -134,11 +134,26 @@ def test_the_constructor_takes_one_count_or_one_a_channel(count):
     np.testing.assert_array_equal(m.var(), [2, 4])
 
 
-@pytest.mark.parametrize("name", ["count", "mean", "m2"])
-def test_moments_cannot_be_written(name):
-    m = bn.moments(np.eye(3))
-    with pytest.raises(ValueError, match="read-only"):
+WEIGHTED = bn.moments(np.eye(3), weights=[0.5, 1.0, 2.0])
+WAYS = {
+    "counted": bn.moments(np.eye(3)),
+    "weighted": WEIGHTED,
+    "merged": WEIGHTED | WEIGHTED,
+    "copied": pickle.loads(pickle.dumps(WEIGHTED)),
+    "constructed": bn.Moments(3.5, np.zeros(3), np.ones(3), importance_dof=np.ones(3)),
+}
+
+
+@pytest.mark.parametrize("name", ["count", "mean", "m2", "importance_dof"])
+@pytest.mark.parametrize("way", WAYS)
+def test_moments_cannot_be_written(way, name):
+    m = WAYS[way]
+    before = getattr(m, name).tolist()
+    try:
         getattr(m, name)[0] = 1
+    except ValueError as error:
+        assert "read-only" in str(error)
+    assert getattr(m, name).tolist() == before
     with pytest.raises(AttributeError):
         setattr(m, name, np.zeros(3))
 
