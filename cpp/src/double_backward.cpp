@@ -174,7 +174,9 @@ void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const P
       .gamma = gamma,
       .w = w.dgamma,
       .eps = eps};
-  Workspace workspace(pass.bytes() + Traversal<SecondPass<T>>::bytes(pass.plan, true));
+  // On the heap: a forward-mode pass, with a workspace of its own, comes in between.
+  const Workspace::Heap memory = Workspace::allocate(pass.bytes() + Traversal<SecondPass<T>>::bytes(pass.plan, true));
+  Workspace workspace(memory.get());
   pass.take_memory(workspace);
   Traversal<SecondPass<T>> traversal(pass.plan, pass, workspace);
   if (out.ddy != nullptr) {

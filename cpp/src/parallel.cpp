@@ -262,7 +262,7 @@ thread_local bool is_working = false;
 // Threads of the widest call of this thread since widest_call() was last asked.
 thread_local int widest = 1;
 
-// What tasks take is below 64 KB, with any kernels; sanitizers take several times as much. The stack of the system's
+// What tasks take is below 128 KB, with any kernels; sanitizers take several times as much. The stack of the system's
 // choice may be as small as a limit of the process says.
 constexpr std::size_t kStackBytes = 512 * 1024;
 
@@ -398,6 +398,60 @@ void begin_in_child() {
 }
 [[maybe_unused]] const int fork_handler_registered = pthread_atfork(nullptr, nullptr, begin_in_child);
 
+// ---- small stacks ------------------------------------------------------------------------------------------------
+
+// Below this a thread leaves tasks to one made for the call (some 20 us): the kernels with weights take 105 KB.
+constexpr std::size_t kLeastStack = 192 * 1024;
+
+bool find_small_stack() {
+#ifdef __linux__
+  if (gettid() == getpid()) return false;  // the main thread's grows
+  pthread_attr_t attributes;
+  if (pthread_getattr_np(pthread_self(), &attributes) != 0) return false;
+  std::size_t bytes = kLeastStack;
+  pthread_attr_getstacksize(&attributes, &bytes);
+  pthread_attr_destroy(&attributes);
+  return bytes < kLeastStack;
+#else
+  return false;
+#endif
+}
+bool has_small_stack() {
+  static thread_local signed char known = -1;
+  if (known < 0) known = find_small_stack() ? 1 : 0;
+  return known == 1;
+}
+
+struct Call {
+  int threads;
+  const Phase* phases;
+  int count;
+  void* context;
+  int widest;
+};
+
+// Does the call on a thread of its own, with a stack of a worker's size; false where there is none to be had.
+bool run_elsewhere(Call& call) {
+  pthread_attr_t attributes;
+  if (pthread_attr_init(&attributes) != 0) return false;
+  pthread_attr_setstacksize(&attributes, kStackBytes);
+  const auto run = [](void* argument) -> void* {
+    Call& made = *static_cast<Call*>(argument);
+    run_phases(made.threads, made.phases, made.count, made.context);
+    made.widest = widest_call();
+    return nullptr;
+  };
+  sigset_t all, before;
+  sigfillset(&all);
+  pthread_sigmask(SIG_SETMASK, &all, &before);
+  pthread_t thread;
+  const bool started = pthread_create(&thread, &attributes, run, &call) == 0;
+  pthread_sigmask(SIG_SETMASK, &before, nullptr);
+  pthread_attr_destroy(&attributes);
+  if (started) pthread_join(thread, nullptr);
+  return started;
+}
+
 // ---- without a pool ----------------------------------------------------------------------------------------------
 
 // A setting that is no number, or not above 0, is none.
@@ -417,6 +471,13 @@ void run_alone(const Phase* phases, int count, void* context) {
 
 void run_phases(int threads, const Phase* phases, int count, void* context) {
   assert(count <= kMostPhases);
+  if (!is_working && has_small_stack()) {
+    Call call{threads, phases, count, context, 1};
+    if (run_elsewhere(call)) {
+      widest = std::max(widest, call.widest);
+      return;
+    }
+  }
   const DefaultFloatingPoint environment;
   if (threads <= 1) return run_alone(phases, count, context);
 
@@ -437,6 +498,11 @@ void run_phases(int threads, const Phase* phases, int count, void* context) {
   pool.run(workers, filled, filled_count, context);
   is_working = false;
   pool.give_back(workers);
+}
+
+void run_task_here(void (*run)(void* context, Range tasks) noexcept, void* context) {
+  const DefaultFloatingPoint environment;
+  run(context, {0, 1});
 }
 
 int available_threads(int requested) {

@@ -29,15 +29,15 @@ constexpr int kMostPhases = 8;
 
 // Runs the phases in order, each after all tasks of the one before are done, on at most `threads` threads, this one
 // among them. While a phase runs the thread has the default floating-point environment; the caller's is put back after.
-// Called from a task, it runs on the task's thread alone.
+// Called from a task, it runs on the task's thread alone; from a thread with a small stack, on others alone.
 void run_phases(int threads, const Phase* phases, int count, void* context);
 
 // Runs f() on this thread, in the default floating-point environment and as a function of its own, which the compiler
 // cannot mix with the caller's arithmetic.
+void run_task_here(void (*run)(void* context, Range tasks) noexcept, void* context);
 template <class F>
 void run_here(F&& f) {
-  const Phase phase{1, 1, false, [](void* context, Range) noexcept { (*static_cast<F*>(context))(); }};
-  run_phases(1, &phase, 1, &f);
+  run_task_here([](void* context, Range) noexcept { (*static_cast<F*>(context))(); }, &f);
 }
 
 // Threads for a call that asks for `requested` (0: the process's setting, else OpenMP's for this thread, else

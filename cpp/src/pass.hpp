@@ -60,7 +60,7 @@ void run(Pass pass, const Problem& problem, int threads, const PartOf& part = {}
     *part.needed = std::max(*part.needed, bytes);
     return;
   }
-  Workspace workspace(bytes, part.memory);
+  PassWorkspace workspace(bytes, part.memory);
   if constexpr (kBackward) {
     if (wants_means) pass.column_mean = lay_out_means(plan, pass.moments, workspace);
   }

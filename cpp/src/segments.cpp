@@ -38,7 +38,7 @@ class EachSegment {
     shared_ = count() >= kSegmentsAThread * threads_;
     threads_each_ = shared_ ? 1 : threads_;
     const std::size_t bytes = memory_of_one();
-    if (bytes <= Workspace::kOnStack) return;
+    if (bytes <= PassWorkspace::kOnStack) return;
     const int at_once = shared_ ? threads_ : 1;
     if (__builtin_mul_overflow(bytes, static_cast<std::size_t>(at_once), &bytes_)) throw std::bad_alloc();
     memory_ = Workspace::allocate(bytes_);
