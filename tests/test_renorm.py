@@ -262,6 +262,21 @@ def test_a_running_variance_of_zero_is_never_rounded_below_it():
     assert below > 0
 
 
+def test_a_correction_beyond_float64_raises_nothing_whatever_numpy_is_told():
+    x = np.array([[-1e10], [1e10]])
+    options = {
+        "gamma": np.array([1e300]),
+        "beta": np.array([1.0]),
+        "r_max": np.inf,
+        "d_max": np.inf,
+        "eps": 0.0,
+    }
+    with np.errstate(all="raise"):
+        y, saved = bn.batch_renorm(x, [0.0], [1e-20], **options)  # r is 1e20, gamma * r beyond float64
+        bn.batch_renorm_backward(np.ones_like(x), saved)
+    assert not np.isfinite(y).any()
+
+
 # ---- schedules ----
 
 
