@@ -11,8 +11,13 @@ namespace batchnorm {
 namespace {
 
 constexpr std::array kImplementations = {
-#ifdef BATCHNORM_HAS_X86_64
-    Implementation{"x86-64-v4", &kernels::x86_64_v4_table}, Implementation{"x86-64-v3", &kernels::x86_64_v3_table},
+#ifdef BATCHNORM_HAS_X86_64_V4
+    Implementation{"x86-64-v4", &kernels::x86_64_v4_table},
+#endif
+#ifdef BATCHNORM_HAS_X86_64_V3
+    Implementation{"x86-64-v3", &kernels::x86_64_v3_table},
+#endif
+#ifdef BATCHNORM_HAS_X86_64_V2
     Implementation{"x86-64-v2", &kernels::x86_64_v2_table},
 #endif
 #ifdef BATCHNORM_HAS_NEON
