@@ -84,8 +84,8 @@ class ForwardPass {
     if (reduces || given.moments != nullptr) {
       const Moments* moments = (reduces ? saved : given.moments) + first;
       return for_channels<A>(count, [&]<class V>(std::int64_t i) {
-        const auto m = MomentsOf<V>::at(moments + i);
-        coefficients->set(first + i, forward_coefficients<A, V>(m, eps, gather<V>(g + i), gather<V>(b + i)));
+        forward_coefficients<A, V>(MomentsOf<V>::at(moments + i), eps, gather<V>(g + i), gather<V>(b + i),
+                                   [&](const auto& k) { coefficients->set(first + i, k); });
       });
     }
     double mean[kTogether], var[kTogether];
@@ -94,9 +94,9 @@ class ForwardPass {
     for_channels<A>(count, [&]<class V>(std::int64_t i) {
       const TwoParts<V> rstd = rstd_for<A>(gather<V>(var + i), eps);
       const V gamma_i = gather<V>(g + i);
-      coefficients->set(first + i, given.only_scale ? frozen_backward_coefficients<A>(rstd, gamma_i)
-                                                    : forward_coefficients<A, V>(gather<V>(mean + i), V{}, rstd,
-                                                                                 gamma_i, gather<V>(b + i), V{}));
+      if (given.only_scale) return coefficients->set(first + i, frozen_backward_coefficients<A>(rstd, gamma_i));
+      forward_coefficients<A, V>(gather<V>(mean + i), rstd, gamma_i, gather<V>(b + i),
+                                 [&](const auto& k) { coefficients->set(first + i, k); });
     });
   }
 };
