@@ -1,7 +1,7 @@
 // The definition: every pass as plain float64 loops, in the order a person would write them.
 //
-// This is what the vector kernels are held to. It is not one of them: it sums one value after the other, all with the
-// error of each product and addition kept, so its last bits differ. BATCHNORM_ISA=reference runs the library on it.
+// This is what the vector kernels are held to. It is not one of them: it sums one value after the other, so its last
+// bits differ. BATCHNORM_ISA=reference runs the library on it.
 #include "kernels/table.hpp"
 
 namespace batchnorm::kernels {
@@ -10,17 +10,16 @@ namespace {
 // A sum to about twice float64's digits.
 class Sum {
  public:
-  // With what the addition rounds off (Knuth 1969, TwoSum).
-  void add(double term) {
+  // term + low, with what the addition rounds off (Knuth 1969, TwoSum).
+  void add(double term, double low = 0) {
     const double sum = hi_ + term, part = sum - hi_;
-    lo_ += (hi_ - (sum - part)) + (term - part);
+    lo_ += ((hi_ - (sum - part)) + (term - part)) + low;
     hi_ = sum;
   }
   // a*b, of which `a_lo` and `b_lo` are what a and b have lost.
   void add_product(double a, double b, double a_lo = 0, double b_lo = 0) {
     const double product = a * b;
-    add(product);
-    lo_ += __builtin_fma(a, b, -product) + (a * b_lo + a_lo * b);
+    add(product, __builtin_fma(a, b, -product) + (a * b_lo + a_lo * b));
   }
   [[nodiscard]] double hi() const { return hi_; }
   // Infinity has no error.
@@ -29,7 +28,14 @@ class Sum {
  private:
   double hi_ = 0, lo_ = 0;
 };
-Sums sums_of(const Sum& first, const Sum& second) { return {first.hi(), first.lo(), second.hi(), second.lo()}; }
+// Plain sums have low parts of 0.
+template <class T>
+constexpr bool kIsCompensated = sizeof(T) == sizeof(double);
+template <bool kCompensated>
+Sums sums_of(const Sum& first, const Sum& second) {
+  if (!kCompensated) return {first.hi(), 0, second.hi(), 0};
+  return {first.hi(), first.lo(), second.hi(), second.lo()};
+}
 
 // x - y, and what that rounds off.
 struct Difference {
@@ -44,23 +50,22 @@ struct Difference {
 Runs one_channel(const Runs& runs) { return {runs.length, runs.count, runs.stride}; }
 
 // moments: sum(x - shift) and sum((x - shift)^2).
-template <class T>
+template <class T, bool kCompensated = kIsCompensated<T>>
 void runs_moments_about(const T* x, Runs runs, Arithmetic<T> shift, Sums* out) {
   Sum first, second;
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.length; ++i) {
       const Difference d(static_cast<double>(x[k * runs.stride + i]), static_cast<double>(shift));
-      first.add(d.hi);
-      first.add(d.lo);
+      first.add(d.hi, d.lo);
       second.add_product(d.hi, d.hi, d.lo, d.lo);
     }
   }
-  *out = sums_of(first, second);
+  *out = sums_of<kCompensated>(first, second);
 }
-template <class T>
+template <class T, bool kCompensated = kIsCompensated<T>>
 void runs_moments(const T* x, Runs runs, Sums* out) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
-    runs_moments_about(x + c * runs.length, one_channel(runs), 0, out + c);
+    runs_moments_about<T, kCompensated>(x + c * runs.length, one_channel(runs), 0, out + c);
   }
 }
 
@@ -98,7 +103,7 @@ void runs_grad_sums_one(const T* dy, const T* x, Runs runs, double mean, Sums* o
       add_gradient(dy[k * runs.stride + i], x[k * runs.stride + i], mean, first, second);
     }
   }
-  *out = sums_of(first, second);
+  *out = sums_of<kIsCompensated<T>>(first, second);
 }
 template <class T>
 void runs_grad_sums(const T* dy, const T* x, Runs runs, const double* mean, Sums* out) {
@@ -139,11 +144,11 @@ void put(const ColumnSums& out, std::int64_t c, const Sums& s) {
   out.second_lo[c] = s.second_lo;
 }
 
-template <class T>
+template <class T, bool kCompensated = kIsCompensated<T>>
 void rows_moments(const T* x, Rows rows, const ColumnSums& out) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     Sums s;
-    runs_moments(x + c, column(rows), &s);
+    runs_moments<T, kCompensated>(x + c, column(rows), &s);
     put(out, c, s);
   }
 }
@@ -240,13 +245,10 @@ void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride
   for (std::int64_t c = 0; c < columns; ++c) {
     Sum of_first, of_second;
     for (std::int64_t at = c; at < c + count * stride; at += stride) {
-      of_first.add(first.first[at]);
-      of_second.add(first.second[at]);
-      if (sizeof(T) < sizeof(double)) continue;
-      of_first.add(first.first_lo[at]);
-      of_second.add(first.second_lo[at]);
+      of_first.add(first.first[at], kIsCompensated<T> ? first.first_lo[at] : 0);
+      of_second.add(first.second[at], kIsCompensated<T> ? first.second_lo[at] : 0);
     }
-    put(total, c, sums_of(of_first, of_second));
+    put(total, c, sums_of<true>(of_first, of_second));
   }
 }
 
@@ -257,8 +259,8 @@ constexpr Kernels<T> make_kernels() {
   k.rows_moments = rows_moments<T>;
   k.runs_moments_about = runs_moments_about<T>;
   k.rows_moments_about = rows_moments_about<T>;
-  k.runs_moments_compensated = runs_moments<T>;
-  k.rows_moments_compensated = rows_moments<T>;
+  k.runs_moments_compensated = runs_moments<T, true>;
+  k.rows_moments_compensated = rows_moments<T, true>;
   k.runs_normalize = runs_normalize<T>;
   k.runs_normalize_wide = runs_normalize_one<T, double>;
   k.rows_normalize = rows_normalize<T>;
@@ -289,7 +291,7 @@ double weight_of(const RunWeights<W>& w, std::int64_t run, std::int64_t i) {
 }
 
 // sum(w*(x - shift)) and sum(w*(x - shift)^2).
-template <class T>
+template <class T, bool kCompensated = kIsCompensated<T>>
 void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weights, Runs runs, Arithmetic<T> shift,
                                  Sums* out) {
   Sum first, second;
@@ -299,12 +301,11 @@ void runs_weighted_moments_about(const T* x, const RunWeights<WeightOf<T>>& weig
       if (w == 0) continue;
       const Difference d(static_cast<double>(x[k * runs.stride + i]), static_cast<double>(shift));
       const double term = w * d.hi, term_lo = __builtin_fma(w, d.hi, -term) + w * d.lo;
-      first.add(term);
-      first.add(term_lo);
+      first.add(term, term_lo);
       second.add_product(term, d.hi, term_lo, d.lo);
     }
   }
-  *out = sums_of(first, second);
+  *out = sums_of<kCompensated>(first, second);
 }
 template <class W>
 WeightCounts count_weights(const W* w, std::int64_t n) {
@@ -321,10 +322,10 @@ WeightCounts count_weights(const W* w, std::int64_t n) {
   return counts;
 }
 
-template <class T>
+template <class T, bool kCompensated = kIsCompensated<T>>
 void runs_weighted_moments(const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, Sums* out) {
   for (std::int64_t c = 0; c < runs.channels; ++c) {
-    runs_weighted_moments_about(x + c * runs.length, w, one_channel(runs), Arithmetic<T>(0), out + c);
+    runs_weighted_moments_about<T, kCompensated>(x + c * runs.length, w, one_channel(runs), Arithmetic<T>(0), out + c);
   }
 }
 
@@ -368,7 +369,7 @@ void runs_weighted_grad_sums_one(const T* dy, const T* x, const RunWeights<Weigh
       if (weight_of(w, k, i) != 0) add_gradient(dy[k * runs.stride + i], x[k * runs.stride + i], mean, first, second);
     }
   }
-  *out = sums_of(first, second);
+  *out = sums_of<kIsCompensated<T>>(first, second);
 }
 template <class T>
 void runs_weighted_grad_sums(const T* dy, const T* x, const RunWeights<WeightOf<T>>& w, Runs runs, const double* mean,
@@ -413,11 +414,11 @@ RunWeights<W> column(const RowWeights<W>& w, std::int64_t c) {
   const std::int64_t e = w.first_column + c;
   return {w.values + e / (w.channels * w.inner) * w.inner + e % w.inner, w.repeat * w.inner};
 }
-template <class T>
+template <class T, bool kCompensated = kIsCompensated<T>>
 void rows_weighted_moments(const T* x, const RowWeights<WeightOf<T>>& w, Rows rows, const ColumnSums& out) {
   for (std::int64_t c = 0; c < rows.columns; ++c) {
     Sums s;
-    runs_weighted_moments(x + c, column(w, c), column(rows), &s);
+    runs_weighted_moments<T, kCompensated>(x + c, column(w, c), column(rows), &s);
     put(out, c, s);
   }
 }
@@ -485,8 +486,8 @@ void rows_weighted_grad_input_mixed(const T* dy, const T* x, T* dx, const RowWei
 template <class T>
 constexpr WeightedKernels<T> make_weighted_kernels() {
   WeightedKernels<T> k{};
-  k.weighted = {runs_weighted_moments<T>,       rows_weighted_moments<T>, runs_weighted_moments_about<T>,
-                rows_weighted_moments_about<T>, runs_weighted_moments<T>, rows_weighted_moments<T>};
+  k.weighted = {runs_weighted_moments<T>,       rows_weighted_moments<T>,       runs_weighted_moments_about<T>,
+                rows_weighted_moments_about<T>, runs_weighted_moments<T, true>, rows_weighted_moments<T, true>};
   k.masked = k.weighted;
   k.count = count_weights<WeightOf<T>>;
   k.runs_normalize = k.runs_normalize_around_cache = runs_weighted_normalize<T>;
@@ -577,7 +578,7 @@ void runs_relu_grad_sums_one(const ReluInputs<T>& in, Runs runs, double mean, Su
       add_gradient(dresidual_at(in, at), in.x[in.at + at], mean, first, second);
     }
   }
-  *out = sums_of(first, second);
+  *out = sums_of<kIsCompensated<T>>(first, second);
 }
 template <class T, class A>
 void runs_relu_grad_input_one(const ReluInputs<T>& in, T* dx, Runs runs, const GradAffine<A>& k) {
