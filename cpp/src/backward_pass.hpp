@@ -102,7 +102,12 @@ class BackwardPass {
       const TwoParts<V> rstd{gather<V>(rstd_hi + i), gather<V>(rstd_lo + i)};
       put(first + i, s, dgamma_of<A>(m, s, rstd));
       m.count = m.count == 0 ? all<V>(1) : m.count;  // nothing to divide by, and a rstd of 0
-      if (applies && constant_scale == nullptr) coefficients->set(first + i, coefficients_of<V>(first + i, m, s, rstd));
+      if (!applies || constant_scale != nullptr) return;
+      auto k = coefficients_of<V>(first + i, m, s, rstd);
+      if constexpr (sizeof(A) == sizeof(float) && requires { calls.weights; }) {
+        if (!calls.weights.is_mask()) k.is_wide |= weighted_fits(k.wide, rstd.hi, calls.weights.sizes()) == 0;
+      }
+      coefficients->set(first + i, k);
     });
   }
 
@@ -132,13 +137,7 @@ class BackwardPass {
                                                                      const GradSumsOf<V>& s,
                                                                      const TwoParts<V>& rstd) const {
     const V scale = read_channels<V>(gamma, c, 1);
-    if (!forward_mode) {
-      auto k = backward_coefficients<A, V>(m, s, rstd, scale);
-      if constexpr (sizeof(A) == sizeof(float) && requires { calls.weights; }) {
-        if (!calls.weights.is_mask()) k.is_wide |= weighted_fits(k.wide, rstd.hi, calls.weights.sizes()) == 0;
-      }
-      return k;
-    }
+    if (!forward_mode) return backward_coefficients<A, V>(m, s, rstd, scale);
     return jvp_coefficients<A, V>(m, s, rstd, scale, read_channels<V>(gamma_dot, c, 0),
                                   read_channels<V>(beta_dot, c, 0));
   }
