@@ -758,6 +758,22 @@ def test_debiased_ghosts_are_the_average_of_all_ghosts_over_calls_and_files(tmp_
         layer.load(tmp_path / "state")
 
 
+def test_an_update_in_evaluation_is_one_more_among_those_of_debiased_ghosts(tmp_path):
+    settings = {"ghost_size": 4, "debias": True, "update_rate": 0.1}
+    layer, seen = bn.BatchNorm(3, **settings), []
+    for step, use in enumerate(("running", "batch", "running", "batch")):
+        x = X + np.float32(step)
+        layer(x, use_stats=use, update_stats=True)
+        seen += [bn.moments(x)] if use == "running" else bn.ghost_batch_norm(x, ghost_size=4)[1].moments
+        weights = 0.1 * 0.9 ** np.arange(len(seen) - 1, -1, -1.0)
+        expected = np.average([m.mean for m in seen], axis=0, weights=weights)
+        np.testing.assert_allclose(layer.running_mean, expected, rtol=1e-12)
+        assert layer.state_dict()["ghost_count"] == len(seen)
+        layer.save(tmp_path / "state")
+        layer = bn.BatchNorm(3, **settings)
+        layer.load(tmp_path / "state")
+
+
 # ---- warnings that are errors ------------------------------------------------------------------------------
 
 

@@ -1082,8 +1082,9 @@ class BatchNorm:
                     self._tell_nonfinite(channel, 5)
                 return before
         after = _updated_statistics(
-            before[k], batch, self._update_rate, self._ddof, saved, self._debias, self._weights_are
-        )
+            before[k], batch, self._update_rate, self._ddof, saved, self._debias, self._counts_ghosts,
+            self._weights_are,
+        )  # fmt: skip
         return (after,) if len(before) == 1 else (*before[:k], after, *before[k + 1 :])
 
     def _as_gradient(
@@ -1928,6 +1929,7 @@ def _updated_statistics(
     ddof: int,
     saved: _AnySaved | None = None,
     debias: bool = False,
+    counts_ghosts: bool = False,
     weights_are: WeightsAre | None = None,
 ) -> _Statistics:
     """Return the statistics after one more batch, that of `saved`. Changes none of its arguments."""
@@ -1945,7 +1947,9 @@ def _updated_statistics(
                 rate = _debiased_rate(update_rate, ghosts)
                 mean, var = update_running(mean, var, ghost, update_rate=rate, ddof=ddof)
             return _Statistics(mean, var, count, None, ghosts)
-        update_rate = _debiased_rate(update_rate, count)
+        if counts_ghosts:  # a whole batch, in evaluation, is one update among those of ghosts
+            ghosts = min(ghosts + 1, _MOST_UPDATES)
+        update_rate = _debiased_rate(update_rate, ghosts if counts_ghosts else count)
     if isinstance(saved, RenormSaved):
         mean, var = renorm_update_running(mean, var, saved, update_rate=update_rate)
     elif isinstance(saved, GhostSaved):
@@ -1956,7 +1960,7 @@ def _updated_statistics(
         mean, var = update_running(
             mean, var, batch, update_rate=update_rate, ddof=ddof, weights_are=weights_are
         )
-    return _Statistics(mean, var, count, None)
+    return _Statistics(mean, var, count, None, ghosts)
 
 
 def _pooled_statistics(
