@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+from fractions import Fraction
 
 import numpy as np
 import pytest
@@ -93,6 +94,28 @@ def test_a_weight_beside_which_others_vanish_leaves_the_exact_variance():
     m = bn.moments(np.array([[1.0], [3.0]]), weights=[1.0, 1e-30])
     assert m.importance_dof.tolist() == [2e-30]  # 2·w_1·w_2/sum(w)
     assert m.var(1, weights_are="importance").tolist() == [2.0]  # that of two values
+
+
+@pytest.mark.parametrize("large, small", [(1e300, 1e-30), (1e308, 5e-324), (1.0, 5e-324)])
+def test_two_weights_leave_an_unbiased_variance_however_far_apart_they_are(large, small):
+    for weights in ([large, small], [small, large]):
+        m = bn.moments(np.array([[1.0], [3.0]]), weights=weights)
+        assert m.importance_dof.tolist() == [2 * small]  # 2·w_1·w_2/sum(w)
+        parts = [bn.moments(np.array([[1.0]]), weights=[w]) for w in weights]
+        assert (parts[0] | parts[1]).importance_dof.tolist() == [2 * small]
+        layer = bn.BatchNorm(1, update_rate=1.0, weights_are="importance")
+        layer(np.array([[1.0], [3.0]]), weights=weights)
+        assert np.isfinite(layer.running_var).all()
+
+
+def test_importance_dof_keeps_float64s_digits_over_all_scales():
+    rng = np.random.default_rng(3)
+    for spread in (1, 30, 300):
+        w = 10.0 ** rng.uniform(-spread, 0, 40)
+        exact = [Fraction(float(v)) for v in w]
+        dof = sum(exact) - sum(v * v for v in exact) / sum(exact)
+        found = bn.moments(np.zeros((40, 1)), weights=w).importance_dof[0]
+        assert abs(Fraction(float(found)) / dof - 1) < Fraction(8, 2**53)
 
 
 def test_one_weight_leaves_no_unbiased_variance():

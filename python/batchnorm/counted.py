@@ -70,11 +70,12 @@ def importance_dof(weights: Array) -> float | None:
         w = weights.astype(np.float64)
         at = int(w.argmax())
         largest, w[at] = float(w[at]), 0.0
-        # With the largest as 1, the others of sum r, and q the sum of their squares: r + (r - q)/(1 + r), as q <= r.
-        # Nothing cancels, however much of the sum the largest has.
-        w /= largest
-        others, squares = float(w.sum()), float(np.square(w, out=w).sum())
-        return largest * (others + (others - squares) / (1.0 + others))
+        # With the largest L, the others v of sum r, and q the sum of v·v/L: r + (r - q)/(1 + r/L), as q <= r.
+        # Nothing cancels, however much of the sum the largest has, and v counts even where v/L is 0.
+        shares = w / largest
+        others, share = float(w.sum()), float(shares.sum())
+        squares = float(np.multiply(w, shares, out=shares).sum())
+        return others + (others - squares) / (1.0 + share)
 
 
 @dataclass(frozen=True, eq=False, slots=True)

@@ -275,7 +275,8 @@ def _merged_dof(parts: Sequence[Moments]) -> NDArray[np.float64] | None:
         for p in parts[1:]:
             both = count + p.count
             share, other = count / both, p.count / both
-            dof = np.where(both == 0, 0.0, dof * share + p.importance_dof * other + 2 * count * other)
+            between = np.minimum(count, p.count) * np.maximum(share, other)  # no share that underflows
+            dof = np.where(both == 0, 0.0, dof * share + p.importance_dof * other + 2 * between)
             count = both
     return np.array(dof)
 
