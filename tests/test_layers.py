@@ -487,6 +487,22 @@ def test_backward_is_refused_once_its_own_out_overwrote_x():
         layer.backward(dy)
 
 
+@pytest.mark.parametrize("kind", EVERY_KIND)
+def test_a_backward_that_does_not_compute_dx_leaves_x_and_its_call(kind):
+    layer, samples = copy.copy(EVERY_KIND[kind]), 1 if kind == "single_value" else 4
+    x, dy = normal(samples, 3), normal(samples, 3, seed=1)
+    layer(x)
+    expected, before = layer.backward(dy), x.copy()
+    for needs in (("gamma",), (), iter(("beta",))):
+        assert layer.backward(dy, needs=needs, out=x) is None
+        assert same_bits(x, before)
+        assert same_bits(layer.backward(dy), expected)
+    assert same_bits(layer.backward(dy, needs=iter(("beta", "x")), out=x), expected)
+    assert layer.dgamma is None
+    with pytest.raises(RuntimeError, match=f"^{re.escape(NO_CALL)}$"):
+        layer.backward(dy)
+
+
 def test_backward_writes_dx_over_dy_where_told_to():
     layer, x, dy = trained_layer(), normal(4, 3, 5), normal(4, 3, 5, seed=6)
     layer(x)

@@ -743,14 +743,14 @@ class BatchNorm:
             raise _validate_state.no_forward_call() from None
         known: tuple[str, ...] = _validate.GRADIENTS if self._activation is None else RELU_NEEDS
         names: Iterable[str] = known if needs is _ALL else needs
-        if self._frozen[1]:
+        overwrites = out is not None and _is_x(out, x)
+        if self._frozen[1] or overwrites:
+            left_out = ("gamma", "beta") if self._frozen[1] else ()
             asked = _validate.needs_among(known, names)
-            names = [
-                n for n, wanted in zip(known, asked, strict=True) if wanted and n not in ("gamma", "beta")
-            ]
+            names = [n for n, wanted in zip(known, asked, strict=True) if wanted and n not in left_out]
         to: Any = out if self._activation is None or out is None else (out, None)
         results: _Results = [None, None, None]  # before anything is written, as `out` may be
-        if out is not None and _is_x(out, x):
+        if overwrites and "x" in names:
             call.clear()  # before its first value is gone: from there on a signal may end the call at any time
         try:
             backward = _BACKWARD.get(type(saved))
