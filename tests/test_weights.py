@@ -1,6 +1,7 @@
 """What weights are: counts or importance, which decides an unbiased variance, in functions, layers and states."""
 
 import copy
+import math
 import pickle
 from fractions import Fraction
 
@@ -88,6 +89,28 @@ def test_counts_that_sum_to_less_than_2_are_refused_by_name():
     text = r"weights must sum to at least 2 where they are counts and ddof=1 .*, got a sum of .* in channel 0"
     with pytest.raises(ValueError, match=text):
         bn.update_running(np.zeros(3), np.ones(3), m, weights_are="counts")
+
+
+@pytest.mark.parametrize("weights_dtype", [np.float32, np.float64])
+def test_counts_that_sum_to_about_2_are_refused_by_their_exact_sum_before_anything_is_written(
+    dtype, weights_dtype
+):
+    rng, x, refused = np.random.default_rng(2), X[:, :1].astype(dtype), 0
+    for _ in range(300):
+        w = rng.random(50).astype(weights_dtype)
+        w *= weights_dtype(2) / w.sum()
+        w[0] += rng.integers(-2, 3) * np.spacing(w[0])
+        layer, out = bn.BatchNorm(1, weights_are="counts"), np.full_like(x, 7)
+        try:
+            layer(x, weights=w, out=out)
+        except ValueError:
+            refused += 1
+            assert (out == 7).all()
+            assert layer.update_count == 0
+            assert math.fsum(w.astype(x.dtype)) < 2
+        else:
+            assert math.fsum(w.astype(x.dtype)) >= 2
+    assert 0 < refused < 300
 
 
 def test_a_weight_beside_which_others_vanish_leaves_the_exact_variance():

@@ -133,6 +133,7 @@ _AS_EVER: Any = _Default("as in BatchNorm()")
 
 _NO_PARTS: Mapping[str, Any] = {}
 _MOST_UPDATES = 2**63 - 1  # that a state file can hold
+_SUM_ROUNDING = 1e-9  # far more than rounding takes from a sum of weights near 2
 
 Nonfinite = Literal["raise", "skip", "warn", "propagate"]
 SingleValue = Literal["raise", "use_running", "skip"]
@@ -1042,6 +1043,8 @@ class BatchNorm:
             raise _validate.weights_unsaid("a layer with ddof=1")
         if self._weights_are == "counts" and self._update_rate is not None:
             count = part.weights.sum(dtype=np.float64, keepdims=True)
+            if abs(count[0] - 2) < _SUM_ROUNDING:  # then the sum that the update takes decides
+                count = self._moments(x, how).count
             _validate.weights_leave_variance(count, dof, self._ddof, self._weights_are)
 
     def _told_before_writing(self, x: NDArray[Any], how: Mapping[str, Any]) -> bool:
