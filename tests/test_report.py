@@ -30,6 +30,10 @@ def with_state(layer, **entries):
     return layer
 
 
+def bits(layer):
+    return {name: value.tobytes() for name, value in layer.state_dict().items()}
+
+
 def kinds(layer):
     return [(finding.kind, finding.channels) for finding in layer.report()]
 
@@ -135,6 +139,27 @@ def test_an_empty_batch_is_not_the_last_one(use):
     assert before
     layer(np.empty((0, C)), use_stats=use, update_stats=True)
     assert layer.report() == before
+
+
+@pytest.mark.parametrize("use", ["batch", "running"])
+@pytest.mark.parametrize("update", [True, False])
+@pytest.mark.parametrize("name", ["mask", "weights"])
+@pytest.mark.parametrize("settings", [{}, {"update_rate": None}, {"weights_are": "importance"}], ids=str)
+def test_a_batch_of_which_nothing_counts_is_not_the_last_one(settings, name, update, use):
+    layer = healthy(**settings)
+    layer(np.full((64, C), 1e3) + np.arange(64)[:, None])
+    before, state = layer.report(), bits(layer)
+    assert before
+    nothing = {name: np.zeros(256, {"mask": bool, "weights": float}[name])}
+    layer(np.ones((256, C)), use_stats=use, update_stats=update, **nothing)
+    assert layer.report() == before
+    assert bits(layer) == state
+
+
+def test_a_batch_of_which_nothing_counts_is_not_the_largest_so_far():
+    layer = healthy()
+    layer(np.ones((4096, C)), mask=np.zeros(4096, bool))
+    assert not layer.report()
 
 
 def test_a_batch_that_was_skipped_is_found():

@@ -820,7 +820,7 @@ class BatchNorm:
         elif pooled is not None and now.pooled is not None:
             has_learned = pool_into(now.pooled._table, table, self._ddof, into, finite)
         if not has_learned:
-            state = state._replace(statistics=self._updated(before, 0, saved.moments, _NO_PARTS, saved))
+            state = state._replace(statistics=self._updated(before, 0, saved.moments, saved))
         self._state = state
         if self._evaluation is not None:
             self._evaluation = None  # it no longer counts, but would keep its x
@@ -864,12 +864,17 @@ class BatchNorm:
             batch[1] = parts[0] = seen
         if call:
             call[1] = saved
-        if update:
-            if _learned(now, seen if isinstance(seen, tuple) else parts, rate, self._ddof, room, finite):
-                after = learned
-            else:
-                statistics = self._updated(before, k, self._merged(seen), how, saved, may_tell)
-                after = after._replace(statistics=statistics)
+        learns = update and _learned(
+            now, seen if isinstance(seen, tuple) else parts, rate, self._ddof, room, finite
+        )
+        if how and not learns and not self._merged(seen).count.any():  # as of no values: they are no batch
+            batch, largest, update = last, state.largest_size, False
+            after = after._replace(batch=batch, largest_size=largest)
+        if learns:
+            after = learned
+        elif update:
+            statistics = self._updated(before, k, self._merged(seen), saved, may_tell)
+            after = after._replace(statistics=statistics)
         elif (
             self._state is not state
         ):  # one that learns nothing takes nothing back of what others have learned meanwhile
@@ -919,8 +924,8 @@ class BatchNorm:
         now = state.statistics[k]
         changes: dict[str, Any] = {}
         batch = self._moments(x, how) if update else None
-        if batch is not None and x.size > 0 and self._learns_from(batch):
-            changes["statistics"] = self._updated(state.statistics, k, batch, how)
+        if batch is not None and batch.count.any() and self._learns_from(batch):
+            changes["statistics"] = self._updated(state.statistics, k, batch)
             changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
         settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **_for_given_statistics(how)}
         return self._by_constants(x, now.mean, now.var, state, to, settings, changes if update else None)
@@ -981,7 +986,7 @@ class BatchNorm:
         """Normalize one value a channel by itself and no variance, which gives beta; `pools`: and pool it."""
         state, batch, changes = self._state, self._moments(x, how), dict[str, Any]()
         if pools:
-            changes["statistics"] = self._updated(state.statistics, k, batch, how)
+            changes["statistics"] = self._updated(state.statistics, k, batch)
             changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
         settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
         var = np.zeros(self._channels)
@@ -1018,7 +1023,7 @@ class BatchNorm:
         changes: dict[str, Any] = {"batch": (k, seen, x.size)}
         changes["largest_size"] = max(state.largest_size, x.size)
         if update:
-            changes["statistics"] = self._updated(state.statistics, k, seen, _NO_PARTS, ghosts, may_tell)
+            changes["statistics"] = self._updated(state.statistics, k, seen, ghosts, may_tell)
         call: _Call = []
         if to.keep and not _is_x(to.out, x):
             constants |= {"x": x[-1:], "gamma": gamma, "axis": self._axis}
@@ -1071,13 +1076,10 @@ class BatchNorm:
         before: tuple[_Statistics, ...],
         k: int,
         batch: Moments,
-        how: Mapping[str, Any],
         saved: _AnySaved | None = None,
         may_tell: bool = True,
     ) -> tuple[_Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
-        if how and not batch.count.any():
-            return before
         if self._nonfinite != "propagate":
             channel = batch._first_nonfinite()
             if channel >= 0:
