@@ -442,6 +442,15 @@ def test_policies_and_in_place_calls_hold_for_small_batches(settings):
     assert copy.copy(layer).running_var.tobytes() == layer.running_var.tobytes()
 
 
+class LooksLikeASchedule:
+    """What a layer could call, and could not save."""
+
+    r_max = 3.0
+
+    def __call__(self, step):
+        return SCHEDULE(step)
+
+
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
@@ -452,6 +461,11 @@ def test_policies_and_in_place_calls_hold_for_small_batches(settings):
             "renorm must be None where update_rate is None",
         ),
         ({"renorm": 3}, TypeError, "renorm must be a RenormSchedule or None, got int"),
+        (
+            {"renorm": LooksLikeASchedule()},
+            TypeError,
+            "renorm must be a RenormSchedule or None, got LooksLikeASchedule",
+        ),
         ({"parity": "tf"}, ValueError, "parity must be 'paper', 'keras' or 'torchrl', got 'tf'"),
         ({"ghost_size": 0}, ValueError, "ghost_size must be"),
     ],

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from batchnorm import _validate
 from batchnorm._validate import Activation
+from batchnorm.renorm import RenormSchedule
 
 _PARAMETER_DTYPES = ("float16", "float32", "float64")
 
@@ -100,11 +101,11 @@ def domains(value: object) -> int | None:
     return number
 
 
-def renorm(value: Any, ghost_size: int | None, rate: float | None) -> Any:
+def renorm(value: object, ghost_size: int | None, rate: float | None) -> RenormSchedule | None:
     """Give the schedule of batch renormalization, or None."""
     if value is None:
         return None
-    if not callable(value) or not hasattr(value, "r_max"):
+    if not isinstance(value, RenormSchedule):
         raise TypeError(f"renorm must be a RenormSchedule or None, got {_kind(value)}")
     if ghost_size is not None:
         raise ValueError(f"renorm must be None with a ghost_size, got both (ghost_size={ghost_size})")
