@@ -144,6 +144,27 @@ WAYS = {
 }
 
 
+def test_a_subclass_is_whole_and_refuses_an_importance_dof_by_name():
+    class Named(bn.Moments):
+        __slots__ = ()
+
+    made = Named(3, np.zeros(2), np.ones(2))
+    assert type(made) is Named
+    assert made == bn.Moments(3, np.zeros(2), np.ones(2))
+    with pytest.raises(
+        TypeError, match=r"^importance_dof must be None in a subclass of Moments, got one for Named$"
+    ):
+        Named(3, np.zeros(2), np.ones(2), importance_dof=np.ones(2))
+
+
+def test_the_type_of_weighted_moments_makes_moments_without_weights_too():
+    weighted = bn.Moments(3, np.zeros(2), np.ones(2), importance_dof=np.ones(2))
+    made = type(weighted)(3, np.zeros(2), np.ones(2))
+    assert made == bn.Moments(3, np.zeros(2), np.ones(2))
+    assert (made.importance_dof == 2).all()
+    assert (pickle.loads(pickle.dumps(made)) | weighted).channels == 2
+
+
 @pytest.mark.parametrize("name", ["count", "mean", "m2", "importance_dof"])
 @pytest.mark.parametrize("way", WAYS)
 def test_moments_cannot_be_written(way, name):

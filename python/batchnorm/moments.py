@@ -31,7 +31,7 @@ class Moments:
     ----------
     count : float or (C,) of float; values in each channel, or the sum of their weights, >= 0.
     mean, m2 : (C,) of float; m2 >= 0. A channel of count 0 must have mean and m2 of 0.
-    importance_dof : None where nothing but 0 and 1 were weights; else (C,) of float from 0 to count,
+    importance_dof : None where nothing but 0 and 1 were weights, and in a subclass; else (C,) of float from 0 to count,
         sum(w) - sum(w²)/sum(w).
 
     Attributes
@@ -63,7 +63,7 @@ class Moments:
         cls, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, *, importance_dof: ArrayLike | None = None
     ) -> Self:
         """Give one that has room for importance_dof where there is one."""
-        made: Any = object.__new__(cls if importance_dof is None else _WeightedMoments)
+        made: Any = object.__new__(cls if importance_dof is None or cls is not Moments else _WeightedMoments)
         return made  # type: ignore[no-any-return]
 
     def __init__(
@@ -86,7 +86,14 @@ class Moments:
         table = np.zeros((channels, _FIELDS))
         table[:, 0], table[:, 1], table[:, 3] = counts, means, squares
         table.flags.writeable = False
-        if importance_dof is not None:
+        if importance_dof is None:
+            if isinstance(self, _WeightedMoments):
+                _set_dof(self, None)
+        elif not isinstance(self, _WeightedMoments):
+            raise TypeError(
+                f"importance_dof must be None in a subclass of Moments, got one for {type(self).__name__}"
+            )
+        else:
             given = _validate.channel_values("importance_dof", importance_dof, channels)
             good = (given >= 0) & (given <= counts)
             _validate.each_channel("importance_dof", given, good, "be from 0 to count")
