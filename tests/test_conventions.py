@@ -908,3 +908,10 @@ def test_a_row_that_names_the_formula_has_one():
 def test_the_conventions_that_are_known_are_in_the_table():
     text = "".join(row["here"] for row in rows())
     assert all(f'convention="{name}"' in text for name in conventions.CONVENTIONS)
+
+
+def test_a_layer_from_elsewhere_has_the_convention_of_its_source():
+    ones = np.ones(2, np.float32)
+    state = {"weight": ones, "bias": ones, "running_mean": ones, "running_var": ones}
+    with pytest.raises(TypeError, match="convention must not be given for a layer from elsewhere"):
+        bn.BatchNorm.from_torch(state, convention="keras")

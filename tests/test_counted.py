@@ -667,3 +667,42 @@ def test_the_halves_refuse_segments():
     _, saved = bn.batch_norm(np.arange(8.0).reshape(4, 2), segments=[0, 0, 1, 1])
     with pytest.raises(TypeError, match="saved must be of one set of statistics"):
         bn.grad_sums(np.ones((4, 2)), saved)
+
+
+def test_ids_beyond_int64_are_told_as_they_came():
+    with pytest.raises(ValueError, match=f"ids below 1024 .*got {2**63 + 5} for row 1"):
+        bn.batch_norm(np.ones((2, 3)), segments=np.array([0, 2**63 + 5], np.uint64))
+
+
+@pytest.mark.parametrize("part", ["segments", "lengths"])
+def test_an_empty_list_is_of_no_rows(part):
+    x = np.empty((0, 3, 4))
+    y, saved = bn.batch_norm(x, **{part: []})
+    assert y.shape == x.shape
+    assert (saved.moments.count == 0).all()
+
+
+@pytest.mark.parametrize(
+    ("how", "told"),
+    [
+        ({"mask": np.ones(6, bool), "weights": np.ones(6)}, "at most one of mask, weights"),
+        ({"weights": np.ones(5)}, r"weights must have the shape of x .*got \(5,\)"),
+        (
+            {"weights": -np.ones(6), "padding": "zero"},
+            "weights must be finite and >= 0 .*got -1 at position 0",
+        ),
+        ({"weights": [1, 1, np.nan, 1, 1, 1]}, "weights must be finite and >= 0 .*got nan at position 2"),
+    ],
+)
+@pytest.mark.parametrize("way", ["evaluation", "use_stats", "frozen"])
+def test_weights_are_checked_where_statistics_are_given_too(way, how, told):
+    x = np.random.default_rng(0).normal(size=(6, 3))
+    layer = bn.BatchNorm(3)
+    layer(x)
+    if way == "evaluation":
+        layer.eval()
+    if way == "frozen":
+        layer.freeze()
+    options = {"use_stats": "running"} if way == "use_stats" else {}
+    with pytest.raises(ValueError, match=told):
+        layer(x, **how, **options)

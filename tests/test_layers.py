@@ -1215,3 +1215,10 @@ def test_the_examples_in_the_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0
     assert result.failed == 0
+
+
+@pytest.mark.parametrize("mode", ["train", "eval"])
+def test_a_list_beside_out_is_told_like_one_without(mode):
+    layer = getattr(bn.BatchNorm(3), mode)()
+    with pytest.raises(TypeError, match=r"x must be a numpy\.ndarray .*got list"):
+        layer([[1.0, 2.0, 3.0], [4.0, 5.0, 6.0]], out=np.empty((2, 3)))

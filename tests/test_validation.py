@@ -768,7 +768,7 @@ def test_the_signature_of_a_call_that_names_few_keywords_shows_them_all():
 def test_a_layer_from_elsewhere_names_every_setting_that_its_source_does_not_decide(library):
     settings = set(inspect.signature(bn.BatchNorm).parameters)
     named = set(inspect.signature(getattr(bn.BatchNorm, f"from_{library}")).parameters)
-    assert settings - named == {"channels", "gamma", "beta", "domains", "debias"}
+    assert settings - named == {"channels", "convention", "gamma", "beta", "domains", "debias"}
 
 
 @pytest.mark.parametrize("f", [bn.batch_norm, bn.normalize, bn.moments], ids=lambda f: f.__name__)

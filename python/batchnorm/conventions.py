@@ -214,6 +214,7 @@ def from_onnx(inputs: Any, *, epsilon: Any, momentum: Any) -> Imported:
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of a layer that what is carried over decides."""
     reasons = {
+        "convention": "source has one",
         "gamma": "source has it or not",
         "beta": "source has it or not",
         "domains": "source has one set of statistics",

@@ -55,8 +55,18 @@ class Positions:
 
     def has_one(self) -> bool:
         """Tell whether just one position has a weight, and all are what weights may be."""
-        w = self.weights
-        return np.count_nonzero(w) == 1 and bool(((w >= 0) & (w < np.inf)).all())
+        return np.count_nonzero(self.weights) == 1 and bool(self._are_good().all())
+
+    def require_weights(self) -> None:
+        """Refuse what no weight may be, where the core does not look at them."""
+        bad = np.flatnonzero(~self._are_good())
+        if bad.size:
+            raise ValueError(
+                f"weights must be finite and >= 0 at every position, got {self.weights[bad[0]]:g} at position {bad[0]}"
+            )
+
+    def _are_good(self) -> Array:
+        return (self.weights >= 0) & (self.weights < np.inf)
 
 
 def importance_dof(weights: Array) -> float | None:
@@ -143,6 +153,8 @@ def counted(
 
 def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
     a = _validate.numbers(name, values)
+    if not a.size and "i" in kinds:  # an empty list has no dtype of its own
+        return a.astype(np.int64)
     if a.dtype.kind not in kinds:
         raise TypeError(f"{name} must have {_article(wanted)} dtype, got {a.dtype}")
     return a
@@ -224,7 +236,6 @@ def _segments(x: Array, axis: int, segments: Any) -> Segments:
         raise ValueError(f"segments must have shape ({x.shape[0]},), one id per row, got {ids.shape}")
     if not ids.size:
         return Segments(np.zeros(1, np.int64))
-    ids = ids.astype(np.int64, copy=False)
     falls = np.flatnonzero(ids[1:] < ids[:-1])
     if ids[0] < 0 or falls.size:
         at = 0 if ids[0] < 0 else int(falls[0]) + 1
@@ -236,4 +247,5 @@ def _segments(x: Array, axis: int, segments: Any) -> Segments:
             f"got {ids[-1]} for row {ids.searchsorted(most)}; np.unique(segments, return_inverse=True)[1] are ids "
             "without gaps"
         )
+    ids = ids.astype(np.int64, copy=False)
     return Segments(np.searchsorted(ids, np.arange(ids[-1] + 2)).astype(np.int64, copy=False))

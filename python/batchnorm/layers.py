@@ -163,7 +163,6 @@ _PARTS = ("mask", "weights", "lengths", "padding")
 class _Settings(TypedDict, total=False):
     """The settings of a layer that no source of another library decides."""
 
-    convention: Library | None
     ddof: int
     nonfinite: Nonfinite
     single_value: SingleValue
@@ -927,8 +926,25 @@ class BatchNorm:
         if batch is not None and batch.count.any() and self._learns_from(batch):
             changes["statistics"] = self._updated(state.statistics, k, batch)
             changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
-        settings: dict[str, Any] = {"axis": self._axis, "eps": self._eps, **_for_given_statistics(how)}
+        settings: dict[str, Any] = {
+            "axis": self._axis,
+            "eps": self._eps,
+            **self._for_given_statistics(x, how),
+        }
         return self._by_constants(x, now.mean, now.var, state, to, settings, changes if update else None)
+
+    def _for_given_statistics(self, x: NDArray[Any], how: Mapping[str, Any]) -> dict[str, Any]:
+        """Give what `normalize` takes of it: of weights only where they are 0, and only if that is padding."""
+        weights = how.get("weights")
+        if weights is None:
+            return dict(how)
+        x = _validate.array("x", x)
+        part = counted(x, _validate.axis(self._axis, x.ndim), **how)
+        assert isinstance(part, Positions)
+        part.require_weights()
+        if part.padding == "normalize":
+            return {}
+        return {"mask": np.asarray(weights) != 0, "padding": part.padding}
 
     def _by_constants(
         self,
@@ -988,7 +1004,7 @@ class BatchNorm:
         if pools:
             changes["statistics"] = self._updated(state.statistics, k, batch)
             changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
-        settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **_for_given_statistics(how)}
+        settings: dict[str, Any] = {"axis": self._axis, "eps": 0.0, **self._for_given_statistics(x, how)}
         var = np.zeros(self._channels)
         return self._by_constants(x, batch.mean, var, state, to, settings, changes if pools else None)
 
@@ -1435,7 +1451,7 @@ class BatchNorm:
         update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
         axis : the channel axis of x; PyTorch's is 1.
         dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
-        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
+        **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
 
         Returns
         -------
@@ -1520,7 +1536,7 @@ class BatchNorm:
         scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
             which does not tell; one of 4 has both and one of 2 has neither.
         dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
-        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
+        **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
 
         Returns
         -------
@@ -1598,7 +1614,7 @@ class BatchNorm:
             used.
         epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
         dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
-        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
+        **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
 
         Returns
         -------
@@ -1674,7 +1690,7 @@ class BatchNorm:
         inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
         epsilon, momentum : its attributes, with their defaults.
         dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
-        **settings : others of `BatchNorm`, but gamma, beta, domains and debias.
+        **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
 
         Returns
         -------
@@ -1887,17 +1903,6 @@ def _is_single_value(x: object, axis: int) -> bool:
     return isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and 0 < x.size == x.shape[axis]
 
 
-def _for_given_statistics(how: Mapping[str, Any]) -> dict[str, Any]:
-    """Give what `normalize` takes of it: of weights only where they are 0, and only if that is padding."""
-    rest = dict(how)
-    weights = rest.pop("weights", None)
-    if weights is None:
-        return rest
-    if rest.get("padding", "normalize") == "normalize":
-        return {}
-    return rest | {"mask": np.asarray(weights) != 0}
-
-
 def _learned(
     now: _Statistics,
     parts: Sequence[Moments],
@@ -1992,4 +1997,4 @@ def _snapshot(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
 
 
 def _is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
-    return out is not None and x.size > 0 and _validate.same_memory(out, x)
+    return out is not None and isinstance(x, np.ndarray) and x.size > 0 and _validate.same_memory(out, x)
