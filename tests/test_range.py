@@ -81,6 +81,14 @@ def test_a_variance_beyond_float64_is_infinity_and_y_is_beta(axis):
 
 
 @every_layout
+def test_y_is_beta_beside_an_infinite_variance_whatever_the_mean(axis):
+    x = np.resize([1.7e308, 1.7e308, -1.7e308], SHAPE)
+    y, saved = bn.batch_norm(in_layout(x, axis), beta=np.full(5, 3.0), axis=axis)
+    np.testing.assert_array_equal(saved.moments.var(), np.inf)
+    np.testing.assert_array_equal(y, 3.0)
+
+
+@every_layout
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_what_is_not_finite_makes_no_channel_finite(bad, axis):
     x = np.full(SHAPE, 1e200)
@@ -142,6 +150,25 @@ def test_equal_weights_of_any_size_give_the_statistics_without(weight, axis):
     moments = bn.moments(in_layout(x, axis), axis=axis, weights=np.full((2, 10), weight))
     assert_within("mean", x.dtype, moments.mean, without.mean)
     assert_within("var", x.dtype, moments.var(), without.var())
+
+
+@pytest.mark.parametrize("weight", [1.0, 1e-280, 1e-299])
+def test_a_weighted_sum_that_cancels_keeps_its_mean_for_weights_of_any_size(weight):
+    x = np.array([1e40, 1e20, 1.0, -1e40, -1e20, 2.0, 5e18, -5e18])
+    assert bn.moments(x[:, None], weights=np.full(8, weight)).mean == 0.375
+
+
+@pytest.mark.parametrize("least", [1e-20, 1e-28, 1e-30, 1e-37])
+def test_float32_gradients_keep_their_bound_where_one_weight_is_far_below_the_others(least):
+    x = np.array([[1.0], [2.0], [4.0], [3.0]], np.float32)
+    dy = np.array([[1e-15], [2e-15], [1.5e-15], [0.0]], np.float32)
+    w, gamma = np.array([1, 1, 1, least], np.float32), np.array([1e10], np.float32)
+    options = {"axis": 1, "eps": 1e-5, "padding": "zero"}
+    want = reference.weighted_backward(dy, x, w, gamma, **options).dx
+    _, saved = bn.batch_norm(x, gamma, weights=w)
+    dx = bn.batch_norm_backward(dy, saved).dx
+    # At the last position dx is w times what is much the same for all; no term is more than some times the whole.
+    assert_within("weighted dx", np.float32, dx[3], want[3], scale=4 * np.abs(want[3]))
 
 
 def test_weights_whose_sum_is_beyond_float64_are_refused_before_anything_is_written():

@@ -281,7 +281,7 @@ inline Coefficients<double, kernels::Affine> folded_coefficients(double mean, do
   Coefficients<double, kernels::Affine> k;
   const double fold = (0 - mean_lo) * scale;
   const DoubleDouble offset = two_sum(beta, fold);
-  k.narrow = {mean, scale, offset.hi};
+  k.narrow = {scale == 0 ? 0 : mean, scale, offset.hi};  // x less a large mean might be infinity
   if (!is_in_binade(offset.hi, fold, beta) && std::abs(offset.lo) > room_for_rounding<double>(fold, beta, spread)) {
     const double center = std::nextafter(mean, mean_lo < 0 ? -HUGE_VAL : HUGE_VAL);
     k.narrow = {center, scale, beta + ((center - mean) - mean_lo) * scale};
@@ -410,16 +410,16 @@ Coefficients<V, kernels::GradAffine> grad_affine(const MomentsOf<V>& m, const Tw
   return k;
 }
 
-// What is known of the weights of a channel's values.
+// What is known of the weights of a channel's values: their sum, and the least that is not 0.
 struct WeightSizes {
-  double total, mean;
+  double total, least;
 };
 // Whether float32 holds what grad_input makes of its coefficients and a weight, with its digits: below 2^-100 those of
-// the mean of dy and of its share along xhat (p/rstd) might be lost, alone or times a weight of common size.
+// the mean of dy and of its share along xhat (p/rstd) might be lost, alone or times the least weight.
 template <class V>
 auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const WeightSizes& weights) {
   constexpr double kMost = 0x1p100;
-  const double least = 0x1p-100 / std::fmin(1, weights.mean), total = weights.total;
+  const double least = 0x1p-100 / std::fmin(1, weights.least), total = weights.total;
   const V g = absolute(exact.dy_center), ag = absolute(exact.dy_scale) * g, p = absolute(exact.x_scale);
   const auto keeps_digits = ((g == 0) | ((g >= least) & (ag >= least))) & ((p == 0) | (p >= least * rstd));
   const auto keeps_range = (g * total <= kMost) & (ag * total <= kMost) & (p * total <= kMost * rstd) &

@@ -37,13 +37,19 @@ std::atomic<int> thread_limit{0};
 // ---- processors --------------------------------------------------------------------------------------------------
 
 #ifdef __linux__
-// Processors of this process, whatever the thread that asks is bound to. More than Linux can be built for.
+// Processors of this process: those of its main thread, and those of the thread that asks, either of which may have
+// been bound to a few. More than Linux can be built for.
 class ProcessorSet {
  public:
   static constexpr std::size_t kMost = 8192;
 
   // False where the system does not say.
-  bool read() { return read_places() || sched_getaffinity(getpid(), sizeof bits_, set()) == 0; }
+  bool read() {
+    if (!read_places() && sched_getaffinity(getpid(), sizeof bits_, set()) != 0) return false;
+    ProcessorSet own;
+    if (sched_getaffinity(0, sizeof bits_, own.set()) == 0) CPU_OR_S(sizeof bits_, set(), set(), own.set());
+    return true;
+  }
   [[nodiscard]] int count() { return CPU_COUNT_S(sizeof bits_, set()); }
   void bind_this_thread() { sched_setaffinity(0, sizeof bits_, set()); }
 
@@ -262,9 +268,16 @@ thread_local bool is_working = false;
 // Threads of the widest call of this thread since widest_call() was last asked.
 thread_local int widest = 1;
 
-// What tasks take is below 128 KB, with any kernels; sanitizers take several times as much. The stack of the system's
-// choice may be as small as a limit of the process says.
+// What tasks take is below 128 KB, with any kernels; sanitizers take several times as much.
 constexpr std::size_t kStackBytes = 512 * 1024;
+
+// That of the system's choice, which leaves room for thread-local data that lie on it, but may be as small as a limit
+// of the process says.
+void give_stack(pthread_attr_t& attributes) {
+  std::size_t usual = 0;
+  pthread_attr_getstacksize(&attributes, &usual);
+  if (usual < kStackBytes) pthread_attr_setstacksize(&attributes, kStackBytes);
+}
 
 // Workers are made when first wanted and live, mostly asleep, as long as the process. They and the pool are never
 // destroyed, since they may be looking at it while the process ends.
@@ -344,17 +357,15 @@ class Pool {
     sigset_t all, before;
     sigfillset(&all);
     pthread_sigmask(SIG_SETMASK, &all, &before);
-    const bool started = start_thread(workers_[number], kStackBytes) || start_thread(workers_[number], 0);
+    const bool started = start_thread(workers_[number]);
     pthread_sigmask(SIG_SETMASK, &before, nullptr);
     return started;
   }
-  // Of the system's stack size where none is given: the library's is too small where thread-local data, which lie on
-  // it, are large.
-  static bool start_thread(Worker* worker, std::size_t stack_bytes) {
+  static bool start_thread(Worker* worker) {
     pthread_attr_t attributes;
     if (pthread_attr_init(&attributes) != 0) return false;
     pthread_attr_setdetachstate(&attributes, PTHREAD_CREATE_DETACHED);
-    if (stack_bytes > 0) pthread_attr_setstacksize(&attributes, stack_bytes);
+    give_stack(attributes);
     pthread_t thread;
     const bool started = pthread_create(&thread, &attributes, serve, worker) == 0;
     pthread_attr_destroy(&attributes);
@@ -378,7 +389,7 @@ class Pool {
 };
 constinit Pool pool;
 
-// A worker looks at the processors itself: it must not be bound to those of the thread that has made it.
+// A worker, which begins with the processors of the thread that has made it, is bound to no fewer than the process.
 void* Pool::serve(void* argument) {
   Worker& worker = *static_cast<Worker*>(argument);
   bind_to_processors_of_process();
@@ -405,7 +416,6 @@ constexpr std::size_t kLeastStack = 192 * 1024;
 
 bool find_small_stack() {
 #ifdef __linux__
-  if (gettid() == getpid()) return false;  // the main thread's grows
   pthread_attr_t attributes;
   if (pthread_getattr_np(pthread_self(), &attributes) != 0) return false;
   std::size_t bytes = kLeastStack;
@@ -434,7 +444,7 @@ struct Call {
 bool run_elsewhere(Call& call) {
   pthread_attr_t attributes;
   if (pthread_attr_init(&attributes) != 0) return false;
-  pthread_attr_setstacksize(&attributes, kStackBytes);
+  give_stack(attributes);
   const auto run = [](void* argument) -> void* {
     Call& made = *static_cast<Call*>(argument);
     run_phases(made.threads, made.phases, made.count, made.context);
@@ -448,8 +458,13 @@ bool run_elsewhere(Call& call) {
   const bool started = pthread_create(&thread, &attributes, run, &call) == 0;
   pthread_sigmask(SIG_SETMASK, &before, nullptr);
   pthread_attr_destroy(&attributes);
-  if (started) pthread_join(thread, nullptr);
-  return started;
+  if (!started) return false;
+  // Not to be cancelled here, while the other thread works on this one's stack.
+  int cancellable = PTHREAD_CANCEL_ENABLE;
+  pthread_setcancelstate(PTHREAD_CANCEL_DISABLE, &cancellable);
+  pthread_join(thread, nullptr);
+  pthread_setcancelstate(cancellable, nullptr);
+  return true;
 }
 
 // ---- without a pool ----------------------------------------------------------------------------------------------
@@ -511,7 +526,9 @@ int available_threads(int requested) {
   if (omp_in_parallel()) return 1;
   const int setting = omp_get_max_threads();
 #else
-  static const int of_environment = threads_of_environment();
+  static std::atomic<int> known{-1};  // as known_processors
+  int of_environment = known.load(std::memory_order_relaxed);
+  if (of_environment < 0) known.store(of_environment = threads_of_environment(), std::memory_order_relaxed);
   const int setting = of_environment > 0 ? of_environment : processors();
 #endif
   const int limit = thread_limit.load(std::memory_order_relaxed);

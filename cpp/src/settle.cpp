@@ -146,12 +146,13 @@ void for_values(const Problem& p, const SummedValues<T>& values, std::int64_t c,
   }
 }
 
+// The sum of values times weights, both scaled by these powers of two.
 template <class T>
-void settle_exactly(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
+DoubleDouble exact_sum(const Problem& p, const SummedValues<T>& values, std::int64_t c, int of_x, int of_weights) {
   ExactSum sum;
   std::int64_t since_carry = 0;
   for_values(p, values, c, [&](double x, double weight) {
-    const DoubleDouble term = two_product(weight, x);
+    const DoubleDouble term = two_product(std::ldexp(weight, of_weights), std::ldexp(x, of_x));
     sum.add(term.hi);
     if (term.lo != 0) sum.add(term.lo);
     if (++since_carry == (std::int64_t{1} << 29)) {
@@ -159,13 +160,18 @@ void settle_exactly(const Problem& p, const SummedValues<T>& values, std::int64_
       since_carry = 0;
     }
   });
-  const DoubleDouble mean = sum.value() / values.count;
+  return sum.value();
+}
+
+template <class T>
+void settle_exactly(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
+  const DoubleDouble mean = exact_sum(p, values, c, 0, 0) / values.count;
   m.mean = mean.hi;
   m.mean_lo = mean.lo;  // m2 is about the old mean, which is off by less than 2^-40 std: no digit of m2
 }
 
-// With values and weights scaled by powers of two, so that the largest are near 1: twice float64's digits of the mean,
-// then sums about it. An m2 beyond float64 becomes infinity; that of a channel with a value that is not finite, NaN.
+// With values and weights scaled by powers of two, so that the largest are near 1: the mean exactly, then sums about
+// it. An m2 beyond float64 becomes infinity; that of a channel with a value that is not finite, NaN.
 template <class T>
 void settle_scaled(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
   double most_x = 0, most_weight = 0;
@@ -178,13 +184,11 @@ void settle_scaled(const Problem& p, const SummedValues<T>& values, std::int64_t
     return;
   }
   const int of_x = most_x > 0 ? std::ilogb(most_x) : 0, of_weights = std::ilogb(most_weight);
-  DoubleDouble count, sum;
-  for_values(p, values, c, [&](double x, double weight) {
-    const double w = std::ldexp(weight, -of_weights);
-    count = count + DoubleDouble{w, 0};
-    sum = sum + two_product(w, std::ldexp(x, -of_x));
-  });
-  const double shift = (sum / count).hi;
+  DoubleDouble count;
+  for_values(p, values, c,
+             [&](double, double weight) { count = count + DoubleDouble{std::ldexp(weight, -of_weights), 0}; });
+  const DoubleDouble mean = exact_sum(p, values, c, -of_x, -of_weights) / count;
+  const double shift = mean.hi;
   DoubleDouble first, second;
   for_values(p, values, c, [&](double x, double weight) {
     const DoubleDouble d = two_sum(std::ldexp(x, -of_x), -shift);
@@ -194,7 +198,8 @@ void settle_scaled(const Problem& p, const SummedValues<T>& values, std::int64_t
   });
   const auto scaled = moments_from_sums<double, double>(count, shift, first, second);
   const int of_squares = 2 * of_x + of_weights;
-  m = {values.count.hi, std::ldexp(scaled.mean, of_x), std::ldexp(scaled.mean_lo, of_x),
+  // The mean of equal values is one of them.
+  m = {values.count.hi, std::ldexp(mean.hi, of_x), scaled.m2 == 0 ? 0 : std::ldexp(mean.lo, of_x),
        std::ldexp(scaled.m2, of_squares), std::ldexp(scaled.m2_lo, of_squares)};
 }
 

@@ -15,12 +15,24 @@ namespace {
 // the time, training with as many weights 0.82, when four chunks were.
 constexpr std::int64_t kChunk = 16 * 1024;
 
+// The least of the weights that are not 0, and 1.
+template <class W>
+double least_of(const W* w, std::int64_t n) {
+  W least = 1;
+  for (std::int64_t i = 0; i < n; ++i) {
+    const W some = w[i] > 0 ? w[i] : W(1);
+    least = some < least ? some : least;
+  }
+  return static_cast<double>(least);
+}
+
 template <class W>
 struct Chunks {
   struct Part {
     DoubleDouble total;
     std::int64_t counted = 0;
     bool is_mask = true, good = true;
+    double least = 1;
   };
   std::span<const W> weights;
   std::vector<Part> parts;
@@ -32,7 +44,8 @@ struct Chunks {
       const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
       const kernels::WeightCounts counts = table.weighted<W>().count(w, n);
       parts[static_cast<std::size_t>(k)] = {two_sum(counts.total, counts.total_lo), n - counts.zeros,
-                                            counts.zeros + counts.ones == n, counts.good == n};
+                                            counts.zeros + counts.ones == n, counts.good == n,
+                                            counts.zeros + counts.ones == n ? 1 : least_of(w, n)};
     }
   }
 };
@@ -51,6 +64,7 @@ WeightSummary summarize(std::span<const W> weights, int threads) {
     result.total = result.total + part.total;
     result.counted += part.counted;
     result.is_mask &= part.is_mask;
+    result.least = std::min(result.least, part.least);
     if (!part.good && result.bad < 0) {
       const auto is_bad = [](W w) { return !(w >= 0 && w <= std::numeric_limits<W>::max()); };
       result.bad = std::find_if(weights.begin(), weights.end(), is_bad) - weights.begin();

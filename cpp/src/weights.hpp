@@ -17,6 +17,7 @@ struct WeightSummary {
   DoubleDouble total;        // their sum
   std::int64_t counted = 0;  // those above 0
   bool is_mask = true;       // whether all are 0 or 1
+  double least = 1;          // of those above 0, where not all are 0 or 1
   std::int64_t bad = -1;     // the first that is negative, infinite or NaN; -1: none
 };
 
@@ -33,9 +34,7 @@ class TensorWeights {
   void belong_to(const Problem& problem) { problem_ = problem; }
 
   [[nodiscard]] DoubleDouble total() const { return summary_.total; }
-  [[nodiscard]] WeightSizes sizes() const {
-    return {summary_.total.hi, summary_.total.hi / static_cast<double>(std::max<std::int64_t>(1, summary_.counted))};
-  }
+  [[nodiscard]] WeightSizes sizes() const { return {summary_.total.hi, summary_.least}; }
   [[nodiscard]] bool is_mask() const { return summary_.is_mask; }
   [[nodiscard]] const kernels::WeightedKernels<T>::Moments& moments_of(const kernels::WeightedKernels<T>& k) const {
     return summary_.is_mask ? k.masked : k.weighted;
