@@ -1,15 +1,19 @@
 // How a call visits a tensor: reduce the pieces, meet, finish the channels, apply to the pieces. forward.cpp and
 // backward.cpp say what is done to a piece and to a channel.
 //
+// clang-format off
 // A Pass gives
 //   bool reduces, applies
-//   void sum_runs(offset, Runs, c, Sums*)      sums of one planar piece, of each of its channels from c on
+//   void sum_runs(offset, Runs, c, Sums*)             sums of one planar piece, of each of its channels from c on
 //   void sum_rows(offset, column, Rows, ColumnSums)   sums of a part of an interleaved block, whose columns begin at
-//   `column` void add_blocks(...)                       the kernel of that name void finish(Range channels, totals)
-//   from the sums of channel c, totals[c - channels.begin], to its results void lay_out(Range channels) interleaved:
-//   the coefficients of finished channels, per column void apply_runs(offset, Runs, c), apply_rows(offset, column,
-//   Rows)
+//                                                     `column`
+//   void add_blocks(...)                              the kernel of that name
+//   void finish(Range channels, totals)               from the sums of channel c, totals[c - channels.begin], to its
+//                                                     results
+//   void lay_out(Range channels)                      interleaved: the coefficients of finished channels, per column
+//   void apply_runs(offset, Runs, c), apply_rows(offset, column, Rows)
 // Where it does not reduce, finish() is called with null totals.
+// clang-format on
 #pragma once
 
 #include <algorithm>

@@ -298,6 +298,7 @@ PyObject* combine(PyObject* const (&arguments)[5]) {
   if (!given.ordinary()) {
     // No channels are no ordinary array, and nothing to do.
     if (PyObject_Size(arguments[0]) == 0) Py_RETURN_NONE;
+    PyErr_Clear();  // it may have none
     throw py::type_error("combine must have arrays of one size, of float64 but for the first");
   }
   const auto value = [](const Array& a, std::int64_t c, double absent) {
@@ -325,6 +326,8 @@ PyObject* entry(PyObject* /*module*/, PyObject* const* arguments, Py_ssize_t giv
   } catch (const PythonError&) {
   } catch (py::error_already_set& error) {
     error.restore();
+  } catch (const py::builtin_exception& error) {
+    error.set_error();
   } catch (const std::bad_alloc&) {
     PyErr_NoMemory();
   } catch (const std::exception& error) {

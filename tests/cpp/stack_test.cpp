@@ -1,5 +1,7 @@
 // Threads with small stacks: every public function runs in 64 KB, with any kernels.
 #include <pthread.h>
+#include <sys/wait.h>
+#include <unistd.h>
 
 #include <cstdlib>
 #include <type_traits>
@@ -12,12 +14,16 @@ namespace {
 
 using namespace batchnorm;
 
+// More than any frame: a smaller one might be stepped over.
+constexpr std::size_t kGuard = std::size_t{4} << 20;
+
 // Runs f on a thread with a stack of that size, below which memory is guarded.
 template <class F>
 void run_on_stack(std::size_t bytes, const F& f) {
   pthread_attr_t attributes;
   pthread_attr_init(&attributes);
   pthread_attr_setstacksize(&attributes, bytes);
+  pthread_attr_setguardsize(&attributes, kGuard);
   pthread_t thread;
   const auto run = [](void* context) -> void* {
     (*static_cast<const F*>(context))();
@@ -58,6 +64,22 @@ TEST(float32_runs_on_64_kilobytes) { check_every_call<float>(); }
 TEST(float64_runs_on_64_kilobytes) { check_every_call<double>(); }
 TEST(float16_runs_on_64_kilobytes) { check_every_call<Float16>(); }
 TEST(bfloat16_runs_on_64_kilobytes) { check_every_call<BFloat16>(); }
+
+// The child's only thread is its main thread, with the stack of the thread that forked.
+TEST(a_child_forked_from_64_kilobytes_runs_too) {
+  every_call::Arguments<double> arguments(Problem{60, 20, 40});
+  const auto calls = every_call::of<double>(arguments, {2});
+  int status = -1;
+  run_on_stack(64 * 1024, [&] {
+    const pid_t child = fork();
+    if (child == 0) {
+      for (const every_call::Call& call : calls) call.run();
+      _exit(0);
+    }
+    waitpid(child, &status, 0);
+  });
+  EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0, status);
+}
 
 }  // namespace
 

@@ -69,7 +69,8 @@ template <class T>
 void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
                ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
 
-// Second half of training alone: y from moments() that may have been merged with those of other batches or ranks.
+// Second half of training alone: y from moments() that may have been merged with those of other batches or ranks. The
+// bits are those of batch_norm(); the largest abs(y - beta) of its bound is that of all values that the moments are of.
 template <class T>
 void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
                ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
