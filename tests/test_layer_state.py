@@ -105,6 +105,57 @@ def test_a_value_too_large_for_a_variance_is_not_finite_either():
         layer(np.array([[1e200], [-1e200]]))
 
 
+# The moments of each half are finite, those of the whole are not.
+FAR = np.array([[1e160], [1.0000000001e160], [-1e160], [-1.0000000001e160]])
+
+
+@pytest.mark.parametrize("debias", [False, True])
+@pytest.mark.parametrize("target", [None, "out", "x"])
+@pytest.mark.parametrize("single_value", ["raise", "skip"])
+def test_an_average_takes_in_ghosts_that_are_finite_though_their_union_is_not(single_value, target, debias):
+    layer = bn.BatchNorm(1, ghost_size=2, nonfinite="raise", debias=debias, single_value=single_value)
+    x = FAR.copy() if single_value == "raise" else np.concatenate([FAR, FAR[:1]])
+    layer(x, out={None: None, "out": np.empty_like(x), "x": x}[target])
+    assert layer.update_count == 1
+    assert np.isfinite(layer.running_mean).all()
+    assert np.isfinite(layer.running_var).all()
+
+
+@pytest.mark.parametrize("kind", ["plain", "weights", "ghosts", "domains"])
+@pytest.mark.parametrize("has_out", [False, True])
+@pytest.mark.parametrize("policy", ["raise", "warn", "error"])
+@pytest.mark.parametrize("use", ["batch", "running"])
+def test_what_would_leave_pooled_statistics_that_are_not_finite_is_not_learned(use, policy, has_out, kind):
+    settings = {"ghosts": {"ghost_size": 2}, "domains": {"domains": 2}, "weights": {"weights_are": "counts"}}
+    call = {"domains": {"domain": 1}, "weights": {"weights": np.array([1.0, 2.0])}}.get(kind, {})
+    nonfinite = "raise" if policy == "raise" else "warn"
+    layer = bn.BatchNorm(1, update_rate=None, nonfinite=nonfinite, **settings.get(kind, {}))
+    layer(FAR[:2], **call)
+    before, out = bits(layer), np.full((2, 1), 9.0)
+    call |= {} if use == "batch" else {"use_stats": use, "update_stats": True}
+    caught = pytest.raises((ValueError, RuntimeWarning), match="got infinity or NaN in channel 0")
+    if policy == "warn":
+        caught = pytest.warns(RuntimeWarning, match="got infinity or NaN in channel 0")
+    with warnings.catch_warnings(), caught:
+        if policy == "error":
+            warnings.simplefilter("error")
+        layer(FAR[2:], out=out if has_out else None, **call)
+    assert bits(layer) == before
+    assert (out == 9).all() == (policy != "warn" or not has_out)
+    layer.load_state_dict(layer.state_dict())
+
+
+@pytest.mark.parametrize("has_out", [False, True])
+def test_pooled_ghosts_are_refused_where_their_union_is_not_finite(has_out):
+    for x in (FAR, np.concatenate([FAR[:2], FAR[2:3]])):
+        settings = {"update_rate": None, "ghost_size": 2, "single_value": "skip"}
+        layer, out = bn.BatchNorm(1, nonfinite="raise", **settings), np.full_like(x, 9)
+        with pytest.raises(ValueError, match="x must have finite statistics"):
+            layer(x, out=out if has_out else None)
+        assert (out == 9).all()
+        assert layer.update_count == 0
+
+
 # ---- one value a channel -----------------------------------------------------------------------------------
 
 ONE = np.array([[1.0, 2.0, 3.0]], np.float32)

@@ -244,6 +244,20 @@ def ghost_update_running(
     return mean, var  # type: ignore[return-value]  # both come from update_running by now
 
 
+def ghost_moments(x: Array, *, ghost_size: int, axis: int, num_threads: int | None) -> tuple[Moments, ...]:
+    """Give the moments of each ghost, those of `ghost_batch_norm`."""
+    x = _validate.array("x", x)
+    axis = _validate.axis(axis, x.ndim)
+    _validate.ghost_values(x, axis, ghost_size)
+    part, channels = _ghosts(x, ghost_size), x.shape[axis]
+    block, sizes = dense(x, axis, part)
+    table = _core.segment_moments(
+        block, sizes, part.of_outer(sizes, len(x)), _validate.num_threads(num_threads)
+    )
+    ghosts = range(len(part.offsets) - 1)
+    return tuple(Moments._from_core(table[k * channels : (k + 1) * channels]) for k in ghosts)
+
+
 def _ghosts(x: Array, size: int) -> Segments:
     """Give the samples of each ghost."""
     return Segments(np.append(np.arange(0, len(x), size, dtype=np.int64), np.int64(len(x))))

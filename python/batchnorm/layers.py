@@ -36,6 +36,7 @@ from batchnorm.ghost import (
     GhostSaved,
     ghost_batch_norm,
     ghost_batch_norm_backward,
+    ghost_moments,
     ghost_update_running,
 )
 from batchnorm.moments import Moments, merge, moments
@@ -228,7 +229,8 @@ class BatchNorm:
         says, with no share of the zeros and ones they start as: the t-th update has the rate
         ``update_rate / (1 - (1 - update_rate)**t)``, the first stores the batch's. (Kingma & Ba 2015, section 3.) With
         `ghost_size` each ghost is an update.
-    nonfinite : what a training call does where the mean or variance of its batch is infinite or NaN in any channel:
+    nonfinite : what a training call does where the mean or variance of its batch (of a ghost; with update_rate=None, of
+        all that has been seen with this batch) is infinite or NaN in any channel:
         "warn" (default) and "skip" leave all running statistics and counts as they are (bit for bit), with and
         without a RuntimeWarning; "raise" raises a ValueError; "propagate" lets them in, to stay.
     single_value : what a training call does with one value a channel, which has no variance: "raise" (default),
@@ -776,11 +778,11 @@ class BatchNorm:
         None, and nothing has changed, where an argument is not ordinary: the general way takes it, or reports what is
         wrong with it.
         """
-        may_raise = out is not None and self._nonfinite == "warn" and _warnings_may_raise()
-        if may_raise and self._moments(x, _NO_PARTS)._first_nonfinite() >= 0:
-            return None
         parameter, beta, before, _, _, largest_size = self._state
         now = before[0]
+        may_raise = out is not None and self._nonfinite == "warn" and _warnings_may_raise()
+        if may_raise and _first_nonfinite(now, [self._moments(x, _NO_PARTS)]) >= 0:
+            return None
         # All that the call leaves is made before it writes: then nothing is asked for that there might not be.
         room = new_room(parameter, now.mean)
         if room is None:
@@ -834,7 +836,7 @@ class BatchNorm:
         if update and "weights" in how and self._ddof > 0:
             self._refuse_weights(x, how)
         if to.out is not None and update:
-            may_tell = not self._told_before_writing(x, how)
+            may_tell = not self._told_before_writing(x, how, state.statistics[k])
         gamma, beta, before, _, last, largest = state
         now, size = before[k], x.size if isinstance(x, np.ndarray) else 0
         # All that the call leaves is made before it writes, and what is not known yet then filled in: then nothing is
@@ -1022,9 +1024,9 @@ class BatchNorm:
         if to.out is not None:
             _validate.output(to.out, x, {"x": x}, {"gamma": gamma, "beta": beta})
         pools = update and self._update_rate is None
-        if to.out is not None and update:
-            may_tell = not self._told_before_writing(x if pools else x[:-1], _NO_PARTS)
         one = self._moments(x[-1:], _NO_PARTS)
+        if to.out is not None and update:
+            may_tell = not self._told_before_writing(x[:-1], _NO_PARTS, now, (one,) if pools else ())
         constants: dict[str, Any] = {"mean": now.mean, "var": now.var, "eps": self._eps}
         if self._single_value == "skip":
             constants = {"mean": one.mean, "var": np.zeros(self._channels), "eps": 0.0}
@@ -1068,14 +1070,23 @@ class BatchNorm:
                 count = self._moments(x, how).count
             _validate.weights_leave_variance(count, dof, self._ddof, self._weights_are)
 
-    def _told_before_writing(self, x: NDArray[Any], how: Mapping[str, Any]) -> bool:
+    def _told_before_writing(
+        self, x: NDArray[Any], how: Mapping[str, Any], now: _Statistics, rest: tuple[Moments, ...] = ()
+    ) -> bool:
         """Say that x is not finite where that may end the call, before `out` is written; tell whether it was said.
 
-        Then x is read once more. Else `_updated` says it, when the moments of the call are known.
+        `rest` is what statistics learn behind x. x is read once more then. Else `_updated` says it, when the moments of
+        the call are known.
         """
         if self._nonfinite != "raise" and not (self._nonfinite == "warn" and _warnings_may_raise()):
             return False
-        channel = self._moments(x, how)._first_nonfinite()
+        if self._ghost_size is None:
+            parts: tuple[Moments, ...] = (self._moments(x, how),)
+        else:
+            parts = ghost_moments(
+                x, ghost_size=self._ghost_size, axis=self._axis, num_threads=self._num_threads
+            )
+        channel = _first_nonfinite(now, parts + rest)
         if channel >= 0:
             self._tell_nonfinite(channel, 5)
         return channel >= 0
@@ -1097,7 +1108,9 @@ class BatchNorm:
     ) -> tuple[_Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
         if self._nonfinite != "propagate":
-            channel = batch._first_nonfinite()
+            pools = self._update_rate is None
+            parts = saved.moments if isinstance(saved, GhostSaved) and not pools else (batch,)
+            channel = _first_nonfinite(before[k], parts)
             if channel >= 0:
                 if may_tell:
                     self._tell_nonfinite(channel, 5)
@@ -1903,6 +1916,16 @@ def _is_single_value(x: object, axis: int) -> bool:
     return isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and 0 < x.size == x.shape[axis]
 
 
+def _first_nonfinite(now: _Statistics, parts: Sequence[Moments]) -> int:
+    """Give the first channel that keeps statistics from learning `parts` one after another; -1 where none does.
+
+    Each part that an average takes in must be finite; where all are pooled, the union with all that has been seen,
+    which may be beyond float64 though no part is.
+    """
+    learned = parts if now.pooled is None else [merge(now.pooled, *parts)]
+    return next((channel for part in learned if (channel := part._first_nonfinite()) >= 0), -1)
+
+
 def _learned(
     now: _Statistics,
     parts: Sequence[Moments],
@@ -1914,8 +1937,8 @@ def _learned(
     """Write the statistics after one more batch, its ghosts one after the other, to `room`; tell whether that was done.
 
     `room` is for mean and variance, and begins with a table for the moments where all are pooled. Not done where there
-    is no rate, nothing counts, weights want to be told what they are, or moments must be finite and are not. Asks for
-    no memory.
+    is no rate, nothing counts, weights want to be told what they are, or what is learned must be finite and is not. Asks
+    for no memory.
     """
     k = 0
     if len(room) == 3:

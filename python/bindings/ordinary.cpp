@@ -243,9 +243,9 @@ PyObject* try_update_running(PyObject* const (&arguments)[7]) {
   return given ? Py_NewRef(Py_True) : PyTuple_Pack(2, made_mean.ptr(), made_var.ptr());
 }
 
-// The moments of a union, and its mean and variance, written to the arrays of `into`; whether they were: not where
-// nothing counts, and where the moments must be finite and are not. One value has no variance, nor have counts of less
-// than 2: it is 1 there. Asks for no memory; `pooled` may be the table that is written to.
+// The moments of a union, and its mean and variance, written to the arrays of `into`; whether they may be used: not
+// where nothing counts, and where the union must be finite and is not. One value has no variance, nor have counts of
+// less than 2: it is 1 there. Asks for no memory; `pooled` may be the table that is written to.
 PyObject* pool(PyObject* const (&arguments)[5]) {
   const auto& [py_pooled, py_moments, py_ddof, py_into, py_finite] = arguments;
   Arguments a;
@@ -259,7 +259,7 @@ PyObject* pool(PyObject* const (&arguments)[5]) {
   a.need(to_mean.is_double && to_var.is_double);
   if (!a.ordinary()) return not_ordinary();
   const bool nothing = std::ranges::all_of(moments, [](const Moments& m) { return m.count == 0; });
-  if (nothing || (py_finite == Py_True && first_nonfinite(moments) >= 0)) return Py_NewRef(Py_False);
+  if (nothing) return Py_NewRef(Py_False);
 
   for (std::size_t c = 0; c < moments.size(); ++c) {
     const Moments both = merge(pooled[c], moments[c]);
@@ -268,7 +268,8 @@ PyObject* pool(PyObject* const (&arguments)[5]) {
     to_mean.values<double>()[c] = both.mean;
     to_var.values<double>()[c] = has_no_variance ? 1 : variance(both, ddof);
   }
-  return Py_NewRef(Py_True);
+  // Two finite batches far from each other may have a union beyond float64.
+  return Py_NewRef(py_finite == Py_True && first_nonfinite(to_table) >= 0 ? Py_False : Py_True);
 }
 
 // A copy of gamma, and room for new statistics like `mean`: what a layer's call has to have before it writes.
