@@ -688,6 +688,7 @@ TEST(calls_from_several_threads_at_once_give_the_right_bits) {
   for (std::size_t k = 0; k < wrong.size(); ++k) EXPECT_EQUAL(wrong[k], 0, "caller ", k);
 }
 
+#ifndef __SANITIZE_THREAD__  // which knows no threads of a forked child
 TEST(a_child_forked_after_threads_were_used_computes_the_same) {
   const Batch<float> b = make_batch<float>({900, 64, 1}, Kind::ordinary);
   const auto expected = bits_of(all_passes::run(b, {.threads = 3}));
@@ -700,6 +701,7 @@ TEST(a_child_forked_after_threads_were_used_computes_the_same) {
   waitpid(child, &status, 0);
   EXPECT(WIFEXITED(status) && WEXITSTATUS(status) == 0, "status ", status);
 }
+#endif
 
 TEST(the_thread_setting_limits_calls_that_name_no_number) {
   const int before = get_num_threads();
