@@ -1,6 +1,8 @@
 #include "weights.hpp"
 
 #include <algorithm>
+#include <bit>
+#include <cstdint>
 #include <limits>
 #include <vector>
 
@@ -15,16 +17,18 @@ namespace {
 // the time, training with as many weights 0.82, when four chunks were.
 constexpr std::int64_t kChunk = 16 * 1024;
 
-// The least of the weights that are not 0, and 1.
-template <class W>
-double least_of(const W* w, std::int64_t n) {
-  W least = 1;
+// The least of the weights that are not 0, and 1; for float32, whose range it matters to. As integers, which compilers
+// compare by vectors: those of floats that are not negative are in the same order, and 0 becomes the largest.
+double least_of(const float* w, std::int64_t n) {
+  constexpr std::uint32_t kSign = 0x8000'0000u;
+  std::int32_t least = std::numeric_limits<std::int32_t>::max();
   for (std::int64_t i = 0; i < n; ++i) {
-    const W some = w[i] > 0 ? w[i] : W(1);
-    least = some < least ? some : least;
+    least = std::min(least, static_cast<std::int32_t>((std::bit_cast<std::uint32_t>(w[i]) - 1) ^ kSign));
   }
-  return static_cast<double>(least);
+  const auto found = std::bit_cast<float>((static_cast<std::uint32_t>(least) ^ kSign) + 1);
+  return found > 0 && found < 1 ? static_cast<double>(found) : 1;
 }
+double least_of(const double*, std::int64_t) { return 1; }
 
 template <class W>
 struct Chunks {
