@@ -1,7 +1,6 @@
 // The weights of a tensor's positions, as pieces of the tensor want them.
 #pragma once
 
-#include <algorithm>
 #include <span>
 
 #include "batchnorm/weighted.hpp"

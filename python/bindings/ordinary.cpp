@@ -2,8 +2,8 @@
 //
 // On a small tensor, checking and converting arguments one by one in Python and again in pybind11 takes several times
 // as long as the arithmetic. These are plain CPython functions. Where an argument is not ordinary, or the core refuses
-// what it says, they return None and have changed nothing: the Python layer then takes the general way, on which every
-// error is reported.
+// what it says, they return None and have changed nothing but spare arrays (`into`): the Python layer then takes the
+// general way, on which every error is reported.
 #include "ordinary.hpp"
 
 #include <algorithm>
