@@ -666,7 +666,7 @@ class BatchNorm:
                 raise _validate_state.parts_with_activation(how)
             to = _Output(out, residual, _validate_state.flag("keep", options.get("keep", True)))
         if by_batch and self._single_value != "raise":
-            if _is_single_value(x, self._axis) or (how and self._counts_one(x, how)):
+            if _is_single_value(x, self._axis) or (how and self._positions(x, how).has_one()):
                 pools = update and self._update_rate is None
                 if self._single_value == "use_running":
                     return self._by_running(x, to, k, how, pools)
@@ -940,9 +940,7 @@ class BatchNorm:
         weights = how.get("weights")
         if weights is None:
             return dict(how)
-        x = _validate.array("x", x)
-        part = counted(x, _validate.axis(self._axis, x.ndim), **how)
-        assert isinstance(part, Positions)
+        part = self._positions(x, how)
         part.require_weights()
         if part.padding == "normalize":
             return {}
@@ -1010,11 +1008,12 @@ class BatchNorm:
         var = np.zeros(self._channels)
         return self._by_constants(x, batch.mean, var, state, to, settings, changes if pools else None)
 
-    def _counts_one(self, x: NDArray[Any], how: Mapping[str, Any]) -> bool:
-        """Tell whether a mask, lengths or weights leave one position."""
+    def _positions(self, x: NDArray[Any], how: Mapping[str, Any]) -> Positions:
+        """Give what a mask, lengths or weights count of x, checked."""
         x = _validate.array("x", x)
         part = counted(x, _validate.axis(self._axis, x.ndim), **how)
-        return isinstance(part, Positions) and part.has_one()
+        assert isinstance(part, Positions)
+        return part
 
     def _ghosts_and_one(self, x: NDArray[Any], to: _Output, k: int, update: bool) -> NDArray[Any]:
         """Normalize ghosts, and one value a channel behind them as `single_value` says."""
@@ -1056,9 +1055,7 @@ class BatchNorm:
 
     def _refuse_weights(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
         """Refuse weights that leave no unbiased variance, before anything is written."""
-        x = _validate.array("x", x)
-        part = counted(x, _validate.axis(self._axis, x.ndim), **how)
-        assert isinstance(part, Positions)
+        part = self._positions(x, how)
         dof = part.importance_dof(1)
         if dof is None:
             return
