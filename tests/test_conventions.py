@@ -40,7 +40,7 @@ def source_of(library, state):
 
 
 def imported(library, state, **options):
-    return getattr(bn.BatchNorm, f"from_{library}")(source_of(library, state), **options)
+    return getattr(bn.convert, f"from_{library}")(source_of(library, state), **options)
 
 
 def assert_float32(got, expected):
@@ -68,7 +68,7 @@ def test_a_layer_carried_over_stays_in_step_for_ten_more_steps(library):
 @pytest.mark.parametrize("library", LIBRARIES)
 def test_a_state_carried_over_and_back_is_the_same(library):
     source = source_of(library, recorded(library, 10))
-    back = getattr(imported(library, recorded(library, 10)), f"to_{library}")()
+    back = getattr(bn.convert, f"to_{library}")(imported(library, recorded(library, 10)))
     parts = (
         [(source, back)] if library != "flax" else [(source[k], back[k]) for k in ("params", "batch_stats")]
     )
@@ -100,14 +100,14 @@ def nnx_module(state, **changes):
 
 def test_an_nnx_module_is_read_as_the_variables_of_linen_are():
     state = recorded("flax", 10)
-    layer = bn.BatchNorm.from_flax(nnx_module(state))
+    layer = bn.convert.from_flax(nnx_module(state))
     assert (layer.eps, layer.update_rate, layer.axis, layer.ddof) == (1e-5, 0.01, -1, 0)
     for step in range(10, 20):
         layer(X[step])
     assert_float32(layer.running_var, recorded("flax", 20)["var"])
     assert_float32(layer.eval()(X[0]), recorded("flax", 20)["y"])
     flat = {name: value for name, value in state.items() if name != "y"}
-    other = bn.BatchNorm.from_flax(flat)
+    other = bn.convert.from_flax(flat)
     assert all(
         (other.state_dict()[name] == value).all()
         for name, value in imported("flax", state).state_dict().items()
@@ -116,9 +116,9 @@ def test_an_nnx_module_is_read_as_the_variables_of_linen_are():
 
 def test_the_settings_of_an_nnx_module_are_taken_unless_others_are_given():
     module = nnx_module(recorded("flax", 1), epsilon=1e-2, momentum=0.75, axis=(0,), scale=None)
-    layer = bn.BatchNorm.from_flax(module)
+    layer = bn.convert.from_flax(module)
     assert (layer.eps, layer.update_rate, layer.axis, layer.gamma) == (1e-2, 0.25, 0, None)
-    layer = bn.BatchNorm.from_flax(module, epsilon=1e-4, momentum=0.5, axis=1)
+    layer = bn.convert.from_flax(module, epsilon=1e-4, momentum=0.5, axis=1)
     assert (layer.eps, layer.update_rate, layer.axis) == (1e-4, 0.5, 1)
 
 
@@ -137,9 +137,9 @@ class BatchNormOfTorch:
 @pytest.mark.parametrize("training", [True, False])
 def test_a_layer_is_in_the_mode_of_the_module_it_came_from(training):
     state = source_of("torch", recorded("torch", 10))
-    assert bn.BatchNorm.from_torch(BatchNormOfTorch(training, state)).training is training
+    assert bn.convert.from_torch(BatchNormOfTorch(training, state)).training is training
     module = nnx_module(recorded("flax", 10), use_running_average=not training)
-    assert bn.BatchNorm.from_flax(module).training is training
+    assert bn.convert.from_flax(module).training is training
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
@@ -148,7 +148,7 @@ def test_a_layer_from_bare_arrays_is_in_training_mode(library):
 
 
 def test_an_nnx_module_that_leaves_the_mode_to_its_calls_is_in_training_mode():
-    assert bn.BatchNorm.from_flax(nnx_module(recorded("flax", 1), use_running_average=None)).training
+    assert bn.convert.from_flax(nnx_module(recorded("flax", 1), use_running_average=None)).training
 
 
 def keras_layer(**changes):
@@ -158,7 +158,7 @@ def keras_layer(**changes):
 
 @pytest.mark.parametrize("trainable", [True, False])
 def test_a_layer_of_keras_that_is_not_trainable_is_frozen(trainable):
-    layer = bn.BatchNorm.from_keras(keras_layer(trainable=trainable))
+    layer = bn.convert.from_keras(keras_layer(trainable=trainable))
     assert layer.training
     assert (layer.frozen_statistics, layer.frozen_affine) == (not trainable, not trainable)
     y = layer(X[0])
@@ -169,18 +169,18 @@ def test_a_layer_of_keras_that_is_not_trainable_is_frozen(trainable):
 @pytest.mark.parametrize("said", [{"center": False}, {"scale": True}, {"scale": True, "center": False}])
 def test_three_arrays_of_keras_are_read_with_what_is_said_of_them(said):
     gamma, mean, var = (recorded("keras", 10)[name] for name in ("gamma", "moving_mean", "moving_variance"))
-    layer = bn.BatchNorm.from_keras([gamma, mean, var], **said)
+    layer = bn.convert.from_keras([gamma, mean, var], **said)
     assert layer.beta is None
     assert (layer.gamma == gamma).all()
     assert (layer.running_mean == mean).all()
-    without_scale = bn.BatchNorm.from_keras([gamma, mean, var], **{n: not v for n, v in said.items()})
+    without_scale = bn.convert.from_keras([gamma, mean, var], **{n: not v for n, v in said.items()})
     assert without_scale.gamma is None
     assert (without_scale.beta == gamma).all()
 
 
 def test_weights_of_the_fused_kernels_go_on_unbiased():
     arrays = list(source_of("keras", recorded("keras", 10)).values())
-    layer = bn.BatchNorm.from_keras(arrays, ddof=1)
+    layer = bn.convert.from_keras(arrays, ddof=1)
     layer(X[10])
     expected = 0.99 * arrays[3].astype(np.float64) + 0.01 * X[10].astype(np.float64).var(0, ddof=1)
     np.testing.assert_allclose(layer.running_var, expected, rtol=1e-12)
@@ -195,14 +195,14 @@ def test_variables_that_give_an_array_by_a_method_are_read_by_it():
             return self.value
 
     state = source_of("keras", recorded("keras", 10))
-    layer = bn.BatchNorm.from_keras({name: Variable(value) for name, value in state.items()})
+    layer = bn.convert.from_keras({name: Variable(value) for name, value in state.items()})
     assert (layer.gamma == state["gamma"]).all()
     assert (layer.running_var == state["moving_variance"]).all()
 
 
 def test_two_arrays_of_keras_are_the_statistics():
     mean, var = (recorded("keras", 10)[name] for name in ("moving_mean", "moving_variance"))
-    layer = bn.BatchNorm.from_keras([mean, var])
+    layer = bn.convert.from_keras([mean, var])
     assert (layer.gamma, layer.beta) == (None, None)
     assert (layer.running_var == var).all()
 
@@ -219,16 +219,18 @@ def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
         module.weight.uniform_(-1, 1)
         for k in range(10):
             module(torch.tensor(x[k]))
-        layer = bn.BatchNorm.from_torch(module)
+        layer = bn.convert.from_torch(module)
         assert (layer.eps, layer.update_rate, layer.ddof, layer.update_count) == (1e-4, 0.2, 1, 10)
         assert_float32(layer.eval()(x[0]), module.eval()(torch.tensor(x[0])).numpy())
-        assert not bn.BatchNorm.from_torch(module).training
+        assert not bn.convert.from_torch(module).training
         for k in range(10, 20):
             layer.train()(x[k])
             module.train()(torch.tensor(x[k]))
         assert_float32(layer.running_var, module.running_var.numpy())
         other = torch.nn.BatchNorm2d(3, eps=layer.eps, momentum=layer.update_rate)
-        other.load_state_dict({name: torch.from_numpy(value) for name, value in layer.to_torch().items()})
+        other.load_state_dict(
+            {name: torch.from_numpy(value) for name, value in bn.convert.to_torch(layer).items()}
+        )
         assert other.num_batches_tracked == 20
         assert_float32(other.eval()(torch.tensor(x[0])).numpy(), layer.eval()(x[0]))
         for k in range(20, 30):
@@ -240,12 +242,12 @@ def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
 def test_a_synchronized_module_of_pytorch_is_read_as_any_other():
     torch = pytest.importorskip("torch", reason="compares with PyTorch where it is installed")
     module = torch.nn.SyncBatchNorm(3, eps=1e-4, momentum=0.2).eval()
-    layer = bn.BatchNorm.from_torch(module)
+    layer = bn.convert.from_torch(module)
     assert (layer.eps, layer.update_rate, layer.ddof, layer.training) == (1e-4, 0.2, 1, False)
     x = np.random.default_rng(0).normal(2, 3, (5, 3)).astype(np.float32)
     with torch.no_grad():
         assert_float32(layer(x), module(torch.tensor(x)).numpy())
-    assert set(layer.to_torch()) == set(module.state_dict())
+    assert set(bn.convert.to_torch(layer)) == set(module.state_dict())
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
@@ -256,13 +258,13 @@ def test_a_live_layer_of_keras_goes_on_in_step_over_and_back(monkeypatch):
     layer.build((6, 4))
     for k in range(10):
         layer(X[k], training=True)
-    mine = bn.BatchNorm.from_keras(layer)
+    mine = bn.convert.from_keras(layer)
     assert (mine.eps, mine.axis, mine.beta) == (1e-2, -1, None)
     for k in range(10, 20):
         mine(X[k])
         layer(X[k], training=True)
     assert_float32(mine.running_var, np.asarray(layer.moving_variance))
-    layer.set_weights(list(mine.to_keras().values()))
+    layer.set_weights(list(bn.convert.to_keras(mine).values()))
     y = keras.ops.convert_to_numpy(layer(X[0], training=False))
     assert_float32(mine.eval()(X[0]), y)
 
@@ -271,13 +273,13 @@ def test_live_variables_of_flax_go_on_in_step():
     nn = pytest.importorskip("flax.linen", reason="compares with Flax where it is installed")
     layer = nn.BatchNorm(use_running_average=False, momentum=0.9)
     mine = bn.BatchNorm(4, convention="flax", update_rate=1 - 0.9, axis=-1)
-    variables = mine.to_flax()
+    variables = bn.convert.to_flax(mine)
     for k in range(20):
         _, changed = layer.apply(variables, X[k], mutable=["batch_stats"])
         variables = {**variables, "batch_stats": changed["batch_stats"]}
         mine(X[k])
     assert_float32(mine.running_var, np.asarray(variables["batch_stats"]["var"]))
-    again = bn.BatchNorm.from_flax(variables, momentum=0.9)
+    again = bn.convert.from_flax(variables, momentum=0.9)
     assert_float32(again.eval()(X[0]), mine.eval()(X[0]))
 
 
@@ -286,7 +288,7 @@ def test_a_live_module_of_nnx_goes_on_in_step_over_and_back():
     module = nnx.BatchNorm(4, momentum=0.9, epsilon=1e-4, use_bias=False, rngs=nnx.Rngs(0))
     for k in range(10):
         module(X[k])
-    layer = bn.BatchNorm.from_flax(module)
+    layer = bn.convert.from_flax(module)
     assert (layer.eps, layer.update_rate, layer.beta, layer.training) == (1e-4, 0.1, None, True)
     for k in range(10, 20):
         module(X[k])
@@ -294,13 +296,13 @@ def test_a_live_module_of_nnx_goes_on_in_step_over_and_back():
     assert_float32(layer.running_var, np.asarray(module.var[...]))
     module.eval()
     assert_float32(layer.eval()(X[0]), np.asarray(module(X[0])))
-    assert not bn.BatchNorm.from_flax(module).training
+    assert not bn.convert.from_flax(module).training
     other = nnx.BatchNorm(4, momentum=0.9, epsilon=1e-4, use_bias=False, rngs=nnx.Rngs(0))
-    variables = layer.to_flax()
+    variables = bn.convert.to_flax(layer)
     nnx.update(other, variables["params"] | variables["batch_stats"])
     (other.train if layer.training else other.eval)()
     assert_float32(np.asarray(other(X[0])), layer(X[0]))
-    assert_float32(bn.BatchNorm.from_flax(nnx.state(module), epsilon=1e-4).eval()(X[0]), layer(X[0]))
+    assert_float32(bn.convert.from_flax(nnx.state(module), epsilon=1e-4).eval()(X[0]), layer(X[0]))
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
@@ -311,8 +313,8 @@ def test_live_layers_of_keras_are_read_as_lists_and_frozen_where_not_trainable(m
     layer.build((6, 4))
     layer.set_weights([np.arange(4.0), np.arange(4.0), np.arange(1.0, 5.0)])
     layer.trainable = False
-    from_list = bn.BatchNorm.from_keras(layer.get_weights(), scale=False).eval()
-    frozen = bn.BatchNorm.from_keras(layer)
+    from_list = bn.convert.from_keras(layer.get_weights(), scale=False).eval()
+    frozen = bn.convert.from_keras(layer)
     expected = keras.ops.convert_to_numpy(layer(X[0], training=True))
     assert_float32(from_list(X[0]), expected)
     assert_float32(frozen(X[0]), expected)
@@ -336,7 +338,7 @@ def test_live_modules_of_pytorch_that_are_no_batch_norm_are_refused_by_name(name
     keeps = {"affine": True, "track_running_stats": True} if "Instance" in name else {}
     module = getattr(torch.nn, name)(**arguments, **keeps)
     with pytest.raises(TypeError) as caught:
-        bn.BatchNorm.from_torch(module)
+        bn.convert.from_torch(module)
     assert str(caught.value) == f"source must be a batch norm module of PyTorch or its state_dict, got {name}"
 
 
@@ -345,9 +347,9 @@ def test_a_lazy_module_of_pytorch_is_taken_once_it_has_its_channels():
     module = torch.nn.LazyBatchNorm1d(dtype=torch.float64)
     for source in (module, module.state_dict()):
         with pytest.raises(ValueError, match="as a lazy module has after its first input, got Uninit"):
-            bn.BatchNorm.from_torch(source)
+            bn.convert.from_torch(source)
     module(torch.tensor(X[0].astype(np.float64)))
-    layer = bn.BatchNorm.from_torch(module)
+    layer = bn.convert.from_torch(module)
     assert (layer.channels, layer.dtype) == (4, np.float64)
     assert_float32(layer.running_mean, module.running_mean.numpy())
 
@@ -362,7 +364,7 @@ def test_a_live_module_of_pytorch_keeps_its_dtype(dtype, expected):
     with torch.no_grad():
         for tensor in (module.weight, module.bias, module.running_mean, module.running_var):
             tensor.uniform_(0.5, 2)
-    layer = bn.BatchNorm.from_torch(module)
+    layer = bn.convert.from_torch(module)
     assert layer.dtype == expected
     for mine, tensor in (
         (layer.gamma, module.weight),
@@ -372,9 +374,11 @@ def test_a_live_module_of_pytorch_keeps_its_dtype(dtype, expected):
     ):
         np.testing.assert_array_equal(mine, tensor.detach().double().numpy())
     other = torch.nn.BatchNorm1d(3).to(getattr(torch, dtype))
-    other.load_state_dict({name: torch.from_numpy(value) for name, value in layer.to_torch().items()})
+    other.load_state_dict(
+        {name: torch.from_numpy(value) for name, value in bn.convert.to_torch(layer).items()}
+    )
     assert all((other.state_dict()[name] == value).all() for name, value in module.state_dict().items())
-    assert bn.BatchNorm.from_torch(module, dtype=np.float32).dtype == np.float32
+    assert bn.convert.from_torch(module, dtype=np.float32).dtype == np.float32
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # of Keras's own variables
@@ -394,7 +398,7 @@ def test_a_live_layer_of_keras_keeps_its_dtype(monkeypatch, policy, expected):
     layer = keras.layers.BatchNormalization(dtype=policy)
     layer.build((6, 4))
     layer.set_weights([np.arange(4) + k / 4 for k in range(4)])
-    mine = bn.BatchNorm.from_keras(layer)
+    mine = bn.convert.from_keras(layer)
     assert mine.dtype == expected
     np.testing.assert_array_equal(mine.gamma, np.arange(4.0))
     np.testing.assert_array_equal(mine.running_var, np.arange(4) + 0.75)
@@ -407,14 +411,14 @@ def test_live_layers_of_keras_that_are_no_batch_norm_are_refused_by_name(monkeyp
     layer = getattr(keras.layers, name)(**({"groups": 2} if name == "GroupNormalization" else {}))
     layer.build((6, 4))
     with pytest.raises(TypeError, match=f"source must be a BatchNormalization of Keras .* got {name}$"):
-        bn.BatchNorm.from_keras(layer)
+        bn.convert.from_keras(layer)
 
 
 @pytest.mark.parametrize(("dtype", "expected"), [("float16", "float16"), ("bfloat16", "float32")])
 def test_a_live_module_of_nnx_keeps_its_dtype(dtype, expected):
     nnx = pytest.importorskip("flax.nnx", reason="reads modules of Flax where it is installed")
     module = nnx.BatchNorm(4, param_dtype=dtype, rngs=nnx.Rngs(0))
-    assert bn.BatchNorm.from_flax(module).dtype == expected
+    assert bn.convert.from_flax(module).dtype == expected
 
 
 @pytest.mark.parametrize("name", ["LayerNorm", "GroupNorm", "RMSNorm"])
@@ -423,7 +427,7 @@ def test_live_modules_of_nnx_that_are_no_batch_norm_are_refused_by_name(name):
     options = {"num_groups": 2} if name == "GroupNorm" else {}
     module = getattr(nnx, name)(4, rngs=nnx.Rngs(0), **options)
     with pytest.raises(TypeError, match=f"variables must be a BatchNorm of Flax's nnx, .* got {name}$"):
-        bn.BatchNorm.from_flax(module)
+        bn.convert.from_flax(module)
 
 
 # ---- dtypes ------------------------------------------------------------------------------------------------
@@ -438,7 +442,7 @@ def test_a_source_keeps_its_dtype_unless_another_is_given(library, dtype):
         "flax": lambda a: {"params": {"scale": a}, "batch_stats": {"mean": a, "var": a}},
         "onnx": lambda a: {"scale": a, "B": a, "input_mean": a, "input_var": a},
     }[library](np.array([1 / 3, 2 / 3], dtype))
-    read = getattr(bn.BatchNorm, f"from_{library}")
+    read = getattr(bn.convert, f"from_{library}")
     layer = read(source)
     assert layer.dtype == dtype
     assert (layer.gamma == np.array([1 / 3, 2 / 3], dtype)).all()
@@ -446,13 +450,13 @@ def test_a_source_keeps_its_dtype_unless_another_is_given(library, dtype):
 
 
 def test_a_source_of_two_dtypes_is_read_in_the_wider():
-    layer = bn.BatchNorm.from_torch(state(bias=np.array([1 / 3, 2 / 3])))
+    layer = bn.convert.from_torch(state(bias=np.array([1 / 3, 2 / 3])))
     assert (layer.dtype, layer.beta[0]) == (np.float64, 1 / 3)
 
 
 def test_a_source_in_bfloat16_is_read_in_float32():
     bfloat16 = pytest.importorskip("ml_dtypes", reason="reads bfloat16 where ml_dtypes is").bfloat16
-    layer = bn.BatchNorm.from_keras([np.array([1 / 3, 2 / 3], bfloat16)] * 4)
+    layer = bn.convert.from_keras([np.array([1 / 3, 2 / 3], bfloat16)] * 4)
     assert layer.dtype == np.float32
     assert (layer.gamma == np.array([1 / 3, 2 / 3], bfloat16).astype(np.float32)).all()
 
@@ -462,15 +466,15 @@ def test_an_export_holds_all_digits_of_the_parameters_unless_told_otherwise(dtyp
     layer = bn.BatchNorm(2, ddof=0, dtype=dtype)
     layer.gamma[:] = 1 / 3
     exports = (
-        layer.to_torch(any_ddof=True)["weight"],
-        layer.to_keras()["gamma"],
-        layer.to_flax()["params"]["scale"],
-        layer.to_onnx()[0]["scale"],
+        bn.convert.to_torch(layer, any_ddof=True)["weight"],
+        bn.convert.to_keras(layer)["gamma"],
+        bn.convert.to_flax(layer)["params"]["scale"],
+        bn.convert.to_onnx(layer)[0]["scale"],
     )
     for gamma in exports:
         assert gamma.dtype == expected
         assert (gamma == layer.gamma).all()
-    assert layer.to_keras(dtype=np.float16)["gamma"].dtype == np.float16
+    assert bn.convert.to_keras(layer, dtype=np.float16)["gamma"].dtype == np.float16
 
 
 # ---- what is said by name ----------------------------------------------------------------------------------
@@ -524,12 +528,12 @@ def test_onnx_goes_over_and_back():
     inputs = {
         name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ("scale", "B", "input_mean", "input_var")
     }
-    layer = bn.BatchNorm.from_onnx(inputs, epsilon=1e-3, momentum=0.75)
+    layer = bn.convert.from_onnx(inputs, epsilon=1e-3, momentum=0.75)
     assert (layer.eps, layer.update_rate, layer.ddof, layer.axis) == (1e-3, 0.25, 0, 1)
     x = rng.normal(size=(5, 4)).astype(np.float32)
     y = (x - inputs["input_mean"]) / np.sqrt(inputs["input_var"] + 1e-3) * inputs["scale"] + inputs["B"]
     assert_float32(layer.eval()(x), y)
-    back, attributes = layer.to_onnx()
+    back, attributes = bn.convert.to_onnx(layer)
     assert all((back[name] == inputs[name]).all() for name in inputs)
     assert attributes == {"epsilon": 1e-3, "momentum": 0.75}
 
@@ -541,144 +545,144 @@ def state(**changes):
 
 
 def test_a_running_variance_of_zero_is_taken():
-    layer = bn.BatchNorm.from_torch(state(running_var=np.array([0.0, 2.0])))
+    layer = bn.convert.from_torch(state(running_var=np.array([0.0, 2.0])))
     assert layer.running_var.tolist() == [0, 2]
 
 
 def test_a_state_without_a_counter_or_parameters_is_taken():
-    layer = bn.BatchNorm.from_torch(state(weight=None, bias=None))
+    layer = bn.convert.from_torch(state(weight=None, bias=None))
     assert layer.gamma is None
     assert layer.beta is None
     assert layer.update_count == 0
-    assert (layer.to_torch()["weight"] == 1).all()
+    assert (bn.convert.to_torch(layer)["weight"] == 1).all()
 
 
 @pytest.mark.parametrize(
     ("call", "error", "text"),
     [
-        (lambda: bn.BatchNorm.from_torch(3), TypeError, "source must be a batch norm module of PyTorch"),
+        (lambda: bn.convert.from_torch(3), TypeError, "source must be a batch norm module of PyTorch"),
         (
-            lambda: bn.BatchNorm.from_torch(state(running_mean=None)),
+            lambda: bn.convert.from_torch(state(running_mean=None)),
             ValueError,
             "source must have running_mean, as PyTorch's track_running_stats=True has, got none",
         ),
         (
-            lambda: bn.BatchNorm.from_torch(state(running_var=np.array([1, -2.0]))),
+            lambda: bn.convert.from_torch(state(running_var=np.array([1, -2.0]))),
             ValueError,
             "source must have running variances >= 0, got -2.0 in channel 1",
         ),
         (
-            lambda: bn.BatchNorm.from_torch(state(running_mean=np.array([1, np.nan]))),
+            lambda: bn.convert.from_torch(state(running_mean=np.array([1, np.nan]))),
             ValueError,
             "source must have a finite running mean in every channel, got infinity or NaN",
         ),
         (
-            lambda: bn.BatchNorm.from_torch(state(weight=np.ones(3))),
+            lambda: bn.convert.from_torch(state(weight=np.ones(3))),
             ValueError,
             "source must have a gamma of 2 floats, got shape (3,) of float64",
         ),
         (
-            lambda: bn.BatchNorm.from_torch(state(gamma=np.ones(2))),
+            lambda: bn.convert.from_torch(state(gamma=np.ones(2))),
             ValueError,
             "source must have names of PyTorch (weight, bias, running_mean, running_var, num_batches_tracked), got gamma",
         ),
         (
-            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 3),
+            lambda: bn.convert.from_keras([np.ones(2)] * 3),
             ValueError,
             "source must be the arrays of get_weights(): 4, or 2 without gamma and beta, or 3 with scale=False or center=False given to tell which of them is absent, got 3 with scale=None and center=None",
         ),
         (
-            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, center=False),
+            lambda: bn.convert.from_keras([np.ones(2)] * 4, center=False),
             ValueError,
             "source must be the arrays of get_weights(): 4,",
         ),
         (
-            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 3, scale=0),
+            lambda: bn.convert.from_keras([np.ones(2)] * 3, scale=0),
             TypeError,
             "scale must be True or False, got int",
         ),
         (
-            lambda: bn.BatchNorm.from_keras({"moving_mean": np.ones(2)}, scale=False),
+            lambda: bn.convert.from_keras({"moving_mean": np.ones(2)}, scale=False),
             ValueError,
             "scale and center must be None where source is no list: it has its names",
         ),
         (
-            lambda: bn.BatchNorm.from_keras("gamma"),
+            lambda: bn.convert.from_keras("gamma"),
             TypeError,
             "source must be a BatchNormalization of Keras that is built, its get_weights(), or a mapping",
         ),
         (
-            lambda: bn.BatchNorm.from_torch(state(), gamma=False),
+            lambda: bn.convert.from_torch(state(), gamma=False),
             TypeError,
             "gamma must not be given for a layer from elsewhere, as source has it or not, got False",
         ),
         (
-            lambda: bn.BatchNorm.from_torch(state(), domains=2),
+            lambda: bn.convert.from_torch(state(), domains=2),
             TypeError,
             "domains must not be given for a layer from elsewhere, as source has one set of statistics, got 2",
         ),
         (
-            lambda: bn.BatchNorm.from_torch(state(), debias=True),
+            lambda: bn.convert.from_torch(state(), debias=True),
             TypeError,
             "debias must not be given for a layer from elsewhere, as the statistics of source have a share",
         ),
         (
-            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, update_rate=None),
+            lambda: bn.convert.from_keras([np.ones(2)] * 4, update_rate=None),
             TypeError,
             "update_rate must be a number for a layer from elsewhere, which has no moments, got None",
         ),
         (
-            lambda: bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=1.5),
+            lambda: bn.convert.from_keras([np.ones(2)] * 4, momentum=1.5),
             ValueError,
             "momentum must be from 0 to 1, got 1.5",
         ),
         (
-            lambda: bn.BatchNorm.from_flax({"params": {}}),
+            lambda: bn.convert.from_flax({"params": {}}),
             TypeError,
             "variables must be a BatchNorm of Flax's nnx, its state (mean, var, scale, bias), or a mapping with 'batch_stats' (mean, var) and 'params' (scale, bias), got ['params']",
         ),
         (
-            lambda: bn.BatchNorm.from_flax(np.ones(2)),
+            lambda: bn.convert.from_flax(np.ones(2)),
             TypeError,
             "variables must be a BatchNorm of Flax's nnx, its state",
         ),
         (
-            lambda: bn.BatchNorm.from_flax(nnx_module(recorded("flax", 1), axis=(1, 2))),
+            lambda: bn.convert.from_flax(nnx_module(recorded("flax", 1), axis=(1, 2))),
             TypeError,
             "axis must be an int, got tuple",
         ),
         (
-            lambda: bn.BatchNorm.from_onnx([np.ones(2)] * 4),
+            lambda: bn.convert.from_onnx([np.ones(2)] * 4),
             TypeError,
             "inputs must be a mapping of names to arrays, got list",
         ),
         (
-            lambda: bn.BatchNorm(2).to_keras(),
+            lambda: bn.convert.to_keras(bn.BatchNorm(2)),
             ValueError,
             "the layer must have ddof=0 for Keras, whose running variances are biased, got ddof=1: pass any_ddof=True",
         ),
         (
-            lambda: bn.BatchNorm(2, ddof=0, update_rate=None).to_onnx(),
+            lambda: bn.convert.to_onnx(bn.BatchNorm(2, ddof=0, update_rate=None)),
             ValueError,
             "the layer must have an update_rate for ONNX's momentum, got None",
         ),
         (
-            lambda: bn.BatchNorm(2, renorm=bn.RenormSchedule.paper()).to_torch(),
+            lambda: bn.convert.to_torch(bn.BatchNorm(2, renorm=bn.RenormSchedule.paper())),
             ValueError,
             "the layer must have no renorm for PyTorch, whose running variances are unbiased, got renorm with parity='paper', whose are biased: pass any_ddof=True",
         ),
         (
-            lambda: bn.BatchNorm(2, ddof=0, renorm=bn.RenormSchedule.paper(), parity="torchrl").to_keras(),
+            lambda: bn.convert.to_keras(bn.BatchNorm(2, ddof=0, renorm=bn.RenormSchedule.paper(), parity="torchrl")),
             ValueError,
             "the layer must have no renorm for Keras, whose running variances are biased, got renorm with parity='torchrl', whose are unbiased: pass any_ddof=True",
         ),
         (
-            lambda: bn.BatchNorm.from_onnx({"scale": np.ones(2), "B": np.ones(2)}),
+            lambda: bn.convert.from_onnx({"scale": np.ones(2), "B": np.ones(2)}),
             ValueError,
             "source must have input_mean, as ONNX's BatchNormalization has, got none",
         ),
         (
-            lambda: bn.BatchNorm(2, domains=2).to_torch(),
+            lambda: bn.convert.to_torch(bn.BatchNorm(2, domains=2)),
             ValueError,
             "the layer must have one set of statistics for PyTorch, got 2 domains",
         ),
@@ -698,29 +702,34 @@ def test_a_module_that_averages_variances_alike_needs_an_update_rate():
             return state()
 
     with pytest.raises(ValueError, match="update_rate must be given for a module with momentum=None"):
-        bn.BatchNorm.from_torch(BatchNorm1d())
-    assert bn.BatchNorm.from_torch(BatchNorm1d(), update_rate=0.3).update_rate == 0.3
+        bn.convert.from_torch(BatchNorm1d())
+    assert bn.convert.from_torch(BatchNorm1d(), update_rate=0.3).update_rate == 0.3
 
 
 def test_a_layer_with_renorm_goes_where_its_variance_is_of_the_same_kind():
     biased = bn.BatchNorm(2, renorm=bn.RenormSchedule.paper())
     unbiased = bn.BatchNorm(2, renorm=bn.RenormSchedule.torchrl(), parity="torchrl")
-    assert set(biased.to_keras()) == set(unbiased.to_keras(any_ddof=True))
-    assert set(unbiased.to_torch()) == set(biased.to_torch(any_ddof=True))
+    assert set(bn.convert.to_keras(biased)) == set(bn.convert.to_keras(unbiased, any_ddof=True))
+    assert set(bn.convert.to_torch(unbiased)) == set(bn.convert.to_torch(biased, any_ddof=True))
 
 
 def test_an_export_with_another_ddof_is_for_inference():
     layer = bn.BatchNorm(2)
-    assert list(layer.to_keras(any_ddof=True)) == ["gamma", "beta", "moving_mean", "moving_variance"]
+    assert list(bn.convert.to_keras(layer, any_ddof=True)) == [
+        "gamma",
+        "beta",
+        "moving_mean",
+        "moving_variance",
+    ]
 
 
 @pytest.mark.parametrize(
     "momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0.3, 0.7), (0, 1), (1, 0)]
 )
 def test_the_rest_of_a_momentum_has_no_digits_of_rounding(momentum, rate):
-    layer = bn.BatchNorm.from_keras([np.ones(2)] * 4, momentum=momentum)
+    layer = bn.convert.from_keras([np.ones(2)] * 4, momentum=momentum)
     assert layer.update_rate == rate
-    assert layer.to_onnx()[1]["momentum"] == momentum
+    assert bn.convert.to_onnx(layer)[1]["momentum"] == momentum
 
 
 def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
@@ -730,7 +739,7 @@ def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
         def state_dict(self):
             return {name: value for name, value in state().items() if name != "num_batches_tracked"}
 
-    layer = bn.BatchNorm.from_torch(FrozenBatchNorm2d())
+    layer = bn.convert.from_torch(FrozenBatchNorm2d())
     assert layer.update_rate == 0
     assert layer.frozen_statistics
     assert layer.frozen_affine
@@ -742,14 +751,14 @@ def test_a_frozen_module_without_a_momentum_is_taken_and_never_updates():
 @pytest.mark.parametrize("count", [np.array([1, 2]), np.array(np.nan), np.array(-1), 1.5])
 def test_a_counter_that_counts_nothing_is_named(count):
     with pytest.raises(ValueError, match="num_batches_tracked that is one integer >= 0"):
-        bn.BatchNorm.from_torch(state() | {"num_batches_tracked": count})
+        bn.convert.from_torch(state() | {"num_batches_tracked": count})
 
 
 @pytest.mark.parametrize("name", ["params", "batch_stats"])
 def test_a_group_of_flax_that_is_no_mapping_is_named(name):
     variables = {"params": {}, "batch_stats": {"mean": np.zeros(2), "var": np.ones(2)}} | {name: None}
     with pytest.raises(TypeError, match=f"{name} must be a mapping of names to arrays"):
-        bn.BatchNorm.from_flax(variables)
+        bn.convert.from_flax(variables)
 
 
 @pytest.mark.parametrize("name", ["Linear", "InstanceNorm2d", "GroupNorm", "BatchRenorm1d", "InPlaceABN"])
@@ -757,7 +766,7 @@ def test_a_module_that_is_no_batch_norm_is_refused(name):
     # All that a module of that name may have in common with a batch norm: the arrays tell nothing.
     members = {"eps": 1e-5, "momentum": 0.1, "training": True, "state_dict": lambda _: state()}
     with pytest.raises(TypeError) as caught:
-        bn.BatchNorm.from_torch(type(name, (), members)())
+        bn.convert.from_torch(type(name, (), members)())
     assert str(caught.value) == f"source must be a batch norm module of PyTorch or its state_dict, got {name}"
 
 
@@ -766,17 +775,17 @@ def test_a_compiled_module_is_told_by_its_original_name(name, is_one):
     members = {"eps": 1e-5, "momentum": 0.1, "training": True, "state_dict": lambda _: state()}
     module = type("RecursiveScriptModule", (), members | {"original_name": name})()
     if is_one:
-        assert bn.BatchNorm.from_torch(module).channels == 2
+        assert bn.convert.from_torch(module).channels == 2
     else:
         with pytest.raises(TypeError, match=r"got RecursiveScriptModule$"):
-            bn.BatchNorm.from_torch(module)
+            bn.convert.from_torch(module)
 
 
 @pytest.mark.parametrize("base", ["BatchNorm1d", "SyncBatchNorm", "FrozenBatchNorm2d"])
 def test_what_derives_from_a_batch_norm_is_one(base):
     members = {"eps": 1e-5, "momentum": 0.1, "training": True, "state_dict": lambda _: state()}
     derived = type("Norm", (type(base, (), members),), {})
-    assert bn.BatchNorm.from_torch(derived()).channels == 2
+    assert bn.convert.from_torch(derived()).channels == 2
 
 
 def test_a_layer_of_keras_with_renorm_is_refused():
@@ -784,7 +793,7 @@ def test_a_layer_of_keras_with_renorm_is_refused():
         renorm, gamma, beta, moving_mean, moving_variance = True, None, None, np.zeros(2), np.ones(2)
 
     with pytest.raises(ValueError, match="source must be a layer without renorm"):
-        bn.BatchNorm.from_keras(Renorm())
+        bn.convert.from_keras(Renorm())
 
 
 # ---- the table ---------------------------------------------------------------------------------------------
@@ -914,4 +923,4 @@ def test_a_layer_from_elsewhere_has_the_convention_of_its_source():
     ones = np.ones(2, np.float32)
     state = {"weight": ones, "bias": ones, "running_mean": ones, "running_var": ones}
     with pytest.raises(TypeError, match="convention must not be given for a layer from elsewhere"):
-        bn.BatchNorm.from_torch(state, convention="keras")
+        bn.convert.from_torch(state, convention="keras")

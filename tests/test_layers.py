@@ -18,7 +18,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm import layers, state_file
+from batchnorm import state_file
+from batchnorm.layers import batch as batch_module
+from batchnorm.layers import layer as layer_module
+from batchnorm.layers.statistics import updated_statistics
 
 RTOL = 2**10 * 2.0**-53
 EPS = 1e-5
@@ -643,9 +646,9 @@ def test_running_out_of_memory_in_the_update_changes_nothing(update_rate, monkey
     def out_of_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(layers, "_updated_statistics", out_of_memory)
-    monkeypatch.setattr(layers, "update_into", out_of_memory)
-    monkeypatch.setattr(layers, "pool_into", out_of_memory)
+    monkeypatch.setattr(batch_module, "updated_statistics", out_of_memory)
+    monkeypatch.setattr(batch_module, "update_into", out_of_memory)
+    monkeypatch.setattr(batch_module, "pool_into", out_of_memory)
     with pytest.raises(MemoryError):
         layer(X)
     assert snapshot(layer) == before
@@ -658,7 +661,7 @@ def test_running_out_of_memory_in_backward_changes_nothing(monkeypatch):
     def out_of_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(layers.BatchNorm, "_as_gradient", out_of_memory)
+    monkeypatch.setattr(bn.BatchNorm, "_as_gradient", out_of_memory)
     with pytest.raises(MemoryError):
         layer.backward(np.ones((8, 3, 5), np.float32))
     assert snapshot(layer) == before
@@ -668,7 +671,7 @@ def test_an_update_changes_none_of_its_arguments():
     layer, batch = trained_layer(update_rate=0.5), bn.moments(normal(4, 3))
     (statistics,) = layer._state.statistics
     before = (statistics.mean.tobytes(), statistics.var.tobytes(), batch.mean.tobytes(), batch.m2.tobytes())
-    layers._updated_statistics(statistics, batch, 0.5, 1)
+    updated_statistics(statistics, batch, 0.5, 1)
     assert before == (
         statistics.mean.tobytes(),
         statistics.var.tobytes(),
@@ -1210,7 +1213,9 @@ def test_evaluation_in_other_threads_sees_whole_statistics_while_one_thread_chan
     assert seen[0] | seen[1] <= allowed
 
 
-@pytest.mark.parametrize("module", [layers, state_file], ids=lambda module: module.__name__)
+@pytest.mark.parametrize(
+    "module", [batch_module, layer_module, state_file], ids=lambda module: module.__name__
+)
 def test_the_examples_in_the_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -233,7 +233,7 @@ def test_evaluation_makes_no_mask_before_backward_asks_for_one(monkeypatch):
         made.append(needs_mask)
         return bn.normalize_relu(*args, needs_mask=needs_mask, **options)
 
-    monkeypatch.setattr("batchnorm.layers.normalize_relu", counted)
+    monkeypatch.setattr("batchnorm.layers.batch.normalize_relu", counted)
     layer = BatchNorm(6, activation="relu").eval()
     layer(x, residual=residual)
     layer(x, out=np.empty_like(x))

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm import layers
+from batchnorm.layers import batch, statistics
 
 C = 4
 
@@ -463,9 +463,9 @@ def test_extreme_statistics_raise_no_warning():
 @pytest.mark.parametrize(
     ("use", "name"),
     [
-        ("batch", "_Statistics"),
-        ("batch", "_learned"),
-        ("running", "_updated_statistics"),
+        ("batch", "Statistics"),
+        ("batch", "learn_into"),
+        ("running", "updated_statistics"),
         ("running", "update_running"),
     ],
 )
@@ -481,7 +481,7 @@ def test_a_call_that_fails_leaves_the_report(monkeypatch, name, use):
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(layers, name, fail)
+    monkeypatch.setattr(statistics if name == "update_running" else batch, name, fail)
     with pytest.raises(MemoryError):
         layer(np.full((64, C), 1e3) + np.arange(64)[:, None], use_stats=use, update_stats=True)
     after = (

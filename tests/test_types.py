@@ -47,8 +47,8 @@ class Mine(bn.BatchNorm):
 
 
 layer: Mine = Mine(3, convention="keras", renorm=bn.RenormSchedule.paper(), parity="keras").train().freeze()
-layer = Mine.from_keras([np.ones(3)] * 4, ddof=1, nonfinite="raise", update_rate=0.5)
-layer = Mine.from_onnx(layer.to_onnx(any_ddof=True)[0], axis=-1, num_threads=2)
+other: bn.BatchNorm = bn.convert.from_keras([np.ones(3)] * 4, ddof=1, nonfinite="raise", update_rate=0.5)
+other = bn.convert.from_onnx(bn.convert.to_onnx(layer, any_ddof=True)[0], axis=-1, num_threads=2)
 """
 
 # Each line is wrong, and has one error.
@@ -56,10 +56,10 @@ WRONG = """
 bn.BatchNorm(3, banana=1)
 bn.BatchNorm(3, momentum=0.1)
 bn.BatchNorm()
-bn.BatchNorm.from_torch({}, banana=1)
-bn.BatchNorm.from_keras([], nonfinite="ignore")
-bn.BatchNorm.from_flax({}, domains=2)
-bn.BatchNorm.from_onnx({}, padding="same")
+bn.convert.from_torch({}, banana=1)
+bn.convert.from_keras([], nonfinite="ignore")
+bn.convert.from_flax({}, domains=2)
+bn.convert.from_onnx({}, padding="same")
 bn.BatchNorm(3, nonfinite="ignore")
 bn.BatchNorm(3, single_value="zero")
 bn.BatchNorm(3, convention="pytorch")

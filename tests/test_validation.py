@@ -767,7 +767,7 @@ def test_the_signature_of_a_call_that_names_few_keywords_shows_them_all():
 @pytest.mark.parametrize("library", ["torch", "keras", "flax", "onnx"])
 def test_a_layer_from_elsewhere_names_every_setting_that_its_source_does_not_decide(library):
     settings = set(inspect.signature(bn.BatchNorm).parameters)
-    named = set(inspect.signature(getattr(bn.BatchNorm, f"from_{library}")).parameters)
+    named = set(inspect.signature(getattr(bn.convert, f"from_{library}")).parameters)
     assert settings - named == {"channels", "convention", "gamma", "beta", "domains", "debias"}
 
 
@@ -1108,7 +1108,7 @@ DEFAULTS = {
     bn.update_running: {"update_rate": 0.1, "ddof": 1},
     bn.Moments.var: {"ddof": 0},
     bn.RenormSchedule.torchrl: {"warmup_steps": 10_000, "smooth": False, "r_max": 3.0, "d_max": 5.0},
-    bn.BatchNorm.from_onnx: {"epsilon": 1e-5, "momentum": 0.9},
+    bn.convert.from_onnx: {"epsilon": 1e-5, "momentum": 0.9},
     bn.BatchNorm.load_state_dict: {"strict": True},
 }
 

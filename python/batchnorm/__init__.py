@@ -1,5 +1,6 @@
 """Batch normalization for NumPy arrays, with a stated error bound and the same bits everywhere."""
 
+from batchnorm import convert
 from batchnorm._core import __version__
 from batchnorm.derivatives import (
     SecondGradients,
@@ -77,6 +78,7 @@ __all__ = [
     "batch_norm_relu_backward",
     "batch_renorm",
     "batch_renorm_backward",
+    "convert",
     "explain",
     "get_num_threads",
     "ghost_batch_norm",

@@ -15,6 +15,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import io
+import math
 import os
 import re
 import stat
@@ -26,11 +27,23 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm import _validate_state
-from batchnorm._validate_state import Entry, malformed
+from batchnorm import _validate
 
 if TYPE_CHECKING:
     from pathlib import Path
+
+
+class Entry(NamedTuple):
+    """What a state must hold under one name."""
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the array itself."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
 
 FORMAT_VERSION = 1
 
@@ -109,7 +122,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
     ['format_version', 'running_mean']
 
     """
-    target, old = _target(_validate_state.path(path))
+    target, old = _target(_fsdecoded(path))
     content = _encode({_VERSION_NAME: np.array(FORMAT_VERSION, np.int64), **state})
     if old is not None and old.st_nlink > 1:
         _overwrite(target, content)
@@ -155,7 +168,7 @@ def read_state(
     {'running_mean': array([0., 0., 0.])}
 
     """
-    source = _validate_state.path(path)
+    source = _fsdecoded(path)
     try:
         room = sum(entry.nbytes for entry in entries.values()) + (0 if text is None else text.nbytes)
         members = _unpack(_read_bounded(source, room, text))
@@ -166,7 +179,7 @@ def read_state(
         expected = {_member_name(name): entry for name, entry in entries.items()}
         if set(members) != {_member_name(_VERSION_NAME), *expected}:
             needed = ", ".join([_member_name(_VERSION_NAME), *expected])
-            raise malformed("file", f"have the members {needed}", ", ".join(map(repr, members)) or "none")
+            raise _malformed("file", f"have the members {needed}", ", ".join(map(repr, members)) or "none")
         return {
             name: _decode(_member_name(name), members[_member_name(name)], e) for name, e in entries.items()
         }
@@ -190,7 +203,7 @@ def _target(path: str) -> tuple[Path, os.stat_result | None]:
     if stat.S_ISDIR(old.st_mode):
         raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR), path)
     if not stat.S_ISREG(old.st_mode):
-        raise malformed("path", "be that of a regular file or of none", stat.filemode(old.st_mode))
+        raise _malformed("path", "be that of a regular file or of none", stat.filemode(old.st_mode))
     # A rename would not ask whether the file may be written.
     os.close(_open_without_waiting(os.fspath(target), os.O_WRONLY))
     return target, old
@@ -296,7 +309,7 @@ def _read_bounded(path: str, array_bytes: int, text: Text | None) -> bytes:
         if status.st_size > limit:
             if text is not None:  # which tells more than a size
                 _require_first(file.read(_OVERHEAD_BYTES), text)
-            raise malformed("file", f"have at most {limit} bytes for this state", status.st_size)
+            raise _malformed("file", f"have at most {limit} bytes for this state", status.st_size)
         return file.read(limit)
 
 
@@ -320,7 +333,7 @@ def _require_first(raw: bytes, text: Text) -> None:
 def _refuse_devices(status: os.stat_result) -> None:
     """Refuse what is no file. A directory is left to open(), whose error names it."""
     if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
-        raise malformed("file", "be a regular file", stat.filemode(status.st_mode))
+        raise _malformed("file", "be a regular file", stat.filemode(status.st_mode))
 
 
 def _open_without_waiting(path: str, flags: int) -> int:
@@ -331,26 +344,26 @@ def _unpack(raw: bytes) -> dict[str, bytes]:
     """Split a zip file that has nothing but stored members, one after the other, and their directory."""
     end = len(raw) - _END.size
     if end < 0 or not raw.startswith(b"PK") or raw[end : end + 4] != b"PK\x05\x06":
-        raise malformed("file", "be a whole .npz file without a comment", f"{len(raw)} bytes that are not")
+        raise _malformed("file", "be a whole .npz file without a comment", f"{len(raw)} bytes that are not")
     _, disk, first_disk, here, count, size, start, comment_bytes = _END.unpack_from(raw, end)
     if (disk, first_disk, comment_bytes) != (0, 0, 0) or here != count:
-        raise malformed("zip end record", "describe one whole file", _END.unpack_from(raw, end)[1:])
+        raise _malformed("zip end record", "describe one whole file", _END.unpack_from(raw, end)[1:])
     if count > _MEMBERS:
-        raise malformed("file", f"have at most {_MEMBERS} members", count)
+        raise _malformed("file", f"have at most {_MEMBERS} members", count)
     if start + size != end:
-        raise malformed("zip directory", f"end at byte {end}", start + size)
+        raise _malformed("zip directory", f"end at byte {end}", start + size)
 
     members: dict[str, bytes] = {}
     at, data_end = start, 0
     for _ in range(count):
         name, at, data_begin, data_end = _locate(raw, at, end, data_end, start)
         if name in members:
-            raise malformed(f"member {name!r}", "be there once", "a second one")
+            raise _malformed(f"member {name!r}", "be there once", "a second one")
         members[name] = raw[data_begin:data_end]
     if at != end:
-        raise malformed("zip directory", f"have {count} records", f"{end - at} bytes more")
+        raise _malformed("zip directory", f"have {count} records", f"{end - at} bytes more")
     if data_end != start:
-        raise malformed(
+        raise _malformed(
             "file", "have nothing between its members and their directory", f"{start - data_end} bytes"
         )
     return members
@@ -365,26 +378,26 @@ def _locate(
     disagree.
     """
     if at + _CENTRAL.size > end:
-        raise malformed("zip directory", "hold its records", f"{end - at} bytes for one")
+        raise _malformed("zip directory", "hold its records", f"{end - at} bytes for one")
     (magic, _, _, flags, method, _, _, crc, stored, size, name_bytes, extra, comment, disk, _, _, offset) = (
         _CENTRAL.unpack_from(raw, at)
     )
     record_end = at + _CENTRAL.size + name_bytes
     if magic != b"PK\x01\x02" or record_end > end or (extra, comment, disk) != (0, 0, 0):
-        raise malformed("zip directory", "have plain records", f"another at byte {at}")
+        raise _malformed("zip directory", "have plain records", f"another at byte {at}")
     raw_name = raw[at + _CENTRAL.size : record_end]
     name = raw_name.decode("ascii", "backslashreplace")
     what = f"member {name!r}"
     if (flags, method) != (0, 0) or stored != size:
-        raise malformed(
+        raise _malformed(
             what, "be stored as it is", f"method {method}, flags {flags}, {stored} bytes for {size}"
         )
     if offset != expected_offset:
-        raise malformed(what, f"begin at byte {expected_offset}", offset)
+        raise _malformed(what, f"begin at byte {expected_offset}", offset)
 
     name_begin = offset + _LOCAL.size
     if name_begin + name_bytes > data_limit:
-        raise malformed(what, f"end before byte {data_limit}", name_begin + name_bytes)
+        raise _malformed(what, f"end before byte {data_limit}", name_begin + name_bytes)
     magic, _, *local, local_name_bytes, extra = _LOCAL.unpack_from(raw, offset)
     local_flags, local_method, _, _, local_crc, local_stored, local_size = local
     # The last form is what numpy.savez leaves under Python 3.11.0 to 3.11.3: the extra field is there, but not used.
@@ -396,24 +409,24 @@ def _locate(
         or raw[name_begin : name_begin + name_bytes] != raw_name
         or not sizes_agree
     ):
-        raise malformed(what, "have a local header that agrees with the directory", "another")
+        raise _malformed(what, "have a local header that agrees with the directory", "another")
     data_begin = name_begin + name_bytes + extra
     data_end = data_begin + size
     if data_end > data_limit:
-        raise malformed(what, f"end before byte {data_limit}", data_end)
+        raise _malformed(what, f"end before byte {data_limit}", data_end)
     actual = zlib.crc32(memoryview(raw)[data_begin:data_end])
     if actual != crc:
-        raise malformed(what, f"have the checksum {crc:#010x}", f"{actual:#010x}")
+        raise _malformed(what, f"have the checksum {crc:#010x}", f"{actual:#010x}")
     return name, record_end, data_begin, data_end
 
 
 def _check_version(members: Mapping[str, bytes]) -> None:
     name = _member_name(_VERSION_NAME)
     if name not in members:
-        raise malformed("file", f"have a member {name!r}", ", ".join(map(repr, members)) or "no members")
+        raise _malformed("file", f"have a member {name!r}", ", ".join(map(repr, members)) or "no members")
     version = int(_decode(name, members[name], _VERSION_ENTRY))
     if version != FORMAT_VERSION:
-        raise malformed(
+        raise _malformed(
             "format_version", f"be {FORMAT_VERSION}, the one that this release of batchnorm reads", version
         )
 
@@ -425,11 +438,11 @@ def _decode_text(name: str, content: bytes) -> str:
     characters, rest = divmod(len(content) - begin, 4)
     if (descr, fortran, shape, rest) != (f"<U{characters}", "False", "", 0):
         came = f"dtype {descr!r}, shape ({shape}), {len(content) - begin} bytes"
-        raise malformed(what, "be one text of 4 bytes a character", came)
+        raise _malformed(what, "be one text of 4 bytes a character", came)
     try:
         return content[begin:].decode("utf-32-le")
     except UnicodeDecodeError:
-        raise malformed(what, "hold characters of Unicode", "others") from None
+        raise _malformed(what, "hold characters of Unicode", "others") from None
 
 
 def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
@@ -439,13 +452,13 @@ def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
     # A spelling of the expected dtype or nothing: no text of the file is ever made into a dtype.
     expected = entry.dtype.newbyteorder("<").str
     if descr != expected:
-        raise malformed(what, f"have dtype {expected!r}", repr(descr))
+        raise _malformed(what, f"have dtype {expected!r}", repr(descr))
     if fortran != "False":
-        raise malformed(what, "be in C order", "Fortran order")
+        raise _malformed(what, "be in C order", "Fortran order")
     if shape != str(entry.shape)[1:-1]:
-        raise malformed(what, f"have shape {entry.shape}", f"({shape})")
+        raise _malformed(what, f"have shape {entry.shape}", f"({shape})")
     if len(content) - begin != entry.nbytes:
-        raise malformed(what, f"have {entry.nbytes} bytes of data", len(content) - begin)
+        raise _malformed(what, f"have {entry.nbytes} bytes of data", len(content) - begin)
     stored = np.frombuffer(content, expected, offset=begin) if entry.nbytes else np.empty(0, expected)
     return stored.astype(entry.dtype).reshape(entry.shape)
 
@@ -453,14 +466,29 @@ def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
 def _header(what: str, content: bytes) -> tuple[int, str, str, str]:
     """Return where the data of a .npy member begins, and its dtype, whether in Fortran's order, and shape, as texts."""
     if content[:8] != _NPY_MAGIC:
-        raise malformed(what, "begin as .npy format 1.0", content[:8])
+        raise _malformed(what, "begin as .npy format 1.0", content[:8])
     begin = 10 + int.from_bytes(content[8:10], "little")
     header = _NPY_HEADER.fullmatch(content[10:begin])
     if header is None:
-        raise malformed(what, "have the .npy header of a plain array", content[10 : min(begin, 138)])
+        raise _malformed(what, "have the .npy header of a plain array", content[10 : min(begin, 138)])
     descr, fortran, shape = (group.decode("ascii") for group in header.groups())
     return begin, descr, fortran, shape
 
 
 def _member_name(name: str) -> str:
     return f"{name}.npy"
+
+
+# ---- errors ----------------------------------------------------------------------------------------------
+
+
+def _malformed(what: str, needed: str, came: object) -> ValueError:
+    """Return the error for a file that is not a state file as this package writes it."""
+    return ValueError(f"{what} must {needed}, got {came}")
+
+
+def _fsdecoded(value: object) -> str:
+    """Give a path as a str."""
+    if not isinstance(value, (str, bytes, os.PathLike)):
+        raise TypeError(f"path must be a str or os.PathLike, got {_validate.kind(value)}")
+    return os.fsdecode(value)

@@ -1,0 +1,137 @@
+"""BatchNorm of Flax: modules of nnx, and variables of linen."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Unpack
+
+from numpy.typing import DTypeLike, NDArray
+
+from batchnorm import _validate
+from batchnorm.convert.carried import (
+    AS_EVER,
+    Carried,
+    MoreSettings,
+    carried,
+    exported,
+    layer_of,
+    needed,
+    only,
+    settings_of,
+)
+from batchnorm.layers import BatchNorm
+
+_NAMES = ("scale", "bias", "mean", "var")
+
+
+@_validate.options(MoreSettings, AS_EVER)
+def from_flax(
+    variables: Any,
+    *,
+    epsilon: float | None = None,
+    momentum: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MoreSettings],
+) -> BatchNorm:
+    """Make a layer that goes on where a BatchNorm of Flax (nnx or linen) is.
+
+    Parameters
+    ----------
+    variables : an nnx.BatchNorm; its state, a mapping of mean, var, scale and bias; or the variables of one of
+        linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
+        used.
+    epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
+    dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
+    **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
+
+    Returns
+    -------
+    BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In evaluation for an
+    nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its use_fast_variance
+    is a way of rounding, which nothing here needs.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no such source.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> one = np.ones(1, np.float32)
+    >>> stats = {"mean": 3 * one, "var": 4 * one}
+    >>> from_flax({"batch_stats": stats}, epsilon=0.0).eval()(np.array([[5.0]]))
+    array([[1.]])
+
+    """
+    source = _read(variables, epsilon=epsilon, momentum=momentum, axis=axis)
+    return layer_of(source, dtype, settings)
+
+
+def to_flax(
+    layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False
+) -> dict[str, dict[str, NDArray[Any]]]:
+    """Give the variables of a BatchNorm of Flax that goes on where the layer is.
+
+    Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`; its use_running_average is
+    ``not layer.training``. They are those of linen; for nnx, with ``v = to_flax(layer)``,
+    ``nnx.update(module, v["params"] | v["batch_stats"])`` loads.
+
+    Parameters
+    ----------
+    dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
+    any_ddof : True to export unbiased running variances too, where it will not be trained.
+
+    Returns
+    -------
+    {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}; scale and bias only where the layer has them.
+
+    Raises
+    ------
+    ValueError
+        For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
+
+    Examples
+    --------
+    >>> to_flax(BatchNorm(1, convention="flax"))["batch_stats"]
+    {'mean': array([0.], dtype=float32), 'var': array([1.], dtype=float32)}
+
+    """
+    gamma, beta, mean, var = exported(layer, "flax", dtype, any_ddof)
+    params = {} if layer.gamma is None else {"scale": gamma}
+    params |= {} if layer.beta is None else {"bias": beta}
+    return {"params": params, "batch_stats": {"mean": mean, "var": var}}
+
+
+def _read(variables: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Carried:
+    """Read a BatchNorm of Flax's nnx, its state, or the variables of one of linen."""
+    training = True
+    if isinstance(variables, Mapping) and "batch_stats" in variables:
+        params, stats = variables.get("params", {}), variables["batch_stats"]
+        for name, group in (("params", params), ("batch_stats", stats)):
+            if not isinstance(group, Mapping):
+                raise TypeError(f"{name} must be a mapping of names to arrays, got {_validate.kind(group)}")
+        only(params, ("scale", "bias"), "of Flax's params")
+        only(stats, ("mean", "var"), "of Flax's batch_stats")
+        state = {**params, **stats}
+    elif isinstance(variables, Mapping) and "mean" in variables:
+        only(variables, _NAMES, "of Flax")
+        state = dict(variables)
+    elif all(hasattr(variables, name) for name in ("mean", "var", "epsilon", "momentum")):
+        state = {name: getattr(variables, name, None) for name in _NAMES}
+        epsilon = variables.epsilon if epsilon is None else epsilon
+        momentum = variables.momentum if momentum is None else momentum
+        axis = variables.axis if axis is None else axis
+        training = not getattr(variables, "use_running_average", False)  # None leaves it to the call
+    else:
+        raise TypeError(
+            "variables must be a BatchNorm of Flax's nnx, its state (mean, var, scale, bias), or a mapping with "
+            "'batch_stats' (mean, var) and 'params' (scale, bias), got "
+            f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else _validate.kind(variables)}"
+        )
+    settings = settings_of("flax", epsilon, momentum, axis)
+    mean, var = (needed(state, name, "Flax's batch_stats") for name in ("mean", "var"))
+    imported = carried(settings, state.get("scale"), state.get("bias"), mean, var)
+    return replace(imported, training=training)

@@ -1,0 +1,160 @@
+"""BatchNormalization of Keras: layers and their weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, Unpack
+
+from numpy.typing import DTypeLike, NDArray
+
+from batchnorm import _validate
+from batchnorm.convert.carried import (
+    AS_EVER,
+    Carried,
+    MoreSettings,
+    carried,
+    exported,
+    layer_of,
+    needed,
+    only,
+    settings_of,
+)
+from batchnorm.layers import BatchNorm
+from batchnorm.layers.settings import flag
+
+
+@_validate.options(MoreSettings, AS_EVER)
+def from_keras(
+    source: Any,
+    *,
+    epsilon: float | None = None,
+    momentum: float | None = None,
+    axis: int | None = None,
+    scale: bool | None = None,
+    center: bool | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MoreSettings],
+) -> BatchNorm:
+    """Make a layer that goes on where a BatchNormalization of Keras is.
+
+    Parameters
+    ----------
+    source : a built layer, the list of its get_weights(), or a mapping of gamma, beta, moving_mean and
+        moving_variance (gamma or beta absent with scale or center False).
+    epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
+    scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
+        which does not tell; one of 4 has both and one of 2 has neither.
+    dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
+    **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
+
+    Returns
+    -------
+    BatchNorm with update_rate = 1 - momentum and ddof=0: moving variances of Keras 3 are biased. (Those of the
+    fused kernels of TensorFlow were not: pass ddof=1 to go on with them.) In training mode, which Keras has by
+    call; with statistics and affine frozen for a layer of ``trainable=False``.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no such source.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> one = np.ones(1, np.float32)
+    >>> from_keras([one, one, 3 * one, 4 * one], epsilon=0.0).eval()(np.array([[5.0]]))
+    array([[2.]])
+
+    """
+    source = _read(source, epsilon=epsilon, momentum=momentum, axis=axis, scale=scale, center=center)
+    return layer_of(source, dtype, settings)
+
+
+def to_keras(
+    layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False
+) -> dict[str, NDArray[Any]]:
+    """Give the weights of a BatchNormalization of Keras that goes on where the layer is.
+
+    Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.
+    ``keras_layer.set_weights(list(to_keras(layer).values()))`` loads. What `freeze` has frozen is
+    ``keras_layer.trainable = False`` there.
+
+    Parameters
+    ----------
+    dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
+    any_ddof : True to export unbiased running variances too, where the layer will not be trained.
+
+    Returns
+    -------
+    dict of gamma, beta (each only where the layer has it), moving_mean, moving_variance, in this order.
+
+    Raises
+    ------
+    ValueError
+        For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
+
+    Examples
+    --------
+    >>> list(to_keras(BatchNorm(2, convention="keras", beta=False)))
+    ['gamma', 'moving_mean', 'moving_variance']
+
+    """
+    gamma, beta, mean, var = exported(layer, "keras", dtype, any_ddof)
+    weights = {} if layer.gamma is None else {"gamma": gamma}
+    weights |= {} if layer.beta is None else {"beta": beta}
+    return weights | {"moving_mean": mean, "moving_variance": var}
+
+
+def _read(source: Any, *, epsilon: Any, momentum: Any, axis: Any, scale: Any, center: Any) -> Carried:
+    """Read a layer of Keras, the list of its get_weights(), or a mapping of their names."""
+    names, frozen = ("gamma", "beta", "moving_mean", "moving_variance"), False
+    if isinstance(source, Sequence) and not isinstance(source, str):
+        state = dict(zip(_names_of_weights(len(source), scale, center), source, strict=True))
+    elif scale is not None or center is not None:
+        raise ValueError("scale and center must be None where source is no list: it has its names")
+    elif isinstance(source, Mapping):
+        only(source, names, "of Keras")
+        state = dict(source)
+    elif hasattr(source, "moving_variance"):
+        if getattr(source, "renorm", False):
+            raise ValueError("source must be a layer without renorm, whose further state has no place here")
+        state = {name: getattr(source, name, None) for name in names}
+        frozen = not getattr(source, "trainable", True)
+        epsilon = source.epsilon if epsilon is None else epsilon
+        momentum = source.momentum if momentum is None else momentum
+        axis = source.axis if axis is None else axis
+    else:
+        raise TypeError(
+            "source must be a BatchNormalization of Keras that is built, its get_weights(), or a mapping of their names, "
+            f"got {_validate.kind(source)}"
+        )
+    settings = settings_of("keras", epsilon, momentum, axis)
+    needs = "a layer of Keras that is built"
+    imported = carried(
+        settings,
+        state.get("gamma"),
+        state.get("beta"),
+        needed(state, "moving_mean", needs),
+        needed(state, "moving_variance", needs),
+    )
+    return replace(imported, frozen=frozen)
+
+
+def _names_of_weights(count: int, scale: Any, center: Any) -> list[str]:
+    """Give the names of the arrays of get_weights(), which say nothing of themselves but how many they are."""
+    said = {"gamma": scale, "beta": center}
+    for name, value in (("scale", scale), ("center", center)):
+        if value is not None:
+            flag(name, value)
+    kinds = [
+        kind
+        for kind in ({"gamma": a, "beta": b} for a in (True, False) for b in (True, False))
+        if sum(kind.values()) == count - 2 and all(said[name] in (None, kind[name]) for name in said)
+    ]
+    if len(kinds) != 1:
+        raise ValueError(
+            "source must be the arrays of get_weights(): 4, or 2 without gamma and beta, or 3 with scale=False or "
+            f"center=False given to tell which of them is absent, got {count} with scale={scale} and center={center}"
+        )
+    return [*(name for name, is_there in kinds[0].items() if is_there), "moving_mean", "moving_variance"]

@@ -1,0 +1,104 @@
+"""BatchNormalization of ONNX: its inputs and attributes."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Unpack
+
+from numpy.typing import DTypeLike, NDArray
+
+from batchnorm import _validate
+from batchnorm.convert.carried import (
+    AS_EVER,
+    Carried,
+    MostSettings,
+    carried,
+    exported,
+    layer_of,
+    needed,
+    only,
+    settings_of,
+)
+from batchnorm.layers import BatchNorm
+
+
+@_validate.options(MostSettings, AS_EVER)
+def from_onnx(
+    inputs: Mapping[str, Any],
+    *,
+    epsilon: float = 1e-5,
+    momentum: float = 0.9,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MostSettings],
+) -> BatchNorm:
+    """Make a layer of the inputs of a BatchNormalization of ONNX (opset 14 and later).
+
+    Parameters
+    ----------
+    inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
+    epsilon, momentum : its attributes, with their defaults.
+    dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
+    **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
+
+    Returns
+    -------
+    BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1. In training mode; a node without training_mode=1
+    evaluates.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no such mapping.
+
+    Examples
+    --------
+    >>> import numpy as np
+    >>> one = np.ones(1, np.float32)
+    >>> inputs = {"scale": one, "B": one, "input_mean": 3 * one, "input_var": 4 * one}
+    >>> from_onnx(inputs, epsilon=0.0).eval()(np.array([[5.0]]))
+    array([[2.]])
+
+    """
+    return layer_of(_read(inputs, epsilon=epsilon, momentum=momentum), dtype, settings)
+
+
+def to_onnx(
+    layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False
+) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+    """Give the inputs and attributes of a BatchNormalization of ONNX that does what this layer does.
+
+    Parameters
+    ----------
+    dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
+    any_ddof : True to export unbiased running variances too, where the node will not be trained.
+
+    Returns
+    -------
+    inputs : dict of scale, B, input_mean, input_var; ones and zeros for a parameter that the layer is without.
+    attributes : dict of epsilon and momentum (1 - update_rate). Without training_mode, the node evaluates.
+
+    Raises
+    ------
+    ValueError
+        For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
+
+    Examples
+    --------
+    >>> to_onnx(BatchNorm(1, convention="onnx"))[1]
+    {'epsilon': 1e-05, 'momentum': 0.9}
+
+    """
+    scale, shift, mean, var = exported(layer, "onnx", dtype, any_ddof)
+    assert layer.update_rate is not None
+    inputs = {"scale": scale, "B": shift, "input_mean": mean, "input_var": var}
+    return inputs, {"epsilon": layer.eps, "momentum": _validate.rest(layer.update_rate)}
+
+
+def _read(inputs: Any, *, epsilon: Any, momentum: Any) -> Carried:
+    """Read the inputs of a BatchNormalization of ONNX, by their names in its specification."""
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of names to arrays, got {_validate.kind(inputs)}")
+    names = ("scale", "B", "input_mean", "input_var")
+    only(inputs, names, "of ONNX")
+    gamma, beta, mean, var = (needed(inputs, name, "ONNX's BatchNormalization") for name in names)
+    return carried(settings_of("onnx", epsilon, momentum, None), gamma, beta, mean, var)

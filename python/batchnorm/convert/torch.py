@@ -1,0 +1,171 @@
+"""Batch norms of PyTorch: modules and their state_dict."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any, Unpack
+
+import numpy as np
+from numpy.typing import DTypeLike, NDArray
+
+from batchnorm import _validate
+from batchnorm.convert.carried import (
+    AS_EVER,
+    AnySettings,
+    Array,
+    Carried,
+    carried,
+    exported,
+    layer_of,
+    needed,
+    numpy_of,
+    only,
+)
+from batchnorm.layers import BatchNorm
+
+
+@_validate.options(AnySettings, AS_EVER)
+def from_torch(
+    source: Any,
+    *,
+    eps: float | None = None,
+    momentum: float | None = None,
+    update_rate: float | None = None,
+    axis: int = 1,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[AnySettings],
+) -> BatchNorm:
+    """Make a layer that goes on where a batch norm of PyTorch is.
+
+    Parameters
+    ----------
+    source : a module (BatchNorm1d, 2d, 3d, SyncBatchNorm, or one whose class or base class is named a BatchNorm) or
+        its state_dict: weight, bias, running_mean, running_var and num_batches_tracked (absent in old ones), as
+        tensors or arrays. (The state_dict of an instance norm has the same names and is not told from it.)
+    eps, momentum : of PyTorch; None for the module's, and for PyTorch's defaults with a state_dict.
+    update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
+    axis : the channel axis of x; PyTorch's is 1.
+    dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
+    **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
+
+    Returns
+    -------
+    BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module, training for a
+    state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d).
+
+    Raises
+    ------
+    TypeError, ValueError
+        For what is no such source: no running statistics, values that are not finite, a negative variance.
+
+    Examples
+    --------
+    >>> one = np.ones(1, np.float32)
+    >>> state = {"weight": one, "bias": one, "running_mean": 3 * one, "running_var": 4 * one}
+    >>> from_torch(state, eps=0.0).eval()(np.array([[5.0]]))
+    array([[2.]])
+
+    """
+    given = {"eps": eps, "momentum": momentum, "update_rate": update_rate}
+    return layer_of(_read(source, **given, axis=axis), dtype, settings)
+
+
+def to_torch(
+    layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False
+) -> dict[str, NDArray[Any]]:
+    """Give the state_dict of a batch norm of PyTorch that goes on where the layer is, as arrays.
+
+    Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without
+    is ones or zeros. ``{k: torch.from_numpy(v) for k, v in to_torch(layer).items()}`` loads. The mode is not in it:
+    ``module.train(layer.training)``.
+
+    Parameters
+    ----------
+    dtype : of all but num_batches_tracked: float16, float32 or float64; None for float64 in a layer of float64,
+        else float32.
+    any_ddof : True to export biased running variances too, where the module will not be trained.
+
+    Returns
+    -------
+    dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes.
+
+    Raises
+    ------
+    ValueError
+        For ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
+
+    Examples
+    --------
+    >>> sorted(to_torch(BatchNorm(2)))
+    ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
+
+    """
+    weight, bias, mean, var = exported(layer, "torch", dtype, any_ddof)
+    count = np.array(layer.update_count, np.int64)
+    return {
+        "weight": weight,
+        "bias": bias,
+        "running_mean": mean,
+        "running_var": var,
+        "num_batches_tracked": count,
+    }
+
+
+def _read(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Carried:
+    """Read a module of PyTorch or the mapping that is its state_dict."""
+    is_mapping = isinstance(source, Mapping)
+    if not is_mapping:
+        _check_module(source)
+    state = source if is_mapping else source.state_dict()
+    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    only(state, names, "of PyTorch")
+    eps = eps if eps is not None else 1e-5 if is_mapping else source.eps
+    rate = update_rate if update_rate is not None else momentum
+    if rate is None:
+        # A frozen module (of torchvision or detectron2) has no momentum, as it never updates.
+        rate = 0.1 if is_mapping else getattr(source, "momentum", 0.0)
+    if rate is None:
+        raise ValueError(
+            "update_rate must be given for a module with momentum=None: PyTorch then averages the variances of all "
+            "batches alike, which is not the variance of all their values that update_rate=None stands for"
+        )
+    settings = {
+        "eps": _validate.number("eps", eps),
+        "update_rate": _validate.number("momentum", rate),
+        "ddof": 1,
+        "axis": axis,
+    }
+    count = state.get("num_batches_tracked")
+    imported = carried(
+        settings,
+        state.get("weight"),
+        state.get("bias"),
+        needed(state, "running_mean", "PyTorch's track_running_stats=True"),
+        needed(state, "running_var", "PyTorch's track_running_stats=True"),
+        0 if count is None else _count(numpy_of(count)),
+    )
+    if is_mapping:
+        return imported
+    frozen = not hasattr(source, "momentum")
+    return replace(imported, training=bool(getattr(source, "training", True)), frozen=frozen)
+
+
+def _check_module(source: Any) -> None:
+    """Refuse what is no batch norm by its class: instance norms, for one, keep arrays of the same names."""
+    names = [kind.__name__ for kind in type(source).__mro__]
+    names.append(str(getattr(source, "original_name", "")))  # of what TorchScript has compiled
+    is_batch_norm = any("BatchNorm" in name for name in names)
+    if not (is_batch_norm and hasattr(source, "state_dict") and hasattr(source, "eps")):
+        raise TypeError(
+            f"source must be a batch norm module of PyTorch or its state_dict, got {_validate.kind(source)}"
+        )
+
+
+def _count(value: Array) -> int:
+    if value.shape != () or value.dtype.kind not in "iu" or value < 0:
+        raise ValueError(
+            "source must have a num_batches_tracked that is one integer >= 0, "
+            f"got {value} of shape {value.shape} and {value.dtype}"
+        )
+    return int(value)

@@ -1,0 +1,456 @@
+"""What the layer of every norm has: parameters and their gradients, modes, backward, and a state that can be saved."""
+
+from __future__ import annotations
+
+import copy
+import os
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any, NamedTuple, Self, Unpack
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm import _validate, state_file
+from batchnorm._validate import MaybeNone, NoOptions
+from batchnorm.functional import Gradients, Saved, _rounded, batch_norm_backward
+from batchnorm.ghost import GhostSaved, ghost_batch_norm_backward
+from batchnorm.layers import entries
+from batchnorm.layers.settings import Setting, Settings, flag, kind
+from batchnorm.relu import NEEDS as RELU_NEEDS
+from batchnorm.relu import ReluGradient, ReluGradients, SavedRelu, batch_norm_relu_backward
+from batchnorm.renorm import RenormSaved, batch_renorm_backward
+from batchnorm.state_file import Entry
+
+# What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
+# no backward (any more). Each call makes one, so that it also tells calls apart. A class of its own takes four times as
+# long to make.
+Call = list[Any]
+# What backward has given: dgamma, dbeta and dresidual. Replaced by one assignment.
+Results = list[NDArray[Any] | None]
+
+
+class State(NamedTuple):
+    """All that a call or a load changes, replaced by one assignment.
+
+    So that nothing that ends a call in its midst, an error, a signal or a thread that looks, finds a part of it done.
+    """
+
+    gamma: NDArray[Any] | None
+    beta: NDArray[Any] | None
+    statistics: tuple[Any, ...]  # one per domain; replaced as a whole, never changed
+    call: Call  # the last that was no mere evaluation
+    # The last that normalized or updated: domain, moments (of each ghost), size of x. Never changed once it is here.
+    batch: Any
+    largest_size: int  # of an x that did
+
+
+class _Default:
+    """The default of an argument whose value depends on others."""
+
+    def __init__(self, text: str) -> None:
+        self._text = text
+
+    def __repr__(self) -> str:
+        return f"<{self._text}>"
+
+
+_ALL: Any = _Default("all")
+
+AnySaved = Saved | SavedRelu | GhostSaved | RenormSaved
+_BACKWARD: dict[type, Callable[..., Gradients | ReluGradients]] = {
+    Saved: batch_norm_backward,
+    SavedRelu: batch_norm_relu_backward,
+    GhostSaved: ghost_batch_norm_backward,
+    RenormSaved: batch_renorm_backward,
+}
+
+
+class Layer:
+    """A normalization with parameters; `BatchNorm` and its like say by which statistics."""
+
+    settings: Settings
+    channels, num_threads = Setting[int](), Setting[int | None]()
+    eps, dtype = Setting[float](), Setting[np.dtype[Any]]()
+    activation = Setting[_validate.Activation | None]()
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        gamma = np.ones(settings.channels, settings.dtype) if settings.gamma else None
+        beta = np.zeros(settings.channels, settings.dtype) if settings.beta else None
+        # Each of these is replaced by one assignment. Evaluation calls write _evaluation alone, so that those of other
+        # threads never take back what a training call has learned meanwhile.
+        self._state = State(gamma, beta, self._initial_statistics(), [], None, 0)
+        # The last, and the call of _state that it came after.
+        self._evaluation: tuple[Call, Call] | None = None
+        self._results: Results = [None, None, None]
+        self._training = True
+        self._frozen = False, False  # statistics, affine
+
+    # ---- parameters, gradients, modes ----
+
+    @property
+    def gamma(self) -> NDArray[Any] | MaybeNone:
+        """Scale of each channel, (C,) of `dtype`, or None. Assigning copies; ``gamma -= g`` works in place.
+
+        Raises TypeError for another dtype or type, ValueError for another shape or a layer without gamma.
+        """
+        return self._state.gamma
+
+    @gamma.setter
+    def gamma(self, value: NDArray[Any] | None) -> None:
+        # In-place operators assign the very array they have changed: it must stay the same array.
+        now = self._state.gamma
+        checked = self._checked_parameter("gamma", value, now is not None)
+        if value is not now:
+            self._state = self._state._replace(gamma=checked)
+
+    @property
+    def beta(self) -> NDArray[Any] | MaybeNone:
+        """Shift of each channel, as `gamma`."""
+        return self._state.beta
+
+    @beta.setter
+    def beta(self, value: NDArray[Any] | None) -> None:
+        now = self._state.beta
+        checked = self._checked_parameter("beta", value, now is not None)
+        if value is not now:
+            self._state = self._state._replace(beta=checked)
+
+    def _checked_parameter(self, name: str, value: object, present: bool) -> NDArray[Any] | None:
+        """Return a copy of a new gamma or beta; None exactly where the layer was built without it."""
+        if present:
+            return entries.array(name, value, self._parameter_entry)
+        if value is not None:
+            raise ValueError(f"{name} must be None in a layer built with {name}=False, got {kind(value)}")
+        return None
+
+    @property
+    def dgamma(self) -> NDArray[Any] | MaybeNone:
+        """Gradient of gamma from the last backward, (C,) of `dtype`; None before it or if not asked for."""
+        return self._results[0]
+
+    @property
+    def dbeta(self) -> NDArray[Any] | MaybeNone:
+        """Gradient of beta from the last backward, (C,) of `dtype`; None before it or if not asked for."""
+        return self._results[1]
+
+    @property
+    def dresidual(self) -> NDArray[Any] | MaybeNone:
+        """Gradient of the residual from the last backward; None where there was none, or it was not asked for."""
+        return self._results[2]
+
+    @property
+    def training(self) -> bool:
+        """True: batch statistics, and updates. False: running statistics."""
+        return self._training
+
+    def train(self, mode: bool = True) -> Self:
+        """Switch to training (or, with False, to evaluation); return the layer. TypeError if not a bool."""
+        self._training = flag("mode", mode)
+        return self
+
+    def eval(self) -> Self:
+        """Switch to evaluation: running statistics, no updates. Returns the layer."""
+        return self.train(False)
+
+    @property
+    def frozen_affine(self) -> bool:
+        """Whether backward leaves out the gradients of gamma and beta."""
+        return self._frozen[1]
+
+    # ---- backward ----
+
+    @_validate.options(NoOptions)
+    def backward(
+        self,
+        dy: NDArray[Any],
+        *,
+        needs: Iterable[ReluGradient] = _ALL,
+        out: NDArray[Any] | None = None,
+        **others: Unpack[NoOptions],
+    ) -> NDArray[Any] | MaybeNone:
+        """Return dx for the last call of the layer, and set `dgamma` and `dbeta`.
+
+        With xhat = (x - mean) * rstd, rstd = 1/sqrt(var + eps), and sums over the n values of a channel:
+
+        ``dgamma = sum(dy * xhat)``, ``dbeta = sum(dy)``
+        ``dx = gamma * rstd * (dy - dbeta/n - xhat * dgamma/n)``    after a training call (biased var of x)
+        ``dx = gamma * rstd * dy``                after an evaluation call (constant statistics)
+
+        In a layer with activation="relu", dy is first set to 0 where y was not above 0 before ReLU; that is `dresidual`,
+        which is set after a call with a residual.
+
+        It belongs to the last call whatever has happened since: gamma and statistics are those of that call,
+        and ``train()``, ``eval()`` or a change of gamma in between make no difference. It may be called
+        again.
+
+        Parameters
+        ----------
+        dy : gradient of y: shape and dtype of that x.
+        needs : which of "x", "gamma", "beta" (and "residual") to compute; the others become None. Default: all.
+        out : where to put dx: shape and dtype of x. It may be dy itself; or x itself, for the last backward.
+
+        Returns
+        -------
+        dx : shape, dtype and memory order of x; None without "x" in `needs`.
+
+        Raises
+        ------
+        RuntimeError
+            Without such a call, or where x has been overwritten by ``out=x``.
+        TypeError, ValueError
+            For a dy, needs or out that does not fit. Nothing has changed or been written then.
+
+        Notes
+        -----
+        Source: Ioffe & Szegedy (2015), section 3, simplified. Memory: dx, and what `batch_norm_backward` takes.
+
+        Examples
+        --------
+        >>> from batchnorm import BatchNorm
+        >>> layer = BatchNorm(1, update_rate=1, eps=0)
+        >>> y = layer(np.array([[1.0], [2.0], [6.0]]))
+        >>> layer.backward(np.array([[1.0], [1.0], [1.0]]))       # a shift of all x changes no y
+        array([[0.],
+               [0.],
+               [0.]])
+        >>> layer.dbeta
+        array([3.], dtype=float32)
+
+        """
+        if others:
+            _validate.no_options("Layer.backward", others)
+        call, evaluation = self._state.call, self._evaluation
+        if evaluation is not None and evaluation[1] is call:
+            call = evaluation[0]
+        try:
+            x, saved = call
+        except ValueError:
+            raise _no_forward_call() from None
+        has_activation = self.settings.activation is not None
+        known: tuple[str, ...] = RELU_NEEDS if has_activation else _validate.GRADIENTS
+        names: Iterable[str] = known if needs is _ALL else needs
+        overwrites = out is not None and is_x(out, x)
+        if self._frozen[1] or overwrites:
+            left_out = ("gamma", "beta") if self._frozen[1] else ()
+            asked = _validate.needs_among(known, names)
+            names = [n for n, wanted in zip(known, asked, strict=True) if wanted and n not in left_out]
+        to: Any = (out, None) if has_activation and out is not None else out
+        results: Results = [None, None, None]  # before anything is written, as `out` may be
+        if overwrites and "x" in names:
+            call.clear()  # before its first value is gone: from there on a signal may end the call at any time
+        try:
+            threads, backward = self.settings.num_threads, _BACKWARD.get(type(saved))
+            if backward is None:
+                given = saved(dy, needs=names, out=to, num_threads=threads)
+            else:
+                given = backward(dy, saved, needs=names, out=to, num_threads=threads)
+        except (TypeError, ValueError, MemoryError):  # which come before anything is written
+            call[:] = x, saved
+            raise
+        state = self._state
+        results[0] = self._as_gradient(given[1], state.gamma)
+        results[1] = self._as_gradient(given[2], state.beta)
+        if len(given) > 3:
+            results[2] = given[3]
+        self._results = results
+        dx: NDArray[Any] | None = given[0]
+        return dx
+
+    def _as_gradient(
+        self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None
+    ) -> NDArray[Any] | None:
+        return None if gradient is None or parameter is None else _rounded(gradient, self.settings.dtype)
+
+    # ---- saved state ----
+
+    def _initial_statistics(self) -> tuple[Any, ...]:
+        return ()
+
+    @property
+    def _parameter_entry(self) -> Entry:
+        return Entry((self.settings.channels,), self.settings.dtype)
+
+    def _entries(self) -> dict[str, Entry]:
+        """Tell what a state must hold beside its settings."""
+        given = {"gamma": self._state.gamma, "beta": self._state.beta}
+        return {name: self._parameter_entry for name, value in given.items() if value is not None}
+
+    def _arrays(self) -> dict[str, NDArray[Any]]:
+        """Give the state without its settings, in fresh arrays."""
+        given = {"gamma": self._state.gamma, "beta": self._state.beta}
+        return {name: value.copy() for name, value in given.items() if value is not None}
+
+    def _of_arrays(self, arrays: Mapping[str, NDArray[Any]], strict: bool) -> State:
+        """Give the state of such arrays, which fit `_entries`, after refusing values that cannot be."""
+        for name in ("gamma", "beta"):
+            if name in arrays:
+                entries.finite(name, arrays[name])
+        return self._state._replace(gamma=arrays.get("gamma"), beta=arrays.get("beta"))
+
+    def state_dict(self) -> dict[str, NDArray[Any]]:
+        """Return the state as fresh arrays: what a layer of the same settings needs to go on bit for bit.
+
+        Returns
+        -------
+        gamma, beta : (C,) of `dtype`; absent where the layer has none.
+        running_mean, running_var : float64 (C,); the variance unbiased or not, as `ddof` says.
+        update_count : int64, no axes.
+        running_moments : float64 (C, 5), only with ``update_rate=None``: for each channel the count of values
+            seen, their mean and m2 = sum((x - mean)**2), mean and m2 in two parts each.
+        running_importance_dof : float64 (C,), only with that and weights_are="importance": `Moments.importance_dof`.
+        ghost_count : int64, no axes, only with `debias` and `ghost_size`: the ghosts that updated.
+        settings : str, no axes: the settings that y and the statistics depend on, as JSON.
+        All but gamma, beta and settings have a first axis of K with K domains.
+
+        Notes
+        -----
+        The settings are all but `nonfinite`, `single_value` and `num_threads`, which only say how a call behaves. Mode
+        and gradients are not state.
+
+        Examples
+        --------
+        >>> from batchnorm import BatchNorm
+        >>> state = BatchNorm(2, beta=False).state_dict()
+        >>> sorted(state)
+        ['gamma', 'running_mean', 'running_var', 'settings', 'update_count']
+        >>> print(state["settings"])       # doctest: +ELLIPSIS
+        {"channels": 2, "axis": 1, "eps": 1e-05, "update_rate": 0.1, "ddof": 1, ...}
+
+        """
+        return self._arrays() | {"settings": np.array(self.settings.text())}
+
+    def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
+        """Take over a state as `state_dict` gives it, all or nothing; the arrays are copied.
+
+        Everything is checked before anything is assigned: that the settings are this layer's; exactly the entries of
+        `state_dict`, their shapes and dtypes; all values finite; running_var >= 0; update_count >= 0 (a plain int will
+        do); and with ``update_rate=None`` that running_mean, running_var and update_count agree with running_moments,
+        from which they are then derived. Gradients, mode and what is kept for backward stay.
+
+        Parameters
+        ----------
+        state : mapping of the names of `state_dict`.
+        strict : False to take the arrays whatever settings they come with, or without any: they then mean what this
+            layer's settings say. They must fit it all the same.
+
+        Raises
+        ------
+        TypeError, ValueError
+            Naming the settings that differ, or the entry that does not fit. Nothing has changed then.
+
+        Examples
+        --------
+        >>> from batchnorm import BatchNorm
+        >>> a, b = BatchNorm(2), BatchNorm(2)
+        >>> y = a(np.array([[1.0, 2.0], [3.0, 4.0]]))
+        >>> b.load_state_dict(a.state_dict())
+        >>> b.running_mean
+        array([0.2, 0.3])
+
+        """
+        is_strict = flag("strict", strict)
+        if isinstance(state, Mapping):  # anything else is told below
+            if is_strict:
+                self.settings.require(state.get("settings"))
+            state = {name: value for name, value in state.items() if name != "settings"}
+        self._state = self._of_arrays(entries.checked(state, self._entries()), is_strict)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write `state_dict` to the file `path` (.npz, no pickle), all or nothing.
+
+        The path is used as it is: no suffix is added, links are followed. A file that is there keeps its permissions, a
+        new one has those of the umask.
+
+        Raises
+        ------
+        ValueError
+            For what `load` would refuse: NaN or infinity in a parameter or a running statistic, and a path of what is no
+            file (a pipe, a device).
+        OSError
+            Where the file cannot be written. An old file is as it was, whatever is raised.
+
+        Notes
+        -----
+        A new file takes the place of the old one, so that nobody sees half of it; one of several hard links is written
+        in place, where a process that is killed can leave half.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> from batchnorm import BatchNorm
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     BatchNorm(2).save(os.path.join(folder, "layer.npz"))
+        ...     print(np.load(os.path.join(folder, "layer.npz"))["gamma"])
+        [1. 1.]
+
+        """
+        arrays = self._arrays()
+        self._of_arrays(arrays, True)
+        # The settings first, where they are found in a file that is too large for the layer that reads it.
+        state_file.write_state(path, {"settings": np.array(self.settings.text())} | arrays)
+
+    def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
+        """Read from the file `path` what `save` wrote, all or nothing; the layer's settings must be those of the file.
+
+        Safe on files from anywhere: nothing in them is executed, and they can ask for no more memory than a
+        few times the layer's own state.
+
+        Parameters
+        ----------
+        path : of the file, used as it is.
+        strict : False to take its arrays whatever settings they come with, as in `load_state_dict`.
+
+        Raises
+        ------
+        ValueError
+            For settings that differ, naming them; for any file that is not such a state, not even a file, or is of
+            another format version, naming the member or entry. Nothing has changed then.
+        OSError
+            Where the file cannot be read.
+
+        Examples
+        --------
+        >>> import os, tempfile
+        >>> from batchnorm import BatchNorm
+        >>> a, b = BatchNorm(2), BatchNorm(2)
+        >>> y = a(np.array([[1.0, 2.0], [3.0, 4.0]]))
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     a.save(os.path.join(folder, "layer.npz"))
+        ...     b.load(os.path.join(folder, "layer.npz"))
+        >>> b.running_var
+        array([1.1, 1.1])
+
+        """
+        is_strict, settings = flag("strict", strict), self.settings
+        text = state_file.Text(
+            "settings", 4 * len(settings.text()), settings.require if is_strict else lambda _: None
+        )
+        arrays = state_file.read_state(path, self._entries(), text)
+        self._state = self._of_arrays(entries.checked(arrays, self._entries()), is_strict)
+
+    # ---- as a Python object ----
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({', '.join(self.settings.shown())}){self._modes()}"
+
+    def _modes(self) -> str:
+        return "" if self._training else ".eval()"
+
+    def __copy__(self) -> Self:
+        return copy.deepcopy(self)  # layers that share gamma but not running statistics would help nobody
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_state": self._state._replace(call=[]), "_evaluation": None}
+
+
+def is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
+    """Tell whether a call with this `out` leaves nothing of x."""
+    return out is not None and isinstance(x, np.ndarray) and x.size > 0 and _validate.same_memory(out, x)
+
+
+def _no_forward_call() -> RuntimeError:
+    return RuntimeError(
+        "backward must follow a call of the layer that left its x intact, got no such call: "
+        "call the layer first, and without out=x or keep=False"
+    )
