@@ -98,87 +98,51 @@ _PARTS = ("mask", "weights", "lengths", "padding")
 
 
 class BatchNorm(Layer):
-    """Normalize each channel, with batch statistics in training and running statistics in evaluation.
+    """Normalize each channel: by the statistics of the batch in training, by running statistics in evaluation.
 
-    ``y = (x - mean) / sqrt(var + eps) * gamma + beta``      (Ioffe & Szegedy 2015, algorithms 1 and 2)
+    ``y = (x - mean)/√(var + eps)·gamma + beta``      (Ioffe & Szegedy 2015, algorithms 1 and 2)
 
-    In training, mean and var are those of x; var is biased (it divides by the count n of values a channel).
-    Each training call also updates the running statistics, in float64:
+    The var of a batch is biased: it divides by its n values a channel. Each training call also takes the batch into the
+    running statistics, in float64; the variance of which divides by n - ddof:
 
-    ``running = (1 - update_rate) * running + update_rate * batch``
+    ``running = (1 - update_rate)·running + update_rate·batch``
 
-    where the batch variance divides by ``n - ddof``: unbiased unless ``ddof=0``. With ``update_rate=None``
-    the running statistics are instead the exact mean and variance of all values seen in training so far, as
-    if they had come in one batch (the variance stays 1 until there have been two values). In evaluation (after
-    ``eval()``), mean and var are the running ones and nothing is updated.
+    Options are keywords here, and attributes to be read:
 
-    Parameters
-    ----------
-    channels : int >= 0. C below: the size of x along `axis`.
-    axis : int from -8 to 7, the channel axis of x. Default 1, -1 by the conventions of Keras and Flax.
-    convention : None, "torch", "keras", "flax" or "onnx": whose defaults `eps`, `update_rate`, `ddof` and `axis` have
-        where they are not given: 1e-5, 0.1, 1 and 1 for "torch" and None; 1e-3, 0.01, 0 and -1 for "keras"; 1e-5, 0.01,
-        0 and -1 for "flax"; 1e-5, 0.1, 0 and 1 for "onnx".
-    eps : finite float >= 0.
-    update_rate : float from 0 to 1, or None. The share of the new batch: 0 leaves the running statistics'
-        bits, 1 stores exactly the batch's. It is PyTorch's momentum, and 1 minus the momentum of Keras, Flax and ONNX.
-    ddof : 1 for running variances that are unbiased, 0 for biased ones. No effect on y in training.
-    gamma, beta : bool. False leaves that parameter out (gamma = 1, beta = 0).
-    dtype : float16, float32 (default) or float64, of gamma and beta. x has its own.
-    debias : bool. True: running statistics are the average of the batches seen so far, weighted as `update_rate`
-        says, with no share of the zeros and ones they start as: the t-th update has the rate
-        ``update_rate / (1 - (1 - update_rate)**t)``, the first stores the batch's. (Kingma & Ba 2015, section 3.) With
-        `ghost_size` each ghost is an update.
-    nonfinite : what a training call does where the mean or variance of its batch (of a ghost; with update_rate=None, of
-        all that has been seen with this batch) is infinite or NaN in any channel:
-        "warn" (default) and "skip" leave all running statistics and counts as they are (bit for bit), with and
-        without a RuntimeWarning; "raise" raises a ValueError; "propagate" lets them in, to stay.
-    single_value : what a training call does with one value a channel, which has no variance: "raise" (default),
-        "use_running" (as in evaluation) or "skip" (y = beta). Statistics that follow the batch are not updated then; those
-        of ``update_rate=None`` take the value in, as one more of all that have been seen. It is heard too where a mask,
-        lengths or weights leave one position, and for a last ghost of one value, which alone is treated so.
-    domains : int >= 1 or None. K sets of running statistics beside one gamma and beta; each call names its set by
-        ``domain=``. Statistics and counts then have a first axis of K.
-    ghost_size : int >= 1 or None. Training calls normalize each ghost of so many samples by its own statistics, which
-        update the running ones one after another (`ghost_batch_norm`, `ghost_update_running`).
-    renorm : RenormSchedule or None. Training calls are corrected towards the running statistics (`batch_renorm`), within
-        the limits that the schedule gives for step `update_count`.
-    parity : "paper" (default), "keras" or "torchrl": whose rules `renorm` follows; its running variance is not
-        `ddof`'s then (`renorm_update_running`).
-    activation : "relu" or None. "relu": each call gives max(y + residual, 0) in the same pass (`batch_norm_relu`), and
-        backward goes through that. Not with `ghost_size` and `renorm`, nor with masks.
-    weights_are : "counts" (a weight of 2 is a value that came twice), "importance" (only their ratios matter:
-        probabilities, reliabilities), or None (default): the unbiased variance of ddof=1 divides by sum(w) - 1, or by
-        sum(w) - sum(w²)/sum(w). Without it, a training call of weights other than 0 and 1 raises: there is no default
-        that would be right for both, and weights that sum to 1 would leave counts nothing to divide by. No effect
-        where ddof=0 or weights are 0 and 1, of which both are one.
-    num_threads : int >= 1 or None: threads of each call, as in the functions.
-
-    Attributes
-    ----------
-    gamma, beta : (C,) of `dtype`, start as ones and zeros, or None. To be changed in place or by assigning.
-    dgamma, dbeta : (C,) of `dtype`, from the last backward; None before it, and where not asked for.
-    dresidual : like x, from the last backward; None before it, without a residual, and where not asked for.
-    running_mean, running_var : float64 (C,), read-only; start as zeros and ones.
-    update_count : int, training calls that updated them.
-    training : bool, True at first.
-    frozen_statistics, frozen_affine : bool, False at first; see `freeze`.
+    ============== ========= ==================================================================================
+    channels                 C >= 0, the size of x along `axis`
+    axis           1         the channel axis of x, from -8 to 7
+    eps            1e-5      what is added to var, >= 0
+    update_rate    0.1       share of the new batch, from 0 (leaves the bits) to 1 (stores the batch's): PyTorch's
+                             momentum, 1 minus that of Keras, Flax and ONNX. None: mean and variance of all values
+                             that training has seen, exact, as if they had come in one batch
+    ddof           1         1: running variances are unbiased, 0: biased
+    convention     "torch"   whose the five above are where they are not given: "keras" (axis -1, eps 1e-3, update_rate
+                             0.01, ddof 0), "flax" (-1, 1e-5, 0.01, 0), "onnx" (1, 1e-5, 0.1, 0)
+    gamma, beta    True      False leaves that parameter out
+    dtype          float32   of gamma and beta: or float16, float64. x has its own
+    debias         False     running statistics have no share of the zeros and ones that they start as: the t-th update
+                             has the rate update_rate/(1 - (1 - update_rate)^t) (Kingma & Ba 2015, section 3)
+    nonfinite      "warn"    of what would leave statistics that are infinite or NaN: "warn" and "skip" learn nothing,
+                             with and without a RuntimeWarning, "raise" is a ValueError, "propagate" learns it for good
+    single_value   "raise"   one value a channel that counts (also in a last ghost) has no variance: "raise",
+                             "use_running" (as in evaluation) or "skip" (y = beta). Only update_rate=None learns of it
+    domains        None      K sets of running statistics beside one gamma and beta: each call names its `domain`
+    ghost_size     None      training normalizes each ghost of so many samples by itself, and learns of each in turn
+    renorm         None      RenormSchedule: training is corrected towards the running statistics, within its limits
+                             for step `update_count`, by the rules of `parity`: "paper" (default), "keras", "torchrl"
+    activation     None      "relu": max(y + residual, 0)
+    weights_are    None      what weights are to ddof=1: "counts" or "importance", as in `Moments.var`. Without it a
+                             training call of weights other than 0 and 1 raises there: no default is right for both
+    num_threads    None      threads of each call; None: those of the process
+    ============== ========= ==================================================================================
 
     Notes
     -----
-    A call that raises changes nothing in the layer: running statistics, counters, gradients, mode and what is
-    kept for backward are as before.
-
-    Memory: the layer keeps a reference to the x of its last call (not a copy) until the next call, in evaluation too,
-    and there to the residual; do not overwrite them before backward. A call with ``keep=False`` keeps nothing, and lets
-    go of what the call before it has kept. The layer's own arrays are of size C.
-
-    Threads: train a layer from one thread at a time. Evaluation calls may run at once, also while another
-    thread trains: each uses one whole set of running statistics; backward then belongs to the call that
-    finished last.
-
-    Copies (``copy.copy``, ``copy.deepcopy``, pickle) are independent layers: parameters, gradients,
-    statistics and mode are copied, what is kept for backward is not.
+    A call that raises changes nothing: statistics, counts, gradients, mode and what is kept for backward are as before.
+    Memory: a reference to the x of the last call, to its residual in evaluation, and arrays of size C. Copies and pickles
+    are layers of their own, without what is kept for backward. Threads: train from one at a time; evaluation calls may
+    run at once, also beside training. Layers of other libraries: `batchnorm.convert`.
 
     Examples
     --------
@@ -189,16 +153,11 @@ class BatchNorm(Layer):
     BatchNorm(2, axis=1, eps=1e-05, update_rate=0.1, ddof=1)
     >>> x = np.array([[1, 10], [2, 20], [3, 60]], np.float32)
     >>> y = layer(x)                              # (3, 2), float32: statistics of x
-    >>> layer.running_mean, layer.running_var     # 0.9*0 + 0.1*[2, 30], 0.9*1 + 0.1*[1, 700]
+    >>> layer.running_mean, layer.running_var     # 0.9·0 + 0.1·[2, 30], 0.9·1 + 0.1·[1, 700]
     (array([0.2, 3. ]), array([ 1. , 70.9]))
     >>> dx = layer.backward(np.ones_like(x))
     >>> layer.beta -= 0.5 * layer.dbeta
-    >>> layer.beta
-    array([-1.5, -1.5], dtype=float32)
-    >>> z = layer.eval()(x)                       # running statistics; nothing is updated
-    >>> layer.update_count
-    1
-
+    >>> z = layer.eval()(x)                       # running statistics; nothing is learned
     """
 
     settings: BatchNormSettings
@@ -254,10 +213,7 @@ class BatchNorm(Layer):
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
-        """Running mean, float64 (C,), read-only: an update replaces it. (K, C) with K domains.
-
-        To set it, use `load_state_dict`.
-        """
+        """Running mean, float64 (C,), read-only: an update replaces it, `load_state_dict` sets it. (K, C) with domains."""
         return self._of_domains([s.mean for s in self._state.statistics])
 
     @property
@@ -267,10 +223,7 @@ class BatchNorm(Layer):
 
     @property
     def update_count(self) -> int | NDArray[np.int64]:
-        """Training calls that updated the running statistics, since the start or `reset_statistics`.
-
-        With K domains an int64 array (K,).
-        """
+        """Training calls that updated the running statistics since the start or `reset_statistics`; (K,) with domains."""
         counts = [s.update_count for s in self._state.statistics]
         return counts[0] if self.settings.domains is None else np.array(counts, np.int64)
 
@@ -282,16 +235,13 @@ class BatchNorm(Layer):
     def freeze(self, *, statistics: bool = True, affine: bool = True) -> Self:
         """Freeze what is True, until `unfreeze`, through ``train()`` and ``eval()``; return the layer.
 
-        Frozen statistics: training calls normalize by the running statistics, as constants, and update nothing.
-        Frozen affine: backward gives dx alone; `dgamma` and `dbeta` become None. TypeError if not bools.
+        Frozen statistics normalize training calls too, as constants, and learn nothing. Frozen affine: backward gives dx
+        alone. TypeError if not bools.
 
-        Examples
-        --------
         >>> layer = BatchNorm(1).freeze(affine=False)
         >>> y = layer(np.array([[3.0], [5.0]]))
         >>> layer.update_count, layer.running_mean
         (0, array([0.]))
-
         """
         return self._set_frozen(True, statistics, affine)
 
@@ -328,26 +278,19 @@ class BatchNorm(Layer):
     ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
-        Training: ``y = (x - mean)/sqrt(var + eps)*gamma + beta`` with the batch's mean and biased variance
-        (Ioffe & Szegedy 2015, algorithm 1). Evaluation: the same with `running_mean` and `running_var`.
-
         Parameters
         ----------
-        x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, C long on `axis`,
-            any memory order. Kept by reference for backward. In training 2 or more values a channel; an empty x
-            updates nothing.
-        residual : in a layer with activation="relu": added before it; shape and dtype of x.
-        mask, weights, lengths, padding : what of x counts, and what y is elsewhere, as in `batch_norm`. Where
-            nothing counts, nothing is updated.
-        use_stats : "batch" or "running": the statistics that normalize, whatever the mode; None for the mode's.
-        update_stats : whether the running statistics take in this batch, whatever the mode; None for the mode's.
-            With "running", y comes from the statistics before the update. False is for a step that is run again, of
-            which y is the same, but not in a layer with `renorm`: there y depends on the running statistics and
-            `update_count`, which the first run has moved. Let the first run have False, and the last update; or run it
-            again on a ``copy.copy(layer)`` of before.
-        domain : int from 0 to K - 1 in a layer of K domains: the statistics that this call uses and updates.
+        x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order, C long on
+            `axis`. Kept by reference: it must be unchanged when `backward` reads it. In training 2 or more values a
+            channel, or none, of which nothing is learned.
+        residual, mask, weights, lengths, padding : as in `batch_norm`.
+        use_stats : "batch" or "running", whatever the mode says: the statistics that normalize.
+        update_stats : whether the running statistics learn of x, whatever the mode says; y is by those of before.
+            False is for a step that is run again. (With `renorm`, y depends on what has been learned: let the first run
+            have False.)
+        domain : from 0 to K - 1, in a layer of K domains.
         out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
-        keep : False where no backward will follow: the layer then keeps no reference to x.
+        keep : False where no backward follows: x is not kept, nor that of the call before.
 
         Returns
         -------
@@ -356,14 +299,12 @@ class BatchNorm(Layer):
         Raises
         ------
         TypeError, ValueError
-            For an x, residual or out that does not fit. Nothing has changed or been written then.
+            For an argument that does not fit. Nothing has changed or been written then.
 
         Notes
         -----
-        Memory: y, and what `batch_norm` takes. With `out`, and where x that is not finite raises (``nonfinite="raise"``, or
-        a RuntimeWarning that filters turn into an exception), x is read once more, before out is written. What the call
-        leaves is asked for before it writes too; only the new statistics, of size C, of `renorm`, of ghosts with
-        `debias` or a last one of one value, and of pooled importance weights come after. Training: one thread at a time; evaluation: any.
+        Memory: y, and what `batch_norm` takes. With `out`, x is read once more where a value that is not finite would
+        raise.
 
         Examples
         --------
@@ -371,7 +312,6 @@ class BatchNorm(Layer):
         >>> layer(np.array([[1.0], [3.0]]))
         array([[-1.],
                [ 1.]])
-
         """
         no_options = not options or _validate.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
@@ -788,24 +728,14 @@ class BatchNorm(Layer):
     # ---- diagnostics ----
 
     def report(self) -> Report:
-        """Return what is, or may go, wrong: statistics, parameters, and the last batch beside them.
+        """Return what is, or may go, wrong: statistics, parameters, and the last batch since `reset_statistics`.
 
-        Changes nothing, and reads arrays of size C only: between two training steps, say, or before a layer is
-        deployed. The last batch is that of the last call that normalized or updated by its batch, since the start or
-        `reset_statistics`; without one, what needs it is left out.
+        Changes nothing, and reads arrays of size C only. What is looked for is told by `Report`.
 
-        Returns
-        -------
-        Report : findings with kind, severity, channels and text. What is looked for, and the thresholds, are in
-            `Report`. Empty, and false, where nothing was found.
-
-        Examples
-        --------
         >>> layer = BatchNorm(2, nonfinite="skip")
         >>> y = layer(np.array([[1.0, 2.0], [np.inf, 3.0]]))
         >>> print(layer.report())
         warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
-
         """
         gamma, beta, statistics, _, last, largest_size = self._state
         batch = None if last is None else Batch(last[0], self._merged(last[1]), last[2], largest_size)

@@ -90,10 +90,7 @@ class Layer:
 
     @property
     def gamma(self) -> NDArray[Any] | MaybeNone:
-        """Scale of each channel, (C,) of `dtype`, or None. Assigning copies; ``gamma -= g`` works in place.
-
-        Raises TypeError for another dtype or type, ValueError for another shape or a layer without gamma.
-        """
+        """Scale of each channel, (C,) of `dtype`, or None. Assigning copies and checks; ``gamma -= g`` works in place."""
         return self._state.gamma
 
     @gamma.setter
@@ -131,12 +128,12 @@ class Layer:
 
     @property
     def dbeta(self) -> NDArray[Any] | MaybeNone:
-        """Gradient of beta from the last backward, (C,) of `dtype`; None before it or if not asked for."""
+        """Gradient of beta, as `dgamma`."""
         return self._results[1]
 
     @property
     def dresidual(self) -> NDArray[Any] | MaybeNone:
-        """Gradient of the residual from the last backward; None where there was none, or it was not asked for."""
+        """Gradient of the residual from the last backward, like x; None where there was none, or it was not asked for."""
         return self._results[2]
 
     @property
@@ -169,26 +166,16 @@ class Layer:
         out: NDArray[Any] | None = None,
         **others: Unpack[NoOptions],
     ) -> NDArray[Any] | MaybeNone:
-        """Return dx for the last call of the layer, and set `dgamma` and `dbeta`.
+        """Return dx for the last call of the layer, and set `dgamma`, `dbeta` and `dresidual`: `backward` of functions.
 
-        With xhat = (x - mean) * rstd, rstd = 1/sqrt(var + eps), and sums over the n values of a channel:
-
-        ``dgamma = sum(dy * xhat)``, ``dbeta = sum(dy)``
-        ``dx = gamma * rstd * (dy - dbeta/n - xhat * dgamma/n)``    after a training call (biased var of x)
-        ``dx = gamma * rstd * dy``                after an evaluation call (constant statistics)
-
-        In a layer with activation="relu", dy is first set to 0 where y was not above 0 before ReLU; that is `dresidual`,
-        which is set after a call with a residual.
-
-        It belongs to the last call whatever has happened since: gamma and statistics are those of that call,
-        and ``train()``, ``eval()`` or a change of gamma in between make no difference. It may be called
-        again.
+        It belongs to that call whatever has happened since: gamma, statistics and mode are those of then. After a call
+        that normalized by running statistics, these are constants. It may be called again.
 
         Parameters
         ----------
         dy : gradient of y: shape and dtype of that x.
-        needs : which of "x", "gamma", "beta" (and "residual") to compute; the others become None. Default: all.
-        out : where to put dx: shape and dtype of x. It may be dy itself; or x itself, for the last backward.
+        needs : which of "x", "gamma", "beta" and "residual" to compute; the others become None. Default: all.
+        out : where to put dx. It may be dy itself; or x itself, for the last backward.
 
         Returns
         -------
@@ -197,26 +184,18 @@ class Layer:
         Raises
         ------
         RuntimeError
-            Without such a call, or where x has been overwritten by ``out=x``.
+            Without such a call, or where it had ``out=x`` or ``keep=False``.
         TypeError, ValueError
-            For a dy, needs or out that does not fit. Nothing has changed or been written then.
-
-        Notes
-        -----
-        Source: Ioffe & Szegedy (2015), section 3, simplified. Memory: dx, and what `batch_norm_backward` takes.
+            For an argument that does not fit. Nothing has changed or been written then.
 
         Examples
         --------
         >>> from batchnorm import BatchNorm
-        >>> layer = BatchNorm(1, update_rate=1, eps=0)
+        >>> layer = BatchNorm(1)
         >>> y = layer(np.array([[1.0], [2.0], [6.0]]))
-        >>> layer.backward(np.array([[1.0], [1.0], [1.0]]))       # a shift of all x changes no y
-        array([[0.],
-               [0.],
-               [0.]])
+        >>> dx = layer.backward(np.array([[1.0], [1.0], [1.0]]))
         >>> layer.dbeta
         array([3.], dtype=float32)
-
         """
         if others:
             _validate.no_options("Layer.backward", others)
@@ -289,65 +268,35 @@ class Layer:
         return self._state._replace(gamma=arrays.get("gamma"), beta=arrays.get("beta"))
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
-        """Return the state as fresh arrays: what a layer of the same settings needs to go on bit for bit.
+        """Return what a layer of the same settings needs to go on bit for bit, in fresh arrays.
 
-        Returns
-        -------
-        gamma, beta : (C,) of `dtype`; absent where the layer has none.
-        running_mean, running_var : float64 (C,); the variance unbiased or not, as `ddof` says.
-        update_count : int64, no axes.
-        running_moments : float64 (C, 5), only with ``update_rate=None``: for each channel the count of values
-            seen, their mean and m2 = sum((x - mean)**2), mean and m2 in two parts each.
-        running_importance_dof : float64 (C,), only with that and weights_are="importance": `Moments.importance_dof`.
-        ghost_count : int64, no axes, only with `debias` and `ghost_size`: the ghosts that updated.
-        settings : str, no axes: the settings that y and the statistics depend on, as JSON.
-        All but gamma, beta and settings have a first axis of K with K domains.
+        gamma, beta : (C,) of `dtype`, where the layer has them.
+        running_mean, running_var : float64 (C,); update_count : int64.
+        running_moments : float64 (C, 5), only with ``update_rate=None``: count, mean and m2 = Σ(x - mean)² of all that has
+            been seen, the latter in two parts each; with weights_are="importance" also running_importance_dof, (C,).
+        ghost_count : int64, only with `debias` and `ghost_size`: the ghosts that updated.
+        settings : str, JSON: those that y and the statistics depend on, all but nonfinite, single_value, num_threads.
+        With K domains all that is learned has a first axis of K. Mode and gradients are not state.
 
-        Notes
-        -----
-        The settings are all but `nonfinite`, `single_value` and `num_threads`, which only say how a call behaves. Mode
-        and gradients are not state.
-
-        Examples
-        --------
         >>> from batchnorm import BatchNorm
-        >>> state = BatchNorm(2, beta=False).state_dict()
-        >>> sorted(state)
+        >>> sorted(BatchNorm(2, beta=False).state_dict())
         ['gamma', 'running_mean', 'running_var', 'settings', 'update_count']
-        >>> print(state["settings"])       # doctest: +ELLIPSIS
-        {"channels": 2, "axis": 1, "eps": 1e-05, "update_rate": 0.1, "ddof": 1, ...}
-
         """
         return self._arrays() | {"settings": np.array(self.settings.text())}
 
     def load_state_dict(self, state: Mapping[str, Any], *, strict: bool = True) -> None:
         """Take over a state as `state_dict` gives it, all or nothing; the arrays are copied.
 
-        Everything is checked before anything is assigned: that the settings are this layer's; exactly the entries of
-        `state_dict`, their shapes and dtypes; all values finite; running_var >= 0; update_count >= 0 (a plain int will
-        do); and with ``update_rate=None`` that running_mean, running_var and update_count agree with running_moments,
-        from which they are then derived. Gradients, mode and what is kept for backward stay.
+        Raises TypeError or ValueError, before anything is assigned, for other settings than this layer's, and for an entry
+        that does not fit or cannot be. ``strict=False`` takes the arrays whatever settings they come with. Gradients, mode
+        and what is kept for backward stay.
 
-        Parameters
-        ----------
-        state : mapping of the names of `state_dict`.
-        strict : False to take the arrays whatever settings they come with, or without any: they then mean what this
-            layer's settings say. They must fit it all the same.
-
-        Raises
-        ------
-        TypeError, ValueError
-            Naming the settings that differ, or the entry that does not fit. Nothing has changed then.
-
-        Examples
-        --------
         >>> from batchnorm import BatchNorm
         >>> a, b = BatchNorm(2), BatchNorm(2)
         >>> y = a(np.array([[1.0, 2.0], [3.0, 4.0]]))
         >>> b.load_state_dict(a.state_dict())
         >>> b.running_mean
         array([0.2, 0.3])
-
         """
         is_strict = flag("strict", strict)
         if isinstance(state, Mapping):  # anything else is told below
@@ -357,33 +306,17 @@ class Layer:
         self._state = self._of_arrays(entries.checked(state, self._entries()), is_strict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
-        """Write `state_dict` to the file `path` (.npz, no pickle), all or nothing.
+        """Write `state_dict` to the file `path` (.npz, no pickle, no suffix added), all or nothing (`write_state`).
 
-        The path is used as it is: no suffix is added, links are followed. A file that is there keeps its permissions, a
-        new one has those of the umask.
+        Raises ValueError for what `load` would refuse, such as NaN, and for a path of what is no file; OSError where the
+        file cannot be written. The old file is as it was then.
 
-        Raises
-        ------
-        ValueError
-            For what `load` would refuse: NaN or infinity in a parameter or a running statistic, and a path of what is no
-            file (a pipe, a device).
-        OSError
-            Where the file cannot be written. An old file is as it was, whatever is raised.
-
-        Notes
-        -----
-        A new file takes the place of the old one, so that nobody sees half of it; one of several hard links is written
-        in place, where a process that is killed can leave half.
-
-        Examples
-        --------
         >>> import os, tempfile
         >>> from batchnorm import BatchNorm
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     BatchNorm(2).save(os.path.join(folder, "layer.npz"))
         ...     print(np.load(os.path.join(folder, "layer.npz"))["gamma"])
         [1. 1.]
-
         """
         arrays = self._arrays()
         self._of_arrays(arrays, True)
@@ -391,36 +324,21 @@ class Layer:
         state_file.write_state(path, {"settings": np.array(self.settings.text())} | arrays)
 
     def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
-        """Read from the file `path` what `save` wrote, all or nothing; the layer's settings must be those of the file.
+        """Read from the file `path` what `save` wrote, all or nothing, as `load_state_dict` takes it.
 
-        Safe on files from anywhere: nothing in them is executed, and they can ask for no more memory than a
-        few times the layer's own state.
+        Safe on files from anywhere: nothing in them is executed, and they can ask for no more memory than a few times
+        the layer's own state. Raises ValueError for other settings and for any file that is not such a state, naming what
+        is wrong with it; OSError where it cannot be read.
 
-        Parameters
-        ----------
-        path : of the file, used as it is.
-        strict : False to take its arrays whatever settings they come with, as in `load_state_dict`.
-
-        Raises
-        ------
-        ValueError
-            For settings that differ, naming them; for any file that is not such a state, not even a file, or is of
-            another format version, naming the member or entry. Nothing has changed then.
-        OSError
-            Where the file cannot be read.
-
-        Examples
-        --------
         >>> import os, tempfile
         >>> from batchnorm import BatchNorm
-        >>> a, b = BatchNorm(2), BatchNorm(2)
-        >>> y = a(np.array([[1.0, 2.0], [3.0, 4.0]]))
+        >>> a, b = BatchNorm(2, beta=False), BatchNorm(2, beta=False)
+        >>> a.gamma[0] = 3
         >>> with tempfile.TemporaryDirectory() as folder:
         ...     a.save(os.path.join(folder, "layer.npz"))
         ...     b.load(os.path.join(folder, "layer.npz"))
-        >>> b.running_var
-        array([1.1, 1.1])
-
+        >>> b.gamma
+        array([3., 1.], dtype=float32)
         """
         is_strict, settings = flag("strict", strict), self.settings
         text = state_file.Text(
