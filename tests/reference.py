@@ -190,6 +190,61 @@ def ghost_backward(dy, x, gamma, *, ghost_size, axis, eps):
     )
 
 
+class Composed(NamedTuple):
+    """A combination of options as the composition of its steps, for arrays (N, C, L) of float64 or complex128.
+
+    weights : (N, L). sets : row slices, each with statistics of its own. given : (mean, var) or None. r, d : (C,) of each
+    set, or None. passes : where ReLU lets through, or None to tell it from s; relu : whether it follows.
+    """
+
+    weights: object
+    padding: str
+    sets: list
+    eps: float
+    given: object = None
+    r: object = None
+    d: object = None
+    relu: bool = False
+    passes: object = None
+
+    @property
+    def counted(self):
+        """Where y comes from the formula, (N, 1, L)."""
+        return (
+            np.ones_like(self.weights[:, None], bool)
+            if self.padding == "normalize"
+            else self.weights[:, None] > 0
+        )
+
+    def statistics(self, x):
+        """Give count, mean and var of each set, (S, C)."""
+        if self.given is not None:
+            return [(None, *self.given)]
+        of_sets = []
+        for rows in self.sets:
+            w, values = self.weights[rows][:, None], x[rows]
+            count = w.sum()
+            mean = (w * values).sum((0, 2)) / (count or 1)
+            var = (w * (values - mean[:, None]) ** 2).sum((0, 2)) / (count or 1)
+            of_sets.append((count, mean, var))
+        return of_sets
+
+    def __call__(self, x, gamma, beta, residual):
+        """Give s, before ReLU and padding, and y."""
+        s = np.zeros(x.shape, np.result_type(x, gamma, beta, residual))
+        for k, (rows, (count, mean, var)) in enumerate(zip(self.sets, self.statistics(x), strict=True)):
+            rstd = 1 / np.sqrt(var + self.eps)
+            rstd = np.zeros_like(rstd) if count == 0 else rstd
+            xhat = (x[rows] - mean[:, None]) * rstd[:, None]
+            if self.r is not None:
+                xhat = xhat * self.r[k][:, None] + self.d[k][:, None]
+            s[rows] = xhat * gamma[:, None] + beta[:, None]
+        s = s + residual
+        passes = s.real > 0 if self.passes is None else self.passes
+        y = np.where(passes, s, 0) if self.relu else s
+        return s, np.where(self.counted, y, x if self.padding == "keep" else 0)
+
+
 class Second(NamedTuple):
     ddy: object
     dx: object

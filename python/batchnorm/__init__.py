@@ -2,13 +2,8 @@
 
 from batchnorm import convert
 from batchnorm._core import __version__
-from batchnorm.derivatives import (
-    SecondGradients,
-    batch_norm_double_backward,
-    batch_norm_jvp,
-    normalize_double_backward,
-    normalize_jvp,
-)
+from batchnorm.derivatives import backward, double_backward, jvp
+from batchnorm.forward import instance_norm
 from batchnorm.functional import (
     Gradients,
     GradSums,
@@ -46,6 +41,14 @@ from batchnorm.renorm import (
     renorm_update_running,
 )
 from batchnorm.report import Finding, Report
+from batchnorm.running import Renorm
+from batchnorm.second import (
+    SecondGradients,
+    batch_norm_double_backward,
+    batch_norm_jvp,
+    normalize_double_backward,
+    normalize_jvp,
+)
 
 __all__ = [
     "BatchNorm",
@@ -57,6 +60,7 @@ __all__ = [
     "ReluGradients",
     "ReluMask",
     "ReluOutput",
+    "Renorm",
     "RenormLimits",
     "RenormSaved",
     "RenormSchedule",
@@ -68,6 +72,7 @@ __all__ = [
     "__version__",
     "active_isa",
     "available_isas",
+    "backward",
     "batch_norm",
     "batch_norm_backward",
     "batch_norm_double_backward",
@@ -79,6 +84,7 @@ __all__ = [
     "batch_renorm",
     "batch_renorm_backward",
     "convert",
+    "double_backward",
     "explain",
     "get_num_threads",
     "ghost_batch_norm",
@@ -86,6 +92,8 @@ __all__ = [
     "ghost_update_running",
     "grad_input",
     "grad_sums",
+    "instance_norm",
+    "jvp",
     "merge",
     "moments",
     "normalize",

@@ -31,10 +31,13 @@ _SHOWN = 8  # values of an array or a tuple that a repr lists
 # The words that arguments may be: for type checkers, and from these for the checks.
 Activation = Literal["relu"]
 Gradient = Literal["x", "gamma", "beta"]
+Keep = Literal["x", "y"]
 Padding = Literal["zero", "keep", "normalize"]
 Parity = Literal["paper", "keras", "torchrl"]
 WeightsAre = Literal["counts", "importance"]
+ACTIVATIONS: tuple[Activation, ...] = ("relu",)
 GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
+KEEPS: tuple[Keep, ...] = get_args(Keep)
 PADDINGS: tuple[Padding, ...] = get_args(Padding)
 PARITIES: tuple[Parity, ...] = get_args(Parity)
 WEIGHTS_ARE: tuple[WeightsAre, ...] = get_args(WeightsAre)
@@ -66,6 +69,15 @@ class Padded(TypedDict, total=False):
     """Which y are computed, and what the others are."""
 
     mask: ArrayLike | None
+    lengths: ArrayLike | None
+    padding: Padding | None
+
+
+class Counted(TypedDict, total=False):
+    """Which positions count, and what y is elsewhere."""
+
+    mask: ArrayLike | None
+    weights: ArrayLike | None
     lengths: ArrayLike | None
     padding: Padding | None
 
@@ -123,7 +135,9 @@ def options(rest: type, default: object = None, /, **defaults: object) -> Callab
     names = {name: getattr(text, "__forward_arg__", text) for name, text in rest.__annotations__.items()}
 
     def decorate(function: F) -> F:
-        _WITH_OPTIONS[function.__qualname__] = function, {n: defaults.get(n, default) for n in names}
+        known = function, {n: defaults.get(n, default) for n in names}
+        _WITH_OPTIONS[function.__qualname__] = known
+        _WITH_OPTIONS[f"{function.__module__}.{function.__qualname__}"] = known
         signature = inspect.signature(function)
         named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         at = next((i for i, p in enumerate(named) if p.name == "out"), len(named))
@@ -342,7 +356,8 @@ def choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:
     for word in choices:
         if isinstance(value, str) and value == word:
             return word
-    raise ValueError(f"{name} must be {', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}, got {value!r}")
+    known = f"{', '.join(map(repr, choices[:-1]))} or {choices[-1]!r}" if choices[1:] else repr(choices[0])
+    raise ValueError(f"{name} must be {known}, got {value!r}")
 
 
 def number(name: str, value: object) -> float:
@@ -519,6 +534,32 @@ def torchrl_samples(x: Array, axis: int) -> None:
         raise ValueError("axis must not be 0, which holds the samples for parity='torchrl', got 0")
     if x.size and x.shape[0] < 2:
         raise ValueError(f"x must have at least 2 samples on axis 0 for parity='torchrl', got {x.shape[0]}")
+
+
+def renorm_samples(parity: str, samples: int | None, x: Array, axis: int, offsets: Array | None) -> None:
+    """Refuse what torchrl's N/(N - 1), N the samples of a set, has no answer for. An empty one passes."""
+    if parity != "torchrl" or samples is not None:
+        return
+    if axis == 0:
+        raise ValueError("axis must not be 0, which holds the samples for parity='torchrl', got 0")
+    if x.size and (x.shape[0] < 2 or (offsets is not None and (np.diff(offsets) == 1).any())):
+        raise ValueError(
+            "x must have at least 2 samples on axis 0 (in each segment and ghost) for parity='torchrl', got 1"
+        )
+
+
+def y_tells_x(activation: object, residual: object) -> None:
+    """Refuse what y does not tell x̂ after."""
+    for name, value in (("activation", activation), ("residual", residual)):
+        if value is not None:
+            raise ValueError(
+                f"keep must be 'x' with {name}, after which y does not tell what was normalized, got 'y'"
+            )
+
+
+def samples(value: object) -> int:
+    """Give the samples of a batch for torchrl's N/(N - 1) as an int >= 2."""
+    return _int_at_least(2, "samples", value, "an int >= 2 or None")
 
 
 def schedule_points(name: str, points: Any, least: float) -> tuple[tuple[int, float], ...]:

@@ -1,69 +1,271 @@
-"""Derivatives of batch normalization in closed form: forward-mode (jvp), and the gradients of its gradients.
+"""Derivatives of the normalizations in closed form: the verbs, which take what a forward call has saved.
 
-Second order is where it ends. All of its combinations are one function, because the derivatives involved are symmetric:
+First derivatives are `backward` (and its halves `grad_sums` and `grad_input`) and `jvp`; second order is where it ends.
+All of its combinations are one function, because the derivatives involved are symmetric:
 
-    gradients of gradients                 batch_norm_double_backward(v, dy, saved)
-    jvp of batch_norm_backward along x'    its dx and dgamma, with v = x' (Hessian-vector products)
-    gradient by x of batch_norm_jvp        its dx, with v = x_dot and dy the gradient of y_dot
-    jvp of batch_norm_jvp along x'         its dx, with v = x_dot and dy = x'
+    gradients of gradients           double_backward(v, dy, saved)
+    jvp of backward along x'         its dx and dgamma, with v = x' (Hessian-vector products)
+    gradient by x of jvp             its dx, with v = x_dot and dy the gradient of y_dot
+    jvp of jvp along x'              its dx, with v = x_dot and dy = x'
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, NamedTuple, get_args
+from dataclasses import replace
+from typing import Any, Literal, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _layout, _validate
-from batchnorm._validate import MaybeNone
-from batchnorm.functional import Prepared, Saved, _deliver, _final, _input_of, _target, new_gradient
+from batchnorm import _core, _passes, _validate
+from batchnorm._arrays import Layout, Target
+from batchnorm._parts import Part
+from batchnorm._passes import Call, Standard
+from batchnorm._validate import NoOptions
+from batchnorm.moments import Moments
+from batchnorm.saved import Gradients, GradSums, PerChannel, Saved, SecondGradients, kept_affine
 
 Array = NDArray[Any]
 Outputs = tuple[Array | None, Array | None]
-
+Gradient = Literal["x", "gamma", "beta", "residual"]
 SecondGradient = Literal["dy", "x", "gamma"]
+NEEDS: tuple[Gradient, ...] = get_args(Gradient)
 _SECOND: tuple[SecondGradient, ...] = get_args(SecondGradient)
+_OF_CORE = ("x", "gamma", "beta")  # what the core's own reading of arguments knows
 
 
-class SecondGradients(NamedTuple):
-    """Gradients of gradients: `ddy` and `dx` like x, `dgamma` (C,); None where not asked for.
+@_validate.options(NoOptions)
+def backward(
+    dy: Array,
+    saved: Saved,
+    *,
+    needs: Iterable[Gradient] = NEEDS,
+    out: Array | Outputs | None = None,
+    num_threads: int | None = None,
+    **others: Unpack[NoOptions],
+) -> Gradients:
+    """Gradients of a normalization, through the batch's statistics.
 
-    They are the last order there is: a function of derivatives that is given one raises NotImplementedError.
+    With x̂ = (x - mean)·rstd and means over the m values that share statistics:
+
+        dbeta = sum(dy),    dgamma = sum(dy·x̂),    dx = gamma·rstd·(dy - mean(dy) - x̂·mean(dy·x̂)).
+
+    With weights w of sum W:  dx = gamma·rstd·(dy - w/W·sum(dy) - w/W·x̂·sum(dy·x̂)),  and beside the positions that
+    count, dx is 0 and dy is left out of the sums where y was 0 (``padding="zero"``), dx is dy where y was x ("keep").
+    Where statistics were given (`normalize`), dx = gamma·rstd·dy. After ReLU, dy is first set to 0 where y was not above
+    0 before it; that is dresidual. Segments and ghosts each have a dx of their own, and share gamma and beta. With
+    renorm, whose r and d are constants, gamma·r stands for gamma in dx, and dgamma = sum(dy·(x̂·r + d)).
+
+    Source: Ioffe & Szegedy (2015), section 3, simplified; Ioffe (2017), section 3.
+
+    Parameters
+    ----------
+    dy : gradient of y: shape and dtype of x. A memory order other than that of x costs a copy.
+    saved : what the forward call returned. Its x (or y) must be unchanged.
+    needs : which of "x", "gamma", "beta" and "residual" to compute.
+    out : where to put dx: shape and dtype of x; may be `dy` or x itself, must not overlap them otherwise. Or a tuple
+        (dx, dresidual) of such arrays, apart from each other, or None.
+    num_threads : as in `batch_norm`.
+
+    Returns
+    -------
+    Gradients(dx, dgamma, dbeta, dresidual): dx and dresidual like x; dgamma and dbeta (C,) in the dtype of gamma
+    (float64 where that is None or integers); None where not asked for, as dresidual is where no residual was added. Each
+    within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴ with weights other than 0 and 1.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dy or out unlike x, and unknown names in `needs`. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    An empty batch gives an empty dx, and zeros. Memory: dx; while it runs, up to 3 KB a channel and a few percent of x,
+    and a tensor or two for ReLU and for segments where weights, renorm or a kept y come with them. Releases the GIL for
+    large x.
+
+    Examples
+    --------
+    >>> from batchnorm.forward import batch_norm
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0], [8.0]]), np.array([2.0]))
+    >>> dx, dgamma, dbeta, _ = backward(np.array([[1.0], [0.0], [0.0]]), saved)
+    >>> dx.round(4), dbeta
+    (array([[ 0.2177],
+           [-0.3048],
+           [ 0.0871]]), array([1.]))
     """
+    if others:
+        _validate.no_options("batchnorm.derivatives.backward", others)
+    if type(saved) is Saved and saved.layout is None and type(saved.moments) is Moments:
+        table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
+        names = _OF_CORE if needs is NEEDS else needs
+        done = _core.try_batch_norm_backward(
+            tuple, dy, saved.x, table, gamma, axis, eps, names, out, num_threads
+        )
+        if done is not None:
+            return Gradients(*done)
 
-    ddy: Array | MaybeNone
-    dx: Array | MaybeNone
-    dgamma: Array | MaybeNone
-
-    def __repr__(self) -> str:
-        return _validate.summary(self)
+    of = _Kept(saved, num_threads)
+    need_x, need_gamma, need_beta, need_residual = _validate.needs_among(NEEDS, needs)
+    need_residual = need_residual and saved.has_residual
+    dy = _validate.array_like("dy", dy, of.x)
+    to_x, to_residual = _outputs(out, of, {"dy": dy, "x": of.x}, "dx, dresidual")
+    call, relu = of.call, saved.relu
+    fused = relu is not None and call.offsets is None and call.weights is None
+    at_once = _passes.is_one_backward(call, of.scale)
+    dx = Target(of.layout, of.x, to_x, at_once=at_once) if need_x else None
+    residual = Target(of.layout, of.x, to_residual, at_once=fused) if need_residual else None
+    dgamma, dbeta = of.room(need_gamma), of.room(need_beta)
+    results = Gradients(_array(dx), dgamma, dbeta, _array(residual))
+    dscale, dshift = (
+        (dgamma, dbeta) if of.turn is None else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
+    )
+    grad, to = of.layout.block(dy), _block(dx)
+    if fused:
+        assert relu is not None
+        _passes.relu_backward(
+            call, grad, relu, of.table, of.given, of.scale, to, _block(residual), dscale, dshift
+        )
+    else:
+        grad = _passes.through_tail(call, grad, relu)
+        if residual is not None:
+            residual.block[...] = _passes.where_counted(call, grad)
+        if of.given is not None:
+            _passes.normalize_backward(call, grad, of.given, of.scale, to, dscale, dshift)
+        elif at_once:
+            _passes.backward(call, grad, of.moments, of.scale, to, dscale, dshift)
+        else:
+            dscale, dshift = _passes.backward_of_sets(call, grad, of.moments, of.scale, to)
+    of.sum_up(dgamma, dbeta, of.turn, dscale, dshift)
+    for target in (dx, residual):
+        if target is not None:
+            target.deliver()
+    return results if of.rounds_right else of.rounded(results)
 
 
 @_validate.keywords
-def batch_norm_jvp(
+def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> GradSums:
+    """First half of `backward`: the sums over the batch that it needs.
+
+    Between the halves, the sums of several parts of a batch (ranks, micro-batches) may be added, by ``+`` or sum(). All
+    parts must have been summed about the same mean: that of the merged moments.
+
+    Parameters
+    ----------
+    dy, saved, num_threads : as in `backward`; `saved` of a call that took the statistics of the batch.
+
+    Returns
+    -------
+    GradSums: sum(dy) and sum(dy·(x - mean)), float64, one for each entry of ``saved.moments``; of the dy that ReLU lets
+    through, where a position counts.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dy unlike x.
+
+    Notes
+    -----
+    Memory and threads: as `backward`, without dx.
+
+    Examples
+    --------
+    >>> from batchnorm.forward import batch_norm
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0]]))
+    >>> grad_sums(np.array([[1.0], [2.0]]), saved).sum_dy_xmu
+    array([1.])
+    """
+    of = _Kept(saved, num_threads)
+    of.require_batch("grad_sums")
+    dy = _validate.array_like("dy", dy, of.x)
+    grad = _passes.through_tail(of.call, of.layout.block(dy), saved.relu)
+    return GradSums(saved.part.counts(of.layout), _passes.grad_sums(of.call, grad, of.moments))
+
+
+@_validate.keywords
+def grad_input(
+    dy: Array, saved: Saved, sums: GradSums, *, out: Array | None = None, num_threads: int | None = None
+) -> Array:
+    """Second half of `backward`: dx from sums that may have been added over parts of the batch.
+
+    dx = gamma·rstd·(dy - S/n - x̂·rstd·D/n), with S = sums.sum_dy, D = sums.sum_dy_xmu, n = saved.moments.count. Of the
+    sums of the same call, the bits of `backward`.
+
+    Parameters
+    ----------
+    dy, saved, num_threads : as in `grad_sums`.
+    sums : GradSums over all the values that `saved.moments` counts.
+    out : as in `backward`.
+
+    Returns
+    -------
+    dx : shape, dtype and memory order of x; `out` where given.
+
+    Raises
+    ------
+    TypeError, ValueError
+        For a dy or out unlike x, and sums over another number of values than the moments have.
+
+    Notes
+    -----
+    Memory and threads: as `backward`.
+
+    Examples
+    --------
+    >>> from batchnorm.forward import batch_norm
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0], [8.0]]))
+    >>> dy = np.array([[1.0], [0.0], [0.0]])
+    >>> bool((grad_input(dy, saved, grad_sums(dy, saved)) == backward(dy, saved).dx).all())
+    True
+    """
+    of = _Kept(saved, num_threads)
+    of.require_batch("grad_input")
+    _validate.instance("sums", sums, GradSums, "GradSums")
+    dy = _validate.array_like("dy", dy, of.x)
+    if out is not None:
+        _validate.output(out, of.x, {"dy": dy, "x": of.x}, of.apart)
+    needed = of.moments[:, 0]
+    if sums.count.shape != needed.shape or (sums.count != needed).any():
+        raise ValueError("sums must count the values that saved.moments count, got others")
+    dx = Target(of.layout, of.x, out, at_once=of.call.offsets is None)
+    grad = _passes.through_tail(of.call, of.layout.block(dy), saved.relu)
+    _passes.grad_input(of.call, grad, of.moments, sums._table, of.scale, dx.block)
+    dx.deliver()
+    return dx.array
+
+
+@_validate.keywords
+def jvp(
     x_dot: Array,
     saved: Saved,
     *,
     gamma_dot: ArrayLike | None = None,
     beta_dot: ArrayLike | None = None,
+    residual_dot: Array | None = None,
+    mean_dot: ArrayLike | None = None,
+    var_dot: ArrayLike | None = None,
     out: Array | None = None,
     num_threads: int | None = None,
 ) -> Array:
-    """Directional derivative of `batch_norm` (forward-mode), through the batch's statistics.
+    """Directional derivative of a normalization (forward-mode), through the batch's statistics.
 
-    With x̂ = (x - mean)·rstd and means over the m values of a channel, along tangents x', gamma', beta':
+    With x̂ = (x - mean)·rstd and means over the m values that share statistics, along tangents x', gamma', beta':
 
         y' = gamma·rstd·(x' - mean(x') - x̂·mean(x'·x̂)) + gamma'·x̂ + beta'.
 
-    Source: Ioffe & Szegedy (2015), algorithm 1, differentiated.
+    With weights the means are weighted. Where statistics were given, y' = gamma·rstd·(x' - mean' - x̂·rstd·var'/2) +
+    gamma'·x̂ + beta'. A residual's tangent is added; after ReLU y' is 0 where y is; beside the positions that count it is
+    0 (``padding="zero"``) or x' ("keep"). With renorm, x̂·r + d stands for x̂ at gamma', and gamma·r for gamma. Source:
+    Ioffe & Szegedy (2015), algorithm 1, differentiated.
 
     Parameters
     ----------
     x_dot : tangent of x: shape and dtype of x. A memory order other than that of x costs a copy.
-    saved : what `batch_norm` returned, called without ``out=x``. Its x must be unchanged.
+    saved : what the forward call returned. Its x (or y) must be unchanged.
     gamma_dot, beta_dot : tangents of gamma and beta, (C,) of any floating or integer dtype, or None for 0.
+    residual_dot : tangent of the residual: shape and dtype of x, or None for 0.
+    mean_dot, var_dot : tangents of statistics that were given, (C,), or None for 0.
     out : where to put y': shape and dtype of x; may be `x_dot` or x itself, must not overlap them otherwise.
     num_threads : as in `batch_norm`.
 
@@ -75,148 +277,90 @@ def batch_norm_jvp(
     Raises
     ------
     TypeError, ValueError
-        For an x_dot or out unlike x, and tangents of another shape. Nothing is written by a call that raises.
+        For an x_dot or out unlike x, tangents of another shape, or of what the call had not. Nothing is written by a call
+        that raises.
     NotImplementedError
         For SecondGradients, whose derivative would be of third order.
 
     Notes
     -----
-    Memory: y'; while it runs, up to 3 KB a channel and a few percent of x. Releases the GIL for large x.
+    Memory: y'; while it runs, up to 3 KB a channel and a few percent of x, and a tensor or two with masks, weights, ReLU
+    or a residual. Releases the GIL for large x.
 
     Examples
     --------
-    >>> import batchnorm as bn
-    >>> y, saved = bn.batch_norm(np.array([[1.0], [3.0]]), eps=0.0)
-    >>> batch_norm_jvp(np.array([[1.0], [1.0]]), saved, beta_dot=[0.5])
+    >>> from batchnorm.forward import batch_norm
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0]]), eps=0.0)
+    >>> jvp(np.array([[1.0], [1.0]]), saved, beta_dot=[0.5])
     array([[0.5],
            [0.5]])
     """
     _refuse_third_order(x_dot=x_dot, saved=saved)
-    x = _whole_input_of(saved)
-    threads = _validate.num_threads(num_threads)
-    x_dot = _validate.array_like("x_dot", x_dot, x)
-    channels = x.shape[saved.axis]
-    scale = _validate.optional_channel_values("gamma", saved.gamma, channels)
-    turn = _validate.optional_channel_values("gamma_dot", gamma_dot, channels)
-    lift = _validate.optional_channel_values("beta_dot", beta_dot, channels)
+    of = _Kept(saved, num_threads)
+    x_dot = _validate.array_like("x_dot", x_dot, of.x)
+    given = {"gamma_dot": gamma_dot, "beta_dot": beta_dot, "mean_dot": mean_dot, "var_dot": var_dot}
+    dots = {name: _validate.optional_channel_values(name, a, of.channels) for name, a in given.items()}
+    if of.given is None and (mean_dot is not None or var_dot is not None):
+        raise ValueError("mean_dot and var_dot must be None where the statistics are those of the batch")
+    if residual_dot is not None:
+        if not saved.has_residual:
+            raise ValueError("residual_dot must be None where no residual was added")
+        residual_dot = _validate.array_like("residual_dot", residual_dot, of.x)
     if out is not None:
-        apart = {"gamma": scale, "gamma_dot": turn, "beta_dot": lift}
-        _validate.output(out, x, {"x_dot": x_dot, "x": x}, apart)
-    block, sizes = _layout.dense(x, saved.axis)
-    y_dot = _target(out, block)
-    tangent, table = _layout.like(block, x_dot), saved.moments._table
-    _core.batch_norm_jvp(tangent, block, sizes, table, scale, turn, lift, saved.eps, y_dot, threads)
-    return _deliver(y_dot, out)
+        _validate.output(out, of.x, {"x_dot": x_dot, "x": of.x}, of.apart | dots)
+    call, layout = of.call, of.layout
+    follows = call.counted() is not None or saved.relu is not None or residual_dot is not None
+    is_plain = not follows and call.weights is None
+    y_dot = Target(layout, of.x, out, at_once=is_plain and call.offsets is None)
+    scale_dot, shift_dot = of.tangents(dots["gamma_dot"], dots["beta_dot"], of.turn)
+    tangent, to, run = layout.block(x_dot), y_dot.block, call
+    if not is_plain:
+        tangent, run = _passes.wide(tangent), call.wide()
+        to = np.empty_like(tangent)
+    if of.given is None:
+        _passes.jvp(run, tangent, of.moments, of.scale, scale_dot, shift_dot, to)
+    else:
+        of_given = dots["mean_dot"], of.of_var(dots["var_dot"])
+        _passes.normalize_jvp(run, tangent, of.given, of.scale, *of_given, scale_dot, shift_dot, to)
+    if not is_plain:
+        added = None if residual_dot is None else layout.block(residual_dot)
+        y_dot.block[...] = _passes.after_tail(call, to, tangent, added, saved.relu)
+    y_dot.deliver()
+    return y_dot.array
 
 
 @_validate.keywords
-def normalize_jvp(
-    x_dot: Array,
-    x: Array,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    *,
-    mean_dot: ArrayLike | None = None,
-    var_dot: ArrayLike | None = None,
-    gamma_dot: ArrayLike | None = None,
-    beta_dot: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    out: Array | None = None,
-    num_threads: int | None = None,
-) -> Array:
-    """Directional derivative of `normalize` (forward-mode), whose statistics are given.
-
-    y' = gamma·rstd·(x' - mean' - x̂·rstd·var'/2) + gamma'·x̂ + beta', with x̂ = (x - mean)·rstd. Source: the formula of
-    `normalize`, differentiated.
-
-    Parameters
-    ----------
-    x_dot : tangent of x: shape and dtype of x.
-    x, mean, var, gamma : as in `normalize`.
-    mean_dot, var_dot, gamma_dot, beta_dot : tangents, (C,) of any floating or integer dtype, or None for 0.
-    axis, eps : as in `normalize`.
-    out : where to put y': may be `x_dot` or `x` itself, must not overlap them otherwise.
-    num_threads : as in `batch_norm`.
-
-    Returns
-    -------
-    y_dot : shape, dtype and memory order of x; `out` where given. Within 5·2⁻²⁴ (float32) of the sum of its absolute
-        terms.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm_jvp`; for a negative variance. Nothing is written by a call that raises.
-    NotImplementedError
-        For SecondGradients, whose derivative would be of third order.
-
-    Notes
-    -----
-    x is read only where gamma_dot or var_dot is given. Memory: y'; while it runs, up to 1 KB a channel. Releases the
-    GIL for large x.
-
-    Examples
-    --------
-    >>> x = np.array([[1.0], [3.0]])
-    >>> normalize_jvp(np.ones_like(x), x, mean=[1.0], var=[4.0], gamma_dot=[1.0], eps=0.0)
-    array([[0.5],
-           [1.5]])
-    """
-    _refuse_third_order(x_dot=x_dot, x=x)
-    x = _validate.array("x", x)
-    axis = _validate.axis(axis, x.ndim)
-    eps = _validate.eps(eps)
-    threads = _validate.num_threads(num_threads)
-    x_dot = _validate.array_like("x_dot", x_dot, x)
-    channels = x.shape[axis]
-    center = _validate.channel_values("mean", mean, channels)
-    spread = _validate.variances(var, channels)
-    scale = _validate.optional_channel_values("gamma", gamma, channels)
-    given = {"mean_dot": mean_dot, "var_dot": var_dot, "gamma_dot": gamma_dot, "beta_dot": beta_dot}
-    tangents = {name: _validate.optional_channel_values(name, a, channels) for name, a in given.items()}
-    if out is not None:
-        apart = {"mean": center, "var": spread, "gamma": scale, **tangents}
-        _validate.output(out, x, {"x_dot": x_dot, "x": x}, apart)
-    block, sizes = _layout.dense(x, axis)
-    y_dot = _target(out, block)
-    tangent = _layout.like(block, x_dot)
-    _core.normalize_jvp(
-        tangent, block, sizes, center, spread, scale, **tangents, eps=eps, out=y_dot, threads=threads
-    )
-    return _deliver(y_dot, out)
-
-
-@_validate.keywords
-def batch_norm_double_backward(
+def double_backward(
     v_dx: Array | None,
     dy: Array,
     saved: Saved,
     *,
     v_dgamma: ArrayLike | None = None,
     v_dbeta: ArrayLike | None = None,
+    v_dresidual: Array | None = None,
     needs: Iterable[SecondGradient] = _SECOND,
     out: Outputs | None = None,
     num_threads: int | None = None,
 ) -> SecondGradients:
-    """Gradients of the gradients that `batch_norm_backward` gives, by dy, x and gamma.
+    """Gradients of the gradients that `backward` gives, by dy, x and gamma.
 
     Of sum(v·dx) + sum(w·dgamma) + sum(v_dbeta·dbeta), v = v_dx and w = v_dgamma being the gradients of a loss by dx and
-    dgamma. With v0 = v - mean(v), g0 = dy - mean(dy), a = mean(v·x̂), b = mean(dy·x̂), c = mean(v0·g0) and m values a
-    channel:
+    dgamma. With v0 = v - mean(v), g0 = dy - mean(dy), a = mean(v·x̂), b = mean(dy·x̂), c = mean(v0·g0) and m values that
+    share statistics:
 
         ddy = gamma·rstd·(v0 - a·x̂) + w·x̂ + v_dbeta,
         dx = -gamma·rstd²·(b·v0 + a·g0 + (c - 3ab)·x̂) + w·rstd·(g0 - b·x̂),
         dgamma = rstd·m·(c - ab).
 
-    Source: the formulas of `batch_norm_backward`, differentiated.
+    Where statistics were given: ddy = gamma·rstd·v + w·x̂ + v_dbeta, dx = w·rstd·dy, dgamma = rstd·sum(v·dy). ReLU's mask
+    and renorm's r and d are constants. Source: the formulas of `backward`, differentiated.
 
     Parameters
     ----------
     v_dx : shape and dtype of x, or None for 0.
-    dy, saved : what `batch_norm_backward` was given.
+    dy, saved : what `backward` was given.
     v_dgamma, v_dbeta : (C,) of any floating or integer dtype, or None for 0.
+    v_dresidual : gradient by dresidual: shape and dtype of x, or None for 0.
     needs : which of "dy", "x", "gamma" to compute.
     out : where to put (ddy, dx), either of which may be None. Each may be `v_dx`, `dy` or x itself, must not overlap
         them, or each other, otherwise.
@@ -240,129 +384,257 @@ def batch_norm_double_backward(
     The other combinations of second order (jvp of the backward pass, of the jvp, gradients of the jvp) are this
     function too; the head of this module says how. An empty batch gives empty arrays, and zeros. Memory: ddy and dx; an
     array like x where v_dx is None, and where ddy goes to an input that dx needs; while it runs, up to 3 KB a channel
-    and a few percent of x. Releases the GIL for large x.
+    and a few percent of x, and some float64 tensors with masks, weights or a kept y. Releases the GIL for large x.
 
     Examples
     --------
-    >>> import batchnorm as bn
-    >>> y, saved = bn.batch_norm(np.array([[1.0], [3.0], [8.0]]), np.array([2.0]))
+    >>> from batchnorm.forward import batch_norm
+    >>> y, saved = batch_norm(np.array([[1.0], [3.0], [8.0]]), np.array([2.0]))
     >>> dy, v = np.array([[1.0], [0.0], [0.0]]), np.array([[0.0], [1.0], [0.0]])
-    >>> second = batch_norm_double_backward(v, dy, saved)
-    >>> bool(np.isclose(np.sum(second.ddy * dy), np.sum(v * bn.batch_norm_backward(dy, saved).dx)))
+    >>> second = double_backward(v, dy, saved)
+    >>> bool(np.isclose(np.sum(second.ddy * dy), np.sum(v * backward(dy, saved).dx)))
     True
     """
     _refuse_third_order(v_dx=v_dx, dy=dy, saved=saved)
-    x = _whole_input_of(saved)
-    call = _Second(v_dx, dy, x, saved.axis, saved.gamma, v_dgamma, v_dbeta, needs, out, {})
-    threads = _validate.num_threads(num_threads)
-    _core.batch_norm_double_backward(
-        *call.tensors, call.sizes, saved.moments._table, *call.values, saved.eps, *call.targets, threads
+    of = _Kept(saved, num_threads)
+    dy = _validate.array_like("dy", dy, of.x)
+    v_dx = None if v_dx is None else _validate.array_like("v_dx", v_dx, of.x)
+    need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)
+    v_scale, v_shift = (
+        _validate.optional_channel_values(n, a, of.channels)
+        for n, a in (("v_dgamma", v_dgamma), ("v_dbeta", v_dbeta))
     )
-    return call.results.delivered()
+    if v_dresidual is not None:
+        if not saved.has_residual:
+            raise ValueError("v_dresidual must be None where no residual was added")
+        v_dresidual = _validate.array_like("v_dresidual", v_dresidual, of.x)
+    inputs = {name: a for name, a in (("v_dx", v_dx), ("dy", dy), ("x", of.x)) if a is not None}
+    apart = of.apart | {"v_dgamma": v_scale, "v_dbeta": v_shift}
+    out_dy, to_x = _validate.two_outputs(out, of.x, inputs, apart)
+    call, layout = of.call, of.layout
+    follows = call.counted() is not None or saved.relu is not None or v_dresidual is not None
+    # The core has no pass with weights, nor would what follows be rounded once in 16 bits.
+    by_formula = call.weights is not None or saved.y is not None or (follows and of.x.itemsize == 2)
+    at_once = not by_formula and not follows and call.offsets is None
+    # ddy is written first: not to what dx is then computed from.
+    may_write = out_dy is None or not need_x or not any(_validate.overlap(out_dy, a) for a in inputs.values())
+    ddy = Target(layout, of.x, out_dy, at_once=at_once and may_write) if need_dy else None
+    dx = Target(layout, of.x, to_x, at_once=at_once) if need_x else None
+    dgamma = of.room(need_gamma)
+    results = SecondGradients(_array(ddy), _array(dx), dgamma)
+    grad = _passes.through_tail(call, layout.block(dy), saved.relu)
+    v = np.zeros(layout.sizes, of.x.dtype) if v_dx is None else layout.block(v_dx)
+    v_scale, v_shift = of.tangents(v_scale, v_shift, of.r)
+    to_dy = _block(ddy)
+    if follows and to_dy is not None:
+        to_dy = np.empty(layout.sizes, np.float64 if by_formula else of.x.dtype)
+    if by_formula:
+        count = None if of.table is None else of.table[:, 0]
+        dscale = _passes.double_backward_of_weights(
+            call, v, grad, count, of.standard(), v_scale, v_shift, to_dy, _block(dx)
+        )
+    elif of.given is not None:
+        dscale = _passes.normalize_double_backward(
+            call, v, grad, of.given, (of.scale, v_scale, v_shift), to_dy, _block(dx)
+        )
+    else:
+        dscale = _passes.double_backward(
+            call, v, grad, of.moments, (of.scale, v_scale, v_shift), to_dy, _block(dx)
+        )
+    if ddy is not None and to_dy is not None and follows:
+        added = None if v_dresidual is None else layout.block(v_dresidual)
+        ddy.block[...] = _passes.after_tail(call, to_dy, v, added, saved.relu)
+    of.sum_up(dgamma, None, of.r, dscale, None)
+    for target in (ddy, dx):
+        if target is not None:
+            target.deliver()
+    return results if of.rounds_right else of.rounded(results)
 
 
-@_validate.keywords
-def normalize_double_backward(
-    v_dx: Array | None,
-    dy: Array,
-    x: Array,
-    mean: ArrayLike,
-    var: ArrayLike,
-    gamma: ArrayLike | None = None,
-    *,
-    v_dgamma: ArrayLike | None = None,
-    v_dbeta: ArrayLike | None = None,
-    axis: int = 1,
-    eps: float = 1e-5,
-    needs: Iterable[SecondGradient] = _SECOND,
-    out: Outputs | None = None,
-    num_threads: int | None = None,
-) -> SecondGradients:
-    """Gradients of the gradients that `normalize_backward` gives, by dy, x and gamma; the statistics are constants.
+class _Kept:
+    """What a Saved says, checked, as the passes want it.
 
-    With v = v_dx and w = v_dgamma: ddy = gamma·rstd·v + w·x̂ + v_dbeta, dx = w·rstd·dy, dgamma = rstd·sum(v·dy). Source:
-    the formulas of `normalize_backward`, differentiated.
-
-    Parameters
+    Attributes
     ----------
-    v_dx, v_dgamma, v_dbeta, needs, out, num_threads : as in `batch_norm_double_backward`.
-    dy, x, mean, var, gamma, axis, eps : as in `normalize_backward`.
-
-    Returns
-    -------
-    SecondGradients(ddy, dx, dgamma): as `batch_norm_double_backward`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm_double_backward`; for a negative variance. Nothing is written by a call that raises.
-    NotImplementedError
-        For SecondGradients, whose derivative would be of third order.
-
-    Notes
-    -----
-    Memory: as `batch_norm_double_backward`. Releases the GIL for large x.
-
-    Examples
-    --------
-    >>> x = np.array([[1.0], [3.0]])
-    >>> normalize_double_backward(x, np.ones_like(x), x, mean=[1.0], var=[4.0], eps=0.0).dgamma
-    array([2.])
+    x, layout, call : what was kept, how it lies, and the call on it.
+    table, given : the statistics of the batch, or those that were given; the other is None.
+    scale : (C,) or (S·C,) or None, what the passes take for gamma: gamma·r; where y is kept, see `_as_if_input`.
+    r, d : (S·C,) or None, those of renorm.
+    turn : (S·C,) or None: dgamma is turn·dscale + d·dshift.
+    apart : what no output may overlap.
     """
-    _refuse_third_order(v_dx=v_dx, dy=dy, x=x)
-    x = _validate.array("x", x)
-    axis = _validate.axis(axis, x.ndim)
-    eps = _validate.eps(eps)
-    threads = _validate.num_threads(num_threads)
-    center = _validate.channel_values("mean", mean, x.shape[axis])
-    spread = _validate.variances(var, x.shape[axis])
-    apart: dict[str, Array | None] = {"mean": center, "var": spread}
-    call = _Second(v_dx, dy, x, axis, gamma, v_dgamma, v_dbeta, needs, out, apart)
-    _core.normalize_double_backward(
-        *call.tensors, call.sizes, center, spread, *call.values, eps, *call.targets, threads
-    )
-    return call.results.delivered()
 
+    def __init__(self, saved: Saved, num_threads: int | None) -> None:
+        _validate.instance("saved", saved, Saved, "what batch_norm, normalize or instance_norm saved")
+        tensor = saved.x if saved.y is None else saved.y
+        self.x = _validate.saved_input(tensor, saved.axis, saved.eps)
+        _validate.instance("saved.part", saved.part, Part, "a Part")
+        threads, part = _validate.num_threads(num_threads), saved.part
+        self.layout = saved.layout or Layout.of(self.x, saved.axis, by_rows=part.offsets is not None)
+        if self.layout.shape != self.x.shape:
+            raise ValueError(f"saved.x must have shape {self.layout.shape}, got {self.x.shape}")
+        self.channels = self.x.shape[saved.axis]
+        self.given: tuple[PerChannel, PerChannel] | None = saved.given
+        self.table: PerChannel | None = None
+        if saved.given is None:
+            self.table = self._moments_of(saved)
+        gamma = _validate.optional_channel_values("gamma", saved.gamma, self.channels)
+        self.apart: dict[str, Array | None] = {"gamma": gamma}
+        self.r: PerChannel | None = None if saved.renorm is None else saved.r
+        self.d: PerChannel | None = None if saved.renorm is None else saved.d
+        self.turn, self.scale = self.r, of_sets(gamma, self.r)
+        self._saved, self._dtype = saved, _validate.float_dtype(saved.gamma)
+        self._channel_dtype = self._room_dtype(saved.y is None)
+        self.rounds_right = self._channel_dtype == self._dtype
+        offsets = None if part.offsets is None else part.in_outer(self.layout)
+        self.call = Call(
+            self.layout.block(self.x), part.weights, part.padding, offsets, float(saved.eps), threads
+        )
+        if self.given is not None:
+            self.call = self.call.of_given()
+        if saved.y is not None:
+            self._as_if_input()
 
-class _Second:
-    """The checked arguments of a double backward call as the core wants them, and its results as the caller does."""
+    def _moments_of(self, saved: Saved) -> PerChannel:
+        _validate.instance("saved.moments", saved.moments, Moments, "Moments")
+        assert saved.moments is not None
+        needed = self.channels * saved.part.sets
+        if saved.moments.channels != needed:
+            raise ValueError(f"saved.moments must have {needed} channels, got {saved.moments.channels}")
+        return saved.moments._table
 
-    def __init__(
+    def _as_if_input(self) -> None:
+        """Let y stand for x: as the input of a batch normalization of mean shift and variance scale².
+
+        x̂ = (y - shift)/scale. With rstd' = 1/abs(scale) and scale' = scale·rstd·abs(scale) its dx is that of x, and its
+        x̂ has the sign of scale too much. Source of the idea: Rota Bulò, Porzi & Kontschieder (2018), "In-place activated
+        BatchNorm", section 3.
+        """
+        self.true_scale, self.shift = kept_affine(self._saved, self.channels)
+        size, sets = np.abs(self.true_scale), self._saved.part.sets
+        if self.given is None:
+            assert self.table is not None
+            table = np.zeros((sets * self.channels, 5))
+            table[:, 0] = self.table[:, 0]
+            table[:, 1] = np.where(table[:, 0] > 0, self.shift, 0.0)
+            table[:, 3] = table[:, 0] * (size * size)
+            self.table = table
+        else:
+            self.given = self.shift, size * size
+        with np.errstate(all="ignore"):  # a channel that is not finite stays so
+            self.scale = self.true_scale * self._saved.rstd * size
+        sign = np.copysign(1.0, self.true_scale)
+        self.turn = sign if self.r is None else sign * self.r
+        self.call = replace(self.call, eps=0.0)
+
+    @property
+    def moments(self) -> PerChannel:
+        assert self.table is not None
+        return self.table
+
+    def require_batch(self, name: str) -> None:
+        """Refuse statistics that were given, of which there are no sums to share."""
+        if self.given is not None:
+            raise ValueError(
+                f"saved must be of statistics of the batch for {name}, got that of statistics that were given, whose "
+                "backward pass is one"
+            )
+
+    def standard(self) -> Standard:
+        """Give what makes x̂ of what was kept."""
+        rstd = self._saved.rstd
+        if self._saved.y is not None:
+            with np.errstate(all="ignore"):
+                return Standard(self.shift, np.zeros_like(rstd), 1 / self.true_scale, self.true_scale, rstd)
+        scale = np.ones_like(rstd) if self.scale is None else np.resize(self.scale, rstd.shape)
+        if self.given is not None:
+            return Standard(self.given[0], np.zeros_like(rstd), rstd, scale.astype(np.float64), rstd)
+        return Standard(self.moments[:, 1], self.moments[:, 2], rstd, scale.astype(np.float64), rstd)
+
+    def tangents(
+        self, gamma_dot: Array | None, beta_dot: Array | None, turn: PerChannel | None
+    ) -> tuple[Array | None, Array | None]:
+        """Give those of scale and shift."""
+        shift_dot, of_d = beta_dot, None if self.d is None else of_sets(gamma_dot, self.d)
+        if of_d is not None and gamma_dot is not None:
+            shift_dot = of_d if beta_dot is None else of_d + np.resize(beta_dot, of_d.shape)
+        return None if gamma_dot is None else of_sets(gamma_dot, turn), shift_dot
+
+    def of_var(self, var_dot: Array | None) -> Array | None:
+        """Give the tangent of the variance that was given, where y stands for x: that is times rstd·scale."""
+        if var_dot is None or self._saved.y is None:
+            return var_dot
+        with np.errstate(all="ignore"):
+            return var_dot.astype(np.float64) * self._saved.rstd * self.true_scale
+
+    def _room_dtype(self, by_core: bool) -> np.dtype[Any]:
+        """Tell in what the gradients of channels are computed: their own dtype, where what writes them knows it."""
+        known = self._dtype in (np.float32, np.float64)
+        if known or (by_core and self.turn is None and _validate.is_of_core(self._dtype)):
+            return self._dtype
+        return np.dtype(np.float64)
+
+    def room(self, needed: bool) -> Array | None:
+        """Make room for one gradient a channel."""
+        return np.empty(self.channels, self._channel_dtype) if needed else None
+
+    def wide(self, needed: bool) -> PerChannel | None:
+        """Make room for what such a gradient is made of."""
+        return np.empty(self.channels) if needed else None
+
+    def sum_up(
         self,
-        v_dx: Array | None,
-        dy: Array,
-        x: Array,
-        axis: int,
-        gamma: ArrayLike | None,
-        v_dgamma: ArrayLike | None,
-        v_dbeta: ArrayLike | None,
-        needs: Iterable[str],
-        out: Outputs | None,
-        apart: dict[str, Array | None],
+        dgamma: Array | None,
+        dbeta: Array | None,
+        turn: PerChannel | None,
+        dscale: Array | None,
+        dshift: Array | None,
     ) -> None:
-        dy = _validate.array_like("dy", dy, x)
-        if v_dx is not None:
-            v_dx = _validate.array_like("v_dx", v_dx, x)
-        need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)
-        given = {"gamma": gamma, "v_dgamma": v_dgamma, "v_dbeta": v_dbeta}
-        values = {n: _validate.optional_channel_values(n, a, x.shape[axis]) for n, a in given.items()}
-        inputs = {"v_dx": v_dx, "dy": dy, "x": x}
-        may_be = {name: a for name, a in inputs.items() if a is not None}
-        out_dy, to_x = _validate.two_outputs(out, x, may_be, {**apart, **values})
-        block, self.sizes = _layout.dense(x, axis)
-        v = np.zeros_like(block, subok=False) if v_dx is None else _layout.like(block, v_dx)
-        self.tensors = v, _layout.like(block, dy), block
-        self.values = values["gamma"], values["v_dgamma"], values["v_dbeta"]
-        # ddy is written first: not to what dx is then computed from.
-        to_dy = out_dy
-        if to_dy is not None and need_x and any(_validate.overlap(to_dy, a) for a in may_be.values()):
-            to_dy = None
-        ddy = _target(to_dy, block) if need_dy else None
-        dx = _target(to_x, block) if need_x else None
-        dgamma = new_gradient(gamma, self.sizes[1]) if need_gamma else None
-        results = SecondGradients(_final(ddy, out_dy), _final(dx, to_x), dgamma)
-        self.results = Prepared(results, gamma, (ddy, out_dy), (dx, to_x))
-        self.targets = (ddy, dx, dgamma)
+        """Write dgamma = turn·dscale + d·dshift and dbeta = dshift, summed over the sets."""
+        if dgamma is not None and dscale is not None and dgamma is not dscale:
+            by_shift = (None, None) if self.d is None or dshift is None else (self.d, dshift)
+            _passes.combine(dgamma, turn, dscale, *by_shift)
+        if dbeta is not None and dshift is not None and dbeta is not dshift:
+            _passes.combine(dbeta, None, dshift, None, None)
+
+    def rounded(self, results: Any) -> Any:
+        """Give gradients of channels in the dtype of gamma, where that is none that the core writes."""
+        with np.errstate(
+            all="ignore"
+        ):  # a float16 gradient may well over- or underflow; dx is written already
+            of_channels = {
+                name: getattr(results, name).astype(self._dtype)
+                for name in ("dgamma", "dbeta")
+                if getattr(results, name, None) is not None
+            }
+        return results._replace(**of_channels)
+
+
+def of_sets(values: Array | None, factor: PerChannel | None) -> Array | None:
+    """Give values of channels times a factor of sets and channels; either may be None for 1."""
+    if values is None or factor is None:
+        return factor if values is None else values
+    with np.errstate(all="ignore"):
+        return np.resize(values.astype(np.float64), factor.shape) * factor
+
+
+def _outputs(
+    out: Array | Outputs | None, of: _Kept, may_be: dict[str, Array], names: str
+) -> tuple[Array | None, Array | None]:
+    """Give where dx and dresidual go, checked."""
+    if isinstance(out, tuple):
+        return _validate.two_outputs(out, of.x, may_be, of.apart, names)
+    if out is not None:
+        _validate.output(out, of.x, may_be, of.apart)
+    return out, None
+
+
+def _array(target: Target | None) -> Array | None:
+    return None if target is None else target.array
+
+
+def _block(target: Target | None) -> Array | None:
+    return None if target is None else target.block
 
 
 def _refuse_third_order(**arguments: object) -> None:
@@ -371,14 +643,3 @@ def _refuse_third_order(**arguments: object) -> None:
             raise NotImplementedError(
                 f"{name} must not be SecondGradients: derivatives end at the second order, and this would be the third"
             )
-
-
-def _whole_input_of(saved: Saved) -> Array:
-    """Give the x of `saved`, all of which was counted."""
-    x = _input_of(saved)
-    if saved.part is not None:
-        raise NotImplementedError(
-            "saved must be of a call without mask, weights, lengths or segments, got one of part of x: only its first "
-            "derivatives are offered"
-        )
-    return x

@@ -9,9 +9,8 @@ from typing import Any, Self, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _validate
+from batchnorm import _core, _parts, _passes, _validate
 from batchnorm._validate import WeightsAre
-from batchnorm.counted import Segments, counted, dense
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
 
@@ -125,9 +124,19 @@ class Moments:
         """Moments of no values at all: the identity of merging."""
         return cls._from_table(np.zeros((channels, _FIELDS)))
 
+    def split(self, channels: int) -> tuple[Moments, ...]:
+        """Give those of each segment or ghost, of so many channels, where there are several; ``merge(*m.split(C))``."""
+        if channels < 1 or self.channels % channels:
+            raise ValueError(f"channels must divide {self.channels}, the entries there are, got {channels}")
+        parts = (slice(at, at + channels) for at in range(0, self.channels, channels))
+        return tuple(
+            Moments._from_core(self._table[part], None if self._dof is None else self._dof[part])
+            for part in parts
+        )
+
     @property
     def channels(self) -> int:
-        """How many channels there are."""
+        """How many channels there are; with segments and ghosts, these times the channels of x."""
         return int(self._table.shape[0])
 
     @property
@@ -288,13 +297,20 @@ def _merged_dof(parts: Sequence[Moments]) -> NDArray[np.float64] | None:
     return np.array(dof)
 
 
-@_validate.options(_validate.Counts)
+class Counts(_validate.Counts, total=False):
+    """What of x counts, and what shares statistics."""
+
+    ghost_size: int | None
+    weights_are: WeightsAre | None
+
+
+@_validate.options(Counts)
 def moments(
     x: NDArray[Any],
     *,
     axis: int = 1,
     num_threads: int | None = None,
-    **parts: Unpack[_validate.Counts],
+    **parts: Unpack[Counts],
 ) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
@@ -306,9 +322,10 @@ def moments(
         that fills one block of memory (C-contiguous, channels-last, transposed) is read in place; a sliced, strided,
         broadcast or not aligned one costs a copy.
     axis : the channel axis; every other axis is summed over.
-    mask, weights, lengths, segments : what counts, as in `batch_norm`. With weights w: count = sum(w), mean =
-        sum(w·x)/count, m2 = sum(w·(x - mean)²); the unbiased variance needs ``.var(1, weights_are=...)``, which says what
-        they are. With segments, one entry per segment and channel, segment first: ``.mean.reshape(-1, C)``.
+    mask, weights, lengths, segments, ghost_size, weights_are : what counts and what shares statistics, as in
+        `batch_norm`. With weights w: count = sum(w), mean = sum(w·x)/count, m2 = sum(w·(x - mean)²); the unbiased
+        variance needs ``.var(1, weights_are=...)``, which says what they are. With segments and ghosts, one entry for
+        each and channel, segment first: ``.split(C)``.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
 
     Returns
@@ -339,11 +356,9 @@ def moments(
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     threads = _validate.num_threads(num_threads)
-    part = counted(x, axis, **parts)
-    block, sizes = dense(x, axis, part)
-    if part is None:
-        return Moments._from_core(_core.moments(block, sizes, threads))
-    if isinstance(part, Segments):
-        return Moments._from_core(_core.segment_moments(block, sizes, part.of_outer(sizes, len(x)), threads))
-    dof = part.importance_dof(sizes[1])
-    return Moments._from_core(_core.weighted_moments(block, sizes, part.weights, threads), dof)
+    layout, part = _parts.parts(x, axis, parts)
+    offsets = None if part.offsets is None else part.in_outer(layout)
+    call = _passes.Call(layout.block(x), part.weights, part.padding, offsets, 0.0, threads)
+    table = np.zeros((part.sets * layout.sizes[1], _FIELDS))
+    _passes.moments(call, table)
+    return Moments._from_table(table, part.importance_dof(layout))

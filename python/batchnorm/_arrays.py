@@ -1,0 +1,114 @@
+"""How the arrays of a call lie in memory: derived once from x, and used for all that is shaped like it.
+
+The core sees a block of memory in which element (o, c, i) lies at (o*channels + c)*inner + i. Any array whose
+elements fill one block in some order of the axes is such a block: NCHW is (N, C, H*W), an NCHW view of NHWC
+memory is (N*H*W, C, 1). Other arrays (sliced, strided, broadcast) are copied first.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any, Self
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+Sizes = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The order of the axes of an array in memory, and the sizes that the core sees.
+
+    Attributes
+    ----------
+    shape : that of x.
+    order : the axes in the order in which they lie in memory, outermost first.
+    sizes : (outer, channels, inner).
+    """
+
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    sizes: Sizes
+
+    @classmethod
+    def of(cls, x: Array, axis: int, *, by_rows: bool = False) -> Self:
+        """Tell how `x` lies from its channel axis `axis` (>= 0), or how a copy would.
+
+        With `by_rows`, axis 0 is outermost of all: the outer size is whole steps of it.
+        """
+        order = tuple(range(x.ndim)) if x.flags.c_contiguous else _order(x)
+        if by_rows and not x.flags.c_contiguous:
+            long = [d for d in order if x.shape[d] > 1]
+            if axis not in long[1:] or long[0] != 0:
+                order = tuple(range(x.ndim))
+        at = order.index(axis)
+        outer, inner = (prod(x.shape[d] for d in part) for part in (order[:at], order[at + 1 :]))
+        return cls(x.shape, order, (outer, x.shape[axis], inner))
+
+    def block(self, a: Array) -> Array:
+        """Give `a`, of that shape, as (outer, channels, inner): a view where it lies so, else a copy."""
+        return np.ascontiguousarray(a.transpose(self.order)).reshape(self.sizes)
+
+    def is_of(self, a: Array) -> bool:
+        """Tell whether `a`, of that shape, lies so."""
+        return a.transpose(self.order).flags.c_contiguous
+
+    def array(self, block: Array) -> Array:
+        """Give a block as an array of the shape of x."""
+        in_memory = block.reshape([self.shape[d] for d in self.order])
+        return in_memory.transpose(np.argsort(self.order))
+
+    def positions(self, values: Array, axis: int, dtype: np.dtype[Any]) -> Array:
+        """Give one value for each index of all axes but `axis`, flat, in the order of memory."""
+        without = [d - (d > axis) for d in self.order if d != axis]
+        with np.errstate(all="ignore"):  # a weight beyond float32 is refused by the core, as an infinity
+            return np.ascontiguousarray(values.transpose(without)).astype(dtype, copy=False).reshape(-1)
+
+
+class Target:
+    """Where a result goes: the caller's array or a new one, and the block that is computed."""
+
+    def __init__(self, layout: Layout, x: Array, out: Array | None, *, at_once: bool) -> None:
+        """Make room for what is like `x`. `at_once`: one call of the core writes it, so that it may go to `out`."""
+        self.array = np.empty_like(x, subok=False) if out is None else out
+        self._copied = (out is not None and not at_once) or not layout.is_of(self.array)
+        if self._copied:
+            self.block = np.empty(layout.sizes, x.dtype)
+            self._from = layout.array(self.block)
+        else:
+            self.block = layout.block(self.array)
+
+    def deliver(self) -> None:
+        """Copy where that is still to be done; asks for no memory."""
+        if self._copied:
+            self.array[...] = self._from
+
+
+def _order(x: Array) -> tuple[int, ...]:
+    """All axes of `x` in the order in which they, or those of a copy, lie in memory."""
+    order = _memory_order(x)
+    if order is None:
+        order = _memory_order(np.empty_like(x, subok=False))
+        assert order is not None
+    return tuple(d for d in range(x.ndim) if d not in order) + tuple(order)
+
+
+def _memory_order(x: Array) -> list[int] | None:
+    """Axes longer than 1, outermost first, where they fill one block; None where there are gaps or repeats."""
+    order = sorted((d for d in range(x.ndim) if x.shape[d] != 1), key=lambda d: -x.strides[d])
+    block = x.itemsize
+    for d in reversed(order):
+        if x.strides[d] != block:
+            return None
+        block *= x.shape[d]
+    return order
+
+
+def same(a: Array, b: Array) -> bool:
+    """Whether two arrays of one shape lie in memory in the same way."""
+    if a.strides == b.strides:
+        return True
+    return all(s == t or n == 1 for s, t, n in zip(a.strides, b.strides, a.shape, strict=True))

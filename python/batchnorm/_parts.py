@@ -1,0 +1,294 @@
+"""What of an array counts, and what shares statistics: of masks, weights, lengths, segments and ghosts."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm import _validate
+from batchnorm._arrays import Layout
+from batchnorm._validate import PADDINGS, WEIGHTS_ARE, Padding, WeightsAre
+
+Array = NDArray[Any]
+
+# Ids that no row has cost as much memory as others. There may be some (graphs without nodes), in any small batch, and
+# several to a row in a large one; beyond that they are names of something else.
+_MOST_IDS, _MOST_IDS_A_ROW = 1024, 8
+
+
+@dataclass(frozen=True, eq=False, slots=True)
+class Part:
+    """What of x counts, and which rows (indices of axis 0) share statistics.
+
+    Attributes
+    ----------
+    weights : ndarray or None, one for each position (each index of the axes but the channel axis), flat, in the memory
+        order of x; float64 for float64 arrays, else float32. None: all count alike.
+    padding : "zero", "keep" or "normalize": what the output is where the weight is 0.
+    source : "mask", "weights" or "lengths": the argument that told the weights.
+    weights_are : "counts", "importance" or None: what they are, where that was said.
+    offsets : (S + 1,) int64 or None: segment s is rows offsets[s] to offsets[s + 1] - 1. None: all rows are one.
+    table : the moments of the call, whose count is the sum of the weights once the core has filled them.
+    """
+
+    weights: Array | None = None
+    padding: Padding = "normalize"
+    source: str = "weights"
+    weights_are: WeightsAre | None = None
+    offsets: NDArray[np.int64] | None = None
+    table: NDArray[np.float64] | None = None
+
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
+    @property
+    def sets(self) -> int:
+        """How many sets of statistics there are."""
+        return 1 if self.offsets is None else len(self.offsets) - 1
+
+    def importance_dof(self, layout: Layout) -> NDArray[np.float64] | None:
+        """Give that of the weights for each set and channel; None where each weight is 0 or 1, or counts."""
+        if self.weights is None or self.source != "weights" or self.weights_are == "counts":
+            return None
+        if ((self.weights == 0) | (self.weights == 1)).all():
+            return None
+        of_sets = [importance_dof(w) for w in self.of_each_set(layout)]
+        return np.repeat(np.array(of_sets, np.float64), layout.sizes[1])
+
+    def of_each_set(self, layout: Layout) -> list[Array]:
+        """Give the weights of each set."""
+        assert self.weights is not None
+        if self.offsets is None:
+            return [self.weights]
+        of_row = self.weights.size // max(layout.shape[0], 1)
+        return np.split(self.weights, self.offsets[1:-1] * of_row) if self.sets else []
+
+    def has_one(self) -> bool:
+        """Tell whether just one position has a weight, and all are what weights may be."""
+        assert self.weights is not None
+        return np.count_nonzero(self.weights) == 1 and bool(self._are_good().all())
+
+    def require_weights(self) -> None:
+        """Refuse what no weight may be, where the core does not look at them before it writes."""
+        if self.weights is None or self.source != "weights":
+            return
+        bad = np.flatnonzero(~self._are_good())
+        if bad.size:
+            raise ValueError(
+                f"weights must be finite and >= 0 at every position, got {self.weights[bad[0]]:g} at position {bad[0]}"
+            )
+
+    def _are_good(self) -> NDArray[np.bool]:
+        assert self.weights is not None
+        good: NDArray[np.bool] = (self.weights >= 0) & (self.weights < np.inf)
+        return good
+
+    def with_table(self, table: NDArray[np.float64]) -> Part:
+        """Give one that can tell the sums of its weights, once the core has filled the table."""
+        return self if self.weights is None else replace(self, table=table)
+
+    def counts(self, layout: Layout) -> NDArray[np.float64]:
+        """Give the sum of the weights of each set and channel."""
+        outer, channels, inner = layout.sizes
+        if self.table is not None:
+            return self.table[:, 0]
+        assert self.weights is None
+        rows = np.array([outer]) if self.offsets is None else np.diff(self.in_outer(layout))
+        return np.repeat(rows * float(inner), channels)
+
+    def in_outer(self, layout: Layout) -> NDArray[np.int64]:
+        """Give the offsets in steps of the core's outer size, which may take several to a row."""
+        assert self.offsets is not None
+        rows = layout.shape[0]
+        return self.offsets * (layout.sizes[0] // rows) if rows else self.offsets
+
+
+ALL = Part()
+
+
+def importance_dof(weights: Array) -> float:
+    """Give sum(w) - sum(w²)/sum(w), what the variance of importance weights divides by, to float64's digits.
+
+    What no weight may be gives some number or NaN; no weight at all gives 0.
+    """
+    if not weights.any():
+        return 0.0
+    with np.errstate(all="ignore"):
+        w = weights.astype(np.float64)
+        at = int(w.argmax())
+        largest, w[at] = float(w[at]), 0.0
+        # With the largest L, the others v of sum r, and q the sum of v·v/L: r + (r - q)/(1 + r/L), as q <= r.
+        # Nothing cancels, however much of the sum the largest has, and v counts even where v/L is 0.
+        shares = w / largest
+        others, share = float(w.sum()), float(shares.sum())
+        squares = float(np.multiply(w, shares, out=shares).sum())
+        return others + (others - squares) / (1.0 + share)
+
+
+def parts(x: Array, axis: int, given: Mapping[str, Any]) -> tuple[Layout, Part]:
+    """Give how `x` lies, and what the options of a call count of it, checked.
+
+    given : mask, weights, lengths, segments, ghost_size, padding, weights_are, where a call has them; `axis` is >= 0.
+    """
+    told = [name for name in ("mask", "weights", "lengths") if given.get(name) is not None]
+    if len(told) > 1:
+        raise ValueError(
+            f"at most one of mask, weights and lengths must be given, which say what counts, got {' and '.join(told)}"
+        )
+    padding, weights_are = given.get("padding"), given.get("weights_are")
+    if padding is not None:
+        _validate.choice("padding", padding, PADDINGS)
+        if not told:
+            raise ValueError(
+                f"padding must be None without mask, weights or lengths, which say what is padding, got {padding!r}"
+            )
+    if weights_are is not None:
+        _validate.choice("weights_are", weights_are, WEIGHTS_ARE)
+        if told != ["weights"]:
+            raise ValueError(f"weights_are must be None without weights, got {weights_are!r}")
+    offsets = _offsets(x, axis, given.get("segments"), given.get("ghost_size"))
+    layout = Layout.of(x, axis, by_rows=offsets is not None)
+    if not told:
+        return layout, ALL if offsets is None else Part(offsets=offsets)
+    source = told[0]
+    values = _positions(source, given[source], x, axis)
+    weights = layout.positions(values, axis, np.dtype(np.float64 if x.dtype == np.float64 else np.float32))
+    otherwise: Padding = "normalize" if source == "weights" else "zero"
+    return layout, Part(weights, padding or otherwise, source, weights_are, offsets)
+
+
+def require_values(x: Array, axis: int, layout: Layout, part: Part, given: Mapping[str, Any]) -> None:
+    """Refuse a batch, or a ghost of one, of a single value a channel, which has no variance. An empty one passes."""
+    if part.weights is None:
+        if part.offsets is None:
+            _validate.batch_values(x, axis)
+    elif given.get("segments") is None:
+        for weights in part.of_each_set(layout):
+            _validate.several_positions(part.source, weights)
+
+
+def of_samples(x: Array, axis: int) -> int:
+    """Give the size of ghosts that are one sample each, after refusing samples of one value a channel."""
+    if axis == 0:
+        raise ValueError("axis must not be 0, which holds the samples, got 0")
+    if x.size and x.size == x.shape[0] * x.shape[axis]:
+        raise ValueError(
+            f"x must have at least 2 values in each sample and channel for their statistics, got shape {x.shape}"
+        )
+    return 1
+
+
+def _offsets(x: Array, axis: int, segments: Any, ghost_size: Any) -> NDArray[np.int64] | None:
+    if ghost_size is None:
+        return None if segments is None else _segments(x, axis, segments)
+    size = _validate.ghost_size(ghost_size)
+    if segments is not None:
+        raise ValueError(
+            "at most one of segments and ghost_size must be given, which say what shares statistics, got both"
+        )
+    _validate.ghost_values(x, axis, size)
+    return np.append(np.arange(0, len(x), size, dtype=np.int64), np.int64(len(x)))
+
+
+def _positions(source: str, values: Any, x: Array, axis: int) -> Array:
+    """Give the weight of each position, as `x` without its channel axis."""
+    if source == "mask":
+        return _spread("mask", _flags(values), x, axis)
+    if source == "weights":
+        return _spread("weights", _numbers("weights", values, "fiub", "floating"), x, axis)
+    return _before_lengths(x, axis, values)
+
+
+def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
+    a = _validate.numbers(name, values)
+    if not a.size and "i" in kinds:  # an empty list has no dtype of its own
+        return a.astype(np.int64)
+    if a.dtype.kind not in kinds:
+        raise TypeError(f"{name} must have {_article(wanted)} dtype, got {a.dtype}")
+    return a
+
+
+def _flags(mask: Any) -> Array:
+    """Give a mask as bools: also of integers that are 0 and 1."""
+    a = _validate.numbers("mask", mask)
+    if a.dtype.kind not in "biu":
+        hint = " (write mask != 0)" if a.dtype.kind == "f" else ""
+        raise TypeError(f"mask must have a bool dtype{hint}, got {a.dtype}")
+    if a.dtype.kind == "b":
+        return a
+    other = a[(a != 0) & (a != 1)]
+    if other.size:
+        raise ValueError(f"mask must be bools, or integers 0 and 1, got {other[0]}")
+    return a.astype(np.bool)
+
+
+def _article(word: str) -> str:
+    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
+
+
+def _spread(name: str, a: Array, x: Array, axis: int) -> Array:
+    """Give `a` for every position: as `x` without its channel axis."""
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    values = a
+    if a.ndim == x.ndim and a.shape[axis] == 1:
+        values = a.reshape(a.shape[:axis] + a.shape[axis + 1 :])
+    elif a.ndim != x.ndim - 1:
+        values = np.empty((0,) * (x.ndim + 1), np.bool)  # fits nothing
+    if values.ndim == len(positions) and all(
+        n in (1, m) for n, m in zip(values.shape, positions, strict=True)
+    ):
+        return np.broadcast_to(values, positions)
+    raise ValueError(
+        f"{name} must have the shape of x without its channel axis, {positions}, or with 1 there "
+        f"(and 1 wherever it is the same along an axis), got {a.shape}"
+    )
+
+
+def _before_lengths(x: Array, axis: int, lengths: Any) -> Array:
+    """Tell for every position whether it lies within its sample's length."""
+    if x.ndim < 3 or axis == 0:
+        raise ValueError(
+            "lengths must come with an x of samples (axis 0), steps and channels on other axes, "
+            f"got shape {x.shape} with channel axis {axis}"
+        )
+    counts = _numbers("lengths", lengths, "iu", "integer")
+    if counts.shape != (x.shape[0],):
+        raise ValueError(f"lengths must have shape ({x.shape[0]},), one per sample, got {counts.shape}")
+    step_axis = 2 if axis == 1 else 1
+    steps = x.shape[step_axis]
+    good = (counts >= 0) & (counts <= steps)
+    if not good.all():
+        n = int(good.argmin())
+        raise ValueError(
+            f"lengths must be from 0 to {steps}, the size of axis {step_axis} of x, got {counts[n]} for sample {n}"
+        )
+    within = np.arange(steps) < counts.reshape(-1, 1)
+    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    return np.broadcast_to(within.reshape(within.shape + (1,) * (len(positions) - 2)), positions)
+
+
+def _segments(x: Array, axis: int, segments: Any) -> NDArray[np.int64]:
+    if axis == 0:
+        raise ValueError("segments must be of rows on axis 0, which must not be the channel axis, got axis 0")
+    ids = _numbers("segments", segments, "iu", "integer")
+    if ids.shape != (x.shape[0],):
+        raise ValueError(f"segments must have shape ({x.shape[0]},), one id per row, got {ids.shape}")
+    if not ids.size:
+        return np.zeros(1, np.int64)
+    falls = np.flatnonzero(ids[1:] < ids[:-1])
+    if ids[0] < 0 or falls.size:
+        at = 0 if ids[0] < 0 else int(falls[0]) + 1
+        raise ValueError(f"segments must be ids from 0 that never fall, got {ids[at]} for row {at}")
+    most = max(_MOST_IDS, _MOST_IDS_A_ROW * ids.size)
+    if ids[-1] >= most:
+        raise ValueError(
+            f"segments must be ids below {most} with {ids.size} rows, since each up to the largest has statistics, "
+            f"got {ids[-1]} for row {ids.searchsorted(most)}; np.unique(segments, return_inverse=True)[1] are ids "
+            "without gaps"
+        )
+    ids = ids.astype(np.int64, copy=False)
+    return np.searchsorted(ids, np.arange(ids[-1] + 2)).astype(np.int64, copy=False)

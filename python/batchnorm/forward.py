@@ -1,0 +1,483 @@
+"""Batch normalization as pure functions: statistics go in, statistics come out, nothing is remembered.
+
+Over the m values that share statistics: mean = sum(x)/m, var = sum((x - mean)²)/m (biased), rstd = 1/√(var + eps),
+y = (x - mean)·rstd·gamma + beta. Where var + eps is 0, rstd is 0, so that y = beta.
+
+Every combination of options is the composition of its steps: s = batch_norm(x) + residual; where a position counts
+y = relu(s), and elsewhere what `padding` says.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, TypeVar, Unpack, overload
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+from batchnorm import _core, _passes, _validate
+from batchnorm._arrays import Layout, Target
+from batchnorm._parts import ALL, Part, of_samples, parts, require_values
+from batchnorm._passes import Call, ReluMask, Tail
+from batchnorm._validate import Activation, Keep, WeightsAre
+from batchnorm.moments import Moments
+from batchnorm.running import Renorm
+from batchnorm.saved import PerChannel, Saved, affine, kept_affine
+
+Array = NDArray[Any]
+_Kept = TypeVar("_Kept")
+
+# A call first offers its arguments to the core as they came (_core.try_...), which does the ordinary one whole. None says
+# that something is not ordinary and that nothing was done: then all is checked, converted and reported here.
+ordinary_batch_norm = _core.try_batch_norm
+
+
+class Options(_validate.Counted, total=False):
+    """What else a normalization may be told."""
+
+    residual: Array | None
+    activation: Activation | None
+    keep: Keep | None
+
+
+class BatchOptions(Options, total=False):
+    """What else may be told where statistics are those of the batch."""
+
+    segments: ArrayLike | None
+    ghost_size: int | None
+    weights_are: WeightsAre | None
+    renorm: Renorm | None
+
+
+@_validate.options(BatchOptions, keep="x")
+def batch_norm(
+    x: Array,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **options: Unpack[BatchOptions],
+) -> tuple[Array, Saved]:
+    """Normalize each channel of `x` by the statistics of this batch (training).
+
+    y = (x - mean)/√(var + eps)·gamma + beta, with the batch's mean and biased variance (divided by the m values of a
+    channel). Source: Ioffe & Szegedy (2015), "Batch Normalization", algorithm 1.
+
+    Parameters
+    ----------
+    x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
+        that fills one block of memory (C-contiguous, channels-last, transposed) is used in place; a sliced, strided,
+        broadcast or not aligned one costs a copy. A subclass is taken by its memory, but a masked array is refused.
+    gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0.
+    axis : the channel axis; every other axis is summed over.
+    eps : added to the variance; finite, >= 0. Frameworks differ: 1e-5 in PyTorch and Flax, 1e-3 in Keras.
+    mask : bool, or integers 0 and 1: the shape of `x` without its channel axis, or with 1 there, and 1 on any axis along
+        which it does not change. Statistics are those of the positions where it is True.
+    weights : floats or integers >= 0 of such a shape, rounded to the dtype of `x`: mean = sum(w·x)/W, var =
+        sum(w·(x - mean)²)/W, with W = sum(w), which is the moments' count. A weight of 2 counts as the position twice.
+    lengths : (N,) of int. Sample n (axis 0) counts for its first lengths[n] steps; steps are axis 2 where channels are
+        axis 1, else axis 1. At most one of mask, weights and lengths.
+    padding : what y is where the mask is False, the weight 0 or the step beyond the length: "zero" (the default of mask
+        and lengths), "keep" (x itself) or "normalize" (as everywhere; the default of weights). With "zero" and "keep",
+        x is not looked at there: it may hold NaN.
+    residual : added before the activation: shape and dtype of `x`, or None.
+    activation : "relu" or None. y = max(s, 0), NaN stays NaN. Source: He et al. (2016), "Deep Residual Learning for Image
+        Recognition", figure 2.
+    keep : "x", "y" or None, what `backward` and its like work from. "y" needs no x: with ``out=x`` nothing is kept beside
+        y; but not with residual and activation, after which y does not tell x̂ = (y - beta)/gamma, whose error is
+        2⁻²⁴·(4·max abs(x̂) + 2·abs(beta/gamma)) (float32): in every channel abs(beta) must be at most 2¹⁰·abs(gamma) and
+        abs(gamma) from 2⁻¹²⁶ to 2¹²⁶ (float32) or from 2⁻¹⁵⁰ to 2¹⁵⁰ (float64); not for 16-bit x.
+    segments : (N,) of int, ids from 0 that never fall: rows (axis 0) of one id are normalized by their own
+        statistics (the graphs of a batch, packed sequences). ``saved.moments`` then has one entry per id and channel,
+        id first, of count 0 for those that no row has; ids are below 1024, or 8·N where that is more.
+    ghost_size : int >= 1: each ghost of so many rows has its own statistics, as ``segments=arange(N)//ghost_size`` but
+        that every ghost needs 2 values a channel; the last may be smaller. Source: Hoffer, Hubara & Soudry (2017), "Train
+        longer, generalize better", algorithm 1. At most one of segments and ghost_size.
+    weights_are : "counts" or "importance", what weights are, for `update_running`; it changes no y.
+    renorm : `Renorm`: the batch is corrected towards running statistics, y = (x̂·r + d)·gamma + beta.
+    out : where to put y: shape and dtype of `x`; may be `x` or `residual` itself, must not overlap them otherwise. A memory
+        order other than that of `x` costs a copy. ``out=x`` leaves no x for a backward pass.
+    num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
+
+    Returns
+    -------
+    y : shape, dtype and memory order of `x`; `out` where given. Within 3·2⁻²⁴ (float32) of the channel's largest
+        abs(y) before beta is added, and one rounding; a constant channel gives exactly beta. A residual is added to the
+        rounded value. For float16 and bfloat16 the y of the same values in float32, rounded once more.
+    saved : Saved, for `backward`, `jvp`, `double_backward`, `grad_sums` and `update_running`.
+
+    Raises
+    ------
+    ValueError
+        For one value per channel (position, ghost), which has no variance; for shapes, eps, weights or out that do not
+        fit; for options that exclude each other.
+    TypeError
+        For other dtypes. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    An empty batch, and one of which nothing counts, gives moments of count 0, and y = beta wherever that is normalized.
+    A segment of one value a channel has variance 0, and y = beta. NaN and infinity stay in their channel. Memory: y, and a
+    bit for each element with ReLU; while it runs, up to 3 KB a channel and a few percent of `x`, and a tensor or two where
+    what follows comes with masks, segments or renorm. Releases the GIL for large `x`. `saved` keeps `x` alive.
+
+    Examples
+    --------
+    >>> x = np.array([[1.0, 5.0], [3.0, 5.0]])
+    >>> y, saved = batch_norm(x, eps=0.0)
+    >>> y
+    array([[-1.,  0.],
+           [ 1.,  0.]])
+    >>> saved.moments.mean, saved.moments.var()
+    (array([2., 5.]), array([1., 0.]))
+    """
+    if not options or _validate.no_options("batchnorm.forward.batch_norm", options):
+        done = _core.try_batch_norm(_saved, x, gamma, beta, axis, eps, out, num_threads)
+        if done is not None:
+            return done
+    return normalized_by_batch(_same, x, gamma, beta, axis, eps, options, out, num_threads)
+
+
+@overload
+def normalize(
+    x: Array,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    save: Literal[False] = False,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **options: Unpack[Options],
+) -> Array: ...
+@overload
+def normalize(
+    x: Array,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    save: Literal[True],
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **options: Unpack[Options],
+) -> tuple[Array, Saved]: ...
+@_validate.options(Options, keep="x")
+def normalize(
+    x: Array,
+    mean: ArrayLike,
+    var: ArrayLike,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    save: bool = False,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **options: Unpack[Options],
+) -> Array | tuple[Array, Saved]:
+    """Normalize each channel of `x` by statistics that are given (inference, frozen statistics).
+
+    y = (x - mean)/√(var + eps)·gamma + beta. Source: Ioffe & Szegedy (2015), algorithm 2, steps 10 and 11, whose
+    population variance is the unbiased one; any variance will do here, and is used as it is.
+
+    Parameters
+    ----------
+    x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order; copied only
+        where `batch_norm` copies.
+    mean, var : (C,) of any floating or integer dtype; var >= 0. NaN is let through and stays in its channel.
+    gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0.
+    axis : the channel axis.
+    eps : added to var; finite, >= 0.
+    mask, weights, lengths, padding : as in `batch_norm`: what y is beside the positions that count.
+    residual, activation, keep, out, num_threads : as in `batch_norm`.
+    save : whether to return what `backward` and its like take.
+
+    Returns
+    -------
+    y : shape, dtype and memory order of `x`; `out` where given. Each channel's y is within 3·2⁻²⁴ (float32) of its
+        largest abs(y) before beta is added, and one rounding, however large mean/std is.
+    saved : Saved, only with `save`.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; for a negative variance. One value per channel is fine here. Nothing is written by a call
+        that raises.
+
+    Notes
+    -----
+    Memory: y; while it runs, up to 1 KB a channel, and as `batch_norm` for what follows. Releases the GIL for large `x`.
+
+    Examples
+    --------
+    >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
+    array([[0.5, 2. ]])
+    """
+    if not save and (not options or _validate.no_options("batchnorm.forward.normalize", options)):
+        done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
+        if done is not None:
+            return done
+    x = _validate.array("x", x)
+    axis = _validate.axis(axis, x.ndim)
+    given = _validate.channel_values("mean", mean, x.shape[axis]), _validate.variances(var, x.shape[axis])
+    of = _Forward(
+        x, gamma, beta, axis, eps, options, out, num_threads, dict(zip(("mean", "var"), given, strict=True))
+    )
+    of.layout, part = parts(x, axis, options)
+    part.require_weights()
+    of.call = of.call_of(part).of_given()
+    at_once = _passes.is_one_forward(of.call, of.tail(save), corrected=False)
+    y, saved = of.target(at_once), None
+    if save:
+        copies = np.array(given[0], np.float64), np.array(given[1], np.float64)
+        saved = of.saved(None, part, y.array, given=copies)
+        if of.keep == "y":
+            require_invertible(*kept_affine(saved, of.channels), x)
+    results = y.array if saved is None else (y.array, saved)
+    _passes.normalize(of.call, given, of.gamma, of.beta, of.tail(save), y.block)
+    y.deliver()
+    return results
+
+
+@_validate.options(Options, keep="x")
+def instance_norm(
+    x: Array,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    *,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **options: Unpack[Options],
+) -> tuple[Array, Saved]:
+    """Normalize each channel of each sample of `x` by its own statistics.
+
+    y = (x - mean)/√(var + eps)·gamma + beta, with the mean and biased variance of a sample's m values of a channel: that is
+    `batch_norm` with each sample (index of axis 0) as a segment. Source: Ulyanov, Vedaldi & Lempitsky (2016), "Instance
+    Normalization", equation 3.
+
+    Parameters
+    ----------
+    x, gamma, beta, axis, eps, out, num_threads : as in `batch_norm`; the channel axis is not axis 0.
+    mask, weights, lengths, padding, residual, activation, keep : as in `batch_norm`.
+
+    Returns
+    -------
+    y : shape, dtype and memory order of `x`; `out` where given. The bounds of `batch_norm`, sample by sample.
+    saved : Saved, as of `batch_norm`; ``saved.moments`` has an entry for each sample and channel, sample first.
+
+    Raises
+    ------
+    TypeError, ValueError
+        As `batch_norm`; for one value in a sample and channel. Nothing is written by a call that raises.
+
+    Notes
+    -----
+    Memory and threads: as `batch_norm` with segments.
+
+    Examples
+    --------
+    >>> y, _ = instance_norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]]), eps=0.0)
+    >>> y.ravel()
+    array([-1.,  1., -1.,  1.])
+    """
+    if options:
+        _validate.no_options("batchnorm.forward.instance_norm", options)
+    x = _validate.array("x", x)
+    given = {**options, "ghost_size": of_samples(x, _validate.axis(axis, x.ndim))}
+    return normalized_by_batch(_same, x, gamma, beta, axis, eps, given, out, num_threads)
+
+
+def _saved(x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float) -> Saved:
+    return Saved(x, Moments._from_core(table), gamma, axis, eps)
+
+
+def _same(saved: Saved) -> Saved:
+    return saved
+
+
+def normalized_by_batch(
+    made: Callable[[Saved], _Kept],
+    x: Array,
+    gamma: ArrayLike | None,
+    beta: ArrayLike | None,
+    axis: int,
+    eps: float,
+    options: Mapping[str, Any],
+    out: Array | None,
+    num_threads: int | None,
+) -> tuple[Array, _Kept]:
+    """Do `batch_norm` with whatever arguments; report those that do not fit.
+
+    made(saved) makes what is returned beside y, before anything is written: then nothing may be asked for that there
+    might not be.
+    """
+    x = _validate.array("x", x)
+    axis = _validate.axis(axis, x.ndim)
+    of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, {})
+    renorm = options.get("renorm")
+    if renorm is not None:
+        _validate.instance("renorm", renorm, Renorm, "a Renorm or None")
+        _validate.channel_values("renorm.mean", renorm.mean, of.channels)
+    of.layout, part = parts(x, axis, options)
+    require_values(x, axis, of.layout, part, options)
+    if renorm is not None:
+        _validate.renorm_samples(renorm.parity, renorm.samples, x, axis, part.offsets)
+    of.call, channels = of.call_of(part), of.channels
+    at_once = _passes.is_one_forward(of.call, of.tail(True), corrected=renorm is not None)
+    y, table = of.target(at_once), np.zeros((part.sets * channels, 5))
+    shown = table.view()
+    shown.flags.writeable = False
+    part = part.with_table(shown)
+    saved = of.saved(Moments._from_core(shown, part.importance_dof(of.layout)), part, y.array, renorm=renorm)
+    results = y.array, made(saved)
+    if of.keep == "y" and renorm is None:
+        require_invertible(*kept_affine(saved, channels), x)
+    try:
+        if renorm is None:
+            _passes.batch_norm(of.call, of.gamma, of.beta, of.tail(True), table, y.block)
+        else:
+            _passes.moments(of.call, table)
+            scale, shift = affine(of.gamma, of.beta, renorm.correction(saved.moments, of.eps))
+            if of.keep == "y":
+                require_invertible(scale, shift, x)
+            _passes.by_moments(of.call, table, scale, shift, of.tail(True), y.block)
+    except ValueError:  # the core knows only of weights
+        if part.weights is not None and part.offsets is None:
+            _validate.several_positions(part.source, part.weights)
+        raise
+    y.deliver()
+    return results
+
+
+class _Forward:
+    """The checked arguments of a forward call, and what it leaves."""
+
+    layout: Layout
+    call: Call
+
+    def __init__(
+        self,
+        x: Array,
+        gamma: ArrayLike | None,
+        beta: ArrayLike | None,
+        axis: int,
+        eps: float,
+        options: Mapping[str, Any],
+        out: Array | None,
+        num_threads: int | None,
+        statistics: dict[str, Array],
+    ) -> None:
+        self.x, self.axis, self.channels = x, axis, x.shape[axis]
+        self.eps, self.threads = _validate.eps(eps), _validate.num_threads(num_threads)
+        self.gamma = _validate.optional_channel_values("gamma", gamma, self.channels)
+        self.beta = _validate.optional_channel_values("beta", beta, self.channels)
+        self._given_gamma, self._given_beta = gamma, beta
+        activation, residual = options.get("activation"), options.get("residual")
+        if activation is not None:
+            _validate.choice("activation", activation, _validate.ACTIVATIONS)
+        self.relu = activation is not None
+        self.residual = None if residual is None else _validate.array_like("residual", residual, x)
+        self.keep = options.get("keep", "x")
+        if self.keep is not None:
+            _validate.choice("keep", self.keep, _validate.KEEPS)
+        if self.keep == "y":
+            _validate.y_tells_x(activation, residual)
+            if x.itemsize == 2:
+                raise TypeError(
+                    "x must have dtype float32 or float64 for keep='y', got one of 16 bits, whose y has lost too much"
+                )
+        self.out = out
+        if out is not None:
+            may_be = {"x": x} if self.residual is None else {"x": x, "residual": self.residual}
+            apart = {**statistics, "gamma": self.gamma, "beta": self.beta}
+            _validate.output(out, x, may_be, apart)
+        self._relu_mask: ReluMask | None = None
+
+    def call_of(self, part: Part) -> Call:
+        """Give the call that counts that part."""
+        offsets = None if part.offsets is None else part.in_outer(self.layout)
+        return Call(self.layout.block(self.x), part.weights, part.padding, offsets, self.eps, self.threads)
+
+    def target(self, at_once: bool) -> Target:
+        return Target(self.layout, self.x, self.out, at_once=at_once)
+
+    def tail(self, saves: bool) -> Tail | None:
+        """Give what follows; the mask of ReLU is there where anything is kept."""
+        if not self.relu and self.residual is None:
+            return None
+        if self.relu and saves and self.keep is not None and self._relu_mask is None:
+            self._relu_mask = ReluMask.room(self.layout)
+        added = None if self.residual is None else self.layout.block(self.residual)
+        return Tail(added, self.relu, self._relu_mask)
+
+    def saved(
+        self,
+        moments: Moments | None,
+        part: Part,
+        y: Array,
+        *,
+        given: tuple[PerChannel, PerChannel] | None = None,
+        renorm: Renorm | None = None,
+    ) -> Saved:
+        """Give what is saved, once the tail is known."""
+        gamma = None if self._given_gamma is None else np.asarray(self._given_gamma)
+        overwritten = self.out is not None and _validate.same_memory(self.out, self.x)
+        others: dict[str, Any] = {}
+        if part is not ALL:
+            others["part"] = part
+        if given is not None:
+            others["given"] = given
+        if renorm is not None:
+            others["renorm"] = renorm
+        if self._relu_mask is not None:
+            others["relu"] = self._relu_mask
+        if self.residual is not None:
+            others["has_residual"] = True
+        if self.keep == "y":
+            gamma = None if gamma is None else np.array(gamma)
+            others["y"] = y
+            others["beta"] = None if self._given_beta is None else np.array(self._given_beta)
+        if others or self.layout.order != tuple(range(self.x.ndim)):
+            others["layout"] = self.layout
+        x = self.x if self.keep == "x" and not overwritten else None
+        return Saved(x, moments, gamma, self.axis, self.eps, **others)
+
+
+# beta and y round to 2⁻²⁴ of themselves (float32), so that x̂ is known to 2⁻²³·abs(beta/gamma): 13 bits are left here.
+_MOST_BETA = 2.0**10
+
+# Of gamma, per item size. float32: a normal number, since subnormal y would have lost digits, and finite.
+# float64: gamma²·rstd must neither overflow nor lose digits, rstd being from 2⁻⁵¹² to 2⁵³⁷.
+_GAMMA_RANGE = {4: (2.0**-126, 2.0**126), 8: (2.0**-150, 2.0**150)}
+
+
+def require_invertible(gamma: PerChannel, beta: PerChannel, x: Array) -> None:
+    """Refuse a gamma and beta through which y does not tell x̂."""
+    least, most = _GAMMA_RANGE[x.dtype.itemsize]
+    size = np.abs(gamma)
+    _validate.each_channel(
+        "gamma",
+        gamma,
+        (size >= least) & (size <= most),
+        f"have absolute values from {least:.3g} to {most:.3g} to be inverted",
+    )
+    good = np.abs(beta) / _MOST_BETA <= size
+    if not good.all():
+        c = int(good.argmin())
+        raise ValueError(
+            f"gamma must be at least abs(beta)/{_MOST_BETA:.0f} in every channel to be inverted, "
+            f"got gamma {gamma[c]} and beta {beta[c]} in channel {c}"
+        )

@@ -1,0 +1,211 @@
+"""What calls leave for those that follow, and what these return: values, which do not change."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from batchnorm import _core, _validate
+from batchnorm._arrays import Layout
+from batchnorm._parts import ALL, Part
+from batchnorm._passes import ReluMask, two_sum
+from batchnorm._validate import MaybeNone
+from batchnorm.moments import Moments
+
+if TYPE_CHECKING:
+    from batchnorm.running import Renorm
+
+Array = NDArray[Any]
+PerChannel = NDArray[np.float64]
+
+
+@dataclass(frozen=True, eq=False, init=False)
+class Saved:
+    """What `batch_norm` and its like leave for `backward`, `jvp`, `double_backward`, the halves and `update_running`.
+
+    Attributes
+    ----------
+    x : the input, by reference (not copied): it must be unchanged when a derivative reads it. None where y is kept
+        instead, or nothing (``keep=None``, or ``out=x``, which has overwritten it): there is no derivative then.
+    moments : Moments of the batch: an entry for each channel; with segments and ghosts for each of these and channel,
+        segment first (``moments.split(C)``). None where statistics were given (`normalize`).
+    gamma : (C,) or None, by reference; a copy where y is kept.
+    axis : int >= 0, the channel axis.
+    eps : float.
+    y : the output, by reference, where it is kept instead of x: it must be unchanged when a derivative reads it.
+    beta : (C,) or None, a copy; only where y is kept.
+    given : (mean, var), (C,) float64, copies: the statistics that were given. None where they are those of the batch.
+    part : Part, what of x counted and what shared statistics.
+    relu : ReluMask where ReLU followed, else None.
+    has_residual : whether a residual was added, which has a gradient then.
+    renorm : Renorm or None, what the batch was corrected towards.
+    layout : how x lay in memory, which weights and mask follow; None where x is C-contiguous and none of the above
+        was given.
+
+    For statistics that were merged over several batches or ranks, use ``dataclasses.replace(saved, moments=merged)``:
+    the verbs take mean, variance and count from `moments`; `rstd`, `r` and `d` follow them.
+    """
+
+    x: Array | None
+    moments: Moments | None
+    gamma: Array | None
+    axis: int
+    eps: float
+    y: Array | None = None
+    beta: Array | None = None
+    given: tuple[PerChannel, PerChannel] | None = None
+    part: Part = ALL
+    relu: ReluMask | None = None
+    has_residual: bool = False
+    renorm: Renorm | None = None
+    layout: Layout | None = None
+
+    def __init__(
+        self,
+        x: Array | None,
+        moments: Moments | None,
+        gamma: Array | None,
+        axis: int,
+        eps: float,
+        **others: Any,
+    ) -> None:
+        # A frozen dataclass's own __init__, which assigns past its own refusal, takes twice as long; what is not
+        # assigned here is the default of the class.
+        fields = self.__dict__
+        fields["x"], fields["moments"], fields["gamma"] = x, moments, gamma
+        fields["axis"], fields["eps"] = axis, eps
+        if others:
+            fields.update(others)
+
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
+    @cached_property
+    def rstd(self) -> PerChannel:
+        """1/√(var + eps) with the biased variance of `moments`, or the one given: float64, of their shape."""
+        if self.moments is not None:
+            return _core.rstd(self.moments._table, self.eps)
+        assert self.given is not None
+        with np.errstate(all="ignore"):
+            total = self.given[1] + self.eps
+            return np.where(total == 0, 0.0, 1.0 / np.sqrt(total))
+
+    @property
+    def r(self) -> PerChannel:
+        """The correction of the spread by `renorm`, after clipping: float64, of the shape of `rstd`."""
+        return self._correction[0]
+
+    @property
+    def d(self) -> PerChannel:
+        """The correction of the mean by `renorm`, after clipping: float64, of the shape of `rstd`."""
+        return self._correction[1]
+
+    @cached_property
+    def _correction(self) -> tuple[PerChannel, PerChannel]:
+        if self.moments is not None and self.renorm is not None:
+            return self.renorm.correction(self.moments, self.eps)
+        of = len(self.given[0]) if self.given is not None else 0
+        of = of if self.moments is None else self.moments.channels
+        return np.ones(of), np.zeros(of)
+
+    @property
+    def saved_bytes(self) -> int:
+        """Bytes of tensors that are kept beside y: those of x where it is kept, and of a mask of ReLU."""
+        return (0 if self.x is None else self.x.nbytes) + (0 if self.relu is None else self.relu.nbytes)
+
+
+class Gradients(NamedTuple):
+    """Gradients of a loss: `dx` and `dresidual` like x, `dgamma` and `dbeta` (C,); None where not asked for."""
+
+    dx: Array | MaybeNone
+    dgamma: Array | MaybeNone
+    dbeta: Array | MaybeNone
+    dresidual: Array | MaybeNone = None
+
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
+
+class SecondGradients(NamedTuple):
+    """Gradients of gradients: `ddy` and `dx` like x, `dgamma` (C,); None where not asked for.
+
+    They are the last order there is: a function of derivatives that is given one raises NotImplementedError.
+    """
+
+    ddy: Array | MaybeNone
+    dx: Array | MaybeNone
+    dgamma: Array | MaybeNone
+
+    def __repr__(self) -> str:
+        return _validate.summary(self)
+
+
+class GradSums:
+    """The sums of the first half of the backward pass; those of several parts of a batch add up with ``+``.
+
+    Attributes
+    ----------
+    count : float64, values that were summed (or the sum of their weights): one for each entry of the moments.
+    sum_dy : float64, sum(dy).
+    sum_dy_xmu : float64, sum(dy·(x - mean)), about the mean of the moments they were computed with. Where y is kept
+        instead of x, sum(dy·(y - beta)), about what y has in the place of a mean.
+    """
+
+    __slots__ = ("_table", "count")
+
+    def __init__(self, count: PerChannel, table: PerChannel) -> None:
+        # The table is (C, 4): sum_dy, its low part, sum_dy_xmu, its low part. Made by grad_sums, added here.
+        self._table = _validate.table("table", table, 4)
+        self.count = _validate.channel_values("count", count, len(self._table))
+
+    @property
+    def sum_dy(self) -> PerChannel:
+        """sum(dy), which is dbeta."""
+        return self._table[:, 0] + self._table[:, 1]
+
+    @property
+    def sum_dy_xmu(self) -> PerChannel:
+        """sum(dy·(x - mean)), which is dgamma/rstd."""
+        return self._table[:, 2] + self._table[:, 3]
+
+    def __add__(self, other: GradSums) -> GradSums:
+        if not isinstance(other, GradSums):
+            return NotImplemented
+        if other._table.shape != self._table.shape:
+            raise ValueError(
+                f"sums must have {self._table.shape[0]} channels to be added, got {other._table.shape[0]}"
+            )
+        a, b = self._table, other._table
+        table = np.empty_like(a)
+        table[:, ::2], rounded_off = two_sum(a[:, ::2], b[:, ::2])
+        table[:, 1::2] = a[:, 1::2] + b[:, 1::2] + rounded_off
+        return GradSums(self.count + other.count, table)
+
+    def __radd__(self, other: object) -> GradSums:
+        """Let sum() begin with 0."""
+        return self if isinstance(other, int) and other == 0 else NotImplemented
+
+    def __repr__(self) -> str:
+        return f"GradSums(channels={self._table.shape[0]})"
+
+
+def kept_affine(saved: Saved, channels: int) -> tuple[PerChannel, PerChannel]:
+    """Give scale and shift of y = x̂·scale + shift, of each set and channel, float64: gamma·r and beta + gamma·d."""
+    gamma = np.ones(channels) if saved.gamma is None else np.asarray(saved.gamma, np.float64)
+    beta = np.zeros(channels) if saved.beta is None else np.asarray(saved.beta, np.float64)
+    return affine(gamma, beta, (saved.r, saved.d))
+
+
+def affine(
+    gamma: Array | None, beta: Array | None, correction: tuple[PerChannel, PerChannel]
+) -> tuple[PerChannel, PerChannel]:
+    """Give gamma·r and beta + gamma·d, of each set and channel; None stands for 1 and 0."""
+    r, d = correction
+    with np.errstate(all="ignore"):  # NaN and infinity stay in their channel
+        a = 1.0 if gamma is None else np.resize(gamma, r.shape).astype(np.float64)
+        b = 0.0 if beta is None else np.resize(beta, r.shape).astype(np.float64)
+        return r * a, d * a + b

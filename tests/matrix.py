@@ -1,0 +1,134 @@
+"""Every combination of options that a normalization has: one list, for the tests and for the documentation.
+
+Printed as a table by ``python tests/matrix.py``, which is docs/combinations.md.
+"""
+
+from itertools import product
+from pathlib import Path
+from typing import NamedTuple
+
+AXES = {
+    "counts": ("all", "mask", "weights", "lengths"),
+    "padding": ("zero", "keep", "normalize"),
+    "shares": ("batch", "segments", "ghosts", "instances"),
+    "statistics": ("batch", "renorm", "given"),
+    "follows": ("nothing", "residual", "relu", "residual and relu"),
+    "kept": ("x", "y", "y in place"),
+}
+VERBS = ("forward", "backward", "jvp", "double_backward", "halves", "update_running")
+
+# How each is written.
+WRITTEN = {
+    ("counts", "all"): "nothing",
+    ("counts", "mask"): "`mask=`",
+    ("counts", "weights"): "`weights=`",
+    ("counts", "lengths"): "`lengths=`",
+    ("padding", "zero"): '`padding="zero"`',
+    ("padding", "keep"): '`padding="keep"`',
+    ("padding", "normalize"): '`padding="normalize"`',
+    ("shares", "batch"): "nothing",
+    ("shares", "segments"): "`segments=`",
+    ("shares", "ghosts"): "`ghost_size=`",
+    ("shares", "instances"): "`instance_norm`",
+    ("statistics", "batch"): "`batch_norm`",
+    ("statistics", "renorm"): "`renorm=`",
+    ("statistics", "given"): "`normalize`",
+    ("follows", "nothing"): "nothing",
+    ("follows", "residual"): "`residual=`",
+    ("follows", "relu"): '`activation="relu"`',
+    ("follows", "residual and relu"): "both",
+    ("kept", "x"): '`keep="x"`',
+    ("kept", "y"): '`keep="y"`',
+    ("kept", "y in place"): '`keep="y", out=x`',
+}
+
+
+class Case(NamedTuple):
+    """One combination: what counts, what y is elsewhere, what shares statistics, whose they are, what follows, what is kept."""
+
+    counts: str
+    padding: str
+    shares: str
+    statistics: str
+    follows: str
+    kept: str
+
+    @property
+    def id(self):
+        return "-".join(word.replace(" ", "_") for word in self)
+
+
+# What has no meaning, and why: in one sentence each.
+REFUSED = (
+    (
+        lambda c: c.counts == "all" and c.padding != "normalize",
+        "padding: without a mask, weights or lengths nothing is padding",
+    ),
+    (
+        lambda c: c.statistics == "given" and c.shares != "batch",
+        "`normalize` with segments, ghosts or instances: the statistics are given, one for each channel",
+    ),
+    (
+        lambda c: c.statistics == "renorm" and c.shares == "instances",
+        "`instance_norm` with renorm: an instance has no running statistics to be corrected towards",
+    ),
+    (
+        lambda c: c.kept != "x" and c.follows != "nothing",
+        '`keep="y"` with a residual or ReLU: y does not tell what was normalized',
+    ),
+)
+REFUSED_VERBS = (
+    (
+        lambda c, verb: c.statistics == "given" and verb in ("halves", "update_running"),
+        "halves and `update_running` after `normalize`: no statistics were taken of the batch",
+    ),
+)
+
+
+def refusal(case, verb="forward"):
+    """Give why a combination has no meaning; None where it has one."""
+    for is_refused, text in REFUSED:
+        if is_refused(case):
+            return text
+    return next((text for is_refused, text in REFUSED_VERBS if is_refused(case, verb)), None)
+
+
+CASES = [case for case in (Case(*words) for words in product(*AXES.values())) if refusal(case) is None]
+COMBINATIONS = [(case, verb) for case in CASES for verb in VERBS if refusal(case, verb) is None]
+
+
+def table():
+    """Give the documentation: the axes, what any two of their words give, and what is refused."""
+    reasons = [text for _, text in REFUSED + REFUSED_VERBS]
+    lines = [
+        "# Combinations",
+        "",
+        "Any word of one row goes with any words of the others, and means the composition of its steps: s = batch_norm(x) +",
+        "residual; where a position counts y = relu(s), elsewhere what `padding` says. Each combination and each verb is",
+        f"tested against that composition: {len(CASES)} forward calls, {len(COMBINATIONS)} combinations with what follows",
+        "them (`backward`, `jvp`, `double_backward`, the halves, `update_running`).",
+        "",
+        "| | |",
+        "|---|---|",
+    ]
+    titles = {
+        "counts": "what counts",
+        "padding": "what y is elsewhere",
+        "shares": "what shares statistics",
+        "statistics": "whose statistics",
+        "follows": "what follows",
+        "kept": "what is kept",
+    }
+    lines += [
+        f"| {titles[axis]} | {' · '.join(WRITTEN[axis, word] for word in words)} |"
+        for axis, words in AXES.items()
+    ]
+    lines += ["", "Refused, since it has no meaning:", ""]
+    lines += [f"- {text}" for text in reasons]
+    return "\n".join(lines) + "\n"
+
+
+PAGE = Path(__file__).parents[1] / "docs" / "combinations.md"
+
+if __name__ == "__main__":
+    PAGE.write_text(table())
