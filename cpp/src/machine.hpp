@@ -13,7 +13,8 @@ struct Machine {
 // Read once from the operating system.
 Machine machine();
 
-// Whether CPU and operating system run code compiled for "x86-64-v2", "x86-64-v3", "x86-64-v4", "neon" or "generic".
+// Whether CPU and operating system run code compiled for "x86-64-v2", "x86-64-v3", "x86-64-v4", "neon", "generic" or
+// "reference".
 bool machine_runs(const char* isa);
 
 }  // namespace batchnorm
