@@ -1,14 +1,38 @@
-"""The command line: ``python -m batchnorm demo``, ``bench`` and ``info``."""
+"""The command line: ``python -m batchnorm demo``, ``bench`` and ``info``; ``--cmakedir`` and ``--includes`` for C++."""
 
 from __future__ import annotations
 
 import argparse
 import json
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 from batchnorm import __version__, bench, demo, show_config
-from batchnorm.info import config
+from batchnorm.info import config, cpp_directory
+
+
+def _cmake_directory() -> str:
+    return str(cpp_directory("lib/cmake/batchnorm", "batchnormConfig.cmake"))
+
+
+def _includes() -> str:
+    return f"-I{cpp_directory('include', 'batchnorm/batchnorm.hpp')}"
+
+
+class _Print(argparse.Action):
+    """An option that prints one line, as --version does, and ends the program."""
+
+    def __init__(self, *, text: Callable[[], str], **others: Any) -> None:
+        super().__init__(nargs=0, **others)
+        self.text = text
+
+    def __call__(self, parser: argparse.ArgumentParser, *_: Any) -> None:
+        try:
+            print(self.text())
+        except FileNotFoundError as error:
+            parser.error(str(error))
+        parser.exit()
 
 
 def _info(arguments: argparse.Namespace) -> int:
@@ -22,6 +46,10 @@ def _info(arguments: argparse.Namespace) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m batchnorm", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
+    text = "print the folder of batchnormConfig.cmake, for -Dbatchnorm_DIR="
+    parser.add_argument("--cmakedir", action=_Print, text=_cmake_directory, help=text)
+    text = "print the compiler's option that finds the C++ headers"
+    parser.add_argument("--includes", action=_Print, text=_includes, help=text)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     text = "measure, on handwritten digits, each claim made for batch normalization"

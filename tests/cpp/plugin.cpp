@@ -1,4 +1,4 @@
-// A plugin that links the static library, and a program that unloads it while the library's threads are about.
+// A plugin that calls the library, and a program that unloads it while the library's threads are about.
 #include <cstdio>
 #include <vector>
 

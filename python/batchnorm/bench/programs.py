@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from batchnorm.info import compiled_directory
+
 
 class Missing(Exception):
     """A program is not there, or failed; the text says which and why."""
@@ -17,7 +19,7 @@ class Missing(Exception):
 
 def find(name: str, folder: Path | None) -> Path | None:
     """Find a program in the folder that was given, else in the package, else on the path."""
-    for place in (folder, Path(__file__).parent):
+    for place in (folder, compiled_directory() / "bench"):
         if place is not None and (place / name).is_file():
             return (place / name).resolve()
     on_path = shutil.which(name)
