@@ -489,8 +489,6 @@ def test_policies_and_in_place_calls_hold_for_small_batches(settings):
     assert layer(x, out=x) is x
     with pytest.raises(RuntimeError, match="backward must follow a call"):
         layer.backward(DY)
-    with pytest.raises(ValueError, match="mask must be None in training with ghost_size or renorm"):
-        layer(X, mask=MASK)
     assert copy.copy(layer).running_var.tobytes() == layer.running_var.tobytes()
 
 
@@ -506,7 +504,6 @@ class LooksLikeASchedule:
 @pytest.mark.parametrize(
     ("settings", "error", "text"),
     [
-        ({"ghost_size": 3, "renorm": SCHEDULE}, ValueError, "renorm must be None with a ghost_size"),
         (
             {"renorm": SCHEDULE, "update_rate": None},
             ValueError,
@@ -542,20 +539,19 @@ def test_renorm_updates_only_as_it_corrects():
 def points_of_failure():
     """Give the functions that a call of a layer goes through, by the names it knows them by."""
     names = [
-        "batch_norm",
+        "normalized_by_batch",
+        "ordinary_batch_norm",
         "normalize",
         "moments",
         "partial",
         "_new_state",
-        "updated_statistics",
+        "updated",
     ]
     return [(batch, name) for name in names] + [
         (statistics, "update_running"),
+        (_core, "first_nonfinite"),
         (statistics, "update_into"),
         (statistics, "pool_into"),
-        (_core, "first_nonfinite"),
-        (batch, "update_into"),
-        (batch, "pool_into"),
         (warnings, "warn"),
     ]
 
@@ -631,7 +627,6 @@ def test_a_mistaken_setting_is_named(settings, error, text):
             {"use_stats": "running", "update_stats": True},
             "update_stats",
         ),
-        ({"ghost_size": 2}, {"mask": np.ones(4, bool), "out": np.empty((4, 3))}, "mask must be None"),
     ],
 )
 def test_a_refusal_comes_before_any_work(settings, call, text, monkeypatch):
@@ -836,7 +831,7 @@ def test_an_update_in_evaluation_is_one_more_among_those_of_debiased_ghosts(tmp_
         weights = 0.1 * 0.9 ** np.arange(len(seen) - 1, -1, -1.0)
         expected = np.average([m.mean for m in seen], axis=0, weights=weights)
         np.testing.assert_allclose(layer.running_mean, expected, rtol=1e-12)
-        assert layer.state_dict()["ghost_count"] == len(seen)
+        assert layer.state_dict()["set_count"] == len(seen)
         layer.save(tmp_path / "state")
         layer = bn.BatchNorm(3, **settings)
         layer.load(tmp_path / "state")

@@ -21,7 +21,8 @@ import batchnorm as bn
 from batchnorm import state_file
 from batchnorm.layers import batch as batch_module
 from batchnorm.layers import layer as layer_module
-from batchnorm.layers.statistics import updated_statistics
+from batchnorm.layers import statistics as statistics_module
+from batchnorm.layers.statistics import updated
 
 RTOL = 2**10 * 2.0**-53
 EPS = 1e-5
@@ -414,7 +415,7 @@ def test_backward_belongs_to_the_last_call(training):
 
 NO_CALL = (
     "backward must follow a call of the layer that left its x intact, got no such call: "
-    "call the layer first, and without out=x or keep=False"
+    "call the layer first, and without out=x or keep=None"
 )
 
 
@@ -456,7 +457,7 @@ def test_a_call_with_keep_false_keeps_neither_its_x_nor_that_of_the_call_before(
     del first
     assert kept[0]() is not None
     same = kind not in ("renorm", "single_value")  # renorm's y depends on the calls before
-    y = layer(second, keep=False)
+    y = layer(second, keep=None)
     assert not same or same_bits(y, expected[1])
     del second
     assert kept[0]() is None
@@ -465,9 +466,10 @@ def test_a_call_with_keep_false_keeps_neither_its_x_nor_that_of_the_call_before(
         layer.backward(dy)
 
 
-def test_keep_is_a_bool():
-    with pytest.raises(TypeError, match=r"^keep must be True or False, got int$"):
-        bn.BatchNorm(3)(normal(4, 3), keep=0)
+@pytest.mark.parametrize("training", [True, False])
+def test_keep_is_a_word_of_the_functions(training):
+    with pytest.raises(ValueError, match=r"^keep must be 'x' or 'y', got 0$"):
+        bn.BatchNorm(3).train(training)(normal(4, 3), keep=0)
 
 
 def test_a_backward_into_x_that_is_refused_may_be_called_again():
@@ -646,9 +648,9 @@ def test_running_out_of_memory_in_the_update_changes_nothing(update_rate, monkey
     def out_of_memory(*_):
         raise MemoryError
 
-    monkeypatch.setattr(batch_module, "updated_statistics", out_of_memory)
-    monkeypatch.setattr(batch_module, "update_into", out_of_memory)
-    monkeypatch.setattr(batch_module, "pool_into", out_of_memory)
+    monkeypatch.setattr(batch_module, "updated", out_of_memory)
+    monkeypatch.setattr(statistics_module, "update_into", out_of_memory)
+    monkeypatch.setattr(statistics_module, "pool_into", out_of_memory)
     with pytest.raises(MemoryError):
         layer(X)
     assert snapshot(layer) == before
@@ -671,7 +673,7 @@ def test_an_update_changes_none_of_its_arguments():
     layer, batch = trained_layer(update_rate=0.5), bn.moments(normal(4, 3))
     (statistics,) = layer._state.statistics
     before = (statistics.mean.tobytes(), statistics.var.tobytes(), batch.mean.tobytes(), batch.m2.tobytes())
-    updated_statistics(statistics, batch, 0.5, 1)
+    updated(statistics, batch, layer.settings)
     assert before == (
         statistics.mean.tobytes(),
         statistics.var.tobytes(),

@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm import BatchNorm
+from batchnorm import BatchNorm, forward
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 SHAPES = [((4, 7, 5, 3), 1), ((6, 5, 4), -1), ((33, 20), 1), ((3, 70, 2), 1), ((2, 1, 9), 0), ((0, 3), 1)]
@@ -229,15 +229,15 @@ def test_evaluation_makes_no_mask_before_backward_asks_for_one(monkeypatch):
     x, dy, residual, *_ = case((8, 6, 50), 1, np.float32)
     made = []
 
-    def counted(*args, needs_mask=False, **options):
-        made.append(needs_mask)
-        return bn.normalize_relu(*args, needs_mask=needs_mask, **options)
+    def counted(*args, save=False, **options):
+        made.append(save)
+        return forward.normalize(*args, save=save, **options)
 
-    monkeypatch.setattr("batchnorm.layers.batch.normalize_relu", counted)
+    monkeypatch.setattr("batchnorm.layers.batch.normalize", counted)
     layer = BatchNorm(6, activation="relu").eval()
     layer(x, residual=residual)
     layer(x, out=np.empty_like(x))
-    layer(x, out=x.copy(), keep=False)
+    layer(x, out=x.copy(), keep=None)
     assert made == [False, False, False]
     layer(x)
     layer.backward(dy)
@@ -285,20 +285,7 @@ def test_a_layer_with_relu_freezes_its_affine_and_takes_single_values():
     assert fused.dresidual is None
 
 
-def test_a_layer_refuses_what_does_not_go_with_relu():
-    x = np.ones((4, 3), np.float32)
-    assert (
-        error_of(lambda: BatchNorm(3)(x, residual=x))
-        == "ValueError: residual must be None in a layer without activation='relu'"
-    )
-    assert (
-        error_of(lambda: BatchNorm(3, activation="relu")(x, mask=np.ones(4, bool)))
-        == "ValueError: mask must be None in a layer with an activation"
-    )
-    assert (
-        error_of(lambda: BatchNorm(3, activation="relu", ghost_size=2))
-        == "ValueError: activation must be None in a layer with ghost_size, got 'relu'"
-    )
+def test_a_layer_knows_no_other_activation():
     assert (
         error_of(lambda: BatchNorm(3, activation="gelu"))
         == "ValueError: activation must be None or 'relu', got 'gelu'"

@@ -464,8 +464,8 @@ def test_extreme_statistics_raise_no_warning():
     ("use", "name"),
     [
         ("batch", "Statistics"),
-        ("batch", "learn_into"),
-        ("running", "updated_statistics"),
+        ("batch", "update_into"),
+        ("running", "updated"),
         ("running", "update_running"),
     ],
 )
@@ -481,7 +481,7 @@ def test_a_call_that_fails_leaves_the_report(monkeypatch, name, use):
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(statistics if name == "update_running" else batch, name, fail)
+    monkeypatch.setattr(batch if name == "updated" else statistics, name, fail)
     with pytest.raises(MemoryError):
         layer(np.full((64, C), 1e3) + np.arange(64)[:, None], use_stats=use, update_stats=True)
     after = (

@@ -25,7 +25,7 @@ from numpy.typing import NDArray
 
 
 def step(layer: bn.BatchNorm, x: NDArray[np.float32], rate: float) -> None:
-    y = layer(x, mask=np.ones(len(x), bool), padding="keep", keep=True)
+    y = layer(x, mask=np.ones(len(x), bool), padding="keep", keep="x")
     dx = layer.backward(np.ones_like(y), needs=["x", "gamma"])
     x -= rate * dx
     layer.gamma -= rate * layer.dgamma

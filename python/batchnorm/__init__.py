@@ -1,7 +1,9 @@
 """Batch normalization for NumPy arrays, with a stated error bound and the same bits everywhere."""
 
+from batchnorm._core import __version__  # first, as it says where it cannot be imported
+
+# isort: split
 from batchnorm import convert
-from batchnorm._core import __version__
 from batchnorm.derivatives import backward, double_backward, jvp
 from batchnorm.forward import instance_norm
 from batchnorm.functional import (
@@ -33,15 +35,13 @@ from batchnorm.relu import (
     normalize_relu_backward,
 )
 from batchnorm.renorm import (
-    RenormLimits,
     RenormSaved,
-    RenormSchedule,
     batch_renorm,
     batch_renorm_backward,
     renorm_update_running,
 )
 from batchnorm.report import Finding, Report
-from batchnorm.running import Renorm
+from batchnorm.running import Renorm, RenormLimits, RenormSchedule
 from batchnorm.second import (
     SecondGradients,
     batch_norm_double_backward,

@@ -17,7 +17,7 @@ from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import CONVENTIONS, Library
 from batchnorm.layers import BatchNorm
 from batchnorm.layers.settings import Nonfinite, SingleValue, flag, parameter_dtype
-from batchnorm.renorm import RenormSchedule
+from batchnorm.running import RenormSchedule
 
 Array = NDArray[Any]
 

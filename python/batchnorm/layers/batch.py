@@ -2,51 +2,25 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, NamedTuple, Self, TypedDict, Unpack, cast, get_args
+from typing import Any, Literal, Self, Unpack, cast, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
 from batchnorm import _validate, conventions
-from batchnorm._validate import Activation, Padding, Parity, WeightsAre
+from batchnorm._parts import parts
+from batchnorm._validate import Activation, Keep, Parity, WeightsAre
 from batchnorm.conventions import Library
-from batchnorm.counted import Positions, counted
-from batchnorm.functional import (
-    Gradients,
-    Saved,
-    batch_norm,
-    new_room,
-    normalize,
-    normalize_backward,
-    ordinary_batch_norm,
-    pool_into,
-    update_into,
-)
-from batchnorm.ghost import GhostSaved, ghost_batch_norm, ghost_batch_norm_backward, ghost_moments
-from batchnorm.layers.layer import AnySaved, Call, Layer, State, _Default, is_x
+from batchnorm.forward import batch_norm, normalize, normalized_by_batch, ordinary_batch_norm
+from batchnorm.layers.layer import Apart, Call, Layer, State, _Default, is_x
 from batchnorm.layers.settings import BatchNormSettings, Nonfinite, Setting, SingleValue, flag, integer
-from batchnorm.layers.statistics import (
-    MOST_UPDATES,
-    Statistics,
-    debiased_rate,
-    first_nonfinite,
-    learn_into,
-    updated_statistics,
-)
+from batchnorm.layers.statistics import Following, Statistics, first_nonfinite, merged, updated
 from batchnorm.moments import Moments, merge, moments
-from batchnorm.relu import (
-    ReluGradient,
-    ReluGradients,
-    ReluMask,
-    batch_norm_relu,
-    normalize_relu,
-    normalize_relu_backward,
-)
-from batchnorm.renorm import RenormSchedule, batch_renorm
 from batchnorm.report import (
     Batch,
     Report,
@@ -55,46 +29,34 @@ from batchnorm.report import (
     statistics_findings,
     untrained_findings,
 )
+from batchnorm.running import Renorm, RenormSchedule, new_room
+from batchnorm.saved import Saved
 from batchnorm.state_file import Entry
 
 __all__ = ["BatchNorm"]
 
 UseStats = Literal["batch", "running"]
 USE_STATS: tuple[UseStats, ...] = get_args(UseStats)
+Options = Mapping[str, Any]
 
 # Past the __new__ of a NamedTuple, which takes three times as long.
 _new_state: Callable[[tuple[Any, ...]], State] = partial(tuple.__new__, State)
 
-
-class _Output(NamedTuple):
-    """Where y goes, what is added to it first, and whether backward may follow."""
-
-    out: NDArray[Any] | None
-    residual: NDArray[Any] | None
-    keep: bool
-
-
 _BY_CONVENTION: Any = _Default("by convention")
+_COUNTS = ("mask", "weights", "lengths")  # say which positions count
+_SHARES = ("segments", "ghost_size")  # say what shares statistics
+_OF_LAYER = ("use_stats", "update_stats", "domain")  # are no options of the functions
 
-_NO_PARTS: Mapping[str, Any] = {}
-_SUM_ROUNDING = 1e-9  # far more than rounding takes from a sum of weights near 2
 
-
-class _CallOptions(TypedDict, total=False):
+class _CallOptions(_validate.Counted, total=False):
     """What a call of a layer may be told beside x and out."""
 
+    segments: ArrayLike | None
     residual: NDArray[Any] | None
-    mask: ArrayLike | None
-    weights: ArrayLike | None
-    lengths: ArrayLike | None
-    padding: Padding | None
+    keep: Keep | None
     use_stats: UseStats | None
     update_stats: bool | None
     domain: int | None
-    keep: bool
-
-
-_PARTS = ("mask", "weights", "lengths", "padding")
 
 
 class BatchNorm(Layer):
@@ -201,15 +163,9 @@ class BatchNorm(Layer):
             ghost_size, renorm, parity, activation, weights_are, nonfinite, single_value, num_threads,
         )  # fmt: skip
         super().__init__(settings)
-        # Whether there is nothing beside one set of running statistics that follow each batch as it comes, and a gamma,
-        # to whose size the core holds x.
-        special = domains, ghost_size, renorm, activation
-        self._is_ordinary = (
-            settings.gamma
-            and all(setting is None for setting in special)
-            and settings.single_value == "raise"
-            and settings.nonfinite != "raise"
-        )
+        # What the functions are told in each call.
+        fixed = {"activation": settings.activation, "ghost_size": settings.ghost_size}
+        self._fixed: Options = {name: value for name, value in fixed.items() if value is not None}
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
@@ -268,13 +224,11 @@ class BatchNorm(Layer):
 
     # ---- forward and backward ----
 
-    @_validate.options(_CallOptions, keep=True)
+    # ---- forward ----
+
+    @_validate.options(_CallOptions, keep="x")
     def __call__(
-        self,
-        x: NDArray[Any],
-        *,
-        out: NDArray[Any] | None = None,
-        **options: Unpack[_CallOptions],
+        self, x: NDArray[Any], *, out: NDArray[Any] | None = None, **options: Unpack[_CallOptions]
     ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
@@ -313,270 +267,144 @@ class BatchNorm(Layer):
         array([[-1.],
                [ 1.]])
         """
-        no_options = not options or _validate.no_options("BatchNorm.__call__", options)
+        if options:
+            _validate.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
-        if by_batch and no_options and self._is_ordinary:
-            y = self._ordinary_training(x, out)
-            if y is not None:
-                return y
-        x = _x_channels(x, self.settings.axis, self.settings.channels)
-        k = _domain(options.get("domain"), self.settings.domains)
-        how, to = _NO_PARTS, _Output(out, None, True)
-        if not no_options:
-            use_stats, update_stats = options.get("use_stats"), options.get("update_stats")
-            if use_stats is not None:
-                by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
-            if update_stats is not None:
-                update = flag("update_stats", update_stats)
-                if update and self._frozen[0]:
-                    raise _update_of_frozen()
-            given: Mapping[str, Any] = options
-            how = {name: given[name] for name in _PARTS if given.get(name) is not None}
-            residual = options.get("residual")
-            if self.settings.activation is None and residual is not None:
-                raise _residual_without_activation()
-            if self.settings.activation is not None and how:
-                raise _parts_with_activation(how)
-            to = _Output(out, residual, flag("keep", options.get("keep", True)))
-        if by_batch and self.settings.single_value != "raise":
-            if _is_single_value(x, self.settings.axis) or (how and self._positions(x, how).has_one()):
-                pools = update and self.settings.update_rate is None
-                if self.settings.single_value == "use_running":
-                    return self._by_running(x, to, k, how, pools)
-                return self._by_itself(x, to, k, how, pools)
-            if (
-                self.settings.ghost_size is not None
-                and not how
-                and _ends_in_one(x, self.settings.axis, self.settings.ghost_size)
-            ):
-                return self._ghosts_and_one(x, to, k, update)
-        if by_batch:
-            return self._by_batch(x, to, k, how, update)
-        return self._by_running(x, to, k, how, update)
+        told, k = self._fixed, 0
+        if options or self.settings.domains is not None:
+            by_batch, update, told, k = self._asked(options, by_batch)
+        if not by_batch:
+            return self._by_running(x, out, told, k, update)
+        if told or self._state.gamma is None or self.settings.single_value != "raise":
+            x = _x_channels(x, self.settings.axis, self.settings.channels)
+            if self.settings.single_value != "raise":
+                y = self._of_one_value(x, out, told, k, update)
+                if y is not None:
+                    return y
+        return self._by_batch(x, out, told, k, update)
 
-    def _ordinary_training(self, x: NDArray[Any], out: NDArray[Any] | None) -> NDArray[Any] | None:
-        """Do the ordinary call, which on the general way below takes two thirds longer for (4, 16, 8, 8).
+    def _asked(self, options: Options, by_batch: bool) -> tuple[bool, bool, Options, int]:
+        """Give what normalizes, whether that is learned, what the functions are told, and the domain."""
+        k, update = _domain(options.get("domain"), self.settings.domains), by_batch
+        use_stats, update_stats = options.get("use_stats"), options.get("update_stats")
+        if use_stats is not None:
+            by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
+        if update_stats is not None:
+            update = flag("update_stats", update_stats)
+            if update and self._frozen[0]:
+                raise ValueError(
+                    "update_stats must not be True while the layer's statistics are frozen, got True"
+                )
+        told = {**self._fixed, **options}
+        for name in _OF_LAYER:
+            told.pop(name, None)
+        return by_batch, update, told, k
 
-        None, and nothing has changed, where an argument is not ordinary: the general way takes it, or reports what is
-        wrong with it.
-        """
-        parameter, beta, before, _, _, largest_size = self._state
-        now = before[0]
-        may_raise = out is not None and self.settings.nonfinite == "warn" and _warnings_may_raise()
-        if may_raise and first_nonfinite(now, [self._moments(x, _NO_PARTS)]) >= 0:
-            return None
+    def _by_batch(
+        self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
+    ) -> NDArray[Any]:
+        """Normalize by the statistics of x, and learn of them."""
+        settings, state = self.settings, self._state
+        gamma, beta, before, _, last, largest = state
+        now = before[k]
+        if settings.renorm is not None:
+            told = {**told, "renorm": self._renorm(now)}
+        if update and out is not None and self._may_raise():  # x is read once more, before out is written
+            update = self._is_finite(now, self._moments(x, told))
         # All that the call leaves is made before it writes: then nothing is asked for that there might not be.
-        room = new_room(parameter, now.mean)
-        if room is None:
-            return None
-        gamma_now, mean, var = room
-        rate = self.settings.update_rate
-        if self.settings.debias and rate:
-            rate = debiased_rate(rate, now.update_count + 1)
-        pooled, into = None, room
-        if rate is None and now.pooled is not None and now.pooled._dof is None:
-            pooled_table = np.empty((self.settings.channels, 5))
-            pooled, into = Moments._from_table(pooled_table), (pooled_table, mean, var)
-        statistics = (Statistics(mean, var, now.update_count + 1, pooled),)
+        room = new_room(gamma, now.mean) or (None, np.empty_like(now.mean), np.empty_like(now.mean))
+        following = Following.of(now, settings, room) if update else None
 
-        def keep(
-            kept_x: NDArray[Any] | None, table: NDArray[np.float64], gamma: Any, axis: int, eps: float
-        ) -> tuple[NDArray[np.float64], Saved, State]:
-            size, seen = x.size, Moments._from_core(table)
-            saved = Saved(kept_x, seen, gamma, axis, eps)
-            call: Call = [] if kept_x is None else [x, saved]
-            largest = largest_size
-            if size > largest:  # noqa: PLR1730 - max() takes a fiftieth of the call
-                largest = size
-            after = (parameter, beta, statistics, call, (0, seen, size), largest)
-            return table, saved, _new_state(after)
+        def made(saved: Saved) -> tuple[Saved, State, bool]:
+            size, batch, statistics, follows = x.size, last, before, False
+            call: Call = [] if saved.x is None and saved.y is None else [x, saved]
+            if size:
+                batch = (k, saved.moments, size)
+                if following is not None and Following.is_of(saved):
+                    follows, new = True, following.new
+                    statistics = (new,) if len(before) == 1 else _with(before, k, new)
+                elif update and out is not None:
+                    seen = replace(saved, moments=self._moments(x, told))
+                    statistics = self._learned(before, k, seen)
+            after = (gamma, beta, statistics, call, batch, size if size > largest else largest)  # noqa: FURB136
+            return saved, _new_state(after), follows
 
-        done = ordinary_batch_norm(
-            keep, x, gamma_now, beta, self.settings.axis, self.settings.eps, out, self.settings.num_threads
-        )
+        done, rest = None, (room[0], beta, settings.axis, settings.eps)
+        if not told:
+            done = ordinary_batch_norm(
+                lambda kept, table, *rest: made(Saved(kept, Moments._from_core(table), *rest)),
+                x, *rest, out, settings.num_threads,
+            )  # fmt: skip
         if done is None:
-            return None
-        y, (table, saved, state) = done
-        finite, has_learned = self.settings.nonfinite != "propagate", None
-        if now.update_count == MOST_UPDATES:
-            pass
-        elif rate is not None:
-            has_learned = update_into(now.mean, now.var, table, rate, self.settings.ddof, room, finite)
-        elif pooled is not None and now.pooled is not None:
-            has_learned = pool_into(now.pooled._table, table, self.settings.ddof, into, finite)
-        if not has_learned:
-            state = state._replace(statistics=self._updated(before, 0, saved.moments, saved))
-        self._state = state
+            x = _x_channels(x, settings.axis, settings.channels)
+            done = normalized_by_batch(made, x, *rest, told, out, settings.num_threads)
+        y, (saved, after, follows) = done
+        if not (follows and following is not None and following.fill(saved)):
+            after = self._after(after, state, k, saved, update and (follows or out is None))
+        self._state = after
         if self._evaluation is not None:
             self._evaluation = None  # it no longer counts, but would keep its x
         return y
 
-    def _by_batch(
-        self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any], update: bool
-    ) -> NDArray[Any]:
-        if how and (self.settings.ghost_size is not None or self.settings.renorm is not None):
-            raise _parts_of_small_batches(how)
-        state, may_tell = self._state, True
-        if update and "weights" in how and self.settings.ddof > 0:
-            self._refuse_weights(x, how)
-        if to.out is not None and update:
-            may_tell = not self._told_before_writing(x, how, state.statistics[k])
-        gamma, beta, before, _, last, largest = state
-        now, size = before[k], x.size if isinstance(x, np.ndarray) else 0
-        # All that the call leaves is made before it writes, and what is not known yet then filled in: then nothing is
-        # asked for that there might not be, where statistics follow the batch in the plain way or pool it.
-        call: Call = [] if not to.keep or is_x(to.out, x) else [x, None]
-        batch: Any = [k, None, size]
-        parts: list[Any] = [None]
-        rate, finite = self._followed_rate(now), self.settings.nonfinite != "propagate"
-        if size == 0:
-            batch, update = last, False
-        elif size > largest:
-            largest = size
-        after = _new_state((gamma, beta, before, call, batch, largest))
-        room: tuple[NDArray[np.float64], ...] = ()
+    def _after(self, after: State, before: State, k: int, saved: Saved, update: bool) -> State:
+        """Give the state after a call whose batch was not learned where that was to be seen at once."""
+        seen, weights = saved.moments, saved.part.weights
+        if (
+            weights is not None and seen is not None and not seen.count.any()
+        ):  # it is no batch, as of no values
+            return before._replace(call=after.call)
         if update:
-            room, pooled = (np.empty(self.settings.channels), np.empty(self.settings.channels)), None
-            if (
-                now.pooled is not None
-                and now.pooled._dof is None
-                and self.settings.weights_are != "importance"
-            ):
-                table = np.empty((self.settings.channels, 5))
-                pooled, room = Moments._from_table(table), (table, *room)
-            new = Statistics(room[-2], room[-1], min(now.update_count + 1, MOST_UPDATES), pooled)
-            statistics = (new,) if len(before) == 1 else (*before[:k], new, *before[k + 1 :])
-            learned = _new_state((gamma, beta, statistics, call, batch, largest))
-        y, saved = self._normalized_by_batch(x, state, to, k, how)
-        seen = saved.moments
-        if size > 0:
-            batch[1] = parts[0] = seen
-        if call:
-            call[1] = saved
-        learns = update and learn_into(
-            now, seen if isinstance(seen, tuple) else parts, rate, self.settings.ddof, room, finite
-        )
-        if how and not learns and not self._merged(seen).count.any():  # as of no values: they are no batch
-            batch, largest, update = last, state.largest_size, False
-            after = after._replace(batch=batch, largest_size=largest)
-        if learns:
-            after = learned
-        elif update:
-            statistics = self._updated(before, k, self._merged(seen), saved, may_tell)
-            after = after._replace(statistics=statistics)
-        elif (
-            self._state is not state
-        ):  # one that learns nothing takes nothing back of what others have learned meanwhile
-            after = self._state._replace(call=call, batch=batch, largest_size=largest)
-        self._state, self._evaluation = after, None
-        return y
+            return after._replace(statistics=self._learned(before.statistics, k, saved))
+        if after.statistics is before.statistics and self._state is not before:
+            # One that learns nothing takes nothing back of what others have learned meanwhile.
+            return self._state._replace(call=after.call, batch=after.batch, largest_size=after.largest_size)
+        return after
 
-    def _followed_rate(self, now: Statistics) -> float | None:
-        """Return the rate of the next update of statistics that follow the batch in the plain way; else None."""
-        rate = self.settings.update_rate
-        if (
-            rate is None
-            or self.settings.renorm is not None
-            or (self.settings.debias and self.settings.ghost_size is not None)
-        ):
-            return None
-        return debiased_rate(rate, now.update_count + 1) if self.settings.debias and rate > 0 else rate
-
-    def _merged(self, seen: Moments | tuple[Moments, ...]) -> Moments:
-        return merge(Moments.empty(self.settings.channels), *seen) if isinstance(seen, tuple) else seen
-
-    def _normalized_by_batch(
-        self,
-        x: NDArray[Any],
-        state: State,
-        to: _Output,
-        k: int,
-        how: Mapping[str, Any],
-    ) -> tuple[NDArray[Any], AnySaved]:
-        """Return y, and what its backward takes."""
-        gamma, beta = _snapshot(state.gamma), state.beta
-        axis, eps, out, threads = self.settings.axis, self.settings.eps, to.out, self.settings.num_threads
-        if (
-            self.settings.activation is None
-            and self.settings.ghost_size is None
-            and self.settings.renorm is None
-        ):
-            return batch_norm(x, gamma, beta, axis=axis, eps=eps, out=out, num_threads=threads, **how)
-        options: dict[str, Any] = {"axis": axis, "eps": eps, "out": out, "num_threads": threads}
-        if self.settings.activation is not None:
-            return batch_norm_relu(x, gamma, beta, residual=to.residual, **options)
-        if self.settings.ghost_size is not None:
-            return ghost_batch_norm(x, gamma, beta, ghost_size=self.settings.ghost_size, **options)
-        assert self.settings.renorm is not None
-        now = state.statistics[k]
-        limits = self.settings.renorm(now.update_count)._asdict()
-        return batch_renorm(
-            x, now.mean, now.var, gamma, beta, parity=self.settings.parity, **limits, **options
-        )
+    def _renorm(self, now: Statistics) -> Renorm:
+        settings = self.settings
+        assert settings.renorm is not None
+        limits = settings.renorm(now.update_count)._asdict()
+        return Renorm(now.mean, now.var, parity=settings.parity, **limits)
 
     def _by_running(
-        self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any], update: bool
-    ) -> NDArray[Any]:
-        if update and self.settings.renorm is not None:
-            raise _update_without_renorm()
-        state = self._state
-        now = state.statistics[k]
-        changes: dict[str, Any] = {}
-        batch = self._moments(x, how) if update else None
-        if batch is not None and batch.count.any() and self._learns_from(batch):
-            changes["statistics"] = self._updated(state.statistics, k, batch)
-            changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
-        settings: dict[str, Any] = {
-            "axis": self.settings.axis,
-            "eps": self.settings.eps,
-            **self._for_given_statistics(x, how),
-        }
-        return self._by_constants(x, now.mean, now.var, state, to, settings, changes if update else None)
-
-    def _for_given_statistics(self, x: NDArray[Any], how: Mapping[str, Any]) -> dict[str, Any]:
-        """Give what `normalize` takes of it: of weights only where they are 0, and only if that is padding."""
-        weights = how.get("weights")
-        if weights is None:
-            return dict(how)
-        part = self._positions(x, how)
-        part.require_weights()
-        if part.padding == "normalize":
-            return {}
-        return {"mask": np.asarray(weights) != 0, "padding": part.padding}
-
-    def _by_constants(
         self,
         x: NDArray[Any],
-        mean: NDArray[np.float64],
-        var: NDArray[np.float64],
-        state: State,
-        to: _Output,
-        settings: Mapping[str, Any],
-        changes: Mapping[str, Any] | None,
+        out: NDArray[Any] | None,
+        told: Options,
+        k: int,
+        update: bool,
+        given: tuple[NDArray[np.float64], NDArray[np.float64], float] | None = None,
     ) -> NDArray[Any]:
-        """Normalize by statistics that are constants, and make that the last call; None changes nothing of the state."""
-        gamma = _snapshot(state.gamma) if to.keep else state.gamma
-        given: dict[str, Any] = {"x": x, "mean": mean, "var": var, "gamma": gamma, **settings}
-        how: dict[str, Any] = {"beta": state.beta, "num_threads": self.settings.num_threads}
-        mask: list[ReluMask | None] = [None]
-        # Evaluation leaves the mask to the backward that hardly ever comes, where out cannot be the residual.
-        needs_mask = to.keep and (self._training or not (to.out is None or to.residual is None))
-        gradients: Callable[..., Gradients | ReluGradients] = partial(normalize_backward, **given)
-        if self.settings.activation is not None:
-            how["residual"] = to.residual
-            kept_how = how if needs_mask or not to.keep else how | {"beta": _snapshot(state.beta)}
-            gradients = partial(_relu_backward, mask, given, kept_how)
-        call: Call = [] if not to.keep or is_x(to.out, x) else [x, gradients]
+        """Normalize by running statistics, or by mean, var and eps that are given; learn of x where that is asked for."""
+        settings, state = self.settings, self._state
+        x = _x_channels(x, settings.axis, settings.channels)
+        now, changes = state.statistics[k], dict[str, Any]()
+        mean, var, eps = given or (now.mean, now.var, settings.eps)
+        if update:
+            changes = self._changes(x, told, k, state)
+        if told:
+            told = {name: value for name, value in told.items() if name not in _SHARES}
+        keep = told.get("keep", "x")
+        gamma, beta = state.gamma if keep is None else _snapshot(state.gamma), state.beta
+        by: Options = {"axis": settings.axis, "eps": eps, "num_threads": settings.num_threads, **told}
+        call: Call = [x, None]
+        saves = False
+        if keep is None or (is_x(out, x) and keep == "x"):
+            call = []
+        elif not told:
+            call[1] = Saved(x, None, gamma, settings.axis % max(np.ndim(x), 1), eps, given=(mean, var))
+        elif self._training or keep == "y" or (out is not None and "residual" in told):
+            saves = True
+        else:  # what backward needs is left to the one that hardly ever comes
+            call[1] = partial(normalize, x, mean, var, gamma, _snapshot(beta), save=True, **by)
         before = self._state
-        after, evaluation = before, (call, before.call)
-        if changes is not None:
-            after = before._replace(call=call, **changes)
+        after, evaluation = before._replace(call=call, **changes) if update else before, (call, before.call)
         # All that the call leaves is made: once y is written, nothing is asked for that there might not be.
-        if self.settings.activation is None:
-            y = normalize(**given, **how, out=to.out)
+        if saves:
+            y, call[1] = normalize(x, mean, var, gamma, beta, out=out, save=True, **by)
         else:
-            y, mask[0] = normalize_relu(**given, **how, out=to.out, needs_mask=needs_mask)
-        if changes is not None:
+            y = normalize(x, mean, var, gamma, beta, out=out, **by)
+        if update:
             self._state, self._evaluation = after, None
             return y
         # Whatever training calls of other threads have done meanwhile, this one is the last now.
@@ -586,144 +414,133 @@ class BatchNorm(Layer):
         evaluation[1].clear()  # backward does not look there any more
         return y
 
-    def _learns_from(self, batch: Moments) -> bool:
+    def _changes(self, x: NDArray[Any], told: Options, k: int, state: State) -> dict[str, Any]:
+        """Give what changes in the state as x is learned of without normalizing by it."""
+        if self.settings.renorm is not None:
+            raise ValueError(
+                "update_stats must not be True with running statistics in a layer with renorm, which updates as it corrects"
+            )
+        seen = self._moments(x, {name: value for name, value in told.items() if name != "ghost_size"})
+        if not seen.count.any() or not self._learns_from(seen):
+            return {}
+        statistics = self._learned(state.statistics, k, seen)
+        size = x.size
+        return {
+            "statistics": statistics,
+            "batch": (k, seen, size),
+            "largest_size": max(state.largest_size, size),
+        }
+
+    def _learns_from(self, seen: Moments) -> bool:
         """Tell whether statistics take in this batch: one value a channel only where they pool all values."""
-        if self.settings.update_rate is None or not batch._has_one_value():
+        if self.settings.update_rate is None or not seen._has_one_value():
             return True
         if self.settings.single_value == "raise":
-            raise _one_value()
-        return False
+            raise ValueError(
+                "x must have at least 2 values per channel that count, to update running statistics by their variance, got 1"
+            )
+        return seen.channels != self.settings.channels  # of segments, those that have more
 
-    def _by_itself(
-        self, x: NDArray[Any], to: _Output, k: int, how: Mapping[str, Any], pools: bool
+    # ---- one value a channel ----
+
+    def _of_one_value(
+        self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
+    ) -> NDArray[Any] | None:
+        """Normalize x where one value a channel counts, in all or in a last ghost; None where it is not so."""
+        settings, pools = self.settings, update and self.settings.update_rate is None
+        axis = settings.axis
+        if not isinstance(x, np.ndarray) or not -x.ndim <= axis < x.ndim:
+            return None
+        axis %= x.ndim
+        counts = {name: told[name] for name in _COUNTS if told.get(name) is not None}
+        if told.get("segments") is not None:
+            return None
+        is_one = 0 < x.size == x.shape[axis]
+        if counts and settings.ghost_size is None:
+            x = _validate.array("x", x)
+            is_one = is_one or parts(x, axis, {**counts, "padding": told.get("padding")})[1].has_one()
+        if is_one:
+            if settings.single_value == "use_running":
+                return self._by_running(x, out, told, k, pools)
+            mean = self._moments(x, counts).mean.copy()
+            return self._by_running(x, out, told, k, pools, (mean, np.zeros(settings.channels), 0.0))
+        size = settings.ghost_size
+        if size is None or counts or axis == 0 or x.size != len(x) * x.shape[axis]:
+            return None
+        if len(x) > size > 1 == len(x) % size:
+            return self._ghosts_and_one(x, out, told, k, update)
+        return None
+
+    def _ghosts_and_one(
+        self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
     ) -> NDArray[Any]:
-        """Normalize one value a channel by itself and no variance, which gives beta; `pools`: and pool it."""
-        state, batch, changes = self._state, self._moments(x, how), dict[str, Any]()
-        if pools:
-            changes["statistics"] = self._updated(state.statistics, k, batch)
-            changes |= {"batch": (k, batch, x.size), "largest_size": max(state.largest_size, x.size)}
-        settings: dict[str, Any] = {
-            "axis": self.settings.axis,
-            "eps": 0.0,
-            **self._for_given_statistics(x, how),
-        }
-        var = np.zeros(self.settings.channels)
-        return self._by_constants(x, batch.mean, var, state, to, settings, changes if pools else None)
-
-    def _positions(self, x: NDArray[Any], how: Mapping[str, Any]) -> Positions:
-        """Give what a mask, lengths or weights count of x, checked."""
-        x = _validate.array("x", x)
-        part = counted(x, _validate.axis(self.settings.axis, x.ndim), **how)
-        assert isinstance(part, Positions)
-        return part
-
-    def _ghosts_and_one(self, x: NDArray[Any], to: _Output, k: int, update: bool) -> NDArray[Any]:
         """Normalize ghosts, and one value a channel behind them as `single_value` says."""
+        settings, state = self.settings, self._state
         x = _validate.array("x", x)
-        state, threads, may_tell = self._state, self.settings.num_threads, True
         gamma, beta, now = _snapshot(state.gamma), state.beta, state.statistics[k]
-        if to.out is not None:
-            _validate.output(to.out, x, {"x": x}, {"gamma": gamma, "beta": beta})
-        pools = update and self.settings.update_rate is None
-        one = self._moments(x[-1:], _NO_PARTS)
-        if to.out is not None and update:
-            may_tell = not self._told_before_writing(x[:-1], _NO_PARTS, now, (one,) if pools else ())
-        constants: dict[str, Any] = {"mean": now.mean, "var": now.var, "eps": self.settings.eps}
-        if self.settings.single_value == "skip":
-            constants = {"mean": one.mean, "var": np.zeros(self.settings.channels), "eps": 0.0}
-        y = np.empty_like(x, subok=False) if to.out is None else to.out
-        options: dict[str, Any] = {"axis": self.settings.axis, "num_threads": threads}
-        size: Any = self.settings.ghost_size
-        _, ghosts = ghost_batch_norm(
-            x[:-1], gamma, beta, ghost_size=size, eps=self.settings.eps, out=y[:-1], **options
+        if out is not None:
+            _validate.output(out, x, {"x": x}, {"gamma": gamma, "beta": beta})
+        (head, of_head), (tail, of_tail) = ((x[part], _of_rows(told, part)) for part in (_HEAD, _TAIL))
+        if settings.renorm is not None:
+            of_head["renorm"] = self._renorm(now)
+        of_tail.pop("ghost_size")
+        one = self._moments(tail, {})
+        given, eps = (now.mean, now.var), settings.eps
+        if settings.single_value == "skip":
+            given, eps = (one.mean.copy(), np.zeros(settings.channels)), 0.0
+        y = np.empty_like(x, subok=False) if out is None or update else out
+        rest: dict[str, Any] = {"axis": settings.axis, "num_threads": settings.num_threads}
+        _, ghosts = batch_norm(head, gamma, beta, eps=settings.eps, out=y[_HEAD], **rest, **of_head)
+        _, last = normalize(
+            tail, given[0], given[1], gamma, beta, eps=eps, out=y[_TAIL], save=True, **rest, **of_tail
         )
-        normalize(x[-1:], **constants, gamma=gamma, beta=beta, out=y[-1:], **options)
-        seen = merge(*ghosts.moments, one) if pools else merge(*ghosts.moments)
-        changes: dict[str, Any] = {"batch": (k, seen, x.size)}
-        changes["largest_size"] = max(state.largest_size, x.size)
+        assert ghosts.moments is not None
+        seen = merged(ghosts.moments, settings.channels)
+        changes: dict[str, Any] = {"largest_size": max(state.largest_size, x.size)}
         if update:
-            changes["statistics"] = self._updated(state.statistics, k, seen, ghosts, may_tell)
-        call: Call = []
-        if to.keep and not is_x(to.out, x):
-            constants |= {"x": x[-1:], "gamma": gamma, "axis": self.settings.axis}
-            call = [x, partial(_ghosts_and_one_backward, x, ghosts, constants)]
-        self._state = self._state._replace(call=call, **changes)
-        self._evaluation = None
-        return y
+            pools = settings.update_rate is None
+            learned = merge(seen, one) if pools else ghosts
+            changes["statistics"] = self._learned(state.statistics, k, learned)
+        changes["batch"] = (k, merge(seen, one) if update and settings.update_rate is None else seen, x.size)
+        call: Call = (
+            [] if is_x(out, x) or ghosts.x is None else [x, Apart(x, ((_HEAD, ghosts), (_TAIL, last)))]
+        )
+        after = self._state._replace(call=call, **changes)
+        if out is not None and y is not out:
+            out[...] = y
+        self._state, self._evaluation = after, None
+        return y if out is None else out
 
-    def _moments(self, x: NDArray[Any], how: Mapping[str, Any]) -> Moments:
-        counted = {name: value for name, value in how.items() if name != "padding"}
+    # ---- learning ----
+
+    def _moments(self, x: NDArray[Any], told: Options) -> Moments:
+        counted = {name: told[name] for name in (*_COUNTS, *_SHARES) if name in told}
         return moments(x, axis=self.settings.axis, num_threads=self.settings.num_threads, **counted)
 
-    def _refuse_weights(self, x: NDArray[Any], how: Mapping[str, Any]) -> None:
-        """Refuse weights that leave no unbiased variance, before anything is written."""
-        part = self._positions(x, how)
-        dof = part.importance_dof(1)
-        if dof is None:
-            return
-        if self.settings.weights_are is None:
-            raise _validate.weights_unsaid("a layer with ddof=1")
-        if self.settings.weights_are == "counts" and self.settings.update_rate is not None:
-            count = part.weights.sum(dtype=np.float64, keepdims=True)
-            if abs(count[0] - 2) < _SUM_ROUNDING:  # then the sum that the update takes decides
-                count = self._moments(x, how).count
-            _validate.weights_leave_variance(count, dof, self.settings.ddof, self.settings.weights_are)
+    def _may_raise(self) -> bool:
+        """Tell whether a batch that is not finite may end the call."""
+        policy = self.settings.nonfinite
+        return policy == "raise" or (policy == "warn" and _warnings_may_raise())
 
-    def _told_before_writing(
-        self, x: NDArray[Any], how: Mapping[str, Any], now: Statistics, rest: tuple[Moments, ...] = ()
-    ) -> bool:
-        """Say that x is not finite where that may end the call, before `out` is written; tell whether it was said.
-
-        `rest` is what statistics learn behind x. x is read once more then. Else `_updated` says it, when the moments of
-        the call are known.
-        """
-        if self.settings.nonfinite != "raise" and not (
-            self.settings.nonfinite == "warn" and _warnings_may_raise()
-        ):
-            return False
-        if self.settings.ghost_size is None:
-            parts: tuple[Moments, ...] = (self._moments(x, how),)
-        else:
-            parts = ghost_moments(
-                x,
-                ghost_size=self.settings.ghost_size,
-                axis=self.settings.axis,
-                num_threads=self.settings.num_threads,
-            )
-        channel = first_nonfinite(now, parts + rest)
-        if channel >= 0:
-            self._tell_nonfinite(channel, 5)
-        return channel >= 0
-
-    def _tell_nonfinite(self, channel: int, stacklevel: int) -> None:
-        text = _nonfinite_batch(channel)
-        if self.settings.nonfinite == "raise":
-            raise ValueError(text)
-        if self.settings.nonfinite == "warn":
-            warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=stacklevel)
-
-    def _updated(
-        self,
-        before: tuple[Statistics, ...],
-        k: int,
-        batch: Moments,
-        saved: AnySaved | None = None,
-        may_tell: bool = True,
+    def _learned(
+        self, before: tuple[Statistics, ...], k: int, batch: Saved | Moments
     ) -> tuple[Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
-        if self.settings.nonfinite != "propagate":
-            pools = self.settings.update_rate is None
-            parts = saved.moments if isinstance(saved, GhostSaved) and not pools else (batch,)
-            channel = first_nonfinite(before[k], parts)
-            if channel >= 0:
-                if may_tell:
-                    self._tell_nonfinite(channel, 5)
-                return before
-        after = updated_statistics(
-            before[k], batch, self.settings.update_rate, self.settings.ddof, saved, self.settings.debias, self.settings.counts_ghosts,
-            self.settings.weights_are,
-        )  # fmt: skip
-        return (after,) if len(before) == 1 else (*before[:k], after, *before[k + 1 :])
+        if not self._is_finite(before[k], batch):
+            return before
+        return _with(before, k, updated(before[k], batch, self.settings))
+
+    def _is_finite(self, now: Statistics, batch: Saved | Moments) -> bool:
+        """Tell whether a batch may be learned, after saying what the policy has to say of one that is not finite."""
+        policy = self.settings.nonfinite
+        channel = -1 if policy == "propagate" else first_nonfinite(now, batch, self.settings)
+        if channel >= 0:
+            text = f"x must have finite statistics to update the running ones, got infinity or NaN in channel {channel}"
+            if policy == "raise":
+                raise ValueError(text)
+            if policy == "warn":
+                warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=_of_caller())
+        return channel < 0
 
     # ---- diagnostics ----
 
@@ -738,7 +555,9 @@ class BatchNorm(Layer):
         warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
         """
         gamma, beta, statistics, _, last, largest_size = self._state
-        batch = None if last is None else Batch(last[0], self._merged(last[1]), last[2], largest_size)
+        batch = None
+        if last is not None:
+            batch = Batch(last[0], merged(last[1], self.settings.channels), last[2], largest_size)
         findings = parameter_findings(gamma, beta, self.settings.channels)
         evaluates = not self._training or self._frozen[0]
         for k, s in enumerate(statistics):
@@ -786,57 +605,25 @@ class BatchNorm(Layer):
         return modes + super()._modes()
 
 
-def _relu_backward(
-    kept: Sequence[ReluMask | None],
-    given: Mapping[str, Any],
-    how: Mapping[str, Any],
-    dy: NDArray[Any],
-    *,
-    needs: Iterable[ReluGradient],
-    **rest: Any,
-) -> ReluGradients:
-    """Call `normalize_relu_backward`, which does not know whether there was a residual, with the mask of that call."""
-    mask = normalize_relu(**given, **how, needs_mask=True).mask if kept[0] is None else kept[0]
-    if how["residual"] is None:
-        needs = [n for n in needs if n != "residual"]
-    return normalize_relu_backward(dy, mask=mask, **given, needs=needs, **rest)
+_HEAD, _TAIL = slice(0, -1), slice(-1, None)
 
 
-def _ends_in_one(x: object, axis: int, ghost_size: int) -> bool:
-    """Tell whether the ghosts of x have 2 values a channel or more, but for the last, which has one."""
-    if not isinstance(x, np.ndarray) or not -x.ndim <= axis < x.ndim or axis % x.ndim == 0:
-        return False
-    samples = len(x)
-    return x.size == samples * x.shape[axis] > 0 and samples > ghost_size > 1 == samples % ghost_size
+def _with(statistics: tuple[Statistics, ...], k: int, new: Statistics) -> tuple[Statistics, ...]:
+    return (*statistics[:k], new, *statistics[k + 1 :])
 
 
-def _ghosts_and_one_backward(
-    x: NDArray[Any],
-    ghosts: GhostSaved,
-    one: Mapping[str, Any],
-    dy: NDArray[Any],
-    *,
-    needs: Iterable[str],
-    out: NDArray[Any] | None,
-    num_threads: int | None,
-) -> Gradients:
-    """Give the gradients of ghosts and of a last sample that was normalized by constants."""
-    needed = _validate.needs(needs)
-    names = [name for name, need in zip(_validate.GRADIENTS, needed, strict=True) if need]
-    dy = _validate.array_like("dy", dy, x)
-    if out is not None:
-        _validate.output(out, x, {"dy": dy, "x": x}, {"gamma": ghosts.gamma})
-    dx = None if "x" not in names else np.empty_like(x, subok=False) if out is None else out
-    # In float64, so that the two parts of dgamma and dbeta are not rounded before they are added.
-    gamma = None if ghosts.gamma is None else ghosts.gamma.astype(np.float64)
-    to = (None, None) if dx is None else (dx[:-1], dx[-1:])
-    options: dict[str, Any] = {"needs": names, "num_threads": num_threads}
-    a = ghost_batch_norm_backward(dy[:-1], replace(ghosts, gamma=gamma), out=to[0], **options)
-    b = normalize_backward(dy[-1:], **{**one, "gamma": gamma}, out=to[1], **options)
-    with np.errstate(all="ignore"):
-        dgamma = None if a.dgamma is None or b.dgamma is None else a.dgamma + b.dgamma
-        dbeta = None if a.dbeta is None or b.dbeta is None else a.dbeta + b.dbeta
-    return Gradients(dx, dgamma, dbeta)
+def _of_rows(told: Options, rows: slice) -> dict[str, Any]:
+    """Give the options for some rows of x."""
+    residual = told.get("residual")
+    return {**told} if residual is None else {**told, "residual": residual[rows]}
+
+
+def _of_caller() -> int:
+    """Give the stacklevel of who has called the package."""
+    level = 1
+    while sys._getframe(level).f_globals.get("__name__", "").startswith("batchnorm."):
+        level += 1
+    return level
 
 
 # Where filters may belong to a context (Python 3.14), what gives those of the present one.
@@ -900,46 +687,3 @@ def _domain(value: object, count: int | None) -> int:
     if not 0 <= number < count:
         raise ValueError(f"domain must be from 0 to {count - 1}, got {number}")
     return number
-
-
-def _update_of_frozen() -> ValueError:
-    """Return the error for a call that would update statistics that are frozen."""
-    return ValueError("update_stats must not be True while the layer's statistics are frozen, got True")
-
-
-def _nonfinite_batch(channel: int) -> str:
-    """Say what is wrong with a batch's statistics."""
-    return (
-        f"x must have finite statistics to update the running ones, got infinity or NaN in channel {channel}"
-    )
-
-
-def _one_value() -> ValueError:
-    """Return the error for one value a channel in statistics that follow the batch."""
-    return ValueError(
-        "x must have at least 2 values per channel that count, to update running statistics by their variance, got 1"
-    )
-
-
-def _parts_with_activation(names: Mapping[str, object]) -> ValueError:
-    """Tell that an activation leaves nothing of x out."""
-    return ValueError(f"{next(iter(names))} must be None in a layer with an activation")
-
-
-def _residual_without_activation() -> ValueError:
-    """Tell which layers take a residual."""
-    return ValueError("residual must be None in a layer without activation='relu'")
-
-
-def _parts_of_small_batches(names: Mapping[str, object]) -> ValueError:
-    """Return the error for a mask in a layer of ghosts or renormalization."""
-    return ValueError(
-        f"{', '.join(names)} must be None in training with ghost_size or renorm, which take all of a batch"
-    )
-
-
-def _update_without_renorm() -> ValueError:
-    """Return the error for statistics that renormalization does not keep."""
-    return ValueError(
-        "update_stats must not be True with running statistics in a layer with renorm, which updates as it corrects"
-    )

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
@@ -12,13 +13,10 @@ from numpy.typing import NDArray
 
 from batchnorm import _validate, state_file
 from batchnorm._validate import MaybeNone, NoOptions
-from batchnorm.functional import Gradients, Saved, _rounded, batch_norm_backward
-from batchnorm.ghost import GhostSaved, ghost_batch_norm_backward
+from batchnorm.derivatives import NEEDS, Gradient, backward, ordinary_backward
 from batchnorm.layers import entries
 from batchnorm.layers.settings import Setting, Settings, flag, kind
-from batchnorm.relu import NEEDS as RELU_NEEDS
-from batchnorm.relu import ReluGradient, ReluGradients, SavedRelu, batch_norm_relu_backward
-from batchnorm.renorm import RenormSaved, batch_renorm_backward
+from batchnorm.saved import Gradients, Saved
 from batchnorm.state_file import Entry
 
 # What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
@@ -55,14 +53,6 @@ class _Default:
 
 
 _ALL: Any = _Default("all")
-
-AnySaved = Saved | SavedRelu | GhostSaved | RenormSaved
-_BACKWARD: dict[type, Callable[..., Gradients | ReluGradients]] = {
-    Saved: batch_norm_backward,
-    SavedRelu: batch_norm_relu_backward,
-    GhostSaved: ghost_batch_norm_backward,
-    RenormSaved: batch_renorm_backward,
-}
 
 
 class Layer:
@@ -162,7 +152,7 @@ class Layer:
         self,
         dy: NDArray[Any],
         *,
-        needs: Iterable[ReluGradient] = _ALL,
+        needs: Iterable[Gradient] = _ALL,
         out: NDArray[Any] | None = None,
         **others: Unpack[NoOptions],
     ) -> NDArray[Any] | MaybeNone:
@@ -184,7 +174,7 @@ class Layer:
         Raises
         ------
         RuntimeError
-            Without such a call, or where it had ``out=x`` or ``keep=False``.
+            Without such a call, or where it had ``out=x`` or ``keep=None``.
         TypeError, ValueError
             For an argument that does not fit. Nothing has changed or been written then.
 
@@ -206,24 +196,25 @@ class Layer:
             x, saved = call
         except ValueError:
             raise _no_forward_call() from None
-        has_activation = self.settings.activation is not None
-        known: tuple[str, ...] = RELU_NEEDS if has_activation else _validate.GRADIENTS
-        names: Iterable[str] = known if needs is _ALL else needs
-        overwrites = out is not None and is_x(out, x)
+        names: Iterable[str] = NEEDS if needs is _ALL else needs
+        overwrites = is_x(out[0] if isinstance(out, tuple) and out else out, x)
         if self._frozen[1] or overwrites:
             left_out = ("gamma", "beta") if self._frozen[1] else ()
-            asked = _validate.needs_among(known, names)
-            names = [n for n, wanted in zip(known, asked, strict=True) if wanted and n not in left_out]
-        to: Any = (out, None) if has_activation and out is not None else out
+            asked = _validate.needs_among(NEEDS, names)
+            names = [n for n, wanted in zip(NEEDS, asked, strict=True) if wanted and n not in left_out]
         results: Results = [None, None, None]  # before anything is written, as `out` may be
         if overwrites and "x" in names:
             call.clear()  # before its first value is gone: from there on a signal may end the call at any time
         try:
-            threads, backward = self.settings.num_threads, _BACKWARD.get(type(saved))
-            if backward is None:
-                given = saved(dy, needs=names, out=to, num_threads=threads)
+            threads = self.settings.num_threads
+            given: Any = None
+            if isinstance(saved, Apart):
+                given = saved.backward(dy, needs=names, out=out, num_threads=threads)
             else:
-                given = backward(dy, saved, needs=names, out=to, num_threads=threads)
+                of = saved if isinstance(saved, Saved) else saved()[1]
+                given = ordinary_backward(dy, of, names, out, threads)
+                if given is None:
+                    given = backward(dy, of, needs=names, out=out, num_threads=threads)  # type: ignore[arg-type]
         except (TypeError, ValueError, MemoryError):  # which come before anything is written
             call[:] = x, saved
             raise
@@ -239,7 +230,14 @@ class Layer:
     def _as_gradient(
         self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None
     ) -> NDArray[Any] | None:
-        return None if gradient is None or parameter is None else _rounded(gradient, self.settings.dtype)
+        if gradient is None or parameter is None:
+            return None
+        if gradient.dtype == self.settings.dtype:
+            return gradient
+        with np.errstate(
+            all="ignore"
+        ):  # a float16 gradient may well over- or underflow; dx is written already
+            return gradient.astype(self.settings.dtype)
 
     # ---- saved state ----
 
@@ -362,6 +360,40 @@ class Layer:
         return self.__dict__ | {"_state": self._state._replace(call=[]), "_evaluation": None}
 
 
+@dataclass(frozen=True, eq=False)
+class Apart:
+    """Of a call that has normalized some rows of x apart from others: which, and what each has saved."""
+
+    x: NDArray[Any]
+    parts: tuple[tuple[slice, Saved], ...]
+
+    def backward(
+        self, dy: NDArray[Any], *, needs: Iterable[str], out: Any, num_threads: int | None
+    ) -> Gradients:
+        """Do `backward` of all rows; gradients of gamma and beta add up in float64."""
+        asked = _validate.needs_among(NEEDS, needs)
+        names: Any = [name for name, wanted in zip(NEEDS, asked, strict=True) if wanted]
+        dy, gamma = _validate.array_like("dy", dy, self.x), self.parts[0][1].gamma
+        to = out if isinstance(out, tuple) else (out, None)
+        _validate.two_outputs(to, self.x, {"dy": dy, "x": self.x}, {"gamma": gamma}, "dx, dresidual")
+        wanted = "x" in names, "residual" in names and self.parts[0][1].has_residual
+        whole = [
+            None if not w else np.empty_like(self.x, subok=False) if a is None else a
+            for a, w in zip(to, wanted, strict=True)
+        ]
+        wide, sums = None if gamma is None else gamma.astype(np.float64), dict[str, Any]()
+        for rows, saved in self.parts:
+            into: Any = tuple(None if a is None else a[rows] for a in whole)
+            given = backward(
+                dy[rows], replace(saved, gamma=wide), needs=names, out=into, num_threads=num_threads
+            )
+            with np.errstate(all="ignore"):
+                for name in ("gamma", "beta"):
+                    if name in names:
+                        sums[name] = getattr(given, f"d{name}") + sums.get(name, 0.0)
+        return Gradients(whole[0], sums.get("gamma"), sums.get("beta"), whole[1])
+
+
 def is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
     """Tell whether a call with this `out` leaves nothing of x."""
     return out is not None and isinstance(x, np.ndarray) and x.size > 0 and _validate.same_memory(out, x)
@@ -370,5 +402,5 @@ def is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
 def _no_forward_call() -> RuntimeError:
     return RuntimeError(
         "backward must follow a call of the layer that left its x intact, got no such call: "
-        "call the layer first, and without out=x or keep=False"
+        "call the layer first, and without out=x or keep=None"
     )

@@ -15,7 +15,7 @@ import numpy as np
 
 from batchnorm import _validate
 from batchnorm._validate import Activation, Parity, WeightsAre
-from batchnorm.renorm import RenormSchedule
+from batchnorm.running import RenormSchedule
 
 Nonfinite = Literal["raise", "skip", "warn", "propagate"]
 SingleValue = Literal["raise", "use_running", "skip"]
@@ -163,7 +163,7 @@ class BatchNormSettings(Settings):
     def __post_init__(self) -> None:
         rate = _update_rate(self.update_rate)
         ghost_size = None if self.ghost_size is None else _validate.ghost_size(self.ghost_size)
-        renorm = _renorm(self.renorm, ghost_size, rate)
+
         are = self.weights_are
         vars(self).update(
             channels=_at_least(0, "channels", self.channels),
@@ -179,17 +179,12 @@ class BatchNormSettings(Settings):
             single_value=_validate.choice("single_value", self.single_value, get_args(SingleValue)),
             domains=None if self.domains is None else _at_least(1, "domains", self.domains, " or None"),
             ghost_size=ghost_size,
-            renorm=renorm,
+            renorm=_renorm(self.renorm, rate),
             parity=_validate.choice("parity", self.parity, _validate.PARITIES),
-            activation=_activation(self.activation, ghost_size, renorm),
+            activation=_activation(self.activation),
             weights_are=None if are is None else _validate.choice("weights_are", are, _validate.WEIGHTS_ARE),
             num_threads=_validate.num_threads(self.num_threads) or None,
         )
-
-    @property
-    def counts_ghosts(self) -> bool:
-        """Whether ghosts are updates of their own, of which debiasing needs the number."""
-        return self.debias and self.ghost_size is not None
 
     def saved(self) -> dict[str, Any]:
         """Give what the numbers of a state depend on; of a schedule its points, and no parity without one."""
@@ -274,13 +269,11 @@ def _debias(value: object, rate: float | None) -> bool:
     return wanted
 
 
-def _renorm(value: object, ghost_size: int | None, rate: float | None) -> RenormSchedule | None:
+def _renorm(value: object, rate: float | None) -> RenormSchedule | None:
     if value is None:
         return None
     if not isinstance(value, RenormSchedule):
         raise TypeError(f"renorm must be a RenormSchedule or None, got {kind(value)}")
-    if ghost_size is not None:
-        raise ValueError(f"renorm must be None with a ghost_size, got both (ghost_size={ghost_size})")
     if rate is None:
         raise ValueError(
             "renorm must be None where update_rate is None: it corrects towards an exponential average"
@@ -288,15 +281,10 @@ def _renorm(value: object, ghost_size: int | None, rate: float | None) -> Renorm
     return value
 
 
-def _activation(value: object, ghost_size: int | None, renorm: object) -> Activation | None:
-    if value is None:
-        return None
-    if not isinstance(value, str) or value != "relu":
+def _activation(value: object) -> Activation | None:
+    if value is not None and (not isinstance(value, str) or value != "relu"):
         raise ValueError(f"activation must be None or 'relu', got {value!r}")
-    if ghost_size is not None or renorm is not None:
-        other = "ghost_size" if ghost_size is not None else "renorm"
-        raise ValueError(f"activation must be None in a layer with {other}, got {value!r}")
-    return "relu"
+    return "relu" if value is not None else None
 
 
 def kind(value: object) -> str:

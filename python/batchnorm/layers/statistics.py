@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm import _validate
+from batchnorm._parts import Part
 from batchnorm._validate import WeightsAre
-from batchnorm.functional import pool_into, update_into, update_running
-from batchnorm.ghost import GhostSaved, ghost_update_running
 from batchnorm.layers import entries
-from batchnorm.layers.layer import AnySaved
 from batchnorm.layers.settings import BatchNormSettings
 from batchnorm.moments import Moments, merge
-from batchnorm.renorm import RenormSaved, renorm_update_running
+from batchnorm.running import pool_into, update_into, update_running
+from batchnorm.saved import Saved
 from batchnorm.state_file import Entry
 
 MOST_UPDATES = 2**63 - 1  # that a state file can hold
@@ -36,7 +36,7 @@ class Statistics:
     var: NDArray[np.float64]  # (C,); biased or unbiased as the layer's ddof says
     update_count: int
     pooled: Moments | None  # everything seen, where update_rate is None
-    ghost_count: int = 0  # updates that the t of debiasing counts, where one call makes several
+    set_count: int = 0  # batches, ghosts and segments that updated: the t of debiasing
 
     @classmethod
     def initial(cls, settings: BatchNormSettings) -> Self:
@@ -55,8 +55,8 @@ class Statistics:
             names["running_moments"] = Entry((settings.channels, 5), np.dtype(np.float64))
             if settings.weights_are == "importance":
                 names["running_importance_dof"] = per_channel
-        if settings.counts_ghosts:
-            names["ghost_count"] = count
+        if settings.debias:
+            names["set_count"] = count
         return names
 
     def arrays(self, settings: BatchNormSettings) -> dict[str, NDArray[Any]]:
@@ -70,8 +70,8 @@ class Statistics:
             state["running_moments"] = np.array(self.pooled._table)
             if settings.weights_are == "importance":
                 state["running_importance_dof"] = np.array(self.pooled.importance_dof)
-        if settings.counts_ghosts:
-            state["ghost_count"] = np.array(self.ghost_count, np.int64)
+        if settings.debias:
+            state["set_count"] = np.array(self.set_count, np.int64)
         return state
 
     @classmethod
@@ -84,7 +84,7 @@ class Statistics:
         entries.all_channels("running_var", var >= 0, "be >= 0", var)
         count = int(state["update_count"])
         if settings.update_rate is not None:
-            return cls(mean, var, count, None, int(state.get("ghost_count", 0)))
+            return cls(mean, var, count, None, int(state.get("set_count", 0)))
         table = state["running_moments"]
         _check_table(table, count)
         pooled = Moments._from_table(table)
@@ -124,89 +124,130 @@ def _check_derived(name: str, given: NDArray[np.float64], expected: NDArray[np.f
     entries.all_channels(name, agrees, "be what running_moments and the layer's ddof give", given)
 
 
+@dataclass(slots=True, eq=False)
+class Following:
+    """Statistics after one more set of values, made before these are known: then filling them asks for no memory."""
+
+    new: Statistics  # of which mean, var and the table of `pooled` are still to be filled
+    now: Statistics
+    rate: float | None
+    into: Any  # where the core writes
+    settings: BatchNormSettings
+
+    @classmethod
+    def of(cls, now: Statistics, settings: BatchNormSettings, room: Any) -> Self | None:
+        """Give those after `now`; None where more is to be done than the core does at once. `room` ends in mean and var."""
+        rate, sets, pooled, into = settings.update_rate, 0, None, room
+        _, mean, var = room
+        if rate is None:
+            if settings.weights_are == "importance" or now.pooled is None or now.pooled._dof is not None:
+                return None
+            table = np.empty((settings.channels, 5))
+            pooled, into = Moments._from_table(table), (table, mean, var)
+        elif settings.renorm is not None:
+            return None
+        elif settings.debias:
+            sets = min(now.set_count + 1, MOST_UPDATES)
+            rate = debiased_rate(rate, sets) if rate > 0 else rate
+        count = now.update_count
+        new = Statistics(mean, var, count + (count < MOST_UPDATES), pooled, sets)
+        return cls(new, now, rate, into, settings)
+
+    @staticmethod
+    def is_of(saved: Saved) -> bool:
+        """Tell whether they can be those after this call."""
+        return saved.part.offsets is None and saved.moments is not None and saved.moments._dof is None
+
+    def fill(self, saved: Saved) -> bool | None:
+        """Fill them; false where there is nothing to learn, or nothing that may be."""
+        now, settings, seen = self.now, self.settings, saved.moments
+        finite = settings.nonfinite != "propagate"
+        if seen is None:
+            return None
+        if self.rate is not None:
+            learned: bool | None = update_into(
+                now.mean, now.var, seen._table, self.rate, settings.ddof, self.into, finite
+            )
+            return learned
+        if now.pooled is None:
+            return None
+        done: bool | None = pool_into(now.pooled._table, seen._table, settings.ddof, self.into, finite)
+        return done
+
+
 def debiased_rate(rate: float, count: int) -> float:
     """Share of the batch that is the `count`-th: what it weighs of all that have been seen."""
     return rate if rate == 1 else rate / -math.expm1(count * math.log1p(-rate))
 
 
-def first_nonfinite(now: Statistics, parts: Sequence[Moments]) -> int:
-    """Give the first channel that keeps statistics from learning `parts` one after another; -1 where none does.
+def merged(seen: Moments, channels: int) -> Moments:
+    """Give the moments of all segments or ghosts in one."""
+    return seen if seen.channels == channels else merge(Moments.empty(channels), *seen.split(channels))
 
-    Each part that an average takes in must be finite; where all are pooled, the union with all that has been seen,
-    which may be beyond float64 though no part is.
+
+def first_nonfinite(now: Statistics, batch: Saved | Moments, settings: BatchNormSettings) -> int:
+    """Give the first channel that keeps statistics from learning of a batch; -1 where none does.
+
+    Each set that an average takes in must be finite; where all are pooled, the union with all that has been seen,
+    which may be beyond float64 though no set is.
     """
-    learned = parts if now.pooled is None else [merge(now.pooled, *parts)]
-    return next((channel for part in learned if (channel := part._first_nonfinite()) >= 0), -1)
+    seen = _moments_of(batch)
+    if now.pooled is not None:
+        seen = now.pooled | merged(seen, settings.channels)
+    at = seen._first_nonfinite()
+    return at % settings.channels if at >= 0 else at
 
 
-def learn_into(
-    now: Statistics,
-    parts: Sequence[Moments],
-    rate: float | None,
-    ddof: int,
-    room: tuple[NDArray[np.float64], ...],
-    finite: bool,
-) -> bool:
-    """Write the statistics after one more batch, its ghosts one after the other, to `room`; tell whether that was done.
-
-    `room` is for mean and variance, and begins with a table for the moments where all are pooled. Not done where there
-    is no rate, nothing counts, weights want to be told what they are, or what is learned must be finite and is not. Asks
-    for no memory.
-    """
-    k = 0
-    if len(room) == 3:
-        assert now.pooled is not None
-        table = now.pooled._table
-        while k < len(parts) and pool_into(table, parts[k]._table, ddof, room, finite):
-            table, k = room[0], k + 1
-    elif rate is not None:
-        mean, var = now.mean, now.var
-        while k < len(parts) and parts[k]._dof is None:
-            if not update_into(mean, var, parts[k]._table, rate, ddof, room, finite):
-                break
-            (mean, var), k = room, k + 1
-    return 0 < k == len(parts)
+def updated(now: Statistics, batch: Saved | Moments, settings: BatchNormSettings) -> Statistics:
+    """Return the statistics after one more batch. Changes none of its arguments."""
+    count, are, seen = min(now.update_count + 1, MOST_UPDATES), settings.weights_are, _moments_of(batch)
+    if now.pooled is not None:
+        seen = merged(seen, settings.channels)
+        if are is None and settings.ddof > 0 and seen._dof is not None:
+            raise _validate.weights_unsaid("a layer with ddof=1")
+        if are != "importance" and seen._dof is not None:
+            seen = Moments._from_core(seen._table)  # nothing asks for it, and a state has no place for it
+        return _pooled_statistics(now.pooled | seen, count, settings.ddof, are)
+    rate = settings.update_rate
+    assert rate is not None
+    mean, var, sets = now.mean, now.var, now.set_count
+    by: dict[str, Any] = {"weights_are": are, "ddof": settings.ddof}
+    if isinstance(batch, Saved) and batch.renorm is not None:
+        by["ddof"] = None
+    one_by_one = (settings.debias and rate > 0) or settings.single_value != "raise"
+    for one in _sets(batch, settings) if one_by_one else [batch]:
+        share = rate
+        if settings.debias and rate > 0:
+            sets = min(sets + 1, MOST_UPDATES)
+            share = debiased_rate(rate, sets)
+        mean, var = update_running(mean, var, one, update_rate=share, **by)
+    return Statistics(mean, var, count, None, sets)
 
 
-def updated_statistics(
-    statistics: Statistics,
-    batch: Moments,
-    update_rate: float | None,
-    ddof: int,
-    saved: AnySaved | None = None,
-    debias: bool = False,
-    counts_ghosts: bool = False,
-    weights_are: WeightsAre | None = None,
-) -> Statistics:
-    """Return the statistics after one more batch, that of `saved`. Changes none of its arguments."""
-    count = min(statistics.update_count + 1, MOST_UPDATES)
-    if statistics.pooled is not None:
-        if weights_are != "importance" and batch._dof is not None:
-            batch = Moments._from_core(batch._table)  # nothing asks for it, and a state has no place for it
-        return _pooled_statistics(statistics.pooled | batch, count, ddof, weights_are)
-    assert update_rate is not None
-    mean, var, ghosts = statistics.mean, statistics.var, statistics.ghost_count
-    if debias and update_rate > 0:
-        if isinstance(saved, GhostSaved):
-            for ghost in saved.moments:
-                ghosts = min(ghosts + 1, MOST_UPDATES)
-                rate = debiased_rate(update_rate, ghosts)
-                mean, var = update_running(mean, var, ghost, update_rate=rate, ddof=ddof)
-            return Statistics(mean, var, count, None, ghosts)
-        if counts_ghosts:  # a whole batch, in evaluation, is one update among those of ghosts
-            ghosts = min(ghosts + 1, MOST_UPDATES)
-        update_rate = debiased_rate(update_rate, ghosts if counts_ghosts else count)
-    if isinstance(saved, RenormSaved):
-        mean, var = renorm_update_running(mean, var, saved, update_rate=update_rate)
-    elif isinstance(saved, GhostSaved):
-        mean, var = ghost_update_running(mean, var, saved.moments, update_rate=update_rate, ddof=ddof)
-    elif batch._dof is None:
-        mean, var = update_running(mean, var, batch, update_rate=update_rate, ddof=ddof)
-    else:
-        mean, var = update_running(
-            mean, var, batch, update_rate=update_rate, ddof=ddof, weights_are=weights_are
-        )
-    return Statistics(mean, var, count, None, ghosts)
+def _moments_of(batch: Saved | Moments) -> Moments:
+    seen = batch.moments if isinstance(batch, Saved) else batch
+    assert seen is not None
+    return seen
+
+
+def _sets(batch: Saved | Moments, settings: BatchNormSettings) -> Iterator[Saved | Moments]:
+    """Give each set of a batch that is an update of its own: those of one value only where that is an error."""
+    seen, channels = _moments_of(batch), settings.channels
+    for at, one in enumerate(seen.split(channels) if seen.channels != channels else [seen]):
+        if not one.count.any() or (settings.single_value != "raise" and one._has_one_value()):
+            continue
+        if not isinstance(batch, Saved) or batch.renorm is None:
+            yield one
+        elif batch.part.offsets is None:
+            yield batch
+        else:
+            rows = int(batch.part.offsets[at + 1] - batch.part.offsets[at])
+            yield replace(
+                batch,
+                moments=one,
+                part=Part(),
+                renorm=replace(batch.renorm, samples=batch.renorm.samples or rows),
+            )
 
 
 def _pooled_statistics(
