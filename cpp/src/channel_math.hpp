@@ -93,24 +93,24 @@ MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const ke
                                  {gather<V>(s, &Sums::second), gather<V>(s, &Sums::second_lo)});
 }
 
-// What sums about 0 are good for. A lane adds fewer than 2^11 values of a chunk (plan.cpp) before its sum is added to
+// What sums about 0 are good for. A lane adds at most 2^10 values of a piece (plan.cpp) before its sum is added to
 // the others with the error kept.
 template <class T>
 struct Conditioning;
 template <>
 struct Conditioning<float> {
-  // m2 = second - first^2/n cancels mean^2/var-fold: 2^11 roundings * 2^-53 * 2^14 = 2^-28 of m2 at most.
+  // m2 = second - first^2/n cancels mean^2/var-fold: 2^10 roundings * 2^-53 * 2^14 = 2^-29 of m2 at most.
   static constexpr double kShiftAbove = 0x1p14;
-  // The mean's error is at most 2^11 * 2^-53 * rms: within 2^-24 of a mean above 2^-18 rms.
+  // The mean's error is at most 2^10 * 2^-53 * rms: within 2^-25 of a mean above 2^-18 rms.
   static constexpr double kCompensateBelow = 0x1p-36;
-  // Compensated: 2^11 * 2^-106 * rms: within 2^-24 of a mean above 2^-71 rms.
+  // Compensated: 2^10 * 2^-106 * rms: within 2^-25 of a mean above 2^-71 rms.
   static constexpr double kExactBelow = 0x1p-142;
 };
 template <>
 struct Conditioning<double> {
-  // Compensated sums: 2^11 * 2^-106 * 2^34 = 2^-61 of m2 at most.
+  // Compensated sums: 2^10 * 2^-106 * 2^34 = 2^-62 of m2 at most.
   static constexpr double kShiftAbove = 0x1p34;
-  // 2^11 * 2^-106 * rms: within 2^-53 of a mean above 2^-42 rms. There is nothing between compensated and exact.
+  // 2^10 * 2^-106 * rms: within 2^-54 of a mean above 2^-42 rms. There is nothing between compensated and exact.
   static constexpr double kCompensateBelow = 0x1p-84;
   static constexpr double kExactBelow = 0x1p-84;
 };

@@ -7,6 +7,7 @@
 #include "batchnorm/types.hpp"
 #include "kernels/table.hpp"
 #include "machine.hpp"
+#include "parallel.hpp"
 
 namespace batchnorm {
 
@@ -16,6 +17,19 @@ enum class Path {
   channel_tasks,  // planar: a thread reduces a group of channels and applies it while its values are still in cache
   chunk_tasks,  // planar: all threads reduce the chunks of a wave of channels, meet, and apply them; then the next wave
   row_blocks,   // interleaved: all threads reduce blocks of rows, meet, and apply blocks
+};
+
+// A planar tensor: each channel is cut into chunks of `runs_per_chunk` whole runs, or a long run into `pieces_per_run`
+// pieces of `piece_length` values. Chunk k starts at outer index k / pieces_per_run * runs_per_chunk.
+struct RunCut {
+  std::int64_t piece_length = 0, runs_per_chunk = 0, pieces_per_run = 0, chunks = 0;
+
+  struct Chunk {
+    std::int64_t offset;
+    kernels::Runs runs;
+  };
+  // Where chunk k of neighbouring channels of `problem` lies. The stride of a piece leads to the one that follows it.
+  [[nodiscard]] Chunk chunk(const Problem& problem, std::int64_t k, Range channels) const;
 };
 
 // An interleaved tensor as rows of the kernels: `repeat` rows of the tensor stand side by side in one of `columns`
@@ -29,16 +43,18 @@ struct RowCut {
   [[nodiscard]] kernels::Rows block(std::int64_t b) const;
 };
 
-// What is summed together decides the order of summation. Where the pass reduces, chunks and `sum_rows` are therefore a
-// function of the Problem alone: the bits cannot depend on the machine, on threads or on the rest of the plan.
+// What is summed together decides the order of summation. Where the pass reduces, `sum_runs` and `sum_rows` are
+// therefore a function of the Problem alone: the bits cannot depend on the machine, on threads or on the rest of the
+// plan. sums.hpp says in what order the sums of chunks and blocks are added.
 struct Plan {
   Problem problem;  // as the kernels see it: one channel has become one run
 
-  // Planar: a channel is cut into chunks of `runs_per_chunk` whole runs, or a long run into `pieces_per_run` pieces of
-  // `piece_length` values. Chunk k starts at outer index k / pieces_per_run * runs_per_chunk.
-  std::int64_t piece_length = 0, runs_per_chunk = 0, pieces_per_run = 0, chunks = 0;
+  // Planar: how it is summed and how it is applied.
+  RunCut sum_runs, apply_runs;
   // Planar: neighbouring channels that are visited together, and those that are reduced before any is applied.
   std::int64_t group = 0, wave = 0;
+  // Planar: chunks of a group that a thread sums at a time, where threads share them.
+  std::int64_t chunks_together = 1;
 
   // Interleaved: how it is summed and how it is applied.
   RowCut sum_rows, apply_rows;
@@ -54,10 +70,6 @@ struct Plan {
   [[nodiscard]] std::int64_t groups() const { return (problem.channels + group - 1) / group; }
   // Interleaved: tasks that sum a block.
   [[nodiscard]] std::int64_t stripes() const { return (sum_rows.columns + stripe - 1) / stripe; }
-
-  // Planar: where chunk k of `channels` channels from c on lies.
-  [[nodiscard]] std::int64_t chunk_offset(std::int64_t k, std::int64_t c) const;
-  [[nodiscard]] kernels::Runs chunk_runs(std::int64_t k, std::int64_t channels = 1) const;
 };
 
 // What a call does to the tensor, for the choice of a path.

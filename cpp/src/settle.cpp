@@ -52,22 +52,28 @@ template <class T>
 Sums sum_channel_again(const Plan& plan, const SummedValues<T>& values, std::int64_t c, Again again,
                        Arithmetic<T> shift) {
   Sums total;
-  for (std::int64_t k = 0; k < plan.chunks; ++k) {
-    add(total, sum_piece_again(values, plan.chunk_offset(k, c), c, plan.chunk_runs(k), again, shift));
-  }
+  add_pieces(plan.sum_runs.chunks, 1, &total, [&](std::int64_t k, Sums* out) {
+    const auto [offset, runs] = plan.sum_runs.chunk(plan.problem, k, {c, c + 1});
+    *out = sum_piece_again(values, offset, c, runs, again, shift);
+  });
   return total;
 }
 
 // Interleaved: a tile is a few neighbouring channels, summed together because their columns share cache lines.
 // It lives on the stack of a thread, which may be small.
 constexpr std::int64_t kTileColumns = 64;
-// Rows between two compensated additions; the bound of plan.cpp.
+// Rows between two compensated additions where rows stand side by side; the bound of plan.cpp. Else those of a block.
 constexpr std::int64_t kTileRows = 1024;
+
+kernels::ColumnSums empty_sums(double* memory, std::int64_t columns) {
+  std::fill_n(memory, 4 * columns, 0.0);
+  return column_sums(memory, columns);
+}
 
 template <class T>
 struct Tile {
   Arithmetic<T> shift[kTileColumns];
-  double block_memory[4 * kTileColumns], total_memory[4 * kTileColumns];
+  double block_memory[4 * kTileColumns], bundle_memory[4 * kTileColumns], total_memory[4 * kTileColumns];
 };
 
 // Sums of a part of a block of rows whose columns begin at `column`.
@@ -86,22 +92,24 @@ void sum_rows_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t 
   }
 }
 
-// Sums of `columns` columns from column `first` on, over all rows of the tensor, into the tile's totals.
+// Sums of `columns` columns from column `first` on, over all rows of the tensor, into the tile's totals. Blocks are
+// those of the first sums, and are added as add_blocks() does.
 template <class T>
-kernels::ColumnSums sum_tile_again(const Problem& problem, const SummedValues<T>& values, std::int64_t first,
+kernels::ColumnSums sum_tile_again(const Plan& plan, const SummedValues<T>& values, std::int64_t first,
                                    std::int64_t columns, Again again, Tile<T>& tile) {
+  const Problem& problem = plan.problem;
   const std::int64_t width = problem.channels * problem.inner;
+  const std::int64_t block_rows = plan.sum_rows.repeat == 1 ? plan.sum_rows.block_rows : kTileRows;
   const kernels::ColumnSums part = column_sums(tile.block_memory, columns);
-  const kernels::ColumnSums total = column_sums(tile.total_memory, columns);
-  for (std::int64_t e = 0; e < columns; ++e) total.first[e] = total.second[e] = 0;
-  for (std::int64_t row = 0; row < problem.outer; row += kTileRows) {
-    const Rows rows{std::min(kTileRows, problem.outer - row), columns, width};
+  const kernels::ColumnSums bundle = empty_sums(tile.bundle_memory, columns);
+  const kernels::ColumnSums total = empty_sums(tile.total_memory, columns);
+  for (std::int64_t row = 0, b = 1; row < problem.outer; row += block_rows, ++b) {
+    const Rows rows{std::min(block_rows, problem.outer - row), columns, width};
     sum_rows_again(values, row * width + first, first, rows, again, tile.shift, part);
-    for (std::int64_t e = 0; e < columns; ++e) {
-      Sums sum = at(total, e);
-      add(sum, at(part, e));
-      put(total, e, sum);
-    }
+    add_columns(bundle, part, columns);
+    if (b % kernels::kBundle != 0 && row + block_rows < problem.outer) continue;
+    add_columns(total, bundle, columns);
+    empty_sums(tile.bundle_memory, columns);
   }
   return total;
 }
@@ -116,16 +124,16 @@ void settle_planar(const Plan& plan, const SummedValues<T>& values, std::int64_t
 
 // Channels [begin, end) of an interleaved tensor, at most a tile of them.
 template <class T>
-void settle_tile(const Problem& problem, const SummedValues<T>& values, Range channels, Again again, Moments* out) {
+void settle_tile(const Plan& plan, const SummedValues<T>& values, Range channels, Again again, Moments* out) {
   const auto bad = [again](const Moments& m) { return needs<T>(again, m); };
   if (std::none_of(out + channels.begin, out + channels.end, bad)) return;
-  const std::int64_t inner = problem.inner;
+  const std::int64_t inner = plan.problem.inner;
   Tile<T> tile;
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
     std::fill_n(tile.shift + (c - channels.begin) * inner, inner, shift_for<T>(again, out[c]));
   }
   const kernels::ColumnSums columns =
-      sum_tile_again(problem, values, channels.begin * inner, (channels.end - channels.begin) * inner, again, tile);
+      sum_tile_again(plan, values, channels.begin * inner, (channels.end - channels.begin) * inner, again, tile);
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
     if (!bad(out[c])) continue;
     const std::int64_t first = (c - channels.begin) * inner;
@@ -213,7 +221,7 @@ void sum_again(const Plan& plan, const SummedValues<T>& values, Range channels, 
     } else {
       const std::int64_t tile = kTileColumns / problem.inner;
       for (std::int64_t c = channels.begin; c < channels.end; c += tile) {
-        settle_tile(problem, values, {c, std::min(c + tile, channels.end)}, again, out);
+        settle_tile(plan, values, {c, std::min(c + tile, channels.end)}, again, out);
       }
     }
   }

@@ -1,5 +1,9 @@
-// Sums of pieces of one channel add up to the sums of the channel, in the order of the pieces.
+// Sums of pieces of one channel add up to the sums of the channel: in bundles of 16, each of which is its pieces in
+// order, bundle after bundle, every addition with its error kept. Two short chains in place of a long one: a GPU, where
+// an addition waits 16 cycles for the one before, adds 196 chunks in 0.3 us so, in 1.8 us one after the other.
 #pragma once
+
+#include <algorithm>
 
 #include "double_double.hpp"
 #include "kernels/table.hpp"
@@ -13,15 +17,45 @@ inline void add(kernels::Sums& total, const kernels::Sums& part) {
            total.second_lo + (second.lo + part.second_lo)};
 }
 
+// Left uninitialized: kernels overwrite.
+union SumsOfChannels {
+  SumsOfChannels() {}
+  kernels::Sums of[kernels::kMostChannels];
+};
+
+// Sums of `count` >= 1 pieces of each of `channels` channels into totals[0], ...: piece(k, Sums*) gives those of piece
+// k. The first is not added to 0: an infinity added to 0 has an error of NaN.
+template <class Piece>
+void add_pieces(std::int64_t count, std::int64_t channels, kernels::Sums* totals, const Piece& piece) {
+  SumsOfChannels of_bundle, part;
+  for (std::int64_t first = 0; first < count; first += kernels::kBundle) {
+    kernels::Sums* bundle = first == 0 ? totals : of_bundle.of;
+    piece(first, bundle);
+    for (std::int64_t k = first + 1; k < std::min(first + kernels::kBundle, count); ++k) {
+      piece(k, part.of);
+      for (std::int64_t c = 0; c < channels; ++c) add(bundle[c], part.of[c]);
+    }
+    for (std::int64_t c = 0; first > 0 && c < channels; ++c) add(totals[c], bundle[c]);
+  }
+}
+
 inline kernels::Sums at(const kernels::ColumnSums& sums, std::int64_t column) {
   return {sums.first[column], sums.first_lo[column], sums.second[column], sums.second_lo[column]};
 }
 
-inline void put(const kernels::ColumnSums& sums, std::int64_t column, const kernels::Sums& value) {
-  sums.first[column] = value.first;
-  sums.first_lo[column] = value.first_lo;
-  sums.second[column] = value.second;
-  sums.second_lo[column] = value.second_lo;
+// The same of `count` columns, which do not overlap.
+inline void add_columns(double* sum, double* low, const double* more, const double* more_low, std::int64_t count) {
+  const double* __restrict part = more;
+  const double* __restrict part_low = more_low;
+  for (std::int64_t e = 0; e < count; ++e) {
+    const DoubleDouble total = two_sum(sum[e], part[e]);
+    sum[e] = total.hi;
+    low[e] += total.lo + part_low[e];
+  }
+}
+inline void add_columns(const kernels::ColumnSums& total, const kernels::ColumnSums& part, std::int64_t count) {
+  add_columns(total.first, total.first_lo, part.first, part.first_lo, count);
+  add_columns(total.second, total.second_lo, part.second, part.second_lo, count);
 }
 
 // Arrays for the sums of `columns` columns, in 4*columns values of `memory`. Low parts start as 0, because kernels

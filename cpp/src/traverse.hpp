@@ -31,14 +31,14 @@ class Traversal {
  public:
   static std::size_t bytes(const Plan& plan, bool reduces) {
     if (!reduces || plan.path == Path::nothing || plan.path == Path::channel_tasks) return 0;
-    if (plan.path == Path::chunk_tasks) return Workspace::bytes_for<kernels::Sums>(plan.wave * plan.chunks);
+    if (plan.path == Path::chunk_tasks) return Workspace::bytes_for<kernels::Sums>(plan.wave * plan.sum_runs.chunks);
     return Workspace::bytes_for<double>(4 * plan.sum_rows.columns * (plan.sum_rows.blocks + 1));
   }
 
   Traversal(const Plan& plan, Pass& pass, Workspace& workspace) : plan_(plan), pass_(pass) {
     if (bytes(plan, pass.reduces) == 0) return;
     if (plan.path == Path::chunk_tasks) {
-      chunk_sums_ = workspace.take<kernels::Sums>(plan.wave * plan.chunks);
+      chunk_sums_ = workspace.take<kernels::Sums>(plan.wave * plan.sum_runs.chunks);
     } else {
       column_memory_ = workspace.take<double>(4 * plan.sum_rows.columns * (plan.sum_rows.blocks + 1));
     }
@@ -70,8 +70,9 @@ class Traversal {
   static constexpr std::int64_t kRowsAhead = 4;
 
   template <void (Traversal::*f)(Range)>
-  static Phase phase(std::int64_t tasks, bool backwards = false) {
-    return {tasks, 1, backwards, [](void* self, Range range) noexcept { (static_cast<Traversal*>(self)->*f)(range); }};
+  static Phase phase(std::int64_t tasks, bool backwards = false, std::int64_t grain = 1) {
+    return {tasks, grain, backwards,
+            [](void* self, Range range) noexcept { (static_cast<Traversal*>(self)->*f)(range); }};
   }
   void run_phases(std::initializer_list<Phase> phases) {
     batchnorm::run_phases(plan_.threads, phases.begin(), static_cast<int>(phases.size()), this);
@@ -81,51 +82,42 @@ class Traversal {
 
   // ---- planar ----
 
-  // Left uninitialized: kernels overwrite.
-  union SumsOfGroup {
-    SumsOfGroup() {}
-    kernels::Sums of[kernels::kMostChannels];
-  };
-
-  void sum_group(Range channels, kernels::Sums* totals) {
-    const std::int64_t n = channels.end - channels.begin;
-    pass_.sum_runs(plan_.chunk_offset(0, channels.begin), plan_.chunk_runs(0, n), channels.begin, totals);
-    SumsOfGroup part;
-    for (std::int64_t k = 1; k < plan_.chunks; ++k) {
-      pass_.sum_runs(plan_.chunk_offset(k, channels.begin), plan_.chunk_runs(k, n), channels.begin, part.of);
-      for (std::int64_t c = 0; c < n; ++c) add(totals[c], part.of[c]);
-    }
+  // Of chunk k of neighbouring channels.
+  void sum_chunk(std::int64_t k, Range channels, kernels::Sums* out) {
+    const auto [offset, runs] = plan_.sum_runs.chunk(plan_.problem, k, channels);
+    pass_.sum_runs(offset, runs, channels.begin, out);
   }
 
   void reduce_and_apply(Range groups) {
     for (std::int64_t g = groups.begin; g < groups.end; ++g) {
       const Range channels = channels_of_group(g);
-      SumsOfGroup totals;
-      sum_group(channels, totals.of);
+      SumsOfChannels totals;
+      add_pieces(plan_.sum_runs.chunks, channels.end - channels.begin, totals.of,
+                 [&](std::int64_t k, kernels::Sums* out) { sum_chunk(k, channels, out); });
       pass_.finish(channels, totals.of);
       if (!pass_.applies) continue;
       // Last chunk first: it is the one still nearest in cache.
-      for (std::int64_t k = plan_.chunks; k-- > 0;) apply_chunk(k, channels);
+      for (std::int64_t k = plan_.apply_runs.chunks; k-- > 0;) apply_chunk(k, channels);
     }
   }
 
   // Chunks in the order they lie in memory: k outside, groups of channels inside.
   void run_wave() {
-    const std::int64_t groups = groups_in_wave(), tiles = groups * plan_.chunks;
+    const std::int64_t summed = groups_in_wave() * plan_.sum_runs.chunks;
+    const std::int64_t applied = groups_in_wave() * plan_.apply_runs.chunks;
     const std::int64_t channels = wave_.end - wave_.begin;
     const Phase finish = phase<&Traversal::finish_channels>((channels + kFinishedTogether - 1) / kFinishedTogether);
-    if (!pass_.reduces) return run_phases({finish, phase<&Traversal::apply_tiles>(tiles)});
-    const Phase sum = phase<&Traversal::sum_tiles>(tiles);
+    if (!pass_.reduces) return run_phases({finish, phase<&Traversal::apply_tiles>(applied)});
+    const Phase sum = phase<&Traversal::sum_tiles>(summed, false, plan_.chunks_together);
     if (!pass_.applies) return run_phases({sum, finish});
-    run_phases({sum, finish, phase<&Traversal::apply_tiles_backwards>(tiles, true)});
+    run_phases({sum, finish, phase<&Traversal::apply_tiles_backwards>(applied, true)});
   }
 
   void sum_tiles(Range tiles) {
     for (std::int64_t t = tiles.begin; t < tiles.end; ++t) {
       const std::int64_t k = t / groups_in_wave();
       const Range channels = channels_of_tile(t);
-      pass_.sum_runs(plan_.chunk_offset(k, channels.begin), plan_.chunk_runs(k, channels.end - channels.begin),
-                     channels.begin, chunk_sums_ + k * plan_.wave + channels.begin - wave_.begin);
+      sum_chunk(k, channels, chunk_sums_ + k * plan_.wave + channels.begin - wave_.begin);
     }
   }
   void finish_channels(Range parts) {
@@ -136,11 +128,10 @@ class Traversal {
         pass_.finish(channels, nullptr);
         continue;
       }
-      SumsOfGroup totals;
+      SumsOfChannels totals;
       for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-        kernels::Sums& total = totals.of[c - begin];
-        total = chunk_sums_[c - wave_.begin];  // as in sum_group(): an infinity added to 0 has an error of NaN
-        for (std::int64_t k = 1; k < plan_.chunks; ++k) add(total, chunk_sums_[k * plan_.wave + c - wave_.begin]);
+        add_pieces(plan_.sum_runs.chunks, 1, totals.of + (c - begin),
+                   [&](std::int64_t k, kernels::Sums* out) { *out = chunk_sums_[k * plan_.wave + c - wave_.begin]; });
       }
       pass_.finish(channels, totals.of);
     }
@@ -153,13 +144,13 @@ class Traversal {
   }
 
   void apply_chunk(std::int64_t k, Range channels) {
-    kernels::Runs runs = plan_.chunk_runs(k, channels.end - channels.begin);
+    auto [offset, runs] = plan_.apply_runs.chunk(plan_.problem, k, channels);
     if (plan_.around_cache && pass_.reduces && channels.begin + plan_.wave < plan_.problem.channels) {
       runs.ahead = plan_.wave * plan_.problem.inner;  // what the next group or wave has here
     } else if (plan_.fetches_outputs && pass_.reduces) {
       runs.ahead = runs.stride;  // the next stretch
     }
-    pass_.apply_runs(plan_.chunk_offset(k, channels.begin), runs, channels.begin);
+    pass_.apply_runs(offset, runs, channels.begin);
   }
 
   [[nodiscard]] std::int64_t groups_in_wave() const {
@@ -222,7 +213,7 @@ class Traversal {
     add_columns_of(channels);
     for (std::int64_t begin = channels.begin; begin < channels.end; begin += kFinishedTogether) {
       const Range some{begin, std::min(begin + kFinishedTogether, channels.end)};
-      SumsOfGroup totals;
+      SumsOfChannels totals;
       for (std::int64_t c = some.begin; c < some.end; ++c) totals.of[c - begin] = channel_total(c);
       pass_.finish(some, totals.of);
     }
@@ -257,19 +248,9 @@ class Traversal {
   static void add_rows_side_by_side(const kernels::ColumnSums& sums, std::int64_t rows, std::int64_t width) {
     while (rows > 1) {
       const std::int64_t half = rows / 2, behind = (rows - half) * width;
-      add_columns(sums.first, sums.first_lo, behind, half * width);
-      add_columns(sums.second, sums.second_lo, behind, half * width);
+      add_columns(sums, {sums.first + behind, sums.first_lo + behind, sums.second + behind, sums.second_lo + behind},
+                  half * width);
       rows -= half;
-    }
-  }
-  // Sums and low parts of `count` columns += those of the columns `behind` them, which do not overlap.
-  static void add_columns(double* sum, double* low, std::int64_t behind, std::int64_t count) {
-    const double* __restrict more = sum + behind;
-    const double* __restrict more_low = low + behind;
-    for (std::int64_t e = 0; e < count; ++e) {
-      const DoubleDouble total = two_sum(sum[e], more[e]);
-      sum[e] = total.hi;
-      low[e] += total.lo + more_low[e];
     }
   }
   kernels::Sums channel_total(std::int64_t c) {

@@ -25,7 +25,7 @@ constexpr Work kTraining{true, true, 2, 4}, kBackward{true, true, 3, 4};
 std::string text(const Problem& p) { return expect::text("{", p.outer, ", ", p.channels, ", ", p.inner, "}"); }
 
 // Small enough to look at every value: sizes around a vector (16), a short row (128), a row of the kernels, a chunk
-// (16384) and nothing.
+// (4096), a tile (16384) and nothing.
 std::vector<Problem> small_problems() {
   std::vector<Problem> list;
   for (const std::int64_t outer : {0, 1, 2, 3, 15, 16, 17, 63, 64, 65, 130, 1025}) {
@@ -35,7 +35,7 @@ std::vector<Problem> small_problems() {
       }
     }
   }
-  for (const std::int64_t edge : {16 * 1024 - 1, 16 * 1024, 16 * 1024 + 1, 40 * 1024 + 7}) {
+  for (const std::int64_t edge : {4 * 1024 - 1, 4 * 1024, 4 * 1024 + 1, 16 * 1024, 16 * 1024 + 1, 40 * 1024 + 7}) {
     for (const Problem& p : {Problem{1, 1, edge}, Problem{edge, 1, 1}, Problem{1, 3, edge}, Problem{3, 2, edge},
                              Problem{edge, 2, 1}, Problem{edge, 3, 2}, Problem{1, edge, 1}, Problem{2, edge, 3}}) {
       list.push_back(p);
@@ -66,7 +66,7 @@ std::vector<Problem> all_problems() {
 bool is_interleaved(const Plan& plan) { return plan.path == Path::row_blocks; }
 
 // How often the pieces of a plan hold each value. The channel that a piece gives a value must be the value's own.
-std::vector<int> visits(const Plan& plan, const RowCut& cut, const Problem& problem) {
+std::vector<int> visits(const Plan& plan, const RowCut& cut, const RunCut& run_cut, const Problem& problem) {
   std::vector<int> seen(static_cast<std::size_t>(problem.size()), 0);
   const std::int64_t end = problem.size();
   const auto see = [&](std::int64_t at, std::int64_t channel) {
@@ -88,11 +88,11 @@ std::vector<int> visits(const Plan& plan, const RowCut& cut, const Problem& prob
     }
   } else if (plan.planar()) {
     for (std::int64_t c = 0; c < plan.problem.channels; ++c) {
-      for (std::int64_t k = 0; k < plan.chunks; ++k) {
-        const kernels::Runs runs = plan.chunk_runs(k);
+      for (std::int64_t k = 0; k < run_cut.chunks; ++k) {
+        const auto [begin, runs] = run_cut.chunk(plan.problem, k, {c, c + 1});
         EXPECT(runs.count >= 1 && runs.length >= 1, "chunk ", k, " of ", text(problem));
         for (std::int64_t r = 0; r < runs.count; ++r) {
-          for (std::int64_t i = 0; i < runs.length; ++i) see(plan.chunk_offset(k, c) + r * runs.stride + i, c);
+          for (std::int64_t i = 0; i < runs.length; ++i) see(begin + r * runs.stride + i, c);
         }
       }
     }
@@ -103,8 +103,9 @@ std::vector<int> visits(const Plan& plan, const RowCut& cut, const Problem& prob
 // What decides the order of summation.
 std::string geometry(const Plan& p) {
   const RowCut& rows = p.sum_rows;
-  return expect::text(text(p.problem), " ", is_interleaved(p), " ", p.piece_length, " ", p.runs_per_chunk, " ",
-                      p.pieces_per_run, " ", p.chunks, " ", rows.repeat, " ", rows.columns, " ", rows.rows, " ",
+  const RunCut& runs = p.sum_runs;
+  return expect::text(text(p.problem), " ", is_interleaved(p), " ", runs.piece_length, " ", runs.runs_per_chunk, " ",
+                      runs.pieces_per_run, " ", runs.chunks, " ", rows.repeat, " ", rows.columns, " ", rows.rows, " ",
                       rows.block_rows, " ", rows.full_blocks, " ", rows.rest_rows, " ", rows.blocks);
 }
 
@@ -115,7 +116,8 @@ std::int64_t tasks(const Plan& plan) {
     case Path::channel_tasks:
       return plan.groups();
     case Path::chunk_tasks:
-      return plan.groups() * plan.chunks;
+      return plan.groups() *
+             std::max((plan.sum_runs.chunks + plan.chunks_together - 1) / plan.chunks_together, plan.apply_runs.chunks);
     default:
       return std::max(plan.sum_rows.blocks * plan.stripes(), plan.apply_rows.blocks);
   }
@@ -137,8 +139,10 @@ TEST(pieces_hold_every_value_once_and_know_its_channel) {
   for (const Problem& problem : small_problems()) {
     for (const Work& work : {kTraining, kWorks[0], kWorks[1]}) {
       const Plan plan = make_plan(problem, work, kMachine, 3);
-      for (const RowCut& cut : {plan.sum_rows, plan.apply_rows}) {
-        const std::vector<int> seen = visits(plan, cut, problem);
+      for (const bool applied : {false, true}) {
+        if (applied ? !work.applies : !work.reduces) continue;
+        const std::vector<int> seen =
+            visits(plan, applied ? plan.apply_rows : plan.sum_rows, applied ? plan.apply_runs : plan.sum_runs, problem);
         for (std::size_t at = 0; at < seen.size(); ++at) {
           EXPECT(seen[at] == 1, "value ", at, " of ", text(problem), " is visited ", seen[at], " times");
         }
@@ -164,16 +168,17 @@ TEST(pieces_of_huge_problems_add_up_and_end_at_the_end) {
         EXPECT(first.count > 0 && last.count > 0, text(problem));
       }
     } else {
-      const std::int64_t k = plan.chunks - 1, c = plan.problem.channels - 1;
-      const kernels::Runs last = plan.chunk_runs(k);
-      EXPECT_EQUAL(plan.chunk_offset(0, 0), 0, text(problem));
-      EXPECT_EQUAL(plan.chunk_offset(k, c) + (last.count - 1) * last.stride + last.length, problem.size(),
-                   text(problem));
-      // All chunks but the last of a run, or the last of a channel, are full.
-      const std::int64_t full = plan.runs_per_chunk * plan.piece_length, values = problem.count();
-      EXPECT(full * plan.chunks >= values, text(problem));
-      if (plan.pieces_per_run == 1) EXPECT(full * (plan.chunks - 1) < values, text(problem));
-      if (plan.pieces_per_run > 1) EXPECT(full * (plan.pieces_per_run - 1) < plan.problem.inner, text(problem));
+      for (const RunCut& cut : {plan.sum_runs, plan.apply_runs}) {
+        const std::int64_t k = cut.chunks - 1, c = plan.problem.channels - 1;
+        const auto [begin, last] = cut.chunk(plan.problem, k, {c, c + 1});
+        EXPECT_EQUAL(cut.chunk(plan.problem, 0, {0, 1}).offset, 0, text(problem));
+        EXPECT_EQUAL(begin + (last.count - 1) * last.stride + last.length, problem.size(), text(problem));
+        // All chunks but the last of a run, or the last of a channel, are full.
+        const std::int64_t full = cut.runs_per_chunk * cut.piece_length, values = problem.count();
+        EXPECT(full * cut.chunks >= values, text(problem));
+        if (cut.pieces_per_run == 1) EXPECT(full * (cut.chunks - 1) < values, text(problem));
+        if (cut.pieces_per_run > 1) EXPECT(full * (cut.pieces_per_run - 1) < plan.problem.inner, text(problem));
+      }
     }
   }
 }
@@ -205,14 +210,14 @@ TEST(small_problems_are_serial_and_large_ones_are_not) {
   });
 }
 
-// What the bounds of channel_math.hpp count on, up to the factor of 2 that runs just longer than a vector cost.
-TEST(a_lane_adds_at_most_2048_values_of_a_piece) {
+// What the bounds of channel_math.hpp count on.
+TEST(a_lane_adds_at_most_1024_values_of_a_piece) {
   for (const Problem& problem : all_problems()) {
     const Plan plan = make_plan(problem, kTraining, kMachine, 8);
     if (is_interleaved(plan)) {
-      EXPECT(plan.sum_rows.block_rows <= 2048 && plan.sum_rows.rest_rows <= 2048, text(problem));
+      EXPECT(plan.sum_rows.block_rows <= 1024 && plan.sum_rows.rest_rows <= 1024, text(problem));
     } else if (plan.planar()) {
-      EXPECT(plan.runs_per_chunk * ((plan.piece_length + 15) / 16) <= 2048, text(problem));
+      EXPECT(plan.sum_runs.runs_per_chunk * ((plan.sum_runs.piece_length + 15) / 16) <= 512, text(problem));
     }
   }
 }
@@ -224,6 +229,21 @@ TEST(a_channel_that_fits_the_cache_is_reduced_and_applied_by_one_task) {
          Path::chunk_tasks);  // fewer channels than threads
   EXPECT(make_plan({8, 64, 196}, {false, true, 2, 4}, {1 << 20, 32 << 20}, 4).path ==
          Path::chunk_tasks);  // nothing to reduce
+}
+
+TEST(a_chunk_of_a_sum_is_what_a_block_of_a_gpu_can_hold) {
+  for (const Problem& problem : all_problems()) {
+    const RunCut& cut = make_plan(problem, kTraining, kMachine, 8).sum_runs;
+    EXPECT(cut.runs_per_chunk * cut.piece_length <= 4096, text(problem));
+  }
+}
+
+TEST(a_thread_sums_some_chunks_at_a_time_and_applies_larger_ones) {
+  const Plan plan = make_plan({64, 2, 49'152}, kTraining, kMachine, 8);
+  EXPECT(plan.path == Path::chunk_tasks);
+  EXPECT_EQUAL(plan.sum_runs.piece_length, 4096);
+  EXPECT_EQUAL(plan.chunks_together, 4);
+  EXPECT_EQUAL(plan.apply_runs.piece_length, 16384);
 }
 
 TEST(wide_rows_of_few_blocks_are_shared_out_by_columns_for_summing) {
@@ -255,6 +275,7 @@ TEST(the_text_of_a_plan_names_its_path_and_threads) {
   says({0, 3, 4}, kMachine, 1, "nothing to do");
   says({8, 64, 196}, kMachine, 4, "a task is 4 channel(s)");
   says({8, 64, 196}, {1024, 1024}, 4, "a task is a chunk");
+  says({8, 64, 196}, kMachine, 4, "1 chunk(s) a channel, 8 x 196 values each");
   says({4096, 64, 1}, kMachine, 4, "a task is a block of rows");
   says({4096, 64, 1}, kMachine, 4, "threads 4");
 }

@@ -323,20 +323,26 @@ BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input
 template <class Accumulator>
 BN_INLINE void add_blocks_of_columns(const double* sum, const double* low, std::int64_t count, std::int64_t stride,
                                      std::int64_t c, std::int64_t n, double* total, double* total_low) {
-  Compensated a;
+  Compensated bundle, all;
   for (std::int64_t b = 0; b < count; ++b) {
     const Lanes<double> term = load_upto<double>(sum + b * stride + c, n, 0.0);
     Lanes<double> term_low;
     if constexpr (Accumulator::kHasLow) term_low = load_upto<double>(low + b * stride + c, n, 0.0);
     BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
-      const NativeDouble next = a.sum.v[k] + term.v[k];
-      NativeDouble error = sum_error(a.sum.v[k], term.v[k], next);
+      const NativeDouble next = bundle.sum.v[k] + term.v[k];
+      NativeDouble error = sum_error(bundle.sum.v[k], term.v[k], next);
       if constexpr (Accumulator::kHasLow) error = error + term_low.v[k];
-      a.low.v[k] = a.low.v[k] + error;
-      a.sum.v[k] = next;
+      bundle.low.v[k] = bundle.low.v[k] + error;
+      bundle.sum.v[k] = next;
     }
+    if (b + 1 < count && (b + 1) % kBundle != 0) continue;
+    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
+      all.add(k, bundle.sum.v[k]);
+      all.low.v[k] = all.low.v[k] + bundle.low.v[k];
+    }
+    bundle = {};
   }
-  keep(a, total + c, total_low + c, n);
+  keep(all, total + c, total_low + c, n);
 }
 
 template <class Accumulator>

@@ -243,7 +243,7 @@ template <class T>
 void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                 const ColumnSums& total) {
   for (std::int64_t c = 0; c < columns; ++c) {
-    Sum of_first, of_second;
+    Sum of_first, of_second;  // in a row: to twice float64's digits the order is no matter
     for (std::int64_t at = c; at < c + count * stride; at += stride) {
       of_first.add(first.first[at], kIsCompensated<T> ? first.first_lo[at] : 0);
       of_second.add(first.second[at], kIsCompensated<T> ? first.second_lo[at] : 0);

@@ -33,6 +33,9 @@ namespace batchnorm::kernels {
 // Lanes of the kernels: rows whose columns are a multiple of it leave none empty.
 constexpr std::int64_t kVectorColumns = 16;
 
+// Sums of pieces are added up in bundles of so many (sums.hpp).
+constexpr std::int64_t kBundle = 16;
+
 // A cache line. Stores around the caches write whole ones.
 constexpr std::int64_t kStreamBytes = 64;
 
@@ -144,9 +147,9 @@ struct Kernels {
   void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, Runs, const GradAffine<Arithmetic<T>>*);
   void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<Arithmetic<T>>&);
 
-  // The sums of `count` blocks of rows added up, first block first, each addition with its error kept in the low part.
-  // Of the first `columns` columns of each; the arrays of a block lie `stride` values behind those of the one before.
-  // The low parts of blocks are read for double alone.
+  // The sums of `count` blocks of rows added up in bundles of kBundle: the blocks of a bundle, then the bundles, first
+  // to last, with the error of each addition in the low part. Of `columns` columns of each; the arrays of a block lie
+  // `stride` values behind those of the one before. The low parts of blocks are read for double alone.
   void (*add_blocks)(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                      const ColumnSums& total);
 
