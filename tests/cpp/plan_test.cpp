@@ -246,6 +246,20 @@ TEST(a_thread_sums_some_chunks_at_a_time_and_applies_larger_ones) {
   EXPECT_EQUAL(plan.apply_runs.piece_length, 16384);
 }
 
+// A core's own cache of 2 MB, and a shared one that is far: it has to hold a group and, meanwhile, the next one.
+TEST(a_group_and_the_next_one_fit_the_cache_where_the_shared_one_is_far) {
+  constexpr Machine kFar{2 << 20, 480 << 20}, kNear{2 << 20, 32 << 20};
+  EXPECT_EQUAL(make_plan({32, 256, 3136}, kBackward, kFar, 2).group, 1);  // slabs of 0.8 MB
+  EXPECT_EQUAL(make_plan({32, 256, 3136}, kBackward, kNear, 2).group, 2);
+  EXPECT_EQUAL(make_plan({32, 256, 3136}, kTraining, kFar, 2).group, 2);  // of 0.4 MB
+  // The others of ResNet-50 keep stretches nearly as long.
+  for (const Problem& p : {Problem{32, 512, 784}, {32, 512, 196}, {32, 1024, 196}, {32, 2048, 49}, {32, 64, 12544}}) {
+    for (const Work& work : {kTraining, kBackward}) {
+      EXPECT(make_plan(p, work, kFar, 2).group >= make_plan(p, work, kNear, 2).group * 5 / 6, text(p));
+    }
+  }
+}
+
 TEST(wide_rows_of_few_blocks_are_shared_out_by_columns_for_summing) {
   for (const std::int64_t channels : {1024, 1000, 999, 4099}) {
     const Plan plan = make_plan({64, channels, 1}, kTraining, kMachine, 2);
