@@ -23,66 +23,69 @@ class Arguments:
         self.saved = bn.batch_norm(*given)[1]
         self.saved_mask = bn.batch_norm(*given, mask=self.mask)[1]
         self.saved_segments = bn.batch_norm(*given, segments=self.segments)[1]
-        self.saved_ghosts = bn.ghost_batch_norm(*given, ghost_size=3)[1]
-        self.saved_relu = bn.batch_norm_relu(*given, residual=self.residual)[1]
-        self.saved_renorm = self.renorm(out=None)[1]
-        self.saved_inplace = bn.batch_norm_inplace(self.x.copy(), self.gamma, self.beta)[1]
-        self.relu_mask = bn.normalize_relu(self.x, self.mean, self.var, needs_mask=True).mask
+        self.saved_ghosts = bn.batch_norm(*given, ghost_size=3)[1]
+        self.saved_relu = bn.batch_norm(*given, residual=self.residual, activation="relu")[1]
+        self.renorm = bn.Renorm(self.mean, self.var, 3.0, 5.0)
+        self.saved_renorm = bn.batch_norm(*given, renorm=self.renorm)[1]
+        self.saved_y = bn.batch_norm(*given, keep="y")[1]
+        self.saved_given = bn.normalize(self.x, *self.statistics, save=True)[1]
+        self.saved_given_mask = bn.normalize(self.x, *self.statistics, mask=self.mask, save=True)[1]
+        self.saved_given_relu = bn.normalize(self.x, *self.statistics, activation="relu", save=True)[1]
         self.sums = bn.grad_sums(self.dy, self.saved)
 
     @property
     def statistics(self):
         return self.mean, self.var, self.gamma
 
-    def renorm(self, **options):
-        limits = {"r_max": 3.0, "d_max": 5.0}
-        return bn.batch_renorm(self.x, self.mean, self.var, self.gamma, self.beta, **limits, **options)
-
 
 # Each takes the arguments and options, of which all know num_threads and those with `out` know that.
 WITH_OUT = {
     "batch_norm": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, **o),
-    "batch_norm_mask": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, mask=a.mask, **o),
-    "batch_norm_weights": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, weights=a.weights, **o),
-    "batch_norm_segments": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, segments=a.segments, **o),
-    "normalize": lambda a, **o: bn.normalize(a.x, *a.statistics, a.beta, **o),
-    "normalize_mask": lambda a, **o: bn.normalize(a.x, *a.statistics, a.beta, mask=a.mask, **o),
-    "batch_norm_backward": lambda a, **o: bn.batch_norm_backward(a.dy, a.saved, **o),
-    "batch_norm_backward_mask": lambda a, **o: bn.batch_norm_backward(a.dy, a.saved_mask, **o),
-    "batch_norm_backward_segments": lambda a, **o: bn.batch_norm_backward(a.dy, a.saved_segments, **o),
-    "normalize_backward": lambda a, **o: bn.normalize_backward(a.dy, a.x, *a.statistics, **o),
-    "normalize_backward_mask": lambda a, **o: bn.normalize_backward(
-        a.dy, a.x, *a.statistics, mask=a.mask, **o
+    "batch_norm with mask": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, mask=a.mask, **o),
+    "batch_norm with weights": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, weights=a.weights, **o),
+    "batch_norm with segments": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, segments=a.segments, **o),
+    "batch_norm with ghosts": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, ghost_size=3, **o),
+    "batch_norm with renorm": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, renorm=a.renorm, **o),
+    "batch_norm with relu": lambda a, **o: bn.batch_norm(
+        a.x, a.gamma, a.beta, residual=a.residual, activation="relu", **o
     ),
+    "batch_norm with residual": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, residual=a.residual, **o),
+    "batch_norm with mask and relu": lambda a, **o: bn.batch_norm(
+        a.x, a.gamma, a.beta, mask=a.mask, activation="relu", **o
+    ),
+    "batch_norm that keeps y": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, keep="y", **o),
+    "normalize": lambda a, **o: bn.normalize(a.x, *a.statistics, a.beta, **o),
+    "normalize with mask": lambda a, **o: bn.normalize(a.x, *a.statistics, a.beta, mask=a.mask, **o),
+    "normalize with relu": lambda a, **o: bn.normalize(
+        a.x, *a.statistics, a.beta, activation="relu", save=True, **o
+    ),
+    "backward": lambda a, **o: bn.backward(a.dy, a.saved, **o),
+    "backward with mask": lambda a, **o: bn.backward(a.dy, a.saved_mask, **o),
+    "backward with segments": lambda a, **o: bn.backward(a.dy, a.saved_segments, **o),
+    "backward with ghosts": lambda a, **o: bn.backward(a.dy, a.saved_ghosts, **o),
+    "backward with renorm": lambda a, **o: bn.backward(a.dy, a.saved_renorm, **o),
+    "backward from y": lambda a, **o: bn.backward(a.dy, a.saved_y, **o),
+    "backward of normalize": lambda a, **o: bn.backward(a.dy, a.saved_given, **o),
+    "backward of normalize with mask": lambda a, **o: bn.backward(a.dy, a.saved_given_mask, **o),
     "grad_input": lambda a, **o: bn.grad_input(a.dy, a.saved, a.sums, **o),
-    "batch_norm_jvp": lambda a, **o: bn.batch_norm_jvp(a.v, a.saved, gamma_dot=a.mean, **o),
-    "normalize_jvp": lambda a, **o: bn.normalize_jvp(a.v, a.x, *a.statistics, var_dot=a.mean, **o),
-    "ghost_batch_norm": lambda a, **o: bn.ghost_batch_norm(a.x, a.gamma, a.beta, ghost_size=3, **o),
-    "ghost_batch_norm_backward": lambda a, **o: bn.ghost_batch_norm_backward(a.dy, a.saved_ghosts, **o),
-    "batch_renorm": lambda a, **o: a.renorm(**o),
-    "batch_renorm_backward": lambda a, **o: bn.batch_renorm_backward(a.dy, a.saved_renorm, **o),
-    "batch_norm_inplace_backward": lambda a, **o: bn.batch_norm_inplace_backward(a.dy, a.saved_inplace, **o),
-    "batch_norm_relu": lambda a, **o: bn.batch_norm_relu(a.x, a.gamma, a.beta, residual=a.residual, **o),
-    "normalize_relu": lambda a, **o: bn.normalize_relu(a.x, *a.statistics, a.beta, needs_mask=True, **o),
+    "jvp": lambda a, **o: bn.jvp(a.v, a.saved, gamma_dot=a.mean, **o),
+    "jvp with mask": lambda a, **o: bn.jvp(a.v, a.saved_mask, gamma_dot=a.mean, **o),
+    "jvp of normalize": lambda a, **o: bn.jvp(a.v, a.saved_given, var_dot=a.mean, **o),
 }
 WITH_TWO_OUT = {
-    "batch_norm_relu_backward": lambda a, **o: bn.batch_norm_relu_backward(a.dy, a.saved_relu, **o),
-    "normalize_relu_backward": lambda a, **o: bn.normalize_relu_backward(
-        a.dy, a.x, a.relu_mask, *a.statistics, **o
-    ),
-    "batch_norm_double_backward": lambda a, **o: bn.batch_norm_double_backward(
-        a.v, a.dy, a.saved, v_dgamma=a.mean, **o
-    ),
-    "normalize_double_backward": lambda a, **o: bn.normalize_double_backward(
-        a.v, a.dy, a.x, *a.statistics, v_dgamma=a.mean, **o
+    "backward with relu": lambda a, **o: bn.backward(a.dy, a.saved_relu, **o),
+    "backward of normalize with relu": lambda a, **o: bn.backward(a.dy, a.saved_given_relu, **o),
+    "double_backward": lambda a, **o: bn.double_backward(a.v, a.dy, a.saved, v_dgamma=a.mean, **o),
+    "double_backward of normalize": lambda a, **o: bn.double_backward(
+        a.v, a.dy, a.saved_given, v_dgamma=a.mean, **o
     ),
 }
 WITHOUT_OUT = {
     "moments": lambda a, **o: bn.moments(a.x, **o),
-    "moments_mask": lambda a, **o: bn.moments(a.x, mask=a.mask, **o),
-    "moments_segments": lambda a, **o: bn.moments(a.x, segments=a.segments, **o),
+    "moments with mask": lambda a, **o: bn.moments(a.x, mask=a.mask, **o),
+    "moments with segments": lambda a, **o: bn.moments(a.x, segments=a.segments, **o),
     "grad_sums": lambda a, **o: bn.grad_sums(a.dy, a.saved, **o),
-    "grad_sums_mask": lambda a, **o: bn.grad_sums(a.dy, a.saved_mask, **o),
-    "batch_norm_inplace": lambda a, **o: bn.batch_norm_inplace(a.x, a.gamma, a.beta, **o),
+    "grad_sums with mask": lambda a, **o: bn.grad_sums(a.dy, a.saved_mask, **o),
+    "batch_norm in place": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, keep="y", out=a.x, **o),
 }
 ALL = {**WITH_OUT, **WITH_TWO_OUT, **WITHOUT_OUT}

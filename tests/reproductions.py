@@ -48,7 +48,7 @@ def masks_read_no_byte_behind_the_array():
         for weights in (rng.random((1, length)) < 0.5, rng.uniform(size=(1, length))):
             w = at_the_end_of_mapped_memory(weights.astype(np.float32))
             _, saved = bn.batch_norm(x, weights=w)
-            bn.batch_norm_backward(x, saved)
+            bn.backward(x, saved)
 
 
 def an_unknown_isa_is_an_error_on_every_way():

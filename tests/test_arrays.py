@@ -8,6 +8,7 @@ import pytest
 from numpy.lib.stride_tricks import as_strided
 
 import batchnorm as bn
+import frozen
 
 N, C, L = 6, 3, 5
 BASE = np.random.default_rng(7).normal(size=(N, C, L)).astype(np.float32)
@@ -149,39 +150,38 @@ MEAN, VAR = np.array([0.5, -0.25, 0.0]), np.array([1.0, 0.5, 2.0])
 
 def plain_functions(x):
     y, saved = bn.batch_norm(x, GAMMA, BETA)
-    backward = bn.batch_norm_backward(x, saved)
+    backward = bn.backward(x, saved)
     halves = bn.grad_input(x, saved, bn.grad_sums(x, saved))
-    second = bn.batch_norm_double_backward(x, x, saved) if x.dtype.itemsize > 2 else ()
+    second = bn.double_backward(x, x, saved) if x.dtype.itemsize > 2 else ()
     return [y, *backward, halves, bn.moments(x)._table, *second]
 
 
 def masked_functions(x):
     mask = np.arange(x.shape[0] * x.shape[2]).reshape(x.shape[0], x.shape[2]) % 4 > 0
     y, saved = bn.batch_norm(x, GAMMA, BETA, mask=mask, padding="keep")
-    return [y, *bn.batch_norm_backward(x, saved)]
+    return [y, *bn.backward(x, saved)[:3]]
 
 
 def functions_of_segments(x):
     y, saved = bn.batch_norm(x, GAMMA, BETA, segments=np.arange(len(x)) // 4)
-    return [y, *bn.batch_norm_backward(x, saved)]
+    return [y, *bn.backward(x, saved)[:3]]
 
 
 def functions_of_constants(x):
     y = bn.normalize(x, MEAN, VAR, GAMMA, BETA)
-    return [y, *bn.normalize_backward(x, x, MEAN, VAR, GAMMA)]
+    return [y, *frozen.backward(x, x, MEAN, VAR, GAMMA)[:3]]
 
 
 def functions_of_relu(x):
-    y, saved = bn.batch_norm_relu(x, GAMMA, BETA, residual=x)
-    z, mask = bn.normalize_relu(x, MEAN, VAR, GAMMA, BETA, residual=x, needs_mask=True)
-    backward = bn.normalize_relu_backward(x, x, mask, MEAN, VAR, GAMMA)
-    return [y, *bn.batch_norm_relu_backward(x, saved), z, *backward]
+    y, saved = bn.batch_norm(x, GAMMA, BETA, residual=x, activation="relu")
+    z, other = bn.normalize(x, MEAN, VAR, GAMMA, BETA, residual=x, activation="relu", save=True)
+    return [y, *bn.backward(x, saved), z, *bn.backward(x, other)]
 
 
 def functions_of_small_batches(x):
-    y, saved = bn.ghost_batch_norm(x, GAMMA, BETA, ghost_size=4)
-    z, other = bn.batch_renorm(x, MEAN, VAR, GAMMA, BETA, r_max=2.0, d_max=1.0)
-    return [y, *bn.ghost_batch_norm_backward(x, saved), z, *bn.batch_renorm_backward(x, other)]
+    y, saved = bn.batch_norm(x, GAMMA, BETA, ghost_size=4)
+    z, other = bn.batch_norm(x, GAMMA, BETA, renorm=bn.Renorm(MEAN, VAR, 2.0, 1.0))
+    return [y, *bn.backward(x, saved)[:3], z, *bn.backward(x, other)[:3]]
 
 
 def a_layer(x):
@@ -233,7 +233,7 @@ def test_an_array_computes_as_its_contiguous_copy_does(call, make):
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED.keys())
-@pytest.mark.parametrize("call", [bn.moments, bn.batch_norm, bn.batch_norm_relu, bn.BatchNorm(C)], ids=str)
+@pytest.mark.parametrize("call", [bn.moments, bn.batch_norm, bn.instance_norm, bn.BatchNorm(C)], ids=str)
 def test_what_is_no_array_of_floats_is_refused_by_name(call, make):
     with pytest.raises((TypeError, ValueError), match=r"^x must (be|have) .*, got "):
         call(make())
@@ -256,8 +256,8 @@ def test_gamma_may_be_any_array_of_floats(make):
     y, saved = bn.batch_norm(BASE, GAMMA)
     z, other = bn.batch_norm(BASE, make())
     np.testing.assert_array_equal(z, y)
-    dgamma = bn.batch_norm_backward(BASE, other).dgamma
-    np.testing.assert_array_equal(dgamma.astype(np.float32), bn.batch_norm_backward(BASE, saved).dgamma)
+    dgamma = bn.backward(BASE, other).dgamma
+    np.testing.assert_array_equal(dgamma.astype(np.float32), bn.backward(BASE, saved).dgamma)
 
 
 @pytest.mark.parametrize("dtype", [np.int64, np.int8, np.uint16])
@@ -267,19 +267,17 @@ def test_a_gamma_of_integers_computes_as_one_of_float64_and_has_gradients_of_flo
     y, saved = bn.batch_norm(BASE, floats, floats)
     z, other = bn.batch_norm(BASE, whole, whole)
     np.testing.assert_array_equal(z, y)
-    for got, expected in zip(
-        bn.batch_norm_backward(BASE, other), bn.batch_norm_backward(BASE, saved), strict=True
-    ):
+    for got, expected in zip(bn.backward(BASE, other)[:3], bn.backward(BASE, saved)[:3], strict=True):
         assert got.dtype == expected.dtype
         np.testing.assert_array_equal(got, expected)
     np.testing.assert_array_equal(
         bn.normalize(BASE, whole, whole, whole), bn.normalize(BASE, floats, floats, floats)
     )
-    gradients = bn.normalize_backward(BASE, BASE, whole, whole, whole)
+    gradients = frozen.backward(BASE, BASE, whole, whole, whole)
     assert gradients.dgamma.dtype == np.float64
     x = BASE.copy()
-    kept = bn.batch_norm_inplace(x, whole, whole)[1]
-    assert bn.batch_norm_inplace_backward(BASE, kept).dgamma.dtype == np.float64
+    kept = bn.batch_norm(x, whole, whole, keep="y", out=x)[1]
+    assert bn.backward(BASE, kept).dgamma.dtype == np.float64
 
 
 def test_out_is_no_subclass_whose_assignment_may_mean_something_else():
@@ -292,12 +290,16 @@ def test_out_is_no_subclass_whose_assignment_may_mean_something_else():
     assert bn.batch_norm(BASE, GAMMA, out=view)[0] is view
 
 
-def test_in_place_a_subclass_is_written_to_and_an_array_that_is_not_aligned_is_refused():
+def test_in_place_a_subclass_and_an_array_that_is_not_aligned_are_refused_as_any_out():
     x = BASE.copy().view(Sub)
-    y, _ = bn.batch_norm_inplace(x, GAMMA)
-    assert y is x
-    np.testing.assert_array_equal(np.asarray(x), bn.batch_norm(BASE, GAMMA)[0])
     with pytest.raises(
-        ValueError, match=r"^x must be aligned to its item size, got an address that is not a multiple of 4$"
+        TypeError, match=r"^out must be a numpy\.ndarray \(write out\.view\(np\.ndarray\)\), got Sub$"
     ):
-        bn.batch_norm_inplace(filled(within((N, C, L), "f4", 1)))
+        bn.batch_norm(x, GAMMA, keep="y", out=x)
+    np.testing.assert_array_equal(np.asarray(x), BASE)
+    y, saved = bn.batch_norm(x, GAMMA, keep="y", out=x.view(np.ndarray))
+    assert saved.y is y
+    np.testing.assert_array_equal(np.asarray(x), bn.batch_norm(BASE, GAMMA)[0])
+    x = filled(within((N, C, L), "f4", 1))
+    with pytest.raises(ValueError, match=r"^out must be aligned to its item size, got an address"):
+        bn.batch_norm(x, keep="y", out=x)

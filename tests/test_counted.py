@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+import frozen
 import reference
 from tolerances import UNIT_ROUNDOFF, assert_backward, assert_forward, assert_within
 
@@ -91,7 +92,7 @@ def test_masked_backward_equals_the_oracle_on_the_compressed_data(shape, dtype):
     gradients = reference.exact_backward(small_dy, small, gamma, axis=1, eps=EPS)
     scales = reference.backward_scales(small_dy, small, gamma, exact, gradients, axis=1)
     _, saved = bn.batch_norm(poisoned(x, mask, axis), gamma, beta, axis=axis, eps=EPS, mask=mask)
-    dx, dgamma, dbeta = bn.batch_norm_backward(poisoned(dy, mask, axis), saved)
+    dx, dgamma, dbeta, _ = bn.backward(poisoned(dy, mask, axis), saved)
     assert_backward((kept(dx, mask, axis), dgamma, dbeta), gradients, scales, dtype)
     assert (kept(dx, ~mask, axis) == 0).all()
 
@@ -114,7 +115,7 @@ def test_weighted_forward_and_backward_keep_the_contract(shape, dtype, padding):
     assert_within("weighted", dtype, saved.moments.var(), expected.var, scale=expected.var)
     assert_within("weighted y", dtype, y, expected.y, scale=scale + np.abs(expected.y))
 
-    got = bn.batch_norm_backward(dy, saved)
+    got = bn.backward(dy, saved)
     want = reference.weighted_backward(dy, x, w, gamma, **options)
     part = np.abs(reference.weighted_backward(np.abs(dy), x, w, gamma, **options).dbeta)
     a = np.abs(reference.per_channel(expected.rstd * gamma, x, axis))
@@ -149,8 +150,8 @@ def test_a_mask_of_ones_gives_the_bits_of_the_plain_call(shape, dtype, padding):
         masked, masked_saved = bn.batch_norm(x, gamma, beta, **options, **given, padding=padding)
         assert masked.tobytes() == y.tobytes()
         assert masked_saved.moments == saved.moments
-        got, plain = bn.batch_norm_backward(dy, masked_saved), bn.batch_norm_backward(dy, saved)
-        assert [g.tobytes() for g in got] == [g.tobytes() for g in plain]
+        got, plain = bn.backward(dy, masked_saved), bn.backward(dy, saved)
+        assert [g.tobytes() for g in got[:3]] == [g.tobytes() for g in plain[:3]]
 
 
 @every_shape
@@ -158,7 +159,7 @@ def test_a_mask_of_ones_gives_the_bits_of_the_plain_call(shape, dtype, padding):
 def test_padding_says_what_y_and_dx_are_where_nothing_counts(shape, dtype, padding):
     x, dy, gamma, beta, axis, mask = make(shape, dtype)
     y, saved = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS, mask=mask, padding=padding)
-    dx = bn.batch_norm_backward(dy, saved).dx
+    dx = bn.backward(dy, saved).dx
     there = [kept(a, ~mask, axis) for a in (y, dx, x, dy)]
     if padding == "zero":
         assert (there[0] == 0).all()
@@ -202,8 +203,8 @@ def test_normalize_with_a_mask_is_normalize_where_it_is_true(shape, dtype, paddi
     outside = poisoned(x, mask, axis, 7) if padding == "keep" else np.zeros_like(x)
     assert np.where(inside, plain, outside).tobytes() == y.tobytes()
 
-    got = bn.normalize_backward(dy, x, mean, var, gamma, **options, mask=mask, padding=padding)
-    clean = bn.normalize_backward(np.where(inside, dy, 0).astype(dtype), x, mean, var, gamma, **options)
+    got = frozen.backward(dy, x, mean, var, gamma, **options, mask=mask, padding=padding)
+    clean = frozen.backward(np.where(inside, dy, 0).astype(dtype), x, mean, var, gamma, **options)
     assert (np.where(inside, clean.dx, dy if padding == "keep" else 0) == got.dx).all()
     np.testing.assert_allclose(got.dgamma, clean.dgamma, rtol=1e-6)
     np.testing.assert_allclose(got.dbeta, clean.dbeta, rtol=1e-6)
@@ -246,7 +247,7 @@ def test_a_mask_that_is_all_false_is_safe(shape, dtype, padding):
     assert (saved.moments.mean == 0).all()
     expected = {"zero": 0 * x, "keep": x, "normalize": 0 * x + reference.per_channel(beta, x, axis)}[padding]
     assert (y == expected).all()
-    dx, dgamma, dbeta = bn.batch_norm_backward(dy, saved)
+    dx, dgamma, dbeta, _ = bn.backward(dy, saved)
     assert (dx == (dy if padding == "keep" else 0)).all()
     assert np.isfinite(dgamma).all()
     assert np.isfinite(dbeta).all()
@@ -298,7 +299,7 @@ def test_gradients_equal_complex_steps(shape, kind, padding):
     x, dy, gamma, beta, axis, mask = make(shape, np.float64)
     given = mask if kind == "mask" else weights_like(mask, np.float64)
     _, saved = bn.batch_norm(x, gamma, beta, axis=axis, eps=EPS, padding=padding, **{kind: given})
-    got = bn.batch_norm_backward(dy, saved)
+    got = bn.backward(dy, saved)
     rng, h = np.random.default_rng(2), 1e-200
     for name, value in {"x": x, "gamma": gamma, "beta": beta}.items():
         direction = rng.normal(size=value.shape)
@@ -348,13 +349,13 @@ def test_coefficients_beyond_float32_are_applied_in_float64_under_a_mask_too(axi
     gradients = reference.exact_backward(small_dy, small, gamma, axis=1, eps=0.0)
     scales = reference.backward_scales(small_dy, small, gamma, exact, gradients, axis=1)
     _, saved = bn.batch_norm(x, gamma, axis=axis, eps=0.0, mask=mask)
-    dx, dgamma, dbeta = bn.batch_norm_backward(dy, saved)
+    dx, dgamma, dbeta, _ = bn.backward(dy, saved)
     assert_backward((kept(dx, mask, axis), dgamma, dbeta), gradients, scales, np.float32)
 
 
 def test_the_halves_of_the_backward_pass_add_up_over_parts_of_a_masked_batch():
     x, dy, gamma, beta, axis, mask = make("nchw", np.float64)
-    whole = bn.batch_norm_backward(dy, bn.batch_norm(x, gamma, beta, axis=axis, mask=mask)[1])
+    whole = bn.backward(dy, bn.batch_norm(x, gamma, beta, axis=axis, mask=mask)[1])
     parts = [
         bn.batch_norm(x[half], gamma, beta, axis=axis, mask=mask[half])[1]
         for half in (slice(0, 1), slice(1, 4))
@@ -391,7 +392,7 @@ def test_each_segment_has_the_bits_of_a_call_of_its_own(shape, dtype, threads):
     ids = segments_of(size[0], empty=(3, 7))
     options = {"axis": axis, "eps": EPS}
     y, saved = bn.batch_norm(x, gamma, beta, segments=ids, num_threads=threads, **options)
-    dx, dgamma, dbeta = bn.batch_norm_backward(dy, saved, num_threads=threads)
+    dx, dgamma, dbeta, _ = bn.backward(dy, saved, num_threads=threads)
     counts, means = saved.moments.count.reshape(13, -1), saved.moments.mean.reshape(13, -1)
     assert bn.moments(x, axis=axis, segments=ids) == saved.moments
     of_gamma, of_beta = np.zeros(channels), np.zeros(channels)
@@ -406,7 +407,7 @@ def test_each_segment_has_the_bits_of_a_call_of_its_own(shape, dtype, threads):
             of_beta += dy[rows].sum(0)
             continue
         alone, alone_saved = bn.batch_norm(x[rows], gamma, beta, **options)
-        grads = bn.batch_norm_backward(dy[rows], alone_saved)
+        grads = bn.backward(dy[rows], alone_saved)
         assert y[rows].tobytes() == alone.tobytes()
         assert (means[s] == alone_saved.moments.mean).all()
         assert dx[rows].tobytes() == grads.dx.tobytes()
@@ -424,7 +425,7 @@ def test_many_small_segments_are_shared_out_among_threads_with_the_same_bits(thr
     results = []
     for n in (1, threads):
         y, saved = bn.batch_norm(x, segments=ids, num_threads=n)
-        gradients = bn.batch_norm_backward(dy, saved, num_threads=n)
+        gradients = bn.backward(dy, saved, num_threads=n)[:3]
         results.append([a.tobytes() for a in (y, *gradients, saved.moments.mean)])
     assert results[0] == results[1]
 
@@ -465,7 +466,7 @@ def test_arrays_that_do_not_lie_row_by_row_have_segments_too():
     y, saved = bn.batch_norm(x, segments=ids)
     same, _ = bn.batch_norm(np.ascontiguousarray(x), segments=ids)
     assert (y == same).all()
-    dx = bn.batch_norm_backward(np.ones_like(x), saved).dx
+    dx = bn.backward(np.ones_like(x), saved).dx
     np.testing.assert_allclose(dx, 0, atol=1e-10)
 
 
@@ -482,7 +483,7 @@ def all_digests():
                 for padding in PADDINGS:
                     options = {"axis": axis, "padding": padding, kind: given}
                     y, saved = bn.batch_norm(x, gamma, beta, **options)
-                    parts = (y, saved.moments.mean, saved.moments.m2, *bn.batch_norm_backward(dy, saved))
+                    parts = (y, saved.moments.mean, saved.moments.m2, *bn.backward(dy, saved)[:3])
                     data = b"".join(np.ascontiguousarray(a).tobytes() for a in parts)
                     name = f"{shape} {np.dtype(dtype).name} {kind} {padding}"
                     digests[name] = hashlib.sha256(data).hexdigest()
@@ -505,12 +506,12 @@ def test_threads_and_place_change_no_bit_with_weights(shape, dtype, padding, thr
     again, again_saved = bn.batch_norm(x, gamma, beta, num_threads=threads, **given)
     assert again.tobytes() == y.tobytes()
     assert again_saved.moments == saved.moments
-    plain, other = bn.batch_norm_backward(dy, saved), bn.batch_norm_backward(dy, saved, num_threads=threads)
-    assert [a.tobytes() for a in plain] == [a.tobytes() for a in other]
+    plain, other = bn.backward(dy, saved), bn.backward(dy, saved, num_threads=threads)
+    assert [a.tobytes() for a in plain[:3]] == [a.tobytes() for a in other[:3]]
     place, target = x.copy(), dy.copy()
     bn.batch_norm(place, gamma, beta, out=place, **given)
     assert place.tobytes() == y.tobytes()
-    bn.batch_norm_backward(target, saved, out=target)
+    bn.backward(target, saved, out=target)
     assert target.tobytes() == plain.dx.tobytes()
 
 
@@ -519,11 +520,11 @@ def test_weights_follow_the_memory_order_of_x(order):
     x, dy, gamma, beta, _, mask = make("nchw", np.float64)
     w = weights_like(mask, np.float64)
     y, saved = bn.batch_norm(x, gamma, beta, weights=w)
-    dx = bn.batch_norm_backward(dy, saved).dx
+    dx = bn.backward(dy, saved).dx
     laid = np.ascontiguousarray(x.transpose(order)).transpose(np.argsort(order))
     other, other_saved = bn.batch_norm(laid, gamma, beta, weights=w)
     np.testing.assert_allclose(other, y, rtol=1e-12, atol=1e-12)
-    np.testing.assert_allclose(bn.batch_norm_backward(dy, other_saved).dx, dx, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(bn.backward(dy, other_saved).dx, dx, rtol=1e-12, atol=1e-12)
 
 
 @pytest.mark.parametrize("kind", ["mask", "weights", "lengths"])
@@ -550,7 +551,7 @@ def test_what_counts_is_told_of_positions_however_x_lies_in_memory(view, kind, d
     results = []
     for values in (plain, x):
         y, saved = bn.batch_norm(values, **options)
-        dx, *sums = bn.batch_norm_backward(dy, saved)
+        dx, *sums = bn.backward(dy, saved)[:3]
         results.append((y, dx, *sums, saved.moments.mean, saved.moments.var()))
         assert (bn.moments(values, **{kind: given}).mean == saved.moments.mean).all()
     # Another memory order sums in another order: beyond the last digits nothing differs.
@@ -564,7 +565,7 @@ def test_no_rows_have_no_segments():
     y, saved = bn.batch_norm(x, segments=np.empty(0, int))
     assert y.shape == x.shape
     assert saved.moments.channels == 0
-    dx, dgamma, dbeta = bn.batch_norm_backward(x, saved)
+    dx, dgamma, dbeta, _ = bn.backward(x, saved)
     assert dx.shape == x.shape
     assert dgamma.tolist() == dbeta.tolist() == [0, 0, 0]
 
@@ -580,7 +581,7 @@ MISTAKES = [
     (
         {"mask": np.ones((4, 5), bool), "weights": np.ones((4, 5))},
         ValueError,
-        "at most one of mask, weights, lengths and segments must be given, got mask and weights",
+        "at most one of mask, weights and lengths must be given, which say what counts, got mask and weights",
     ),
     (
         {"mask": np.ones((4, 3), bool)},
@@ -663,10 +664,23 @@ def test_lengths_and_segments_want_axes_of_their_own():
         bn.moments(np.zeros((4, 3)), axis=0, segments=[0, 0, 0, 0])
 
 
-def test_the_halves_refuse_segments():
-    _, saved = bn.batch_norm(np.arange(8.0).reshape(4, 2), segments=[0, 0, 1, 1])
-    with pytest.raises(TypeError, match="saved must be of one set of statistics"):
-        bn.grad_sums(np.ones((4, 2)), saved)
+def test_at_most_one_option_says_what_shares_statistics():
+    with pytest.raises(ValueError, match=r"^at most one of segments and ghost_size must be given"):
+        bn.batch_norm(np.ones((4, 2)), segments=[0, 0, 1, 1], ghost_size=2)
+
+
+@pytest.mark.parametrize("kind", ["mask", "weights", "lengths"])
+def test_a_ghost_of_one_position_is_refused_and_a_segment_of_one_gives_beta(kind):
+    x = np.random.default_rng(0).normal(size=(4, 3, 2))
+    flags = np.array([[1, 1], [1, 1], [0, 0], [1, 0]])
+    given = {kind: flags.sum(1) if kind == "lengths" else flags}
+    out = np.full_like(x, 9)
+    with pytest.raises(ValueError, match=r"2 positions or more for batch statistics \(or .*none\), got 1$"):
+        bn.batch_norm(x, ghost_size=2, out=out, **given)
+    assert (out == 9).all()
+    y, _ = bn.batch_norm(x, beta=[1.0, 2.0, 3.0], segments=[0, 0, 1, 1], padding="zero", **given)
+    np.testing.assert_array_equal(y[3, :, 0], [1, 2, 3])
+    np.testing.assert_array_equal(y[2], 0)
 
 
 def test_ids_beyond_int64_are_told_as_they_came():

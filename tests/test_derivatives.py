@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+import frozen
 import reference
 from differences import complex_step, each_derivative
 from tolerances import assert_within
@@ -28,12 +29,10 @@ class Case:
         return bn.batch_norm(self.x, self.gamma, **self.options)[1]
 
     def jvp(self, **options):
-        return bn.batch_norm_jvp(self.v, self.saved(), gamma_dot=self.w, beta_dot=self.wb, **options)
+        return bn.jvp(self.v, self.saved(), gamma_dot=self.w, beta_dot=self.wb, **options)
 
     def second(self, **options):
-        return bn.batch_norm_double_backward(
-            self.v, self.dy, self.saved(), v_dgamma=self.w, v_dbeta=self.wb, **options
-        )
+        return bn.double_backward(self.v, self.dy, self.saved(), v_dgamma=self.w, v_dbeta=self.wb, **options)
 
     def frozen_jvp(self, **options):
         tangents = {
@@ -42,12 +41,12 @@ class Case:
             "gamma_dot": self.w,
             "beta_dot": self.wb,
         }
-        return bn.normalize_jvp(
+        return frozen.jvp(
             self.v, self.x, self.mean, self.var, self.gamma, **tangents, **self.options, **options
         )
 
     def frozen_second(self, **options):
-        return bn.normalize_double_backward(
+        return frozen.double_backward(
             self.v, self.dy, self.x, self.mean, self.var, self.gamma,
             v_dgamma=self.w, v_dbeta=self.wb, **self.options, **options,
         )  # fmt: skip
@@ -127,14 +126,14 @@ def test_double_backward_equals_the_complex_step_of_backward(frozen):
 def test_the_jvp_of_backward_is_double_backward():
     c, h = Case(), STEP * 1j
     moved = reference.backward(c.dy, c.x + h * c.v, c.gamma + h * c.w, **c.options)
-    second = bn.batch_norm_double_backward(c.v, c.dy, c.saved(), v_dgamma=c.w)
+    second = bn.double_backward(c.v, c.dy, c.saved(), v_dgamma=c.w)
     close(second.dx, imaginary(moved.dx))
     close(second.dgamma, imaginary(moved.dgamma))
 
 
 def test_the_jvp_of_jvp_is_double_backward():
     c, h = Case(), STEP * 1j
-    second = bn.batch_norm_double_backward(c.v, c.u, c.saved())
+    second = bn.double_backward(c.v, c.u, c.saved())
     close(second.dx, imaginary(reference.jvp(c.v, c.x + h * c.u, c.gamma, **c.options)))
 
 
@@ -144,7 +143,7 @@ def test_the_gradient_of_jvp_is_double_backward():
     def loss(x):
         return (c.dy * reference.jvp(c.v, x, c.gamma, **c.options)).sum()
 
-    second = bn.batch_norm_double_backward(c.v, c.dy, c.saved())
+    second = bn.double_backward(c.v, c.dy, c.saved())
     close(second.dx, each_derivative(loss, (c.x,), complex_step)[0])
 
 
@@ -168,16 +167,14 @@ def test_a_third_order_is_refused():
     saved, second = c.saved(), c.second()
     text = "must not be SecondGradients: derivatives end at the second order, and this would be the third"
     for name, call in (
-        ("x_dot", lambda: bn.batch_norm_jvp(second, saved)),
-        ("saved", lambda: bn.batch_norm_jvp(c.v, second)),
-        ("x_dot", lambda: bn.normalize_jvp(second, c.x, c.mean, c.var)),
-        ("x", lambda: bn.normalize_jvp(c.v, second, c.mean, c.var)),
-        ("v_dx", lambda: bn.batch_norm_double_backward(second, c.dy, saved)),
-        ("dy", lambda: bn.batch_norm_double_backward(c.v, second, saved)),
-        ("saved", lambda: bn.batch_norm_double_backward(c.v, c.dy, second)),
-        ("v_dx", lambda: bn.normalize_double_backward(second, c.dy, c.x, c.mean, c.var)),
-        ("dy", lambda: bn.normalize_double_backward(c.v, second, c.x, c.mean, c.var)),
-        ("x", lambda: bn.normalize_double_backward(c.v, c.dy, second, c.mean, c.var)),
+        ("x_dot", lambda: bn.jvp(second, saved)),
+        ("saved", lambda: bn.jvp(c.v, second)),
+        ("x_dot", lambda: frozen.jvp(second, c.x, c.mean, c.var)),
+        ("v_dx", lambda: bn.double_backward(second, c.dy, saved)),
+        ("dy", lambda: bn.double_backward(c.v, second, saved)),
+        ("saved", lambda: bn.double_backward(c.v, c.dy, second)),
+        ("v_dx", lambda: frozen.double_backward(second, c.dy, c.x, c.mean, c.var)),
+        ("dy", lambda: frozen.double_backward(c.v, second, c.x, c.mean, c.var)),
     ):
         with pytest.raises(NotImplementedError, match=f"^{name} {text}"):
             call()
@@ -189,11 +186,11 @@ def test_values_that_carry_derivatives_of_their_own_are_refused():
         with pytest.raises(
             TypeError, match="x_dot must have dtype float16, bfloat16, float32 or float64, got"
         ):
-            bn.batch_norm_jvp(value, c.saved())
+            bn.jvp(value, c.saved())
         with pytest.raises(
             TypeError, match="v_dx must have dtype float16, bfloat16, float32 or float64, got"
         ):
-            bn.batch_norm_double_backward(value, c.dy, c.saved())
+            bn.double_backward(value, c.dy, c.saved())
 
 
 # ---- calls ------------------------------------------------------------------------------------------------
@@ -250,7 +247,7 @@ def test_only_what_is_needed_is_given_with_the_same_bits(case, needs, name):
 
 
 def test_no_v_dx_is_zeros(case):
-    second = bn.batch_norm_double_backward(None, case.dy, case.saved(), v_dgamma=case.w)
+    second = bn.double_backward(None, case.dy, case.saved(), v_dgamma=case.w)
     case.v[...], case.wb[...] = 0, 0
     assert_same(second, case.second())
 
@@ -281,9 +278,9 @@ def test_bad_arguments_are_named_and_nothing_is_written(dtype):
     c = Case((3, 4, 5), 1, dtype)
     out = np.full_like(c.x, 7)
     with pytest.raises(ValueError, match=r"gamma_dot must have shape \(4,\), got \(3,\)"):
-        bn.batch_norm_jvp(c.v, c.saved(), gamma_dot=np.ones(3), out=out)
+        bn.jvp(c.v, c.saved(), gamma_dot=np.ones(3), out=out)
     with pytest.raises(ValueError, match=r"x_dot must have shape"):
-        bn.batch_norm_jvp(c.v[:2], c.saved(), out=out)
+        bn.jvp(c.v[:2], c.saved(), out=out)
     with pytest.raises(ValueError, match="needs must name some of 'dy', 'x', 'gamma', got 'beta'"):
         c.second(needs=("beta",), out=(out, None))
     with pytest.raises(TypeError, match=r"out must be a tuple \(ddy, dx\) of arrays or None, got ndarray"):
@@ -291,7 +288,7 @@ def test_bad_arguments_are_named_and_nothing_is_written(dtype):
     with pytest.raises(ValueError, match="out must be two arrays that share no memory, got an overlap"):
         c.second(out=(out, out))
     with pytest.raises(ValueError, match="var must be >= 0 in every channel"):
-        bn.normalize_double_backward(c.v, c.dy, c.x, c.mean, -c.var, out=(out, None))
+        frozen.double_backward(c.v, c.dy, c.x, c.mean, -c.var, out=(out, None))
     np.testing.assert_array_equal(out, 7)
 
 
@@ -308,11 +305,11 @@ def test_each_tensor_is_named_by_its_own_name(name, change, error, text):
     c = Case((3, 4, 5), 1)
     constants, out = {"mean": c.mean, "var": c.var}, np.full_like(c.x, 7)
     calls = {
-        "v_dx": lambda a: bn.batch_norm_double_backward(a, c.dy, c.saved(), out=(out, None)),
-        "dy": lambda a: bn.normalize_double_backward(c.v, a, c.x, **constants, out=(out, None)),
-        "x_dot": lambda a: bn.normalize_jvp(a, c.x, **constants, out=out),
-        "x": lambda a: bn.normalize_double_backward(c.v, c.dy, a, **constants, out=(out, None)),
-        "x_of_jvp": lambda a: bn.normalize_jvp(c.v, a, **constants, out=out),
+        "v_dx": lambda a: bn.double_backward(a, c.dy, c.saved(), out=(out, None)),
+        "dy": lambda a: frozen.double_backward(c.v, a, c.x, **constants, out=(out, None)),
+        "x_dot": lambda a: frozen.jvp(a, c.x, **constants, out=out),
+        "x": lambda a: frozen.double_backward(c.v, c.dy, a, **constants, out=(out, None)),
+        "x_of_jvp": lambda a: frozen.jvp(c.v, a, **constants, out=out),
     }
     good = {"v_dx": c.v, "dy": c.dy, "x_dot": c.v}.get(name, c.x)
     with pytest.raises(error, match=rf"^{name.removesuffix('_of_jvp')} {text}"):
@@ -336,10 +333,36 @@ def test_every_instruction_set_gives_the_same_bits(isa, python_with_isa):
     assert found[0].stdout == found[1].stdout
 
 
-def test_parts_of_a_batch_have_first_derivatives_only():
-    x = np.arange(6.0).reshape(3, 2)
-    _, saved = bn.batch_norm(x, mask=[True, True, False])
-    with pytest.raises(NotImplementedError, match="without mask, weights, lengths or segments"):
-        bn.batch_norm_jvp(x, saved)
-    with pytest.raises(NotImplementedError, match="without mask, weights, lengths or segments"):
-        bn.batch_norm_double_backward(x, x, saved)
+def test_tangents_of_what_a_call_had_not_are_refused():
+    c = Case()
+    for name, text in (
+        ("mean_dot", "mean_dot and var_dot must be None where the statistics are those of the batch"),
+        ("residual_dot", "residual_dot must be None where no residual was added"),
+    ):
+        with pytest.raises(ValueError, match=f"^{text}$"):
+            bn.jvp(c.v, c.saved(), **{name: c.v if name == "residual_dot" else c.mean})
+    with pytest.raises(ValueError, match=r"^v_dresidual must be None where no residual was added$"):
+        bn.double_backward(c.v, c.dy, c.saved(), v_dresidual=c.v)
+
+
+@pytest.mark.parametrize("given", [{"mask": True}, {"activation": "relu"}, {"residual": True}], ids=str)
+def test_what_follows_is_rounded_once_in_16_bits(given):
+    """Of float16, the derivatives are those of the same values in float32, rounded once."""
+    c = Case(dtype=np.float16)
+    mask = np.random.default_rng(3).random((3, 5)) < 0.7
+    given = {n: v if isinstance(v, str) else {"mask": mask, "residual": c.u}[n] for n, v in given.items()}
+    wide = {n: v.astype(np.float32) if n == "residual" else v for n, v in given.items()}
+    _, saved = bn.batch_norm(c.x, c.gamma, **c.options, **given)
+    _, other = bn.batch_norm(c.x.astype(np.float32), c.gamma, **c.options, **wide)
+    v, dy = c.v.astype(np.float32), c.dy.astype(np.float32)
+    tangents = {"gamma_dot": c.w, "beta_dot": c.wb}
+    np.testing.assert_array_equal(
+        bn.jvp(c.v, saved, **tangents), bn.jvp(v, other, **tangents).astype(np.float16)
+    )
+    second, wide_second = bn.double_backward(c.v, c.dy, saved), bn.double_backward(v, dy, other)
+    for name in ("ddy", "dx"):
+        got, want = getattr(second, name).astype(np.float64), getattr(wide_second, name).astype(np.float64)
+        # Half a spacing of float16, and what the float32 it is held against has rounded: 5 of its units of each term.
+        assert (
+            np.abs(got - want) <= 0.5 * reference.ulp(want, np.float16) + 40 * 2.0**-24 * np.abs(want).max()
+        ).all()

@@ -46,10 +46,11 @@ def test_every_ghost_keeps_the_contract_of_batch_norm(layout, dtype, has_affine)
     if not has_affine:
         gamma = beta = None
     for size in layout_and_sizes(layout):
-        y, saved = bn.ghost_batch_norm(x, gamma, beta, ghost_size=size, axis=layout.axis, eps=EPS)
+        y, saved = bn.batch_norm(x, gamma, beta, ghost_size=size, axis=layout.axis, eps=EPS)
         parts = reference.ghosts(len(x), size)
-        assert len(saved.moments) == len(parts)
-        for part, moments in zip(parts, saved.moments, strict=True):
+        of_ghosts = saved.moments.split(layout.channels)
+        assert len(of_ghosts) == len(parts)
+        for part, moments in zip(parts, of_ghosts, strict=True):
             exact = reference.exact_forward(x[part], gamma, beta, axis=layout.axis, eps=EPS)
             scales = reference.forward_scales(x[part], gamma, beta, exact, axis=layout.axis)
             rstd = bn.Saved(x[part], moments, gamma, layout.axis % x.ndim, EPS).rstd
@@ -61,18 +62,28 @@ def test_a_ghost_of_the_whole_batch_is_batch_norm_to_the_bit(layout, dtype):
     x, dy, gamma, beta = problem(layout, dtype)
     expected, saved = bn.batch_norm(x, gamma, beta, axis=layout.axis)
     for size in (len(x), len(x) + 1, 10**30):
-        y, ghost_saved = bn.ghost_batch_norm(x, gamma, beta, ghost_size=size, axis=layout.axis)
+        y, ghost_saved = bn.batch_norm(x, gamma, beta, ghost_size=size, axis=layout.axis)
         np.testing.assert_array_equal(y, expected)
-        assert ghost_saved.moments == (saved.moments,)
-        np.testing.assert_array_equal(
-            bn.ghost_batch_norm_backward(dy, ghost_saved).dx, bn.batch_norm_backward(dy, saved).dx
-        )
+        assert ghost_saved.moments == saved.moments
+        np.testing.assert_array_equal(bn.backward(dy, ghost_saved).dx, bn.backward(dy, saved).dx)
+
+
+def test_ghosts_are_segments_to_the_bit(layout, dtype):
+    x, dy, gamma, beta = problem(layout, dtype)
+    for size in layout_and_sizes(layout):
+        results = []
+        for shared in ({"ghost_size": size}, {"segments": np.arange(len(x)) // size}):
+            y, saved = bn.batch_norm(x, gamma, beta, axis=layout.axis, **shared)
+            arrays = (y, *bn.backward(dy, saved)[:3], *bn.update_running(beta, gamma**2, saved))
+            results.append([a.tobytes() for a in arrays])
+            assert bn.moments(x, axis=layout.axis, **shared) == saved.moments
+        assert results[0] == results[1]
 
 
 def test_the_last_ghost_holds_the_samples_that_are_left():
     x = np.random.default_rng(0).normal(size=(10, 3))
-    y, saved = bn.ghost_batch_norm(x, ghost_size=4)
-    assert [m.count[0] for m in saved.moments] == [4, 4, 2]
+    y, saved = bn.batch_norm(x, ghost_size=4)
+    assert [m.count[0] for m in saved.moments.split(3)] == [4, 4, 2]
     np.testing.assert_array_equal(y[8:], bn.batch_norm(x[8:])[0])
 
 
@@ -80,15 +91,15 @@ def test_ghosts_do_not_see_each_other():
     x = np.random.default_rng(1).normal(size=(6, 2, 3))
     other = x.copy()
     other[2:4] = 1e30
-    a, b = (bn.ghost_batch_norm(values, ghost_size=2)[0] for values in (x, other))
+    a, b = (bn.batch_norm(values, ghost_size=2)[0] for values in (x, other))
     np.testing.assert_array_equal(np.delete(a, [2, 3], 0), np.delete(b, [2, 3], 0))
 
 
 def test_nan_stays_in_its_ghost_and_channel():
     x = np.random.default_rng(2).normal(size=(6, 3, 2)).astype(np.float32)
     x[2, 1, 0] = np.nan
-    y, saved = bn.ghost_batch_norm(x, ghost_size=2)
-    dx, dgamma, _ = bn.ghost_batch_norm_backward(np.ones_like(x), saved)
+    y, saved = bn.batch_norm(x, ghost_size=2)
+    dx, dgamma, _, _ = bn.backward(np.ones_like(x), saved)
     hit = np.zeros(x.shape, bool)
     hit[2:4, 1] = True
     for values in (y, dx):
@@ -98,9 +109,9 @@ def test_nan_stays_in_its_ghost_and_channel():
 
 def test_merged_moments_are_those_of_the_batch(layout, dtype):
     x, *_ = problem(layout, dtype)
-    saved = bn.ghost_batch_norm(x, ghost_size=2, axis=layout.axis)[1] if layout.name != "nc" else None
-    saved = saved or bn.ghost_batch_norm(x, ghost_size=5, axis=layout.axis)[1]
-    merged, whole = bn.merge(*saved.moments), bn.moments(x, axis=layout.axis)
+    saved = bn.batch_norm(x, ghost_size=2, axis=layout.axis)[1] if layout.name != "nc" else None
+    saved = saved or bn.batch_norm(x, ghost_size=5, axis=layout.axis)[1]
+    merged, whole = bn.merge(*saved.moments.split(layout.channels)), bn.moments(x, axis=layout.axis)
     np.testing.assert_array_equal(merged.count, whole.count)
     assert_within("merge", "float64", merged.mean, whole.mean, scale=np.abs(x).max())
     assert_within("merge", "float64", merged.m2, whole.m2, scale=(x.astype(np.float64) ** 2).sum())
@@ -111,12 +122,12 @@ def test_merged_moments_are_those_of_the_batch(layout, dtype):
 )
 def test_no_values_give_no_values(shape):
     x = np.empty(shape, np.float32)
-    y, saved = bn.ghost_batch_norm(x, ghost_size=2)
-    dx, dgamma, dbeta = bn.ghost_batch_norm_backward(x, saved)
+    y, saved = bn.batch_norm(x, ghost_size=2)
+    dx, dgamma, dbeta, _ = bn.backward(x, saved)
     assert y.shape == dx.shape == shape
     for gradient in (dgamma, dbeta):
         np.testing.assert_array_equal(gradient, np.zeros(shape[1]))
-    mean, var = bn.ghost_update_running(np.full(shape[1], 2.0), np.full(shape[1], 3.0), saved.moments)
+    mean, var = bn.update_running(np.full(shape[1], 2.0), np.full(shape[1], 3.0), saved)
     np.testing.assert_array_equal(mean, np.full(shape[1], 2.0))
     np.testing.assert_array_equal(var, np.full(shape[1], 3.0))
 
@@ -127,9 +138,9 @@ def test_no_values_give_no_values(shape):
 @pytest.mark.parametrize("ddof", [0, 1])
 def test_running_statistics_see_the_ghosts_one_after_another(ddof):
     x = np.random.default_rng(3).normal(2, 3, size=(11, 4))
-    saved = bn.ghost_batch_norm(x, ghost_size=3)[1]
+    saved = bn.batch_norm(x, ghost_size=3)[1]
     mean, var = np.full(4, 0.5), np.full(4, 1.5)
-    got = bn.ghost_update_running(mean, var, saved.moments, update_rate=0.2, ddof=ddof)
+    got = bn.update_running(mean, var, saved, update_rate=0.2, ddof=ddof)
     for part in reference.ghosts(11, 3):
         mean = reference.running_update(mean, x[part].mean(0), 0.2)
         var = reference.running_update(var, x[part].var(0, ddof=ddof), 0.2)
@@ -140,15 +151,15 @@ def test_running_statistics_see_the_ghosts_one_after_another(ddof):
 def test_the_last_ghost_counts_most():
     # mu = (1 - rate)^k mu + sum of (1 - rate)^(k - i) rate mu_i
     x = np.repeat([1.0, 0.0, 0.0], 2)[:, None]
-    first, last = (bn.ghost_batch_norm(values, ghost_size=2)[1].moments for values in (x, x[::-1].copy()))
-    assert bn.ghost_update_running([0.0], [0.0], first, update_rate=0.5)[0] == [0.125]
-    assert bn.ghost_update_running([0.0], [0.0], last, update_rate=0.5)[0] == [0.5]
+    first, last = (bn.batch_norm(values, ghost_size=2)[1] for values in (x, x[::-1].copy()))
+    assert bn.update_running([0.0], [0.0], first, update_rate=0.5)[0] == [0.125]
+    assert bn.update_running([0.0], [0.0], last, update_rate=0.5)[0] == [0.5]
 
 
 def test_updating_changes_no_argument():
-    saved = bn.ghost_batch_norm(np.eye(4), ghost_size=2)[1]
+    saved = bn.batch_norm(np.eye(4), ghost_size=2)[1]
     mean, var = np.zeros(4), np.ones(4)
-    bn.ghost_update_running(mean, var, saved.moments)
+    bn.update_running(mean, var, saved)
     np.testing.assert_array_equal(mean, np.zeros(4))
     np.testing.assert_array_equal(var, np.ones(4))
 
@@ -161,8 +172,8 @@ def test_backward_keeps_the_contract_of_batch_norm(layout, dtype, has_gamma):
     x, dy, gamma, _ = problem(layout, dtype)
     gamma, options = gamma if has_gamma else None, {"axis": layout.axis, "eps": EPS}
     for size in layout_and_sizes(layout):
-        _, saved = bn.ghost_batch_norm(x, gamma, ghost_size=size, **options)
-        dx, dgamma, dbeta = bn.ghost_batch_norm_backward(dy, saved)
+        _, saved = bn.batch_norm(x, gamma, ghost_size=size, **options)
+        dx, dgamma, dbeta, _ = bn.backward(dy, saved)
         found = []
         for part in reference.ghosts(len(x), size):
             forward = reference.exact_forward(x[part], gamma, **options)
@@ -182,7 +193,7 @@ def test_a_thousand_ghosts_add_up_as_exactly_as_one(dtype):
     x, dy = rng.normal(size=(2000, 2)).astype(dtype), rng.normal(size=(2000, 2)).astype(dtype)
     dy[:2] = 1e15, 3e15
     dy[-2:] = -dy[:2]
-    dbeta = bn.ghost_batch_norm_backward(dy, bn.ghost_batch_norm(x, ghost_size=2)[1], needs=["beta"]).dbeta
+    dbeta = bn.backward(dy, bn.batch_norm(x, ghost_size=2)[1], needs=["beta"]).dbeta
     pairs = dy.astype(np.float64).reshape(1000, 2, 2).sum(1)  # what each ghost may have rounded
     expected = [math.fsum(column) for column in pairs.T]
     np.testing.assert_allclose(dbeta, expected, rtol=0, atol=2.0**-52 * np.abs(expected).max() + 1e-12)
@@ -192,8 +203,8 @@ def test_the_sums_of_ghosts_are_rounded_to_the_dtype_of_gamma_once():
     # The ghosts have sums of 2^24 + 1 and -2^24: each rounded to float32 first, they would add up to 0.
     x = np.tile(np.array([[-1.0], [1.0]], np.float32), (2, 1))
     dy = np.array([[0.0], [2.0**24 + 1], [0.0], [-(2.0**24)]])
-    _, saved = bn.ghost_batch_norm(x.astype(np.float64), np.ones(1, np.float32), ghost_size=2, eps=0.0)
-    _, dgamma, dbeta = bn.ghost_batch_norm_backward(dy, saved)
+    _, saved = bn.batch_norm(x.astype(np.float64), np.ones(1, np.float32), ghost_size=2, eps=0.0)
+    _, dgamma, dbeta, _ = bn.backward(dy, saved)
     assert dgamma == dbeta == [1.0]
     assert dgamma.dtype == dbeta.dtype == np.float32
 
@@ -215,10 +226,10 @@ def test_backward_equals_the_complex_step_of_the_formula():
         return (weights * np.concatenate([ghost.y for ghost in ghosts])).sum()
 
     expected = each_derivative(loss, (x, gamma, beta), complex_step)
-    saved = bn.ghost_batch_norm(x, gamma, beta, ghost_size=2, eps=EPS)[1]
-    ours = bn.ghost_batch_norm_backward(weights, saved)
+    saved = bn.batch_norm(x, gamma, beta, ghost_size=2, eps=EPS)[1]
+    ours = bn.backward(weights, saved)
     oracle = reference.ghost_backward(weights, x, gamma, ghost_size=2, axis=1, eps=EPS)
-    for got, written, derivative in zip(ours, oracle, expected, strict=True):
+    for got, written, derivative in zip(ours[:3], oracle, expected, strict=True):
         for value in (got, written):
             assert_within("complex step", "float64", value, derivative, scale=np.abs(derivative).max())
 
@@ -227,22 +238,20 @@ def test_backward_equals_the_central_differences_of_forward():
     x, gamma, beta, weights = gradient_problem()
 
     def loss(x, gamma, beta):
-        return (weights * bn.ghost_batch_norm(x, gamma, beta, ghost_size=2, eps=EPS)[0]).sum()
+        return (weights * bn.batch_norm(x, gamma, beta, ghost_size=2, eps=EPS)[0]).sum()
 
     expected = each_derivative(loss, (x, gamma, beta), central_difference)
-    ours = bn.ghost_batch_norm_backward(
-        weights, bn.ghost_batch_norm(x, gamma, beta, ghost_size=2, eps=EPS)[1]
-    )
-    for got, derivative in zip(ours, expected, strict=True):
+    ours = bn.backward(weights, bn.batch_norm(x, gamma, beta, ghost_size=2, eps=EPS)[1])
+    for got, derivative in zip(ours[:3], expected, strict=True):
         assert_within("central difference", "float64", got, derivative, scale=np.abs(derivative).max())
 
 
 @pytest.mark.parametrize("names", [(), ("x",), ("gamma",), ("beta",), ("x", "beta"), ("gamma", "beta")])
 def test_only_what_is_needed_is_computed(names):
     x = np.random.default_rng(5).normal(size=(6, 3))
-    saved = bn.ghost_batch_norm(x, np.ones(3), ghost_size=3)[1]
-    everything, some = (bn.ghost_batch_norm_backward(x, saved, **o) for o in ({}, {"needs": iter(names)}))
-    for name, whole, got in zip(("x", "gamma", "beta"), everything, some, strict=True):
+    saved = bn.batch_norm(x, np.ones(3), ghost_size=3)[1]
+    everything, some = (bn.backward(x, saved, **o) for o in ({}, {"needs": iter(names)}))
+    for name, whole, got in zip(("x", "gamma", "beta"), everything[:3], some[:3], strict=True):
         if name in names:
             np.testing.assert_array_equal(got, whole)
         else:
@@ -252,8 +261,8 @@ def test_only_what_is_needed_is_computed(names):
 @pytest.mark.parametrize("gamma_dtype", ["float16", "float32", "float64"])
 def test_gradients_of_gamma_and_beta_have_the_dtype_of_gamma(dtype, gamma_dtype):
     x = np.random.default_rng(5).normal(size=(6, 3)).astype(dtype)
-    saved = bn.ghost_batch_norm(x, np.ones(3, gamma_dtype), ghost_size=3)[1]
-    dx, dgamma, dbeta = bn.ghost_batch_norm_backward(x, saved)
+    saved = bn.batch_norm(x, np.ones(3, gamma_dtype), ghost_size=3)[1]
+    dx, dgamma, dbeta, _ = bn.backward(x, saved)
     assert [dx.dtype, dgamma.dtype, dbeta.dtype] == [dtype, gamma_dtype, gamma_dtype]
 
 
@@ -264,24 +273,24 @@ def test_gradients_of_gamma_and_beta_have_the_dtype_of_gamma(dtype, gamma_dtype)
 def test_out_holds_the_same_bits(layout, dtype, target):
     x, dy, gamma, beta = problem(layout, dtype)
     options = {"ghost_size": 5 if layout.name == "nc" else 3, "axis": layout.axis}
-    y, saved = bn.ghost_batch_norm(x, gamma, beta, **options)
+    y, saved = bn.batch_norm(x, gamma, beta, **options)
     out = np.empty_like(x) if target == "new" else x.copy()
-    given, out_saved = bn.ghost_batch_norm(x if target == "new" else out, gamma, beta, out=out, **options)
+    given, out_saved = bn.batch_norm(x if target == "new" else out, gamma, beta, out=out, **options)
     assert given is out
     assert (out_saved.x is None) == (target == "x")
     np.testing.assert_array_equal(out, y)
-    dx = bn.ghost_batch_norm_backward(dy, saved).dx
+    dx = bn.backward(dy, saved).dx
     out = np.empty_like(x) if target == "new" else dy
-    assert bn.ghost_batch_norm_backward(dy, saved, out=out).dx is out
+    assert bn.backward(dy, saved, out=out).dx is out
     np.testing.assert_array_equal(out, dx)
 
 
 def test_dx_may_overwrite_x():
     x = np.random.default_rng(6).normal(size=(6, 3))
     dy = np.random.default_rng(7).normal(size=(6, 3))
-    saved = bn.ghost_batch_norm(x, ghost_size=2)[1]
-    dx = bn.ghost_batch_norm_backward(dy, saved).dx
-    bn.ghost_batch_norm_backward(dy, saved, out=x)
+    saved = bn.batch_norm(x, ghost_size=2)[1]
+    dx = bn.backward(dy, saved).dx
+    bn.backward(dy, saved, out=x)
     np.testing.assert_array_equal(x, dx)
 
 
@@ -300,8 +309,8 @@ def test_memory_order_changes_no_value(arrange):
     x, dy = rng.normal(size=(6, 3, 4, 5)), rng.normal(size=(6, 3, 4, 5))
     results = []
     for a, b in ((x, dy), (arrange(x), arrange(dy))):
-        y, saved = bn.ghost_batch_norm(a, ghost_size=4)
-        results.append((y, *bn.ghost_batch_norm_backward(b, saved)))
+        y, saved = bn.batch_norm(a, ghost_size=4)
+        results.append((y, *bn.backward(b, saved)[:3]))
     assert results[1][0].strides == bn.batch_norm(arrange(x))[0].strides
     for one, other in zip(*results, strict=True):
         assert_within("oracles", "float64", other, one, scale=np.abs(one).max())
@@ -311,8 +320,8 @@ def test_a_contiguous_x_is_not_copied():
     x = np.random.default_rng(9).normal(size=(64, 8, 32, 32))
     out = np.empty_like(x)
     tracemalloc.start()
-    saved = bn.ghost_batch_norm(x, ghost_size=16, out=out)[1]
-    bn.ghost_batch_norm_backward(x, saved, out=out)
+    saved = bn.batch_norm(x, ghost_size=16, out=out)[1]
+    bn.backward(x, saved, out=out)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < x.nbytes / 4 / 10  # a tenth of one ghost: room for statistics, not for values
@@ -322,8 +331,8 @@ def test_any_number_of_threads_gives_the_same_bits(threads):
     x = np.random.default_rng(10).normal(size=(64, 8, 32, 32)).astype(np.float32)
     results = []
     for n in (1, threads):
-        y, saved = bn.ghost_batch_norm(x, ghost_size=24, num_threads=n)
-        results.append((y, *bn.ghost_batch_norm_backward(x, saved, num_threads=n)))
+        y, saved = bn.batch_norm(x, ghost_size=24, num_threads=n)
+        results.append((y, *bn.backward(x, saved, num_threads=n)[:3]))
     for one, many in zip(*results, strict=True):
         np.testing.assert_array_equal(one, many)
 
@@ -338,7 +347,7 @@ class Arrays:
         self.gamma, self.short, self.one = np.ones(3), np.ones(2), np.ones(1)
         self.out, self.buffer = np.full((5, 3), 7.0), np.arange(18.0)
         self.shifted = [self.buffer[start : start + 15].reshape(5, 3) for start in (0, 3)]
-        self.saved = bn.ghost_batch_norm(self.x, self.gamma, ghost_size=3)[1]
+        self.saved = bn.batch_norm(self.x, self.gamma, ghost_size=3)[1]
 
     def bytes(self):
         return {name: value.tobytes() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
@@ -346,12 +355,12 @@ class Arrays:
 
 def forward(a, x=None, gamma=None, beta=None, *, ghost_size=3, **options):
     x = a.x if x is None else x
-    return bn.ghost_batch_norm(x, gamma, beta, ghost_size=ghost_size, **{"out": a.out} | options)
+    return bn.batch_norm(x, gamma, beta, ghost_size=ghost_size, **{"out": a.out} | options)
 
 
 def backward(a, dy=None, **options):
     saved = dataclasses.replace(a.saved, **options.pop("saved", {}))
-    return bn.ghost_batch_norm_backward(a.dy if dy is None else dy, saved, **{"out": a.out} | options)
+    return bn.backward(a.dy if dy is None else dy, saved, **{"out": a.out} | options)
 
 
 TOO_FEW = "ghost_size must leave every ghost at least 2 values per channel, got a ghost of 1 from "
@@ -376,11 +385,6 @@ MISTAKES = {
         lambda a: forward(a, ghost_size=2.0),
         TypeError,
         "ghost_size must be an int >= 1, got float",
-    ),
-    "size None": (
-        lambda a: forward(a, ghost_size=None),
-        TypeError,
-        "ghost_size must be an int >= 1, got None",
     ),
     "axis 0": (
         lambda a: forward(a, axis=-2),
@@ -410,7 +414,7 @@ MISTAKES = {
     "needs": (
         lambda a: backward(a, needs=["w"]),
         ValueError,
-        "needs must name some of 'x', 'gamma', 'beta', got 'w'",
+        "needs must name some of 'x', 'gamma', 'beta', 'residual', got 'w'",
     ),
     "threads of backward": (
         lambda a: backward(a, num_threads=0),
@@ -418,35 +422,25 @@ MISTAKES = {
         "num_threads must be an int >= 1 or None, got 0",
     ),
     "dx out": (lambda a: backward(a, out=a.dy[:4]), ValueError, "out must have shape (5, 3), got (4, 3)"),
-    "another saved": (
-        lambda a: bn.ghost_batch_norm_backward(a.dy, bn.batch_norm(a.x)[1], out=a.out),
-        TypeError,
-        "saved must be the GhostSaved of a ghost_batch_norm call, got Saved",
-    ),
     "x overwritten": (
         lambda a: backward(a, saved={"x": None}),
         ValueError,
-        "saved must hold x, got that of a call with out=x, which has overwritten it",
+        "saved must hold x, got that of a call with out=x, which has overwritten it, or with keep=None",
     ),
     "saved axis": (
         lambda a: backward(a, saved={"axis": -1}),
         ValueError,
         "saved.axis must be >= 0, got -1",
     ),
-    "moments missing": (
-        lambda a: backward(a, saved={"moments": a.saved.moments[:1]}),
+    "moments of one ghost": (
+        lambda a: backward(a, saved={"moments": a.saved.moments.split(3)[0]}),
         ValueError,
-        "saved.moments must have 2 Moments, one a ghost, got 1",
+        "saved.moments must have 6 channels, got 3",
     ),
     "moments of another kind": (
-        lambda a: backward(a, saved={"moments": (a.saved.moments[0], None)}),
+        lambda a: backward(a, saved={"moments": None}),
         TypeError,
-        "saved.moments must be a sequence of Moments, got None",
-    ),
-    "moments of other channels": (
-        lambda a: backward(a, saved={"moments": (a.saved.moments[0], bn.Moments.empty(2))}),
-        ValueError,
-        "saved.moments must have 3 channels, got 2",
+        "saved.moments must be Moments, got None",
     ),
     "saved gamma": (
         lambda a: backward(a, saved={"gamma": a.short}),
@@ -454,17 +448,27 @@ MISTAKES = {
         "gamma must have shape (3,), got (2,)",
     ),
     "running moments": (
-        lambda a: bn.ghost_update_running(a.gamma, a.gamma, a.saved.moments[0]),
+        lambda a: bn.update_running(a.gamma, a.gamma, a.saved.moments.split(3)),
         TypeError,
-        "moments must be a sequence of Moments, got Moments",
+        "batch must be what batch_norm saved, or Moments, got tuple",
+    ),
+    "running segments": (
+        lambda a: bn.update_running(a.gamma, a.gamma, a.saved, segments="all"),
+        ValueError,
+        "segments must be 'each' or 'pooled', got 'all'",
+    ),
+    "split": (
+        lambda a: a.saved.moments.split(4),
+        ValueError,
+        "channels must divide 6, the entries there are, got 4",
     ),
     "running shape": (
-        lambda a: bn.ghost_update_running(a.short, a.gamma, a.saved.moments),
+        lambda a: bn.update_running(a.short, a.gamma, a.saved),
         ValueError,
         "running_mean must have shape (3,), got (2,)",
     ),
     "running rate of no ghosts": (
-        lambda a: bn.ghost_update_running(a.gamma, a.gamma, (), update_rate=2),
+        lambda a: bn.update_running(a.gamma, a.gamma, forward(a, a.x[:0], out=None)[1], update_rate=2),
         ValueError,
         "update_rate must be from 0 to 1, got 2.0",
     ),

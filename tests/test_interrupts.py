@@ -246,9 +246,9 @@ FUNCTIONS = {
     "weighted": lambda x, g, b, out: bn.batch_norm(x, g, b, weights=np.arange(8) / 3, out=out),
     "segments": lambda x, g, b, out: bn.batch_norm(x, g, b, segments=np.arange(8) // 3, out=out),
     "normalize": lambda x, g, b, out: bn.normalize(x, b, np.abs(g), g, b, out=out),
-    "ghosts": lambda x, g, b, out: bn.ghost_batch_norm(x, g, b, ghost_size=4, out=out),
-    "renorm": lambda x, g, b, out: bn.batch_renorm(x, b, np.abs(g), g, b, r_max=3, d_max=5, out=out),
-    "relu": lambda x, g, b, out: bn.batch_norm_relu(x, g, b, residual=x.copy(), out=out),
+    "ghosts": lambda x, g, b, out: bn.batch_norm(x, g, b, ghost_size=4, out=out),
+    "renorm": lambda x, g, b, out: bn.batch_norm(x, g, b, renorm=bn.Renorm(b, np.abs(g), 3, 5), out=out),
+    "relu": lambda x, g, b, out: bn.batch_norm(x, g, b, residual=x.copy(), out=out, activation="relu"),
 }
 
 

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+import frozen
 from batchnorm import _core
 from batchnorm.layers import batch, statistics
 
@@ -403,10 +404,10 @@ def test_a_layer_takes_masks_in_both_modes(training):
     if training:
         expected, saved = bn.batch_norm(X, layer.gamma, layer.beta, mask=MASK)
         assert (layer.running_mean == 0.9 * mean + 0.1 * saved.moments.mean).all()
-        gradients = bn.batch_norm_backward(DY, saved)
+        gradients = bn.backward(DY, saved)
     else:
         expected = bn.normalize(X, mean, var, layer.gamma, layer.beta, mask=MASK)
-        gradients = bn.normalize_backward(DY, X, mean, var, layer.gamma, mask=MASK)
+        gradients = frozen.backward(DY, X, mean, var, layer.gamma, mask=MASK)
     assert y.tobytes() == expected.tobytes()
     assert layer.backward(DY).tobytes() == gradients.dx.tobytes()
     assert layer.dgamma.tobytes() == gradients.dgamma.tobytes()
@@ -438,10 +439,10 @@ def test_a_layer_of_ghosts_is_made_of_the_functions():
     mean, var = np.zeros(3), np.ones(3)
     for step in range(4):
         x = X * np.float32(step + 1)
-        y, saved = bn.ghost_batch_norm(x, layer.gamma, layer.beta, ghost_size=3)
+        y, saved = bn.batch_norm(x, layer.gamma, layer.beta, ghost_size=3)
         assert layer(x).tobytes() == y.tobytes()
-        mean, var = bn.ghost_update_running(mean, var, saved.moments, update_rate=0.3)
-        gradients = bn.ghost_batch_norm_backward(DY, saved)
+        mean, var = bn.update_running(mean, var, saved, update_rate=0.3)
+        gradients = bn.backward(DY, saved)
         assert layer.backward(DY).tobytes() == gradients.dx.tobytes()
         assert layer.dgamma.tobytes() == gradients.dgamma.tobytes()
     assert layer.running_mean.tobytes() == mean.tobytes()
@@ -468,11 +469,11 @@ def test_a_layer_with_renorm_is_made_of_the_functions_and_its_step_is_state(pari
             layer = bn.BatchNorm(3, **settings)
             layer.load(tmp_path / "state")
         x = X * np.float32(step + 1)
-        limits = SCHEDULE(step)._asdict()
-        y, saved = bn.batch_renorm(x, mean, var, layer.gamma, layer.beta, parity=parity, **limits)
+        renorm = bn.Renorm(mean, var, **SCHEDULE(step)._asdict(), parity=parity)
+        y, saved = bn.batch_norm(x, layer.gamma, layer.beta, renorm=renorm)
         assert layer(x).tobytes() == y.tobytes()
-        mean, var = bn.renorm_update_running(mean, var, saved, update_rate=0.3)
-        gradients = bn.batch_renorm_backward(DY, saved)
+        mean, var = bn.update_running(mean, var, saved, update_rate=0.3)
+        gradients = bn.backward(DY, saved)
         assert layer.backward(DY).tobytes() == gradients.dx.tobytes()
         assert layer.dgamma.tobytes() == gradients.dgamma.tobytes()
     assert layer.running_mean.tobytes() == mean.tobytes()
@@ -808,7 +809,7 @@ def test_debiased_ghosts_are_the_average_of_all_ghosts_over_calls_and_files(tmp_
     for step in range(4):
         x = X[: 8 - step % 2 * 2] * np.float32(step + 1)
         layer(x, **call)
-        seen += bn.ghost_batch_norm(x, ghost_size=3)[1].moments
+        seen += bn.batch_norm(x, ghost_size=3)[1].moments.split(3)
         weights = 0.3 * 0.7 ** np.arange(len(seen) - 1, -1, -1.0)
         for name, values in (
             ("running_mean", [m.mean for m in seen]),
@@ -827,7 +828,7 @@ def test_an_update_in_evaluation_is_one_more_among_those_of_debiased_ghosts(tmp_
     for step, use in enumerate(("running", "batch", "running", "batch")):
         x = X + np.float32(step)
         layer(x, use_stats=use, update_stats=True)
-        seen += [bn.moments(x)] if use == "running" else bn.ghost_batch_norm(x, ghost_size=4)[1].moments
+        seen += [bn.moments(x)] if use == "running" else bn.batch_norm(x, ghost_size=4)[1].moments.split(3)
         weights = 0.1 * 0.9 ** np.arange(len(seen) - 1, -1, -1.0)
         expected = np.average([m.mean for m in seen], axis=0, weights=weights)
         np.testing.assert_allclose(layer.running_mean, expected, rtol=1e-12)

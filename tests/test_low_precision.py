@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+import frozen
 
 DTYPES = {"float16": np.dtype(np.float16), "bfloat16": np.dtype(ml_dtypes.bfloat16)}
 LAYOUTS = {  # the same 65,536 values, on 16 channels
@@ -117,7 +118,7 @@ def test_gradients_are_the_rounded_float32_gradients(dtype, layout):
     gamma = np.random.default_rng(6).standard_normal(channels).astype(np.float32)
     x_32, dy_32 = x.astype(np.float32), dy.astype(np.float32)
     saved, saved_32 = (bn.batch_norm(a, gamma, axis=axis)[1] for a in (x, x_32))
-    got, wanted = bn.batch_norm_backward(dy, saved), bn.batch_norm_backward(dy_32, saved_32)
+    got, wanted = bn.backward(dy, saved), bn.backward(dy_32, saved_32)
     same(got.dx, rounded(wanted.dx, dtype))
     same(got.dgamma, wanted.dgamma)
     same(got.dbeta, wanted.dbeta)
@@ -125,8 +126,8 @@ def test_gradients_are_the_rounded_float32_gradients(dtype, layout):
     same_table(sums, sums_32)
     same(bn.grad_input(dy, saved, sums), got.dx)
     mean, var = saved.moments.mean, saved.moments.var()
-    got = bn.normalize_backward(dy, x, mean, var, gamma, axis=axis)
-    wanted = bn.normalize_backward(dy_32, x_32, mean, var, gamma, axis=axis)
+    got = frozen.backward(dy, x, mean, var, gamma, axis=axis)
+    wanted = frozen.backward(dy_32, x_32, mean, var, gamma, axis=axis)
     same(got.dx, rounded(wanted.dx, dtype))
     same(got.dgamma, wanted.dgamma)
     same(got.dbeta, wanted.dbeta)
@@ -144,8 +145,8 @@ def test_any_spread_and_mean_gives_the_rounded_float32_result(dtype, shape, scal
         wanted, saved_32 = bn.batch_norm(x.astype(np.float32))
         same(y, rounded(wanted, dtype))
         same_table(saved.moments, saved_32.moments)
-        got = bn.batch_norm_backward(dy, saved, num_threads=threads)
-        wanted = bn.batch_norm_backward(dy.astype(np.float32), saved_32)
+        got = bn.backward(dy, saved, num_threads=threads)
+        wanted = bn.backward(dy.astype(np.float32), saved_32)
         same(got.dx, rounded(wanted.dx, dtype))
         same(got.dgamma, wanted.dgamma)
 
@@ -158,9 +159,9 @@ def test_large_tensors_stored_around_the_caches_are_rounded_alike(dtype):
         wanted, saved_32 = bn.batch_norm(x.astype(np.float32))
         same(y, rounded(wanted, dtype))
         same(bn.batch_norm(x, out=x)[0], y)  # in place: ordinary stores
-        dx = bn.batch_norm_backward(y, bn.batch_norm(y)[1]).dx
+        dx = bn.backward(y, bn.batch_norm(y)[1]).dx
         y_32 = y.astype(np.float32)
-        same(dx, rounded(bn.batch_norm_backward(y_32, bn.batch_norm(y_32)[1]).dx, dtype))
+        same(dx, rounded(bn.backward(y_32, bn.batch_norm(y_32)[1]).dx, dtype))
         del saved, saved_32
 
 
@@ -180,9 +181,9 @@ def test_coefficients_beyond_float32_are_applied_in_float64_as_for_float32(dtype
         mean, var, gamma = [0.1, 0.2, 0.3], [1.0, 1.0, 1.0], [1e-42, 2.0, 1e30]
         got = bn.normalize(a, mean, var, gamma)
         same(got, rounded(bn.normalize(a.astype(np.float32), mean, var, gamma), dtype))
-        dx = bn.normalize_backward(a, a, mean, var, gamma).dx
+        dx = frozen.backward(a, a, mean, var, gamma).dx
         a_32 = a.astype(np.float32)
-        same(dx, rounded(bn.normalize_backward(a_32, a_32, mean, var, gamma).dx, dtype))
+        same(dx, rounded(frozen.backward(a_32, a_32, mean, var, gamma).dx, dtype))
 
 
 def test_gamma_may_be_of_either_type(dtype):
@@ -192,7 +193,7 @@ def test_gamma_may_be_of_either_type(dtype):
     wide = gamma.astype(np.float32)
     wanted, saved_32 = bn.batch_norm(x, wide, wide)
     same(y, wanted)
-    got, wanted = bn.batch_norm_backward(x, saved), bn.batch_norm_backward(x, saved_32)
+    got, wanted = bn.backward(x, saved), bn.backward(x, saved_32)
     same(got.dgamma, rounded(wanted.dgamma, dtype))
     same(got.dx, wanted.dx)
 
@@ -239,10 +240,11 @@ for dtype in (np.float16, ml_dtypes.bfloat16):
         x = every[: np.prod(shape)].reshape(shape)
         n = shape[1]
         y = bn.normalize(x, np.linspace(-1, 1, n), np.linspace(0.5, 2, n), np.linspace(-2, 2, n))
-        dx = bn.normalize_backward(x, x, np.zeros(n), np.ones(n), np.linspace(-2, 2, n)).dx
+        given = np.zeros(n), np.ones(n)
+        dx = bn.backward(x, bn.Saved(x, None, np.linspace(-2, 2, n), 1, 1e-5, given=given)).dx
         z = np.random.default_rng(1).standard_normal(shape).astype(np.float32).astype(dtype)
         w, saved = bn.batch_norm(z)
-        for a in (y, dx, w, bn.batch_norm_backward(w, saved).dx, np.asarray(saved.moments._table)):
+        for a in (y, dx, w, bn.backward(w, saved).dx, np.asarray(saved.moments._table)):
             wide = a.astype(np.float64)
             print(zlib.crc32(np.where(np.isnan(wide), 12345.0, wide).tobytes()))
 """
@@ -285,7 +287,7 @@ def test_parts_of_a_batch_give_the_rounded_float32_results(dtype, kind, axis):
     wide_y, wide_saved = bn.batch_norm(x.astype(np.float32), gamma, axis=axis, **counted)
     same(y, rounded(wide_y, dtype))
     assert saved.moments == wide_saved.moments
-    got, wide = bn.batch_norm_backward(dy, saved), bn.batch_norm_backward(dy.astype(np.float32), wide_saved)
+    got, wide = bn.backward(dy, saved), bn.backward(dy.astype(np.float32), wide_saved)
     same(got.dx, rounded(wide.dx, dtype))
     assert (got.dgamma == wide.dgamma).all()
 
@@ -295,12 +297,10 @@ def test_derivatives_are_the_rounded_float32_derivatives(dtype):
     gamma = np.linspace(-1, 2, 5).astype(np.float32)
     _, saved = bn.batch_norm(x, gamma)
     _, wide = bn.batch_norm(x.astype(np.float32), gamma)
-    jvp = bn.batch_norm_jvp(v, saved, gamma_dot=gamma)
-    same(jvp, rounded(bn.batch_norm_jvp(v.astype(np.float32), wide, gamma_dot=gamma), dtype))
-    second = bn.batch_norm_double_backward(v, dy, saved, v_dgamma=gamma)
-    wide_second = bn.batch_norm_double_backward(
-        v.astype(np.float32), dy.astype(np.float32), wide, v_dgamma=gamma
-    )
+    jvp = bn.jvp(v, saved, gamma_dot=gamma)
+    same(jvp, rounded(bn.jvp(v.astype(np.float32), wide, gamma_dot=gamma), dtype))
+    second = bn.double_backward(v, dy, saved, v_dgamma=gamma)
+    wide_second = bn.double_backward(v.astype(np.float32), dy.astype(np.float32), wide, v_dgamma=gamma)
     same(second.ddy, rounded(wide_second.ddy, dtype))
     same(second.dx, rounded(wide_second.dx, dtype))
     assert (second.dgamma == wide_second.dgamma).all()
@@ -309,8 +309,6 @@ def test_derivatives_are_the_rounded_float32_derivatives(dtype):
 def test_a_backward_from_y_wants_more_digits_than_16_bits_have(dtype):
     x = random_values(dtype, (6, 5), 0)
     before = x.copy()
-    with pytest.raises(
-        TypeError, match="x must have dtype float32 or float64 for a backward pass from y, got"
-    ):
-        bn.batch_norm_inplace(x, np.ones(5))
+    with pytest.raises(TypeError, match="x must have dtype float32 or float64 for keep='y', got"):
+        bn.batch_norm(x, np.ones(5), keep="y")
     same(x, before)

@@ -26,4 +26,4 @@ def test_no_call_wants_memory_once_it_has_written(tmp_path):
         text=True,
         timeout=120,
     )
-    assert (done.returncode, done.stdout) == (0, "72 calls, 4 layers\n"), done.stderr
+    assert (done.returncode, done.stdout) == (0, "84 calls, 4 layers\n"), done.stderr

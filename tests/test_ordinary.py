@@ -34,6 +34,9 @@ class Arguments:
     def saved(self):
         return bn.Saved(self.x, self.moments, self.gamma, self.axis % 4, self.eps)
 
+    def frozen(self):
+        return bn.Saved(self.x, None, self.gamma, self.axis % 4, self.eps, given=(self.mean, self.var))
+
     def bytes(self):
         return {name: v.tobytes() for name, v in vars(self).items() if isinstance(v, np.ndarray)}
 
@@ -48,12 +51,8 @@ FUNCTIONS = {
     "normalize": lambda a: bn.normalize(
         a.x, a.mean, a.var, a.gamma, a.beta, **of(a, "axis", "eps", "out", "num_threads")
     ),
-    "batch_norm_backward": lambda a: bn.batch_norm_backward(
-        a.dy, a.saved(), **of(a, "needs", "out", "num_threads")
-    ),
-    "normalize_backward": lambda a: bn.normalize_backward(
-        a.dy, a.x, a.mean, a.var, a.gamma, **of(a, "axis", "eps", "needs", "out", "num_threads")
-    ),
+    "batch_norm_backward": lambda a: bn.backward(a.dy, a.saved(), **of(a, "needs", "out", "num_threads")),
+    "normalize_backward": lambda a: bn.backward(a.dy, a.frozen(), **of(a, "needs", "out", "num_threads")),
     "update_running": lambda a: bn.update_running(
         a.mean.astype(float), a.var.astype(float), a.moments, **of(a, "update_rate", "ddof")
     ),
@@ -101,9 +100,9 @@ def bits(result):
 
 @pytest.fixture
 def general_calls(monkeypatch):
-    """Count the calls that took the general way, whose first check is that of x or of the moments."""
+    """Count the calls that took the general way, whose first check is that of x, or of a rate."""
     calls = []
-    for name in ("array", "instance"):
+    for name in ("array", "instance", "update_rate"):
         check = getattr(_validate, name)
         monkeypatch.setattr(_validate, name, lambda *a, check=check: calls.append(a) or check(*a))
     return calls
@@ -498,7 +497,14 @@ def test_saved_is_a_dataclass_of_all_its_fields():
         "gamma",
         "axis",
         "eps",
+        "y",
+        "beta",
+        "given",
         "part",
+        "relu",
+        "has_residual",
+        "renorm",
+        "layout",
     ]
 
 
@@ -514,21 +520,17 @@ def test_replaced_fields_are_those_that_were_given():
         replaced.moments = moments
 
 
-@pytest.mark.parametrize("kind", ["plain", "masked", "segments", "relu", "in_place"])
+@pytest.mark.parametrize("kind", ["plain", "masked", "segments", "relu", "y"])
 def test_rstd_follows_replaced_moments_and_eps(kind):
     a = Arguments()
     rows = len(a.x)
     options = {
         "masked": {"mask": (np.arange(rows) > 0).reshape(-1, 1, 1)},
         "segments": {"segments": np.arange(rows) // 2},
+        "relu": {"activation": "relu"},
+        "y": {"keep": "y"},
     }
-    if kind == "relu":
-        _, relu = bn.batch_norm_relu(a.x, a.gamma)
-        saved = relu.batch_norm
-    elif kind == "in_place":
-        _, saved = bn.batch_norm_inplace(a.x.copy(), a.gamma)
-    else:
-        _, saved = bn.batch_norm(a.x, a.gamma, **options.get(kind, {}))
+    _, saved = bn.batch_norm(a.x, a.gamma, **options.get(kind, {}))
     saved.rstd  # noqa: B018  asked for, and so kept, before the moments change
     merged = saved.moments | bn.Moments(saved.moments.count, saved.moments.mean + 3, saved.moments.m2)
     replaced = dataclasses.replace(saved, moments=merged)
@@ -537,8 +539,6 @@ def test_rstd_follows_replaced_moments_and_eps(kind):
     np.testing.assert_allclose(
         dataclasses.replace(saved, eps=2.0).rstd, 1 / np.sqrt(saved.moments.var() + 2), rtol=1e-14
     )
-    if kind == "relu":
-        assert dataclasses.replace(relu, batch_norm=replaced).rstd is replaced.rstd
 
 
 @pytest.mark.parametrize("rstd", ["asked_for", "not_asked_for"])
@@ -550,7 +550,7 @@ def test_saved_can_be_copied(duplicate, rstd):
         saved.rstd  # noqa: B018
     twin = duplicate(saved)
     assert bits(twin) == bits(saved)
-    assert bits(bn.batch_norm_backward(y, twin)) == bits(bn.batch_norm_backward(y, saved))
+    assert bits(bn.backward(y, twin)) == bits(bn.backward(y, saved))
 
 
 @pytest.mark.parametrize("general", [False, True], ids=["ordinary", "general"])

@@ -77,9 +77,9 @@ while calls < 3:
     "call",
     [
         "bn.batch_norm(x, num_threads=1)",
-        "bn.batch_norm_backward(x, saved, num_threads=2)",
+        "bn.backward(x, saved, num_threads=2)",
         "bn.batch_norm(x, mask=np.ones((64, 1024), bool))",
-        "bn.batch_norm_relu(x)",
+        'bn.batch_norm(x, activation="relu")',
     ],
 )
 def test_a_process_may_exit_while_daemon_threads_compute(call):

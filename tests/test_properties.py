@@ -8,6 +8,7 @@ from hypothesis import assume, event, given, settings
 from hypothesis import strategies as st
 
 import batchnorm as bn
+import frozen
 import reference
 from tolerances import assert_backward, assert_forward, assert_within
 
@@ -115,7 +116,7 @@ def test_batch_norm_keeps_the_contract(p):
 def test_batch_norm_backward_keeps_the_contract(p):
     assume(trains(p))
     _, saved = bn.batch_norm(p.x, p.gamma, p.beta, **options(p))
-    got = bn.batch_norm_backward(p.dy, saved)
+    got = bn.backward(p.dy, saved)
     assert (got.dx.shape, got.dx.dtype) == (p.x.shape, p.x.dtype)
     assert got.dgamma.shape == got.dbeta.shape == saved.rstd.shape
     if p.x.size == 0:
@@ -133,7 +134,7 @@ def test_normalize_and_its_backward_keep_the_contract(p, seed):
     mean, var = rng.normal(size=p.x.shape[p.axis]), rng.uniform(0, 4, p.x.shape[p.axis])
     y = bn.normalize(p.x, mean, var, p.gamma, p.beta, **options(p))
     with np.errstate(over="ignore"):  # dgamma beyond the range of gamma's dtype is inf, and NumPy may say so
-        got = bn.normalize_backward(p.dy, p.x, mean, var, p.gamma, **options(p))
+        got = frozen.backward(p.dy, p.x, mean, var, p.gamma, **options(p))
     assert (y.shape, y.dtype) == (got.dx.shape, got.dx.dtype) == (p.x.shape, p.x.dtype)
     if p.x.size == 0:
         return
@@ -151,7 +152,7 @@ def test_inputs_are_not_changed(p):
     arrays = [a for a in (p.x, p.dy, p.gamma, p.beta) if a is not None]
     before = [a.tobytes() for a in arrays]
     _, saved = bn.batch_norm(p.x, p.gamma, p.beta, **options(p))
-    bn.batch_norm_backward(p.dy, saved)
+    bn.backward(p.dy, saved)
     bn.normalize(p.x, saved.moments.mean, saved.moments.m2, p.gamma, p.beta, **options(p))
     assert [a.tobytes() for a in arrays] == before
 
@@ -163,7 +164,7 @@ def test_dense_memory_order_of_x_is_kept(p):
     dense = sorted(s for s, n in zip(p.x.strides, p.x.shape, strict=True) if n > 1)
     expected = np.cumprod([p.x.itemsize, *sorted_dims(p.x)])[:-1].tolist()
     assume(dense == expected)  # slices, flips and repeats have no dense order to keep
-    dx = bn.batch_norm_backward(p.dy, saved).dx
+    dx = bn.backward(p.dy, saved).dx
     for result in (y, dx):
         kept = [r for r, n in zip(result.strides, p.x.shape, strict=True) if n > 1]
         assert kept == [s for s, n in zip(p.x.strides, p.x.shape, strict=True) if n > 1]
@@ -178,7 +179,7 @@ def run(p, **changes):
     """Give every result of training on a problem."""
     p = p._replace(**changes)
     y, saved = bn.batch_norm(p.x, p.gamma, p.beta, **options(p))
-    gradients = bn.batch_norm_backward(p.dy, saved)
+    gradients = bn.backward(p.dy, saved)
     return {
         "mean": saved.moments.mean,
         "m2": saved.moments.m2,

@@ -67,7 +67,7 @@ def test_gradients_of_float64_far_from_zero_keep_the_contract(name, axis):
     gradients = reference.exact_backward(dy, x, axis=1, eps=1e-5)
     scales = reference.backward_scales(dy, x, None, exact, gradients, axis=1)
     _, saved = bn.batch_norm(in_layout(x, axis), axis=axis)
-    dx, dgamma, dbeta = bn.batch_norm_backward(in_layout(dy, axis), saved)
+    dx, dgamma, dbeta, _ = bn.backward(in_layout(dy, axis), saved)
     assert_backward((np.moveaxis(dx, axis, 1), dgamma, dbeta), gradients, scales, np.float64)
 
 
@@ -166,7 +166,7 @@ def test_float32_gradients_keep_their_bound_where_one_weight_is_far_below_the_ot
     options = {"axis": 1, "eps": 1e-5, "padding": "zero"}
     want = reference.weighted_backward(dy, x, w, gamma, **options).dx
     _, saved = bn.batch_norm(x, gamma, weights=w)
-    dx = bn.batch_norm_backward(dy, saved).dx
+    dx = bn.backward(dy, saved).dx
     # At the last position dx is w times what is much the same for all; no term is more than some times the whole.
     assert_within("weighted dx", np.float32, dx[3], want[3], scale=4 * np.abs(want[3]))
 
@@ -195,5 +195,5 @@ def test_float32_gradients_through_weights_of_any_size_keep_their_bound(weight, 
     of_dy, of_xhat = (np.sum(s, (0, 2), keepdims=True) for s in (size, size * xhat))
     scale = reference.per_channel(forward.rstd, x, 1) * (size + share * of_dy + share * xhat * of_xhat)
     _, saved = bn.batch_norm(in_layout(x, axis), axis=axis, weights=w)
-    dx = bn.batch_norm_backward(in_layout(dy, axis), saved).dx
+    dx = bn.backward(in_layout(dy, axis), saved).dx
     assert_within("weighted dx", np.float32, np.moveaxis(dx, axis, 1), want, scale=scale)

@@ -1,5 +1,7 @@
 """ReLU and add then ReLU in the same pass: the bits of the steps one after another, and a mask of one bit."""
 
+import dataclasses
+
 import ml_dtypes
 import numpy as np
 import pytest
@@ -7,7 +9,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import batchnorm as bn
-from batchnorm import BatchNorm, forward
+import frozen
+from batchnorm import BatchNorm
 
 DTYPES = [np.float16, ml_dtypes.bfloat16, np.float32, np.float64]
 SHAPES = [((4, 7, 5, 3), 1), ((6, 5, 4), -1), ((33, 20), 1), ((3, 70, 2), 1), ((2, 1, 9), 0), ((0, 3), 1)]
@@ -37,15 +40,17 @@ def test_training_gives_the_bits_of_the_steps_one_after_another(shape, axis, dty
     x, dy, residual, gamma, beta = case(shape, axis, dtype, order)
     z, plain = bn.batch_norm(x.astype(arithmetic(dtype)), gamma, beta, axis=axis)
     total = z + residual.astype(z.dtype) if added else z
-    y, saved = bn.batch_norm_relu(x, gamma, beta, residual=residual if added else None, axis=axis)
+    y, saved = bn.batch_norm(
+        x, gamma, beta, residual=residual if added else None, axis=axis, activation="relu"
+    )
     assert same(y, np.maximum(total, 0).astype(dtype))
-    assert np.array_equal(saved.mask.to_bool(), total > 0)
+    assert np.array_equal(saved.relu.to_bool(), total > 0)
     assert np.array_equal(saved.moments.mean, plain.moments.mean)
     assert y.strides == np.empty_like(x).strides
 
     gate = np.where(total > 0, dy, np.zeros((), dtype))
-    wanted = bn.batch_norm_backward(gate, bn.batch_norm(x, gamma, beta, axis=axis)[1])
-    got = bn.batch_norm_relu_backward(dy, saved)
+    wanted = bn.backward(gate, bn.batch_norm(x, gamma, beta, axis=axis)[1])
+    got = bn.backward(dy, saved)
     assert same(got.dx, wanted.dx)
     assert same(got.dgamma, wanted.dgamma)
     assert same(got.dbeta, wanted.dbeta)
@@ -59,12 +64,13 @@ def test_inference_gives_the_bits_of_the_steps_one_after_another(shape, axis, dt
     mean, var = np.linspace(-1, 1, shape[axis]), np.linspace(0.5, 2, shape[axis])
     z = bn.normalize(x.astype(arithmetic(dtype)), mean, var, gamma, beta, axis=axis)
     total = z + residual.astype(z.dtype)
-    y, mask = bn.normalize_relu(x, mean, var, gamma, beta, residual=residual, axis=axis, needs_mask=True)
+    options = {"residual": residual, "axis": axis, "activation": "relu"}
+    y, saved = bn.normalize(x, mean, var, gamma, beta, **options, save=True)
     assert same(y, np.maximum(total, 0).astype(dtype))
-    assert bn.normalize_relu(x, mean, var, gamma, beta, residual=residual, axis=axis).mask is None
+    assert same(y, bn.normalize(x, mean, var, gamma, beta, **options))
     gate = np.where(total > 0, dy, np.zeros((), dtype))
-    wanted = bn.normalize_backward(gate, x, mean, var, gamma, axis=axis)
-    got = bn.normalize_relu_backward(dy, x, mask, mean, var, gamma, axis=axis)
+    wanted = frozen.backward(gate, x, mean, var, gamma, axis=axis)
+    got = bn.backward(dy, saved)
     assert same(got.dx, wanted.dx)
     assert same(got.dgamma, wanted.dgamma)
     assert same(got.dresidual, gate)
@@ -79,43 +85,43 @@ def test_any_shape_at_any_address(outer, channels, inner, place, last):
     x, dy, out = (m[place:].reshape(shape) for m in memory)
     axis = -1 if last else 1
     z, plain = bn.batch_norm(x, axis=axis)
-    y, saved = bn.batch_norm_relu(x, axis=axis, out=out)
+    y, saved = bn.batch_norm(x, axis=axis, out=out, activation="relu")
     assert y is out
     assert same(y, np.maximum(z, 0))
-    assert np.array_equal(saved.mask.to_bool(), z > 0)
-    got = bn.batch_norm_relu_backward(dy, saved)
-    assert same(got.dx, bn.batch_norm_backward(np.where(z > 0, dy, np.float32(0)), plain).dx)
+    assert np.array_equal(saved.relu.to_bool(), z > 0)
+    got = bn.backward(dy, saved)
+    assert same(got.dx, bn.backward(np.where(z > 0, dy, np.float32(0)), plain).dx)
 
 
 def test_a_mask_is_one_bit_an_element():
-    y, saved = bn.batch_norm_relu(np.random.default_rng(0).normal(size=(10, 16, 100)).astype(np.float32))
-    assert y.size // 8 <= saved.mask.nbytes <= y.size // 8 + 24
-    assert saved.saved_bytes == y.nbytes + saved.mask.nbytes
-    assert not saved.mask.data.flags.writeable
+    y, saved = bn.batch_norm(
+        np.random.default_rng(0).normal(size=(10, 16, 100)).astype(np.float32), activation="relu"
+    )
+    assert y.size // 8 <= saved.relu.nbytes <= y.size // 8 + 24
+    assert saved.saved_bytes == y.nbytes + saved.relu.nbytes
+    assert not saved.relu.data.flags.writeable
 
 
 def test_threads_and_memory_order_change_no_bit():
     x, dy, residual, gamma, beta = case((40, 64, 30, 30), 1, np.float32)
-    y, saved = bn.batch_norm_relu(x, gamma, beta, residual=residual, num_threads=1)
-    gradients = bn.batch_norm_relu_backward(dy, saved, num_threads=1)
+    y, saved = bn.batch_norm(x, gamma, beta, residual=residual, num_threads=1, activation="relu")
+    gradients = bn.backward(dy, saved, num_threads=1)
     for threads in (2, 3):
-        again, kept = bn.batch_norm_relu(x, gamma, beta, residual=residual, num_threads=threads)
+        again, kept = bn.batch_norm(x, gamma, beta, residual=residual, num_threads=threads, activation="relu")
         assert same(again, y)
-        assert np.array_equal(kept.mask.to_bool(), saved.mask.to_bool())
-        for a, b in zip(bn.batch_norm_relu_backward(dy, kept, num_threads=threads), gradients, strict=True):
+        assert np.array_equal(kept.relu.to_bool(), saved.relu.to_bool())
+        for a, b in zip(bn.backward(dy, kept, num_threads=threads), gradients, strict=True):
             assert same(a, b)
     turned = np.asarray(residual, order="F")
-    assert same(bn.batch_norm_relu(x, gamma, beta, residual=turned)[0], y)
+    assert same(bn.batch_norm(x, gamma, beta, residual=turned, activation="relu")[0], y)
 
 
 def test_x_and_dy_may_lie_elsewhere_in_another_order_at_backward():
-    from dataclasses import replace
-
     x, dy, residual, gamma, beta = case((5, 6, 7, 3), 1, np.float32)
-    _, saved = bn.batch_norm_relu(x, gamma, beta, residual=residual)
-    wanted = bn.batch_norm_relu_backward(dy, saved)
-    moved = replace(saved, batch_norm=replace(saved.batch_norm, x=np.asarray(x, order="F")))
-    got = bn.batch_norm_relu_backward(np.asarray(dy, order="F"), moved)
+    _, saved = bn.batch_norm(x, gamma, beta, residual=residual, activation="relu")
+    wanted = bn.backward(dy, saved)
+    moved = dataclasses.replace(saved, x=np.asarray(x, order="F"))
+    got = bn.backward(np.asarray(dy, order="F"), moved)
     assert np.array_equal(got.dx, wanted.dx)
     assert np.array_equal(got.dresidual, wanted.dresidual)
     assert np.array_equal(got.dgamma, wanted.dgamma)
@@ -123,19 +129,19 @@ def test_x_and_dy_may_lie_elsewhere_in_another_order_at_backward():
 
 def test_outputs_may_be_inputs():
     x, dy, residual, gamma, beta = case((8, 6, 50), 1, np.float32)
-    y, saved = bn.batch_norm_relu(x, gamma, beta, residual=residual)
-    wanted = bn.batch_norm_relu_backward(dy, saved)
+    y, saved = bn.batch_norm(x, gamma, beta, residual=residual, activation="relu")
+    wanted = bn.backward(dy, saved)
     for target in ("x", "residual"):
         given_x, given_residual = x.copy(), residual.copy()
         out = given_x if target == "x" else given_residual
-        again, kept = bn.batch_norm_relu(given_x, gamma, beta, residual=given_residual, out=out)
+        again, kept = bn.batch_norm(given_x, gamma, beta, residual=given_residual, out=out, activation="relu")
         assert again is out
         assert same(again, y)
         assert (kept.x is None) == (target == "x")
     for first, second in [("dy", None), (None, "dy"), ("x", "dy"), ("dy", "x")]:
         arrays = {"x": x.copy(), "dy": dy.copy(), None: None}
-        kept = bn.batch_norm_relu(arrays["x"], gamma, beta, residual=residual)[1]
-        got = bn.batch_norm_relu_backward(arrays["dy"], kept, out=(arrays[first], arrays[second]))
+        kept = bn.batch_norm(arrays["x"], gamma, beta, residual=residual, activation="relu")[1]
+        got = bn.backward(arrays["dy"], kept, out=(arrays[first], arrays[second]))
         assert same(got.dx, wanted.dx)
         assert same(got.dresidual, wanted.dresidual)
         assert same(got.dgamma, wanted.dgamma)
@@ -145,18 +151,18 @@ def test_outputs_may_be_inputs():
 @pytest.mark.parametrize("needs", [(), ("x",), ("residual",), ("gamma", "residual"), ("x", "beta")])
 def test_only_what_is_asked_for_is_given(needs):
     x, dy, residual, gamma, beta = case((8, 6, 50), 1, np.float32)
-    _, saved = bn.batch_norm_relu(x, gamma, beta, residual=residual)
-    everything = bn.batch_norm_relu_backward(dy, saved)
-    some = bn.batch_norm_relu_backward(dy, saved, needs=needs)
+    _, saved = bn.batch_norm(x, gamma, beta, residual=residual, activation="relu")
+    everything = bn.backward(dy, saved)
+    some = bn.backward(dy, saved, needs=needs)
     for name, wanted, got in zip(("x", "gamma", "beta", "residual"), everything, some, strict=True):
         assert got is None if name not in needs else same(got, wanted)
 
 
 def test_nan_stays_and_lets_its_gradient_through():
     x = np.array([[1.0, np.nan], [3.0, 1.0]], np.float32)
-    y, saved = bn.batch_norm_relu(x)
+    y, saved = bn.batch_norm(x, activation="relu")
     assert np.isnan(y[:, 1]).all()
-    assert saved.mask.to_bool()[:, 1].all()
+    assert saved.relu.to_bool()[:, 1].all()
 
 
 def error_of(call):
@@ -167,38 +173,44 @@ def error_of(call):
 
 def test_arguments_that_do_not_fit_are_named():
     x, dy, residual, *_ = case((4, 3, 5), 1, np.float32)
-    _, saved = bn.batch_norm_relu(x, residual=residual)
-    ones = np.ones(3)
-    mask = bn.normalize_relu(x, ones, ones, needs_mask=True).mask
+    _, saved = bn.batch_norm(x, residual=residual, activation="relu")
     assert (
-        error_of(lambda: bn.batch_norm_relu(x, residual=residual[:2]))
+        error_of(lambda: bn.batch_norm(x, residual=residual[:2], activation="relu"))
         == "ValueError: residual must have shape (4, 3, 5), got (2, 3, 5)"
     )
     assert (
-        error_of(lambda: bn.batch_norm_relu(x, residual=residual.astype(np.float64)))
+        error_of(lambda: bn.batch_norm(x, residual=residual.astype(np.float64), activation="relu"))
         == "TypeError: residual must have dtype float32, got float64"
     )
     assert (
-        error_of(lambda: bn.batch_norm_relu(x[:, :, :4], residual=residual[:, :, :4], out=residual[:, :, 1:]))
+        error_of(
+            lambda: bn.batch_norm(
+                x[:, :, :4], residual=residual[:, :, :4], out=residual[:, :, 1:], activation="relu"
+            )
+        )
         == "ValueError: out must be residual itself or share no memory with residual, got a partial overlap"
     )
-    assert error_of(lambda: bn.batch_norm_relu_backward(dy, saved.batch_norm)).startswith(
-        "TypeError: saved must be the SavedRelu of a batch_norm_relu call"
+    assert error_of(lambda: bn.backward(dy, x)).startswith(
+        "TypeError: saved must be what batch_norm, normalize or instance_norm saved, got ndarray"
     )
     assert (
-        error_of(lambda: bn.batch_norm_relu_backward(dy, saved, out=np.empty_like(x)))
-        == "TypeError: out must be a tuple (dx, dresidual) of arrays or None, got ndarray"
+        error_of(lambda: bn.backward(dy, saved, out=(np.empty_like(x),)))
+        == "TypeError: out must be a tuple (dx, dresidual) of arrays or None, got tuple"
     )
     assert (
-        error_of(lambda: bn.batch_norm_relu_backward(dy, saved, needs=("y",)))
+        error_of(lambda: bn.backward(dy, saved, needs=("y",)))
         == "ValueError: needs must name some of 'x', 'gamma', 'beta', 'residual', got 'y'"
     )
     assert (
-        error_of(lambda: bn.normalize_relu_backward(dy[:2], x[:2], mask, ones, ones))
-        == "ValueError: mask must be of x's shape (2, 3, 5), got one of (4, 3, 5)"
+        error_of(lambda: bn.backward(dy[:2], dataclasses.replace(saved, x=x[:2])))
+        == "ValueError: saved.x must have shape (4, 3, 5), got (2, 3, 5)"
     )
-    assert error_of(lambda: bn.normalize_relu_backward(dy, x, mask.data, ones, ones)).startswith(
-        "TypeError: mask must be a ReluMask"
+    assert error_of(lambda: bn.backward(dy, dataclasses.replace(saved, relu=saved.relu.data))).startswith(
+        "TypeError: saved.relu must be a ReluMask or None"
+    )
+    assert (
+        error_of(lambda: bn.batch_norm(x, activation="gelu"))
+        == "ValueError: activation must be 'relu', got 'gelu'"
     )
 
 
@@ -231,7 +243,7 @@ def test_evaluation_makes_no_mask_before_backward_asks_for_one(monkeypatch):
 
     def counted(*args, save=False, **options):
         made.append(save)
-        return forward.normalize(*args, save=save, **options)
+        return bn.normalize(*args, save=save, **options)
 
     monkeypatch.setattr("batchnorm.layers.batch.normalize", counted)
     layer = BatchNorm(6, activation="relu").eval()
@@ -256,8 +268,8 @@ def test_backward_of_evaluation_is_that_of_its_call_whatever_changed_since(added
     mean, var = layer.running_mean.copy(), layer.running_var.copy()
     gamma, beta = layer.gamma.copy(), layer.beta.copy()
     given = residual if added else None
-    _, mask = bn.normalize_relu(x, mean, var, gamma, beta, residual=given, needs_mask=True)
-    expected = bn.normalize_relu_backward(dy, x, mask, mean, var, gamma)
+    options = {"residual": given, "activation": "relu", "save": True}
+    expected = bn.backward(dy, bn.normalize(x, mean, var, gamma, beta, **options)[1])
     to = {None: None, "fresh": np.empty_like(x), "residual": residual}[out]
     layer.eval()(x, residual=given, out=to)
     layer.beta += 3

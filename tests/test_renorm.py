@@ -12,6 +12,12 @@ from tolerances import assert_within
 
 EPS = 1e-3
 LIMITS = {"r_max": 1.5, "d_max": 0.5}
+OF_RENORM = ("r_max", "d_max", "weight", "r_min", "parity", "samples")
+
+
+def batch_renorm(x, mean, var, gamma=None, beta=None, **options):
+    limits = {name: options.pop(name) for name in OF_RENORM if name in options}
+    return bn.batch_norm(x, gamma, beta, renorm=bn.Renorm(mean, var, **limits), **options)
 
 
 def problem(layout, dtype):
@@ -31,7 +37,7 @@ def test_y_is_the_formula_within_the_contract(layout, dtype, has_affine):
     x, gamma, beta, mean, var = problem(layout, dtype)
     gamma, beta = (gamma, beta) if has_affine else (None, None)
     options = {"axis": layout.axis, "eps": EPS}
-    y, saved = bn.batch_renorm(x, mean, var, gamma, beta, **LIMITS, **options)
+    y, saved = batch_renorm(x, mean, var, gamma, beta, **LIMITS, **options)
     r, d = reference.renorm_correction(x, mean, var, r_min=1 / 1.5, **LIMITS, **options)
     assert_close(saved.r, r)
     assert_close(saved.d, d)
@@ -47,7 +53,7 @@ def test_y_is_the_formula_within_the_contract(layout, dtype, has_affine):
 
 def test_limits_of_one_and_zero_are_batch_norm(layout, dtype):
     x, gamma, beta, mean, var = problem(layout, dtype)
-    y, saved = bn.batch_renorm(x, mean, var, gamma, beta, r_max=1, d_max=0, axis=layout.axis, eps=EPS)
+    y, saved = batch_renorm(x, mean, var, gamma, beta, r_max=1, d_max=0, axis=layout.axis, eps=EPS)
     exact = reference.exact_forward(x, gamma, beta, axis=layout.axis, eps=EPS)
     scales = reference.forward_scales(x, gamma, beta, exact, axis=layout.axis)
     assert_within("y", dtype, y, exact.y, scale=scales.y, at=scales.y_at)
@@ -58,13 +64,13 @@ def test_limits_of_one_and_zero_are_batch_norm(layout, dtype):
 def test_without_clipping_training_is_evaluation(layout):
     x, gamma, beta, mean, var = problem(layout, np.float64)
     options = {"axis": layout.axis, "eps": EPS}
-    y, _ = bn.batch_renorm(x, mean, var, gamma, beta, r_max=np.inf, d_max=np.inf, **options)
+    y, _ = batch_renorm(x, mean, var, gamma, beta, r_max=np.inf, d_max=np.inf, **options)
     assert_close(y, bn.normalize(x, mean, var, gamma, beta, **options))
 
 
 def test_a_mean_far_above_the_spread_costs_no_accuracy():
     x = 1e8 + np.random.default_rng(0).normal(size=(50, 2))
-    y, _ = bn.batch_renorm(x, x.mean(0), x.var(0), r_max=1, d_max=0)
+    y, _ = batch_renorm(x, x.mean(0), x.var(0), r_max=1, d_max=0)
     expected = reference.exact_forward(x, axis=1, eps=1e-5)
     scales = reference.forward_scales(x, None, None, expected, axis=1)
     assert_within("y", "float64", y, expected.y, scale=scales.y, at=scales.y_at)
@@ -72,7 +78,7 @@ def test_a_mean_far_above_the_spread_costs_no_accuracy():
 
 def test_a_running_spread_of_zero_leaves_batch_norm():
     x = np.array([[1.0, 2.0], [3.0, 2.0]])
-    y, saved = bn.batch_renorm(x, [0.0, 0.0], [0.0, 0.0], **LIMITS, eps=0.0)
+    y, saved = batch_renorm(x, [0.0, 0.0], [0.0, 0.0], **LIMITS, eps=0.0)
     np.testing.assert_array_equal(y, [[-1, 0], [1, 0]])
     np.testing.assert_array_equal([saved.r, saved.d], [[1, 1], [0, 0]])
 
@@ -80,9 +86,9 @@ def test_a_running_spread_of_zero_leaves_batch_norm():
 def test_nan_stays_in_its_channel():
     x = np.random.default_rng(1).normal(size=(4, 3))
     x[0, 0] = np.nan
-    y, saved = bn.batch_renorm(x, [0.0, np.nan, 0.0], np.ones(3), **LIMITS)
+    y, saved = batch_renorm(x, [0.0, np.nan, 0.0], np.ones(3), **LIMITS)
     np.testing.assert_array_equal(np.isnan(y).all(0), [True, True, False])
-    mean, var = bn.renorm_update_running([0.0, np.nan, 0.0], np.ones(3), saved)
+    mean, var = bn.update_running([0.0, np.nan, 0.0], np.ones(3), saved)
     np.testing.assert_array_equal(np.isnan(mean), [True, True, False])
     np.testing.assert_array_equal(np.isnan(var), [True, False, False])
 
@@ -92,13 +98,13 @@ def test_no_values_give_no_values_and_leave_running_statistics(shape):
     x = np.empty(shape)
     mean, var = np.full(shape[1], 2.0), np.full(shape[1], 3.0)
     for parity in ("paper", "keras", "torchrl"):
-        y, saved = bn.batch_renorm(x, mean, var, **LIMITS, parity=parity)
-        dx, dgamma, dbeta = bn.batch_renorm_backward(x, saved)
+        y, saved = batch_renorm(x, mean, var, **LIMITS, parity=parity)
+        dx, dgamma, dbeta, _ = bn.backward(x, saved)
         assert y.shape == dx.shape == shape
         for gradient in (dgamma, dbeta):
             np.testing.assert_array_equal(gradient, np.zeros(shape[1]))
         if x.shape[0]:
-            new = bn.renorm_update_running(mean, var, saved)
+            new = bn.update_running(mean, var, saved)
             np.testing.assert_array_equal(new, (mean, var))
 
 
@@ -110,7 +116,7 @@ SHAPE = (4, 3, 2)
 def gradient_problem():
     rng = np.random.default_rng(61)
     x, gamma, beta, weights = rng.normal(1, 2, SHAPE), *rng.normal(size=(2, 3)), rng.normal(size=SHAPE)
-    _, saved = bn.batch_renorm(x, [0.5, 2.0, 1.0], [1.0, 9.0, 4.0], gamma, beta, **LIMITS, eps=EPS)
+    _, saved = batch_renorm(x, [0.5, 2.0, 1.0], [1.0, 9.0, 4.0], gamma, beta, **LIMITS, eps=EPS)
     return x, gamma, beta, weights, saved
 
 
@@ -121,7 +127,7 @@ def test_backward_equals_the_complex_step_with_r_and_d_constant():
         return (weights * reference.renorm_forward(x, saved.r, saved.d, gamma, beta, axis=1, eps=EPS)).sum()
 
     expected = each_derivative(loss, (x, gamma, beta), complex_step)
-    for got, derivative in zip(bn.batch_renorm_backward(weights, saved), expected, strict=True):
+    for got, derivative in zip(bn.backward(weights, saved)[:3], expected, strict=True):
         assert_within("complex step", "float64", got, derivative, scale=np.abs(derivative).max())
 
 
@@ -129,12 +135,12 @@ def test_backward_equals_the_complex_step_with_r_and_d_constant():
 def test_gradients_have_the_dtype_of_gamma_and_only_what_is_needed(dtype, gamma_dtype):
     x = np.random.default_rng(2).normal(size=(5, 3)).astype(dtype)
     gamma = None if gamma_dtype is None else np.ones(3, gamma_dtype)
-    _, saved = bn.batch_renorm(x, np.zeros(3), np.ones(3), gamma, **LIMITS)
-    everything = bn.batch_renorm_backward(x, saved)
+    _, saved = batch_renorm(x, np.zeros(3), np.ones(3), gamma, **LIMITS)
+    everything = bn.backward(x, saved)
     assert everything.dgamma.dtype == everything.dbeta.dtype == np.dtype(gamma_dtype or "float64")
     for position, name in enumerate(("x", "gamma", "beta")):
-        some = bn.batch_renorm_backward(x, saved, needs=[name])
-        assert [value is None for value in some] == [k != position for k in range(3)]
+        some = bn.backward(x, saved, needs=[name])
+        assert [value is None for value in some[:3]] == [k != position for k in range(3)]
         np.testing.assert_array_equal(some[position], everything[position])
 
 
@@ -142,13 +148,13 @@ def test_gradients_have_the_dtype_of_gamma_and_only_what_is_needed(dtype, gamma_
 def test_out_holds_the_same_bits(layout, dtype, target):
     x, gamma, beta, mean, var = problem(layout, dtype)
     dy = x[::-1].copy()
-    y, saved = bn.batch_renorm(x, mean, var, gamma, beta, **LIMITS, axis=layout.axis)
-    dx = bn.batch_renorm_backward(dy, saved).dx
+    y, saved = batch_renorm(x, mean, var, gamma, beta, **LIMITS, axis=layout.axis)
+    dx = bn.backward(dy, saved).dx
     out = np.empty_like(x) if target == "new" else dy
-    assert bn.batch_renorm_backward(dy, saved, out=out).dx is out
+    assert bn.backward(dy, saved, out=out).dx is out
     np.testing.assert_array_equal(out, dx)
     out = np.empty_like(x) if target == "new" else x
-    given, saved = bn.batch_renorm(x, mean, var, gamma, beta, **LIMITS, axis=layout.axis, out=out)
+    given, saved = batch_renorm(x, mean, var, gamma, beta, **LIMITS, axis=layout.axis, out=out)
     assert given is out
     assert (saved.x is None) == (target == "input")
     np.testing.assert_array_equal(out, y)
@@ -163,8 +169,8 @@ def test_parity_paper_is_algorithm_1():
     for step in range(6):
         x = rng.normal(1, 2, (4, 3))
         limits = schedule(step)
-        y, saved = bn.batch_renorm(x, mean, var, **limits._asdict(), eps=EPS)
-        mean, var = bn.renorm_update_running(mean, var, saved, update_rate=0.2)
+        y, saved = batch_renorm(x, mean, var, **limits._asdict(), eps=EPS)
+        mean, var = bn.update_running(mean, var, saved, update_rate=0.2)
         mu_b, sigma_b = x.mean(0), np.sqrt(EPS + x.var(0))
         r = np.clip(sigma_b / sigma, 1 / limits.r_max, limits.r_max)
         d = np.clip((mu_b - mu) / sigma, -limits.d_max, limits.d_max)
@@ -182,9 +188,9 @@ def test_parity_keras_is_its_formula_with_two_averages(clip):
     for _ in range(6):
         x = rng.normal(1, 2, (4, 3))
         limits = {"r_min": r_min, "r_max": r_max, "d_max": d_max}
-        y, saved = bn.batch_renorm(x, *train, **limits, parity="keras", eps=EPS)
-        train = bn.renorm_update_running(*train, saved, update_rate=0.3)
-        evaluate = bn.renorm_update_running(*evaluate, saved, update_rate=0.1)
+        y, saved = batch_renorm(x, *train, **limits, parity="keras", eps=EPS)
+        train = bn.update_running(*train, saved, update_rate=0.3)
+        evaluate = bn.update_running(*evaluate, saved, update_rate=0.1)
         mean, std = x.mean(0), np.sqrt(x.var(0) + EPS)
         floor = np.maximum(renorm_std, np.sqrt(EPS))
         r = np.minimum(np.maximum(std / floor, r_min), r_max)
@@ -207,10 +213,10 @@ def test_parity_torchrl_is_its_formula_until_the_warm_up_ends(smooth):
         limits = schedule(step)
         assert limits.weight == pytest.approx(min(weight, 1))
         # Past the warm-up its weight goes on growing: that is asked for by hand.
-        y, saved = bn.batch_renorm(
+        y, saved = batch_renorm(
             x, mean, var, **(limits._asdict() | {"weight": weight}), parity="torchrl", eps=EPS
         )
-        mean, var = bn.renorm_update_running(mean, var, saved, update_rate=0.2)
+        mean, var = bn.update_running(mean, var, saved, update_rate=0.2)
         b_mean, b_var = x.mean((0, 2)), x.var((0, 2))
         b_std, std = np.sqrt(b_var + EPS), np.sqrt(running_var + EPS)
         r = 1 + (np.clip(b_std / std, 1 / 3, 3) - 1) * weight
@@ -228,9 +234,9 @@ def test_parity_torchrl_is_its_formula_until_the_warm_up_ends(smooth):
 def test_rates_of_zero_and_one_are_exact(parity):
     x = np.random.default_rng(6).normal(size=(4, 2))
     mean, var = np.array([0.1, 0.2]), np.array([0.3, 0.4])
-    _, saved = bn.batch_renorm(x, mean, var, **LIMITS, parity=parity)
-    np.testing.assert_array_equal(bn.renorm_update_running(mean, var, saved, update_rate=0), (mean, var))
-    new = bn.renorm_update_running(mean, var, saved, update_rate=1)
+    _, saved = batch_renorm(x, mean, var, **LIMITS, parity=parity)
+    np.testing.assert_array_equal(bn.update_running(mean, var, saved, update_rate=0), (mean, var))
+    new = bn.update_running(mean, var, saved, update_rate=1)
     batch = saved.moments.var() * (4 / 3 if parity == "torchrl" else 1)
     np.testing.assert_allclose(new, (saved.moments.mean, batch), rtol=1e-15)
 
@@ -240,8 +246,8 @@ def test_r_and_d_follow_replaced_moments():
     x = rng.normal(2, 3, (8, 3))
     limits = {"r_max": 3.0, "d_max": 5.0, "weight": 0.5}
     given = np.ones(3), np.full(3, 4.0)
-    _, whole = bn.batch_renorm(x, *given, **limits)
-    _, part = bn.batch_renorm(x[:5], *given, **limits)
+    _, whole = batch_renorm(x, *given, **limits)
+    _, part = batch_renorm(x[:5], *given, **limits)
     merged = dataclasses.replace(part, moments=part.moments | bn.moments(x[5:]))
     np.testing.assert_allclose([merged.r, merged.d], [whole.r, whole.d], rtol=1e-14)
     given[0][:] = 7  # what was saved is a copy
@@ -253,11 +259,11 @@ def test_a_running_variance_of_zero_is_never_rounded_below_it():
     x, rates = np.ones((4, 2)), np.linspace(0.05, 0.95, 19)
     below = 0
     for eps in (1e-5, 3e-4, 1e-3, 0.7):
-        _, saved = bn.batch_renorm(x, [1.0, 1.0], [0.0, 0.0], **LIMITS, eps=eps)
+        _, saved = batch_renorm(x, [1.0, 1.0], [0.0, 0.0], **LIMITS, eps=eps)
         for rate in rates:
             sigma = (1 - rate) * np.sqrt(eps) + rate * np.sqrt(eps)
             below += sigma * sigma < eps
-            _, var = bn.renorm_update_running([1.0, 1.0], [0.0, 0.0], saved, update_rate=rate)
+            _, var = bn.update_running([1.0, 1.0], [0.0, 0.0], saved, update_rate=rate)
             assert (var == max(sigma * sigma - eps, 0.0)).all()
     assert below > 0
 
@@ -272,8 +278,8 @@ def test_a_correction_beyond_float64_raises_nothing_whatever_numpy_is_told():
         "eps": 0.0,
     }
     with np.errstate(all="raise"):
-        y, saved = bn.batch_renorm(x, [0.0], [1e-20], **options)  # r is 1e20, gamma * r beyond float64
-        bn.batch_renorm_backward(np.ones_like(x), saved)
+        y, saved = batch_renorm(x, [0.0], [1e-20], **options)  # r is 1e20, gamma * r beyond float64
+        bn.backward(np.ones_like(x), saved)
     assert not np.isfinite(y).any()
 
 
@@ -290,7 +296,7 @@ def test_the_papers_schedule_has_the_papers_corners():
 
 def test_a_constant_schedule_is_constant():
     schedule = bn.RenormSchedule.constant(np.inf, 2)
-    assert schedule(0) == schedule(10**20) == bn.RenormLimits(np.inf, 2.0, 1.0)
+    assert schedule(0) == schedule(10**20) == (np.inf, 2.0, 1.0)
     assert schedule == bn.RenormSchedule.constant(np.inf, 2.0)
 
 
@@ -306,7 +312,7 @@ class Arrays:
         rng = np.random.default_rng(71)
         self.x, self.dy, self.out = rng.normal(size=(4, 3)), rng.normal(size=(4, 3)), np.full((4, 3), 7.0)
         self.mean, self.var, self.short = np.zeros(3), np.ones(3), np.ones(2)
-        self.saved = bn.batch_renorm(self.x, self.mean, self.var, self.var, **LIMITS)[1]
+        self.saved = batch_renorm(self.x, self.mean, self.var, self.var, **LIMITS)[1]
 
     def bytes(self):
         return {name: value.tobytes() for name, value in vars(self).items() if isinstance(value, np.ndarray)}
@@ -314,12 +320,12 @@ class Arrays:
 
 def forward(a, x=None, mean=None, var=None, **options):
     x, mean, var = (v if u is None else u for u, v in ((x, a.x), (mean, a.mean), (var, a.var)))
-    return bn.batch_renorm(x, mean, var, **(LIMITS | {"out": a.out} | options))
+    return batch_renorm(x, mean, var, **(LIMITS | {"out": a.out} | options))
 
 
 def backward(a, saved=None, **options):
     changed = dataclasses.replace(a.saved, **(saved or {}))
-    return bn.batch_renorm_backward(a.dy, changed, **{"out": a.out} | options)
+    return bn.backward(a.dy, changed, **{"out": a.out} | options)
 
 
 SCHEDULE = bn.RenormSchedule
@@ -331,27 +337,35 @@ MISTAKES = [
     (lambda a: forward(a, weight=np.inf), ValueError, "weight must be finite, got inf"),
     (lambda a: forward(a, r_min=1.5), ValueError, "r_min must be from 0 to 1, got 1.5"),
     (lambda a: forward(a, parity="tf"), ValueError, "parity must be 'paper', 'keras' or 'torchrl', got 'tf'"),
-    (lambda a: forward(a, mean=a.short), ValueError, "running_mean must have shape (3,), got (2,)"),
-    (lambda a: forward(a, var=-a.var), ValueError, "running_var must be >= 0 in every channel, got -1.0 in channel 0"),
+    (lambda a: forward(a, mean=a.short, var=a.short), ValueError, "renorm.mean must have shape (3,), got (2,)"),
+    (lambda a: forward(a, var=-a.var), ValueError, "var must be >= 0 in every channel, got -1.0 in channel 0"),
     (lambda a: forward(a, gamma=a.short), ValueError, "gamma must have shape (3,), got (2,)"),
     (lambda a: forward(a, out=a.dy[:2]), ValueError, "out must have shape (4, 3), got (2, 3)"),
-    (lambda a: forward(a, mean=a.out[0]), ValueError, "out must share no memory with running_mean, got an overlap"),
+    (lambda a: forward(a, var=a.short), ValueError, "var must have shape (3,), got (2,)"),
+    (lambda a: bn.Renorm(a.x, a.var, 3, 5), ValueError, "mean must have 1 dimension, got 2"),
+    (lambda a: forward(a, samples=1), ValueError, "samples must be an int >= 2 or None, got 1"),
+    (lambda a: bn.batch_norm(a.x, renorm=SCHEDULE.paper()), TypeError, "renorm must be a Renorm or None, got RenormSchedule"),
     (lambda a: forward(a, a.x[:1], out=None), ValueError,
      "x must have at least 2 values per channel for batch statistics, got shape (1, 3)"),
     (lambda a: forward(a, a.x[:1, :, None].repeat(2, 2), out=None, parity="torchrl"), ValueError,
-     "x must have at least 2 samples on axis 0 for parity='torchrl', got 1"),
+     "x must have at least 2 samples on axis 0 (in each segment and ghost) for parity='torchrl', got 1"),
+    (lambda a: forward(a, a.x[:3, :, None].repeat(2, 2), out=None, parity="torchrl", ghost_size=2), ValueError,
+     "x must have at least 2 samples on axis 0 (in each segment and ghost) for parity='torchrl', got 1"),
     (lambda a: forward(a, axis=0, mean=np.ones(4), var=np.ones(4), parity="torchrl"), ValueError,
      "axis must not be 0, which holds the samples for parity='torchrl', got 0"),
     (lambda a: backward(a, {"x": None}), ValueError,
-     "saved must hold x, got that of a call with out=x, which has overwritten it"),
-    (lambda a: backward(a, {"running_mean": a.short}), ValueError,
-     "saved.running_mean must have shape (3,), got (2,)"),
-    (lambda a: backward(a, needs=["w"]), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'w'"),
-    (lambda a: bn.batch_renorm_backward(a.dy, None), TypeError,
-     "saved must be the RenormSaved of a batch_renorm call, got None"),
-    (lambda a: bn.renorm_update_running(a.mean, a.var, a.saved.moments), TypeError,
-     "saved must be the RenormSaved of a batch_renorm call, got Moments"),
-    (lambda a: bn.renorm_update_running(a.mean, a.var, a.saved, update_rate=2), ValueError,
+     "saved must hold x, got that of a call with out=x, which has overwritten it, or with keep=None"),
+    (lambda a: backward(a, {"renorm": bn.Renorm(a.short, a.short, 3, 5)}), ValueError,
+     "saved.renorm.mean must have shape (3,), got (2,)"),
+    (lambda a: backward(a, {"renorm": 1}), TypeError, "saved.renorm must be a Renorm or None, got int"),
+    (lambda a: backward(a, needs=["w"]), ValueError, "needs must name some of 'x', 'gamma', 'beta', 'residual', got 'w'"),
+    (lambda a: bn.backward(a.dy, None), TypeError,
+     "saved must be what batch_norm, normalize or instance_norm saved, got None"),
+    (lambda a: bn.update_running(a.mean, a.var, a.saved, ddof=1), ValueError,
+     "ddof must be None after a call with renorm, whose parity says it, got 1"),
+    (lambda a: bn.update_running(a.mean, -a.var, a.saved), ValueError,
+     "running_var must be >= 0 in every channel, got -1.0 in channel 0"),
+    (lambda a: bn.update_running(a.mean, a.var, a.saved, update_rate=2), ValueError,
      "update_rate must be from 0 to 1, got 2.0"),
     (lambda a: SCHEDULE(((0, 0.5),), ((0, 1.0),)), ValueError, "r_max must be >= 1, got 0.5"),
     (lambda a: SCHEDULE((), ((0, 1.0),)), ValueError, "r_max must have at least one point, got none"),
@@ -376,8 +390,8 @@ def test_a_mistake_is_named_and_changes_nothing(call, error, text):
 
 def test_moments_that_were_replaced_by_something_else_are_named():
     x = np.random.default_rng(0).normal(size=(4, 3))
-    _, saved = bn.batch_renorm(x, np.zeros(3), np.ones(3), **LIMITS)
-    _, inplace = bn.batch_norm_inplace(x.copy())
-    for backward, kept in ((bn.batch_renorm_backward, saved), (bn.batch_norm_inplace_backward, inplace)):
+    _, saved = batch_renorm(x, np.zeros(3), np.ones(3), **LIMITS)
+    _, inplace = bn.batch_norm(x, keep="y")
+    for backward, kept in ((bn.backward, saved), (bn.backward, inplace)):
         with pytest.raises(TypeError, match=r"saved\.moments must be Moments, got None"):
             backward(x, dataclasses.replace(kept, moments=None))

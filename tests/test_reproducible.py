@@ -7,6 +7,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+from frozen import backward as backward_of_given
 
 # (shape, channel axis): planar and interleaved, each with tails, few channels, many channels, small and large.
 SHAPES = {
@@ -47,11 +48,11 @@ def digests(name, dtype, offset, num_threads=None, in_place=False):
     """Give a digest of every result, by name."""
     x, dy, gamma, beta, axis = arrays(name, np.dtype(dtype), offset)
     y, saved = bn.batch_norm(x, gamma, beta, axis=axis, num_threads=num_threads)
-    gradients = bn.batch_norm_backward(dy, saved, num_threads=num_threads, out=dy if in_place else None)
+    gradients = bn.backward(dy, saved, num_threads=num_threads, out=dy if in_place else None)
     moments = bn.moments(x, axis=axis, num_threads=num_threads)
     mean, var = saved.moments.mean, saved.moments.var()
     frozen_dy = arrays(name, np.dtype(dtype), offset)[1]
-    frozen = bn.normalize_backward(
+    frozen = backward_of_given(
         frozen_dy,
         x,
         mean,
@@ -172,14 +173,14 @@ def test_a_tensor_beyond_the_caches_has_the_same_bits_wherever_it_is_written(axi
     x = rng.normal(size=shape).astype(np.float32)
     dy = rng.normal(size=x.shape).astype(np.float32)
     y, saved = bn.batch_norm(x, axis=axis)
-    dx = bn.batch_norm_backward(dy, saved).dx
+    dx = bn.backward(dy, saved).dx
     room = np.empty(x.size + 16, np.float32)
     start = 1 + (-room.ctypes.data // 4) % 16  # one value past a line
     unaligned = room[start : start + x.size].reshape(x.shape)
     bn.batch_norm(x, axis=axis, out=unaligned)
     np.testing.assert_array_equal(unaligned, y)
-    np.testing.assert_array_equal(bn.batch_norm_backward(dy, saved, out=unaligned).dx, dx)
-    bn.batch_norm_backward(dy, saved, out=dy)
+    np.testing.assert_array_equal(bn.backward(dy, saved, out=unaligned).dx, dx)
+    bn.backward(dy, saved, out=dy)
     np.testing.assert_array_equal(dy, dx)
     bn.batch_norm(x, axis=axis, out=x)
     np.testing.assert_array_equal(x, y)

@@ -35,8 +35,10 @@ def step(layer: bn.BatchNorm, x: NDArray[np.float32], rate: float) -> None:
 
 
 def functions(x: NDArray[np.float64]) -> float:
-    y, saved = bn.batch_norm(x, [1, 2, 3], None, weights=[1.0] * len(x), padding="zero")
-    gradients = bn.batch_norm_backward(y, saved, needs=("x",))
+    y, saved = bn.batch_norm(x, [1, 2, 3], None, weights=[1.0] * len(x), padding="zero", activation="relu")
+    z, other = bn.normalize(x, [0.0], [1.0], save=True)
+    mean, var = bn.update_running([0.0], [1.0], saved, weights_are="counts")
+    gradients = bn.backward(y, saved, needs=("x",))
     if gradients.dx is None:
         return 0.0
     return float(gradients.dx.sum() + bn.normalize(x, [0.0], [1.0], lengths=[3]).sum())
@@ -75,18 +77,21 @@ layer.backward(x, banana=1)
 bn.batch_norm(x, banana=1)
 bn.batch_norm(x, epsilon=anything)
 bn.batch_norm(x, padding="zeros")
-bn.batch_norm_backward(x, saved, needs=("weight",))
-bn.batch_norm_backward(x, saved, banana=1)
-bn.batch_norm_backward(x, ghosts)
+bn.backward(x, saved, needs=("weight",))
+bn.backward(x, saved, banana=1)
+bn.backward(x, saved.moments)
 bn.normalize(x, [0], [1], padding="zeros")
 bn.normalize(x, [0], [1], segments=[0])
 bn.moments(x, padding="zero")
-bn.update_running(x, x, saved.moments, momentum=0.1)
-bn.batch_norm_relu(x, mask=x)
-bn.batch_renorm(x, x, x, r_max=1, d_max=0, parity="pytorch")
-bn.ghost_batch_norm(x, ghost_size=2, banana=1)
+bn.update_running(x, x, saved, momentum=0.1)
+bn.update_running(x, x, saved, segments="all")
+bn.batch_norm(x, activation="gelu")
+bn.batch_norm(x, keep="z")
+bn.batch_norm(x, renorm=bn.RenormSchedule.paper())
+bn.Renorm(x, x, 1, 0, parity="pytorch")
+bn.batch_norm(x, ghost_size=2, banana=1)
 bn.grad_sums(x, saved, out=x)
-bn.batch_norm_double_backward(x, x, saved, needs=("beta",))
+bn.double_backward(x, x, saved, needs=("beta",))
 bn.show_config("json")
 """
 HEAD = """from typing import Any
@@ -98,7 +103,6 @@ anything: Any = 1
 x = np.ones((4, 3))
 layer = bn.BatchNorm(3)
 saved = bn.batch_norm(x)[1]
-ghosts = bn.ghost_batch_norm(x, ghost_size=2)[1]
 """
 
 

@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
+import frozen
 
 
 class Arrays:
@@ -76,10 +77,8 @@ def forward(name):
 def backward(name):
     """Bring the functions that take dy under one signature."""
     if name == "batch_norm_backward":
-        return lambda a, dy=None, **options: bn.batch_norm_backward(
-            a.dy if dy is None else dy, a.saved, **options
-        )
-    return lambda a, dy=None, **options: bn.normalize_backward(
+        return lambda a, dy=None, **options: bn.backward(a.dy if dy is None else dy, a.saved, **options)
+    return lambda a, dy=None, **options: frozen.backward(
         a.dy if dy is None else dy, a.x, a.mean, a.var, a.gamma, **options
     )
 
@@ -283,14 +282,19 @@ DY = [  # (name, dy from Arrays, error, text)
 ]
 
 NEEDS = [  # (name, needs, error, text)
-    ("weight", ("x", "weight"), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'weight'"),
-    ("dx", ("dx",), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 'dx'"),
-    ("number", ("x", 1), ValueError, "needs must name some of 'x', 'gamma', 'beta', got 1"),
+    (
+        "weight",
+        ("x", "weight"),
+        ValueError,
+        "needs must name some of 'x', 'gamma', 'beta', 'residual', got 'weight'",
+    ),
+    ("dx", ("dx",), ValueError, "needs must name some of 'x', 'gamma', 'beta', 'residual', got 'dx'"),
+    ("number", ("x", 1), ValueError, "needs must name some of 'x', 'gamma', 'beta', 'residual', got 1"),
     (
         "array",
         [np.array([1, 2])],
         ValueError,
-        "needs must name some of 'x', 'gamma', 'beta', got array([1, 2])",
+        "needs must name some of 'x', 'gamma', 'beta', 'residual', got array([1, 2])",
     ),
     ("int", 3, TypeError, "needs must be a tuple of names, got int"),
 ]
@@ -347,7 +351,7 @@ def mistakes():
         yield Mistake(f"normalize-x-{name}", lambda a, x=x: bn.normalize(x(a), a.mean, a.var), error, text)
         yield Mistake(
             f"normalize_backward-x-{name}",
-            lambda a, x=x: bn.normalize_backward(a.dy, x(a), a.mean, a.var),
+            lambda a, x=x: frozen.backward(a.dy, x(a), a.mean, a.var),
             error,
             text,
         )
@@ -419,9 +423,7 @@ def of_statistics():
     """List mistakes in a mean and var that are given."""
     functions = {
         "normalize": lambda a, mean, var, **o: bn.normalize(a.x, mean, var, out=a.out, **o),
-        "normalize_backward": lambda a, mean, var, **o: bn.normalize_backward(
-            a.dy, a.x, mean, var, out=a.out, **o
-        ),
+        "normalize_backward": lambda a, mean, var, **o: frozen.backward(a.dy, a.x, mean, var, out=a.out, **o),
     }
     for function, call in functions.items():
         for name, value, error, text in CHANNEL_VALUES:
@@ -436,19 +438,25 @@ def of_statistics():
             yield Mistake(
                 f"{function}-var-{name}", lambda a, c=call, value=value: c(a, a.mean, value(a)), error, text
             )
-    frozen = functions["normalize_backward"]
+    backward_of_given = functions["normalize_backward"]
     for name, eps, error, text in EPS:
         yield Mistake(
-            f"normalize_backward-eps-{name}", lambda a, e=eps: frozen(a, a.mean, a.var, eps=e), error, text
+            f"normalize_backward-eps-{name}",
+            lambda a, e=eps: backward_of_given(a, a.mean, a.var, eps=e),
+            error,
+            text,
         )
     for name, axis, error, text in AXIS:
         yield Mistake(
-            f"normalize_backward-axis-{name}", lambda a, x=axis: frozen(a, a.mean, a.var, axis=x), error, text
+            f"normalize_backward-axis-{name}",
+            lambda a, x=axis: backward_of_given(a, a.mean, a.var, axis=x),
+            error,
+            text,
         )
     for name, value, error, text in CHANNEL_VALUES:
         yield Mistake(
             f"normalize_backward-gamma-{name}",
-            lambda a, value=value: bn.normalize_backward(a.dy, a.x, a.mean, a.var, value(a), out=a.out),
+            lambda a, value=value: frozen.backward(a.dy, a.x, a.mean, a.var, value(a), out=a.out),
             error,
             text.format("gamma"),
         )
@@ -510,12 +518,12 @@ def of_the_halves():
             text,
         )
     calls = {
-        "batch_norm_backward": lambda a, saved: bn.batch_norm_backward(a.dy, saved),
+        "batch_norm_backward": lambda a, saved: bn.backward(a.dy, saved),
         "grad_sums": lambda a, saved: bn.grad_sums(a.dy, saved),
         "grad_input": lambda a, saved: bn.grad_input(a.dy, saved, bn.grad_sums(a.dy, a.saved)),
     }
     for function, call in calls.items():
-        text = "saved must be the Saved of a batch_norm call, got tuple"
+        text = "saved must be what batch_norm, normalize or instance_norm saved, got tuple"
         yield Mistake(f"{function}-saved-tuple", lambda a, c=call: c(a, (a.x, a.gamma)), TypeError, text)
         for name, change, error, text in REPLACED:
             yield Mistake(
@@ -579,12 +587,13 @@ def of_moments():
 def of_updates():
     for name, ddof, error, text in DDOF:
         yield Mistake(f"var-ddof-{name}", lambda a, d=ddof: a.saved.moments.var(d), error, text)
-        yield Mistake(
-            f"update_running-ddof-{name}",
-            lambda a, d=ddof: bn.update_running(a.mean, a.var, a.saved.moments, ddof=d),
-            error,
-            text,
-        )
+        if ddof is not None:  # which is the default there
+            yield Mistake(
+                f"update_running-ddof-{name}",
+                lambda a, d=ddof: bn.update_running(a.mean, a.var, a.saved, ddof=d),
+                error,
+                text,
+            )
     for name, rate, error, text in UPDATE_RATE:
         yield Mistake(
             f"update_running-update_rate-{name}",
@@ -696,8 +705,8 @@ def test_every_mistake_has_a_name_of_its_own():
         lambda a: bn.batch_norm(a.x, axis=np.int64(1), eps=np.float32(1e-5), num_threads=np.int32(1)),
         lambda a: bn.batch_norm(a.x, eps=0, num_threads=None),
         lambda a: bn.normalize(a.x, a.mean, a.var.astype(np.float16)),
-        lambda a: bn.batch_norm_backward(a.dy, a.saved, needs=["x"]),
-        lambda a: bn.batch_norm_backward(a.dy, a.saved, needs=()),
+        lambda a: bn.backward(a.dy, a.saved, needs=["x"]),
+        lambda a: bn.backward(a.dy, a.saved, needs=()),
         lambda a: bn.batch_norm(np.lib.stride_tricks.as_strided(a.x, writeable=False)),
     ],
     ids=["numpy_scalars", "int_eps", "float16_var", "list_of_needs", "no_needs", "read_only_x"],
@@ -755,10 +764,14 @@ def test_a_word_of_other_libraries_gets_a_sentence_wherever_it_is_written(word, 
 
 def test_the_signature_of_a_call_that_names_few_keywords_shows_them_all():
     parameters = inspect.signature(bn.batch_norm).parameters
-    names = "x gamma beta axis eps mask weights lengths segments padding out num_threads"
+    names = (
+        "x gamma beta axis eps mask weights lengths padding residual activation keep segments ghost_size weights_are renorm "
+        "out num_threads"
+    )
     assert list(parameters) == names.split()
     assert parameters["mask"].default is None
     assert parameters["mask"].annotation == "ArrayLike | None"
+    assert parameters["keep"].default == "x"
     call = inspect.signature(bn.BatchNorm.__call__).parameters
     assert call["keep"].default == "x"
     assert list(inspect.signature(bn.BatchNorm(3)).parameters) == list(call)[1:]
@@ -829,7 +842,7 @@ WORDS = [  # (keyword and its value, what takes it, text)
     ),
     (
         {"eps": 0.001},
-        lambda a, **o: bn.batch_norm_backward(a.dy, a.saved, **o),
+        lambda a, **o: bn.backward(a.dy, a.saved, **o),
         "eps must be left out: it is that of the call that gave saved",
     ),
     (
@@ -890,7 +903,7 @@ WORDS = [  # (keyword and its value, what takes it, text)
     ),
     (
         {"bias": 0.0},
-        lambda a, **o: bn.batch_norm_relu(a.x, **o),
+        lambda a, **o: bn.batch_norm(a.x, **o, activation="relu"),
         "beta must be given instead of bias: write beta=0.0",
     ),
     (
@@ -917,70 +930,67 @@ def test_a_word_of_other_libraries_is_told_what_to_write(keyword, call, text):
 # Per function: which values of channels it reads, and the call with some of them given.
 X64, DY64 = np.random.default_rng(43).normal(size=(2, 4, 3))
 STATISTICS = {"mean": np.zeros(3), "var": np.ones(3)}
-RUNNING = {"running_mean": np.zeros(3), "running_var": np.ones(3)}
-LIMITS = {"r_max": 2.0, "d_max": 1.0}
-MASK64 = bn.normalize_relu(X64, **STATISTICS, needs_mask=True).mask
+RENORM = bn.Renorm(**STATISTICS, r_max=2.0, d_max=1.0)
 READ_BY = {
     "batch_norm": ("gamma beta", lambda out, v: bn.batch_norm(X64, **v, out=out)),
     "batch_norm with a mask": (
         "gamma beta",
         lambda out, v: bn.batch_norm(X64, **v, mask=[True, True, False, True], out=out),
     ),
-    "batch_norm_relu": ("gamma beta", lambda out, v: bn.batch_norm_relu(X64, **v, out=out)),
-    "ghost_batch_norm": ("gamma beta", lambda out, v: bn.ghost_batch_norm(X64, **v, ghost_size=2, out=out)),
-    "batch_renorm": (
-        "running_mean running_var gamma beta",
-        lambda out, v: bn.batch_renorm(X64, **(RUNNING | v), **LIMITS, out=out),
+    "batch_norm with relu": (
+        "gamma beta",
+        lambda out, v: bn.batch_norm(X64, **v, out=out, activation="relu"),
+    ),
+    "batch_norm of ghosts": ("gamma beta", lambda out, v: bn.batch_norm(X64, **v, ghost_size=2, out=out)),
+    "batch_norm with renorm": (
+        "gamma beta",
+        lambda out, v: bn.batch_norm(X64, **v, renorm=RENORM, out=out),
     ),
     "normalize": ("mean var gamma beta", lambda out, v: bn.normalize(X64, **(STATISTICS | v), out=out)),
-    "normalize_relu": (
+    "normalize with relu": (
         "mean var gamma beta",
-        lambda out, v: bn.normalize_relu(X64, **(STATISTICS | v), out=out),
+        lambda out, v: bn.normalize(X64, **(STATISTICS | v), out=out, activation="relu"),
     ),
-    "normalize_backward": (
-        "mean var gamma",
-        lambda out, v: bn.normalize_backward(DY64, X64, **(STATISTICS | v), out=out),
-    ),
-    "normalize_relu_backward": (
-        "mean var gamma",
-        lambda out, v: bn.normalize_relu_backward(DY64, X64, MASK64, **(STATISTICS | v), out=(out, None)),
-    ),
-    "batch_norm_backward": (
+    "backward of normalize": (
         "gamma",
-        lambda out, v: bn.batch_norm_backward(DY64, bn.batch_norm(X64, **v)[1], out=out),
+        lambda out, v: frozen.backward(DY64, X64, **(STATISTICS | v), out=out),
     ),
-    "batch_norm_relu_backward": (
+    "backward of normalize with relu": (
         "gamma",
-        lambda out, v: bn.batch_norm_relu_backward(DY64, bn.batch_norm_relu(X64, **v)[1], out=(None, out)),
+        lambda out, v: frozen.backward(DY64, X64, **(STATISTICS | v), activation="relu", out=(out, None)),
     ),
-    "ghost_batch_norm_backward": (
+    "backward": (
         "gamma",
-        lambda out, v: bn.ghost_batch_norm_backward(
-            DY64, bn.ghost_batch_norm(X64, **v, ghost_size=2)[1], out=out
-        ),
+        lambda out, v: bn.backward(DY64, bn.batch_norm(X64, **v)[1], out=out),
     ),
-    "batch_renorm_backward": (
+    "backward with relu": (
         "gamma",
-        lambda out, v: bn.batch_renorm_backward(
-            DY64, bn.batch_renorm(X64, **RUNNING, **v, **LIMITS)[1], out=out
-        ),
+        lambda out, v: bn.backward(DY64, bn.batch_norm(X64, **v, activation="relu")[1], out=(None, out)),
     ),
-    "batch_norm_jvp": (
+    "backward of ghosts": (
+        "gamma",
+        lambda out, v: bn.backward(DY64, bn.batch_norm(X64, **v, ghost_size=2)[1], out=out),
+    ),
+    "backward with renorm": (
+        "gamma",
+        lambda out, v: bn.backward(DY64, bn.batch_norm(X64, **v, renorm=RENORM)[1], out=out),
+    ),
+    "jvp": (
         "gamma gamma_dot beta_dot",
-        lambda out, v: bn.batch_norm_jvp(
+        lambda out, v: bn.jvp(
             DY64,
             bn.batch_norm(X64, v.get("gamma"))[1],
             out=out,
             **{name: value for name, value in v.items() if name != "gamma"},
         ),
     ),
-    "normalize_jvp": (
-        "mean var gamma mean_dot var_dot gamma_dot beta_dot",
-        lambda out, v: bn.normalize_jvp(DY64, X64, **(STATISTICS | v), out=out),
+    "jvp of normalize": (
+        "gamma mean_dot var_dot gamma_dot beta_dot",
+        lambda out, v: frozen.jvp(DY64, X64, **(STATISTICS | v), out=out),
     ),
-    "batch_norm_double_backward": (
+    "double_backward": (
         "gamma v_dgamma v_dbeta",
-        lambda out, v: bn.batch_norm_double_backward(
+        lambda out, v: bn.double_backward(
             DY64,
             DY64,
             bn.batch_norm(X64, v.get("gamma"))[1],
@@ -988,9 +998,9 @@ READ_BY = {
             **{name: value for name, value in v.items() if name != "gamma"},
         ),
     ),
-    "normalize_double_backward": (
-        "mean var gamma v_dgamma v_dbeta",
-        lambda out, v: bn.normalize_double_backward(DY64, DY64, X64, **(STATISTICS | v), out=(None, out)),
+    "double_backward of normalize": (
+        "gamma v_dgamma v_dbeta",
+        lambda out, v: frozen.double_backward(DY64, DY64, X64, **(STATISTICS | v), out=(None, out)),
     ),
 }
 
@@ -1009,50 +1019,51 @@ def test_out_shares_no_memory_with_values_that_are_read(function, argument):
 
 # Per function: the tensors that it reads, and the call with some of them given.
 LINE64 = np.arange(30.0)
-SAVED64, SAVED_RELU64 = bn.batch_norm(X64)[1], bn.batch_norm_relu(X64)[1]
+SAVED64, SAVED_RELU64 = bn.batch_norm(X64)[1], bn.batch_norm(X64, activation="relu")[1]
 TENSORS_OF = {
     "batch_norm": ("x", lambda out, t: bn.batch_norm(out=out, **t)),
-    "batch_norm_relu": ("x residual", lambda out, t: bn.batch_norm_relu(**({"x": X64} | t), out=out)),
-    "ghost_batch_norm": ("x", lambda out, t: bn.ghost_batch_norm(out=out, ghost_size=2, **t)),
-    "batch_renorm": ("x", lambda out, t: bn.batch_renorm(out=out, **RUNNING, **LIMITS, **t)),
-    "normalize": ("x", lambda out, t: bn.normalize(out=out, **STATISTICS, **t)),
-    "normalize_relu": (
+    "batch_norm with relu": (
         "x residual",
-        lambda out, t: bn.normalize_relu(**({"x": X64} | STATISTICS | t), out=out),
+        lambda out, t: bn.batch_norm(**({"x": X64} | t), out=out, activation="relu"),
     ),
-    "batch_norm_backward": ("dy", lambda out, t: bn.batch_norm_backward(saved=SAVED64, out=out, **t)),
-    "batch_norm_relu_backward": (
+    "batch_norm of ghosts": ("x", lambda out, t: bn.batch_norm(out=out, ghost_size=2, **t)),
+    "batch_norm with renorm": ("x", lambda out, t: bn.batch_norm(out=out, renorm=RENORM, **t)),
+    "normalize": ("x", lambda out, t: bn.normalize(out=out, **STATISTICS, **t)),
+    "normalize with relu": (
+        "x residual",
+        lambda out, t: bn.normalize(**({"x": X64} | STATISTICS | t), out=out, activation="relu"),
+    ),
+    "backward": ("dy", lambda out, t: bn.backward(saved=SAVED64, out=out, **t)),
+    "backward with relu": (
         "dy",
-        lambda out, t: bn.batch_norm_relu_backward(saved=SAVED_RELU64, out=(out, None), **t),
+        lambda out, t: bn.backward(saved=SAVED_RELU64, out=(out, None), **t),
     ),
-    "normalize_backward": (
+    "backward of normalize": (
         "dy x",
-        lambda out, t: bn.normalize_backward(**({"dy": DY64, "x": X64} | STATISTICS | t), out=out),
+        lambda out, t: frozen.backward(**({"dy": DY64, "x": X64} | STATISTICS | t), out=out),
     ),
-    "normalize_relu_backward": (
+    "backward of normalize with relu": (
         "dy x",
-        lambda out, t: bn.normalize_relu_backward(
-            **({"dy": DY64, "x": X64, "mask": MASK64} | STATISTICS | t), out=(None, out)
+        lambda out, t: frozen.backward(
+            **({"dy": DY64, "x": X64} | STATISTICS | t), residual=X64, activation="relu", out=(None, out)
         ),
     ),
     "grad_input": (
         "dy",
         lambda out, t: bn.grad_input(saved=SAVED64, sums=bn.grad_sums(DY64, SAVED64), out=out, **t),
     ),
-    "batch_norm_jvp": ("x_dot", lambda out, t: bn.batch_norm_jvp(saved=SAVED64, out=out, **t)),
-    "normalize_jvp": (
+    "jvp": ("x_dot", lambda out, t: bn.jvp(saved=SAVED64, out=out, **t)),
+    "jvp of normalize": (
         "x_dot x",
-        lambda out, t: bn.normalize_jvp(**({"x_dot": DY64, "x": X64} | STATISTICS | t), out=out),
+        lambda out, t: frozen.jvp(**({"x_dot": DY64, "x": X64} | STATISTICS | t), out=out),
     ),
-    "batch_norm_double_backward": (
+    "double_backward": (
         "v_dx dy",
-        lambda out, t: bn.batch_norm_double_backward(
-            **({"v_dx": DY64, "dy": DY64} | t), saved=SAVED64, out=(None, out)
-        ),
+        lambda out, t: bn.double_backward(**({"v_dx": DY64, "dy": DY64} | t), saved=SAVED64, out=(None, out)),
     ),
-    "normalize_double_backward": (
+    "double_backward of normalize": (
         "v_dx dy x",
-        lambda out, t: bn.normalize_double_backward(
+        lambda out, t: frozen.double_backward(
             **({"v_dx": DY64, "dy": DY64, "x": X64} | STATISTICS | t), out=(out, None)
         ),
     ),
@@ -1078,34 +1089,20 @@ def test_out_is_a_tensor_that_is_read_or_shares_no_memory_with_it(function, argu
 
 # What a call means by leaving a word out; everything else is None. A change here changes what users' programs do.
 X_AXIS = {"axis": 1, "eps": 1e-5}
-ALL, ALL_OF_RELU = ("x", "gamma", "beta"), ("x", "gamma", "beta", "residual")
 DEFAULTS = {
-    bn.batch_norm: X_AXIS,
-    bn.batch_norm_backward: {"needs": ALL},
-    bn.batch_norm_double_backward: {"needs": ("dy", "x", "gamma")},
-    bn.batch_norm_inplace: X_AXIS,
-    bn.batch_norm_inplace_backward: {"needs": ALL},
-    bn.batch_norm_jvp: {},
-    bn.batch_norm_relu: X_AXIS,
-    bn.batch_norm_relu_backward: {"needs": ALL_OF_RELU},
-    bn.batch_renorm: X_AXIS | {"weight": 1.0, "parity": "paper"},
-    bn.batch_renorm_backward: {"needs": ALL},
-    bn.explain: {"axis": 1, "dtype": np.float32},
-    bn.ghost_batch_norm: X_AXIS,
-    bn.ghost_batch_norm_backward: {"needs": ALL},
-    bn.ghost_update_running: {"update_rate": 0.1, "ddof": 1},
+    bn.batch_norm: X_AXIS | {"keep": "x"},
+    bn.instance_norm: X_AXIS | {"keep": "x"},
+    bn.normalize: X_AXIS | {"keep": "x", "save": False},
+    bn.backward: {"needs": ("x", "gamma", "beta", "residual")},
+    bn.double_backward: {"needs": ("dy", "x", "gamma")},
+    bn.jvp: {},
     bn.grad_input: {},
     bn.grad_sums: {},
     bn.moments: {"axis": 1},
-    bn.normalize: X_AXIS,
-    bn.normalize_backward: X_AXIS | {"needs": ALL},
-    bn.normalize_double_backward: X_AXIS | {"needs": ("dy", "x", "gamma")},
-    bn.normalize_jvp: X_AXIS,
-    bn.normalize_relu: X_AXIS | {"needs_mask": False},
-    bn.normalize_relu_backward: X_AXIS | {"needs": ALL_OF_RELU},
-    bn.renorm_update_running: {"update_rate": 0.01},
+    bn.update_running: {"update_rate": 0.1, "segments": "each"},
+    bn.Renorm: {"weight": 1.0, "parity": "paper"},
+    bn.explain: {"axis": 1, "dtype": np.float32},
     bn.show_config: {"mode": "stdout"},
-    bn.update_running: {"update_rate": 0.1, "ddof": 1},
     bn.Moments.var: {"ddof": 0},
     bn.RenormSchedule.torchrl: {"warmup_steps": 10_000, "smooth": False, "r_max": 3.0, "d_max": 5.0},
     bn.convert.from_onnx: {"epsilon": 1e-5, "momentum": 0.9},

@@ -187,7 +187,7 @@ def assert_forward(y, statistics, exact, scales, dtype):
 
 def assert_backward(gradients, exact, scales, dtype):
     """Check that dx, dgamma and dbeta keep the contract."""
-    for name, got, value, scale in zip(("dx", "dgamma", "dbeta"), gradients, exact, scales, strict=True):
+    for name, got, value, scale in zip(("dx", "dgamma", "dbeta"), gradients[:3], exact, scales, strict=True):
         assert_within(name, dtype, got, value, scale=scale)
 
 

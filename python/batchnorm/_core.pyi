@@ -10,7 +10,7 @@ _Array: TypeAlias = NDArray[Any]
 _Table: TypeAlias = NDArray[np.float64]
 _Sizes: TypeAlias = tuple[int, int, int]
 _Kept = TypeVar("_Kept")
-_Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, _Array | None, _Array | None])
+_Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, ...])
 
 __version__: str
 

@@ -166,8 +166,9 @@ def require_values(x: Array, axis: int, layout: Layout, part: Part, given: Mappi
     if part.weights is None:
         if part.offsets is None:
             _validate.batch_values(x, axis)
-    elif given.get("segments") is None:
-        for weights in part.of_each_set(layout):
+    elif part.offsets is not None:  # else the core looks before it writes
+        part.require_weights()
+        for weights in part.of_each_set(layout) if given.get("segments") is None else ():
             _validate.several_positions(part.source, weights)
 
 

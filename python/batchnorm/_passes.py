@@ -8,7 +8,7 @@ set to set. y = x̂·scale + shift; scale and shift are gamma and beta but for r
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -36,7 +36,7 @@ class ReluMask:
     data : uint8, read-only: the bits, and up to 24 bytes.
     """
 
-    layout: Layout
+    layout: Layout = field(repr=False)
     data: NDArray[np.uint8]
 
     def __repr__(self) -> str:
@@ -424,7 +424,7 @@ def combine(to: Array, a: Table | None, x: Table, b: Table | None, y: Table | No
     has written.
     """
     if len(x) == len(to):
-        _core.combine(to, a, x, b, y)
+        _core.combine(to, a, x, b, y if b is not None else None)
         return
     total, rest = np.zeros(len(to)), np.zeros(len(to))
     with np.errstate(all="ignore"):

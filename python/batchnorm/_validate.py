@@ -20,7 +20,7 @@ from typing import Any, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, get_
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _layout
+from batchnorm import _arrays
 
 Array = NDArray[Any]
 
@@ -57,20 +57,6 @@ class Counts(TypedDict, total=False):
     weights: ArrayLike | None
     lengths: ArrayLike | None
     segments: ArrayLike | None
-
-
-class Parts(Counts, total=False):
-    """What of x counts, and what y is elsewhere."""
-
-    padding: Padding | None
-
-
-class Padded(TypedDict, total=False):
-    """Which y are computed, and what the others are."""
-
-    mask: ArrayLike | None
-    lengths: ArrayLike | None
-    padding: Padding | None
 
 
 class Counted(TypedDict, total=False):
@@ -320,7 +306,9 @@ def is_of_core(dtype: np.dtype[Any]) -> bool:
 def saved_input(x: object, axis_: object, eps_: object) -> Array:
     """Give the x that a forward call has saved, after checking what was saved beside it."""
     if x is None:
-        raise ValueError("saved must hold x, got that of a call with out=x, which has overwritten it")
+        raise ValueError(
+            "saved must hold x, got that of a call with out=x, which has overwritten it, or with keep=None"
+        )
     checked = array("saved.x", x)
     eps(eps_)
     if axis(axis_, checked.ndim) != axis_:
@@ -477,10 +465,11 @@ def batch_values(x: Array, axis: int) -> None:
 
 def several_positions(source: str, weights: Array) -> None:
     """Refuse a mask or lengths that leave one position, which has no variance."""
-    needed = {"mask": "be True at", "lengths": "leave"}.get(source)
-    if needed and np.count_nonzero(weights) == 1:
+    needed = {"mask": "be True at", "lengths": "leave", "weights": "be above 0 at"}[source]
+    if np.count_nonzero(weights) == 1:
+        none = "at none" if source == "weights" else "none"
         raise ValueError(
-            f"{source} must {needed} 2 positions or more for batch statistics (or none), got 1"
+            f"{source} must {needed} 2 positions or more for batch statistics (or {none}), got 1"
         ) from None
 
 
@@ -526,14 +515,6 @@ def renorm_limits(r_max: object, d_max: object, weight: object, r_min: object, p
     if not 0 <= least <= 1:
         raise ValueError(f"r_min must be from 0 to 1, got {least}")
     return Limits(least, most, offset, share)
-
-
-def torchrl_samples(x: Array, axis: int) -> None:
-    """Refuse what torchrl's N/(N - 1), N the size of axis 0, has no answer for. An empty batch passes."""
-    if axis == 0:
-        raise ValueError("axis must not be 0, which holds the samples for parity='torchrl', got 0")
-    if x.size and x.shape[0] < 2:
-        raise ValueError(f"x must have at least 2 samples on axis 0 for parity='torchrl', got {x.shape[0]}")
 
 
 def renorm_samples(parity: str, samples: int | None, x: Array, axis: int, offsets: Array | None) -> None:
@@ -703,7 +684,7 @@ def _one_address_per_value(out: Array) -> None:
 
 def same_memory(a: Array, b: Array) -> bool:
     """Tell whether two arrays of one shape are the same values in the same memory."""
-    return a is b or (np.may_share_memory(a, b) and _address(a) == _address(b) and _layout.same(a, b))
+    return a is b or (np.may_share_memory(a, b) and _address(a) == _address(b) and _arrays.same(a, b))
 
 
 def overlap(a: Array, b: Array) -> bool:
@@ -727,9 +708,15 @@ def kind(value: object) -> str:
 
 
 def summary(value: Any) -> str:
-    """Show the fields of a dataclass or a NamedTuple; of more than a few values, how many they are."""
-    is_tuple = isinstance(value, tuple)
-    names: Iterable[str] = value._fields if is_tuple else [field.name for field in dataclasses.fields(value)]
+    """Show the fields of a NamedTuple, or of a dataclass those that are not its defaults.
+
+    Of more than a few values, how many they are.
+    """
+    if isinstance(value, tuple):
+        names: Iterable[str] = value._fields  # type: ignore[attr-defined]
+    else:
+        fields = dataclasses.fields(value)
+        names = [f.name for f in fields if f.repr and getattr(value, f.name) is not f.default]
     shown = (f"{name}={_short(getattr(value, name))}" for name in names)
     return f"{type(value).__name__}({', '.join(shown)})"
 

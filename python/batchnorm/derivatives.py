@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, Literal, Unpack, get_args
+from typing import Any, Literal, TypeVar, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -21,9 +21,10 @@ from numpy.typing import ArrayLike, NDArray
 from batchnorm import _core, _passes, _validate
 from batchnorm._arrays import Layout, Target
 from batchnorm._parts import Part
-from batchnorm._passes import Call, Standard
+from batchnorm._passes import Call, ReluMask, Standard
 from batchnorm._validate import NoOptions
 from batchnorm.moments import Moments
+from batchnorm.running import Renorm
 from batchnorm.saved import Gradients, GradSums, PerChannel, Saved, SecondGradients, kept_affine
 
 Array = NDArray[Any]
@@ -32,6 +33,7 @@ Gradient = Literal["x", "gamma", "beta", "residual"]
 SecondGradient = Literal["dy", "x", "gamma"]
 NEEDS: tuple[Gradient, ...] = get_args(Gradient)
 _SECOND: tuple[SecondGradient, ...] = get_args(SecondGradient)
+_Results = TypeVar("_Results", Gradients, SecondGradients)
 _OF_CORE = ("x", "gamma", "beta")  # what the core's own reading of arguments knows
 
 
@@ -97,14 +99,16 @@ def backward(
     """
     if others:
         _validate.no_options("batchnorm.derivatives.backward", others)
-    if type(saved) is Saved and saved.layout is None and type(saved.moments) is Moments:
-        table, gamma, axis, eps = saved.moments._table, saved.gamma, saved.axis, saved.eps
+    if type(saved) is Saved and saved.layout is None:
         names = _OF_CORE if needs is NEEDS else needs
-        done = _core.try_batch_norm_backward(
-            tuple, dy, saved.x, table, gamma, axis, eps, names, out, num_threads
-        )
+        rest = (saved.gamma, saved.axis, saved.eps, names, out, num_threads)
+        done = None
+        if type(saved.moments) is Moments:
+            done = _core.try_batch_norm_backward(Gradients, dy, saved.x, saved.moments._table, *rest)
+        elif saved.given is not None:
+            done = _core.try_normalize_backward(Gradients, dy, saved.x, *saved.given, *rest)
         if done is not None:
-            return Gradients(*done)
+            return done
 
     of = _Kept(saved, num_threads)
     need_x, need_gamma, need_beta, need_residual = _validate.needs_among(NEEDS, needs)
@@ -116,7 +120,8 @@ def backward(
     at_once = _passes.is_one_backward(call, of.scale)
     dx = Target(of.layout, of.x, to_x, at_once=at_once) if need_x else None
     residual = Target(of.layout, of.x, to_residual, at_once=fused) if need_residual else None
-    dgamma, dbeta = of.room(need_gamma), of.room(need_beta)
+    writes = at_once and of.turn is None
+    dgamma, dbeta = of.room(need_gamma, by_core=writes), of.room(need_beta, by_core=writes)
     results = Gradients(_array(dx), dgamma, dbeta, _array(residual))
     dscale, dshift = (
         (dgamma, dbeta) if of.turn is None else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
@@ -138,10 +143,11 @@ def backward(
         else:
             dscale, dshift = _passes.backward_of_sets(call, grad, of.moments, of.scale, to)
     of.sum_up(dgamma, dbeta, of.turn, dscale, dshift)
-    for target in (dx, residual):
-        if target is not None:
-            target.deliver()
-    return results if of.rounds_right else of.rounded(results)
+    if dx is not None:  # no loop, whose iterator would ask for memory
+        dx.deliver()
+    if residual is not None:
+        residual.deliver()
+    return of.rounded(results)
 
 
 @_validate.keywords
@@ -445,10 +451,11 @@ def double_backward(
         added = None if v_dresidual is None else layout.block(v_dresidual)
         ddy.block[...] = _passes.after_tail(call, to_dy, v, added, saved.relu)
     of.sum_up(dgamma, None, of.r, dscale, None)
-    for target in (ddy, dx):
-        if target is not None:
-            target.deliver()
-    return results if of.rounds_right else of.rounded(results)
+    if ddy is not None:
+        ddy.deliver()
+    if dx is not None:
+        dx.deliver()
+    return of.rounded(results)
 
 
 class _Kept:
@@ -469,23 +476,32 @@ class _Kept:
         tensor = saved.x if saved.y is None else saved.y
         self.x = _validate.saved_input(tensor, saved.axis, saved.eps)
         _validate.instance("saved.part", saved.part, Part, "a Part")
+        if saved.relu is not None:
+            _validate.instance("saved.relu", saved.relu, ReluMask, "a ReluMask or None")
+        if saved.renorm is not None:
+            _validate.instance("saved.renorm", saved.renorm, Renorm, "a Renorm or None")
+            _validate.channel_values("saved.renorm.mean", saved.renorm.mean, self.x.shape[saved.axis])
         threads, part = _validate.num_threads(num_threads), saved.part
         self.layout = saved.layout or Layout.of(self.x, saved.axis, by_rows=part.offsets is not None)
         if self.layout.shape != self.x.shape:
             raise ValueError(f"saved.x must have shape {self.layout.shape}, got {self.x.shape}")
         self.channels = self.x.shape[saved.axis]
-        self.given: tuple[PerChannel, PerChannel] | None = saved.given
+        self.given: tuple[PerChannel, PerChannel] | None = None
         self.table: PerChannel | None = None
         if saved.given is None:
             self.table = self._moments_of(saved)
+        else:
+            mean, var = saved.given
+            self.given = (
+                _validate.channel_values("mean", mean, self.channels),
+                _validate.variances(var, self.channels),
+            )
         gamma = _validate.optional_channel_values("gamma", saved.gamma, self.channels)
         self.apart: dict[str, Array | None] = {"gamma": gamma}
         self.r: PerChannel | None = None if saved.renorm is None else saved.r
         self.d: PerChannel | None = None if saved.renorm is None else saved.d
         self.turn, self.scale = self.r, of_sets(gamma, self.r)
-        self._saved, self._dtype = saved, _validate.float_dtype(saved.gamma)
-        self._channel_dtype = self._room_dtype(saved.y is None)
-        self.rounds_right = self._channel_dtype == self._dtype
+        self._saved, self._dtype, self._rounds = saved, _validate.float_dtype(saved.gamma), False
         offsets = None if part.offsets is None else part.in_outer(self.layout)
         self.call = Call(
             self.layout.block(self.x), part.weights, part.padding, offsets, float(saved.eps), threads
@@ -567,16 +583,11 @@ class _Kept:
         with np.errstate(all="ignore"):
             return var_dot.astype(np.float64) * self._saved.rstd * self.true_scale
 
-    def _room_dtype(self, by_core: bool) -> np.dtype[Any]:
-        """Tell in what the gradients of channels are computed: their own dtype, where what writes them knows it."""
-        known = self._dtype in (np.float32, np.float64)
-        if known or (by_core and self.turn is None and _validate.is_of_core(self._dtype)):
-            return self._dtype
-        return np.dtype(np.float64)
-
-    def room(self, needed: bool) -> Array | None:
-        """Make room for one gradient a channel."""
-        return np.empty(self.channels, self._channel_dtype) if needed else None
+    def room(self, needed: bool, *, by_core: bool = False) -> Array | None:
+        """Make room for one gradient a channel: in its own dtype, where what writes it knows that."""
+        known = self._dtype in (np.float32, np.float64) or (by_core and _validate.is_of_core(self._dtype))
+        self._rounds = not known
+        return np.empty(self.channels, self._dtype if known else np.float64) if needed else None
 
     def wide(self, needed: bool) -> PerChannel | None:
         """Make room for what such a gradient is made of."""
@@ -592,22 +603,26 @@ class _Kept:
     ) -> None:
         """Write dgamma = turn·dscale + d·dshift and dbeta = dshift, summed over the sets."""
         if dgamma is not None and dscale is not None and dgamma is not dscale:
-            by_shift = (None, None) if self.d is None or dshift is None else (self.d, dshift)
-            _passes.combine(dgamma, turn, dscale, *by_shift)
+            _passes.combine(dgamma, turn, dscale, self.d if dshift is not None else None, dshift)
         if dbeta is not None and dshift is not None and dbeta is not dshift:
             _passes.combine(dbeta, None, dshift, None, None)
 
-    def rounded(self, results: Any) -> Any:
-        """Give gradients of channels in the dtype of gamma, where that is none that the core writes."""
-        with np.errstate(
-            all="ignore"
-        ):  # a float16 gradient may well over- or underflow; dx is written already
-            of_channels = {
-                name: getattr(results, name).astype(self._dtype)
-                for name in ("dgamma", "dbeta")
-                if getattr(results, name, None) is not None
-            }
-        return results._replace(**of_channels)
+    def rounded(self, results: _Results) -> _Results:
+        """Give gradients of channels in the dtype of gamma, where they were not written so."""
+        # What a comprehension sees would take memory here whether it is come to or not.
+        return _rounded(results, self._dtype) if self._rounds else results
+
+
+def _rounded(results: _Results, dtype: np.dtype[Any]) -> _Results:
+    named: Any = results
+    with np.errstate(all="ignore"):  # a float16 gradient may well over- or underflow; dx is written already
+        of_channels = {
+            name: getattr(named, name).astype(dtype)
+            for name in ("dgamma", "dbeta")
+            if getattr(named, name, None) is not None
+        }
+    rounded: _Results = named._replace(**of_channels)
+    return rounded
 
 
 def of_sets(values: Array | None, factor: PerChannel | None) -> Array | None:

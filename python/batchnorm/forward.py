@@ -355,7 +355,7 @@ def normalized_by_batch(
                 require_invertible(scale, shift, x)
             _passes.by_moments(of.call, table, scale, shift, of.tail(True), y.block)
     except ValueError:  # the core knows only of weights
-        if part.weights is not None and part.offsets is None:
+        if part.weights is not None and part.source != "weights":
             _validate.several_positions(part.source, part.weights)
         raise
     y.deliver()
@@ -438,8 +438,6 @@ class _Forward:
         others: dict[str, Any] = {}
         if part is not ALL:
             others["part"] = part
-        if given is not None:
-            others["given"] = given
         if renorm is not None:
             others["renorm"] = renorm
         if self._relu_mask is not None:
@@ -452,6 +450,8 @@ class _Forward:
             others["beta"] = None if self._given_beta is None else np.array(self._given_beta)
         if others or self.layout.order != tuple(range(self.x.ndim)):
             others["layout"] = self.layout
+        if given is not None:
+            others["given"] = given
         x = self.x if self.keep == "x" and not overwritten else None
         return Saved(x, moments, gamma, self.axis, self.eps, **others)
 

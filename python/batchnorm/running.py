@@ -251,8 +251,11 @@ def update_running(
     """
     if others:
         _validate.no_options("batchnorm.running.update_running", others)
-    _validate.choice("segments", segments, _SEGMENTS)
-    if type(batch) is Saved:
+    if segments not in _SEGMENTS:
+        _validate.choice("segments", segments, _SEGMENTS)
+    if type(batch) is Moments:
+        parts: tuple[Moments, ...] = (batch,)
+    elif type(batch) is Saved:
         if batch.moments is None:
             raise ValueError(
                 "batch must have statistics of a batch, got those of a call that they were given to"
@@ -263,7 +266,7 @@ def update_running(
             weights_are = batch.part.weights_are
         parts = _sets(batch, segments)
     else:
-        _validate.instance("batch", batch, (Moments, Saved), "what batch_norm saved, or Moments")
+        _validate.instance("batch", batch, Moments, "what batch_norm saved, or Moments")
         assert isinstance(batch, Moments)
         parts = (batch,)
     mean, var, ddof = running_mean, running_var, 1 if ddof is None else ddof

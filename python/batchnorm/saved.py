@@ -38,7 +38,7 @@ class Saved:
     eps : float.
     y : the output, by reference, where it is kept instead of x: it must be unchanged when a derivative reads it.
     beta : (C,) or None, a copy; only where y is kept.
-    given : (mean, var), (C,) float64, copies: the statistics that were given. None where they are those of the batch.
+    given : (mean, var), (C,), the statistics that were given (copies, float64). None where they are those of the batch.
     part : Part, what of x counted and what shared statistics.
     relu : ReluMask where ReLU followed, else None.
     has_residual : whether a residual was added, which has a gradient then.
@@ -51,7 +51,7 @@ class Saved:
     """
 
     x: Array | None
-    moments: Moments | None
+    moments: Moments | MaybeNone
     gamma: Array | None
     axis: int
     eps: float

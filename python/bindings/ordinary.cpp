@@ -153,7 +153,7 @@ PyObject* try_normalize(PyObject* const (&arguments)[9]) {
   return y.release().ptr();
 }
 
-// A tuple of that type of (dx, dgamma, dbeta), None where not asked for.
+// A tuple of that type of (dx, dgamma, dbeta, dresidual), None where not asked for; nothing is added here.
 PyObject* try_batch_norm_backward(PyObject* const (&arguments)[10]) {
   const auto& [type, py_dy, py_x, py_moments, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
   Arguments a;
@@ -169,7 +169,7 @@ PyObject* try_batch_norm_backward(PyObject* const (&arguments)[10]) {
 
   const py::object dx = needs.x ? target(out, x) : py::none();
   const ChannelGradient dgamma(needs.gamma, problem.channels, gamma), dbeta(needs.beta, problem.channels, gamma);
-  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object());
+  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object(), Py_None);
   if (!done(x, [&]<class T>(T) {
         batch_norm_backward<T>(dy.values<const T>(), x.values<const T>(), problem, moments, gamma.channel_values(), eps,
                                needs.x ? values_of<T>(dx) : std::span<T>{}, dgamma.output(), dbeta.output(), {threads});
@@ -194,7 +194,7 @@ PyObject* try_normalize_backward(PyObject* const (&arguments)[11]) {
 
   const py::object dx = needs.x ? target(out, x) : py::none();
   const ChannelGradient dgamma(needs.gamma, problem.channels, gamma), dbeta(needs.beta, problem.channels, gamma);
-  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object());
+  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object(), Py_None);
   if (!done(x, [&]<class T>(T) {
         normalize_backward<T>(dy.values<const T>(), x.values<const T>(), problem, mean.channel_values(),
                               var.channel_values(), gamma.channel_values(), eps,
@@ -359,11 +359,11 @@ void add_ordinary_calls(py::module_& m) {
       method<10, try_batch_norm_backward>(
           "try_batch_norm_backward",
           "try_batch_norm_backward($module, type, dy, x, moments, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
-          "batch_norm_backward if all arguments are ordinary: type(dx, dgamma, dbeta)."),
+          "batch_norm_backward if all arguments are ordinary: type(dx, dgamma, dbeta, None)."),
       method<11, try_normalize_backward>(
           "try_normalize_backward",
           "try_normalize_backward($module, type, dy, x, mean, var, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
-          "normalize_backward if all arguments are ordinary: type(dx, dgamma, dbeta)."),
+          "normalize_backward if all arguments are ordinary: type(dx, dgamma, dbeta, None)."),
       method<7, try_update_running>(
           "try_update_running",
           "try_update_running($module, mean, var, moments, update_rate, ddof, into, finite, /)\n--\n\n"

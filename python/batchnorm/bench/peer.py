@@ -111,7 +111,7 @@ class Batchnorm(Peer):
             yield Call(
                 "train", "out=", lambda: bn.batch_norm(t.x, *affine, axis=t.axis, out=out, **options)[0]
             )
-            backward = bn.batch_norm_backward
+            backward = bn.backward
             yield Call(
                 "backward", "out=", lambda: backward(t.dy, saved, out=out, num_threads=self.threads).dx
             )

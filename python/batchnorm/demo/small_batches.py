@@ -46,20 +46,19 @@ class RenormLayer:
         """Return y, and update the running statistics in training."""
         options: dict[str, Any] = {"axis": -1, "eps": EPS, "num_threads": 1}
         if not self.training:
-            return bn.normalize(x, self.mean, self.var, self.gamma, self.beta, **options)
-        r_max, d_max, weight = self.schedule(self.step)
-        y, self.saved = bn.batch_renorm(
-            x, self.mean, self.var, self.gamma, self.beta, r_max=r_max, d_max=d_max, weight=weight, **options
-        )
-        self.mean, self.var = bn.renorm_update_running(
-            self.mean, self.var, self.saved, update_rate=self.update_rate
-        )
+            evaluated: Array = bn.normalize(x, self.mean, self.var, self.gamma, self.beta, **options)
+            return evaluated
+        renorm = bn.Renorm(self.mean, self.var, **self.schedule(self.step)._asdict())
+        y, self.saved = bn.batch_norm(x, self.gamma, self.beta, renorm=renorm, **options)
+        self.mean, self.var = bn.update_running(self.mean, self.var, self.saved, update_rate=self.update_rate)
         self.step += 1
         return y
 
     def backward(self, dy: Array) -> Array | None:
         """Return dx; leave dgamma and dbeta in the layer."""
-        dx, self.dgamma, self.dbeta = bn.batch_renorm_backward(dy, self.saved, num_threads=1)
+        gradients = bn.backward(dy, self.saved, num_threads=1)
+        self.dgamma, self.dbeta = gradients.dgamma, gradients.dbeta
+        dx: Array | None = gradients.dx
         return dx
 
 

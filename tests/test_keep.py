@@ -1,10 +1,16 @@
-"""The in-place mode: y overwrites x, and the backward pass takes xhat from y."""
+"""keep="y": y may overwrite x, and derivatives take xhat from y. keep=None: there are none."""
+
+import dataclasses
 
 import numpy as np
 import pytest
 
 import batchnorm as bn
 from tolerances import UNIT_ROUNDOFF, inverted_xhat
+
+
+def in_place(x, gamma=None, beta=None, **options):
+    return bn.batch_norm(x, gamma, beta, keep="y", out=x, **options)
 
 
 def parameters(channels, dtype, *, ratio=1.0):
@@ -44,9 +50,9 @@ def test_gradients_from_y_are_those_from_x(layout, dtype, ratio):
     x, dy = layout.normal(dtype), layout.normal(dtype, seed=1)
     gamma, beta = parameters(layout.channels, dtype, ratio=ratio)
     _, from_x = bn.batch_norm(x.copy(), gamma, beta, axis=layout.axis)
-    expected = bn.batch_norm_backward(dy, from_x)
-    _, saved = bn.batch_norm_inplace(x.copy(), gamma, beta, axis=layout.axis)
-    got = bn.batch_norm_inplace_backward(dy, saved)
+    expected = bn.backward(dy, from_x)
+    _, saved = in_place(x.copy(), gamma, beta, axis=layout.axis)
+    got = bn.backward(dy, saved)
     assert got.dgamma.dtype == got.dbeta.dtype == gamma.dtype
     assert_like_those_from_x(got, expected, x, dy, gamma, beta, from_x, layout)
 
@@ -55,7 +61,7 @@ def test_y_is_x_and_has_the_bits_of_batch_norm(layout, dtype):
     x = layout.normal(dtype)
     gamma, beta = parameters(layout.channels, dtype)
     expected, from_x = bn.batch_norm(x.copy(), gamma, beta, axis=layout.axis)
-    y, saved = bn.batch_norm_inplace(x, gamma, beta, axis=layout.axis)
+    y, saved = in_place(x, gamma, beta, axis=layout.axis)
     assert y is x
     assert (y == expected).all()
     assert (saved.moments.mean == from_x.moments.mean).all() and (saved.rstd == from_x.rstd).all()
@@ -66,8 +72,8 @@ def test_any_number_of_threads_gives_the_same_bits(layout, dtype, threads):
     gamma, beta = parameters(layout.channels, dtype)
     results = []
     for n in (1, threads):
-        _, saved = bn.batch_norm_inplace(layout.normal(dtype), gamma, beta, axis=layout.axis, num_threads=n)
-        results.append(bn.batch_norm_inplace_backward(dy, saved, num_threads=n))
+        _, saved = in_place(layout.normal(dtype), gamma, beta, axis=layout.axis, num_threads=n)
+        results.append(bn.backward(dy, saved, num_threads=n)[:3])
     for a, b in zip(*results, strict=True):
         assert (a == b).all()
 
@@ -75,32 +81,32 @@ def test_any_number_of_threads_gives_the_same_bits(layout, dtype, threads):
 @pytest.mark.parametrize("place", ["dy", "y"])
 def test_dx_may_take_the_place_of_dy_or_y(layout, dtype, place):
     dy = layout.normal(dtype, seed=1)
-    y, saved = bn.batch_norm_inplace(layout.normal(dtype), axis=layout.axis)
-    expected = bn.batch_norm_inplace_backward(dy, saved)
+    y, saved = in_place(layout.normal(dtype), axis=layout.axis)
+    expected = bn.backward(dy, saved)
     out = dy if place == "dy" else y
-    got = bn.batch_norm_inplace_backward(dy, saved, out=out)
+    got = bn.backward(dy, saved, out=out)
     assert got.dx is out
-    for a, b in zip(got, expected, strict=True):
+    for a, b in zip(got[:3], expected[:3], strict=True):
         assert (a == b).all()
 
 
 def test_y_may_have_moved(layout, dtype):
     dy = layout.normal(dtype, seed=1)
-    y, saved = bn.batch_norm_inplace(layout.normal(dtype), axis=layout.axis)
-    expected = bn.batch_norm_inplace_backward(dy, saved)
+    y, saved = in_place(layout.normal(dtype), axis=layout.axis)
+    expected = bn.backward(dy, saved)
     moved = y.copy()
     y[...] = np.nan
-    for a, b in zip(bn.batch_norm_inplace_backward(dy, saved, y=moved), expected, strict=True):
+    for a, b in zip(bn.backward(dy, dataclasses.replace(saved, y=moved))[:3], expected[:3], strict=True):
         assert (a == b).all()
 
 
 def test_a_later_change_of_gamma_and_beta_does_not_count(dtype):
     gamma, beta = parameters(3, dtype)
     x, dy = np.random.default_rng(0).normal(size=(2, 8, 3)).astype(dtype)
-    _, saved = bn.batch_norm_inplace(x, gamma, beta)
-    expected = bn.batch_norm_inplace_backward(dy, saved)
+    _, saved = in_place(x, gamma, beta)
+    expected = bn.backward(dy, saved)
     gamma[:], beta[:] = 7, 7
-    for a, b in zip(bn.batch_norm_inplace_backward(dy, saved), expected, strict=True):
+    for a, b in zip(bn.backward(dy, saved)[:3], expected[:3], strict=True):
         assert (a == b).all()
 
 
@@ -109,7 +115,7 @@ def test_a_gamma_that_cannot_be_inverted_is_refused_by_its_channel_and_nothing_i
     x = np.random.default_rng(0).normal(size=(6, 3)).astype(dtype)
     before = x.copy()
     with pytest.raises(ValueError, match=r"^gamma must .* in channel 2$"):
-        bn.batch_norm_inplace(x, np.array([1, -1, bad]), np.array([0.0, 0.0, 1.0]))
+        in_place(x, np.array([1, -1, bad]), np.array([0.0, 0.0, 1.0]))
     assert (x == before).all()
 
 
@@ -122,54 +128,73 @@ def test_gamma_is_taken_up_to_the_ends_of_its_range_and_not_beyond(dtype, end, s
     x = np.random.default_rng(0).normal(size=(8, 1)).astype(dtype)
     before = x.copy()
     with pytest.raises(ValueError, match=r"^gamma must have absolute values from .* got .* in channel 0$"):
-        bn.batch_norm_inplace(x, np.array([beyond]))
+        in_place(x, np.array([beyond]))
     assert (x == before).all()
-    y, saved = bn.batch_norm_inplace(x, np.array([last]))
+    y, saved = in_place(x, np.array([last]))
     assert np.isfinite(y).all()
     dy = np.random.default_rng(1).normal(size=(8, 1)).astype(dtype)
-    expected = bn.batch_norm_backward(dy, bn.batch_norm(before)[1])  # dgamma does not depend on gamma
+    expected = bn.backward(dy, bn.batch_norm(before)[1])  # dgamma does not depend on gamma
     np.testing.assert_allclose(
-        bn.batch_norm_inplace_backward(dy, saved).dgamma, expected.dgamma, rtol=64 * UNIT_ROUNDOFF[dtype.name]
+        bn.backward(dy, saved).dgamma, expected.dgamma, rtol=64 * UNIT_ROUNDOFF[dtype.name]
     )
 
 
 def test_beta_is_taken_up_to_1024_times_gamma_and_not_beyond():
     x = np.random.default_rng(0).normal(size=(8, 2))
     gamma, beta = np.array([1.0, -0.5]), np.array([-1024.0, 512.0])
-    bn.batch_norm_inplace(x.copy(), gamma, beta)
+    in_place(x.copy(), gamma, beta)
     for c in range(2):
         far = beta.copy()
         far[c] = np.nextafter(far[c], np.sign(far[c]) * np.inf)
         with pytest.raises(ValueError, match=rf"^gamma must be at least abs\(beta\)/1024 .* in channel {c}$"):
-            bn.batch_norm_inplace(x, gamma, far)
+            in_place(x, gamma, far)
 
 
 def test_values_of_16_bits_are_refused_as_their_y_has_lost_too_much():
     x = np.ones((4, 2), np.float16)
-    with pytest.raises(TypeError, match=r"^x must have dtype float32 or float64 for a backward pass from y"):
-        bn.batch_norm_inplace(x)
+    with pytest.raises(TypeError, match=r"^x must have dtype float32 or float64 for keep='y'"):
+        in_place(x)
 
 
-def test_a_read_only_x_is_refused_by_its_own_name():
+def test_a_read_only_x_is_refused():
     x = np.zeros((4, 2))
     x.flags.writeable = False
-    with pytest.raises(ValueError, match=r"^x must be writeable, got a read-only array$"):
-        bn.batch_norm_inplace(x)
+    with pytest.raises(ValueError, match=r"^out must be writeable, got a read-only array$"):
+        in_place(x)
 
 
-def test_only_the_saved_of_an_inplace_call_is_taken():
+def test_nothing_is_kept_for_a_call_without_derivatives():
     x = np.random.default_rng(0).normal(size=(4, 2))
-    _, saved = bn.batch_norm(x)
+    _, saved = bn.batch_norm(x, keep=None)
+    assert saved.x is None
+    assert saved.y is None
     with pytest.raises(
-        TypeError, match=r"^saved must be the SavedOutput of a batch_norm_inplace call, got Saved$"
+        ValueError, match=r"^saved must hold x, got that of a call with out=x.* or with keep=None$"
     ):
-        bn.batch_norm_inplace_backward(x, saved)
+        bn.backward(x, saved)
+    assert bn.batch_norm(x, keep=None, activation="relu")[1].relu is None
+    mean, _ = bn.update_running(np.zeros(2), np.ones(2), saved)
+    assert (mean != 0).all()
+
+
+@pytest.mark.parametrize("word", ["z", "X", True, 1])
+def test_other_words_are_refused(word):
+    with pytest.raises(ValueError, match=r"^keep must be 'x' or 'y', got "):
+        bn.batch_norm(np.ones((4, 2)), keep=word)
+
+
+@pytest.mark.parametrize("follows", ["residual", "activation"])
+def test_y_tells_nothing_after_a_residual_or_an_activation(follows):
+    x = np.ones((4, 2))
+    value = {"residual": x, "activation": "relu"}[follows]
+    with pytest.raises(ValueError, match=f"^keep must be 'x' with {follows}, after which y does not tell"):
+        bn.batch_norm(x, keep="y", **{follows: value})
 
 
 def test_only_wanted_gradients_come():
     dy = np.ones((4, 2))
-    _, saved = bn.batch_norm_inplace(np.random.default_rng(0).normal(size=(4, 2)))
-    dx, dgamma, dbeta = bn.batch_norm_inplace_backward(dy, saved, needs=("beta",))
+    _, saved = in_place(np.random.default_rng(0).normal(size=(4, 2)))
+    dx, dgamma, dbeta, _ = bn.backward(dy, saved, needs=("beta",))
     assert dx is None and dgamma is None
     assert (dbeta == 4).all()
 
@@ -183,9 +208,9 @@ def test_any_memory_order_is_taken(dtype, view):
         "fortran": lambda: np.asfortranarray(values),
     }[view]()
     y, from_x = bn.batch_norm(values.copy(), axis=1)
-    expected = bn.batch_norm_backward(dy, from_x)
-    got_y, saved = bn.batch_norm_inplace(x)
-    dx, dgamma, dbeta = bn.batch_norm_inplace_backward(dy, saved)
+    expected = bn.backward(dy, from_x)
+    got_y, saved = in_place(x)
+    dx, dgamma, dbeta, _ = bn.backward(dy, saved)
     # Other orders sum in another order: beyond the last digits nothing differs.
     close = 100 * UNIT_ROUNDOFF[np.dtype(dtype).name]
     assert got_y is x
@@ -200,17 +225,17 @@ def test_a_gamma_far_from_1_overflows_nothing(exponent, spread):
     dy = np.random.default_rng(1).normal(size=(50, 1))
     gamma = np.array([-(2.0**exponent)])
     _, from_x = bn.batch_norm(x.copy(), gamma, eps=0.0)
-    expected = bn.batch_norm_backward(dy, from_x)
-    _, saved = bn.batch_norm_inplace(x, gamma, eps=0.0)
-    got = bn.batch_norm_inplace_backward(dy, saved)
-    for a, b in zip(got, expected, strict=True):
+    expected = bn.backward(dy, from_x)
+    _, saved = in_place(x, gamma, eps=0.0)
+    got = bn.backward(dy, saved)
+    for a, b in zip(got[:3], expected[:3], strict=True):
         assert np.isfinite(a).all()
         assert np.abs(a - b).max() <= 1e-13 * np.abs(b).max()
 
 
 def test_an_empty_batch_has_gradients_of_zero(dtype):
-    _, saved = bn.batch_norm_inplace(np.zeros((0, 2), dtype), beta=np.ones(2))
-    dx, dgamma, dbeta = bn.batch_norm_inplace_backward(np.zeros((0, 2), dtype), saved)
+    _, saved = in_place(np.zeros((0, 2), dtype), beta=np.ones(2))
+    dx, dgamma, dbeta, _ = bn.backward(np.zeros((0, 2), dtype), saved)
     assert dx.shape == (0, 2)
     assert (dgamma == 0).all() and (dbeta == 0).all()
 
@@ -219,4 +244,4 @@ def test_each_mode_tells_the_bytes_of_the_tensor_that_it_keeps(dtype):
     x = np.random.default_rng(0).normal(size=(8, 3)).astype(dtype)
     assert bn.batch_norm(x)[1].saved_bytes == x.nbytes
     assert bn.batch_norm(x, out=x)[1].saved_bytes == 0
-    assert bn.batch_norm_inplace(x)[1].saved_bytes == 0
+    assert in_place(x)[1].saved_bytes == 0
