@@ -2,15 +2,13 @@
 
 import dataclasses
 
+import ml_dtypes
 import numpy as np
 import pytest
 
+import batchnorm as bn
 import matrix
 import reference
-from batchnorm import derivatives as bn_derivatives
-from batchnorm import forward as bn_forward
-from batchnorm.moments import moments
-from batchnorm.running import Renorm, update_running
 
 EPS = 1e-3
 ROWS, CHANNELS, STEPS = SHAPE = (7, 3, 4)
@@ -30,7 +28,7 @@ MASK = rng.random((ROWS, STEPS)) < 0.7
 MASK[:, :2] = True
 MASK[1] = False
 WEIGHTS = np.where(MASK, rng.uniform(0.3, 2, MASK.shape), 0)
-RENORM = Renorm(MEAN, VAR, 1.3, 0.4)
+RENORM = bn.Renorm(MEAN, VAR, 1.3, 0.4)
 
 cases = pytest.mark.parametrize("case", matrix.CASES, ids=lambda c: c.id)
 
@@ -58,13 +56,15 @@ def options_of(case):
     return options
 
 
-def run(case, x=X):
+def run(case, x=X, residual=RESIDUAL):
     """Give y and what is saved."""
     x = x.copy()
     options = options_of(case) | ({"out": x} if case.kept == "y in place" else {})
+    if "residual" in options:
+        options["residual"] = residual.astype(x.dtype)
     if case.statistics == "given":
-        return bn_forward.normalize(x, MEAN, VAR, GAMMA, BETA, save=True, **options)
-    function = bn_forward.instance_norm if case.shares == "instances" else bn_forward.batch_norm
+        return bn.normalize(x, MEAN, VAR, GAMMA, BETA, save=True, **options)
+    function = bn.instance_norm if case.shares == "instances" else bn.batch_norm
     return function(x, GAMMA, BETA, **options)
 
 
@@ -136,7 +136,7 @@ def test_the_forward_call_is_the_composition_of_its_steps(case):
 @with_verb("backward")
 def test_backward_is_the_transpose_of_the_derivative(case):
     _, saved = run(case)
-    got = bn_derivatives.backward(DY, saved)
+    got = bn.backward(DY, saved)
     assert_close((got.dgamma * GAMMA_DOT).sum(), (DY * along(case, gamma_dot=GAMMA_DOT)).sum())
     assert_close((got.dbeta * BETA_DOT).sum(), (DY * along(case, beta_dot=BETA_DOT)).sum())
     for tangent in (X_DOT, V):
@@ -155,7 +155,7 @@ def test_jvp_is_the_derivative_along_tangents(case):
         dots |= {"mean_dot": MEAN_DOT, "var_dot": VAR_DOT}
     if "residual" in case.follows:
         dots["residual_dot"] = RESIDUAL_DOT
-    assert_close(bn_derivatives.jvp(X_DOT, saved, **dots), along(case, x_dot=X_DOT, **dots))
+    assert_close(bn.jvp(X_DOT, saved, **dots), along(case, x_dot=X_DOT, **dots))
 
 
 @with_verb("double_backward")
@@ -166,7 +166,7 @@ def test_double_backward_differentiates_backward(case):
     tangents = {"x_dot": V, "gamma_dot": V_GAMMA, "beta_dot": V_BETA, "residual_dot": V_RESIDUAL}
     if "residual" in case.follows:
         vs["v_dresidual"] = V_RESIDUAL
-    got = bn_derivatives.double_backward(V, DY, saved, **vs)
+    got = bn.double_backward(V, DY, saved, **vs)
     assert_close(got.ddy, along(case, **tangents))
     h = 1e-5
 
@@ -190,10 +190,10 @@ def test_halves_have_the_bits_of_the_whole(case):
     }
     if case.shares == "instances":
         counted["ghost_size"] = 1
-    assert moments(X, **counted) == saved.moments
-    sums = bn_derivatives.grad_sums(DY, saved)
-    whole = bn_derivatives.backward(DY, saved)
-    assert bn_derivatives.grad_input(DY, saved, sums).tobytes() == whole.dx.tobytes()
+    assert bn.moments(X, **counted) == saved.moments
+    sums = bn.grad_sums(DY, saved)
+    whole = bn.backward(DY, saved)
+    assert bn.grad_input(DY, saved, sums).tobytes() == whole.dx.tobytes()
     assert_close(sums.sum_dy.reshape(-1, CHANNELS).sum(0), whole.dbeta)
     twice = sum([sums, sums])
     assert (twice.sum_dy == 2 * sums.sum_dy).all()
@@ -217,7 +217,7 @@ def test_running_statistics_follow_each_set_or_all(case, segments):
             else:
                 var = reference.running_update(var, batch_var, rate)
     ddof = {} if renorms else {"ddof": 0}
-    got = update_running(MEAN, VAR, saved, update_rate=rate, segments=segments, **ddof)
+    got = bn.update_running(MEAN, VAR, saved, update_rate=rate, segments=segments, **ddof)
     assert_close(got[0], mean)
     assert_close(got[1], var)
 
@@ -227,17 +227,34 @@ def test_out_takes_results_and_what_was_saved_can_be_replaced(case):
     _, saved = run(case)
     kept = saved.x if saved.y is None else saved.y
     moved = dataclasses.replace(saved, **{"x" if saved.y is None else "y": kept.copy()})
-    whole = bn_derivatives.backward(DY, saved)
+    whole = bn.backward(DY, saved)
     for dx, dresidual in ((DY.copy(), None), (np.empty(SHAPE), np.empty(SHAPE))):
         dy = dx if dresidual is None else DY
         if dresidual is None:
             dy[...] = DY
-        got = bn_derivatives.backward(dy, moved, out=(dx, dresidual))
+        got = bn.backward(dy, moved, out=(dx, dresidual))
         assert got.dx is dx
         for name in ("dx", "dgamma", "dbeta"):
             assert getattr(got, name).tobytes() == getattr(whole, name).tobytes()
         if whole.dresidual is not None:
             assert got.dresidual.tobytes() == whole.dresidual.tobytes()
+
+
+@pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32], ids=lambda t: t.__name__)
+@pytest.mark.parametrize("case", [c for c in matrix.CASES if c.follows != "nothing"], ids=lambda c: c.id)
+def test_what_follows_has_the_bits_of_the_steps_one_after_another(case, dtype):
+    """In float32, rounded once more in 16 bits."""
+    wide, residual = X.astype(dtype).astype(np.float32), RESIDUAL.astype(dtype)
+    plain = case._replace(follows="nothing")
+    steps, _ = run(plain, wide)
+    of, _ = composed(plain)
+    if "residual" in case.follows:
+        steps = np.where(of.counted, steps + residual.astype(np.float32), steps)
+    if "relu" in case.follows:
+        steps = np.where(of.counted & (steps <= 0), np.float32(0), steps)
+    y, _ = run(case, X.astype(dtype), residual=residual)
+    assert y.dtype == dtype
+    np.testing.assert_array_equal(y.astype(np.float32), steps.astype(dtype).astype(np.float32))
 
 
 def test_the_page_of_combinations_is_the_list():

@@ -121,9 +121,7 @@ def options(rest: type, default: object = None, /, **defaults: object) -> Callab
     names = {name: getattr(text, "__forward_arg__", text) for name, text in rest.__annotations__.items()}
 
     def decorate(function: F) -> F:
-        known = function, {n: defaults.get(n, default) for n in names}
-        _WITH_OPTIONS[function.__qualname__] = known
-        _WITH_OPTIONS[f"{function.__module__}.{function.__qualname__}"] = known
+        _WITH_OPTIONS[function.__qualname__] = function, {n: defaults.get(n, default) for n in names}
         signature = inspect.signature(function)
         named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
         at = next((i for i, p in enumerate(named) if p.name == "out"), len(named))

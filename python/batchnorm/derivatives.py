@@ -98,7 +98,7 @@ def backward(
            [ 0.0871]]), array([1.]))
     """
     if others:
-        _validate.no_options("batchnorm.derivatives.backward", others)
+        _validate.no_options("backward", others)
     if type(saved) is Saved and saved.layout is None:
         names = _OF_CORE if needs is NEEDS else needs
         rest = (saved.gamma, saved.axis, saved.eps, names, out, num_threads)

@@ -134,7 +134,7 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
-    if not options or _validate.no_options("batchnorm.forward.batch_norm", options):
+    if not options or _validate.no_options("batch_norm", options):
         done = _core.try_batch_norm(_saved, x, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
@@ -224,7 +224,7 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
-    if not save and (not options or _validate.no_options("batchnorm.forward.normalize", options)):
+    if not save and (not options or _validate.no_options("normalize", options)):
         done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
@@ -294,7 +294,7 @@ def instance_norm(
     array([-1.,  1., -1.,  1.])
     """
     if options:
-        _validate.no_options("batchnorm.forward.instance_norm", options)
+        _validate.no_options("instance_norm", options)
     x = _validate.array("x", x)
     given = {**options, "ghost_size": of_samples(x, _validate.axis(axis, x.ndim))}
     return normalized_by_batch(_same, x, gamma, beta, axis, eps, given, out, num_threads)

@@ -250,7 +250,7 @@ def update_running(
     (array([10.5]), array([50.5]))
     """
     if others:
-        _validate.no_options("batchnorm.running.update_running", others)
+        _validate.no_options("update_running", others)
     if segments not in _SEGMENTS:
         _validate.choice("segments", segments, _SEGMENTS)
     if type(batch) is Moments:
