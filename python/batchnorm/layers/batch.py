@@ -19,7 +19,15 @@ from batchnorm.conventions import Library
 from batchnorm.forward import batch_norm, normalize, normalized_by_batch, ordinary_batch_norm
 from batchnorm.layers.layer import Apart, Call, Layer, State, _Default, is_x
 from batchnorm.layers.settings import BatchNormSettings, Nonfinite, Setting, SingleValue, flag, integer
-from batchnorm.layers.statistics import Following, Statistics, first_nonfinite, merged, updated
+from batchnorm.layers.statistics import (
+    Following,
+    Statistics,
+    fill,
+    first_nonfinite,
+    following,
+    merged,
+    updated,
+)
 from batchnorm.moments import Moments, merge, moments
 from batchnorm.report import (
     Batch,
@@ -38,6 +46,8 @@ __all__ = ["BatchNorm"]
 UseStats = Literal["batch", "running"]
 USE_STATS: tuple[UseStats, ...] = get_args(UseStats)
 Options = Mapping[str, Any]
+_Given = tuple[State, NDArray[Any], Options, int, bool, Any]  # what a training call is about
+_Made = tuple[Saved, State, Following | None]
 
 # Past the __new__ of a NamedTuple, which takes three times as long.
 _new_state: Callable[[tuple[Any, ...]], State] = partial(tuple.__new__, State)
@@ -45,7 +55,7 @@ _new_state: Callable[[tuple[Any, ...]], State] = partial(tuple.__new__, State)
 _BY_CONVENTION: Any = _Default("by convention")
 _COUNTS = ("mask", "weights", "lengths")  # say which positions count
 _SHARES = ("segments", "ghost_size")  # say what shares statistics
-_OF_LAYER = ("use_stats", "update_stats", "domain")  # are no options of the functions
+_OF_LAYER = frozenset(("use_stats", "update_stats", "domain"))  # are no options of the functions
 
 
 class _CallOptions(_validate.Counted, total=False):
@@ -57,6 +67,9 @@ class _CallOptions(_validate.Counted, total=False):
     use_stats: UseStats | None
     update_stats: bool | None
     domain: int | None
+
+
+_CALL_OPTIONS = _CallOptions.__annotations__.keys()
 
 
 class BatchNorm(Layer):
@@ -166,6 +179,11 @@ class BatchNorm(Layer):
         # What the functions are told in each call.
         fixed = {"activation": settings.activation, "ghost_size": settings.ghost_size}
         self._fixed: Options = {name: value for name, value in fixed.items() if value is not None}
+        # Whether more than the core is to look at x, which it holds to the size of gamma.
+        others = settings.domains, settings.renorm, *fixed.values()
+        self._is_special = (
+            not settings.gamma or settings.single_value != "raise" or any(o is not None for o in others)
+        )
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
@@ -267,21 +285,20 @@ class BatchNorm(Layer):
         array([[-1.],
                [ 1.]])
         """
-        if options:
+        if options and not options.keys() <= _CALL_OPTIONS:
             _validate.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
         told, k = self._fixed, 0
-        if options or self.settings.domains is not None:
-            by_batch, update, told, k = self._asked(options, by_batch)
-        if not by_batch:
-            return self._by_running(x, out, told, k, update)
-        if told or self._state.gamma is None or self.settings.single_value != "raise":
-            x = _x_channels(x, self.settings.axis, self.settings.channels)
-            if self.settings.single_value != "raise":
-                y = self._of_one_value(x, out, told, k, update)
-                if y is not None:
-                    return y
-        return self._by_batch(x, out, told, k, update)
+        if options or self._is_special:
+            if options or self.settings.domains is not None:
+                by_batch, update, told, k = self._asked(options, by_batch)
+            if by_batch:
+                x = _x_channels(x, self.settings.axis, self.settings.channels)
+                if self.settings.single_value != "raise":
+                    y = self._of_one_value(x, out, told, k, update)
+                    if y is not None:
+                        return y
+        return (self._by_batch if by_batch else self._by_running)(x, out, told, k, update)
 
     def _asked(self, options: Options, by_batch: bool) -> tuple[bool, bool, Options, int]:
         """Give what normalizes, whether that is learned, what the functions are told, and the domain."""
@@ -296,8 +313,8 @@ class BatchNorm(Layer):
                     "update_stats must not be True while the layer's statistics are frozen, got True"
                 )
         told = {**self._fixed, **options}
-        for name in _OF_LAYER:
-            told.pop(name, None)
+        if not _OF_LAYER.isdisjoint(told):
+            told = {name: value for name, value in told.items() if name not in _OF_LAYER}
         return by_batch, update, told, k
 
     def _by_batch(
@@ -305,46 +322,66 @@ class BatchNorm(Layer):
     ) -> NDArray[Any]:
         """Normalize by the statistics of x, and learn of them."""
         settings, state = self.settings, self._state
-        gamma, beta, before, _, last, largest = state
-        now = before[k]
+        gamma, now = state.gamma, state.statistics[k]
         if settings.renorm is not None:
             told = {**told, "renorm": self._renorm(now)}
         if update and out is not None and self._may_raise():  # x is read once more, before out is written
             update = self._is_finite(now, self._moments(x, told))
-        # All that the call leaves is made before it writes: then nothing is asked for that there might not be.
         room = new_room(gamma, now.mean) or (None, np.empty_like(now.mean), np.empty_like(now.mean))
-        following = Following.of(now, settings, room) if update else None
-
-        def made(saved: Saved) -> tuple[Saved, State, bool]:
-            size, batch, statistics, follows = x.size, last, before, False
-            call: Call = [] if saved.x is None and saved.y is None else [x, saved]
-            if size:
-                batch = (k, saved.moments, size)
-                if following is not None and Following.is_of(saved):
-                    follows, new = True, following.new
-                    statistics = (new,) if len(before) == 1 else _with(before, k, new)
-                elif update and out is not None:
-                    seen = replace(saved, moments=self._moments(x, told))
-                    statistics = self._learned(before, k, seen)
-            after = (gamma, beta, statistics, call, batch, size if size > largest else largest)  # noqa: FURB136
-            return saved, _new_state(after), follows
-
-        done, rest = None, (room[0], beta, settings.axis, settings.eps)
+        keep: Any = _itself
+        keep_of: Any = _saved_of
+        given = state, x, told, k, update, room
+        if out is not None:  # all that the call leaves is made before it writes, as is what may fail
+            keep, keep_of = self._making(given)
+        done = None
         if not told:
             done = ordinary_batch_norm(
-                lambda kept, table, *rest: made(Saved(kept, Moments._from_core(table), *rest)),
-                x, *rest, out, settings.num_threads,
-            )  # fmt: skip
+                keep_of, x, room[0], state.beta, settings.axis, settings.eps, out, settings.num_threads
+            )
         if done is None:
-            x = _x_channels(x, settings.axis, settings.channels)
-            done = normalized_by_batch(made, x, *rest, told, out, settings.num_threads)
-        y, (saved, after, follows) = done
-        if not (follows and following is not None and following.fill(saved)):
-            after = self._after(after, state, k, saved, update and (follows or out is None))
+            if not told:  # else that has been looked at
+                x = _x_channels(x, settings.axis, settings.channels)
+            done = normalized_by_batch(
+                keep, x, room[0], state.beta, settings.axis, settings.eps, told, out, settings.num_threads
+            )
+        y, kept = done
+        saved, after, nexts = kept if out is not None else self._made(kept, given, False)
+        if nexts is None or not fill(now, nexts, settings):
+            after = self._after(
+                after, state, k, saved, update and x.size > 0 and (nexts is not None or out is None)
+            )
         self._state = after
         if self._evaluation is not None:
             self._evaluation = None  # it no longer counts, but would keep its x
         return y
+
+    def _making(self, given: _Given) -> tuple[Callable[[Saved], _Made], Callable[..., _Made]]:
+        """Give what the functions call with what will have been saved, before they write."""
+
+        def keep(saved: Saved) -> _Made:
+            return self._made(saved, given, True)
+
+        return keep, lambda *of_saved: keep(_saved_of(*of_saved))
+
+    def _made(self, saved: Saved, given: _Given, is_before: bool) -> _Made:
+        """Make the state after a call: with statistics to be filled, or, before it writes, with what it learns."""
+        state, x, told, k, update, room = given
+        gamma, beta, statistics, _, batch, largest = state
+        nexts, size, seen = None, x.size, saved.moments
+        assert seen is not None
+        call: Call = [] if saved.x is None and saved.y is None else [x, saved]
+        if size:
+            batch = (k, seen, size)
+            largest = max(largest, size)
+            if update:
+                if not told or told.get("segments") is None:
+                    nexts = following(statistics[k], seen, self.settings, room)
+                if nexts is not None:
+                    statistics = (nexts[0],) if len(statistics) == 1 else _with(statistics, k, nexts[0])
+                elif is_before:
+                    known = replace(saved, moments=self._moments(x, told))
+                    statistics = self._learned(statistics, k, known)
+        return saved, _new_state((gamma, beta, statistics, call, batch, largest)), nexts
 
     def _after(self, after: State, before: State, k: int, saved: Saved, update: bool) -> State:
         """Give the state after a call whose batch was not learned where that was to be seen at once."""
@@ -378,24 +415,25 @@ class BatchNorm(Layer):
         """Normalize by running statistics, or by mean, var and eps that are given; learn of x where that is asked for."""
         settings, state = self.settings, self._state
         x = _x_channels(x, settings.axis, settings.channels)
-        now, changes = state.statistics[k], dict[str, Any]()
+        now, changes = state.statistics[k], {}
         mean, var, eps = given or (now.mean, now.var, settings.eps)
         if update:
             changes = self._changes(x, told, k, state)
+        keep = "x"
         if told:
+            keep = told.get("keep", "x")
             told = {name: value for name, value in told.items() if name not in _SHARES}
-        keep = told.get("keep", "x")
         gamma, beta = state.gamma if keep is None else _snapshot(state.gamma), state.beta
-        by: Options = {"axis": settings.axis, "eps": eps, "num_threads": settings.num_threads, **told}
         call: Call = [x, None]
         saves = False
-        if keep is None or (is_x(out, x) and keep == "x"):
+        if keep is None or (keep == "x" and is_x(out, x)):
             call = []
         elif not told:
             call[1] = Saved(x, None, gamma, settings.axis % max(np.ndim(x), 1), eps, given=(mean, var))
-        elif self._training or keep == "y" or (out is not None and "residual" in told):
-            saves = True
-        else:  # what backward needs is left to the one that hardly ever comes
+        else:
+            saves = self._training or keep == "y" or (out is not None and "residual" in told)
+        by: Options = {"axis": settings.axis, "eps": eps, "num_threads": settings.num_threads, **told}
+        if call and not saves and told:  # what backward needs is left to the one that hardly ever comes
             call[1] = partial(normalize, x, mean, var, gamma, _snapshot(beta), save=True, **by)
         before = self._state
         after, evaluation = before._replace(call=call, **changes) if update else before, (call, before.call)
@@ -606,6 +644,16 @@ class BatchNorm(Layer):
 
 
 _HEAD, _TAIL = slice(0, -1), slice(-1, None)
+
+
+def _itself(saved: Saved) -> Saved:
+    return saved
+
+
+def _saved_of(
+    kept: NDArray[Any] | None, table: NDArray[np.float64], gamma: Any, axis: int, eps: float
+) -> Saved:
+    return Saved(kept, Moments._from_core(table), gamma, axis, eps)
 
 
 def _with(statistics: tuple[Statistics, ...], k: int, new: Statistics) -> tuple[Statistics, ...]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Self
 
@@ -124,60 +124,60 @@ def _check_derived(name: str, given: NDArray[np.float64], expected: NDArray[np.f
     entries.all_channels(name, agrees, "be what running_moments and the layer's ddof give", given)
 
 
-@dataclass(slots=True, eq=False)
-class Following:
-    """Statistics after one more set of values, made before these are known: then filling them asks for no memory."""
+# Statistics made before what they learn of is known, so that filling them asks for no memory: these, of which mean, var
+# and the table of `pooled` are still to be filled; each set that will be known and its rate; and where the core writes.
+# A class of its own takes as long to make as the statistics.
+Following = tuple[Statistics, Sequence[tuple[NDArray[np.float64], float | None]], Any]
 
-    new: Statistics  # of which mean, var and the table of `pooled` are still to be filled
-    now: Statistics
-    rate: float | None
-    into: Any  # where the core writes
-    settings: BatchNormSettings
 
-    @classmethod
-    def of(cls, now: Statistics, settings: BatchNormSettings, room: Any) -> Self | None:
-        """Give those after `now`; None where more is to be done than the core does at once. `room` ends in mean and var."""
-        rate, sets, pooled, into = settings.update_rate, 0, None, room
-        _, mean, var = room
-        if rate is None:
-            if settings.weights_are == "importance" or now.pooled is None or now.pooled._dof is not None:
-                return None
-            table = np.empty((settings.channels, 5))
-            pooled, into = Moments._from_table(table), (table, mean, var)
-        elif settings.renorm is not None:
+def following(now: Statistics, seen: Moments, settings: BatchNormSettings, room: Any) -> Following | None:
+    """Give those after `now` and moments that are still to be known; None where more is to be done than the core does.
+
+    `room` is anything, and arrays for mean and var.
+    """
+    rate, count, table, channels = settings.update_rate, now.update_count, seen._table, settings.channels
+    if settings.renorm is not None or seen._dof is not None:
+        return None
+    if count < MOST_UPDATES:
+        count += 1
+    _, mean, var = room
+    several = len(table) > channels > 0
+    if rate is not None and not settings.debias and not several:
+        return Statistics(mean, var, count, None), ((table, rate),), room
+    tables = [table[at : at + channels] for at in range(0, len(table), channels)] if several else [table]
+    if rate is None:
+        if settings.weights_are == "importance" or now.pooled is None or now.pooled._dof is not None:
             return None
-        elif settings.debias:
-            sets = min(now.set_count + 1, MOST_UPDATES)
-            rate = debiased_rate(rate, sets) if rate > 0 else rate
-        count = now.update_count
-        new = Statistics(mean, var, count + (count < MOST_UPDATES), pooled, sets)
-        return cls(new, now, rate, into, settings)
+        pooled = np.empty((channels, 5))
+        new = Statistics(mean, var, count, Moments._from_table(pooled))
+        return new, [(one, None) for one in tables], (pooled, mean, var)
+    sets, rates = 0, [rate] * len(tables)
+    if settings.debias:
+        sets = min(now.set_count + len(tables), MOST_UPDATES)
+        rates = [debiased_rate(rate, min(now.set_count + 1 + t, MOST_UPDATES)) for t in range(len(tables))]
+    return Statistics(mean, var, count, None, sets), list(zip(tables, rates, strict=True)), room
 
-    @staticmethod
-    def is_of(saved: Saved) -> bool:
-        """Tell whether they can be those after this call."""
-        return saved.part.offsets is None and saved.moments is not None and saved.moments._dof is None
 
-    def fill(self, saved: Saved) -> bool | None:
-        """Fill them; false where there is nothing to learn, or nothing that may be."""
-        now, settings, seen = self.now, self.settings, saved.moments
-        finite = settings.nonfinite != "propagate"
-        if seen is None:
-            return None
-        if self.rate is not None:
-            learned: bool | None = update_into(
-                now.mean, now.var, seen._table, self.rate, settings.ddof, self.into, finite
-            )
-            return learned
-        if now.pooled is None:
-            return None
-        done: bool | None = pool_into(now.pooled._table, seen._table, settings.ddof, self.into, finite)
-        return done
+def fill(now: Statistics, after: Following, settings: BatchNormSettings) -> bool:
+    """Fill the statistics after `now`; false where there is nothing to learn, or nothing that may be."""
+    new, sets, into = after
+    finite, ddof, t = settings.nonfinite != "propagate", settings.ddof, 0
+    while t < len(sets):  # without the iterator of a for
+        table, rate = sets[t]
+        if rate is not None:
+            learned: Any = update_into(now.mean, now.var, table, rate, ddof, into, finite)
+        else:
+            assert now.pooled is not None
+            learned = pool_into(now.pooled._table, table, ddof, into, finite)
+        if not learned:
+            return False
+        now, t = new, t + 1
+    return True
 
 
 def debiased_rate(rate: float, count: int) -> float:
     """Share of the batch that is the `count`-th: what it weighs of all that have been seen."""
-    return rate if rate == 1 else rate / -math.expm1(count * math.log1p(-rate))
+    return rate if rate in (0, 1) else rate / -math.expm1(count * math.log1p(-rate))
 
 
 def merged(seen: Moments, channels: int) -> Moments:
