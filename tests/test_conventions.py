@@ -796,9 +796,10 @@ def test_a_layer_of_keras_with_renorm_is_refused():
         bn.convert.from_keras(Renorm())
 
 
-# ---- the table ---------------------------------------------------------------------------------------------
+# ---- the pages ---------------------------------------------------------------------------------------------
 
-TABLE = Path(__file__).parent.parent / "docs" / "conventions.md"
+PAGES = Path(__file__).parent.parent / "docs" / "conventions"
+BLOCK = re.compile(r"^```python\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
 # Each row that the table must have, on its own: the batch norms of others, and what they can do.
 OF_LIBRARIES = (
@@ -824,7 +825,7 @@ OF_LIBRARIES = (
     "torchrl BatchRenorm1d",
 )
 ABILITIES = 21
-COLUMNS = ("kind", "row", "there", "here", "shown by")
+COLUMNS = ("kind", "row", "shown by")
 
 
 class Formula(NamedTuple):
@@ -881,13 +882,23 @@ def assert_within_digits(got, expected):
     np.testing.assert_allclose(got, expected, rtol=2e-14, atol=2e-14 * np.abs(expected).max())
 
 
+def cells(page):
+    """Give the rows of the tables of a page."""
+    lines = [line for line in page.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
+    return [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
+
+
 def rows():
-    """Give the rows of the table as mappings of its columns."""
-    lines = [line for line in TABLE.read_text(encoding="utf-8").splitlines() if line.startswith("|")]
-    cells = [tuple(cell.strip() for cell in line.strip("|").split("|")) for line in lines]
-    assert cells[0] == COLUMNS
-    assert [set("".join(row)) for row in cells[1:]].count({"-"}) == 1, "there must be one table"
-    return [dict(zip(COLUMNS, row, strict=True)) for row in cells[2:]]
+    """Give what is shown by tests, as mappings of the columns."""
+    table = cells(PAGES / "tests.md")
+    assert table[0] == COLUMNS
+    return [dict(zip(COLUMNS, row, strict=True)) for row in table[2:]]
+
+
+def told():
+    """Give what the other pages say is here, by row."""
+    pages = [page for page in PAGES.glob("*.md") if page.stem not in ("tests", "README")]
+    return {row[0]: row[2] for page in pages for row in cells(page)}
 
 
 def test_every_library_and_every_ability_has_a_row_of_its_own():
@@ -902,7 +913,7 @@ def test_every_library_and_every_ability_has_a_row_of_its_own():
 def test_every_row_of_the_table_names_a_test_or_says_not_yet():
     for row in rows():
         tests = re.findall(r"`(test_\w+)::(test_\w+)`", row["shown by"])
-        assert bool(tests) != row["here"].startswith("not yet"), row["row"]
+        assert bool(tests) != told()[row["row"]].startswith("not yet"), row["row"]
         assert ", ".join(f"`{file}::{test}`" for file, test in tests) == row["shown by"], row["row"]
         for file, test in tests:
             text = (Path(__file__).parent / f"{file}.py").read_text(encoding="utf-8")
@@ -914,9 +925,14 @@ def test_a_row_that_names_the_formula_has_one():
     assert named <= set(FORMULAS)
 
 
-def test_the_conventions_that_are_known_are_in_the_table():
-    text = "".join(row["here"] for row in rows())
-    assert all(f'convention="{name}"' in text for name in conventions.CONVENTIONS)
+@pytest.mark.parametrize("name", conventions.CONVENTIONS)
+def test_a_convention_that_is_known_has_a_page_whose_code_runs(name):
+    text = (PAGES / f"{name}.md").read_text(encoding="utf-8")
+    assert f'convention="{name}"' in (PAGES / "README.md").read_text(encoding="utf-8")
+    blocks = BLOCK.findall(text)
+    assert blocks
+    for code in blocks:
+        exec(code, {})  # noqa: S102
 
 
 def test_a_layer_from_elsewhere_has_the_convention_of_its_source():

@@ -658,18 +658,3 @@ def _refuse_third_order(**arguments: object) -> None:
             raise NotImplementedError(
                 f"{name} must not be SecondGradients: derivatives end at the second order, and this would be the third"
             )
-
-
-def ordinary_backward(
-    dy: Array, saved: Saved, needs: Iterable[str], out: Any, num_threads: int | None
-) -> tuple[Any, ...] | None:
-    """Do an ordinary `backward` in one call of the core, which makes the results before it writes; else None."""
-    if type(saved) is not Saved or saved.layout is not None:
-        return None
-    names = _OF_CORE if needs is NEEDS else needs
-    rest = (saved.gamma, saved.axis, saved.eps, names, out, num_threads)
-    if type(saved.moments) is Moments:
-        return _core.try_batch_norm_backward(tuple, dy, saved.x, saved.moments._table, *rest)
-    if saved.given is None:
-        return None
-    return _core.try_normalize_backward(tuple, dy, saved.x, *saved.given, *rest)

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from batchnorm import _validate, state_file
 from batchnorm._validate import MaybeNone, NoOptions
-from batchnorm.derivatives import NEEDS, Gradient, backward, ordinary_backward
+from batchnorm.derivatives import NEEDS, Gradient, backward
 from batchnorm.layers import entries
 from batchnorm.layers.settings import Setting, Settings, flag, kind
 from batchnorm.saved import Gradients, Saved
@@ -207,22 +207,18 @@ class Layer:
             call.clear()  # before its first value is gone: from there on a signal may end the call at any time
         try:
             threads = self.settings.num_threads
-            given: Any = None
             if isinstance(saved, Apart):
                 given = saved.backward(dy, needs=names, out=out, num_threads=threads)
             else:
                 of = saved if isinstance(saved, Saved) else saved()[1]
-                given = ordinary_backward(dy, of, names, out, threads)
-                if given is None:
-                    given = backward(dy, of, needs=names, out=out, num_threads=threads)  # type: ignore[arg-type]
+                given = backward(dy, of, needs=names, out=out, num_threads=threads)  # type: ignore[arg-type]
         except (TypeError, ValueError, MemoryError):  # which come before anything is written
             call[:] = x, saved
             raise
         state = self._state
         results[0] = self._as_gradient(given[1], state.gamma)
         results[1] = self._as_gradient(given[2], state.beta)
-        if len(given) > 3:
-            results[2] = given[3]
+        results[2] = given[3]
         self._results = results
         dx: NDArray[Any] | None = given[0]
         return dx
