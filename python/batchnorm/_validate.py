@@ -30,13 +30,11 @@ _MOST_DIMENSIONS = 8
 _SHOWN = 8  # values of an array or a tuple that a repr lists
 # The words that arguments may be: for type checkers, and from these for the checks.
 Activation = Literal["relu"]
-Gradient = Literal["x", "gamma", "beta"]
 Keep = Literal["x", "y"]
 Padding = Literal["zero", "keep", "normalize"]
 Parity = Literal["paper", "keras", "torchrl"]
 WeightsAre = Literal["counts", "importance"]
 ACTIVATIONS: tuple[Activation, ...] = ("relu",)
-GRADIENTS: tuple[Gradient, ...] = get_args(Gradient)
 KEEPS: tuple[Keep, ...] = get_args(Keep)
 PADDINGS: tuple[Padding, ...] = get_args(Padding)
 PARITIES: tuple[Parity, ...] = get_args(Parity)
@@ -573,12 +571,6 @@ def _at_least(name: str, value: object, least: float) -> float:
 def num_threads(value: object) -> int:
     """Give the threads asked for, 0 standing for None."""
     return 0 if value is None else _int_at_least(1, "num_threads", value, "an int >= 1 or None")
-
-
-def needs(names: Any) -> tuple[bool, bool, bool]:
-    """Tell which of x, gamma, beta are named."""
-    need_x, need_gamma, need_beta = needs_among(GRADIENTS, names)
-    return need_x, need_gamma, need_beta
 
 
 def needs_among(known: tuple[str, ...], names: Any) -> tuple[bool, ...]:

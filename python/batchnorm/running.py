@@ -253,39 +253,44 @@ def update_running(
         _validate.no_options("update_running", others)
     if segments not in _SEGMENTS:
         _validate.choice("segments", segments, _SEGMENTS)
-    if type(batch) is Moments:
-        parts: tuple[Moments, ...] = (batch,)
-    elif type(batch) is Saved:
+    mean, var = running_mean, running_var
+    if type(batch) is Saved:
         if batch.moments is None:
             raise ValueError(
                 "batch must have statistics of a batch, got those of a call that they were given to"
             )
-        if batch.renorm is not None:
-            return _renorm_updated(running_mean, running_var, batch, update_rate, ddof, segments)
-        if weights_are is None:
-            weights_are = batch.part.weights_are
-        parts = _sets(batch, segments)
+        if batch.renorm is not None and ddof is not None:
+            raise ValueError(f"ddof must be None after a call with renorm, whose parity says it, got {ddof}")
+        said = batch.part.weights_are if weights_are is None else weights_are
+        for moments, samples in _sets(batch, segments):
+            if batch.renorm is None:
+                mean, var = _updated(mean, var, moments, update_rate, ddof, said)
+            else:
+                mean, var = _renorm_updated(mean, var, moments, update_rate, batch.renorm, batch.eps, samples)
     else:
-        _validate.instance("batch", batch, Moments, "what batch_norm saved, or Moments")
-        assert isinstance(batch, Moments)
-        parts = (batch,)
-    mean, var, ddof = running_mean, running_var, 1 if ddof is None else ddof
-    for one in parts:
-        mean, var = _updated(mean, var, one, update_rate, ddof, weights_are)
-    return mean, var  # type: ignore[return-value]  # both come from _updated by now
+        if type(batch) is not Moments:
+            _validate.instance("batch", batch, Moments, "what batch_norm saved, or Moments")
+        mean, var = _updated(mean, var, batch, update_rate, ddof, weights_are)  # type: ignore[arg-type]
+    return mean, var  # type: ignore[return-value]  # both come from an update by now
 
 
-def _sets(saved: Saved, segments: Segments) -> tuple[Moments, ...]:
-    """Give the moments of each set of a call, or of all in one; an empty one where there is none."""
-    moments, sets = saved.moments, saved.part.sets
-    assert moments is not None
-    if saved.part.offsets is None:
-        return (moments,)
-    of_sets = moments.split(moments.channels // sets) if moments.channels else ()
-    if not of_sets:
-        shape = None if saved.layout is None else saved.layout.sizes
-        of_sets = (Moments.empty(0 if shape is None else shape[1]),)
-    return of_sets if segments == "each" else (merge(*of_sets),)
+def _sets(saved: Saved, segments: Segments) -> list[tuple[Moments, int]]:
+    """Give the moments and samples (indices of axis 0) of each set of a call, or of all in one.
+
+    Where there is no set, an empty one, of which an update changes nothing but checks its arguments.
+    """
+    layout, offsets, moments = saved.layout, saved.part.offsets, saved.moments
+    if layout is None or offsets is None:
+        sets, samples = [moments], [0 if layout is None else layout.shape[0]]
+    else:
+        channels = layout.sizes[1]
+        sets = list(moments.split(channels)) if moments.channels else [Moments.empty(channels)]
+        samples = [int(n) for n in np.diff(offsets)] or [0]
+        if segments == "pooled":
+            sets, samples = [merge(*sets)], [layout.shape[0]]
+    if saved.renorm is not None and saved.renorm.samples is not None:
+        samples = [saved.renorm.samples] * len(sets)
+    return list(zip(sets, samples, strict=False))
 
 
 def _updated(
@@ -293,9 +298,10 @@ def _updated(
     running_var: ArrayLike,
     moments: Moments,
     update_rate: float,
-    ddof: int,
+    ddof: int | None,
     weights_are: WeightsAre | None,
 ) -> tuple[PerChannel, PerChannel]:
+    ddof = 1 if ddof is None else ddof
     if weights_are is None and moments._dof is None:
         done = _core.try_update_running(
             running_mean, running_var, moments._table, update_rate, ddof, None, False
@@ -315,44 +321,13 @@ def _updated(
 def _renorm_updated(
     running_mean: ArrayLike,
     running_var: ArrayLike,
-    saved: Saved,
-    update_rate: float,
-    ddof: int | None,
-    segments: Segments,
-) -> tuple[PerChannel, PerChannel]:
-    if ddof is not None:
-        raise ValueError(f"ddof must be None after a call with renorm, whose parity says it, got {ddof}")
-    mean, var = running_mean, running_var
-    parts = _sets(saved, segments)
-    for one, samples in zip(parts, _samples(saved, segments), strict=True):
-        mean, var = _renorm_updated_by(mean, var, saved, one, samples, update_rate)
-    return mean, var  # type: ignore[return-value]  # both come from _renorm_updated_by by now
-
-
-def _samples(saved: Saved, segments: Segments) -> list[int]:
-    """Give the samples (indices of axis 0) of each set, or of all."""
-    renorm, layout, offsets = saved.renorm, saved.layout, saved.part.offsets
-    assert renorm is not None
-    assert layout is not None
-    if renorm.samples is not None:
-        return [renorm.samples] * (saved.part.sets if segments == "each" else 1)
-    if offsets is None or segments == "pooled" or len(offsets) == 1:
-        return [layout.shape[0]]
-    return [int(samples) for samples in np.diff(offsets)]
-
-
-def _renorm_updated_by(
-    running_mean: ArrayLike,
-    running_var: ArrayLike,
-    saved: Saved,
     moments: Moments,
-    samples: int,
     update_rate: float,
+    renorm: Renorm,
+    eps: float,
+    samples: int,
 ) -> tuple[PerChannel, PerChannel]:
-    renorm, eps = saved.renorm, saved.eps
-    assert renorm is not None
-    if moments._dof is not None:
-        moments = Moments._from_core(moments._table)  # biased, whatever weights are
+    moments = Moments._from_core(moments._table)  # biased, whatever weights are
     mean, var = _updated(running_mean, running_var, moments, update_rate, 0, None)
     before = _validate.channel_values("running_var", running_var, moments.channels).astype(np.float64)
     _validate.not_negative("running_var", before)
