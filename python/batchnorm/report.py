@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,6 +12,11 @@ from numpy.typing import NDArray
 from batchnorm import _validate
 from batchnorm._validate import WeightsAre
 from batchnorm.moments import Moments
+
+if TYPE_CHECKING:
+    from batchnorm.layers.layer import State
+    from batchnorm.layers.settings import BatchNormSettings
+    from batchnorm.layers.statistics import Statistics
 
 __all__ = ["Finding", "Report"]
 
@@ -133,7 +138,21 @@ class Report:
         return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
 
 
-def parameter_findings(gamma: NDArray[Any] | None, beta: NDArray[Any] | None, channels: int) -> list[Finding]:
+def findings(
+    state: State, settings: BatchNormSettings, batch: Batch | None, *, evaluates: bool
+) -> Iterator[Finding]:
+    """Find what is wrong in a layer, whose statistics are those of each domain in turn; `evaluates`: uses them."""
+    yield from _of_parameters(state.gamma, state.beta, settings.channels)
+    for k, s in enumerate(state.statistics):
+        domain = None if settings.domains is None else k
+        if evaluates:
+            yield from _of_untrained(s, domain)
+        yield from _of_statistics(s, state.gamma, state.beta, settings.eps, domain)
+        if batch is not None and batch.domain == k:
+            yield from _of_batch(batch, s, settings, domain)
+
+
+def _of_parameters(gamma: NDArray[Any] | None, beta: NDArray[Any] | None, channels: int) -> list[Finding]:
     """Find what gamma and beta alone tell."""
     scale, shift = _wide(gamma, 1.0, channels), _wide(beta, 0.0, channels)
     found: list[Finding] = []
@@ -150,11 +169,9 @@ def parameter_findings(gamma: NDArray[Any] | None, beta: NDArray[Any] | None, ch
     return found
 
 
-def untrained_findings(
-    mean: PerChannel, var: PerChannel, update_count: int, domain: int | None
-) -> list[Finding]:
+def _of_untrained(s: Statistics, domain: int | None) -> list[Finding]:
     """Find that statistics to evaluate by have never seen a batch."""
-    if update_count > 0 or not mean.size or (mean != 0).any() or (var != 1).any():
+    if s.update_count > 0 or not s.mean.size or (s.mean != 0).any() or (s.var != 1).any():
         return []
     place = "" if domain is None else f" of domain {domain}"
     text = f"the running statistics{place} have seen no batch: evaluation normalizes by mean 0 and variance 1"
@@ -162,21 +179,16 @@ def untrained_findings(
 
 
 @np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
-def statistics_findings(
-    mean: PerChannel,
-    var: PerChannel,
-    update_count: int,
-    gamma: NDArray[Any] | None,
-    beta: NDArray[Any] | None,
-    eps: float,
-    domain: int | None,
+def _of_statistics(
+    s: Statistics, gamma: NDArray[Any] | None, beta: NDArray[Any] | None, eps: float, domain: int | None
 ) -> list[Finding]:
     """Find what is wrong in one set of running statistics."""
     found: list[Finding] = []
+    mean, var = s.mean, s.var
     for name, values in (("running_mean", mean), ("running_var", var)):
         _add(found, "nonfinite", ~np.isfinite(values), f"{name} is not finite", domain, "error")
     _add(found, "negative_variance", var < 0, "running_var is negative", domain, "error")
-    if update_count > 0:
+    if s.update_count > 0:
         text = f"running_var is no more than eps = {eps:g}"
         _add(found, "vanishing_variance", (var >= 0) & (var <= eps), text, domain)
     good = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
@@ -194,25 +206,21 @@ def statistics_findings(
 
 
 @np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
-def batch_findings(
-    batch: Batch,
-    mean: PerChannel,
-    var: PerChannel,
-    update_count: int,
-    update_rate: float | None,
-    pooled: Moments | None,
-    ddof: int,
-    domain: int | None,
-    weights_are: WeightsAre | None = None,
-) -> list[Finding]:
+def _of_batch(batch: Batch, s: Statistics, settings: BatchNormSettings, domain: int | None) -> list[Finding]:
     """Find what the last batch tells beside the running statistics of its domain."""
     found: list[Finding] = []
-    m = batch.moments
+    m, mean, var, weights_are, update_rate = (
+        batch.moments,
+        s.mean,
+        s.var,
+        settings.weights_are,
+        settings.update_rate,
+    )
     finite = np.isfinite(m.mean) & np.isfinite(m.m2)
     _add(found, "nonfinite_batch", ~finite, "the last batch's mean or variance is not finite", domain)
     count = _worth(m, weights_are)
     good = finite & (count >= 2) & np.isfinite(mean) & np.isfinite(var) & (var > 0)
-    batch_var = m.var(ddof, weights_are=weights_are or "importance")
+    batch_var = m.var(settings.ddof, weights_are=weights_are or "importance")
     n, ratio = np.where(good, count, 2.0), np.where(good, batch_var, 1.0) / np.where(good, var, 1.0)
     rate = 0.0 if update_rate is None else update_rate
     if rate < 1:
@@ -226,10 +234,10 @@ def batch_findings(
         errors = (np.cbrt(ratio) - (1 - share)) / np.sqrt(share)
         far = (ratio >= _DRIFT_VAR) | (ratio <= 1 / _DRIFT_VAR)
         _drift(found, "variance_drift", "variance", errors, good & far, domain)
-    values = count * update_count if pooled is None else _worth(pooled, weights_are)
+    values = count * s.update_count if s.pooled is None else _worth(s.pooled, weights_are)
     if rate > 0:
         values = np.minimum(values, count * (2 - rate) / rate)
-    if update_count > 0 and update_rate != 0 and values.size and values.min() < _ENOUGH_VALUES:
+    if s.update_count > 0 and update_rate != 0 and values.size and values.min() < _ENOUGH_VALUES:
         text = f"the running variance averages {values.min():g} values, and should {_ENOUGH_VALUES:g},"
         _add(found, "few_values", values < _ENOUGH_VALUES, text, domain)
     if batch.size < _SMALL_BATCH * batch.largest:

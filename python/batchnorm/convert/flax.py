@@ -43,8 +43,7 @@ def from_flax(
         linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
         used.
     epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
-    dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
-    **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
+    dtype, **settings : as in `from_torch`.
 
     Returns
     -------
@@ -55,7 +54,7 @@ def from_flax(
     Raises
     ------
     TypeError, ValueError
-        For what is no such source.
+        As `from_torch`.
 
     Examples
     --------
@@ -81,8 +80,7 @@ def to_flax(
 
     Parameters
     ----------
-    dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
-    any_ddof : True to export unbiased running variances too, where it will not be trained.
+    dtype, any_ddof : as in `to_torch`, but that running variances are biased here.
 
     Returns
     -------

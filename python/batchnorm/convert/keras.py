@@ -45,8 +45,7 @@ def from_keras(
     epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
     scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
         which does not tell; one of 4 has both and one of 2 has neither.
-    dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
-    **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
+    dtype, **settings : as in `from_torch`.
 
     Returns
     -------
@@ -57,7 +56,7 @@ def from_keras(
     Raises
     ------
     TypeError, ValueError
-        For what is no such source.
+        As `from_torch`.
 
     Examples
     --------
@@ -82,8 +81,7 @@ def to_keras(
 
     Parameters
     ----------
-    dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
-    any_ddof : True to export unbiased running variances too, where the layer will not be trained.
+    dtype, any_ddof : as in `to_torch`, but that running variances are biased here.
 
     Returns
     -------

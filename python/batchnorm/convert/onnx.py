@@ -37,8 +37,7 @@ def from_onnx(
     ----------
     inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
     epsilon, momentum : its attributes, with their defaults.
-    dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
-    **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
+    dtype, **settings : as in `from_torch`.
 
     Returns
     -------
@@ -48,7 +47,7 @@ def from_onnx(
     Raises
     ------
     TypeError, ValueError
-        For what is no such mapping.
+        As `from_torch`.
 
     Examples
     --------
@@ -69,8 +68,7 @@ def to_onnx(
 
     Parameters
     ----------
-    dtype : float16, float32 or float64; None for float64 in a layer of float64, else float32.
-    any_ddof : True to export unbiased running variances too, where the node will not be trained.
+    dtype, any_ddof : as in `to_torch`, but that running variances are biased here.
 
     Returns
     -------

@@ -29,14 +29,7 @@ from batchnorm.layers.statistics import (
     updated,
 )
 from batchnorm.moments import Moments, merge, moments
-from batchnorm.report import (
-    Batch,
-    Report,
-    batch_findings,
-    parameter_findings,
-    statistics_findings,
-    untrained_findings,
-)
+from batchnorm.report import Batch, Report, findings
 from batchnorm.running import Renorm, RenormSchedule, new_room
 from batchnorm.saved import Saved
 from batchnorm.state_file import Entry
@@ -240,8 +233,6 @@ class BatchNorm(Layer):
     def _of_domains(self, values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         return _read_only(values[0] if self.settings.domains is None else np.stack(values))
 
-    # ---- forward and backward ----
-
     # ---- forward ----
 
     @_validate.options(_CallOptions, keep="x")
@@ -255,14 +246,15 @@ class BatchNorm(Layer):
         x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order, C long on
             `axis`. Kept by reference: it must be unchanged when `backward` reads it. In training 2 or more values a
             channel, or none, of which nothing is learned.
-        residual, mask, weights, lengths, padding : as in `batch_norm`.
+        residual, mask, weights, lengths, padding, segments : as in `batch_norm`. Running statistics learn of each segment in
+            turn, and normalize all alike.
         use_stats : "batch" or "running", whatever the mode says: the statistics that normalize.
         update_stats : whether the running statistics learn of x, whatever the mode says; y is by those of before.
             False is for a step that is run again. (With `renorm`, y depends on what has been learned: let the first run
             have False.)
         domain : from 0 to K - 1, in a layer of K domains.
         out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
-        keep : False where no backward follows: x is not kept, nor that of the call before.
+        keep : as in `batch_norm`; None where no backward follows: nothing is kept, nor of the call before.
 
         Returns
         -------
@@ -298,7 +290,9 @@ class BatchNorm(Layer):
                     y = self._of_one_value(x, out, told, k, update)
                     if y is not None:
                         return y
-        return (self._by_batch if by_batch else self._by_running)(x, out, told, k, update)
+        if by_batch:
+            return self._by_batch(x, out, told, k, update)
+        return self._by_running(x, out, told, k, update)
 
     def _asked(self, options: Options, by_batch: bool) -> tuple[bool, bool, Options, int]:
         """Give what normalizes, whether that is learned, what the functions are told, and the domain."""
@@ -361,7 +355,10 @@ class BatchNorm(Layer):
         def keep(saved: Saved) -> _Made:
             return self._made(saved, given, True)
 
-        return keep, lambda *of_saved: keep(_saved_of(*of_saved))
+        def keep_of(kept: Any, table: NDArray[np.float64], gamma: Any, axis: int, eps: float) -> _Made:
+            return self._made(Saved(kept, Moments._from_core(table), gamma, axis, eps), given, True)
+
+        return keep, keep_of
 
     def _made(self, saved: Saved, given: _Given, is_before: bool) -> _Made:
         """Make the state after a call: with statistics to be filled, or, before it writes, with what it learns."""
@@ -372,7 +369,8 @@ class BatchNorm(Layer):
         call: Call = [] if saved.x is None and saved.y is None else [x, saved]
         if size:
             batch = (k, seen, size)
-            largest = max(largest, size)
+            if size > largest:  # noqa: PLR1730 - max() takes a fiftieth of the call
+                largest = size
             if update:
                 if not told or told.get("segments") is None:
                     nexts = following(statistics[k], seen, self.settings, room)
@@ -385,11 +383,9 @@ class BatchNorm(Layer):
 
     def _after(self, after: State, before: State, k: int, saved: Saved, update: bool) -> State:
         """Give the state after a call whose batch was not learned where that was to be seen at once."""
-        seen, weights = saved.moments, saved.part.weights
-        if (
-            weights is not None and seen is not None and not seen.count.any()
-        ):  # it is no batch, as of no values
-            return before._replace(call=after.call)
+        weights, seen = saved.part.weights, saved.moments
+        if weights is not None and seen is not None and not seen.count.any():
+            return before._replace(call=after.call)  # it is no batch, as one of no values
         if update:
             return after._replace(statistics=self._learned(before.statistics, k, saved))
         if after.statistics is before.statistics and self._state is not before:
@@ -592,25 +588,13 @@ class BatchNorm(Layer):
         >>> print(layer.report())
         warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
         """
-        gamma, beta, statistics, _, last, largest_size = self._state
+        state, settings = self._state, self.settings
         batch = None
-        if last is not None:
-            batch = Batch(last[0], merged(last[1], self.settings.channels), last[2], largest_size)
-        findings = parameter_findings(gamma, beta, self.settings.channels)
+        if state.batch is not None:
+            k, seen, size = state.batch
+            batch = Batch(k, merged(seen, settings.channels), size, state.largest_size)
         evaluates = not self._training or self._frozen[0]
-        for k, s in enumerate(statistics):
-            domain = None if self.settings.domains is None else k
-            if evaluates:
-                findings += untrained_findings(s.mean, s.var, s.update_count, domain)
-            findings += statistics_findings(
-                s.mean, s.var, s.update_count, gamma, beta, self.settings.eps, domain
-            )
-            if batch is not None and batch.domain == k:
-                findings += batch_findings(
-                    batch, s.mean, s.var, s.update_count, self.settings.update_rate, s.pooled, self.settings.ddof, domain,
-                    self.settings.weights_are,
-                )  # fmt: skip
-        return Report(tuple(findings))
+        return Report(tuple(findings(state, settings, batch, evaluates=evaluates)))
 
     # ---- saved state ----
 
@@ -690,10 +674,6 @@ def _warnings_may_raise() -> bool:
     may = any(action == "error" and issubclass(RuntimeWarning, kind) for action, _, kind, *_ in now)
     _filters = now, len(now), first, may
     return may
-
-
-def _is_single_value(x: object, axis: int) -> bool:
-    return isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and 0 < x.size == x.shape[axis]
 
 
 def _read_only(array: NDArray[np.float64]) -> NDArray[np.float64]:
