@@ -125,6 +125,13 @@ inline constexpr std::array kCases = {
     Case{"tiny-4x16x8x8", "where the call itself counts", {4, 16, 8, 8}},
     Case{"tiny-4x3x32x32", "where the call itself counts", {4, 3, 32, 32}},
     Case{"tiny-8x32x16x16", "where the call itself counts", {8, 32, 16, 16}},
+    // Instance norm: each sample has channels of its own, of one small map each
+    Case{"instance-1x262144x2x2", "instance norm of 1024 x 256 maps of 2 x 2", {1, 262144, 2, 2}},
+    Case{"instance-1x116736x3x3", "instance norm of 456 x 256 maps of 3 x 3", {1, 116736, 3, 3}},
+    Case{"instance-1x65536x4x4", "instance norm of 256 x 256 maps of 4 x 4", {1, 65536, 4, 4}},
+    Case{"instance-1x21504x7x7", "instance norm of 84 x 256 maps of 7 x 7", {1, 21504, 7, 7}},
+    Case{"instance-1x16384x8x8", "instance norm of 64 x 256 maps of 8 x 8", {1, 16384, 8, 8}},
+    Case{"instance-1x4096x16x16", "instance norm of 16 x 256 maps of 16 x 16", {1, 4096, 16, 16}},
     // Images before the first layer
     Case{"images-64x3x32x32", "64 small photographs", {64, 3, 32, 32}},
     Case{"images-8x3x224x224", "8 photographs", {8, 3, 224, 224}},
