@@ -23,6 +23,7 @@ DY = RNG.normal(size=X.shape).astype(np.float32)
 NEXT = X * np.float32(2) + 1
 ONE = X[:1, :, :1].copy()
 MASK = np.arange(14).reshape(7, 2) % 3 > 0
+IDS = np.array([0, 0, 1, 1, 1, 3, 3])
 
 
 class Interrupted(BaseException):
@@ -114,6 +115,12 @@ CALLS = {
     "ghosts": ({"ghost_size": 3}, None, lambda a: a(NEXT)),
     "renorm": ({"renorm": RENORM}, None, lambda a: a(NEXT)),
     "relu": ({"activation": "relu"}, None, lambda a: a(NEXT, residual=X)),
+    "segments": ({}, None, lambda a: a(NEXT, segments=IDS)),
+    "segments_with_out": ({}, None, lambda a: a(NEXT, segments=IDS, out=np.empty_like(X))),
+    "masked_relu": ({"activation": "relu"}, None, lambda a: a(NEXT, residual=X, mask=MASK)),
+    "masked_ghosts": ({"ghost_size": 4, "debias": True}, None, lambda a: a(NEXT, mask=MASK)),
+    "renorm_of_ghosts": ({"ghost_size": 4, "renorm": RENORM}, None, lambda a: a(NEXT, out=np.empty_like(X))),
+    "kept_y": ({}, None, lambda a: a(NEXT, keep="y")),
     "one_value": ({"single_value": "use_running"}, None, lambda a: a(ONE)),
     "one_value_skipped": ({"single_value": "skip"}, None, lambda a: a(ONE)),
     "backward": ({}, lambda a: a(NEXT), lambda a: a.backward(DY)),
@@ -205,6 +212,13 @@ WRITING = {
         lambda layer, out: layer(NEXT, out=out),
     ),
     "train_ghosts": ({"ghost_size": 3}, lambda layer, out: layer(NEXT, out=out)),
+    "train_debiased_ghosts": ({"ghost_size": 4, "debias": True}, lambda layer, out: layer(NEXT, out=out)),
+    "train_segments": ({}, lambda layer, out: layer(NEXT, segments=IDS, out=out)),
+    "train_renorm": ({"renorm": RENORM}, lambda layer, out: layer(NEXT, out=out)),
+    "train_importance": (
+        {"update_rate": None, "weights_are": "importance"},
+        lambda layer, out: layer(NEXT, weights=MASK * 0.7, out=out),
+    ),
     "again": ({}, lambda layer, out: layer(NEXT, update_stats=False, out=out)),
     "running": ({}, lambda layer, out: layer(NEXT, use_stats="running", update_stats=True, out=out)),
     "evaluate": ({}, lambda layer, out: layer(NEXT, use_stats="running", update_stats=False, out=out)),

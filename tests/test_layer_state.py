@@ -838,6 +838,67 @@ def test_an_update_in_evaluation_is_one_more_among_those_of_debiased_ghosts(tmp_
         layer.load(tmp_path / "state")
 
 
+# ---- segments ----------------------------------------------------------------------------------------------
+
+IDS = np.array([0, 0, 0, 2, 2, 3, 3, 3])
+
+
+def test_each_segment_is_an_update_and_evaluation_knows_none():
+    layer = bn.BatchNorm(3, update_rate=0.3)
+    _, saved = bn.batch_norm(X, layer.gamma, layer.beta, segments=IDS)
+    layer(X, segments=IDS)
+    mean, var = np.zeros(3), np.ones(3)
+    for one in saved.moments.split(3):
+        mean, var = bn.update_running(mean, var, one, update_rate=0.3)
+    assert layer.running_mean.tobytes() == mean.tobytes()
+    assert layer.running_var.tobytes() == var.tobytes()
+    assert layer.update_count == 1
+    assert layer.eval()(X, segments=IDS).tobytes() == layer(X).tobytes()
+
+
+def test_segments_are_pooled_as_their_batch():
+    layer, whole = bn.BatchNorm(3, update_rate=None), bn.BatchNorm(3, update_rate=None)
+    layer(X, segments=IDS)
+    whole(X)
+    np.testing.assert_allclose(layer.running_var, whole.running_var, rtol=1e-14)
+
+
+def test_segments_of_a_debiased_layer_count_as_the_batches_that_they_are(tmp_path):
+    settings = {"debias": True, "update_rate": 0.3}
+    layer, apart = bn.BatchNorm(3, **settings), bn.BatchNorm(3, **settings)
+    for step in range(3):
+        x = X + np.float32(step)
+        layer(x, segments=IDS)
+        for rows in (slice(0, 3), slice(3, 5), slice(5, 8)):
+            apart(x[rows])
+        layer.save(tmp_path / "state")
+        layer = bn.BatchNorm(3, **settings)
+        layer.load(tmp_path / "state")
+    np.testing.assert_allclose(layer.running_mean, apart.running_mean, rtol=1e-14)
+    np.testing.assert_allclose(layer.running_var, apart.running_var, rtol=1e-14)
+
+
+@pytest.mark.parametrize("single_value", ["raise", "skip"])
+@pytest.mark.parametrize("has_out", [False, True])
+def test_a_segment_of_one_value_is_not_learned_of(single_value, has_out):
+    x, out = X[:, :, 0].copy(), np.full((8, 3), 9, X.dtype)
+    layer = trained(single_value=single_value)
+    before, ids = bits(layer), np.array([0, 0, 0, 1, 2, 2, 2, 2])
+    if single_value == "raise":
+        with pytest.raises(ValueError):
+            layer(x, segments=ids, out=out if has_out else None)
+        assert bits(layer) == before
+        assert (out == 9).all()
+        return
+    layer.beta += 3
+    y = layer(x, segments=ids, out=out if has_out else None)
+    assert (y[3] == 3).all()
+    expected = trained()
+    for rows in (slice(0, 3), slice(4, 8)):
+        expected(x[rows])
+    assert layer.running_var.tobytes() == expected.running_var.tobytes()
+
+
 # ---- warnings that are errors ------------------------------------------------------------------------------
 
 

@@ -340,10 +340,11 @@ class BatchNorm(Layer):
             )
         y, kept = done
         saved, after, nexts = kept if out is not None else self._made(kept, given, False)
-        if nexts is None or not fill(now, nexts, settings):
-            after = self._after(
-                after, state, k, saved, update and x.size > 0 and (nexts is not None or out is None)
-            )
+        if (nexts is None and out is None) or (nexts is not None and not fill(now, nexts, settings)):
+            after = self._after(after, state, k, saved, update and x.size > 0)
+        if not update and self._state is not state:
+            # One that learns nothing takes nothing back of what others have learned meanwhile.
+            after = self._state._replace(call=after.call, batch=after.batch, largest_size=after.largest_size)
         self._state = after
         if self._evaluation is not None:
             self._evaluation = None  # it no longer counts, but would keep its x
@@ -367,31 +368,26 @@ class BatchNorm(Layer):
         nexts, size, seen = None, x.size, saved.moments
         assert seen is not None
         call: Call = [] if saved.x is None and saved.y is None else [x, saved]
-        if size:
+        if size and update and (not told or told.get("segments") is None):
+            nexts = following(statistics[k], seen, self.settings, room)
+        weights = saved.part.weights
+        if size and (nexts is not None or not is_before or weights is None or weights.any()):
             batch = (k, seen, size)
             if size > largest:  # noqa: PLR1730 - max() takes a fiftieth of the call
                 largest = size
-            if update:
-                if not told or told.get("segments") is None:
-                    nexts = following(statistics[k], seen, self.settings, room)
-                if nexts is not None:
-                    statistics = (nexts[0],) if len(statistics) == 1 else _with(statistics, k, nexts[0])
-                elif is_before:
-                    known = replace(saved, moments=self._moments(x, told))
-                    statistics = self._learned(statistics, k, known)
+            if nexts is not None:
+                statistics = (nexts[0],) if len(statistics) == 1 else _with(statistics, k, nexts[0])
+            elif update and is_before:
+                known = replace(saved, moments=self._moments(x, told))
+                statistics = self._learned(statistics, k, known)
         return saved, _new_state((gamma, beta, statistics, call, batch, largest)), nexts
 
     def _after(self, after: State, before: State, k: int, saved: Saved, update: bool) -> State:
-        """Give the state after a call whose batch was not learned where that was to be seen at once."""
+        """Give the state after a call that is not known to have been a batch, and what it learns."""
         weights, seen = saved.part.weights, saved.moments
         if weights is not None and seen is not None and not seen.count.any():
-            return before._replace(call=after.call)  # it is no batch, as one of no values
-        if update:
-            return after._replace(statistics=self._learned(before.statistics, k, saved))
-        if after.statistics is before.statistics and self._state is not before:
-            # One that learns nothing takes nothing back of what others have learned meanwhile.
-            return self._state._replace(call=after.call, batch=after.batch, largest_size=after.largest_size)
-        return after
+            return before._replace(call=after.call)  # as of no values
+        return after._replace(statistics=self._learned(before.statistics, k, saved)) if update else after
 
     def _renorm(self, now: Statistics) -> Renorm:
         settings = self.settings
