@@ -56,9 +56,9 @@ def options_of(case):
     return options
 
 
-def run(case, x=X, residual=RESIDUAL):
+def run(case, x=X, residual=RESIDUAL, laid=np.copy):
     """Give y and what is saved."""
-    x = x.copy()
+    x = laid(x)
     options = options_of(case) | ({"out": x} if case.kept == "y in place" else {})
     if "residual" in options:
         options["residual"] = residual.astype(x.dtype)
@@ -238,6 +238,29 @@ def test_out_takes_results_and_what_was_saved_can_be_replaced(case):
             assert getattr(got, name).tobytes() == getattr(whole, name).tobytes()
         if whole.dresidual is not None:
             assert got.dresidual.tobytes() == whole.dresidual.tobytes()
+
+
+@pytest.mark.parametrize(
+    "laid",
+    [
+        lambda a: a.copy("F"),
+        lambda a: np.repeat(a, 2, axis=2)[:, :, ::2],
+        lambda a: a[:, ::-1].copy()[:, ::-1],
+    ],
+    ids=["fortran", "gaps", "reversed"],
+)
+@cases
+def test_however_x_lies_in_memory_the_results_are_those_of_a_copy(case, laid):
+    (y, saved), (other, of_laid) = run(case), run(case, laid=laid)
+    assert_close(other, y)
+    whole, got = bn.backward(DY, saved), bn.backward(laid(DY), of_laid)
+    for name in ("dx", "dgamma", "dbeta", "dresidual"):
+        if getattr(whole, name) is None:
+            assert getattr(got, name) is None
+        else:
+            assert_close(getattr(got, name), getattr(whole, name))
+    assert_close(bn.jvp(laid(X_DOT), of_laid), bn.jvp(X_DOT, saved))
+    assert_close(bn.double_backward(V, laid(DY), of_laid).dx, bn.double_backward(V, DY, saved).dx)
 
 
 @pytest.mark.parametrize("dtype", [np.float16, ml_dtypes.bfloat16, np.float32], ids=lambda t: t.__name__)
