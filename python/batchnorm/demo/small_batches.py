@@ -11,7 +11,7 @@ import numpy as np
 
 import batchnorm as bn
 from batchnorm.demo.data import Part, Split, split
-from batchnorm.demo.networks import EPS, NETWORKS, Array, Layer, Network, build, cross_entropy
+from batchnorm.demo.networks import EPS, NETWORKS, Layer, Network, build, cross_entropy
 from batchnorm.demo.training import CHANCE, Run, accuracy, batches
 
 PLAIN, RENORM, LARGE = "batch norm, batch {small}", "batch renorm, batch {small}", "batch norm, batch {large}"
@@ -31,35 +31,6 @@ class Settings:
     )
     update_rate: float = 0.01  # at the small batch, with and without renorm (the paper's); 0.1 at the large
     samples: int = 1024  # the training part
-
-
-class RenormLayer:
-    """Batch Renormalization as a layer: parameters, running statistics and the step of its schedule."""
-
-    def __init__(self, channels: int, schedule: bn.RenormSchedule, update_rate: float) -> None:
-        self.gamma, self.beta = np.ones(channels, np.float32), np.zeros(channels, np.float32)
-        self.mean, self.var = np.zeros(channels), np.ones(channels)
-        self.schedule, self.update_rate = schedule, update_rate
-        self.step, self.training = 0, True
-
-    def __call__(self, x: Array) -> Array:
-        """Return y, and update the running statistics in training."""
-        options: dict[str, Any] = {"axis": -1, "eps": EPS, "num_threads": 1}
-        if not self.training:
-            evaluated: Array = bn.normalize(x, self.mean, self.var, self.gamma, self.beta, **options)
-            return evaluated
-        renorm = bn.Renorm(self.mean, self.var, **self.schedule(self.step)._asdict())
-        y, self.saved = bn.batch_norm(x, self.gamma, self.beta, renorm=renorm, **options)
-        self.mean, self.var = bn.update_running(self.mean, self.var, self.saved, update_rate=self.update_rate)
-        self.step += 1
-        return y
-
-    def backward(self, dy: Array) -> Array | None:
-        """Return dx; leave dgamma and dbeta in the layer."""
-        gradients = bn.backward(dy, self.saved, num_threads=1)
-        self.dgamma, self.dbeta = gradients.dgamma, gradients.dbeta
-        dx: Array | None = gradients.dx
-        return dx
 
 
 def schedule_of(steps: int) -> bn.RenormSchedule:
@@ -86,9 +57,6 @@ def train_one(settings: Settings, network_name: str, variant: str, seed: int, pa
             network.backward(dlogits)
             for value, gradient in network.parameters():
                 value -= rate * gradient
-        for layer in network.layers:
-            if isinstance(layer, RenormLayer):
-                layer.training = False
         network.train(False)
         return accuracy(network(parts.test.x), parts.test.digits)
 
@@ -134,8 +102,11 @@ def _small(layer: Layer, variant: str, steps: int, settings: Settings) -> Layer:
     """Replace a batch norm layer by that of the variant."""
     if not isinstance(layer, bn.BatchNorm):
         return layer
-    if variant == RENORM:
-        return RenormLayer(layer.channels, schedule_of(steps), settings.update_rate)
     return bn.BatchNorm(
-        layer.channels, axis=-1, eps=EPS, update_rate=settings.update_rate, dtype=np.float32, num_threads=1
+        layer.channels,
+        axis=-1,
+        eps=EPS,
+        update_rate=settings.update_rate,
+        renorm=schedule_of(steps) if variant == RENORM else None,
+        num_threads=1,
     )
