@@ -99,7 +99,7 @@ class BatchNorm(Layer):
     ghost_size     None      training normalizes each ghost of so many samples by itself, and learns of each in turn
     renorm         None      RenormSchedule: training is corrected towards the running statistics, within its limits
                              for step `update_count`, by the rules of `parity`: "paper" (default), "keras", "torchrl"
-    activation     None      "relu": max(y + residual, 0)
+    activation     None      "relu": max(y + residual, 0), the residual being given to the call
     weights_are    None      what weights are to ddof=1: "counts" or "importance", as in `Moments.var`. Without it a
                              training call of weights other than 0 and 1 raises there: no default is right for both
     num_threads    None      threads of each call; None: those of the process
@@ -107,6 +107,7 @@ class BatchNorm(Layer):
 
     Notes
     -----
+    TypeError and ValueError are raised for options that do not fit.
     A call that raises changes nothing: statistics, counts, gradients, mode and what is kept for backward are as before.
     Memory: a reference to the x of the last call, to its residual in evaluation, and arrays of size C. Copies and pickles
     are layers of their own, without what is kept for backward. Threads: train from one at a time; evaluation calls may
@@ -253,7 +254,7 @@ class BatchNorm(Layer):
             False is for a step that is run again. (With `renorm`, y depends on what has been learned: let the first run
             have False.)
         domain : from 0 to K - 1, in a layer of K domains.
-        out : where to put y: shape and dtype of x. It may be x itself, but then there is no backward.
+        out : where to put y: shape and dtype of x. It may be x itself; then there is no backward, but with ``keep="y"``.
         keep : as in `batch_norm`; None where no backward follows: nothing is kept, nor of the call before.
 
         Returns
@@ -370,8 +371,7 @@ class BatchNorm(Layer):
         call: Call = [] if saved.x is None and saved.y is None else [x, saved]
         if size and update and (not told or told.get("segments") is None):
             nexts = following(statistics[k], seen, self.settings, room)
-        weights = saved.part.weights
-        if size and (nexts is not None or not is_before or weights is None or weights.any()):
+        if size and (nexts is not None or not is_before or _counts(saved)):
             batch = (k, seen, size)
             if size > largest:  # noqa: PLR1730 - max() takes a fiftieth of the call
                 largest = size
@@ -628,6 +628,11 @@ _HEAD, _TAIL = slice(0, -1), slice(-1, None)
 
 def _itself(saved: Saved) -> Saved:
     return saved
+
+
+def _counts(saved: Saved) -> bool:
+    """Tell whether anything of x counts."""
+    return saved.part.weights is None or bool(saved.part.weights.any())
 
 
 def _saved_of(

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields
+from functools import cached_property
 from numbers import Real
 from operator import index
 from typing import Any, Generic, Literal, Protocol, Self, TypeVar, get_args, overload
@@ -185,6 +186,11 @@ class BatchNormSettings(Settings):
             weights_are=None if are is None else _validate.choice("weights_are", are, _validate.WEIGHTS_ARE),
             num_threads=_validate.num_threads(self.num_threads) or None,
         )
+
+    @cached_property
+    def follows_plainly(self) -> bool:
+        """Whether running statistics follow each batch at `update_rate`, and in no other way."""
+        return self.update_rate is not None and not self.debias and self.renorm is None
 
     def saved(self) -> dict[str, Any]:
         """Give what the numbers of a state depend on; of a schedule its points, and no parity without one."""

@@ -135,27 +135,27 @@ def following(now: Statistics, seen: Moments, settings: BatchNormSettings, room:
 
     `room` is anything, and arrays for mean and var.
     """
-    rate, count, table, channels = settings.update_rate, now.update_count, seen._table, settings.channels
-    if settings.renorm is not None or seen._dof is not None:
-        return None
+    count, table, channels = now.update_count, seen._table, settings.channels
+    _, mean, var = room
     if count < MOST_UPDATES:
         count += 1
-    _, mean, var = room
-    several = len(table) > channels > 0
-    if rate is not None and not settings.debias and not several:
-        return Statistics(mean, var, count, None), ((table, rate),), room
-    tables = [table[at : at + channels] for at in range(0, len(table), channels)] if several else [table]
+    if seen._dof is not None or settings.renorm is not None:
+        return None
+    if settings.follows_plainly and len(table) == channels:
+        return Statistics(mean, var, count, None), ((table, settings.update_rate),), room
+    tables = [table[at : at + channels] for at in range(0, len(table), channels)] if channels else [table]
+    rate, sets = settings.update_rate, len(tables)
     if rate is None:
         if settings.weights_are == "importance" or now.pooled is None or now.pooled._dof is not None:
             return None
         pooled = np.empty((channels, 5))
         new = Statistics(mean, var, count, Moments._from_table(pooled))
         return new, [(one, None) for one in tables], (pooled, mean, var)
-    sets, rates = 0, [rate] * len(tables)
-    if settings.debias:
-        sets = min(now.set_count + len(tables), MOST_UPDATES)
-        rates = [debiased_rate(rate, min(now.set_count + 1 + t, MOST_UPDATES)) for t in range(len(tables))]
-    return Statistics(mean, var, count, None, sets), list(zip(tables, rates, strict=True)), room
+    if not settings.debias:
+        return Statistics(mean, var, count, None), [(one, rate) for one in tables], room
+    counts = [min(now.set_count + 1 + t, MOST_UPDATES) for t in range(sets)]
+    rates = [debiased_rate(rate, t) for t in counts]
+    return Statistics(mean, var, count, None, counts[-1]), list(zip(tables, rates, strict=True)), room
 
 
 def fill(now: Statistics, after: Following, settings: BatchNormSettings) -> bool:
