@@ -723,6 +723,31 @@ def test_single_value_is_heard_for_a_last_ghost_of_one(single_value, rate, debia
         layer.backward(dy[:6])
 
 
+@pytest.mark.parametrize("keep", ["x", "y", "y in place"])
+@pytest.mark.parametrize("how", ["use_running", "skip"])
+def test_what_is_kept_of_a_last_ghost_of_one_is_of_all(how, keep):
+    x, dy = np.random.default_rng(1).normal(size=(2, 7, 3))
+    layer, other = (bn.BatchNorm(3, ghost_size=3, single_value=how, dtype=np.float64) for _ in range(2))
+    y, given = layer(x), x.copy()
+    assert other(given, keep=keep[0], out=given if keep == "y in place" else None).tobytes() == y.tobytes()
+    np.testing.assert_allclose(other.backward(dy), layer.backward(dy), rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(other.dgamma, layer.dgamma, rtol=1e-10)
+
+
+@pytest.mark.parametrize("how", ["use_running", "skip"])
+def test_what_follows_is_of_a_last_ghost_of_one_too(how):
+    x, dy, residual = np.random.default_rng(1).normal(size=(3, 7, 3))
+    layer = bn.BatchNorm(3, ghost_size=3, single_value=how, activation="relu", dtype=np.float64)
+    y = layer(x, residual=residual)
+    plain = bn.BatchNorm(3, ghost_size=3, single_value=how, dtype=np.float64)
+    s = plain(x) + residual
+    assert y.tobytes() == np.maximum(s, 0).tobytes()
+    g = np.where(s > 0, dy, 0)
+    assert layer.backward(dy).tobytes() == plain.backward(g).tobytes()
+    assert layer.dresidual.tobytes() == g.tobytes()
+    assert layer.dbeta.tobytes() == plain.dbeta.tobytes()
+
+
 def test_a_last_ghost_of_one_raises_by_default():
     with pytest.raises(ValueError, match="ghost_size must leave every ghost at least 2 values"):
         bn.BatchNorm(3, ghost_size=3)(np.ones((7, 3)))

@@ -532,9 +532,9 @@ class BatchNorm(Layer):
             learned = merge(seen, one) if pools else ghosts
             changes["statistics"] = self._learned(state.statistics, k, learned)
         changes["batch"] = (k, merge(seen, one) if update and settings.update_rate is None else seen, x.size)
-        call: Call = (
-            [] if is_x(out, x) or ghosts.x is None else [x, Apart(x, ((_HEAD, ghosts), (_TAIL, last)))]
-        )
+        call: Call = [x, Apart(x, ((_HEAD, ghosts), (_TAIL, last)))]
+        if ghosts.y is None and (ghosts.x is None or is_x(out, x)):
+            call = []
         after = self._state._replace(call=call, **changes)
         if out is not None and y is not out:
             out[...] = y
