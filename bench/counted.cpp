@@ -43,25 +43,24 @@ template <class T>
 void Tensors<T>::run_counted(Pass pass) {
   const std::span<const T> x = x_.values(), dy = dy_.values();
   Counted& k = *counted_;
-  const batchnorm::WeightsFor<T> w{is_masked(pass) ? k.mask : k.weights,
-                                   is_masked(pass) ? batchnorm::Padding::zero : batchnorm::Padding::normalize};
+  batchnorm::Call<T> call{.problem = problem_, .gamma = gamma_, .beta = beta_, .eps = kEps};
+  if (is_segmented(pass)) {
+    call.groups = {k.offsets};
+  } else if (is_masked(pass)) {
+    call.counted = {k.mask, batchnorm::Padding::zero};
+  } else {
+    call.counted = {k.weights, batchnorm::Padding::normalize};
+  }
+  const std::span<batchnorm::Moments> moments = is_segmented(pass) ? k.of_segments : k.moments;
   if (is_backward(pass)) {
-    const std::span<T> dx = new_if_fresh(dx_).values();
-    if (is_segmented(pass)) {
-      return batchnorm::segment_batch_norm_backward<T>(dy, x, problem_, k.offsets, k.of_segments, gamma_, kEps, dx,
-                                                       dgamma_, dbeta_, options_);
-    }
-    return batchnorm::batch_norm_backward<T>(dy, x, problem_, w, k.moments, gamma_, kEps, dx, dgamma_, dbeta_,
-                                             options_);
+    const batchnorm::Gradients<T> gradients{.dx = new_if_fresh(dx_).values(), .dgamma = dgamma_, .dbeta = dbeta_};
+    return batchnorm::batch_norm_backward<T>(dy, x, call, moments, gradients, options_);
   }
   const std::span<T> y = new_if_fresh(y_).values();
-  if (is_segmented(pass)) {
-    return batchnorm::segment_batch_norm<T>(x, problem_, k.offsets, gamma_, beta_, kEps, y, k.of_segments, options_);
-  }
   if (pass == Pass::infer_masked) {
-    return batchnorm::normalize<T>(x, problem_, w, running_mean_, running_var_, gamma_, beta_, kEps, y, options_);
+    return batchnorm::normalize<T>(x, call, running_mean_, running_var_, y, options_);
   }
-  batchnorm::batch_norm<T>(x, problem_, w, gamma_, beta_, kEps, y, k.moments, options_);
+  batchnorm::batch_norm<T>(x, call, y, moments, options_);
 }
 
 // What backward passes need, as forward ones leave it.
@@ -71,8 +70,9 @@ void Tensors<T>::prepare_counted(Pass pass) {
   Counted& k = *counted_;
   const std::span<const T> x = x_.values();
   const auto& weights = is_masked(pass) ? k.mask : k.weights;
-  batchnorm::moments<T>(x, problem_, {weights, batchnorm::Padding::zero}, k.moments, options_);
-  if (is_segmented(pass)) batchnorm::segment_moments<T>(x, problem_, k.offsets, k.of_segments, options_);
+  batchnorm::moments<T>(x, batchnorm::Call<T>{.problem = problem_, .counted = {weights}}, k.moments, options_);
+  if (!is_segmented(pass)) return;
+  batchnorm::moments<T>(x, batchnorm::Call<T>{.problem = problem_, .groups = {k.offsets}}, k.of_segments, options_);
 }
 
 // A value belongs to the group of its segment and channel, and has a weight there.

@@ -1,6 +1,4 @@
 // The passes with a ReLU behind them, and the definition of their results.
-#include "batchnorm/relu.hpp"
-
 #include <cmath>
 
 #include "require.hpp"
@@ -13,7 +11,7 @@ bool is_backward(Pass pass) { return pass == Pass::backward_relu || pass == Pass
 bool is_inference(Pass pass) { return pass == Pass::infer_relu || pass == Pass::infer_add_relu; }
 bool has_residual(Pass pass) { return pass >= Pass::train_add_relu; }
 
-// As relu.hpp describes it.
+// As call.hpp describes it.
 bool is_set(const std::vector<std::uint8_t>& mask, std::size_t element) {
   const std::size_t bit = 64 + mask[0] + element;
   return ((mask[bit / 8] >> (bit % 8)) & 1) != 0;
@@ -44,17 +42,20 @@ void Tensors<T>::run_relu(Pass pass) {
   const std::span<const T> x = x_.values(), dy = dy_.values();
   WithRelu& k = *with_relu_;
   const std::span<const T> residual = has_residual(pass) ? k.residual.values() : std::span<T>{};
+  batchnorm::Call<T> call{.problem = problem_, .gamma = gamma_, .beta = beta_, .eps = kEps};
   if (is_backward(pass)) {
     const std::span<T> dresidual = has_residual(pass) ? k.dresidual.values() : std::span<T>{};
-    return batchnorm::batch_norm_relu_backward<T>(dy, x, problem_, k.mask, k.moments, gamma_, kEps,
-                                                  new_if_fresh(dx_).values(), dresidual, dgamma_, dbeta_, options_);
+    call.tail = {{}, true, k.mask};
+    const batchnorm::Gradients<T> gradients{new_if_fresh(dx_).values(), dresidual, dgamma_, dbeta_};
+    return batchnorm::batch_norm_backward<T>(dy, x, call, k.moments, gradients, options_);
   }
   const std::span<T> y = new_if_fresh(y_).values();
   if (is_inference(pass)) {
-    return batchnorm::normalize_relu<T>(x, problem_, residual, running_mean_, running_var_, gamma_, beta_, kEps, y, {},
-                                        options_);
+    call.tail = {residual, true, {}};
+    return batchnorm::normalize<T>(x, call, running_mean_, running_var_, y, options_);
   }
-  batchnorm::batch_norm_relu<T>(x, problem_, residual, gamma_, beta_, kEps, y, k.mask, k.moments, options_);
+  call.tail = {residual, true, k.mask};
+  batchnorm::batch_norm<T>(x, call, y, k.moments, options_);
 }
 
 template <class T>

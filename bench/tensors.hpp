@@ -11,8 +11,6 @@
 #include <vector>
 
 #include "batchnorm/batchnorm.hpp"
-#include "batchnorm/segments.hpp"
-#include "batchnorm/weighted.hpp"
 #include "copy.hpp"
 #include "passes.hpp"
 

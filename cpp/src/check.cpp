@@ -40,6 +40,10 @@ void size(const char* name, std::size_t got, const Problem& p) {
   if (got != static_cast<std::size_t>(p.size())) fail(name, " must have ", p.size(), " values, got ", got);
 }
 
+void size_or_absent(const char* name, std::size_t got, const Problem& p) {
+  if (got != 0) size(name, got, p);
+}
+
 void channels(const char* name, std::size_t got, const Problem& p) {
   if (got != static_cast<std::size_t>(p.channels)) {
     fail(name, " must have ", p.channels, " values (one per channel), got ", got);
@@ -141,6 +145,10 @@ void padding_differs(Padding padding) {
   }
 }
 
+void no_offsets(std::size_t got) {
+  if (got != 0) fail("offsets must be empty where mean and var are given, got ", got);
+}
+
 void offsets(std::span<const std::int64_t> offsets, const Problem& p) {
   if (offsets.empty() || offsets.front() != 0 || offsets.back() != p.outer) {
     fail("offsets must begin with 0 and end with ", p.outer, ", the outer size, got ",
@@ -173,9 +181,10 @@ void fail_to_be_apart(const Memory& a, const Memory& b) {
   fail(a.name, " must share no memory with ", b.name, ", got an overlap");
 }
 
-void mask_bytes(std::size_t got, std::int64_t needed) {
+void bits(std::size_t got, std::int64_t needed, bool relu) {
+  if (!relu) fail("bits must be empty without a ReLU, got ", got, " bytes");
   if (got != static_cast<std::size_t>(needed)) {
-    fail("mask must have ", needed, " bytes (relu_mask_bytes of the problem), got ", got);
+    fail("bits must have ", needed, " bytes (relu_mask_bytes of the problem), got ", got);
   }
 }
 

@@ -4,8 +4,8 @@
 #include <initializer_list>
 #include <span>
 
+#include "batchnorm/call.hpp"
 #include "batchnorm/types.hpp"
-#include "batchnorm/weighted.hpp"
 
 namespace batchnorm::check {
 
@@ -16,6 +16,7 @@ void size(const char* name, std::size_t got, const Problem& problem);
 void channels(const char* name, std::size_t got, const Problem& problem);
 void channels_or_absent(const char* name, const ChannelValues& values, const Problem& problem);
 void channels_present(const char* name, const ChannelValues& values, const Problem& problem);
+void size_or_absent(const char* name, std::size_t got, const Problem& problem);
 // Finite and >= 0.
 void eps(double eps);
 // No negative variance. NaN passes: it stays in its channel.
@@ -42,6 +43,8 @@ void sum_of_weights(double sum);
 void counted_positions(std::int64_t counted, const Problem& problem);
 // With given statistics a weight of 0 says nothing but that the output is something else.
 void padding_differs(Padding padding);
+// Given statistics are those of all.
+void no_offsets(std::size_t got);
 // From 0 to problem.outer, never falling.
 void offsets(std::span<const std::int64_t> offsets, const Problem& problem);
 // One entry per segment and channel.
@@ -79,7 +82,8 @@ struct Memory {
     for (const Memory& b : others) apart(*a, b);
   }
 }
-void mask_bytes(std::size_t got, std::int64_t needed);
+// Of a ReLU, which there is.
+void bits(std::size_t got, std::int64_t needed, bool relu);
 
 // A tensor that is written: of the problem's size, exactly `in` or apart from it.
 template <class T>
@@ -87,32 +91,4 @@ void output(const char* name, std::span<T> out, const Problem& problem, std::spa
   size(name, out.size(), problem);
   no_partial_overlap(name, out.data(), in_name, in.data(), in.size_bytes());
 }
-// dy and the gradients of a call, of which those that are empty are not wanted.
-template <class T>
-void gradients(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues gamma, double eps_,
-               std::span<T> dx, ChannelOutput dgamma, ChannelOutput dbeta) {
-  size("dy", dy.size(), problem);
-  channels_or_absent("gamma", gamma, problem);
-  eps(eps_);
-  if (!dx.empty()) {
-    output("dx", dx, problem, dy, "dy");
-    no_partial_overlap("dx", dx.data(), "x", x.data(), x.size_bytes());
-  }
-  if (dgamma.wanted()) channels("dgamma", dgamma.size(), problem);
-  if (dbeta.wanted()) channels("dbeta", dbeta.size(), problem);
-  if (dgamma.wanted() || dbeta.wanted()) {
-    apart({{"dgamma", dgamma}, {"dbeta", dbeta}}, {{"dy", dy}, {"x", x}, {"dx", dx}, {"gamma", gamma}});
-  }
-  apart({{"dx", dx}}, {{"gamma", gamma}});
-}
-
 }  // namespace batchnorm::check
-
-namespace batchnorm {
-
-template <class T>
-T* data_or_null(std::span<T> s) {
-  return s.empty() ? nullptr : s.data();
-}
-
-}  // namespace batchnorm

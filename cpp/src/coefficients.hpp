@@ -41,7 +41,7 @@ class CoefficientTable {
     if (plan.planar()) return per_channel;
     const std::int64_t columns = plan.apply_rows.columns;
     return per_channel + Workspace::bytes_for<T>(kFields * (columns + kRepeated)) +
-           Workspace::bytes_for<double>(kFields * columns) + Workspace::bytes_for<std::uint16_t>(groups(columns));
+           Workspace::bytes_for<double>(kFields * columns);
   }
   CoefficientTable(const Plan& plan, Workspace& workspace)
       : plan_(plan),
@@ -53,7 +53,6 @@ class CoefficientTable {
     const std::int64_t columns = plan.apply_rows.columns;
     narrow_ = workspace.take<T>(kFields * (columns + kRepeated));
     wide_ = workspace.take<double>(kFields * columns);
-    mask_ = workspace.take<std::uint16_t>(groups(columns));
   }
 
   // Of the channels of a V from c on, written by whoever owns them.
@@ -68,8 +67,11 @@ class CoefficientTable {
   // Planar: of channel c and those that follow it.
   [[nodiscard]] const Map<T>* narrow(std::int64_t c) const { return channels_ + c; }
   [[nodiscard]] const Map<double>& wide(std::int64_t c) const { return wide_channels_[c]; }
-  [[nodiscard]] bool is_wide(std::int64_t c) const { return is_wide_[c]; }
   [[nodiscard]] bool any_wide() const { return any_wide_.load(std::memory_order_relaxed); }
+  [[nodiscard]] bool is_wide_channel(std::int64_t c) const { return any_wide() && is_wide_[c]; }
+  [[nodiscard]] bool is_wide_column(std::int64_t e) const { return is_wide_channel(channel_of(e)); }
+  // Values of a row of the tensor.
+  [[nodiscard]] std::int64_t width() const { return plan_.problem.channels * plan_.problem.inner; }
 
   // Interleaved: lays out the columns of finished channels, whose columns are whole vectors or all there are.
   void lay_out(Range channels) {
@@ -77,19 +79,15 @@ class CoefficientTable {
     if (channels.begin == 0) repeat_first();
   }
 
-  // Array of field `f` of the maps, and the mask of the columns that are wide. The first columns of the narrow ones are
-  // repeated behind the last.
+  // Array of field `f` of the maps. The first columns of the narrow ones are repeated behind the last; of the wide ones
+  // only columns that are wide have meaning.
   [[nodiscard]] const T* narrow_columns(std::int64_t f) const { return narrow_field(f); }
   [[nodiscard]] const double* wide_columns(int f) const { return wide_ + f * plan_.apply_rows.columns; }
-  [[nodiscard]] const std::uint16_t* mask() const { return mask_; }
 
  private:
   static constexpr std::int64_t kFields = sizeof(Map<double>) / sizeof(double);
   static constexpr std::int64_t kRepeated = kernels::kVectorColumns;
 
-  static std::int64_t groups(std::int64_t columns) {
-    return (columns + kernels::kVectorColumns - 1) / kernels::kVectorColumns;
-  }
   [[nodiscard]] std::int64_t channel_of(std::int64_t column) const {
     return column / plan_.problem.inner % plan_.problem.channels;
   }
@@ -146,17 +144,10 @@ class CoefficientTable {
       for (std::int64_t e = 0; e < std::min(kRepeated, columns); ++e) narrow_field(f)[columns + e] = narrow_field(f)[e];
     }
   }
-  // The masks of columns [begin, end), and the float64 coefficients of the vectors that have a wide column.
+  // The float64 coefficients of the columns that want them.
   void lay_out_wide(std::int64_t begin, std::int64_t end) {
-    for (std::int64_t first = begin; first < end; first += kernels::kVectorColumns) {
-      const std::int64_t last = std::min(first + kernels::kVectorColumns, end);
-      unsigned mask = 0;
-      for (std::int64_t e = first; any_wide() && e < last; ++e) {
-        if (is_wide_[channel_of(e)]) mask |= 1u << (e - first);
-      }
-      mask_[first / kernels::kVectorColumns] = static_cast<std::uint16_t>(mask);
-      for (std::int64_t e = first; mask != 0 && e < last; ++e)
-        scatter(wide_channels_[channel_of(e)], wide_, plan_.apply_rows.columns, e);
+    for (std::int64_t e = begin; any_wide() && e < end; ++e) {
+      if (is_wide_column(e)) scatter(wide_channels_[channel_of(e)], wide_, plan_.apply_rows.columns, e);
     }
   }
   template <class A>
@@ -173,7 +164,6 @@ class CoefficientTable {
   bool* is_wide_;
   T* narrow_ = nullptr;
   double* wide_ = nullptr;
-  std::uint16_t* mask_ = nullptr;
   std::atomic<bool> any_wide_{false};
 };
 

@@ -42,7 +42,7 @@ class SecondPass {
   static constexpr bool reduces = true;
   bool applies;
   Plan plan;
-  const kernels::Kernels<T>& kernels;
+  const kernels::KernelTable& table;
   const T *v, *dy, *x;
   T* dx;  // where the pass applies
   const Moments* moments;
@@ -71,14 +71,14 @@ class SecondPass {
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
     double mean[kernels::kMostChannels];
     for (std::int64_t i = 0; i < runs.channels; ++i) mean[i] = mean_of_dy(c + i);
-    kernels.runs_grad_sums(v + offset, dy + offset, runs, mean, out);
+    table.of<T>().runs_grad_sums({v + offset, dy + offset}, runs, mean, out);
   }
   void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
-    kernels.rows_grad_sums(v + offset, dy + offset, rows, column_mean + column, out);
+    table.of<T>().rows_grad_sums({v + offset, dy + offset}, rows, column_mean + column, out);
   }
   void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                   const ColumnSums& total) const {
-    kernels.add_blocks(first, count, stride, columns, total);
+    table.of<T>().add_blocks(first, count, stride, columns, total);
   }
 
   // `totals` are null for an empty batch, whose sums are 0.
@@ -98,18 +98,62 @@ class SecondPass {
     });
   }
 
+  // In float64, some values at a time where that is not the tensors' type.
   void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
-    kernels.runs_second_grad(v + offset, dy + offset, x + offset, dx + offset, runs, of_channels + c);
+    if constexpr (sizeof(T) == sizeof(double)) {
+      table.f64.runs_second_grad(v + offset, dy + offset, x + offset, dx + offset, runs, of_channels + c);
+    } else {
+      for (std::int64_t k = 0; k < runs.count; ++k) {
+        for (std::int64_t i = 0; i < runs.channels; ++i) {
+          const std::int64_t at = offset + k * runs.stride + i * runs.length;
+          for_tiles(at, runs.length, [&](std::int64_t, std::int64_t n, const double* const* in, double* out) {
+            table.f64.runs_second_grad(in[0], in[1], in[2], out, {.length = n, .count = 1, .stride = 0},
+                                       of_channels + c + i);
+          });
+        }
+      }
+    }
   }
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     const auto field = [this](std::int64_t f) { return of_columns + f * applied_columns(); };
-    const SecondAffineColumns k{field(0), field(1), field(2), field(3), field(4), field(5), field(6)};
-    kernels.rows_second_grad(v + offset, dy + offset, x + offset, dx + offset, rows, k);
+    const auto from = [&](std::int64_t c) {
+      return SecondAffineColumns{field(0) + c, field(1) + c, field(2) + c, field(3) + c,
+                                 field(4) + c, field(5) + c, field(6) + c};
+    };
+    if constexpr (sizeof(T) == sizeof(double)) {
+      table.f64.rows_second_grad(v + offset, dy + offset, x + offset, dx + offset, rows, from(0));
+    } else {
+      for (std::int64_t r = 0; r < rows.count; ++r) {
+        for_tiles(offset + r * rows.stride, rows.columns,
+                  [&](std::int64_t c, std::int64_t n, const double* const* in, double* out) {
+                    const Rows row{.count = 1, .columns = n, .stride = n};
+                    table.f64.rows_second_grad(in[0], in[1], in[2], out, row, from(c));
+                  });
+      }
+    }
   }
 
  private:
   static constexpr std::int64_t kFields = sizeof(SecondAffine) / sizeof(double);
 
+  // f(begin, n, tiles of v, dy and x, tile of dx) for the `count` values at `offset`. Narrower results are rounded from
+  // float64 to float32, and those of 16 bits once more.
+  template <class F>
+  void for_tiles(std::int64_t offset, std::int64_t count, const F& f) const {
+    constexpr std::int64_t kTile = 512;
+    double memory[4][kTile];
+    const double* const in[] = {memory[0], memory[1], memory[2]};
+    for (std::int64_t begin = 0; begin < count; begin += kTile) {
+      const std::int64_t n = std::min(kTile, count - begin), at = offset + begin;
+      for (std::int64_t i = 0; i < n; ++i) {
+        memory[0][i] = static_cast<double>(v[at + i]);
+        memory[1][i] = static_cast<double>(dy[at + i]);
+        memory[2][i] = static_cast<double>(x[at + i]);
+      }
+      f(begin, n, in, memory[3]);
+      for (std::int64_t i = 0; i < n; ++i) dx[at + i] = static_cast<T>(memory[3][i]);
+    }
+  }
   [[nodiscard]] std::int64_t applied_columns() const {
     return applies && plan.path == Path::row_blocks ? plan.apply_rows.columns : 0;
   }
@@ -132,11 +176,11 @@ class SecondPass {
 };
 
 template <class T>
-Along sums_along_x(const T* v, const T* dy, const T* x, const Problem& problem, const Moments* saved, int threads) {
-  const auto channels = static_cast<std::size_t>(problem.channels);
+Along sums_along_x(const T* v, const T* dy, const T* x, const Part<T>& call, const Moments* saved, int threads) {
+  const auto channels = static_cast<std::size_t>(call.problem.channels);
   Along along{std::vector<GradSums>(channels), std::vector<GradSums>(channels), std::vector<Moments>(channels)};
-  run_grad_sums(v, x, problem, saved, along.v.data(), threads);
-  run_grad_sums(dy, x, problem, saved, along.dy.data(), threads);
+  run_grad_sums(v, x, call, saved, along.v.data(), threads);
+  run_grad_sums(dy, x, call, saved, along.dy.data(), threads);
   run_here([&] {
     for (std::size_t c = 0; c < channels; ++c) {
       if (saved[c].count == 0) continue;
@@ -150,20 +194,20 @@ Along sums_along_x(const T* v, const T* dy, const T* x, const Problem& problem, 
 }  // namespace
 
 template <class T>
-void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const Problem& problem, const Moments* saved,
-                                    ChannelValues gamma, const Cotangents& w, double eps, const SecondOutputs<T>& out,
-                                    int threads) {
+void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const Part<T>& call, const Moments* saved,
+                                    const Cotangents& w, const SecondOutputs<T>& out, int threads) {
+  const Problem& problem = call.problem;
   const Tangents along_w{w.dgamma, w.dbeta, {}, {}};
   if (out.dx == nullptr && !out.dgamma.wanted()) {
-    if (out.ddy != nullptr) run_batch_norm_jvp(v, x, problem, saved, nullptr, gamma, along_w, eps, out.ddy, threads);
+    if (out.ddy != nullptr) run_batch_norm_jvp(v, x, call, saved, nullptr, along_w, out.ddy, threads);
     return;
   }
-  const Along along = sums_along_x(v, dy, x, problem, saved, threads);
+  const Along along = sums_along_x(v, dy, x, call, saved, threads);
   const Work work{true, out.dx != nullptr, out.dx != nullptr ? 4 : 2, sizeof(T)};
   SecondPass<T> pass{
       .applies = work.applies,
       .plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads)),
-      .kernels = active_implementation().table->of<T>(),
+      .table = *active_implementation().table,
       .v = v,
       .dy = dy,
       .x = x,
@@ -171,61 +215,63 @@ void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const P
       .moments = saved,
       .along = along,
       .dgamma = out.dgamma,
-      .gamma = gamma,
+      .gamma = call.gamma,
       .w = w.dgamma,
-      .eps = eps};
+      .eps = call.eps};
   // On the heap: a forward-mode pass, with a workspace of its own, comes in between.
   const Workspace::Heap memory = Workspace::allocate(pass.bytes() + Traversal<SecondPass<T>>::bytes(pass.plan, true));
   Workspace workspace(memory.get());
   pass.take_memory(workspace);
   Traversal<SecondPass<T>> traversal(pass.plan, pass, workspace);
   if (out.ddy != nullptr) {
-    run_batch_norm_jvp(v, x, problem, saved, along.v.data(), gamma, along_w, eps, out.ddy, threads);
+    run_batch_norm_jvp(v, x, call, saved, along.v.data(), along_w, out.ddy, threads);
   }
   traversal.run();
 }
 
 template <class T>
-void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Problem& problem,
-                                   const GivenStatistics& given, ChannelValues gamma, const Cotangents& w, double eps,
-                                   const SecondOutputs<T>& out, int threads) {
-  const auto channels = static_cast<std::size_t>(problem.channels);
+void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Part<T>& call,
+                                   const GivenStatistics& given, const Cotangents& w, const SecondOutputs<T>& out,
+                                   int threads) {
+  const auto channels = static_cast<std::size_t>(call.problem.channels);
   const std::vector<Moments> about_0(out.dgamma.wanted() ? channels : 0);
   std::vector<GradSums> sums(about_0.size());
-  if (out.dgamma.wanted()) run_grad_sums(v, dy, problem, about_0.data(), sums.data(), threads);
+  if (out.dgamma.wanted()) run_grad_sums(v, dy, call, about_0.data(), sums.data(), threads);
   GivenStatistics scale = given;
   scale.only_scale = true;
+  Part<T> by_w = call;
+  by_w.gamma = w.dgamma;
+  by_w.beta = {};
   const auto to_dx = [&, at_most = available_threads(threads)](const PartOf& part) {
-    run_normalize(dy, problem, scale, w.dgamma, {}, eps, out.dx, at_most, part);
+    run_normalize(dy, by_w, scale, out.dx, at_most, part);
   };
   const bool scales = out.dx != nullptr && w.dgamma.present();
   std::size_t bytes = 0;  // before ddy is written
   if (scales) to_dx({.needed = &bytes});
   const Workspace::Heap memory = Workspace::allocate(bytes);
   if (out.ddy != nullptr) {
-    run_normalize_jvp(v, x, problem, given, gamma, {w.dgamma, w.dbeta, {}, {}}, eps, out.ddy, threads);
+    run_normalize_jvp(v, x, call, given, {w.dgamma, w.dbeta, {}, {}}, out.ddy, threads);
   }
   if (scales) {
     to_dx({.memory = memory.get()});
   } else if (out.dx != nullptr) {
-    std::fill_n(out.dx, problem.size(), T(0));
+    std::fill_n(out.dx, call.problem.size(), T(0));
   }
   run_here([&] {
     for (std::size_t at = 0; at < sums.size(); ++at) {
       const auto c = static_cast<std::int64_t>(at);
       const auto m = MomentsOf<double>::at(&about_0[at]);
       const auto s = GradSumsOf<double>::at(&sums[at]);
-      out.dgamma.set(c, dgamma_of<double>(m, s, rstd_of(DoubleDouble{given.var[c], 0}, eps)));
+      out.dgamma.set(c, dgamma_of<double>(m, s, rstd_of(DoubleDouble{given.var[c], 0}, call.eps)));
     }
   });
 }
 
 #define BN_INSTANTIATE(T)                                                                                           \
-  template void run_batch_norm_double_backward(const T*, const T*, const T*, const Problem&, const Moments*,        \
-                                               ChannelValues, const Cotangents&, double, const SecondOutputs<T>&,   \
-                                               int);                                                                \
-  template void run_normalize_double_backward(const T*, const T*, const T*, const Problem&, const GivenStatistics&, \
-                                              ChannelValues, const Cotangents&, double, const SecondOutputs<T>&, int);
+  template void run_batch_norm_double_backward(const T*, const T*, const T*, const Part<T>&, const Moments*,        \
+                                               const Cotangents&, const SecondOutputs<T>&, int);                    \
+  template void run_normalize_double_backward(const T*, const T*, const T*, const Part<T>&, const GivenStatistics&, \
+                                              const Cotangents&, const SecondOutputs<T>&, int);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)

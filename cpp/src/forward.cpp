@@ -1,5 +1,6 @@
-// The passes of forward over whole tensors.
-#include "forward_pass.hpp"
+// Forward: moments -> coefficients -> normalize, or parts of that.
+#include "pass.hpp"
+#include "settle.hpp"
 
 namespace batchnorm {
 namespace {
@@ -8,84 +9,180 @@ using kernels::Affine;
 using kernels::AffineColumns;
 using kernels::ColumnSums;
 using kernels::Rows;
+using kernels::RowWalk;
 using kernels::Runs;
 using kernels::Sums;
-using kernels::WideColumns;
 
 template <class T>
-struct ForwardCalls {
-  using A = Arithmetic<T>;
+struct ForwardPass {
+  using A = Arithmetic<T>;  // what coefficients are in
+  using Table = CoefficientTable<A, Affine>;
+  static constexpr std::int64_t kItemSize = sizeof(T);
 
+  bool reduces, applies;
+  const Part<T>& call;
   const T* x;
-  T* y;
-  const kernels::Kernels<T>& kernels = active_implementation().table->of<T>();
+  T* y = nullptr;
+  Moments* saved = nullptr;    // where the pass reduces
+  GivenStatistics given = {};  // where it does not
+  Plan plan = {};
+  Table* coefficients = nullptr;  // where it applies
+  const kernels::KernelTable& table = *active_implementation().table;
+  // Set by prepare().
+  MomentOperands<T> summed{table, x, {}};
+  NormalizeOperands<T> applied{table, x, y, {}, {}, {}, false};
+  bool around_cache = false, staged = false;
+  RowWalk walk = RowWalk::columns;
 
-  static void prepare(const Plan&) {}
-  static int streams() { return 2; }
-  [[nodiscard]] SummedValues<T> summed(const Plan& plan) const {
-    return {kernels, x, {static_cast<double>(plan.problem.count()), 0}};
+  void prepare() {
+    summed.x = x;
+    summed.positions = call.positions;
+    summed.positions.problem = plan.problem;
+    applied.x = x;
+    applied.y = y;
+    applied.positions = summed.positions;
+    applied.padding = call.padding;
+    applied.tail = call.tail;
+    around_cache = plan.around_cache && y != x && y != call.tail.residual;
+    applied.around_cache = around_cache;
+    staged = (call.positions && call.padding != Padding::normalize) || (sizeof(T) == 2 && !call.tail.empty());
+    walk = around_cache ? RowWalk::around_cache : RowWalk::columns;
+    if (call.tail.bits != nullptr) place_bits();
+  }
+  // The bits of a vector are whole bytes where they begin like the lines of y, and the vectors are lines of y; or where
+  // rows are whole bytes.
+  void place_bits() {
+    const bool by_columns = plan.path == Path::row_blocks && !around_cache && !staged &&
+                            plan.apply_rows.columns % 8 == 0 && call.bits_head != nullptr;
+    if (call.bits_head != nullptr) applied.tail.first_bit = by_columns ? 0 : values_past_line(y);
+    if (!by_columns && !around_cache) walk = RowWalk::in_line;
+  }
+  void begin() const {
+    if (call.bits_head == nullptr) return;
+    std::fill_n(call.bits_head, kBitsHead, std::uint8_t{0});
+    *call.bits_head = static_cast<std::uint8_t>(applied.tail.first_bit);
   }
 
-  void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t, Sums* out) const {
-    kernels.runs_moments(x + offset, runs, out);
+  void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
+    sum_moments(summed, offset, runs, c, {}, out);
   }
-  void sum_rows(std::int64_t offset, std::int64_t, const Rows& rows, const ColumnSums& out) const {
-    kernels.rows_moments(x + offset, rows, out);
+  void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
+    sum_moments(summed, offset, column, rows, {}, out);
+  }
+  void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                  const ColumnSums& total) const {
+    table.of<T>().add_blocks(first, count, stride, columns, total);
   }
 
-  void apply_runs(const Plan& plan, std::int64_t offset, const Runs& runs, std::int64_t, const Affine<A>* k) const {
-    const bool around = plan.around_cache && x != y;
-    (around ? kernels.runs_normalize_around_cache : kernels.runs_normalize)(x + offset, y + offset, runs, k);
+  void finish(Range channels, const Sums* totals) {
+    if (reduces) {
+      const DoubleDouble count = call.count();
+      if (totals != nullptr && count.hi > 0) {
+        settle<T>(plan, {summed, count}, channels, totals, saved);
+      } else {
+        std::fill(saved + channels.begin, saved + channels.end, Moments{});
+      }
+    }
+    if (!applies) return;
+    for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
+      set_coefficients({begin, std::min(begin + kTogether, channels.end)});
+    }
   }
-  void apply_runs_wide(std::int64_t offset, const Runs& runs, std::int64_t, const Affine<double>& k) const {
-    kernels.runs_normalize_wide(x + offset, y + offset, runs, k);
+  void lay_out(Range channels) { coefficients->lay_out(channels); }
+
+  void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
+    if (staged || coefficients->any_wide()) return normalize_staged(applied, offset, runs, c, *coefficients);
+    Runs at_once = runs;
+    at_once.around_cache = around_cache;
+    table.of<T>().runs_normalize(x + offset, y + offset, tail(offset), at_once, coefficients->narrow(c));
   }
-  void apply_rows(const Plan& plan, std::int64_t offset, const Rows& rows, const AffineColumns<A>& k) const {
-    const bool around = plan.around_cache && x != y && rows.columns == plan.apply_rows.columns;
-    (around ? kernels.rows_normalize_around_cache : kernels.rows_normalize)(x + offset, y + offset, rows, k);
+  void apply_rows(std::int64_t offset, const Rows& rows) const {
+    if (coefficients->any_wide()) return normalize_staged(applied, offset, rows, *coefficients);
+    if (!staged) return apply_counted_rows(offset, rows);
+    const bool are_rows = applied.positions && applied.positions.are_rows() && rows.stride == plan.problem.channels;
+    if (!are_rows || sizeof(T) == 2) return normalize_staged(applied, offset, rows, *coefficients);
+    for_rows_alike(applied.positions, offset, rows, [this](std::int64_t at, const Rows& some, bool counts) {
+      counts ? apply_counted_rows(at, some) : pad_rows(at, some);
+    });
   }
-  void apply_rows_mixed(std::int64_t offset, const Rows& rows, const AffineColumns<A>& k,
-                        const WideColumns<AffineColumns<double>>& wide) const {
-    kernels.rows_normalize_mixed(x + offset, y + offset, rows, k, wide);
+
+ private:
+  [[nodiscard]] kernels::Tail<T> tail(std::int64_t offset) const {
+    kernels::Tail<T> at = applied.tail;
+    at.at = offset;
+    return at;
+  }
+  void apply_counted_rows(std::int64_t offset, Rows rows) const {
+    const Table& k = *coefficients;
+    if (rows.columns == plan.apply_rows.columns && rows.columns >= kernels::kVectorColumns) rows.walk = walk;
+    const AffineColumns<A> columns{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
+    table.of<T>().rows_normalize(x + offset, y + offset, tail(offset), rows, columns);
+  }
+  void pad_rows(std::int64_t offset, const Rows& rows) const {
+    const std::int64_t n = rows.count * rows.columns;
+    if (call.padding == Padding::zero) {
+      std::fill_n(y + offset, n, T(0));
+    } else if (x != y) {
+      std::copy_n(x + offset, n, y + offset);
+    }
+  }
+
+  // Of at most kTogether channels.
+  void set_coefficients(Range channels) const {
+    const std::int64_t first = channels.begin, count = channels.end - channels.begin;
+    double g[kTogether], b[kTogether];
+    read_channels(call.gamma, channels, 1, g);
+    read_channels(call.beta, channels, 0, b);
+    if (reduces || given.moments != nullptr) {
+      const Moments* moments = (reduces ? saved : given.moments) + first;
+      return for_channels<A>(count, [&]<class V>(std::int64_t i) {
+        forward_coefficients<A, V>(MomentsOf<V>::at(moments + i), call.eps, gather<V>(g + i), gather<V>(b + i),
+                                   [&](const auto& k) { coefficients->set(first + i, k); });
+      });
+    }
+    double mean[kTogether], var[kTogether];
+    read_channels(given.mean, channels, 0, mean);
+    read_channels(given.var, channels, 0, var);
+    for_channels<A>(count, [&]<class V>(std::int64_t i) {
+      const TwoParts<V> rstd = rstd_for<A>(gather<V>(var + i), call.eps);
+      const V gamma_i = gather<V>(g + i);
+      if (given.only_scale) return coefficients->set(first + i, frozen_backward_coefficients<A>(rstd, gamma_i));
+      forward_coefficients<A, V>(gather<V>(mean + i), rstd, gamma_i, gather<V>(b + i),
+                                 [&](const auto& k) { coefficients->set(first + i, k); });
+    });
   }
 };
 
 template <class T>
-using Pass = ForwardPass<T, ForwardCalls<T>>;
+int streams_of(const Part<T>& call) {
+  return call.tail.residual == nullptr ? 2 : 3;
+}
 
 }  // namespace
 
 template <class T>
-void run_moments(const T* x, const Problem& problem, Moments* out, int threads, const PartOf& part) {
-  run(Pass<T>{.reduces = true, .applies = false, .calls = {x, nullptr}, .saved = out}, problem, threads, part);
+void run_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
+  ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
+  run(pass, 2, threads, part);
 }
 
 template <class T>
-void run_batch_norm(const T* x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps, T* y,
-                    Moments* saved, int threads, const PartOf& part) {
-  Pass<T> pass{.reduces = true, .applies = true, .calls = {x, y}, .saved = saved};
-  pass.gamma = gamma;
-  pass.beta = beta;
-  pass.eps = eps;
-  run(pass, problem, threads, part);
+void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
+  ForwardPass<T> pass{.reduces = true, .applies = true, .call = call, .x = x, .y = y, .saved = saved};
+  run(pass, streams_of(call), threads, part);
 }
 
 template <class T>
-void run_normalize(const T* x, const Problem& problem, const GivenStatistics& given, ChannelValues gamma,
-                   ChannelValues beta, double eps, T* y, int threads, const PartOf& part) {
-  Pass<T> pass{.reduces = false, .applies = true, .calls = {x, y}, .given = given};
-  pass.gamma = gamma;
-  pass.beta = beta;
-  pass.eps = eps;
-  run(pass, problem, threads, part);
+void run_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
+                   const PartOf& part) {
+  ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};
+  run(pass, streams_of(call), threads, part);
 }
 
-#define BN_INSTANTIATE(T)                                                                                             \
-  template void run_moments(const T*, const Problem&, Moments*, int, const PartOf&);                                  \
-  template void run_batch_norm(const T*, const Problem&, ChannelValues, ChannelValues, double, T*, Moments*, int,     \
-                               const PartOf&);                                                                        \
-  template void run_normalize(const T*, const Problem&, const GivenStatistics&, ChannelValues, ChannelValues, double, \
-                              T*, int, const PartOf&);
+#define BN_INSTANTIATE(T)                                                                   \
+  template void run_moments(const T*, const Part<T>&, Moments*, int, const PartOf&);        \
+  template void run_batch_norm(const T*, const Part<T>&, T*, Moments*, int, const PartOf&); \
+  template void run_normalize(const T*, const Part<T>&, const GivenStatistics&, T*, int, const PartOf&);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)

@@ -1,33 +1,24 @@
-// What the passes of forward and backward have in common: the run of one call, and how pieces with coefficients outside
-// float32's range are taken apart.
-//
-// Calls say which kernels a pass uses, on which tensors. They give
-//   const kernels::Kernels<T>& kernels   for what does not depend on the values that count
-//   void prepare(Plan&)                  once, before anything else is called, and before memory is taken
-//   void begin()                         if there is anything to write before the passes
-//   int streams()                        tensors that a pass which applies goes through
-//   and what forward_pass.hpp and backward_pass.hpp ask for.
+// What the passes of forward and backward have in common.
 #pragma once
 
 #include "coefficients.hpp"
 #include "passes.hpp"
+#include "staged.hpp"
 #include "traverse.hpp"
 
 namespace batchnorm {
 
-// narrow(offset, runs, c) applies the coefficients of the channels from c on; wide(...) those of one channel in
-// float64.
-template <class Table, class Narrow, class Wide>
-void apply_by_width(const Table& coefficients, std::int64_t offset, const kernels::Runs& runs, std::int64_t c,
-                    const Narrow& narrow, const Wide& wide) {
-  if (!coefficients.any_wide()) return narrow(offset, runs, c);
-  for (std::int64_t i = 0; i < runs.channels; ++i) {
-    const kernels::Runs one{runs.length, runs.count, runs.stride};
-    if (coefficients.is_wide(c + i)) {
-      wide(offset + i * runs.length, one, c + i);
-    } else {
-      narrow(offset + i * runs.length, one, c + i);
-    }
+// f(offset, rows, counts) for the rows of a block one below the other, as many at a time as count or do not; of
+// positions that are rows.
+template <class T, class F>
+void for_rows_alike(const Positions<T>& positions, std::int64_t offset, const kernels::Rows& rows, const F& f) {
+  const auto* w = positions.of_row(offset);
+  for (std::int64_t r = 0, end = 0; r < rows.count; r = end) {
+    const bool counts = w[r] != 0;
+    while (end < rows.count && (w[end] != 0) == counts) ++end;
+    kernels::Rows some = rows;
+    some.count = end - r;
+    f(offset + r * rows.stride, some, counts);
   }
 }
 
@@ -43,14 +34,15 @@ inline const double* lay_out_means(const Plan& plan, const Moments* moments, Wor
   return mean;
 }
 
+// A pass gives, beside what traverse.hpp asks for, prepare(), once it has its plan.
 template <class Pass>
-void run(Pass pass, const Problem& problem, int threads, const PartOf& part = {}) {
+void run(Pass& pass, int streams, int threads, const PartOf& part) {
   using Table = typename Pass::Table;
-  const Plan& plan = pass.plan;
-  const Work work{pass.reduces, pass.applies, pass.calls.streams() - (pass.applies ? 0 : 1), Pass::kItemSize,
-                  part.size};
+  const Problem& problem = pass.call.problem;
+  const Work work{pass.reduces, pass.applies, streams - (pass.applies ? 0 : 1), Pass::kItemSize, part.size};
   pass.plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
-  pass.calls.prepare(pass.plan);
+  const Plan& plan = pass.plan;
+  pass.prepare();
   constexpr bool kBackward = requires { pass.column_mean; };
   const bool wants_means = kBackward && pass.reduces && plan.path == Path::row_blocks;
   const std::size_t bytes = (pass.applies ? Table::bytes(plan) : 0) +
@@ -65,7 +57,7 @@ void run(Pass pass, const Problem& problem, int threads, const PartOf& part = {}
     if (wants_means) pass.column_mean = lay_out_means(plan, pass.moments, workspace);
   }
   Traversal<Pass> traversal(plan, pass, workspace);
-  if constexpr (requires { pass.calls.begin(); }) pass.calls.begin();
+  if constexpr (requires { pass.begin(); }) pass.begin();
   if (!pass.applies) return traversal.run();
   Table coefficients(plan, workspace);
   pass.coefficients = &coefficients;

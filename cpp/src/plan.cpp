@@ -6,13 +6,6 @@
 namespace batchnorm {
 namespace {
 
-// Values of one chunk of a sum. A lane then adds 2^8 of them (up to 480 where runs are just longer than a vector)
-// before sums are added with the error kept; the error bounds in channel_math.hpp count on at most 2^10. 16 KB of
-// float32, and 32 with those of dy, is what a thread block of a GPU can hold beside others and sum once more from
-// there. On a CPU it takes as long as with chunks of four times as many values where memory is the limit (planar layers
-// of ResNet-50: moments 1.00, training 0.99, backward 0.98; Zen 4, one thread), 2 % longer in the second-level cache.
-constexpr std::int64_t kChunkValues = 4 * 1024;
-
 // Rows of one block: at most 2^10 for that bound; at least 64, so that the sums of a block (32 bytes a column) are few
 // against its values; about 32 blocks in between, to share among threads. A column is a chain of its own: who cannot
 // hold a block of wide rows holds some of its columns.

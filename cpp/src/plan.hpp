@@ -11,6 +11,13 @@
 
 namespace batchnorm {
 
+// Values of one chunk of a sum. A lane then adds 2^8 of them (up to 480 where runs are just longer than a vector)
+// before sums are added with the error kept; the error bounds in channel_math.hpp count on at most 2^10. 16 KB of
+// float32, and 32 with those of dy, is what a thread block of a GPU can hold beside others and sum once more from
+// there. On a CPU it takes as long as with chunks of four times as many values where memory is the limit (planar layers
+// of ResNet-50: moments 1.00, training 0.99, backward 0.98; Zen 4, one thread), 2 % longer in the second-level cache.
+constexpr std::int64_t kChunkValues = 4 * 1024;
+
 // The orders in which the pieces of a tensor can be visited.
 enum class Path {
   nothing,        // no values at all

@@ -30,22 +30,9 @@ Arithmetic<T> shift_for(Again again, const Moments& m) {
   return again == Again::about_shift ? static_cast<Arithmetic<T>>(m.mean) : 0;
 }
 
-// Sums of one planar piece of channel c.
 template <class T>
-Sums sum_piece_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t c, const Runs& runs, Again again,
-                     Arithmetic<T> shift) {
-  const T* x = v.x + offset;
-  Sums part;
-  if (v.weights != nullptr) {
-    const auto& kernels = v.weights->moments_of(*v.weighted_kernels);
-    const auto w = v.weights->of_runs(offset, c);
-    again == Again::about_shift ? kernels.runs_about(x, w, runs, shift, &part)
-                                : kernels.runs_compensated(x, w, runs, &part);
-  } else {
-    again == Again::about_shift ? v.kernels.runs_moments_about(x, runs, shift, &part)
-                                : v.kernels.runs_moments_compensated(x, runs, &part);
-  }
-  return part;
+Summing<T> how(Again again, const Arithmetic<T>* shift) {
+  return again == Again::about_shift ? Summing<T>{.shift = shift} : Summing<T>{.compensated = true};
 }
 
 template <class T>
@@ -54,7 +41,7 @@ Sums sum_channel_again(const Plan& plan, const SummedValues<T>& values, std::int
   Sums total;
   add_pieces(plan.sum_runs.chunks, 1, &total, [&](std::int64_t k, Sums* out) {
     const auto [offset, runs] = plan.sum_runs.chunk(plan.problem, k, {c, c + 1});
-    *out = sum_piece_again(values, offset, c, runs, again, shift);
+    sum_moments(values.operands, offset, runs, c, how<T>(again, &shift), out);
   });
   return total;
 }
@@ -76,22 +63,6 @@ struct Tile {
   double block_memory[4 * kTileColumns], bundle_memory[4 * kTileColumns], total_memory[4 * kTileColumns];
 };
 
-// Sums of a part of a block of rows whose columns begin at `column`.
-template <class T>
-void sum_rows_again(const SummedValues<T>& v, std::int64_t offset, std::int64_t column, const Rows& rows, Again again,
-                    const Arithmetic<T>* shift, const kernels::ColumnSums& out) {
-  const T* x = v.x + offset;
-  if (v.weights != nullptr) {
-    const auto& kernels = v.weights->moments_of(*v.weighted_kernels);
-    const auto w = v.weights->of_rows(offset, column, rows.stride);
-    again == Again::about_shift ? kernels.rows_about(x, w, rows, shift, out)
-                                : kernels.rows_compensated(x, w, rows, out);
-  } else {
-    again == Again::about_shift ? v.kernels.rows_moments_about(x, rows, shift, out)
-                                : v.kernels.rows_moments_compensated(x, rows, out);
-  }
-}
-
 // Sums of `columns` columns from column `first` on, over all rows of the tensor, into the tile's totals. Blocks are
 // those of the first sums, and are added as add_blocks() does.
 template <class T>
@@ -105,7 +76,7 @@ kernels::ColumnSums sum_tile_again(const Plan& plan, const SummedValues<T>& valu
   const kernels::ColumnSums total = empty_sums(tile.total_memory, columns);
   for (std::int64_t row = 0, b = 1; row < problem.outer; row += block_rows, ++b) {
     const Rows rows{std::min(block_rows, problem.outer - row), columns, width};
-    sum_rows_again(values, row * width + first, first, rows, again, tile.shift, part);
+    sum_moments(values.operands, row * width + first, first, rows, how<T>(again, tile.shift), part);
     add_columns(bundle, part, columns);
     if (b % kernels::kBundle != 0 && row + block_rows < problem.outer) continue;
     add_columns(total, bundle, columns);
@@ -146,10 +117,11 @@ void settle_tile(const Plan& plan, const SummedValues<T>& values, Range channels
 // f(value, weight) for the values of channel c that count, in the order of memory.
 template <class T, class F>
 void for_values(const Problem& p, const SummedValues<T>& values, std::int64_t c, const F& f) {
+  const Positions<T>& positions = values.operands.positions;
   for (std::int64_t o = 0; o < p.outer; ++o) {
     for (std::int64_t i = 0; i < p.inner; ++i) {
-      const double weight = values.weights == nullptr ? 1 : values.weights->at(o * p.inner + i);
-      if (weight != 0) f(static_cast<double>(values.x[(o * p.channels + c) * p.inner + i]), weight);
+      const double weight = positions ? static_cast<double>(positions.values[o * p.inner + i]) : 1;
+      if (weight != 0) f(static_cast<double>(values.operands.x[(o * p.channels + c) * p.inner + i]), weight);
     }
   }
 }

@@ -3,21 +3,17 @@
 
 #include "batchnorm/types.hpp"
 #include "double_double.hpp"
-#include "kernels/table.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
-#include "weights.hpp"
+#include "staged.hpp"
 
 namespace batchnorm {
 
 // The values that are summed: x, all of them alike or with weights.
 template <class T>
 struct SummedValues {
-  const kernels::Kernels<T>& kernels;
-  const T* x;
+  MomentOperands<T> operands;
   DoubleDouble count;  // of each channel: how many there are, or what they weigh
-  const kernels::WeightedKernels<T>* weighted_kernels = nullptr;
-  const TensorWeights<T>* weights = nullptr;
 };
 
 // Moments of the channels in `channels`, whose sums about 0 are totals[c - channels.begin], into out[c].

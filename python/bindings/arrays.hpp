@@ -99,6 +99,10 @@ std::span<T> output(py::array& a, const char* name) {
   return {static_cast<T*>(a.mutable_data()), values.size()};
 }
 
+inline py::array checked_array(const py::object& o, const char* name) {
+  if (!py::isinstance<py::array>(o)) throw py::type_error(std::string(name) + " must be an array or None");
+  return py::reinterpret_borrow<py::array>(o);
+}
 inline void check_contiguous(const py::array& a, const char* name) {
   check_memory(a, name, Access::read);
   if ((a.flags() & py::array::c_style) == 0) {
@@ -109,8 +113,7 @@ inline void check_contiguous(const py::array& a, const char* name) {
 // One value per channel of either dtype, or None.
 inline ChannelValues channel_values(const py::object& o, const char* name) {
   if (o.is_none()) return {};
-  if (!py::isinstance<py::array>(o)) throw py::type_error(std::string(name) + " must be an array or None");
-  const auto a = py::reinterpret_borrow<py::array>(o);
+  const py::array a = checked_array(o, name);
   check_contiguous(a, name);
   const auto size = static_cast<std::size_t>(a.size());
   if (is_float32(a)) return std::span<const float>(static_cast<const float*>(a.data()), size);

@@ -14,6 +14,7 @@
 namespace batchnorm::bindings {
 
 void add_ordinary_calls(py::module_& m);  // ordinary.cpp
+void add_passes(py::module_& m);          // passes.cpp
 void add_weighted_calls(py::module_& m);  // weighted.cpp
 void add_relu_calls(py::module_& m);      // relu.cpp
 
@@ -135,7 +136,8 @@ void py_batch_norm_jvp(const py::array& x_dot, const py::array& x, const Sizes& 
     const auto in = tensor<T>(x, "x");
     const auto out = output<T>(y_dot, "out");
     const ReleaseForWork gil(x.size());
-    batch_norm_jvp<T>(tangent, in, problem, stats, scale, g, b, eps, out, {threads});
+    batch_norm_jvp<T>(tangent, in, Call<T>{.problem = problem, .gamma = scale, .eps = eps}, stats, g, b, out,
+                      {threads});
   });
 }
 
@@ -153,7 +155,8 @@ void py_normalize_jvp(const py::array& x_dot, const py::array& x, const Sizes& s
     const auto in = tensor<T>(x, "x");
     const auto out = output<T>(y_dot, "out");
     const ReleaseForWork gil(x.size());
-    normalize_jvp<T>(tangent, in, problem, m, v, scale, md, vd, g, b, eps, out, {threads});
+    normalize_jvp<T>(tangent, in, Call<T>{.problem = problem, .gamma = scale, .eps = eps}, m, v, md, vd, g, b, out,
+                     {threads});
   });
 }
 
@@ -185,8 +188,8 @@ void py_batch_norm_double_backward(const py::array& v, const py::array& dy, cons
   double_backward(v, dy, x, std::move(ddy), std::move(dx), std::move(dgamma),
                   [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
                                std::span<T> to_dy, std::span<T> to_x, ChannelOutput to_gamma) {
-                    batch_norm_double_backward<T>(of_dx, g, in, problem, stats, scale, wg, wb, eps, to_dy, to_x,
-                                                  to_gamma, {threads});
+                    const Call<T> call{.problem = problem, .gamma = scale, .eps = eps};
+                    batch_norm_double_backward<T>(of_dx, g, in, call, stats, wg, wb, to_dy, to_x, to_gamma, {threads});
                   });
 }
 
@@ -202,8 +205,8 @@ void py_normalize_double_backward(const py::array& v, const py::array& dy, const
   double_backward(v, dy, x, std::move(ddy), std::move(dx), std::move(dgamma),
                   [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
                                std::span<T> to_dy, std::span<T> to_x, ChannelOutput to_gamma) {
-                    normalize_double_backward<T>(of_dx, g, in, problem, m, s, scale, wg, wb, eps, to_dy, to_x, to_gamma,
-                                                 {threads});
+                    const Call<T> call{.problem = problem, .gamma = scale, .eps = eps};
+                    normalize_double_backward<T>(of_dx, g, in, call, m, s, wg, wb, to_dy, to_x, to_gamma, {threads});
                   });
 }
 
@@ -336,6 +339,7 @@ PYBIND11_MODULE(_core_of_main, m, pybind11::mod_gil_not_used()) {
         py::arg("update_rate"), py::arg("ddof"), "The running statistics after one batch, as new arrays.");
 
   add_ordinary_calls(m);
+  add_passes(m);
   add_weighted_calls(m);
   add_relu_calls(m);
 

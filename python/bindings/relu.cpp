@@ -1,10 +1,9 @@
 // The calls with a ReLU. As module.cpp: views in, GIL released, core called.
-#include "batchnorm/relu.hpp"
-
 #include <pybind11/stl.h>
 
 #include <optional>
 
+#include "batchnorm/batchnorm.hpp"
 #include "calls.hpp"
 
 namespace batchnorm::bindings {
@@ -27,9 +26,10 @@ void check_bytes(const py::array& mask) {
     throw py::type_error("mask must be a contiguous uint8 array");
   }
 }
-std::span<const std::uint8_t> bytes_of(const py::array& mask) {
+// Which are read alone.
+std::span<std::uint8_t> bytes_of(const py::array& mask) {
   check_bytes(mask);
-  return {static_cast<const std::uint8_t*>(mask.data()), static_cast<std::size_t>(mask.size())};
+  return {static_cast<std::uint8_t*>(const_cast<void*>(mask.data())), static_cast<std::size_t>(mask.size())};
 }
 // Of one that Python has had made for the call, and may not write to itself.
 std::span<std::uint8_t> new_bytes_of(MaybeArray& mask) {
@@ -50,7 +50,8 @@ void py_batch_norm_relu(const py::array& x, const Sizes& sizes, const MaybeArray
     const auto out = output<T>(y, "out");
     const auto result = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
-    batch_norm_relu<T>(in, problem, add, g, b, eps, out, bits, result, {threads});
+    batch_norm<T>(in, Call<T>{.problem = problem, .gamma = g, .beta = b, .eps = eps, .tail = {add, true, bits}}, out,
+                  result, {threads});
   });
 }
 
@@ -66,7 +67,8 @@ void py_normalize_relu(const py::array& x, const Sizes& sizes, const MaybeArray&
     const auto add = tensor_or_none<T>(residual, "residual");
     const auto out = output<T>(y, "out");
     const ReleaseForWork gil(x.size());
-    normalize_relu<T>(in, problem, add, m, v, g, b, eps, out, bits, {threads});
+    normalize<T>(in, Call<T>{.problem = problem, .gamma = g, .beta = b, .eps = eps, .tail = {add, true, bits}}, m, v,
+                 out, {threads});
   });
 }
 
@@ -84,8 +86,8 @@ void py_batch_norm_relu_backward(const py::array& dy, const py::array& x, const 
     const auto in = tensor<T>(x, "x");
     const auto out = output_or_none<T>(dx, "out"), passed_on = output_or_none<T>(dresidual, "out");
     const ReleaseForWork gil(x.size());
-    batch_norm_relu_backward<T>(g, in, problem, bits, stats, scale, eps, out, passed_on, to_gamma.output(),
-                                to_beta.output(), {threads});
+    batch_norm_backward<T>(g, in, Call<T>{.problem = problem, .gamma = scale, .eps = eps, .tail = {{}, true, bits}},
+                           stats, Gradients<T>{out, passed_on, to_gamma.output(), to_beta.output()}, {threads});
   });
   to_gamma.deliver();
   to_beta.deliver();
@@ -105,8 +107,8 @@ void py_normalize_relu_backward(const py::array& dy, const py::array& x, const S
     const auto in = tensor<T>(x, "x");
     const auto out = output_or_none<T>(dx, "out"), passed_on = output_or_none<T>(dresidual, "out");
     const ReleaseForWork gil(x.size());
-    normalize_relu_backward<T>(g, in, problem, bits, m, v, scale, eps, out, passed_on, to_gamma.output(),
-                               to_beta.output(), {threads});
+    normalize_backward<T>(g, in, Call<T>{.problem = problem, .gamma = scale, .eps = eps, .tail = {{}, true, bits}}, m,
+                          v, Gradients<T>{out, passed_on, to_gamma.output(), to_beta.output()}, {threads});
   });
   to_gamma.deliver();
   to_beta.deliver();

@@ -1,12 +1,9 @@
 // The calls with weights per position, and those of segments. As module.cpp: views in, GIL released, core called.
-#include "batchnorm/weighted.hpp"
-
 #include <pybind11/stl.h>
 
 #include <optional>
 
 #include "batchnorm/batchnorm.hpp"
-#include "batchnorm/segments.hpp"
 #include "calls.hpp"
 
 namespace batchnorm::bindings {
@@ -18,7 +15,7 @@ Padding padding_of(int value) {
 }
 
 template <class T>
-WeightsFor<T> weights_of(const py::array& weights, int padding) {
+Counted<T> weights_of(const py::array& weights, int padding) {
   using W = typename detail::WeightType<T>::type;
   return {tensor<W>(weights, "weights"), padding_of(padding)};
 }
@@ -31,7 +28,7 @@ py::array py_weighted_moments(const py::array& x, const Sizes& sizes, const py::
     const auto w = weights_of<T>(weights, 0);
     const auto result = rows<Moments>(out);
     const ReleaseForWork gil(x.size());
-    moments<T>(in, problem, w, result, {threads});
+    moments<T>(in, Call<T>{.problem = problem, .counted = w}, result, {threads});
   });
   return out;
 }
@@ -47,7 +44,8 @@ void py_weighted_batch_norm(const py::array& x, const Sizes& sizes, const py::ar
     const auto out = output<T>(y, "out");
     const auto result = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
-    batch_norm<T>(in, problem, w, g, b, eps, out, result, {threads});
+    batch_norm<T>(in, Call<T>{.problem = problem, .counted = w, .gamma = g, .beta = b, .eps = eps}, out, result,
+                  {threads});
   });
 }
 
@@ -62,7 +60,8 @@ void py_weighted_normalize(const py::array& x, const Sizes& sizes, const py::arr
     const auto w = weights_of<T>(weights, padding);
     const auto out = output<T>(y, "out");
     const ReleaseForWork gil(x.size());
-    normalize<T>(in, problem, w, m, v, g, b, eps, out, {threads});
+    normalize<T>(in, Call<T>{.problem = problem, .counted = w, .gamma = g, .beta = b, .eps = eps}, m, v, out,
+                 {threads});
   });
 }
 
@@ -77,7 +76,7 @@ py::array py_weighted_grad_sums(const py::array& dy, const py::array& x, const S
     const auto w = weights_of<T>(weights, padding);
     const auto result = rows<GradSums>(out);
     const ReleaseForWork gil(x.size());
-    grad_sums<T>(g, in, problem, w, stats, result, {threads});
+    grad_sums<T>(g, in, Call<T>{.problem = problem, .counted = w}, stats, result, {threads});
   });
   return out;
 }
@@ -95,7 +94,8 @@ void py_weighted_grad_input(const py::array& dy, const py::array& x, const Sizes
     const auto w = weights_of<T>(weights, padding);
     const auto out = output<T>(dx, "out");
     const ReleaseForWork gil(x.size());
-    grad_input<T>(g, in, problem, w, stats, sums, scale, eps, out, {threads});
+    grad_input<T>(g, in, Call<T>{.problem = problem, .counted = w, .gamma = scale, .eps = eps}, stats, sums, out, {},
+                  {threads});
   });
 }
 
@@ -113,7 +113,8 @@ void py_weighted_batch_norm_backward(const py::array& dy, const py::array& x, co
     const auto w = weights_of<T>(weights, padding);
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    batch_norm_backward<T>(g, in, problem, w, stats, scale, eps, out, to_gamma.output(), to_beta.output(), {threads});
+    batch_norm_backward<T>(g, in, Call<T>{.problem = problem, .counted = w, .gamma = scale, .eps = eps}, stats,
+                           Gradients<T>{.dx = out, .dgamma = to_gamma.output(), .dbeta = to_beta.output()}, {threads});
   });
   to_gamma.deliver();
   to_beta.deliver();
@@ -134,7 +135,8 @@ void py_weighted_normalize_backward(const py::array& dy, const py::array& x, con
     const auto w = weights_of<T>(weights, padding);
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    normalize_backward<T>(g, in, problem, w, m, v, scale, eps, out, to_gamma.output(), to_beta.output(), {threads});
+    normalize_backward<T>(g, in, Call<T>{.problem = problem, .counted = w, .gamma = scale, .eps = eps}, m, v,
+                          Gradients<T>{.dx = out, .dgamma = to_gamma.output(), .dbeta = to_beta.output()}, {threads});
   });
   to_gamma.deliver();
   to_beta.deliver();
@@ -159,7 +161,7 @@ py::array py_segment_moments(const py::array& x, const Sizes& sizes, const py::a
     const auto in = tensor<T>(x, "x");
     const auto result = rows<Moments>(out);
     const ReleaseForWork gil(x.size());
-    segment_moments<T>(in, problem, bounds, result, {threads});
+    moments<T>(in, Call<T>{.problem = problem, .groups = {bounds}}, result, {threads});
   });
   return out;
 }
@@ -174,7 +176,8 @@ void py_segment_batch_norm(const py::array& x, const Sizes& sizes, const py::arr
     const auto out = output<T>(y, "out");
     const auto result = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
-    segment_batch_norm<T>(in, problem, bounds, g, b, eps, out, result, {threads});
+    batch_norm<T>(in, Call<T>{.problem = problem, .groups = {bounds}, .gamma = g, .beta = b, .eps = eps}, out, result,
+                  {threads});
   });
 }
 
@@ -192,8 +195,8 @@ void py_segment_batch_norm_backward(const py::array& dy, const py::array& x, con
     const auto in = tensor<T>(x, "x");
     const auto out = dx ? output<T>(*dx, "out") : std::span<T>{};
     const ReleaseForWork gil(x.size());
-    segment_batch_norm_backward<T>(g, in, problem, bounds, stats, scale, eps, out, to_gamma.output(), to_beta.output(),
-                                   {threads});
+    batch_norm_backward<T>(g, in, Call<T>{.problem = problem, .groups = {bounds}, .gamma = scale, .eps = eps}, stats,
+                           Gradients<T>{.dx = out, .dgamma = to_gamma.output(), .dbeta = to_beta.output()}, {threads});
   });
   to_gamma.deliver();
   to_beta.deliver();

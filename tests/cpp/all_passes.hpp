@@ -170,12 +170,13 @@ void run_into(Results<T>& r, const Batch<T>& b, const Options& options, double e
   batchnorm::update_running(r.running_mean, r.running_var, r.saved, 0.1, 1);
   if (order == Order::first) return;
   const std::span<const T> v(r.dx);  // any values that are not dy
-  batchnorm::batch_norm_jvp<T>(v, x, p, r.saved, gamma, beta, mean, eps, r.y_dot, options);
-  batchnorm::batch_norm_double_backward<T>(v, dy, x, p, r.saved, gamma, beta, mean, eps, r.ddy, r.dx_second,
+  const batchnorm::Call<T> call{.problem = p, .gamma = gamma, .eps = eps};
+  batchnorm::batch_norm_jvp<T>(v, x, call, r.saved, beta, mean, r.y_dot, options);
+  batchnorm::batch_norm_double_backward<T>(v, dy, x, call, r.saved, beta, mean, r.ddy, r.dx_second,
                                            std::span(r.dgamma_second), options);
-  batchnorm::normalize_jvp<T>(v, x, p, mean, var, gamma, beta, var, beta, mean, eps, r.y_dot_frozen, options);
-  batchnorm::normalize_double_backward<T>(v, dy, x, p, mean, var, gamma, beta, mean, eps, r.ddy_frozen,
-                                          r.dx_second_frozen, std::span(r.dgamma_second_frozen), options);
+  batchnorm::normalize_jvp<T>(v, x, call, mean, var, beta, var, beta, mean, r.y_dot_frozen, options);
+  batchnorm::normalize_double_backward<T>(v, dy, x, call, mean, var, beta, mean, r.ddy_frozen, r.dx_second_frozen,
+                                          std::span(r.dgamma_second_frozen), options);
 }
 template <class T>
 Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5, Order order = Order::second) {

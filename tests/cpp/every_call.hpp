@@ -1,6 +1,7 @@
 // Every public function that works on tensors, with arguments, for tests of what is true of all of them.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <cstdint>
 #include <functional>
@@ -9,19 +10,25 @@
 #include <vector>
 
 #include "batchnorm/batchnorm.hpp"
-#include "batchnorm/relu.hpp"
-#include "batchnorm/segments.hpp"
-#include "batchnorm/weighted.hpp"
 #include "data.hpp"
 
 namespace every_call {
 
 using namespace batchnorm;
 
-struct Call {
+struct NamedCall {
   std::string name;
   std::vector<std::span<std::byte>> outputs;
   std::function<void()> run;
+};
+
+// A Call with what its backward passes read.
+template <class T>
+struct Way {
+  std::string name;
+  Call<T> call;
+  std::vector<Moments> saved;
+  std::vector<GradSums> sums;
 };
 
 template <class T>
@@ -40,145 +47,123 @@ struct Arguments {
     offsets = {0};
     for (std::int64_t row = 0; row < p.outer;)
       offsets.push_back(row = std::min<std::int64_t>(row + 1 + g.below(3), p.outer));
-    const auto channels = gamma.size();
-    saved.resize(channels);
-    saved_mask.resize(channels);
-    saved_segments.resize((offsets.size() - 1) * channels);
-    sums.resize(channels);
-    sums_mask.resize(channels);
-    relu_mask.resize(static_cast<std::size_t>(relu_mask_bytes(p)));
+    const auto channels = gamma.size(), entries = (offsets.size() - 1) * channels;
+    bits.resize(static_cast<std::size_t>(relu_mask_bytes(p)));
     y.resize(x.size());
     y2.resize(x.size());
     dgamma.resize(channels);
     dbeta.resize(channels);
-    moments_out.resize(saved_segments.size());
-    sums_out.resize(channels);
-    mask_out.resize(relu_mask.size());
-    moments<T>(x, p, saved);
-    moments<T>(x, p, WeightsFor<T>{mask, Padding::zero}, saved_mask);
-    segment_moments<T>(x, p, offsets, saved_segments);
-    grad_sums<T>(dy, x, p, saved, sums);
-    grad_sums<T>(dy, x, p, WeightsFor<T>{mask, Padding::zero}, saved_mask, sums_mask);
-    batch_norm_relu<T>(x, p, residual, gamma, beta, 1e-5, y, relu_mask, saved);
+    moments_out.resize(entries);
+    sums_out.resize(entries);
+    bits_out.resize(bits.size());
+
+    const Call<T> plain{.problem = p, .gamma = gamma, .beta = beta};
+    const Counted<T> by_mask{mask, Padding::zero}, by_weights{weights, Padding::normalize};
+    const Tail<T> relu{residual, true, bits};
+    add("", plain);
+    add(" with a mask", with(plain, {}, by_mask, {}));
+    add(" with weights", with(plain, {}, by_weights, {}));
+    add(" with a ReLU", with(plain, {}, {}, relu));
+    add(" by segments", with(plain, {offsets}, {}, {}));
+    add(" by segments with weights and a ReLU", with(plain, {offsets}, by_weights, relu));
+    add(" with a mask and a residual", with(plain, {}, {mask, Padding::keep}, {.residual = residual}));
   }
+  Arguments(const Arguments&) = delete;  // calls refer to what they are made of
+  Arguments& operator=(const Arguments&) = delete;
 
   Problem p;
   std::vector<T> x, dy, v, residual;
   std::vector<double> gamma, beta, mean, var, tangent;
   std::vector<W> mask, weights;
   std::vector<std::int64_t> offsets;
-  std::vector<Moments> saved, saved_mask, saved_segments;
-  std::vector<GradSums> sums, sums_mask;
-  std::vector<std::uint8_t> relu_mask;
+  std::vector<std::uint8_t> bits;
   std::vector<T> y, y2;
   std::vector<double> dgamma, dbeta;
   std::vector<Moments> moments_out;
   std::vector<GradSums> sums_out;
-  std::vector<std::uint8_t> mask_out;
+  std::vector<std::uint8_t> bits_out;
+  std::vector<Way<T>> ways;
+
+ private:
+  static Call<T> with(Call<T> call, const Groups& groups, const Counted<T>& counted, const Tail<T>& tail) {
+    call.groups = groups;
+    call.counted = counted;
+    call.tail = tail;
+    return call;
+  }
+  void add(const char* name, const Call<T>& call) {
+    const std::size_t entries = call.groups.offsets.empty() ? gamma.size() : moments_out.size();
+    Way<T> way{name, call, std::vector<Moments>(entries), std::vector<GradSums>(entries)};
+    batch_norm<T>(x, call, y, way.saved);
+    grad_sums<T>(dy, x, call, way.saved, way.sums);
+    ways.push_back(std::move(way));
+  }
 };
 
 template <class T>
-std::vector<Call> of(Arguments<T>& a, const Options& options = {}) {
+void add_way(std::vector<NamedCall>& calls, Arguments<T>& a, const Way<T>& way, const Options& options) {
   const auto bytes = [](auto& values) { return std::as_writable_bytes(std::span(values)); };
   const auto y = bytes(a.y), y2 = bytes(a.y2), dgamma = bytes(a.dgamma), dbeta = bytes(a.dbeta);
-  const auto table = bytes(a.moments_out), sums = bytes(a.sums_out), mask_out = bytes(a.mask_out);
-  const std::span<const T> x(a.x), dy(a.dy), v(a.v), residual(a.residual);
-  const std::span<const double> gamma(a.gamma), beta(a.beta), mean(a.mean), var(a.var), tangent(a.tangent);
-  const std::span<Moments> moments_out = std::span(a.moments_out).first(a.gamma.size());
-  const Problem p = a.p;
-  const double eps = 1e-5;
-  std::vector<Call> calls = {
-      {"moments", {table}, [=] { moments<T>(x, p, moments_out, options); }},
-      {"batch_norm", {y, table}, [=, &a] { batch_norm<T>(x, p, gamma, beta, eps, a.y, moments_out, options); }},
-      {"batch_norm in place",
-       {bytes(a.x), table},
-       [=, &a] { batch_norm<T>(x, p, gamma, beta, eps, a.x, moments_out, options); }},
-      {"normalize", {y}, [=, &a] { normalize<T>(x, p, mean, var, gamma, beta, eps, a.y, options); }},
-      {"normalize by moments",
-       {y},
-       [=, &a] { normalize<T>(x, p, std::span<const Moments>(a.saved), gamma, beta, eps, a.y, options); }},
-      {"grad_sums", {sums}, [=, &a] { grad_sums<T>(dy, x, p, a.saved, a.sums_out, options); }},
-      {"grad_input", {y}, [=, &a] { grad_input<T>(dy, x, p, a.saved, a.sums, gamma, eps, a.y, options); }},
-      {"batch_norm_backward",
-       {y, dgamma, dbeta},
-       [=, &a] { batch_norm_backward<T>(dy, x, p, a.saved, gamma, eps, a.y, a.dgamma, a.dbeta, options); }},
-      {"batch_norm_backward in place",
-       {bytes(a.dy), dgamma, dbeta},
-       [=, &a] { batch_norm_backward<T>(dy, x, p, a.saved, gamma, eps, a.dy, a.dgamma, a.dbeta, options); }},
-      {"normalize_backward",
-       {y, dgamma, dbeta},
-       [=, &a] { normalize_backward<T>(dy, x, p, mean, var, gamma, eps, a.y, a.dgamma, a.dbeta, options); }},
-      {"batch_norm_jvp",
-       {y},
-       [=, &a] { batch_norm_jvp<T>(v, x, p, a.saved, gamma, tangent, tangent, eps, a.y, options); }},
-      {"normalize_jvp",
-       {y},
-       [=, &a] { normalize_jvp<T>(v, x, p, mean, var, gamma, tangent, tangent, tangent, tangent, eps, a.y, options); }},
-      {"batch_norm_double_backward",
-       {y, y2, dgamma},
-       [=, &a] {
-         batch_norm_double_backward<T>(v, dy, x, p, a.saved, gamma, tangent, tangent, eps, a.y, a.y2, a.dgamma,
-                                       options);
-       }},
-      {"normalize_double_backward",
-       {y, y2, dgamma},
-       [=, &a] {
-         normalize_double_backward<T>(v, dy, x, p, mean, var, gamma, tangent, tangent, eps, a.y, a.y2, a.dgamma,
-                                      options);
-       }},
-      {"batch_norm_relu",
-       {y, table, mask_out},
-       [=, &a] { batch_norm_relu<T>(x, p, residual, gamma, beta, eps, a.y, a.mask_out, moments_out, options); }},
-      {"normalize_relu",
-       {y, mask_out},
-       [=, &a] { normalize_relu<T>(x, p, residual, mean, var, gamma, beta, eps, a.y, a.mask_out, options); }},
-      {"batch_norm_relu_backward",
-       {y, y2, dgamma, dbeta},
-       [=, &a] {
-         batch_norm_relu_backward<T>(dy, x, p, a.relu_mask, a.saved, gamma, eps, a.y, a.y2, a.dgamma, a.dbeta, options);
-       }},
-      {"normalize_relu_backward",
-       {y, y2, dgamma, dbeta},
-       [=, &a] {
-         normalize_relu_backward<T>(dy, x, p, a.relu_mask, mean, var, gamma, eps, a.y, a.y2, a.dgamma, a.dbeta,
-                                    options);
-       }},
-      {"segment_moments", {table}, [=, &a] { segment_moments<T>(x, p, a.offsets, a.moments_out, options); }},
-      {"segment_batch_norm",
-       {y, table},
-       [=, &a] { segment_batch_norm<T>(x, p, a.offsets, gamma, beta, eps, a.y, a.moments_out, options); }},
-      {"segment_batch_norm in place",
-       {bytes(a.x), table},
-       [=, &a] { segment_batch_norm<T>(x, p, a.offsets, gamma, beta, eps, a.x, a.moments_out, options); }},
-      {"segment_batch_norm_backward",
-       {y, dgamma, dbeta},
-       [=, &a] {
-         segment_batch_norm_backward<T>(dy, x, p, a.offsets, a.saved_segments, gamma, eps, a.y, a.dgamma, a.dbeta,
-                                        options);
-       }},
+  const auto bits = bytes(a.bits_out);
+  const std::span<const T> x(a.x), dy(a.dy);
+  const std::span<const double> mean(a.mean), var(a.var);
+  const std::span<Moments> table = std::span(a.moments_out).first(way.saved.size());
+  const std::span<GradSums> sums = std::span(a.sums_out).first(way.sums.size());
+  const std::span<const Moments> saved(way.saved);
+  const std::span<const GradSums> of_saved(way.sums);
+  const Call<T> backward = way.call;
+  Call<T> forward = way.call;
+  if (!forward.tail.bits.empty()) forward.tail.bits = a.bits_out;
+  const auto add = [&](const char* name, std::vector<std::span<std::byte>> outputs, std::function<void()> run) {
+    calls.push_back({name + way.name, std::move(outputs), std::move(run)});
   };
-  for (const bool is_mask : {true, false}) {
-    const WeightsFor<T> w{is_mask ? a.mask : a.weights, is_mask ? Padding::zero : Padding::normalize};
-    const WeightsFor<T> keep{w.values, Padding::keep};
-    const std::string with = is_mask ? " with a mask" : " with weights";
-    calls.push_back({"moments" + with, {table}, [=] { moments<T>(x, p, w, moments_out, options); }});
-    calls.push_back({"batch_norm" + with, {y, table}, [=, &a] {
-                       batch_norm<T>(x, p, w, gamma, beta, eps, a.y, moments_out, options);
-                     }});
-    calls.push_back(
-        {"normalize" + with, {y}, [=, &a] { normalize<T>(x, p, keep, mean, var, gamma, beta, eps, a.y, options); }});
-    calls.push_back(
-        {"grad_sums" + with, {sums}, [=, &a] { grad_sums<T>(dy, x, p, w, a.saved_mask, a.sums_out, options); }});
-    calls.push_back({"grad_input" + with, {y}, [=, &a] {
-                       grad_input<T>(dy, x, p, w, a.saved_mask, a.sums_mask, gamma, eps, a.y, options);
-                     }});
-    calls.push_back({"batch_norm_backward" + with, {y, dgamma, dbeta}, [=, &a] {
-                       batch_norm_backward<T>(dy, x, p, w, a.saved_mask, gamma, eps, a.y, a.dgamma, a.dbeta, options);
-                     }});
-    calls.push_back({"normalize_backward" + with, {y, dgamma, dbeta}, [=, &a] {
-                       normalize_backward<T>(dy, x, p, keep, mean, var, gamma, eps, a.y, a.dgamma, a.dbeta, options);
-                     }});
+  add("moments", {bytes(table)}, [=] { moments<T>(x, forward, table, options); });
+  add("batch_norm", {y, bytes(table), bits}, [=, &a] { batch_norm<T>(x, forward, a.y, table, options); });
+  add("normalize by moments", {y, bits}, [=, &a] { normalize<T>(x, forward, saved, a.y, options); });
+  add("grad_sums", {bytes(sums)}, [=] { grad_sums<T>(dy, x, backward, saved, sums, options); });
+  add("grad_input", {y, y2}, [=, &a] { grad_input<T>(dy, x, backward, saved, of_saved, a.y, a.y2, options); });
+  add("batch_norm_backward", {y, y2, dgamma, dbeta},
+      [=, &a] { batch_norm_backward<T>(dy, x, backward, saved, {a.y, a.y2, a.dgamma, a.dbeta}, options); });
+  if (way.call.groups.offsets.empty()) {  // given statistics are of one group
+    Call<T> given = forward, given_backward = backward;
+    given.counted.padding = given_backward.counted.padding = Padding::keep;
+    add("normalize", {y, bits}, [=, &a] { normalize<T>(x, given, mean, var, a.y, options); });
+    add("normalize_backward", {y, y2, dgamma, dbeta},
+        [=, &a] { normalize_backward<T>(dy, x, given_backward, mean, var, {a.y, a.y2, a.dgamma, a.dbeta}, options); });
   }
+  // Last: what is read is written.
+  const std::string in_place = way.name + " in place";
+  calls.push_back({"batch_norm" + in_place, {bytes(a.x), bytes(table), bits}, [=, &a] {
+                     batch_norm<T>(x, forward, a.x, table, options);
+                   }});
+  calls.push_back({"batch_norm_backward" + in_place, {bytes(a.dy), bytes(a.x), dgamma, dbeta}, [=, &a] {
+                     batch_norm_backward<T>(dy, x, backward, saved, {a.dy, a.x, a.dgamma, a.dbeta}, options);
+                   }});
+}
+
+template <class T>
+std::vector<NamedCall> of(Arguments<T>& a, const Options& options = {}) {
+  std::vector<NamedCall> calls;
+  const auto bytes = [](auto& values) { return std::as_writable_bytes(std::span(values)); };
+  const auto y = bytes(a.y), y2 = bytes(a.y2), dgamma = bytes(a.dgamma);
+  const std::span<const T> x(a.x), dy(a.dy), v(a.v);
+  const std::span<const double> mean(a.mean), var(a.var), tangent(a.tangent);
+  const Call<T> call = a.ways.front().call;
+  const std::span<const Moments> saved(a.ways.front().saved);
+  calls.push_back(
+      {"batch_norm_jvp", {y}, [=, &a] { batch_norm_jvp<T>(v, x, call, saved, tangent, tangent, a.y, options); }});
+  calls.push_back({"normalize_jvp", {y}, [=, &a] {
+                     normalize_jvp<T>(v, x, call, mean, var, tangent, tangent, tangent, tangent, a.y, options);
+                   }});
+  calls.push_back({"batch_norm_double_backward", {y, y2, dgamma}, [=, &a] {
+                     batch_norm_double_backward<T>(v, dy, x, call, saved, tangent, tangent, a.y, a.y2, a.dgamma,
+                                                   options);
+                   }});
+  calls.push_back({"normalize_double_backward", {y, y2, dgamma}, [=, &a] {
+                     normalize_double_backward<T>(v, dy, x, call, mean, var, tangent, tangent, a.y, a.y2, a.dgamma,
+                                                  options);
+                   }});
+  for (const Way<T>& way : a.ways) add_way(calls, a, way, options);
   return calls;
 }
 

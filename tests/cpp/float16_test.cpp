@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "batchnorm/info.hpp"
-#include "dispatch.hpp"
+#include "data.hpp"
 #include "expect.hpp"
-#include "machine.hpp"
+#include "tables.hpp"
 
 namespace {
 
@@ -132,43 +132,42 @@ TEST(bfloat16_is_the_nearest_even) { rounds_to_nearest_even<BFloat16>(); }
 // f of the kernels of every instruction set that runs here, the definition among them.
 template <class T, class F>
 void for_each_table(F f) {
-  for (const Implementation& implementation : implementations()) {
-    if (machine_runs(implementation.name)) f(implementation.name, implementation.table->of<T>());
-  }
-  f(reference_implementation.name, reference_implementation.table->of<T>());
+  for (const Implementation& implementation : tables::runnable()) f(implementation.name, implementation.table->of<T>());
 }
 
 // Lengths of runs: whole vectors, every tail, and one value.
 constexpr std::int64_t kLengths[] = {64, 1, 2, 3, 4, 5, 7, 8, 9, 11, 15, 16, 17, 31, 33};
 
+// f(at, n) for pieces of that length of n values.
+template <class F>
+void in_pieces(std::int64_t n, std::int64_t length, F f) {
+  for (std::int64_t at = 0; at < n; at += length) f(at, std::min(length, n - at));
+}
+
 template <class T>
 void kernels_widen_every_value() {
-  for_each_table<T>([](const char* isa, const kernels::Kernels<T>& k) {
+  std::vector<T> x;
+  for (unsigned bits = 0; bits < 0x10000; ++bits) x.push_back(from_bits<T>(bits));
+  for_each_table<T>([&](const char* isa, const kernels::Kernels<T>& k) {
     for (const std::int64_t length : kLengths) {
-      std::vector<T> x, y(0x10000);
-      for (unsigned bits = 0; bits < 0x10000; ++bits) x.push_back(from_bits<T>(bits));
+      std::vector<T> y(x.size());
+      std::vector<float> wide(x.size());
       const Affine<float> identity{0, 1, 0};
-      const Affine<double> wide{0, 1, 0};
-      for (const bool is_wide : {false, true}) {
-        for (std::int64_t at = 0; at < 0x10000; at += length) {
-          const Runs runs{std::min<std::int64_t>(length, 0x10000 - at), 1, length};
-          if (is_wide) {
-            k.runs_normalize_wide(x.data() + at, y.data() + at, runs, wide);
-          } else {
-            k.runs_normalize(x.data() + at, y.data() + at, runs, &identity);
-          }
-        }
-        for (unsigned bits = 0; bits < 0x10000; ++bits) {
-          const unsigned want = bits == 0x8000 ? 0 : bits;  // -0 + 0 is 0
-          EXPECT(is_same(y[bits], from_bits<T>(want)), isa, " length ", length, " wide ", is_wide, " bits ", bits);
-        }
+      in_pieces(0x10000, length, [&](std::int64_t at, std::int64_t n) {
+        k.runs_normalize(x.data() + at, y.data() + at, {}, {n, 1, n}, &identity);
+        k.widen(x.data() + at, n, wide.data() + at);
+      });
+      for (unsigned bits = 0; bits < 0x10000; ++bits) {
+        const auto want = static_cast<float>(x[bits]);
+        EXPECT(data::same_bits(wide[bits], want), isa, " length ", length, " bits ", bits);
+        EXPECT(is_same(y[bits], T(want + 0.0f)), isa, " length ", length, " bits ", bits);  // -0 becomes 0
       }
-      for (unsigned bits = 0; bits < 0x10000; bits += 97) {  // sums, of one value
-        kernels::Sums sums;
-        k.runs_moments(&x[bits], Runs{1, 1, 1}, &sums);
-        const auto want = static_cast<double>(static_cast<float>(x[bits]));
-        EXPECT(sums.first == want || std::isnan(want), isa, " bits ", bits);
-      }
+    }
+    for (unsigned bits = 0; bits < 0x10000; bits += 97) {  // sums, of one value
+      kernels::Sums sums;
+      k.runs_moments(&x[bits], nullptr, {1, 1, 1}, nullptr, &sums);
+      const auto want = static_cast<double>(static_cast<float>(x[bits]));
+      EXPECT(sums.first == want || std::isnan(want), isa, " bits ", bits);
     }
   });
 }
@@ -182,22 +181,20 @@ void kernels_round_to_nearest_even() {
   const auto n = static_cast<std::int64_t>(points.size());
   const std::vector<float> zeros(points.size());
   const std::vector<T> x(points.size(), T(0));
-  std::vector<double> wide_points(points.begin(), points.end()), wide_zeros(points.size());
   for_each_table<T>([&](const char* isa, const kernels::Kernels<T>& k) {
-    std::vector<std::uint16_t> masks(points.size() / 16 + 1, 0x5555);
-    for (const bool mixed : {false, true}) {
-      std::vector<T> y(points.size());
-      const kernels::AffineColumns<float> narrow{zeros.data(), zeros.data(), points.data()};
-      if (mixed) {
-        k.rows_normalize_mixed(x.data(), y.data(), {1, n, n}, narrow,
-                               {masks.data(), {wide_zeros.data(), wide_zeros.data(), wide_points.data()}});
-      } else {
-        k.rows_normalize(x.data(), y.data(), {1, n, n}, narrow);
-      }
+    std::vector<T> y(points.size()), narrow(points.size());
+    k.rows_normalize(x.data(), y.data(), {}, {1, n, n}, {zeros.data(), zeros.data(), points.data()});
+    for (const std::int64_t length : kLengths) {
+      in_pieces(n, length,
+                [&](std::int64_t at, std::int64_t m) { k.narrow(points.data() + at, m, narrow.data() + at); });
       for (std::size_t e = 0; e < points.size(); ++e) {
-        const T want(points[e] + 0.0f);  // -0 becomes 0
-        EXPECT(is_same(y[e], want), isa, " mixed ", mixed, " ", points[e], " gave ", y[e].bits, " not ", want.bits);
+        const T want(points[e]);
+        EXPECT(is_same(narrow[e], want), isa, " ", points[e], " gave ", narrow[e].bits, " not ", want.bits);
       }
+    }
+    for (std::size_t e = 0; e < points.size(); ++e) {
+      const T want(points[e] + 0.0f);  // -0 becomes 0
+      EXPECT(is_same(y[e], want), isa, " ", points[e], " gave ", y[e].bits, " not ", want.bits);
     }
   });
 }
@@ -207,19 +204,29 @@ TEST(kernels_round_to_the_nearest_even_bfloat16) { kernels_round_to_nearest_even
 // Nothing beyond a run is written, wherever it begins.
 template <class T>
 void tails_stay_inside() {
-  for_each_table<T>([](const char* isa, const kernels::Kernels<T>& k) {
+  const auto expect = [](const T* y, std::int64_t begin, std::int64_t length, const char* isa) {
+    for (int e = 0; e < 128; ++e) {
+      const T want = e >= begin && e < begin + length ? T(2 * e) : T(-1);
+      EXPECT(is_same(y[e], want), isa, " begin ", begin, " length ", length, " at ", e);
+    }
+  };
+  alignas(64) T x[128];
+  float twice[128];
+  for (int e = 0; e < 128; ++e) x[e] = T(e), twice[e] = static_cast<float>(2 * e);
+  for_each_table<T>([&](const char* isa, const kernels::Kernels<T>& k) {
     for (std::int64_t begin = 0; begin < 33; ++begin) {
       for (std::int64_t length = 1; length < 70; ++length) {
-        for (const auto normalize : {k.runs_normalize, k.runs_normalize_around_cache}) {
-          alignas(64) T x[128], y[128];
-          for (int e = 0; e < 128; ++e) x[e] = T(e), y[e] = T(-1);
-          const Affine<float> twice{0, 2, 0};
-          normalize(x + begin, y + begin, Runs{length, 1, length}, &twice);
-          for (int e = 0; e < 128; ++e) {
-            const T want = e >= begin && e < begin + length ? T(2 * e) : T(-1);
-            EXPECT(is_same(y[e], want), isa, " begin ", begin, " length ", length, " at ", e);
-          }
+        alignas(64) T y[128];
+        for (const bool around_cache : {false, true}) {
+          std::fill(std::begin(y), std::end(y), T(-1));
+          const Affine<float> double_it{0, 2, 0};
+          const Runs runs{.length = length, .count = 1, .stride = length, .around_cache = around_cache};
+          k.runs_normalize(x + begin, y + begin, {}, runs, &double_it);
+          expect(y, begin, length, isa);
         }
+        std::fill(std::begin(y), std::end(y), T(-1));
+        k.narrow(twice + begin, length, y + begin);
+        expect(y, begin, length, isa);
       }
     }
   });
@@ -229,4 +236,4 @@ TEST(bfloat16_tails_stay_inside) { tails_stay_inside<BFloat16>(); }
 
 }  // namespace
 
-int main() { return expect::run_tests(); }
+int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }

@@ -31,17 +31,19 @@ inline const char* name(Place place) {
   }
 }
 
-// Where the elements of a piece lie: `count` stretches of `length` elements, `stride` apart.
+// Where the elements of a piece lie: `count` stretches of `length` elements, `stride` apart, behind `lead` others.
 struct Strided {
-  std::int64_t length, count, stride;
+  std::int64_t length, count, stride, lead = 0;
 
-  [[nodiscard]] std::int64_t extent() const { return length == 0 || count == 0 ? 0 : (count - 1) * stride + length; }
+  [[nodiscard]] std::int64_t extent() const {
+    return lead + (length == 0 || count == 0 ? 0 : (count - 1) * stride + length);
+  }
   [[nodiscard]] std::int64_t elements() const { return length * count; }
   // f(position in memory, position among the elements).
   template <class F>
   void for_each(F&& f) const {
     for (std::int64_t k = 0; k < count; ++k) {
-      for (std::int64_t i = 0; i < length; ++i) f(k * stride + i, k * length + i);
+      for (std::int64_t i = 0; i < length; ++i) f(lead + k * stride + i, k * length + i);
     }
   }
 };

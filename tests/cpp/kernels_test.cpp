@@ -1,650 +1,415 @@
-// The kernel contract (kernels/table.hpp), for every table that runs on this machine and the reference.
+// The passes of the kernel contract (kernels/table.hpp), for every table that runs on this machine and the reference:
+// each is called on every remainder of a vector and of a line, with each array that it is given at a page whose touch
+// ends the program, and must give the bits of the generic table and those of the steps that it is made of.
+#include <algorithm>
 #include <array>
 #include <cfloat>
 #include <cmath>
 #include <limits>
 #include <string>
+#include <thread>
 #include <vector>
 
-#include "data.hpp"
-#include "dispatch.hpp"
 #include "exact_sum.hpp"
-#include "expect.hpp"
-#include "guarded.hpp"
-#include "kernels/table.hpp"
-#include "machine.hpp"
-#include "plan.hpp"
+#include "kernel_call.hpp"
 
 namespace {
 
-using namespace batchnorm;
-using data::Generator;
-using guarded::Place;
-using guarded::Strided;
-using kernels::Kernels;
-using kernels::Rows;
-using kernels::Runs;
-using kernels::Sums;
+using namespace kernel_call;
+using tables::is_reference;
+using tables::runnable;
 
-enum class Pass {
-  moments,
-  moments_about,
-  moments_compensated,
-  grad_sums,
-  normalize,
-  normalize_wide,  // rows: the mixed form
-  normalize_around_cache,
-  grad_input,
-  grad_input_wide,
-  grad_input_around_cache,
-};
-constexpr const char* kPassNames[] = {
-    "moments",        "moments_about",          "moments_compensated", "grad_sums",       "normalize",
-    "normalize_wide", "normalize_around_cache", "grad_input",          "grad_input_wide", "grad_input_around_cache"};
-constexpr Pass kSums[] = {Pass::moments, Pass::moments_about, Pass::moments_compensated, Pass::grad_sums};
-constexpr Pass kNormalize[] = {Pass::normalize, Pass::normalize_wide, Pass::normalize_around_cache};
-constexpr Pass kGradInput[] = {Pass::grad_input, Pass::grad_input_wide, Pass::grad_input_around_cache};
+constexpr std::int64_t kRemainders = 64;
 
-bool reads_dy(Pass pass) { return pass >= Pass::grad_input; }
-bool goes_around_cache(Pass pass) {
-  return pass == Pass::normalize_around_cache || pass == Pass::grad_input_around_cache;
+const Implementation& generic() { return implementations().back(); }
+
+// ---- what a call must give ---------------------------------------------------------------------------------------
+
+template <class To, class From>
+std::vector<To> converted(const std::vector<From>& from) {
+  std::vector<To> to;
+  for (const From& v : from) to.push_back(static_cast<To>(v));
+  return to;
 }
 
-// Which array the output is written to.
-enum class Output { its_own, x, dy };
-constexpr const char* kOutputNames[] = {"out of place", "onto x", "onto dy"};
-
-enum class Values { ordinary, extreme, not_finite };
-
-// A piece with its data and coefficients: one column for runs, `piece.length` columns for rows.
+// 16-bit tensors are computed in float32, and rounded once.
 template <class T>
-struct Inputs {
-  Strided piece;
-  bool is_rows;
-  std::vector<T> x, dy, shift;
-  std::vector<double> mean;
-  std::array<std::vector<T>, 5> narrow;
-  std::array<std::vector<double>, 5> wide;
-  std::vector<std::uint16_t> mask;
-
-  [[nodiscard]] std::int64_t columns() const { return is_rows ? piece.length : 1; }
-  [[nodiscard]] std::size_t column_of(std::int64_t element) const {
-    return is_rows ? static_cast<std::size_t>(element % piece.length) : 0;
-  }
-  [[nodiscard]] bool is_wide(std::size_t column) const {
-    return !is_rows || ((mask[column / 16] >> (column % 16)) & 1);
-  }
-};
-
-template <class T>
-struct Outcome {
-  std::vector<double> sums;  // first, first_lo, second, second_lo of all columns; without low parts where none is kept
-  std::vector<T> values;
-};
-
-// What is being called, for messages.
-struct Call {
-  const char* isa = "";
-  const char* type = "";
-  Pass pass = Pass::moments;
-  Output output = Output::its_own;
-  Place place = Place::ends_at_guard;
-  Strided piece{};
-  bool is_rows = false;
-} current;
-
-std::string described() {
-  return expect::text(current.isa, " ", current.type, " ", current.is_rows ? "rows_" : "runs_",
-                      kPassNames[static_cast<int>(current.pass)], " ", kOutputNames[static_cast<int>(current.output)],
-                      ", ", guarded::name(current.place), ", ", current.piece.count, " x ", current.piece.length,
-                      " values, stride ", current.piece.stride);
+Outcome<T> by_float32(const Implementation& implementation, const How& how, const Inputs<T>& in) {
+  const Inputs<float> wide{.piece = in.piece,
+                           .lead = in.lead,
+                           .x = converted<float>(in.x),
+                           .dy = converted<float>(in.dy),
+                           .shift = in.shift,
+                           .mean = in.mean,
+                           .fields = in.fields};
+  const Outcome<float> outcome = call(implementation, how, wide);
+  return {.sums = outcome.sums, .values = converted<T>(outcome.values)};
 }
 
-// ---- data ------------------------------------------------------------------------------------------------------
-
-// Of different sizes, so that differences and their squares round, even in float64.
+// The kernel without a tail or a ReLU, and these as loops.
 template <class T>
-T ordinary(Generator& g) {
-  return g.value<T>() * static_cast<T>(std::ldexp(1.0, g.below(41) - 20));
+Outcome<T> by_steps(const Implementation& implementation, const How& how, const Inputs<T>& in) {
+  How plain = how;
+  plain.residual = plain.relu = plain.bits = false;
+  plain.output = Onto::its_own;
+  plain.dresidual = Onto::nothing;
+  plain.walk = RowWalk::columns;
+  Inputs<T> let_through = in;
+  Outcome<T> wanted;
+  in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+    T& dy = let_through.dy.data()[at];
+    if (how.pass != Pass::normalize && how.bits && !in.passes[static_cast<std::size_t>(e)]) dy = 0;
+    if (how.dresidual != Onto::nothing) wanted.dresidual.push_back(dy);
+  });
+  Outcome<T> outcome = call(implementation, plain, let_through);
+  in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+    if (how.pass != Pass::normalize) return;
+    T& y = outcome.values.data()[e];
+    if (how.residual) y += in.third.data()[at];
+    if (how.bits) wanted.bits.push_back(!(y <= 0));
+    if (how.relu && y < 0) y = 0;
+  });
+  wanted.sums = outcome.sums;
+  wanted.values = outcome.values;
+  return wanted;
 }
-
-// Sums of a thousand of these and of their squares stay finite.
-template <class T>
-T extreme(Generator& g) {
-  constexpr T kHuge = sizeof(T) == sizeof(float) ? std::numeric_limits<T>::max() : T(0x1p500);
-  constexpr T kTiny = std::numeric_limits<T>::denorm_min();
-  switch (g.below(8)) {
-    case 0:
-      return kHuge;
-    case 1:
-      return -kHuge;
-    case 2:
-      return std::numeric_limits<T>::min();
-    case 3:
-      return kTiny;
-    case 4:
-      return -kTiny * static_cast<T>(g.below(1000));
-    case 5:
-      return T(0) * g.value<T>();  // 0 or -0
-    default:
-      return g.value<T>();
-  }
-}
-
-template <class T>
-T not_finite(Generator& g) {
-  switch (g.below(20)) {
-    case 0:
-      return std::numeric_limits<T>::quiet_NaN();
-    case 1:
-      return std::numeric_limits<T>::infinity();
-    case 2:
-      return -std::numeric_limits<T>::infinity();
-    case 3:
-      return std::numeric_limits<T>::max() * T(0x1p-12);  // squares overflow in float64, sums do not
-    default:
-      return g.value<T>();
-  }
-}
-
-template <class T>
-std::vector<T> fill(Generator& g, std::int64_t count, Values kind) {
-  std::vector<T> v(static_cast<std::size_t>(count));
-  for (T& e : v) {
-    e = kind == Values::ordinary ? ordinary<T>(g) : kind == Values::extreme ? extreme<T>(g) : not_finite<T>(g);
-  }
-  return v;
-}
-
-// A tensor piece: data at its elements, canaries (which are NaN) between them.
-template <class T>
-std::vector<T> fill(Generator& g, const Strided& piece, Values kind) {
-  std::vector<T> v(static_cast<std::size_t>(piece.extent()));
-  if (!v.empty()) std::memset(v.data(), guarded::kCanary, v.size() * sizeof(T));
-  const std::vector<T> elements = fill<T>(g, piece.elements(), kind);
-  piece.for_each([&](std::int64_t at, std::int64_t e) { v.data()[at] = elements.data()[e]; });
-  return v;
-}
-
-template <class T>
-Inputs<T> make_inputs(const Strided& piece, bool is_rows, Values kind, std::uint64_t seed) {
-  Generator g(seed);
-  Inputs<T> in{piece, is_rows, fill<T>(g, piece, kind), fill<T>(g, piece, kind), {}, {}, {}, {}, {}};
-  const std::int64_t columns = in.columns();
-  in.shift = fill<T>(g, columns, kind == Values::extreme ? kind : Values::ordinary);
-  in.mean = fill<double>(g, columns, Values::ordinary);
-  for (auto& field : in.narrow) field = fill<T>(g, columns, kind == Values::extreme ? kind : Values::ordinary);
-  for (auto& field : in.wide) {
-    field = fill<double>(g, columns, Values::ordinary);
-    if (kind == Values::extreme) {
-      for (double& k : field) k *= std::ldexp(1.0, 40 * (g.below(7) - 3));
-    }
-  }
-  in.mask.resize(static_cast<std::size_t>((columns + 15) / 16));
-  // None, all, or some of the columns; bits beyond the last column mean nothing.
-  const int some = g.below(4);
-  for (auto& m : in.mask) m = static_cast<std::uint16_t>(some == 0 ? 0 : some == 1 ? 0xffff : g.next());
-  return in;
-}
-
-// ---- calls -----------------------------------------------------------------------------------------------------
-
-template <class T>
-struct Memory {
-  guarded::Array<T> x, dy, out, shift;
-  std::array<guarded::Array<T>, 5> narrow;
-  std::array<guarded::Array<double>, 5> wide;
-  guarded::Array<double> mean;
-  guarded::Array<std::uint16_t> mask;
-  std::array<guarded::Array<double>, 4> column_sums;
-  guarded::Array<Sums> sums;
-};
-template <class T>
-Memory<T>& memory() {
-  static Memory<T> m;
-  return m;
-}
-
-template <class T>
-std::vector<T> canaries(std::size_t count) {
-  return std::vector<T>(count, std::numeric_limits<T>::quiet_NaN());
-}
-
-template <class T>
-std::vector<double> call_runs_sums(const Kernels<T>& k, const Inputs<T>& in, const T* dy, const T* x,
-                                   bool low_is_kept) {
-  guarded::Array<Sums>& memory = ::memory<T>().sums;
-  constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
-  Sums* sums = memory.place({Sums{kNaN, kNaN, kNaN, kNaN}}, current.place, 5);
-  const Runs runs{in.piece.length, in.piece.count, in.piece.stride};
-  switch (current.pass) {
-    case Pass::moments:
-      k.runs_moments(x, runs, sums);
-      break;
-    case Pass::moments_about:
-      k.runs_moments_about(x, runs, in.shift[0], sums);
-      break;
-    case Pass::moments_compensated:
-      k.runs_moments_compensated(x, runs, sums);
-      break;
-    default:
-      k.runs_grad_sums(dy, x, runs, in.mean.data(), sums);
-  }
-  const Sums found = *sums;
-  EXPECT(memory.untouched_outside({1, 1, 1}), described());
-  if (low_is_kept) return {found.first, found.first_lo, found.second, found.second_lo};
-  EXPECT(found.first_lo == 0 && found.second_lo == 0, described());
-  return {found.first, found.second};
-}
-
-// Plain sums leave the low arrays alone; only the reference writes zeros there.
-template <class T>
-std::vector<double> call_rows_sums(const Kernels<T>& k, const Inputs<T>& in, const T* dy, const T* x,
-                                   bool low_is_kept) {
-  Memory<T>& m = memory<T>();
-  const Rows rows{in.piece.count, in.piece.length, in.piece.stride};
-  double* field[4];
-  for (std::size_t f = 0; f < 4; ++f) {
-    field[f] = m.column_sums[f].place(canaries<double>(in.mean.size()), current.place, 5 + f);
-  }
-  const kernels::ColumnSums sums{field[0], field[1], field[2], field[3]};
-  switch (current.pass) {
-    case Pass::moments:
-      k.rows_moments(x, rows, sums);
-      break;
-    case Pass::moments_about:
-      k.rows_moments_about(x, rows, m.shift.place(in.shift, current.place, 3), sums);
-      break;
-    case Pass::moments_compensated:
-      k.rows_moments_compensated(x, rows, sums);
-      break;
-    default:
-      k.rows_grad_sums(dy, x, rows, m.mean.place(in.mean, current.place, 4), sums);
-  }
-  std::vector<double> found;
-  const bool is_reference = &k == &reference_implementation.table->of<T>();
-  for (std::size_t f = 0; f < 4; ++f) {
-    const bool is_low = f % 2 == 1;
-    if (!is_low || low_is_kept) {
-      const std::vector<double> column = m.column_sums[f].all();
-      found.insert(found.end(), column.begin(), column.end());
-    } else if (!is_reference) {
-      EXPECT(m.column_sums[f].untouched(), "low part ", f, " of plain sums: ", described());
-    }
-    EXPECT(m.column_sums[f].untouched_outside({rows.columns, 1, rows.columns}), described());
-  }
-  return found;
-}
-
-template <class T>
-Outcome<T> call_sums(const Kernels<T>& k, const Inputs<T>& in, bool low_is_kept) {
-  Memory<T>& m = memory<T>();
-  const T* x = m.x.place(in.x, current.place, 1);
-  const T* dy = m.dy.place(current.pass == Pass::grad_sums ? in.dy : std::vector<T>{}, current.place, 2);
-  m.shift.place(in.shift, current.place, 3);
-  m.mean.place(in.mean, current.place, 4);
-  const auto call_kernel = in.is_rows ? call_rows_sums<T> : call_runs_sums<T>;
-  const Outcome<T> outcome{call_kernel(k, in, dy, x, low_is_kept), {}};
-  EXPECT(m.x.untouched() && m.dy.untouched() && m.shift.untouched() && m.mean.untouched(), described());
-  return outcome;
-}
-
-// Rows that may be stored around the caches: side by side, of a vector at least.
-bool can_go_around_cache(const Strided& rows) {
-  return rows.stride == rows.length && rows.length >= kernels::kVectorColumns;
-}
-template <class T>
-std::vector<T> with_first_repeated(std::vector<T> columns) {
-  for (std::size_t e = 0; e < kernels::kVectorColumns; ++e) columns.push_back(columns[e]);
-  return columns;
-}
-
-template <class T>
-Outcome<T> call_elements(const Kernels<T>& k, const Inputs<T>& in) {
-  Memory<T>& m = memory<T>();
-  const Place place = current.place;
-  const bool has_dy = reads_dy(current.pass);
-  const bool is_wide = current.pass == Pass::normalize_wide || current.pass == Pass::grad_input_wide;
-  const std::vector<T> none;
-  T* x = m.x.place(in.x, place, 1);
-  T* dy = m.dy.place(has_dy ? in.dy : none, place, 2);
-  T* out = m.out.place(current.output == Output::its_own ? canaries<T>(in.x.size()) : none, place, 3);
-  if (current.output == Output::x) out = x;
-  if (current.output == Output::dy) out = dy;
-  const bool around = goes_around_cache(current.pass) && (!in.is_rows || can_go_around_cache(in.piece));
-  const std::size_t fields = has_dy ? 5 : 3;
-  const T* n[5];
-  const double* w[5];
-  for (std::size_t f = 0; f < fields; ++f) {
-    n[f] = m.narrow[f].place(around && in.is_rows ? with_first_repeated(in.narrow[f]) : in.narrow[f], place, f + 4);
-    w[f] = m.wide[f].place(in.wide[f], place, f + 5);
-  }
-  const std::uint16_t* mask = m.mask.place(in.mask, place, 6);
-  const Runs runs{in.piece.length, in.piece.count, in.piece.stride};
-  const Rows rows{in.piece.count, in.piece.length, in.piece.stride};
-  const kernels::Affine<T> affine{*n[0], *n[1], *n[2]};
-  const kernels::GradAffine<T> grad_affine =
-      has_dy ? kernels::GradAffine<T>{*n[0], *n[1], *n[2], *n[3], *n[4]} : kernels::GradAffine<T>{};
-  if (!in.is_rows && !has_dy) {
-    const auto narrow = around ? k.runs_normalize_around_cache : k.runs_normalize;
-    is_wide ? k.runs_normalize_wide(x, out, runs, {*w[0], *w[1], *w[2]}) : narrow(x, out, runs, &affine);
-  } else if (!in.is_rows) {
-    const auto narrow = around ? k.runs_grad_input_around_cache : k.runs_grad_input;
-    is_wide ? k.runs_grad_input_wide(dy, x, out, runs, {*w[0], *w[1], *w[2], *w[3], *w[4]})
-            : narrow(dy, x, out, runs, &grad_affine);
-  } else if (!has_dy) {
-    const auto narrow = around ? k.rows_normalize_around_cache : k.rows_normalize;
-    is_wide ? k.rows_normalize_mixed(x, out, rows, {n[0], n[1], n[2]}, {mask, {w[0], w[1], w[2]}})
-            : narrow(x, out, rows, {n[0], n[1], n[2]});
-  } else {
-    const auto narrow = around ? k.rows_grad_input_around_cache : k.rows_grad_input;
-    is_wide ? k.rows_grad_input_mixed(dy, x, out, rows, {n[0], n[1], n[2], n[3], n[4]},
-                                      {mask, {w[0], w[1], w[2], w[3], w[4]}})
-            : narrow(dy, x, out, rows, {n[0], n[1], n[2], n[3], n[4]});
-  }
-  guarded::Array<T>& written = current.output == Output::its_own ? m.out : current.output == Output::x ? m.x : m.dy;
-  Outcome<T> outcome{{}, written.elements(in.piece)};
-  EXPECT(written.untouched_outside(in.piece), described());
-  EXPECT(m.x.untouched() && m.dy.untouched() && m.out.untouched() && m.mask.untouched(), described());
-  for (std::size_t f = 0; f < fields; ++f) EXPECT(m.narrow[f].untouched() && m.wide[f].untouched(), described());
-  return outcome;
-}
-
-bool is_sums(Pass pass) { return pass <= Pass::grad_sums; }
-
-template <class T>
-Outcome<T> call(const Implementation& implementation, Pass pass, Output output, const Inputs<T>& in, Place place) {
-  current = {implementation.name, sizeof(T) == sizeof(float) ? "float" : "double", pass, output, place, in.piece,
-             in.is_rows};
-  const Kernels<T>& k = implementation.table->of<T>();
-  if (!is_sums(pass)) return call_elements(k, in);
-  return call_sums(k, in, sizeof(T) == sizeof(double) || pass == Pass::moments_compensated);
-}
-
-// ---- bounds ----------------------------------------------------------------------------------------------------
 
 // The two terms that one element adds to the sums of a pass.
 template <class T>
-std::array<double, 2> terms(const Inputs<T>& in, Pass pass, std::int64_t at, std::int64_t element) {
-  const std::size_t column = in.column_of(element);
-  const auto x = static_cast<double>(in.x.data()[at]);
-  if (pass == Pass::grad_sums) {
-    const auto dy = static_cast<double>(in.dy.data()[at]);
-    return {dy, dy * (x - in.mean[column])};
+std::array<double, 2> terms(const Inputs<T>& in, const How& how, std::int64_t at, std::int64_t element) {
+  const std::size_t c = in.piece.channel_of(element);
+  const double x = in.x.data()[at];
+  if (how.pass == Pass::grad_sums) {
+    const double dy = how.bits && !in.passes[static_cast<std::size_t>(element)] ? 0 : in.dy.data()[at];
+    return {dy, dy * (x - in.mean[c])};
   }
-  const double d = pass == Pass::moments_about ? x - static_cast<double>(in.shift[column]) : x;
-  return {d, d * d};
+  const double w = how.weights ? in.weights.data()[at] : 1, d = how.shift ? x - in.shift[c] : x;
+  if (w == 0) return {0, 0};
+  return {w * d, w * d * d};
 }
 
-// got and reference are two sums of n terms, each term rounded on its way there (a difference and a product: at most
-// 3 roundings), in any order: each differs from the exact sum by at most (n + 2)*2^-53*sum(|term|) to first order.
-// Products (and the partial products of their errors) may underflow, each losing half of 2^-1074. Where a term is
-// infinite or NaN, both are the same infinity or both NaN.
+// got and reference are two sums of n terms, each term rounded on its way there (a difference, twice, and two
+// products: at most 4 roundings), in any order: each differs from the exact sum by at most (n + 3)*2^-53*sum(|term|) to
+// first order. Products (and the partial products of their errors) may underflow, each losing half of 2^-1074. Where a
+// term is infinite or NaN, both are the same infinity or both NaN.
 template <class T>
-void expect_sums_near(const Inputs<T>& in, Pass pass, const Outcome<T>& got, const Outcome<T>& reference) {
-  const auto columns = static_cast<std::size_t>(in.columns());
-  std::vector<double> magnitude(2 * columns, 0.0);
-  in.piece.for_each([&](std::int64_t at, std::int64_t e) {
-    const std::array<double, 2> term = terms(in, pass, at, e);
-    for (std::size_t s = 0; s < 2; ++s) magnitude[s * columns + in.column_of(e)] += std::abs(term[s]);
+void expect_sums_near(const Inputs<T>& in, const How& how, const Outcome<T>& got, const Outcome<T>& reference) {
+  const auto channels = static_cast<std::size_t>(in.piece.channels);
+  std::vector<double> magnitude(2 * channels, 0.0);
+  in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+    const std::array<double, 2> term = terms(in, how, at, e);
+    for (std::size_t s = 0; s < 2; ++s) magnitude[s * channels + in.piece.channel_of(e)] += std::abs(term[s]);
   });
-  const auto n = static_cast<double>(in.is_rows ? in.piece.count : in.piece.elements());
+  const auto n = static_cast<double>(in.piece.count * in.piece.length);
   const std::size_t stride = got.sums.size() / 2;  // with or without low parts
   for (std::size_t s = 0; s < 2; ++s) {
-    for (std::size_t c = 0; c < columns; ++c) {
-      const double high = got.sums[s * stride + c], low = stride == columns ? 0 : got.sums[s * stride + columns + c];
-      const double want = reference.sums[s * (reference.sums.size() / 2) + c];
-      if (!std::isfinite(magnitude[s * columns + c])) {
-        EXPECT(data::same_bits(high, want), high, " ", want, " column ", c, " ", described());
+    for (std::size_t c = 0; c < channels; ++c) {
+      const double high = got.sums[s * stride + c], low = stride == channels ? 0 : got.sums[s * stride + channels + c];
+      const double want = reference.sums[s * stride + c];
+      if (!std::isfinite(magnitude[s * channels + c])) {
+        EXPECT(data::same_bits(high, want), high, " ", want, " channel ", c, " ", described());
       } else {
-        const double bound = 2 * (n + 3) * 0x1p-53 * magnitude[s * columns + c] + 8 * n * 0x1p-1074;
-        EXPECT(std::abs(high + low - want) <= bound, high + low, " ", want, " bound ", bound, " column ", c, " ",
+        const double bound = 2 * (n + 4) * 0x1p-53 * magnitude[s * channels + c] + 8 * n * 0x1p-1074;
+        EXPECT(std::abs(high + low - want) <= bound, high + low, " ", want, " bound ", bound, " channel ", c, " ",
                described());
       }
     }
   }
 }
 
-// What an element pass computes in T is p = (x - center)*scale, maybe a second such product, and offset, added. Each
-// product has two roundings and each of at most two additions one, relative to what is added: 4u*sum(|part|), to which
-// the reference adds its one rounding of the result: 5u. A float32 product may lose half of 2^-149 to underflow: 2^-149
-// for two of them, and as much for the reference. What is computed in float64 is the reference, bit for bit.
+// What an element pass computes in float32 is p = (x - w*center)*scale, maybe a second such product, times w, and
+// w*offset, added. Each product has at most two roundings (of the difference or of w*center, and its own), one more
+// with its weight, and each of at most two additions one, relative to what is added: 5u*sum(|part|), to which the
+// reference adds its one rounding of the result: 6u; 5u without weights. A product may lose half of 2^-149 to
+// underflow: 2^-149 for two of them, and as much for the reference.
 template <class T>
-void expect_elements_near(const Inputs<T>& in, Pass pass, const Outcome<T>& got, const Outcome<T>& reference) {
-  const bool may_be_wide = pass == Pass::normalize_wide || pass == Pass::grad_input_wide;
-  const bool has_dy = reads_dy(pass);
-  in.piece.for_each([&](std::int64_t at, std::int64_t e) {
+void expect_elements_near(const Inputs<T>& in, const How& how, const Outcome<T>& got, const Outcome<T>& reference) {
+  const bool has_dy = how.pass == Pass::grad_input;
+  in.memory().for_each([&](std::int64_t at, std::int64_t e) {
     const T y = got.values.data()[e], want = reference.values.data()[e];
-    const std::size_t c = in.column_of(e);
-    if (sizeof(T) == sizeof(double) || (may_be_wide && in.is_wide(c))) {
-      EXPECT(data::same_bits(y, want), y, " ", want, " column ", c, " element ", e, " ", described());
-      return;
-    }
-    double magnitude = std::abs(static_cast<double>(in.narrow[has_dy ? 4 : 2][c]));
+    const std::size_t c = in.piece.channel_of(e);
+    const double w = how.weights ? in.weights.data()[at] : 1;
+    double magnitude = std::abs(w * in.fields[has_dy ? 4 : 2][c]);
     bool finite = true;
-    const auto add_part = [&](T value, std::size_t field) {
+    const auto add_part = [&](double value, std::size_t field, double of_center, double of_product) {
       finite = finite && std::isfinite(value);
       if (!std::isfinite(value)) return;
-      const double d = static_cast<double>(value) - static_cast<double>(in.narrow[field][c]);
-      const double product = d * static_cast<double>(in.narrow[field + 1][c]);
-      magnitude += std::abs(product) + (std::abs(d) > FLT_MAX / 2 ? std::abs(d) : 0);
+      const double center = of_center * in.fields[field][c], scale = of_product * in.fields[field + 1][c];
+      magnitude += std::abs((value - center) * scale) + (how.weights ? std::abs(center * scale) : 0) +
+                   (std::abs(value - center) > FLT_MAX / 2 ? std::abs(value - center) : 0);
     };
-    if (has_dy) add_part(in.dy.data()[at], 0);
-    add_part(in.x.data()[at], has_dy ? 2 : 0);
-    if (magnitude > FLT_MAX / 2) return;  // an intermediate result may overflow, which is what wide is for
-    if (!finite) {
-      EXPECT(data::same_bits(y, want), y, " ", want, " column ", c, " element ", e, " ", described());
-    } else {
-      const double bound = 5 * 0x1p-24 * magnitude + 2 * 0x1p-149;
-      EXPECT(std::abs(static_cast<double>(y) - static_cast<double>(want)) <= bound, y, " ", want, " bound ", bound,
-             " column ", c, " element ", e, " ", described());
-    }
+    if (has_dy) add_part(in.dy.data()[at], 0, w, 1);
+    if (!how.without_x) add_part(in.x.data()[at], has_dy ? 2 : 0, 1, w);
+    if (magnitude > FLT_MAX / 2) return;  // an intermediate result may overflow: such channels are done in float64
+    const double bound = finite ? (how.weights ? 6 : 5) * 0x1p-24 * magnitude + 2 * 0x1p-149 : 0;
+    EXPECT(finite ? std::abs(double{y} - double{want}) <= bound : data::same_bits(y, want), y, " ", want, " bound ",
+           bound, " channel ", c, " element ", e, " ", described());
   });
 }
 
-// ---- what is tried ---------------------------------------------------------------------------------------------
-
-std::vector<Implementation> runnable() {
-  std::vector<Implementation> list{reference_implementation};
-  for (const Implementation& implementation : implementations()) {
-    if (machine_runs(implementation.name)) list.push_back(implementation);
-  }
-  return list;
-}
-const Implementation& generic() { return implementations().back(); }
-
-// All implementations at all places agree: among the tables bit for bit, with the reference within the bound.
+// All implementations at all places agree: among the tables bit for bit, with the reference within the bound. What is
+// computed in float64 is the reference, bit for bit.
 template <class T>
-void expect_agreement(Pass pass, Output output, const Inputs<T>& in) {
-  const Outcome<T> expected = call(generic(), pass, output, in, Place::ends_at_guard);
-  const Outcome<T> reference = call(reference_implementation, pass, output, in, Place::ends_at_guard);
-  if (is_sums(pass)) {
-    expect_sums_near(in, pass, expected, reference);
-  } else {
-    expect_elements_near(in, pass, expected, reference);
+void expect_agreement(const How& how, const Inputs<T>& in) {
+  const auto wanted_of = [&](const Implementation& implementation) {
+    if constexpr (kIsNarrow<T>) {
+      return by_float32(implementation, how, in);
+    } else {
+      return by_steps(implementation, how, in);
+    }
+  };
+  const Outcome<T> of_tables = wanted_of(generic()), of_reference = wanted_of(reference_implementation);
+  if constexpr (!kIsNarrow<T>) {
+    const bool is_sums = how.pass == Pass::moments || how.pass == Pass::grad_sums;
+    if (is_sums) {
+      expect_sums_near(in, how, of_tables, of_reference);
+    } else if (sizeof(T) == sizeof(double)) {
+      EXPECT(of_tables == of_reference, described());
+    } else if (!how.residual && !how.relu && !how.bits) {
+      expect_elements_near(in, how, of_tables, of_reference);
+    }
   }
   for (const Implementation& implementation : runnable()) {
-    const Outcome<T>& same = implementation.table == reference_implementation.table ? reference : expected;
     for (const Place place : guarded::kPlaces) {
-      const Outcome<T> got = call(implementation, pass, output, in, place);
-      EXPECT(data::same_bits(got.sums, same.sums) && data::same_bits(got.values, same.values), described());
+      const Outcome<T> got = call(implementation, how, in, place);
+      EXPECT(got == (is_reference(implementation) ? of_reference : of_tables), described());
     }
   }
 }
 
-// f(piece): every tail length, of one run and of several, side by side and apart.
+// ---- what is tried -----------------------------------------------------------------------------------------------
+
+// The kernels of a type for a piece, with all that they may be given.
+template <class T>
+std::vector<How> ways_to_sum(const Piece& p) {
+  std::vector<How> ways{{Pass::moments}, {Pass::grad_sums}};
+  const bool may_be_about = p.is_rows || p.channels == 1;
+  if (may_be_about) ways.push_back({.pass = Pass::moments, .shift = true});
+  if (kIsNarrow<T>) return ways;
+  ways.push_back({.pass = Pass::grad_sums, .bits = true});
+  if (may_be_about) ways.push_back({.pass = Pass::moments, .weights = true});
+  if (may_be_about) ways.push_back({.pass = Pass::moments, .shift = true, .weights = true});
+  return ways;
+}
+
+std::vector<RowWalk> walks_of(const Piece& p) {
+  std::vector<RowWalk> walks{RowWalk::columns};
+  if (p.can_walk_in_line()) walks.push_back(RowWalk::in_line);
+  if (p.can_walk_in_line() || !p.is_rows) walks.push_back(RowWalk::around_cache);
+  return walks;
+}
+
+template <class T>
+std::vector<How> ways_to_normalize(const Piece& p) {
+  std::vector<How> ways;
+  for (const RowWalk walk : walks_of(p)) {
+    for (const int tail : {0, 1, 2, 3, 4, 5}) {
+      const How how{
+          .pass = Pass::normalize, .residual = tail % 2 == 1, .relu = tail / 2 > 0, .bits = tail / 2 > 1, .walk = walk};
+      if (kIsNarrow<T> && tail > 0) continue;
+      for (const Onto output : {Onto::its_own, Onto::x, Onto::third}) {
+        if (output == Onto::third && !how.residual) continue;
+        if (output != Onto::its_own && walk == RowWalk::around_cache) continue;
+        ways.push_back(how);
+        ways.back().output = output;
+      }
+    }
+  }
+  return ways;
+}
+
+template <class T>
+std::vector<How> ways_to_grad_input(const Piece& p) {
+  std::vector<How> ways;
+  const auto add = [&](How how) {
+    for (const bool without_x : {false, true}) {
+      for (const Onto output : {Onto::its_own, Onto::x, Onto::dy}) {
+        const auto is_input = [](Onto onto) { return onto == Onto::x || onto == Onto::dy; };
+        const bool needs_x = output == Onto::x || how.dresidual == Onto::x;
+        if ((without_x && needs_x) || (is_input(output) && output == how.dresidual)) continue;
+        if (how.walk == RowWalk::around_cache && (is_input(output) || is_input(how.dresidual))) continue;
+        how.output = output;
+        how.without_x = without_x;
+        ways.push_back(how);
+      }
+    }
+  };
+  for (const RowWalk walk : walks_of(p)) {
+    add({.pass = Pass::grad_input, .walk = walk});
+    if (kIsNarrow<T>) continue;
+    for (const Onto dresidual : {Onto::nothing, Onto::its_own, Onto::x, Onto::dy}) {
+      add({.pass = Pass::grad_input, .bits = true, .dresidual = dresidual, .walk = walk});
+    }
+    const bool may_have_weights = p.is_rows ? walk == RowWalk::columns : p.count == 1;
+    if (may_have_weights) add({.pass = Pass::grad_input, .weights = true, .walk = walk});
+  }
+  return ways;
+}
+
+std::vector<How> ways_to_second_grad() {
+  std::vector<How> ways;
+  for (const Onto output : {Onto::its_own, Onto::x, Onto::dy, Onto::third}) {
+    ways.push_back({.pass = Pass::second_grad, .output = output});
+  }
+  return ways;
+}
+
+// f(piece): every remainder of a vector and of a line, of one run and of several, apart, and of channels side by side.
 template <class F>
 void for_each_runs(F&& f) {
-  for (std::int64_t length = 0; length <= 2 * kernels::kVectorColumns + 1; ++length) {
-    for (const Strided& piece : {Strided{length, 1, length}, Strided{length, 1, length + 5}, Strided{length, 2, length},
-                                 Strided{length, 3, length + 1}, Strided{length, 7, length + 16}}) {
+  for (std::int64_t r = 0; r < kRemainders; ++r) {
+    const std::int64_t length = kLanes + r;
+    for (const Piece& piece :
+         {runs_of(r, 1, r), runs_of(r, 2, r), runs_of(r, 3, r + 1), runs_of(r, 7, r + 16), runs_of(64 + r, 2, 70 + r),
+          runs_of(length, 5, 3 * length, 3), runs_of(length, 1, 2 * length, 2), runs_of(1000 + r, 1, 1000 + r)}) {
       f(piece);
     }
   }
 }
-// f(piece): every number of columns and of rows, side by side and apart in turn.
+// f(piece): every number of columns, of few rows and many, side by side and apart; and long rows.
 template <class F>
 void for_each_rows(F&& f) {
-  for (std::int64_t columns = 1; columns <= 50; ++columns) {
-    for (std::int64_t count = 1; count <= 20; ++count) f(Strided{columns, count, columns + (columns + count) % 4});
+  for (std::int64_t columns = 1; columns <= kRemainders; ++columns) {
+    for (const std::int64_t count : {1, 3, 9, 20}) {
+      for (const std::int64_t apart : {0, 3}) f(rows_of(columns, count, columns + apart));
+    }
+    f(rows_of(512 + columns, 2, 512 + columns));
   }
 }
 
-// f(inputs) for runs with every kind of values, then for rows with one kind after the other.
-template <class T, class F>
-void for_each_input(F&& f) {
-  std::uint64_t seed = 1;
-  for_each_runs([&](const Strided& piece) {
-    for (const Values kind : {Values::ordinary, Values::extreme, Values::not_finite}) {
-      f(make_inputs<T>(piece, false, kind, seed++));
+// All pieces, each with one kind of values after the other. Weights are not tried on extreme values: what a product
+// with them loses to underflow may be multiplied by a large coefficient.
+template <class T, class Ways>
+void try_all(Ways&& ways_of) {
+  std::uint64_t seed = 0;
+  const auto try_piece = [&](const Piece& piece) {
+    const auto kind = static_cast<Values>(++seed % 3);
+    const Inputs<T> in = make_inputs<T>(piece, kind, seed);
+    for (const How& how : ways_of(piece)) {
+      if (how.pass == Pass::grad_input && how.weights && kind == Values::extreme) continue;
+      expect_agreement(how, in);
     }
-  });
-  for_each_rows([&](const Strided& piece) {
-    const auto kind = static_cast<Values>(seed % 3);
-    f(make_inputs<T>(piece, true, kind, seed++));
-  });
+  };
+  for_each_runs(try_piece);
+  for_each_rows(try_piece);
 }
 
-template <class T>
-bool exists(Pass pass, const Inputs<T>& in) {
-  const bool is_mixed = in.is_rows && (pass == Pass::normalize_wide || pass == Pass::grad_input_wide);
-  return !is_mixed || sizeof(T) == sizeof(float);
+template <class F>
+void for_each_type(F&& f) {
+  f.template operator()<float>();
+  f.template operator()<double>();
+  f.template operator()<Float16>();
+  f.template operator()<BFloat16>();
 }
 
-template <class T>
-void try_sums() {
-  for_each_input<T>([](const Inputs<T>& in) {
-    for (const Pass pass : kSums) expect_agreement(pass, Output::its_own, in);
-  });
+TEST(sums_agree_and_stay_inside_their_arrays) {
+  for_each_type([]<class T>() { try_all<T>(ways_to_sum<T>); });
 }
-template <class T>
-void try_normalize() {
-  for_each_input<T>([](const Inputs<T>& in) {
-    for (const Pass pass : kNormalize) {
-      if (!exists(pass, in)) continue;
-      for (const Output output : {Output::its_own, Output::x}) expect_agreement(pass, output, in);
-    }
-  });
+TEST(normalize_agrees_and_stays_inside_its_arrays) {
+  for_each_type([]<class T>() { try_all<T>(ways_to_normalize<T>); });
 }
-template <class T>
-void try_grad_input() {
-  for_each_input<T>([](const Inputs<T>& in) {
-    for (const Pass pass : kGradInput) {
-      if (!exists(pass, in)) continue;
-      for (const Output output : {Output::its_own, Output::x, Output::dy}) expect_agreement(pass, output, in);
-    }
-  });
+TEST(grad_input_agrees_and_stays_inside_its_arrays) {
+  for_each_type([]<class T>() { try_all<T>(ways_to_grad_input<T>); });
+}
+TEST(second_grad_agrees_and_stays_inside_its_arrays) {
+  try_all<double>([](const Piece&) { return ways_to_second_grad(); });
 }
 
 TEST(every_table_has_every_kernel) {
   for (const Implementation& implementation : runnable()) {
-    const auto complete = [](const auto& k) {
-      return k.runs_moments && k.rows_moments && k.runs_moments_about && k.rows_moments_about &&
-             k.runs_moments_compensated && k.rows_moments_compensated && k.runs_normalize && k.runs_normalize_wide &&
-             k.rows_normalize && k.runs_grad_sums && k.rows_grad_sums && k.runs_grad_input && k.runs_grad_input_wide &&
-             k.rows_grad_input && k.runs_normalize_around_cache && k.rows_normalize_around_cache &&
-             k.runs_grad_input_around_cache && k.rows_grad_input_around_cache && k.add_blocks;
-    };
-    EXPECT(complete(implementation.table->of<float>()) && complete(implementation.table->of<double>()),
-           implementation.name);
-    EXPECT(implementation.table->of<float>().rows_normalize_mixed &&
-               implementation.table->of<float>().rows_grad_input_mixed,
-           implementation.name);
+    for_each_type([&]<class T>() {
+      const Kernels<T>& k = implementation.table->of<T>();
+      EXPECT(k.runs_moments && k.rows_moments && k.runs_normalize && k.rows_normalize && k.runs_grad_sums &&
+                 k.rows_grad_sums && k.runs_grad_input && k.rows_grad_input && k.add_blocks,
+             implementation.name, " ", sizeof(T));
+      const bool has_steps = k.keep_counted && k.put_counted && k.repeat_weights && k.count_weights;
+      EXPECT(kIsNarrow<T> ? k.widen && k.narrow : has_steps, implementation.name, " ", sizeof(T));
+      EXPECT(sizeof(T) < sizeof(double) || (k.runs_second_grad && k.rows_second_grad), implementation.name);
+    });
   }
 }
 
 TEST(generic_is_the_last_of_the_list) { EXPECT_EQUAL(std::string(generic().name), "generic"); }
 
-TEST(sums_of_float_agree_and_stay_inside_their_arrays) { try_sums<float>(); }
-TEST(sums_of_double_agree_and_stay_inside_their_arrays) { try_sums<double>(); }
-TEST(normalize_of_float_agrees_and_stays_inside_its_arrays) { try_normalize<float>(); }
-TEST(normalize_of_double_agrees_and_stays_inside_its_arrays) { try_normalize<double>(); }
-TEST(grad_input_of_float_agrees_and_stays_inside_its_arrays) { try_grad_input<float>(); }
-TEST(grad_input_of_double_agrees_and_stays_inside_its_arrays) { try_grad_input<double>(); }
+// ---- sums --------------------------------------------------------------------------------------------------------
 
 // The order of the contract, written down once more: value j of a run goes to lane j % 16, lanes live on from run to
-// run, and fold as (l, l+8), (l, l+4), (l, l+2), (l, l+1).
-TEST(plain_sums_of_runs_are_taken_in_the_lane_order_of_the_contract) {
-  for_each_runs([](const Strided& piece) {
-    const Inputs<float> in = make_inputs<float>(piece, false, Values::ordinary, 7);
-    for (const Pass pass : {Pass::moments, Pass::moments_about, Pass::grad_sums}) {
-      double lane[2][16] = {};
-      piece.for_each([&](std::int64_t at, std::int64_t e) {
-        const std::array<double, 2> term = terms(in, pass, at, e);
-        for (std::size_t s = 0; s < 2; ++s) lane[s][(e % piece.length) % 16] += term[s];
-      });
-      for (auto& l : lane) {
-        for (int half = 8; half > 0; half /= 2) {
-          for (int k = 0; k < half; ++k) l[k] += l[k + half];
+// run, and fold as (l, l+8), (l, l+4), (l, l+2), (l, l+1). A column has one lane and its rows come in order.
+TEST(plain_sums_are_taken_in_the_lane_order_of_the_contract) {
+  const auto try_piece = [](const Piece& piece) {
+    const Inputs<float> in = make_inputs<float>(piece, Values::ordinary, 7);
+    for (const How& how : ways_to_sum<float>(piece)) {
+      std::vector<double> sums;
+      for (std::size_t s = 0; s < 2; ++s) {
+        for (std::int64_t c = 0; c < piece.channels; ++c) {
+          double lane[kLanes] = {};
+          in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+            if (in.piece.channel_of(e) != static_cast<std::size_t>(c)) return;
+            lane[e % piece.length % kLanes] += terms(in, how, at, e)[s];
+          });
+          for (std::int64_t half = kLanes / 2; half > 0; half /= 2) {
+            for (std::int64_t l = 0; l < half; ++l) lane[l] += lane[l + half];
+          }
+          sums.push_back(lane[0]);
         }
       }
-      const Outcome<float> got = call(generic(), pass, Output::its_own, in, Place::ends_at_guard);
-      EXPECT(data::same_bits(got.sums, {lane[0][0], lane[1][0]}), described());
+      EXPECT(data::same_bits(call(generic(), how, in).sums, sums), described());
     }
-  });
-}
-
-// A column has one lane and its rows come in order, which is how the reference sums.
-TEST(plain_sums_of_rows_are_the_reference_bit_for_bit) {
-  for_each_rows([](const Strided& piece) {
-    const Inputs<float> in = make_inputs<float>(piece, true, Values::ordinary, 8);
-    for (const Pass pass : {Pass::moments, Pass::moments_about, Pass::grad_sums}) {
-      const Outcome<float> got = call(generic(), pass, Output::its_own, in, Place::ends_at_guard);
-      const Outcome<float> want = call(reference_implementation, pass, Output::its_own, in, Place::ends_at_guard);
-      EXPECT(data::same_bits(got.sums, want.sums), described());
-    }
-  });
+  };
+  for_each_runs(try_piece);
+  for (std::int64_t columns = 1; columns <= kRemainders; ++columns) try_piece(rows_of(columns, 7, columns + 1));
 }
 
 // |error| <= 2^-53*|sum| + n^2*2^-106*sum(|term|) for a compensated sum of n terms (Ogita, Rump, Oishi 2005, prop.
 // 4.5; the low part is kept apart here, so the first term is 2^-106*|sum|). Twice n^2 covers the errors of products.
-template <class T>
-void expect_compensated(bool is_rows) {
-  const std::int64_t length = is_rows ? 3 : 203, count = is_rows ? 151 : 2;
-  Inputs<T> in = make_inputs<T>({length, count, length}, is_rows, Values::ordinary, 9);
-  // Large values that cancel, and small ones that remain.
-  Generator g(10);
-  for (std::size_t e = 0; e < in.x.size(); ++e) in.x[e] *= static_cast<T>(std::ldexp(1.0, 3 * g.below(10)));
-  for (const std::int64_t c : {std::int64_t{0}, in.columns() - 1}) {
-    ExactSum first, second, magnitude;
-    in.piece.for_each([&](std::int64_t at, std::int64_t e) {
-      if (static_cast<std::int64_t>(in.column_of(e)) != c) return;
-      const auto x = static_cast<double>(in.x.data()[at]);
-      const DoubleDouble square = two_product(x, x);
-      first.add(x);
-      magnitude.add(std::abs(x));
-      second.add(square.hi);
-      second.add(square.lo);
-    });
-    const DoubleDouble exact[2] = {first.value(), second.value()};
-    const double sizes[2] = {magnitude.value().hi, exact[1].hi};
-    const auto n = static_cast<double>(in.is_rows ? count : length * count);
-    for (const Implementation& implementation : implementations()) {
-      if (!machine_runs(implementation.name)) continue;
-      const Outcome<T> got = call(implementation, Pass::moments_compensated, Output::its_own, in, Place::unaligned);
-      const auto columns = static_cast<std::size_t>(in.columns());
-      for (std::size_t s = 0; s < 2; ++s) {
-        const double* high = got.sums.data() + 2 * s * columns + c;
-        const DoubleDouble error = exact[s] - two_sum(high[0], high[columns]);
-        EXPECT(std::abs(error.hi) <= 2 * n * n * 0x1p-106 * sizes[s], error.hi, " of ", exact[s].hi, " ", described());
+TEST(compensated_sums_keep_about_100_bits) {
+  for (const Piece& piece : {runs_of(203, 2, 203), rows_of(3, 151, 3)}) {
+    Inputs<double> in = make_inputs<double>(piece, Values::ordinary, 9);
+    // Large values that cancel, and small ones that remain.
+    Generator g(10);
+    for (double& x : in.x) x *= std::ldexp(1.0, 3 * g.below(10));
+    in.mean.assign(in.mean.size(), 0);
+    for (const How& how : {How{Pass::moments}, How{.pass = Pass::moments, .weights = true}, How{Pass::grad_sums}}) {
+      // The terms are factor*1 and factor*x, of which the first factors are exact as a sum of two float64.
+      ExactSum sums[2], magnitudes[2];
+      in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+        if (in.piece.channel_of(e) != 0) return;
+        const double x = in.x.data()[at];
+        const DoubleDouble factor = how.pass == Pass::grad_sums
+                                        ? DoubleDouble{in.dy.data()[at], 0}
+                                        : two_product(how.weights ? in.weights.data()[at] : 1, x);
+        const double of_term[2] = {1, x};
+        for (std::size_t s = 0; s < 2; ++s) {
+          for (const double part : {factor.hi, factor.lo}) {
+            const DoubleDouble product = two_product(part, of_term[s]);
+            sums[s].add(product.hi);
+            sums[s].add(product.lo);
+          }
+          magnitudes[s].add(std::abs(factor.hi * of_term[s]));
+        }
+      });
+      const DoubleDouble exact[2] = {sums[0].value(), sums[1].value()};
+      const double sizes[2] = {magnitudes[0].value().hi, magnitudes[1].value().hi};
+      const auto n = static_cast<double>(piece.count * piece.length);
+      const auto channels = static_cast<std::size_t>(piece.channels);
+      for (const Implementation& implementation : runnable()) {
+        const Outcome<double> got = call(implementation, how, in, Place::unaligned);
+        for (std::size_t s = 0; s < 2; ++s) {
+          const double* high = got.sums.data() + 2 * s * channels;
+          const DoubleDouble error = exact[s] - two_sum(high[0], high[channels]);
+          EXPECT(std::abs(error.hi) <= 2 * n * n * 0x1p-106 * sizes[s], error.hi, " ", described());
+        }
       }
     }
   }
 }
-TEST(compensated_sums_keep_about_100_bits) {
-  for (const bool is_rows : {false, true}) {
-    expect_compensated<float>(is_rows);
-    expect_compensated<double>(is_rows);
-  }
-}
 
 TEST(no_values_sum_to_zero) {
-  for (const Strided& piece : {Strided{0, 1, 0}, Strided{0, 5, 3}, Strided{4, 0, 4}}) {
-    const Inputs<float> in = make_inputs<float>(piece, false, Values::ordinary, 11);
-    for (const Pass pass : kSums) {
+  for (const Piece& piece : {runs_of(0, 1, 0), runs_of(0, 5, 3), runs_of(4, 0, 4), rows_of(5, 0, 5)}) {
+    const Inputs<float> in = make_inputs<float>(piece, Values::ordinary, 11);
+    for (const How& how : ways_to_sum<float>(piece)) {
       for (const Implementation& implementation : runnable()) {
-        const Outcome<float> got = call(implementation, pass, Output::its_own, in, Place::ends_at_guard);
-        for (const double sum : got.sums) EXPECT(sum == 0, described());
+        for (const double sum : call(implementation, how, in).sums) EXPECT(sum == 0, described());
       }
     }
   }
@@ -653,195 +418,289 @@ TEST(no_values_sum_to_zero) {
 // Squares below 2^-969 have errors that float64 cannot hold, so fused and split products see different ones.
 TEST(float64_squares_near_underflow_give_the_same_bits_on_every_table) {
   for (int exponent = -560; exponent <= -470; exponent += 3) {
-    Inputs<double> in = make_inputs<double>({19, 3, 20}, false, Values::ordinary, 12);
+    Inputs<double> in = make_inputs<double>(runs_of(19, 3, 20), Values::ordinary, 12);
     for (double& x : in.x) x *= std::ldexp(1.0, exponent);
     in.shift[0] = 0;
-    for (const Pass pass : {Pass::moments, Pass::moments_about}) expect_agreement(pass, Output::its_own, in);
+    for (const How& how : ways_to_sum<double>(in.piece)) expect_agreement(how, in);
   }
 }
 
-// Channels of a piece, their runs side by side, against each of them alone.
+// Whatever is where the weight is 0.
 template <class T>
-struct SeveralChannels {
-  std::vector<T> x, dy, out, alone;
-  std::vector<double> mean;
-  std::vector<kernels::Affine<T>> affine;
-  std::vector<kernels::GradAffine<T>> grad_affine;
-};
-
-template <class T>
-SeveralChannels<T> several_channels(Runs runs, std::uint64_t seed) {
-  Generator g(seed);
-  const auto size = static_cast<std::size_t>(runs.count * runs.stride);
-  SeveralChannels<T> s{
-      std::vector<T>(size), std::vector<T>(size), std::vector<T>(size), std::vector<T>(size), {}, {}, {}};
-  for (T& e : s.x) e = ordinary<T>(g);
-  for (T& e : s.dy) e = ordinary<T>(g);
-  for (std::int64_t c = 0; c < runs.channels; ++c) {
-    s.mean.push_back(g.value<double>());
-    s.affine.push_back({g.value<T>(), g.value<T>(), g.value<T>()});
-    s.grad_affine.push_back({g.value<T>(), g.value<T>(), g.value<T>(), g.value<T>(), g.value<T>()});
+void expect_no_look_where_nothing_counts(const Piece& piece) {
+  const Inputs<T> in = make_inputs<T>(piece, Values::ordinary, 13);
+  for (const bool shift : {false, true}) {
+    const How how{.pass = Pass::moments, .shift = shift, .weights = true};
+    for (const T junk : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity(), T(0)}) {
+      Inputs<T> other = in;
+      in.memory().for_each([&](std::int64_t at, std::int64_t) {
+        if (in.weights.data()[at] == 0) other.x.data()[at] = junk;
+      });
+      for (const Implementation& implementation : runnable()) {
+        const Outcome<T> wanted = call(implementation, how, in);
+        EXPECT(call(implementation, how, other) == wanted, described());
+      }
+    }
   }
-  return s;
+}
+TEST(nothing_is_looked_at_where_the_weight_is_0) {
+  for (std::int64_t r = 0; r < kRemainders; ++r) {
+    for (const Piece& piece : {runs_of(r, 3, r + 2), rows_of(r + 1, 5, r + 1)}) {
+      expect_no_look_where_nothing_counts<float>(piece);
+      expect_no_look_where_nothing_counts<double>(piece);
+    }
+  }
 }
 
 template <class T>
-void expect_each_channel_as_alone(const char* isa, const Kernels<T>& k, Runs runs, SeveralChannels<T> s) {
-  Sums together[2][kernels::kMostChannels];
-  k.runs_moments(s.x.data(), runs, together[0]);
-  k.runs_grad_sums(s.dy.data(), s.x.data(), runs, s.mean.data(), together[1]);
-  const auto same = [](const Sums& a, const Sums& b) { return std::memcmp(&a, &b, sizeof a) == 0; };
-  const std::string what = expect::text(isa, " ", sizeof(T) == 4 ? "float " : "double ", runs.count, " x ",
-                                        runs.channels, " x ", runs.length, ", stride ", runs.stride);
-  const Runs one{runs.length, runs.count, runs.stride};
-  for (std::int64_t c = 0; c < runs.channels; ++c) {
-    const auto at = static_cast<std::size_t>(c);
-    const T *x = s.x.data() + c * runs.length, *dy = s.dy.data() + c * runs.length;
-    Sums alone[2];
-    k.runs_moments(x, one, &alone[0]);
-    k.runs_grad_sums(dy, x, one, &s.mean[at], &alone[1]);
-    EXPECT(same(alone[0], together[0][c]) && same(alone[1], together[1][c]), what, " channel ", c);
+void expect_ones_to_be_no_weights(const Piece& piece) {
+  Inputs<T> in = make_inputs<T>(piece, Values::ordinary, 14);
+  for (auto& w : in.weights) w = 1;
+  std::vector<How> ways = ways_to_sum<T>(piece);
+  for (const How& how : ways_to_grad_input<T>(piece)) ways.push_back(how);
+  for (const How& how : ways) {
+    if (!how.weights) continue;
+    How plain = how;
+    plain.weights = false;
+    for (const Implementation& implementation : runnable()) {
+      const Outcome<T> wanted = call(implementation, plain, in);
+      EXPECT(call(implementation, how, in) == wanted, described());
+    }
   }
-  const auto expect_same_output = [&](auto apply_together, auto apply_alone, const char* name) {
-    s.out.assign(s.out.size(), T(7));
-    s.alone.assign(s.out.size(), T(7));
-    apply_together();
-    for (std::int64_t c = 0; c < runs.channels; ++c) apply_alone(c, c * runs.length);
-    EXPECT(data::same_bits(s.out, s.alone), what, " ", name);
-  };
-  for (const auto normalize : {k.runs_normalize, k.runs_normalize_around_cache}) {
-    expect_same_output([&] { normalize(s.x.data(), s.out.data(), runs, s.affine.data()); },
-                       [&](std::int64_t c, std::int64_t at) {
-                         normalize(s.x.data() + at, s.alone.data() + at, one, s.affine.data() + c);
-                       },
-                       "normalize");
-  }
-  for (const auto grad_input : {k.runs_grad_input, k.runs_grad_input_around_cache}) {
-    expect_same_output([&] { grad_input(s.dy.data(), s.x.data(), s.out.data(), runs, s.grad_affine.data()); },
-                       [&](std::int64_t c, std::int64_t at) {
-                         grad_input(s.dy.data() + at, s.x.data() + at, s.alone.data() + at, one,
-                                    s.grad_affine.data() + c);
-                       },
-                       "grad_input");
+}
+TEST(weights_of_1_give_the_bits_of_none) {
+  for (std::int64_t r = 0; r < kRemainders; ++r) {
+    for (const Piece& piece : {runs_of(r, 1, r), runs_of(16 + r, 1, 48 + 3 * r, 3), rows_of(r + 1, 5, r + 3)}) {
+      expect_ones_to_be_no_weights<float>(piece);
+      expect_ones_to_be_no_weights<double>(piece);
+    }
   }
 }
 
+// One of several channels.
+template <class T>
+Inputs<T> channel_of(const Inputs<T>& in, std::int64_t c) {
+  const Piece& p = in.piece;
+  Inputs<T> one = make_inputs<T>(runs_of(p.length, p.count, p.stride), Values::ordinary, 1);
+  const auto at = static_cast<std::size_t>(c);
+  one.memory().for_each([&](std::int64_t to, std::int64_t e) {
+    const std::int64_t from = in.lead + to - one.lead + c * p.length;
+    const std::int64_t element = e / p.length * p.length * p.channels + c * p.length + e % p.length;
+    one.x.data()[to] = in.x.data()[from];
+    one.dy.data()[to] = in.dy.data()[from];
+    one.third.data()[to] = in.third.data()[from];
+    one.weights.data()[to] = in.weights.data()[from];
+    one.passes[static_cast<std::size_t>(e)] = in.passes[static_cast<std::size_t>(element)];
+  });
+  one.shift = {in.shift[at]};
+  one.mean = {in.mean[at]};
+  for (std::size_t f = 0; f < one.fields.size(); ++f) one.fields[f] = {in.fields[f][at]};
+  return one;
+}
+
+template <class T>
+void expect_each_channel_as_alone(const Piece& piece, std::uint64_t seed) {
+  const Inputs<T> in = make_inputs<T>(piece, Values::ordinary, seed);
+  const auto channels = static_cast<std::size_t>(piece.channels);
+  std::vector<How> ways = ways_to_sum<T>(piece);
+  for (const How& how : ways_to_normalize<T>(piece)) ways.push_back(how);
+  for (const How& how : ways_to_grad_input<T>(piece)) ways.push_back(how);
+  for (const How& how : ways) {
+    const Outcome<T> whole = call(generic(), how, in);
+    for (std::size_t c = 0; c < channels; ++c) {
+      Outcome<T> part;
+      for (std::size_t s = c; s < whole.sums.size(); s += channels) part.sums.push_back(whole.sums[s]);
+      for (std::size_t e = 0; e < in.passes.size(); ++e) {
+        if (piece.channel_of(static_cast<std::int64_t>(e)) != c) continue;
+        if (!whole.values.empty()) part.values.push_back(whole.values[e]);
+        if (!whole.dresidual.empty()) part.dresidual.push_back(whole.dresidual[e]);
+        if (!whole.bits.empty()) part.bits.push_back(whole.bits[e]);
+      }
+      EXPECT(call(generic(), how, channel_of(in, static_cast<std::int64_t>(c))) == part, described());
+    }
+  }
+}
+// That all tables are as the generic one is tried above.
 TEST(channels_of_one_piece_get_the_bits_that_each_gets_alone) {
   std::uint64_t seed = 20;
   for (const std::int64_t channels : {1, 2, 3, 7, 32}) {
     for (std::int64_t length = 16; length <= 50; ++length) {
       for (const std::int64_t count : {1, 3}) {
-        const Runs runs{length, count, channels * length + (length % 3) * 5, channels, length % 2 == 0 ? 0 : 1'000'000};
-        for (const Implementation& implementation : runnable()) {
-          expect_each_channel_as_alone<float>(implementation.name, implementation.table->of<float>(), runs,
-                                              several_channels<float>(runs, ++seed));
-          expect_each_channel_as_alone<double>(implementation.name, implementation.table->of<double>(), runs,
-                                               several_channels<double>(runs, ++seed));
-        }
+        const Piece piece = runs_of(length, count, channels * length + (length % 3) * 5, channels);
+        expect_each_channel_as_alone<float>(piece, ++seed);
+        expect_each_channel_as_alone<double>(piece, ++seed);
       }
     }
   }
 }
 
-TEST(sums_of_blocks_add_up_with_the_error_of_each_addition_kept) {
+// ---- sums that go on ---------------------------------------------------------------------------------------------
+
+// Four arrays of one entry a column, one behind the other.
+ColumnSums sums_in(std::vector<double>& all) {
+  double* p = all.data();
+  const std::size_t n = all.size() / 4;
+  return {p, p + n, p + 2 * n, p + 3 * n};
+}
+
+template <class T>
+void expect_to_continue(const Implementation& implementation, const How& how, const Inputs<T>& in) {
+  const Kernels<T>& k = implementation.table->of<T>();
+  const auto columns = static_cast<std::size_t>(in.piece.channels);
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(in.memory().extent()), 0x5a);
+  const auto add_rows = [&](std::int64_t first, std::int64_t count, bool continues, std::vector<double>& sums) {
+    const std::int64_t at = in.lead + first * in.piece.stride;
+    const Rows rows{.count = count, .columns = in.piece.channels, .stride = in.piece.stride, .continues = continues};
+    if (how.pass == Pass::moments) {
+      k.rows_moments(in.x.data() + at, how.weights ? in.weights.data() + at : nullptr, rows,
+                     how.shift ? in.shift.data() : nullptr, sums_in(sums));
+    } else {
+      const GradInputs<T> inputs{
+          .dy = in.dy.data(), .x = in.x.data(), .bits = how.bits ? bits.data() : nullptr, .at = at};
+      k.rows_grad_sums(inputs, rows, in.mean.data(), sums_in(sums));
+    }
+  };
+  std::vector<double> whole(4 * columns);
+  add_rows(0, in.piece.count, false, whole);
+  for (const std::int64_t step : {1, 2, 7, 9}) {
+    std::vector<double> parts(4 * columns, std::numeric_limits<double>::quiet_NaN());
+    for (std::int64_t first = 0; first < in.piece.count; first += step) {
+      add_rows(first, std::min(step, in.piece.count - first), first > 0, parts);
+    }
+    for (std::size_t s = 0; s < 4; ++s) {
+      if (s % 2 == 1 && sizeof(T) < sizeof(double)) continue;
+      for (std::size_t e = s * columns; e < (s + 1) * columns; ++e) {
+        EXPECT(data::same_bits(parts[e], whole[e]), implementation.name, " ", kPassNames[static_cast<int>(how.pass)],
+               ", items of ", sizeof(T), " bytes, ", in.piece.count, " rows of ", columns, ", ", step, " at a time");
+      }
+    }
+  }
+}
+TEST(sums_that_continue_have_the_bits_of_one_call_on_all_rows) {
+  std::uint64_t seed = 60;
+  for (std::int64_t columns = 1; columns <= kRemainders; ++columns) {
+    for (const std::int64_t count : {1, 8, 19}) {
+      for_each_type([&]<class T>() {
+        const auto in = make_inputs<T>(rows_of(columns, count, columns + columns % 3), Values::ordinary, ++seed);
+        for (const How& how : ways_to_sum<T>(in.piece)) {
+          for (const Implementation& implementation : runnable()) expect_to_continue(implementation, how, in);
+        }
+      });
+    }
+  }
+}
+
+// The sums of blocks behind each other in memory, and their totals, at guard pages.
+template <class T>
+std::vector<double> added_blocks(const Implementation& implementation, const std::vector<double>& blocks,
+                                 std::int64_t count, std::int64_t columns, Place place) {
+  static Array<double> from[4], to[4];
+  double *f[4], *t[4];
+  const std::int64_t stride = columns + 3;
+  for (std::size_t e = 0; e < 4; ++e) {
+    const auto first = blocks.begin() + static_cast<std::ptrdiff_t>(e) * count * stride;
+    f[e] = from[e].place({first, first + (count - 1) * stride + columns}, place, e + 1);
+    t[e] = to[e].place(canaries<double>(columns), place, e + 2);
+  }
+  implementation.table->of<T>().add_blocks({f[0], f[1], f[2], f[3]}, count, stride, columns, {t[0], t[1], t[2], t[3]});
+  std::vector<double> totals;
+  for (std::size_t e = 0; e < 4; ++e) {
+    totals.insert(totals.end(), t[e], t[e] + columns);
+    EXPECT(from[e].untouched() && to[e].untouched_outside({columns, 1, 0}), implementation.name, " ", columns);
+  }
+  return totals;
+}
+template <class T>
+void expect_blocks_to_add_up(std::int64_t columns) {
+  constexpr std::int64_t kBlocks = 9;
+  constexpr bool kHasLow = sizeof(T) == sizeof(double);
   Generator g(30);
-  for (const std::int64_t columns : {1, 5, 16, 17, 40}) {
-    constexpr std::int64_t kBlocks = 9;
-    const std::int64_t stride = 4 * columns + 3;
-    std::vector<double> parts(static_cast<std::size_t>(kBlocks * stride));
-    for (double& p : parts) p = ordinary<double>(g);
-    const auto sums_at = [&](double* p) {
-      return kernels::ColumnSums{p, p + columns, p + 2 * columns, p + 3 * columns};
-    };
-    for (const bool low_is_kept : {false, true}) {
-      std::vector<std::vector<double>> totals;
-      for (const Implementation& implementation : runnable()) {
-        const bool is_reference = implementation.table == reference_implementation.table;
-        if (is_reference && low_is_kept) continue;  // it keeps no low parts
-        std::vector<double>& total = totals.emplace_back(static_cast<std::size_t>(4 * columns));
-        const auto add_blocks =
-            low_is_kept ? implementation.table->of<double>().add_blocks : implementation.table->of<float>().add_blocks;
-        add_blocks(sums_at(parts.data()), kBlocks, stride, columns, sums_at(total.data()));
-        EXPECT(data::same_bits(total, totals.front()), implementation.name, " ", columns, " columns");
-      }
-      for (std::int64_t e = 0; e < 2 * columns; ++e) {
-        const std::int64_t at = e / columns * 2 * columns + e % columns;  // among first and second
-        ExactSum exact;
-        for (std::int64_t b = 0; b < kBlocks; ++b) {
-          exact.add(parts.data()[b * stride + at]);
-          if (low_is_kept) exact.add(parts.data()[b * stride + at + columns]);
-        }
-        const DoubleDouble error = exact.value() - two_sum(totals[0].data()[at], totals[0].data()[at + columns]);
-        // Low parts are added plainly: 9 roundings of sums of at most 2^22.
-        EXPECT(std::abs(error.hi) <= 2 * kBlocks * 0x1p-53 * (low_is_kept ? 0x1p22 : 0x1p-30), error.hi);
-      }
-    }
-  }
-}
-
-// Coefficients of `count` channels or columns, one array a field.
-using SecondFields = std::array<std::vector<double>, 7>;
-
-// What second_grad writes of a piece, onto nothing (0), v (1), dy (2) or x (3).
-template <class T>
-std::vector<T> call_second_grad(const Implementation& implementation, const Strided& piece, std::int64_t channels,
-                                const std::array<std::vector<T>, 3>& in, const SecondFields& k, int onto, Place place) {
-  static std::array<guarded::Array<T>, 4> tensors;
-  static std::array<guarded::Array<double>, 7> fields;
-  const Kernels<T>& kernels = implementation.table->of<T>();
-  T* out = tensors[0].place(std::vector<T>(in[0].size()), place, 1);
-  T* from[3];
-  const double* f[7];
-  for (std::size_t t = 0; t < 3; ++t) from[t] = tensors[t + 1].place(in[t], place, t + 2);
-  for (std::size_t e = 0; e < 7; ++e) f[e] = fields[e].place(k[e], place, e + 1);
-  if (onto > 0) out = from[onto - 1];
-  if (channels == 0) {
-    const kernels::SecondAffineColumns columns{f[0], f[1], f[2], f[3], f[4], f[5], f[6]};
-    kernels.rows_second_grad(from[0], from[1], from[2], out, {piece.count, piece.length, piece.stride}, columns);
-  } else {
-    std::vector<kernels::SecondAffine> each;
-    for (std::size_t c = 0; c < k[0].size(); ++c) {
-      each.push_back({f[0][c], f[1][c], f[2][c], f[3][c], f[4][c], f[5][c], f[6][c]});
-    }
-    const Runs runs{piece.length / channels, piece.count, piece.stride, channels};
-    kernels.runs_second_grad(from[0], from[1], from[2], out, runs, each.data());
-  }
-  auto& written = tensors[static_cast<std::size_t>(onto)];
-  const std::vector<T> found = written.elements(piece);
-  EXPECT(written.untouched_outside(piece), implementation.name, " ", piece.length, " x ", piece.count);
-  for (const auto& t : tensors) EXPECT(t.untouched(), implementation.name, " ", piece.length, " x ", piece.count);
-  return found;
-}
-
-template <class T>
-void expect_second_grad_of_the_reference(const Strided& piece, std::int64_t channels, std::uint64_t seed) {
-  Generator g(seed);
-  const Values kind = seed % 5 == 0 ? Values::extreme : Values::ordinary;
-  std::array<std::vector<T>, 3> in;
-  for (auto& tensor : in) tensor = fill<T>(g, piece, kind);
-  SecondFields k;
-  for (auto& field : k) field = fill<double>(g, channels == 0 ? piece.length : channels, Values::ordinary);
-  const auto expected = call_second_grad<T>(reference_implementation, piece, channels, in, k, 0, Place::ends_at_guard);
+  const std::int64_t stride = columns + 3;
+  const std::vector<double> blocks = fill<double>(g, 4 * kBlocks * stride);
+  const std::vector<double> totals = added_blocks<T>(generic(), blocks, kBlocks, columns, Place::ends_at_guard);
   for (const Implementation& implementation : runnable()) {
-    for (const Place place : {Place::ends_at_guard, Place::starts_at_guard, Place::unaligned}) {
-      for (const int onto : {0, 1, 2, 3}) {
-        EXPECT(data::same_bits(call_second_grad<T>(implementation, piece, channels, in, k, onto, place), expected),
-               implementation.name, " ", piece.length, " x ", piece.count, ", channels ", channels, ", onto ", onto);
+    for (const Place place : guarded::kPlaces) {
+      EXPECT(data::same_bits(added_blocks<T>(implementation, blocks, kBlocks, columns, place), totals) ||
+                 (kHasLow && is_reference(implementation)),  // adds low parts in another order
+             implementation.name, " ", columns, " columns");
+    }
+  }
+  for (std::int64_t s : {0, 2}) {
+    for (std::int64_t c = 0; c < columns; ++c) {
+      ExactSum exact;
+      for (std::int64_t b = 0; b < kBlocks; ++b) {
+        exact.add(blocks.data()[(s * kBlocks + b) * stride + c]);
+        if (kHasLow) exact.add(blocks.data()[((s + 1) * kBlocks + b) * stride + c]);
+      }
+      const double* total = totals.data() + s * columns + c;
+      const DoubleDouble error = exact.value() - two_sum(total[0], total[columns]);
+      // Low parts are added plainly: 9 roundings of sums of at most 2^22.
+      EXPECT(std::abs(error.hi) <= 2 * kBlocks * 0x1p-53 * (kHasLow ? 0x1p22 : 0x1p-30), error.hi);
+    }
+  }
+}
+TEST(sums_of_blocks_add_up_with_the_error_of_each_addition_kept) {
+  for (std::int64_t columns = 1; columns <= kRemainders; ++columns) {
+    for_each_type([&]<class T>() { expect_blocks_to_add_up<T>(columns); });
+  }
+}
+
+// ---- tails -------------------------------------------------------------------------------------------------------
+
+TEST(a_tail_keeps_nan_and_negative_zero) {
+  const float nan = std::numeric_limits<float>::quiet_NaN(), infinity = std::numeric_limits<float>::infinity();
+  const float specials[] = {-0.0f, 0.0f, nan, infinity, -infinity, 1e-45f, -1e-45f};
+  const float wanted[] = {-0.0f, 0.0f, nan, infinity, 0.0f, 1e-45f, 0.0f};
+  Inputs<float> in = make_inputs<float>(runs_of(37, 2, 40), Values::ordinary, 70);
+  in.fields = {{{0}, {1}, {-0.0f}}};  // y = x
+  in.x = spread<float>(in.memory(), [&](std::int64_t e) { return specials[e % 7]; });
+  in.third = spread<float>(in.memory(), [](std::int64_t) { return -0.0f; });
+  for (const Implementation& implementation : runnable()) {
+    for (const bool residual : {false, true}) {
+      const Outcome<float> got =
+          call(implementation, {.pass = Pass::normalize, .residual = residual, .relu = true, .bits = true}, in);
+      for (std::size_t e = 0; e < got.values.size(); ++e) {
+        EXPECT(data::same_bits(got.values[e], wanted[e % 7]) && got.bits[e] == !(wanted[e % 7] <= 0), e, described());
       }
     }
   }
 }
 
-// One element after the other in float64, so that there is nothing for them to differ in.
-TEST(second_grad_has_the_bits_of_the_reference) {
-  std::uint64_t seed = 40;
-  for (std::int64_t length = 1; length <= 50; ++length) {
-    for (const std::int64_t channels : {0, 1, 3}) {
-      const std::int64_t wide = channels == 3 ? 3 * (length + 16) : length;  // runs side by side fill a vector
-      for (const std::int64_t count : {1, 5}) {
-        expect_second_grad_of_the_reference<float>({wide, count, wide + length % 3}, channels, ++seed);
-        expect_second_grad_of_the_reference<double>({wide, count, wide + length % 3}, channels, ++seed);
+// Two pieces of a tensor, which share the byte of the bits where the one ends and the other begins.
+template <class T>
+void expect_threads_to_share_bytes(const Implementation& implementation, bool is_rows) {
+  const Kernels<T>& k = implementation.table->of<T>();
+  constexpr std::int64_t kColumns = 40, kCut = 21, kRows = 50;
+  const std::int64_t count = is_rows ? kRows : 1, size = count * kColumns;
+  Generator g(71);
+  const std::vector<T> x = fill<T>(g, size), zero(kColumns, T(0)), one(kColumns, T(1));
+  std::vector<std::uint8_t> wanted(static_cast<std::size_t>(size / 8));
+  for (std::int64_t e = 0; e < size; ++e) {
+    if (x.data()[e] > 0) wanted.data()[e / 8] |= static_cast<std::uint8_t>(1u << (e % 8));
+  }
+  alignas(kernels::kStreamBytes) static T y[kRows * kColumns];
+  for (int repeat = 0; repeat < 100; ++repeat) {
+    std::vector<std::uint8_t> bits(wanted.size(), repeat % 2 == 0 ? 0 : 0xff);
+    const auto piece = [&](std::int64_t from, std::int64_t n) {
+      const Tail<T> tail{nullptr, true, bits.data(), 0, from};
+      const Affine<T> same{0, 1, 0};
+      if (is_rows) {
+        k.rows_normalize(x.data() + from, y + from, tail, {count, n, kColumns}, {zero.data(), one.data(), zero.data()});
+      } else {
+        k.runs_normalize(x.data() + from, y + from, tail, {n, 1, n}, &same);
       }
+    };
+    std::thread other(piece, 0, kCut);
+    piece(kCut, kColumns - kCut);
+    other.join();
+    EXPECT(bits == wanted, implementation.name, is_rows ? " rows" : " runs", ", items of ", sizeof(T), " bytes");
+  }
+}
+TEST(pieces_at_work_at_the_same_time_may_share_a_byte_of_bits) {
+  for (const Implementation& implementation : runnable()) {
+    for (const bool is_rows : {false, true}) {
+      expect_threads_to_share_bytes<float>(implementation, is_rows);
+      expect_threads_to_share_bytes<double>(implementation, is_rows);
     }
   }
 }

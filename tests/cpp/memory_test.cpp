@@ -64,14 +64,14 @@ using namespace batchnorm;
 
 constexpr long kMany = 1'000'000;
 
-long allocations_of(const every_call::Call& call) {
+long allocations_of(const every_call::NamedCall& call) {
   left = kMany;
   call.run();
   return kMany - left.exchange(-1);
 }
 
 // Whether the call ends well although allocation `n` fails, and with it all later ones or none.
-bool succeeds(const every_call::Call& call, long n, bool and_later) {
+bool succeeds(const every_call::NamedCall& call, long n, bool and_later) {
   bool done = true;
   goes_on = and_later;
   left = n;
@@ -87,7 +87,7 @@ bool succeeds(const every_call::Call& call, long n, bool and_later) {
 using Bytes = std::vector<std::byte>;
 
 // How many allocations the call could not do without. Before each its outputs are filled with what it would not write.
-int check_each_allocation(const every_call::Call& call, const std::string& what) {
+int check_each_allocation(const every_call::NamedCall& call, const std::string& what) {
   std::vector<Bytes> inputs;  // of a call in place
   for (const auto& output : call.outputs) inputs.emplace_back(output.begin(), output.end());
   const long count = allocations_of(call);
@@ -114,7 +114,7 @@ void check_every_call(const char* type) {
     for (const int threads : {1, 3}) {
       every_call::Arguments<T> arguments(p);
       int needed = 0;
-      for (const every_call::Call& call : every_call::of<T>(arguments, {threads})) {
+      for (const every_call::NamedCall& call : every_call::of<T>(arguments, {threads})) {
         needed += check_each_allocation(call, expect::text(call.name, " of ", type, ", ", threads, " threads, {",
                                                            p.outer, ", ", p.channels, ", ", p.inner, "}"));
       }
@@ -134,7 +134,7 @@ TEST(a_call_that_gets_no_memory_for_workers_does_without) {
   if (child == 0) {
     every_call::Arguments<float> arguments({60, 20, 400});
     bool done = true;
-    for (const every_call::Call& call : every_call::of<float>(arguments, {4})) {
+    for (const every_call::NamedCall& call : every_call::of<float>(arguments, {4})) {
       if (call.name == "normalize") done &= succeeds(call, 0, true);
     }
     _exit(done ? 0 : 1);

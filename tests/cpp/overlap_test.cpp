@@ -28,9 +28,21 @@ struct Fixture : every_call::Arguments<double> {
   std::span<double> positions() { return std::span(memory).first(24); }
   std::span<Moments> table() { return {reinterpret_cast<Moments*>(memory.data()), 5}; }
   std::span<GradSums> sums_table() { return {reinterpret_cast<GradSums*>(memory.data()), 5}; }
-  std::span<Moments> segments_table() { return {reinterpret_cast<Moments*>(memory.data()), saved_segments.size()}; }
-  std::span<std::uint8_t> bits() { return {reinterpret_cast<std::uint8_t*>(memory.data()), relu_mask.size()}; }
+  std::span<Moments> segments_table() { return {reinterpret_cast<Moments*>(memory.data()), moments_out.size()}; }
+  std::span<std::uint8_t> bits_in_memory() { return {reinterpret_cast<std::uint8_t*>(memory.data()), bits.size()}; }
   std::span<Moments> out() { return std::span(moments_out).first(5); }
+  // Of the plain call.
+  std::span<const Moments> saved = ways.front().saved;
+  std::span<const GradSums> sums = ways.front().sums;
+  std::span<const Moments> saved_segments = way(" by segments").saved;
+
+  every_call::Way<double>& way(const std::string& name) {
+    return *std::ranges::find(ways, name, &every_call::Way<double>::name);
+  }
+  // What the functions without wrappers take.
+  [[nodiscard]] Call<double> with(ChannelValues gamma, ChannelValues beta = {}) const {
+    return {.problem = kProblem, .gamma = gamma, .beta = beta};
+  }
 };
 
 TEST(dgamma_in_the_memory_of_gamma_is_refused_and_leaves_gamma_alone) {
@@ -110,21 +122,18 @@ TEST(backward_passes_write_apart_from_all_that_they_read) {
 TEST(derivatives_write_apart_from_all_that_they_read) {
   Fixture f;
   const auto m = f.channels(), t = f.tensor();
-  expect_refused("y_dot", "gamma_dot",
-                 [&] { batch_norm_jvp<double>(f.v, f.x, kProblem, f.saved, f.gamma, m, f.beta, kEps, t); });
-  expect_refused("y_dot", "saved",
-                 [&] { batch_norm_jvp<double>(f.v, f.x, kProblem, f.table(), f.gamma, f.beta, f.beta, kEps, t); });
-  expect_refused("y_dot", "mean", [&] {
-    normalize_jvp<double>(f.v, f.x, kProblem, m, f.var, f.gamma, f.beta, f.beta, f.beta, f.beta, kEps, t);
-  });
-  expect_refused("y_dot", "var_dot", [&] {
-    normalize_jvp<double>(f.v, f.x, kProblem, f.mean, f.var, f.gamma, f.beta, m, f.beta, f.beta, kEps, t);
-  });
+  const Call<double> call = f.with(f.gamma), in_memory = f.with(m);
+  expect_refused("y_dot", "gamma_dot", [&] { batch_norm_jvp<double>(f.v, f.x, call, f.saved, m, f.beta, t); });
+  expect_refused("y_dot", "saved", [&] { batch_norm_jvp<double>(f.v, f.x, call, f.table(), f.beta, f.beta, t); });
+  expect_refused("y_dot", "gamma", [&] { batch_norm_jvp<double>(f.v, f.x, in_memory, f.saved, f.beta, f.beta, t); });
+  expect_refused("y_dot", "mean",
+                 [&] { normalize_jvp<double>(f.v, f.x, call, m, f.var, f.beta, f.beta, f.beta, f.beta, t); });
+  expect_refused("y_dot", "var_dot",
+                 [&] { normalize_jvp<double>(f.v, f.x, call, f.mean, f.var, f.beta, m, f.beta, f.beta, t); });
   const auto second = [&](ChannelValues gamma, ChannelValues v_dbeta, std::span<double> ddy, std::span<double> dx,
                           ChannelOutput dgamma) {
     return [=, &f] {
-      batch_norm_double_backward<double>(f.v, f.dy, f.x, kProblem, f.saved, gamma, f.tangent, v_dbeta, kEps, ddy, dx,
-                                         dgamma);
+      batch_norm_double_backward<double>(f.v, f.dy, f.x, f.with(gamma), f.saved, f.tangent, v_dbeta, ddy, dx, dgamma);
     };
   };
   expect_refused("dgamma", "gamma", second(m, f.beta, f.y, f.y2, m));
@@ -134,56 +143,91 @@ TEST(derivatives_write_apart_from_all_that_they_read) {
   expect_refused("ddy", "v_dbeta", second(f.gamma, m, t, f.y2, f.dgamma));
   expect_refused("dx", "gamma", second(m, f.beta, f.y, t, f.dgamma));
   expect_refused("dgamma", "var", [&] {
-    normalize_double_backward<double>(f.v, f.dy, f.x, kProblem, f.mean, m, f.gamma, f.tangent, f.beta, kEps, f.y, f.y2,
-                                      m);
+    normalize_double_backward<double>(f.v, f.dy, f.x, call, f.mean, m, f.tangent, f.beta, f.y, f.y2, m);
   });
 }
 
-TEST(passes_with_weights_segments_and_relu_write_apart_from_these_too) {
+TEST(passes_with_weights_write_apart_from_these_too) {
   Fixture f;
   const auto m = f.channels(), t = f.tensor();
-  const WeightsFor<double> w{f.positions(), Padding::zero};
-  expect_refused("saved", "weights",
-                 [&] { batch_norm<double>(f.x, kProblem, w, f.gamma, f.beta, kEps, f.y, f.table()); });
-  expect_refused("y", "weights", [&] { batch_norm<double>(f.x, kProblem, w, f.gamma, f.beta, kEps, t, f.out()); });
-  expect_refused("y", "weights", [&] { normalize<double>(f.x, kProblem, w, f.mean, f.var, f.gamma, f.beta, kEps, t); });
-  expect_refused("out", "weights", [&] { moments<double>(f.x, kProblem, w, f.table()); });
-  expect_refused("dgamma", "weights",
-                 [&] { batch_norm_backward<double>(f.dy, f.x, kProblem, w, f.saved, f.gamma, kEps, f.y, m, f.dbeta); });
+  Call<double> call = f.with(f.gamma, f.beta);
+  call.counted = {f.positions(), Padding::zero};
+  expect_refused("saved", "weights", [&] { batch_norm<double>(f.x, call, f.y, f.table()); });
+  expect_refused("y", "weights", [&] { batch_norm<double>(f.x, call, t, f.out()); });
+  expect_refused("y", "weights", [&] { normalize<double>(f.x, call, f.mean, f.var, t); });
+  expect_refused("y", "weights", [&] { normalize<double>(f.x, call, f.saved, t); });
+  expect_refused("out", "weights", [&] { moments<double>(f.x, call, f.table()); });
+  expect_refused("out", "weights", [&] { grad_sums<double>(f.dy, f.x, call, f.saved, f.sums_table()); });
+  expect_refused("dx", "weights", [&] { grad_input<double>(f.dy, f.x, call, f.saved, f.sums, t); });
+  expect_refused("dgamma", "weights", [&] {
+    batch_norm_backward<double>(f.dy, f.x, call, f.saved, {.dx = f.y, .dgamma = m, .dbeta = f.dbeta});
+  });
   expect_refused("dx", "weights", [&] {
-    normalize_backward<double>(f.dy, f.x, kProblem, w, f.mean, f.var, f.gamma, kEps, t, f.dgamma, f.dbeta);
+    normalize_backward<double>(f.dy, f.x, call, f.mean, f.var, {.dx = t, .dgamma = f.dgamma, .dbeta = f.dbeta});
   });
+}
 
-  expect_refused("saved", "gamma", [&] {
-    segment_batch_norm<double>(f.x, kProblem, f.offsets, m, f.beta, kEps, f.y, f.segments_table());
-  });
-  expect_refused("y", "beta",
-                 [&] { segment_batch_norm<double>(f.x, kProblem, f.offsets, f.gamma, m, kEps, t, f.moments_out); });
+TEST(passes_by_segments_write_apart_from_all_that_they_read) {
+  Fixture f;
+  const auto m = f.channels(), t = f.tensor();
+  const auto by_segments = [&](ChannelValues gamma, ChannelValues beta) {
+    Call<double> call = f.with(gamma, beta);
+    call.groups.offsets = f.offsets;
+    return call;
+  };
+  expect_refused("saved", "gamma", [&] { batch_norm<double>(f.x, by_segments(m, f.beta), f.y, f.segments_table()); });
+  expect_refused("y", "beta", [&] { batch_norm<double>(f.x, by_segments(f.gamma, m), t, f.moments_out); });
   expect_refused("dbeta", "saved", [&] {
-    segment_batch_norm_backward<double>(f.dy, f.x, kProblem, f.offsets, f.segments_table(), f.gamma, kEps, f.y,
-                                        f.dgamma, m);
+    batch_norm_backward<double>(f.dy, f.x, by_segments(f.gamma, f.beta), f.segments_table(),
+                                {.dx = f.y, .dgamma = f.dgamma, .dbeta = m});
   });
   expect_refused("dgamma", "gamma", [&] {
-    segment_batch_norm_backward<double>(f.dy, f.x, kProblem, f.offsets, f.saved_segments, m, kEps, f.y, m, f.dbeta);
+    batch_norm_backward<double>(f.dy, f.x, by_segments(m, f.beta), f.saved_segments,
+                                {.dx = f.y, .dgamma = m, .dbeta = f.dbeta});
   });
+  Call<double> call = f.with(f.gamma, f.beta);
+  const std::span<std::int64_t> places(reinterpret_cast<std::int64_t*>(f.memory.data()), f.offsets.size());
+  std::ranges::copy(f.offsets, places.begin());
+  call.groups.offsets = places;
+  expect_refused("y", "offsets", [&] { batch_norm<double>(f.x, call, t, f.moments_out); });
+  expect_refused("out", "offsets", [&] { moments<double>(f.x, call, f.segments_table()); });
+}
 
-  expect_refused("saved", "residual",
-                 [&] { batch_norm_relu<double>(f.x, kProblem, t, f.gamma, f.beta, kEps, f.y, f.mask_out, f.table()); });
-  expect_refused("saved", "mask",
-                 [&] { batch_norm_relu<double>(f.x, kProblem, {}, f.gamma, f.beta, kEps, f.y, f.bits(), f.table()); });
-  expect_refused("mask", "gamma",
-                 [&] { batch_norm_relu<double>(f.x, kProblem, {}, m, f.beta, kEps, f.y, f.bits(), f.out()); });
-  expect_refused("dgamma", "mask", [&] {
-    batch_norm_relu_backward<double>(f.dy, f.x, kProblem, f.bits(), f.saved, f.gamma, kEps, f.y, f.y2, m, f.dbeta);
+TEST(passes_with_a_tail_write_apart_from_it_too) {
+  Fixture f;
+  const auto m = f.channels(), t = f.tensor();
+  const auto relu = [&](ChannelValues gamma, std::span<const double> residual, std::span<std::uint8_t> bits) {
+    Call<double> call = f.with(gamma, f.beta);
+    call.tail = {residual, true, bits};
+    return call;
+  };
+  expect_refused("saved", "residual", [&] { batch_norm<double>(f.x, relu(f.gamma, t, f.bits_out), f.y, f.table()); });
+  expect_refused("saved", "bits",
+                 [&] { batch_norm<double>(f.x, relu(f.gamma, {}, f.bits_in_memory()), f.y, f.table()); });
+  expect_refused("bits", "gamma", [&] { batch_norm<double>(f.x, relu(m, {}, f.bits_in_memory()), f.y, f.out()); });
+  expect_refused("bits", "x", [&] { batch_norm<double>(t, relu(f.gamma, {}, f.bits_in_memory()), f.y, f.out()); });
+  expect_refused("bits", "residual",
+                 [&] { batch_norm<double>(f.x, relu(f.gamma, t, f.bits_in_memory()), f.y, f.out()); });
+  expect_refused("bits", "mean", [&] { normalize<double>(f.x, relu(f.gamma, {}, f.bits_in_memory()), m, f.var, f.y); });
+  expect_refused("bits", "moments",
+                 [&] { normalize<double>(f.x, relu(f.gamma, {}, f.bits_in_memory()), f.table(), f.y); });
+  Call<double> counted = relu(f.gamma, {}, f.bits_in_memory());
+  counted.counted = {f.positions(), Padding::zero};
+  expect_refused("bits", "weights", [&] { batch_norm<double>(f.x, counted, f.y, f.out()); });
+  expect_refused("dgamma", "bits", [&] {
+    batch_norm_backward<double>(f.dy, f.x, relu(f.gamma, {}, f.bits_in_memory()), f.saved, {f.y, f.y2, m, f.dbeta});
   });
   expect_refused("dresidual", "dbeta", [&] {
-    batch_norm_relu_backward<double>(f.dy, f.x, kProblem, f.relu_mask, f.saved, f.gamma, kEps, f.y, t, f.dgamma, m);
+    batch_norm_backward<double>(f.dy, f.x, relu(f.gamma, {}, f.bits), f.saved, {f.y, t, f.dgamma, m});
+  });
+  expect_refused("dresidual", "dx", [&] {
+    batch_norm_backward<double>(f.dy, f.x, relu(f.gamma, {}, f.bits), f.saved, {t, t, f.dgamma, f.dbeta});
   });
 }
 
 TEST(a_tensor_may_be_written_to_one_that_is_read) {
   Fixture f;
-  for (const every_call::Call& call : every_call::of<double>(f)) {
+  for (const every_call::NamedCall& call : every_call::of<double>(f)) {
     if (call.name.ends_with("in place")) EXPECT_EQUAL(expect::thrown_by<std::exception>(call.run), "", call.name);
   }
 }

@@ -46,7 +46,7 @@ void run_every_call(std::size_t bytes) {
       for (const int threads : {1, 3}) {
         const auto calls = every_call::of<T>(arguments, {threads});
         run_on_stack(bytes, [&calls] {
-          for (const every_call::Call& call : calls) call.run();
+          for (const every_call::NamedCall& call : calls) call.run();
         });
       }
     }
@@ -73,7 +73,7 @@ TEST(a_child_forked_from_64_kilobytes_runs_too) {
   run_on_stack(64 * 1024, [&] {
     const pid_t child = fork();
     if (child == 0) {
-      for (const every_call::Call& call : calls) call.run();
+      for (const every_call::NamedCall& call : calls) call.run();
       _exit(0);
     }
     waitpid(child, &status, 0);

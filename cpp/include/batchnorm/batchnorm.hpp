@@ -7,8 +7,7 @@
 //
 // All functions here:
 // - are templates instantiated for T = float, T = double, and Float16 and BFloat16 (float16.hpp), for which a result in
-// T
-//   is that of the same values as float, rounded once more, to T; statistics and sums are the same;
+//   T is that of the same values as float, rounded once more, to T; statistics and sums are the same;
 // - check their arguments and throw std::invalid_argument ("gamma must have 64 values, got 32") before
 //   anything is written; may throw std::bad_alloc, again before anything is written;
 // - hold the bounds of the numerical contract (README) for every finite float input, and give the same bits for
@@ -23,6 +22,7 @@
 
 #include <span>
 
+#include "batchnorm/call.hpp"
 #include "batchnorm/float16.hpp"
 #include "batchnorm/info.hpp"
 #include "batchnorm/types.hpp"
@@ -32,10 +32,11 @@ namespace batchnorm {
 
 // ---- moments ---------------------------------------------------------------------------------------------------
 
-// Moments of each channel of x.
-// x: problem.size() values, not modified. out: problem.channels values.
+// Moments of each channel of x; of each segment's.
+// x: problem.size() values, not modified. out: one entry per channel, or per segment and channel. count is the sum of
+// the weights; of nothing all fields are 0.
 template <class T>
-void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options = {});
+void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, const Options& options = {});
 
 // Moments of the union of two sets of values (Chan, Golub, LeVeque 1979). A set of count 0 changes nothing.
 [[nodiscard]] Moments merge(const Moments& a, const Moments& b);
@@ -57,72 +58,79 @@ void update_running(std::span<double> running_mean, std::span<double> running_va
 // ---- forward ---------------------------------------------------------------------------------------------------
 
 // Training: y from the statistics of this batch, which `saved` receives for the backward pass.
-// gamma, beta: problem.channels values each, or none. eps: finite, >= 0.
-// y: problem.size() values; may be exactly x, must not overlap it otherwise.
-// Throws where a channel has exactly one value: one value has no variance. An empty batch gives moments of count 0.
+// y: problem.size() values; may be exactly x or exactly the residual, must not overlap them otherwise.
+// Throws where a channel has exactly one value that counts: one value has no variance (in segments it has one of 0). An
+// empty batch gives moments of count 0; where nothing counts, y is beta wherever it is normalized.
 template <class T>
-void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps,
-                std::span<T> y, std::span<Moments> saved, const Options& options = {});
+void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::span<Moments> saved,
+                const Options& options = {});
 
-// Inference: y from given statistics; var is the biased variance (or what the caller takes for it), >= 0 or NaN.
+// Inference: y from given statistics of one group; var is the biased variance (or what the caller takes for it), >= 0
+// or NaN. Of weights only what is 0 matters, and `padding`, which must not be `normalize`.
 template <class T>
-void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
-               ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
+void normalize(std::span<const T> x, const Call<T>& call, ChannelValues mean, ChannelValues var, std::span<T> y,
+               const Options& options = {});
 
 // Second half of training alone: y from moments() that may have been merged with those of other batches or ranks. The
 // bits are those of batch_norm(); the largest abs(y - beta) of its bound is that of all values that the moments are of.
 template <class T>
-void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
-               ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
+void normalize(std::span<const T> x, const Call<T>& call, std::span<const Moments> moments, std::span<T> y,
+               const Options& options = {});
 
 // ---- backward --------------------------------------------------------------------------------------------------
+//
+// With a ReLU, call.tail.bits are those that forward wrote: dy is let through them, as dresidual, and what follows is
+// of that. The residual and beta are not looked at.
 
-// First half of the backward pass of training alone: sums over this part of the batch, about the means of `moments`.
+// First half of the backward pass of training alone: sums over this part of the batch, about the means of `moments`;
+// over the positions whose y depends on the channel's statistics: all where padding is `normalize`, else those that
+// count.
 template <class T>
-void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+void grad_sums(std::span<const T> dy, std::span<const T> x, const Call<T>& call, std::span<const Moments> moments,
                std::span<GradSums> out, const Options& options = {});
 
-// Second half alone. With xhat = (x - mean)*rstd and n = moments.count (that of the whole batch, over all ranks):
-//     dx = gamma*rstd*(dy - sum(dy)/n - xhat*sum(dy*xhat)/n)
-// dx: problem.size() values; may be exactly dy or exactly x, must not overlap them otherwise.
+// Second half alone. With xhat = (x - mean)*rstd, w the weight (1 where there are none) and W = moments.count (that of
+// the whole batch, over all ranks):
+//     dx = gamma*rstd*(dy - w/W*sum(dy) - w/W*xhat*sum(dy*xhat))
+// and where the weight is 0: 0 (padding `zero`), dy (`keep`), gamma*rstd*dy (`normalize`).
+// dx, dresidual: problem.size() values each (dresidual may be empty); each may be exactly dy or exactly x, must not
+// overlap these otherwise, nor each other.
 template <class T>
-void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
-                std::span<const GradSums> sums, ChannelValues gamma, double eps, std::span<T> dx,
+void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call, std::span<const Moments> moments,
+                std::span<const GradSums> sums, std::span<T> dx, std::span<T> dresidual = {},
                 const Options& options = {});
 
 // Both halves: gradients of batch_norm() from what it saved.
 //     dgamma = sum(dy*xhat), dbeta = sum(dy), dx as above
-// dx: problem.size() values, dgamma and dbeta: problem.channels values; what is empty is not computed.
+// dgamma and dbeta: problem.channels values, summed over all segments. Memory: 16 bytes a segment and channel.
 template <class T>
-void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
-                         std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
-                         ChannelOutput dgamma, ChannelOutput dbeta, const Options& options = {});
+void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call,
+                         std::span<const Moments> saved, const Gradients<T>& out, const Options& options = {});
 
 // Gradients of normalize(), whose statistics are constants: dx = gamma*rstd*dy, dgamma and dbeta as above.
 // x is read only where dgamma is asked for.
 template <class T>
-void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
-                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
-                        ChannelOutput dbeta, const Options& options = {});
+void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call, ChannelValues mean,
+                        ChannelValues var, const Gradients<T>& out, const Options& options = {});
 
 // ---- derivatives -----------------------------------------------------------------------------------------------
 
 // Forward-mode: the derivative of batch_norm()'s y along the tangents x_dot, gamma_dot and beta_dot (0 where absent):
 //     y_dot = gamma*rstd*(x_dot - sum(x_dot)/n - xhat*sum(x_dot*xhat)/n) + gamma_dot*xhat + beta_dot
+// In the sums w*x_dot stands for x_dot where there are weights. call.tail: the residual is its tangent, which is added;
+// bits are those that forward wrote, through which y_dot is let. At positions that do not count y_dot is 0 or x_dot.
 // y_dot: problem.size() values; may be exactly x_dot or exactly x, must not overlap them otherwise.
 template <class T>
-void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& problem,
-                    std::span<const Moments> saved, ChannelValues gamma, ChannelValues gamma_dot,
-                    ChannelValues beta_dot, double eps, std::span<T> y_dot, const Options& options = {});
+void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T>& call, std::span<const Moments> saved,
+                    ChannelValues gamma_dot, ChannelValues beta_dot, std::span<T> y_dot, const Options& options = {});
 
 // The same of normalize(), whose statistics may have tangents of their own:
 //     y_dot = gamma*rstd*(x_dot - mean_dot - xhat*rstd*var_dot/2) + gamma_dot*xhat + beta_dot
 // x is read only where gamma_dot or var_dot is given.
 template <class T>
-void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem& problem, ChannelValues mean,
-                   ChannelValues var, ChannelValues gamma, ChannelValues mean_dot, ChannelValues var_dot,
-                   ChannelValues gamma_dot, ChannelValues beta_dot, double eps, std::span<T> y_dot,
-                   const Options& options = {});
+void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T>& call, ChannelValues mean,
+                   ChannelValues var, ChannelValues mean_dot, ChannelValues var_dot, ChannelValues gamma_dot,
+                   ChannelValues beta_dot, std::span<T> y_dot, const Options& options = {});
 
 // Double backward: gradients by dy, x and gamma of sum(v*dx) + sum(v_dgamma*dgamma) + sum(v_dbeta*dbeta), where dx,
 // dgamma and dbeta are those of batch_norm_backward(); v_dgamma and v_dbeta are 0 where absent. With
@@ -133,18 +141,64 @@ void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Problem
 // ddy and dx: problem.size() values, dgamma: problem.channels values; what is empty is not computed. dx, or ddy without
 // dx, may be exactly v, dy or x; must not overlap them otherwise.
 template <class T>
-void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x,
-                                const Problem& problem, std::span<const Moments> saved, ChannelValues gamma,
-                                ChannelValues v_dgamma, ChannelValues v_dbeta, double eps, std::span<T> ddy,
-                                std::span<T> dx, ChannelOutput dgamma, const Options& options = {});
+void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x, const Call<T>& call,
+                                std::span<const Moments> saved, ChannelValues v_dgamma, ChannelValues v_dbeta,
+                                std::span<T> ddy, std::span<T> dx, ChannelOutput dgamma, const Options& options = {});
 
 // The same of normalize_backward(), whose statistics are constants:
 //     ddy = gamma*rstd*v + v_dgamma*xhat + v_dbeta,  dx = v_dgamma*rstd*dy,  dgamma = rstd*sum(v*dy)
 // x is read only where v_dgamma is given.
 template <class T>
-void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x,
-                               const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
-                               ChannelValues v_dgamma, ChannelValues v_dbeta, double eps, std::span<T> ddy,
-                               std::span<T> dx, ChannelOutput dgamma, const Options& options = {});
+void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std::span<const T> x, const Call<T>& call,
+                               ChannelValues mean, ChannelValues var, ChannelValues v_dgamma, ChannelValues v_dbeta,
+                               std::span<T> ddy, std::span<T> dx, ChannelOutput dgamma, const Options& options = {});
+
+// ---- the common case, without a Call: everything is one group, all counts, nothing follows
+// ---------------------------
+
+template <class T>
+void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options = {}) {
+  moments(x, Call<T>{.problem = problem}, out, options);
+}
+template <class T>
+void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps,
+                std::span<T> y, std::span<Moments> saved, const Options& options = {}) {
+  batch_norm(x, Call<T>{.problem = problem, .gamma = gamma, .beta = beta, .eps = eps}, y, saved, options);
+}
+template <class T>
+void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
+               ChannelValues beta, double eps, std::span<T> y, const Options& options = {}) {
+  normalize(x, Call<T>{.problem = problem, .gamma = gamma, .beta = beta, .eps = eps}, mean, var, y, options);
+}
+template <class T>
+void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
+               ChannelValues beta, double eps, std::span<T> y, const Options& options = {}) {
+  normalize(x, Call<T>{.problem = problem, .gamma = gamma, .beta = beta, .eps = eps}, moments, y, options);
+}
+template <class T>
+void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+               std::span<GradSums> out, const Options& options = {}) {
+  grad_sums(dy, x, Call<T>{.problem = problem}, moments, out, options);
+}
+template <class T>
+void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+                std::span<const GradSums> sums, ChannelValues gamma, double eps, std::span<T> dx,
+                const Options& options = {}) {
+  grad_input(dy, x, Call<T>{.problem = problem, .gamma = gamma, .eps = eps}, moments, sums, dx, {}, options);
+}
+template <class T>
+void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
+                         std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
+                         ChannelOutput dgamma, ChannelOutput dbeta, const Options& options = {}) {
+  const Call<T> call{.problem = problem, .gamma = gamma, .eps = eps};
+  batch_norm_backward(dy, x, call, saved, Gradients<T>{.dx = dx, .dgamma = dgamma, .dbeta = dbeta}, options);
+}
+template <class T>
+void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
+                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
+                        ChannelOutput dbeta, const Options& options = {}) {
+  const Call<T> call{.problem = problem, .gamma = gamma, .eps = eps};
+  normalize_backward(dy, x, call, mean, var, Gradients<T>{.dx = dx, .dgamma = dgamma, .dbeta = dbeta}, options);
+}
 
 }  // namespace batchnorm

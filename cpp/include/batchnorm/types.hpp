@@ -61,6 +61,12 @@ class ChannelValues {
   [[nodiscard]] constexpr double operator[](std::int64_t c) const {
     return f32_ != nullptr ? static_cast<double>(f32_[c]) : f64_[c];
   }
+  // `count` of them from the first on.
+  [[nodiscard]] constexpr ChannelValues part(std::size_t first, std::size_t count) const {
+    if (!present_) return {};
+    if (f32_ != nullptr) return std::span<const float>(f32_ + first, count);
+    return std::span<const double>(f64_ + first, count);
+  }
   // The memory that they lie in.
   [[nodiscard]] std::span<const std::byte> bytes() const {
     return f32_ != nullptr ? std::as_bytes(std::span(f32_, size_)) : std::as_bytes(std::span(f64_, size_));
@@ -93,6 +99,12 @@ class ChannelOutput {
 
   [[nodiscard]] constexpr bool wanted() const { return wanted_; }
   [[nodiscard]] constexpr std::size_t size() const { return size_; }
+  // `count` of them from the first on.
+  [[nodiscard]] constexpr ChannelOutput part(std::size_t first, std::size_t count) const {
+    if (!wanted_) return {};
+    if (f32_ != nullptr) return std::span<float>(f32_ + first, count);
+    return std::span<double>(f64_ + first, count);
+  }
   // The memory that they go to.
   [[nodiscard]] std::span<const std::byte> bytes() const {
     return f32_ != nullptr ? std::as_bytes(std::span(f32_, size_)) : std::as_bytes(std::span(f64_, size_));

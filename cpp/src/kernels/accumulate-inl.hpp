@@ -3,9 +3,8 @@
 #pragma once
 
 #include "kernels/lanes-inl.hpp"
-#include "kernels/relu_inputs-inl.hpp"
+#include "kernels/relu_bits-inl.hpp"
 #include "kernels/table.hpp"
-#include "kernels/weights-inl.hpp"
 
 namespace batchnorm::kernels {
 namespace {
@@ -36,7 +35,6 @@ struct Compensated {
 // A pair of sums takes values by
 //   add_vector(k, p...)         those of the values at each input p that belong to vector k of the lanes, reading these
 //                               alone: there may be no more,
-//   add_vector_of_all(k, p...)  the same where all 16 values are there and may be read; a pair need not have it,
 //   add_part(k, n, p...)        the same where there are n < 16 values; missing lanes get what adds nothing.
 // Quarters of the lanes that get nothing are left out on every instruction set, so that 0*(0 - mean) of an infinite
 // mean reaches the same lanes. Runs of 7 x 7 values end with one value in a vector, of 14 x 14 with four.
@@ -50,15 +48,6 @@ BN_INLINE void add_first(Pair& pair, std::int64_t n, const Input&... input) {
     } else if (n > k * kWidth / kQuarter * kQuarter) {
       pair.add_part(k, n, input...);
     }
-  }
-}
-
-template <class Pair, class... Input>
-BN_INLINE void add_vector_of_all(Pair& pair, int k, const Input&... input) {
-  if constexpr (requires { pair.add_vector_of_all(k, input...); }) {
-    pair.add_vector_of_all(k, input...);
-  } else {
-    pair.add_vector(k, input...);
   }
 }
 
@@ -127,7 +116,7 @@ BN_INLINE void sweep_run(Pair& pair, std::int64_t begin, std::int64_t end, const
       const std::int64_t ahead = i + in.ahead + (i + in.ahead < in.left ? 0 : in.jump);
       (fetch_lanes<Fetch::kFar>(input + ahead), ...);
     }
-    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) add_vector_of_all(pair, k, (input + i)...);
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, (input + i)...);
   }
   if constexpr (kEnd < Lanes<double>::kVectors) sweep_run<Accumulator, kEnd>(pair, begin, end, in, input...);
 }
@@ -170,19 +159,6 @@ struct KeptLanes {
 // than this.
 constexpr std::int64_t kStretchesPerVisit = 4, kShortRun = 256;
 
-// Where an input has run k of a channel, `start` values behind the first run of the first channel; overloaded for what
-// is not as large as the tensor (weights-inl.hpp).
-template <class Input>
-BN_INLINE Input run_at(const Input& input, std::int64_t start, std::int64_t) {
-  return input + start;
-}
-
-// What a visit of the stretches k, ..., k + count - 1 needs of an input; overloaded for what is prepared for a visit.
-template <class Input>
-BN_INLINE const Input& visit_of(const Input& input, const Runs&, std::int64_t, std::int64_t) {
-  return input;
-}
-
 // The stretches of a visit: channel by channel.
 template <class Accumulator, class T, class Make, class... Input>
 BN_INLINE void sum_visit(const Make& make, const Runs& runs, std::int64_t k, std::int64_t visit, std::int64_t jump,
@@ -199,7 +175,7 @@ BN_INLINE void sum_visit(const Make& make, const Runs& runs, std::int64_t k, std
     const InStretch in{stretch - c * runs.length, jump, ahead};
     for (std::int64_t v = 0; v < visit; ++v) {
       const std::int64_t start = (k + v) * runs.stride + c * runs.length;
-      sum_run<Accumulator>(pair, runs.length, in, run_at(input, start, k + v)...);
+      sum_run<Accumulator>(pair, runs.length, in, (input + start)...);
     }
     if (k + visit < runs.count) {
       keep(pair.first, lanes.first, lanes.first_lo, kLanes);
@@ -219,7 +195,7 @@ BN_INLINE void sum_runs(Make make, Runs runs, Sums* out, const Input&... input) 
   const std::int64_t jump = most * runs.stride - runs.channels * runs.length;
   for (std::int64_t k = 0; k < runs.count; k += most) {
     const std::int64_t visit = runs.count - k < most ? runs.count - k : most;
-    sum_visit<Accumulator, T>(make, runs, k, visit, jump, kept, out, visit_of(input, runs, k, visit)...);
+    sum_visit<Accumulator, T>(make, runs, k, visit, jump, kept, out, input...);
   }
 }
 
@@ -242,80 +218,53 @@ BN_INLINE RowsAhead rows_ahead(const Rows& rows) {
   return {rows, visit > kFar ? visit : kFar / rows.stride * rows.stride, kRowsPerVisit};
 }
 
-// An input of a visit in three steps, overloaded for what is not as large as the tensor: the rows from r on, what the
-// columns from c on need of them, and row r of that.
-template <class T>
-BN_INLINE const T* rows_of(const T* input, std::int64_t r, std::int64_t, std::int64_t stride, std::int64_t) {
-  return input + r * stride;
-}
-template <class T>
-BN_INLINE const T* columns_of(const T* rows, std::int64_t c) {
-  return rows + c;
-}
-template <class T, class Places>
-BN_INLINE const T* row_of(const T* columns, std::int64_t r, const Places& place) {
-  return columns + place(r);
-}
-template <class T>
-BN_INLINE void fetch_row(const T* input, std::int64_t ahead) {
-  fetch_lanes<Fetch::kFar>(input + ahead);
-}
-
-template <class Accumulator, int kFirst = 0, class Pair, class Places, class... Columns>
-BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, const Places& place, const RowsAhead& ahead, std::int64_t c,
-                          const Columns&... input) {
+template <class Accumulator, int kFirst = 0, class Pair, class... Input>
+BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, std::int64_t stride, const RowsAhead& ahead, std::int64_t c,
+                          const Input&... input) {
   constexpr int kEnd = kFirst + vectors_a_sweep<Accumulator>();
   for (std::int64_t r = 0; r < rows; ++r) {
-    if constexpr (kFirst == 0) (fetch_row(input, ahead.at(c, r)), ...);
-    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) add_vector_of_all(pair, k, row_of(input, r, place)...);
+    if constexpr (kFirst == 0) (fetch_lanes<Fetch::kFar>(input + ahead.at(c, r)), ...);
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, (input + r * stride)...);
   }
   if constexpr (kEnd < Lanes<double>::kVectors) {
-    sweep_rows<Accumulator, kEnd>(pair, rows, place, ahead, c, input...);
+    sweep_rows<Accumulator, kEnd>(pair, rows, stride, ahead, c, input...);
   }
 }
 
 // One visit: up to eight rows of the n <= 16 columns from `c` on, where the inputs are.
-template <class Pair, class Places, class... Columns>
-BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, const Places& place,
+template <class Pair, class... Input>
+BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, std::int64_t stride,
                              const RowsAhead& ahead, std::int64_t c, std::int64_t n, const ColumnSums& out,
-                             const Columns&... input) {
+                             const Input&... input) {
   using Accumulator = std::remove_cvref_t<decltype(pair.first)>;
   if (!first_visit) {
     restore(pair.first, out.first + c, out.first_lo + c, n);
     restore(pair.second, out.second + c, out.second_lo + c, n);
   }
   if (n == kLanes) {
-    sweep_rows<Accumulator>(pair, rows, place, ahead, c, input...);
+    sweep_rows<Accumulator>(pair, rows, stride, ahead, c, input...);
   } else {
-    for (std::int64_t r = 0; r < rows; ++r) add_first(pair, n, row_of(input, r, place)...);
+    for (std::int64_t r = 0; r < rows; ++r) add_first(pair, n, (input + r * stride)...);
   }
   keep(pair.first, out.first + c, out.first_lo + c, n);
   keep(pair.second, out.second + c, out.second_lo + c, n);
-}
-
-template <class Make, class... Input>
-BN_INLINE void visit_rows(Make make, bool first_visit, std::int64_t visit, std::int64_t columns, std::int64_t stride,
-                          const RowsAhead& ahead, const ColumnSums& out, const Input&... input) {
-  const EvenRows place{stride};
-  std::int64_t c = 0;
-  for (; c + kLanes <= columns; c += kLanes) {
-    visit_columns(make(c, kLanes), first_visit, visit, place, ahead, c, kLanes, out, columns_of(input, c)...);
-  }
-  if (c < columns) {
-    const std::int64_t n = columns - c;
-    visit_columns(make(c, n), first_visit, visit, place, ahead, c, n, out, columns_of(input, c)...);
-  }
 }
 
 // make(c, n) gives the empty Pair of the n columns from c on.
 template <class T, class Make, class... Input>
 BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input&... input) {
   const RowsAhead ahead = rows_ahead<T>(rows);
-  const std::int64_t stride = rows.stride;
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
-    visit_rows(make, r == 0, visit, rows.columns, stride, ahead, out,
-               rows_of(input, r, visit, stride, rows.columns)...);
+    const std::int64_t at = r * rows.stride;
+    const bool first_visit = r == 0 && !rows.continues;
+    std::int64_t c = 0;
+    for (; c + kLanes <= rows.columns; c += kLanes) {
+      visit_columns(make(c, kLanes), first_visit, visit, rows.stride, ahead, c, kLanes, out, (input + (at + c))...);
+    }
+    if (const std::int64_t n = rows.columns - c; n > 0) {
+      visit_columns(make(c, n), first_visit, visit, rows.stride, ahead, c, n, out, (input + (at + c))...);
+    }
   }
 }
 

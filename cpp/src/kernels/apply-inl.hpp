@@ -3,9 +3,8 @@
 #pragma once
 
 #include "kernels/lanes-inl.hpp"
-#include "kernels/relu_inputs-inl.hpp"
+#include "kernels/relu_bits-inl.hpp"
 #include "kernels/table.hpp"
-#include "kernels/weights-inl.hpp"
 
 namespace batchnorm::kernels {
 namespace {
@@ -34,22 +33,6 @@ BN_INLINE void put(T* p, const Lanes<A>& outputs, std::int64_t ahead, const Inpu
   }
 }
 
-// Stretch k of an input, and the input at a value of it, which has a place in its run; overloaded for weights, which
-// begin anew with each run.
-template <class Input>
-BN_INLINE Input stretch_at(const Input& input, const Runs& runs, std::int64_t k) {
-  return input + k * runs.stride;
-}
-template <class Input>
-BN_INLINE Input value_at(const Input& input, std::int64_t at, std::int64_t) {
-  return input + at;
-}
-template <Stores kStores, class Map, class T, class... Input>
-BN_INLINE void put_mapped(const Map& map, std::int64_t begin, std::int64_t at, std::int64_t ahead, T* out,
-                          const Input&... input) {
-  put<kStores>(out + at, map(value_at(input, at, at - begin)..., kLanes), ahead, value_at(input, at, at - begin)...);
-}
-
 // One stretch: the runs of neighbouring channels as one piece of memory, so that only its ends are not whole vectors
 // that begin at a line; a vector that holds the end of one run and the begin of the next computes with the
 // coefficients of both. make(c) gives the map of channel c; map(p..., n) the outputs for the next 16 (or n < 16) values
@@ -59,30 +42,37 @@ BN_INLINE void apply_stretch(Make make, const Runs& runs, T* out, const Input&..
   auto map = make(0);
   std::int64_t at = values_to_line(out);
   if (at > runs.length) at = runs.length;
-  if (at > 0) store_first(out, at, map(value_at(input, 0, 0)..., at));
+  if (at > 0) store_first(out, at, map(input..., at));
   for (std::int64_t c = 0, begin = 0;; begin += runs.length) {
     const std::int64_t end = begin + runs.length;
-    for (; at + kLanes <= end; at += kLanes) put_mapped<kStores>(map, begin, at, runs.ahead, out, input...);
+    for (; at + kLanes <= end; at += kLanes) {
+      put<kStores>(out + at, map((input + at)..., kLanes), runs.ahead, (input + at)...);
+    }
     const std::int64_t rest = end - at;
     if (++c == runs.channels) {
-      if (rest > 0) store_first(out + at, rest, map(value_at(input, at, at - begin)..., rest));
+      if (rest > 0) store_first(out + at, rest, map((input + at)..., rest));
       return;
     }
     const auto next = make(c);
     if (rest > 0) {
-      put_mapped<kStores>(join(rest, map, next), begin, at, runs.ahead, out, input...);
+      put<kStores>(out + at, join(rest, map, next)((input + at)..., kLanes), runs.ahead, (input + at)...);
       at += kLanes;
     }
     map = next;
   }
 }
 
-template <Stores kStores, class Make, class T, class... Input>
+template <class Make, class T, class... Input>
 BN_INLINE void apply_runs(Make make, Runs runs, T* out, const Input&... input) {
-  for (std::int64_t k = 0; k < runs.count; ++k) {
-    apply_stretch<kStores>(make, runs, out + k * runs.stride, stretch_at(input, runs, k)...);
+  if (runs.around_cache) {
+    for (std::int64_t k = 0, at = 0; k < runs.count; ++k, at += runs.stride) {
+      apply_stretch<Stores::around_cache>(make, runs, out + at, (input + at)...);
+    }
+    return;
   }
-  if constexpr (kStores == Stores::around_cache) finish_streams();
+  for (std::int64_t k = 0, at = 0; k < runs.count; ++k, at += runs.stride) {
+    apply_stretch<Stores::ordinary>(make, runs, out + at, (input + at)...);
+  }
 }
 
 // Four rows a visit: coefficients are loaded once for four vectors of each input.
@@ -107,9 +97,8 @@ BN_INLINE void apply_columns(const Map& map, std::int64_t count, const Rows& row
   }
 }
 
-// make(c, n) gives the map of the n <= 16 columns from c on.
 template <class Make, class T, class... Input>
-BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input&... input) {
+BN_INLINE void apply_rows_by_columns(Make make, Rows rows, T* out, const Input&... input) {
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerApply) {
     const std::int64_t visit = rows.count - r < kRowsPerApply ? rows.count - r : kRowsPerApply;
     std::int64_t c = 0, at = r * rows.stride;
@@ -142,29 +131,20 @@ BN_INLINE void apply_rows_in_line(Make make, Rows rows, T* out, const Input&... 
     if (c >= rows.columns) c -= rows.columns;
   }
   if (at < total) store_first(out + at, total - at, make(c, total - at)((input + at)..., total - at));
-  if constexpr (kStores == Stores::around_cache) finish_streams();
 }
 
-// A vector of columns of which those in `mask` are computed by `wide` (in float64), the others by `narrow`.
-template <class Narrow, class Wide>
-struct Mixed {
-  Narrow narrow;
-  Wide wide;
-  unsigned mask;
+template <class Make, class T, class... Input>
+BN_INLINE void apply_rows_along(Make make, Rows rows, T* out, const Input&... input) {
+  if (rows.walk == RowWalk::around_cache) return apply_rows_in_line<Stores::around_cache>(make, rows, out, input...);
+  apply_rows_in_line<Stores::ordinary>(make, rows, out, input...);
+}
 
-  template <class... Arguments>
-  BN_INLINE Lanes<float> operator()(const Arguments&... arguments) const {
-    const Lanes<float> fast = narrow(arguments...);
-    if (mask == 0) return fast;
-    float result[kLanes], exact[kLanes];
-    store(result, fast);
-    store_as(exact, wide(arguments...));
-    for (int l = 0; l < kLanes; ++l) {
-      if ((mask >> l) & 1u) result[l] = exact[l];
-    }
-    return load<float>(result);
-  }
-};
+// make(c, n) gives the map of the n <= 16 columns from c on.
+template <class Make, class T, class... Input>
+BN_INLINE void apply_rows(Make make, Rows rows, T* out, const Input&... input) {
+  if (rows.walk == RowWalk::columns) return apply_rows_by_columns(make, rows, out, input...);
+  apply_rows_along(make, rows, out, input...);
+}
 
 }  // namespace
 }  // namespace batchnorm::kernels

@@ -1,4 +1,5 @@
-// Pass 2 of backward: dx = (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset.
+// Pass 2 of backward: dx = (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset, with dy as it is or let through
+// the bits of a ReLU; or with weights.
 #pragma once
 
 #include "kernels/apply-inl.hpp"
@@ -6,8 +7,9 @@
 namespace batchnorm::kernels {
 namespace {
 
-template <class T, class A>
+template <class T>
 struct GradInputMap {
+  using A = Arithmetic<T>;
   Lanes<A> dy_center, dy_scale, x_center, x_scale, offset;
 
   BN_INLINE Lanes<A> operator()(const T* dy, const T* x, std::int64_t n) const {
@@ -18,56 +20,104 @@ struct GradInputMap {
   }
   BN_INLINE Lanes<A> of(const Lanes<A>& dy) const { return (dy - dy_center) * dy_scale + offset; }
 };
-
-template <class T, class A>
-BN_INLINE GradInputMap<T, A> grad_input_map(const GradAffineColumns<A>& k, std::int64_t c, std::int64_t n) {
+template <class T>
+BN_INLINE GradInputMap<T> grad_input_map(const GradAffineColumns<Arithmetic<T>>& k, std::int64_t c, std::int64_t n) {
+  using A = Arithmetic<T>;
   return {load_upto<A>(k.dy_center + c, n, A(0)), load_upto<A>(k.dy_scale + c, n, A(0)),
           load_upto<A>(k.x_center + c, n, A(0)), load_upto<A>(k.x_scale + c, n, A(0)),
           load_upto<A>(k.offset + c, n, A(0))};
 }
-
-template <class T, class A>
-BN_INLINE GradInputMap<T, A> grad_input_map(const GradAffine<A>& k) {
+template <class T>
+BN_INLINE GradInputMap<T> grad_input_map(const GradAffine<Arithmetic<T>>& k) {
   return {broadcast(k.dy_center), broadcast(k.dy_scale), broadcast(k.x_center), broadcast(k.x_scale),
           broadcast(k.offset)};
 }
-
-template <class T, class A>
-BN_INLINE GradInputMap<T, A> join(std::int64_t n, const GradInputMap<T, A>& a, const GradInputMap<T, A>& b) {
+template <class T>
+BN_INLINE GradInputMap<T> join(std::int64_t n, const GradInputMap<T>& a, const GradInputMap<T>& b) {
   return {join(n, a.dy_center, b.dy_center), join(n, a.dy_scale, b.dy_scale), join(n, a.x_center, b.x_center),
           join(n, a.x_scale, b.x_scale), join(n, a.offset, b.offset)};
 }
 
-template <class T, Stores kStores>
-void runs_grad_input(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<Arithmetic<T>>* k) {
-  apply_runs<kStores>([k](std::int64_t c) { return grad_input_map<T>(k[c]); }, runs, dx, dy, x);
+// A weight of 1 gives the bits of the map without.
+template <class T>
+struct WeightedGradInputMap {
+  GradInputMap<T> map;
+
+  BN_INLINE Lanes<T> operator()(const T* dy, const T* x, const T* weights, std::int64_t n) const {
+    const Lanes<T> w = load_upto<T>(weights, n, T(0)), g = load_upto<T>(dy, n, T(0));
+    const Lanes<T> from_x = (load_upto<T>(x, n, T(0)) - map.x_center) * map.x_scale;
+    return (g - w * map.dy_center) * map.dy_scale + w * from_x + w * map.offset;
+  }
+};
+template <class T>
+BN_INLINE WeightedGradInputMap<T> join(std::int64_t n, const WeightedGradInputMap<T>& a,
+                                       const WeightedGradInputMap<T>& b) {
+  return {join(n, a.map, b.map)};
 }
 
 template <class T>
-void runs_grad_input_wide(const T* dy, const T* x, T* dx, Runs runs, const GradAffine<double>& k) {
-  apply_runs<Stores::ordinary>([&k](std::int64_t) { return grad_input_map<T>(k); }, runs, dx, dy, x);
+struct ReluGradInputMap {
+  GradInputMap<T> map;
+
+  template <class Inputs>
+  BN_INLINE Lanes<T> operator()(const Inputs& in, std::int64_t n) const {
+    const Lanes<T> dy = load_kept<T>(in.dy, in.bits(), n);
+    Lanes<T> dx;
+    if constexpr (Inputs::has_x()) {
+      dx = map.of(dy, in.x, n);
+    } else {
+      dx = map.of(dy);
+    }
+    if (in.has_dresidual()) put_dresidual(in, dy, n);
+    return dx;
+  }
+  template <class Inputs>
+  BN_INLINE static void put_dresidual(const Inputs& in, const Lanes<T>& dy, std::int64_t n) {
+    if (in.streams && n == kLanes) return stream_lanes(in.dresidual, dy);
+    store_upto(in.dresidual, n, dy);
+  }
+};
+template <class T>
+BN_INLINE ReluGradInputMap<T> join(std::int64_t n, const ReluGradInputMap<T>& a, const ReluGradInputMap<T>& b) {
+  return {join(n, a.map, b.map)};
 }
 
 template <class T>
-void rows_grad_input_around_cache(const T* dy, const T* x, T* dx, Rows rows,
-                                  const GradAffineColumns<Arithmetic<T>>& k) {
-  apply_rows_in_line<Stores::around_cache>([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); },
-                                           rows, dx, dy, x);
+void runs_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx, Runs runs,
+                     const GradAffine<Arithmetic<T>>* k) {
+  if constexpr (!kIsSixteen<T>) {
+    if (in.bits != nullptr) {
+      const auto make = [k](std::int64_t c) { return ReluGradInputMap<T>{grad_input_map<T>(k[c])}; };
+      return with_parts(in, [&](const auto& parts) { apply_runs(make, runs, dx, parts); });
+    }
+    if (weights != nullptr) {
+      const auto make = [k](std::int64_t c) { return WeightedGradInputMap<T>{grad_input_map<T>(k[c])}; };
+      return apply_stretch<Stores::ordinary>(make, runs, dx, in.dy + in.at, in.x + in.at, weights);
+    }
+  }
+  const auto make = [k](std::int64_t c) { return grad_input_map<T>(k[c]); };
+  apply_runs(make, runs, dx, in.dy + in.at, in.x + in.at);
 }
 
 template <class T>
-void rows_grad_input(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<Arithmetic<T>>& k) {
-  apply_rows([&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); }, rows, dx, dy, x);
-}
-
-template <class T>
-void rows_grad_input_mixed(const T* dy, const T* x, T* dx, Rows rows, const GradAffineColumns<float>& k,
-                           const WideColumns<GradAffineColumns<double>>& wide) {
-  const auto make = [&k, &wide](std::int64_t c, std::int64_t n) {
-    return Mixed<GradInputMap<T, float>, GradInputMap<T, double>>{
-        grad_input_map<T>(k, c, n), grad_input_map<T>(wide.coefficients, c, n), wide.mask[c / kLanes]};
-  };
-  apply_rows(make, rows, dx, dy, x);
+void rows_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx, Rows rows,
+                     const GradAffineColumns<Arithmetic<T>>& k) {
+  if constexpr (!kIsSixteen<T>) {
+    if (in.bits != nullptr) {
+      const auto make = [&k](std::int64_t c, std::int64_t n) {
+        return ReluGradInputMap<T>{grad_input_map<T>(k, c, n)};
+      };
+      return with_parts(in, [&](const auto& parts) { apply_rows(make, rows, dx, parts); });
+    }
+    if (weights != nullptr) {
+      const auto make = [&k](std::int64_t c, std::int64_t n) {
+        return WeightedGradInputMap<T>{grad_input_map<T>(k, c, n)};
+      };
+      return apply_rows_by_columns(make, rows, dx, in.dy + in.at, in.x + in.at, weights);
+    }
+  }
+  const auto make = [&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); };
+  apply_rows(make, rows, dx, in.dy + in.at, in.x + in.at);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Pass 1 of backward: sum(dy) and sum(dy*(x - mean)).
+// Pass 1 of backward: sum(dy) and sum(dy*(x - mean)), with dy as it is or let through the bits of a ReLU.
 #pragma once
 
 #include "kernels/accumulate-inl.hpp"
@@ -19,6 +19,13 @@ struct GradTerms {
   BN_INLINE void add_part(int k, std::int64_t n, const T* dy, const T* x) {
     add_value(k, load_vector_of_first<double>(dy, k, n, T(0)), load_vector_of_first<double>(x, k, n, T(0)));
   }
+  BN_INLINE void add_vector(int k, const SummedInputs<T>& in) {
+    add_value(k, load_kept_vector<double>(in.dy, in.bits(), k), load_vector<double>(in.x, k));
+  }
+  BN_INLINE void add_part(int k, std::int64_t n, const SummedInputs<T>& in) {
+    add_value(k, load_kept_vector_of_first<double>(in.dy, in.bits(), k, n),
+              load_vector_of_first<double>(in.x, k, n, T(0)));
+  }
 
   BN_INLINE void add_value(int k, NativeDouble dy, NativeDouble x) {
     first.add(k, dy);
@@ -27,17 +34,23 @@ struct GradTerms {
 };
 
 template <class T, class Accumulator>
-void runs_grad_sums(const T* dy, const T* x, Runs runs, const double* mean, Sums* out) {
-  using Terms = GradTerms<T, Accumulator>;
-  sum_runs<Accumulator, T>([mean](std::int64_t c) { return Terms{{}, {}, broadcast(mean[c])}; }, runs, out, dy, x);
+void runs_grad_sums(const GradInputs<T>& in, Runs runs, const double* mean, Sums* out) {
+  const auto make = [mean](std::int64_t c) { return GradTerms<T, Accumulator>{{}, {}, broadcast(mean[c])}; };
+  if constexpr (!kIsSixteen<T>) {
+    if (in.bits != nullptr) return sum_runs<Accumulator, T>(make, runs, out, SummedInputs<T>(in));
+  }
+  sum_runs<Accumulator, T>(make, runs, out, in.dy + in.at, in.x + in.at);
 }
 
 template <class T, class Accumulator>
-void rows_grad_sums(const T* dy, const T* x, Rows rows, const double* mean, const ColumnSums& out) {
+void rows_grad_sums(const GradInputs<T>& in, Rows rows, const double* mean, const ColumnSums& out) {
   const auto make = [mean](std::int64_t c, std::int64_t n) {
     return GradTerms<T, Accumulator>{{}, {}, load_upto<double>(mean + c, n, 0.0)};
   };
-  sum_rows<T>(make, rows, out, dy, x);
+  if constexpr (!kIsSixteen<T>) {
+    if (in.bits != nullptr) return sum_rows<T>(make, rows, out, SummedInputs<T>(in));
+  }
+  sum_rows<T>(make, rows, out, in.dy + in.at, in.x + in.at);
 }
 
 }  // namespace

@@ -1,4 +1,4 @@
-// Pass 1 of forward: sum(x - shift) and sum((x - shift)^2).
+// Pass 1 of forward: sum(w*(x - shift)) and sum(w*(x - shift)^2); w is 1 where there are no weights.
 #pragma once
 
 #include "kernels/accumulate-inl.hpp"
@@ -42,7 +42,7 @@ struct MomentTerms {
       const NativeDouble square = x * x;
       first.add(k, x);
       second.add(k, square);
-      if constexpr (sizeof(T) == sizeof(double)) second.low.v[k] = second.low.v[k] + square_error(x, square);
+      second.low.v[k] = second.low.v[k] + square_error(x, square);
     } else {
       const NativeDouble d = x - shift.v[k];
       const NativeDouble d_lo = sum_error(x, NativeDouble{} - shift.v[k], d);
@@ -55,32 +55,95 @@ struct MomentTerms {
   }
 };
 
-template <class T, class Accumulator>
-void runs_moments(const T* x, Runs runs, Sums* out) {
-  using Terms = MomentTerms<T, Accumulator, Shift::none>;
-  sum_runs<Accumulator, T>([](std::int64_t) { return Terms{{}, {}, {}, T(0)}; }, runs, out, x);
+// What rounding took from product = a*b; taken as 0 where square_error is (lanes-inl.hpp).
+BN_INLINE NativeDouble normal_product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
+  const NativeDouble size = product < 0 ? -product : product;
+  return size >= 0x1p-960 ? product_error(a, b, product) : NativeDouble{};
 }
 
+// The same with weights. Where there is none, the value is taken to be the shift.
 template <class T, class Accumulator>
-void runs_moments_about(const T* x, Runs runs, Arithmetic<T> shift, Sums* out) {
+struct WeightedMomentTerms {
+  Accumulator first, second;
+  Lanes<double> shift;
+  Arithmetic<T> fill;
+
+  BN_INLINE void add_vector(int k, const T* p, const WeightOf<T>* w) {
+    add_value(k, load_vector<double>(w, k), load_vector<double>(p, k));
+  }
+  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const WeightOf<T>* w) {
+    add_value(k, load_vector_of_first<double>(w, k, n, WeightOf<T>(0)), load_vector_of_first<double>(p, k, n, fill));
+  }
+
+  BN_INLINE void add_value(int k, NativeDouble w, NativeDouble value) {
+    const NativeDouble x = w != 0 ? value : shift.v[k];
+    if constexpr (Accumulator::kHasLow) {
+      add_compensated(k, w, x);
+    } else {
+      add_plain(k, w, x);
+    }
+  }
+  BN_INLINE void add_plain(int k, NativeDouble w, NativeDouble x) {
+    const NativeDouble d = x - shift.v[k], term = w * d;
+    first.add(k, term);
+    second.add(k, term * d);
+  }
+  BN_INLINE void add_compensated(int k, NativeDouble w, NativeDouble x) {
+    const NativeDouble d = x - shift.v[k], d_lo = sum_error(x, NativeDouble{} - shift.v[k], d);
+    const NativeDouble term = w * d, term_lo = normal_product_error(w, d, term) + w * d_lo;
+    const NativeDouble square = term * d;
+    first.add(k, term);
+    first.low.v[k] = first.low.v[k] + term_lo;
+    second.add(k, square);
+    second.low.v[k] = second.low.v[k] + (normal_product_error(term, d, square) + (term_lo * d + term * d_lo));
+  }
+};
+
+template <class T, class Accumulator>
+void runs_moments(const T* x, const WeightOf<T>* weights, Runs runs, const Arithmetic<T>* shift, Sums* out) {
+  if constexpr (!kIsSixteen<T>) {
+    if (weights != nullptr) {
+      const Arithmetic<T> about = shift == nullptr ? T(0) : *shift;
+      const auto make = [about](std::int64_t) {
+        return WeightedMomentTerms<T, Accumulator>{{}, {}, broadcast(static_cast<double>(about)), about};
+      };
+      return sum_runs<Accumulator, T>(make, runs, out, x, weights);
+    }
+  }
+  if (shift == nullptr) {
+    using Terms = MomentTerms<T, Accumulator, Shift::none>;
+    return sum_runs<Accumulator, T>([](std::int64_t) { return Terms{{}, {}, {}, T(0)}; }, runs, out, x);
+  }
   using Terms = MomentTerms<T, Accumulator, Shift::given>;
-  const auto make = [shift](std::int64_t) { return Terms{{}, {}, broadcast(static_cast<double>(shift)), shift}; };
-  sum_runs<Accumulator, T>(make, runs, out, x);
-}
-
-template <class T, class Accumulator>
-void rows_moments(const T* x, Rows rows, const ColumnSums& out) {
-  const auto make = [](std::int64_t, std::int64_t) {
-    return MomentTerms<T, Accumulator, Shift::none>{{}, {}, broadcast(0.0), T(0)};
+  const auto make = [about = *shift](std::int64_t) {
+    return Terms{{}, {}, broadcast(static_cast<double>(about)), about};
   };
-  sum_rows<T>(make, rows, out, x);
+  sum_runs<Accumulator, T>(make, runs, out, x);
 }
 
 // The missing lanes of a short vector of columns hold 0 - 0.
 template <class T, class Accumulator>
-void rows_moments_about(const T* x, Rows rows, const Arithmetic<T>* shift, const ColumnSums& out) {
-  const auto make = [shift](std::int64_t c, std::int64_t n) {
-    return MomentTerms<T, Accumulator, Shift::given>{{}, {}, load_upto<double>(shift + c, n, T(0)), T(0)};
+void rows_moments(const T* x, const WeightOf<T>* weights, Rows rows, const Arithmetic<T>* shift,
+                  const ColumnSums& out) {
+  const auto shift_of = [shift](std::int64_t c, std::int64_t n) {
+    return shift == nullptr ? broadcast(0.0) : load_upto<double>(shift + c, n, T(0));
+  };
+  if constexpr (!kIsSixteen<T>) {
+    if (weights != nullptr) {
+      const auto make = [shift_of](std::int64_t c, std::int64_t n) {
+        return WeightedMomentTerms<T, Accumulator>{{}, {}, shift_of(c, n), T(0)};
+      };
+      return sum_rows<T>(make, rows, out, x, weights);
+    }
+  }
+  if (shift == nullptr) {
+    const auto make = [](std::int64_t, std::int64_t) {
+      return MomentTerms<T, Accumulator, Shift::none>{{}, {}, {}, T(0)};
+    };
+    return sum_rows<T>(make, rows, out, x);
+  }
+  const auto make = [shift_of](std::int64_t c, std::int64_t n) {
+    return MomentTerms<T, Accumulator, Shift::given>{{}, {}, shift_of(c, n), T(0)};
   };
   sum_rows<T>(make, rows, out, x);
 }

@@ -1,4 +1,4 @@
-// Pass 2 of forward: y = (x - center)*scale + offset.
+// Pass 2 of forward: y = (x - center)*scale + offset, and its tail: a residual added, ReLU and its bits.
 #pragma once
 
 #include "kernels/apply-inl.hpp"
@@ -6,59 +6,92 @@
 namespace batchnorm::kernels {
 namespace {
 
-template <class T, class A>
+template <class T>
 struct NormalizeMap {
+  using A = Arithmetic<T>;
   Lanes<A> center, scale, offset;
 
   BN_INLINE Lanes<A> operator()(const T* x, std::int64_t n) const {
     return (load_upto<A>(x, n, T(0)) - center) * scale + offset;
   }
 };
-
-template <class T, class A>
-BN_INLINE NormalizeMap<T, A> normalize_map(const AffineColumns<A>& k, std::int64_t c, std::int64_t n) {
+template <class T>
+BN_INLINE NormalizeMap<T> normalize_map(const AffineColumns<Arithmetic<T>>& k, std::int64_t c, std::int64_t n) {
+  using A = Arithmetic<T>;
   return {load_upto<A>(k.center + c, n, A(0)), load_upto<A>(k.scale + c, n, A(0)), load_upto<A>(k.offset + c, n, A(0))};
 }
-
-template <class T, class A>
-BN_INLINE NormalizeMap<T, A> normalize_map(const Affine<A>& k) {
+template <class T>
+BN_INLINE NormalizeMap<T> normalize_map(const Affine<Arithmetic<T>>& k) {
   return {broadcast(k.center), broadcast(k.scale), broadcast(k.offset)};
 }
-
-template <class T, class A>
-BN_INLINE NormalizeMap<T, A> join(std::int64_t n, const NormalizeMap<T, A>& a, const NormalizeMap<T, A>& b) {
+template <class T>
+BN_INLINE NormalizeMap<T> join(std::int64_t n, const NormalizeMap<T>& a, const NormalizeMap<T>& b) {
   return {join(n, a.center, b.center), join(n, a.scale, b.scale), join(n, a.offset, b.offset)};
 }
 
-template <class T, Stores kStores>
-void runs_normalize(const T* x, T* y, Runs runs, const Affine<Arithmetic<T>>* k) {
-  apply_runs<kStores>([k](std::int64_t c) { return normalize_map<T>(k[c]); }, runs, y, x);
+// With a residual alone.
+template <class T>
+struct AddMap {
+  NormalizeMap<T> map;
+
+  BN_INLINE Lanes<T> operator()(const T* x, const T* residual, std::int64_t n) const {
+    return map(x, n) + load_upto<T>(residual, n, T(0));
+  }
+};
+template <class T>
+BN_INLINE AddMap<T> join(std::int64_t n, const AddMap<T>& a, const AddMap<T>& b) {
+  return {join(n, a.map, b.map)};
 }
 
 template <class T>
-void runs_normalize_wide(const T* x, T* y, Runs runs, const Affine<double>& k) {
-  apply_runs<Stores::ordinary>([&k](std::int64_t) { return normalize_map<T>(k); }, runs, y, x);
+struct ReluMap {
+  NormalizeMap<T> map;
+
+  template <class Moving>
+  BN_INLINE Lanes<T> operator()(const T* x, const Moving& tail, std::int64_t n) const {
+    Lanes<T> sum = map(x, n);
+    if constexpr (Moving::has_residual()) sum = sum + load_upto<T>(tail.residual, n, T(0));
+    if constexpr (Moving::has_bits()) put_bits<Moving::kWhere>(tail.mask, tail.bit, above_zero(sum), n);
+    return relu(sum);
+  }
+};
+template <class T>
+BN_INLINE ReluMap<T> join(std::int64_t n, const ReluMap<T>& a, const ReluMap<T>& b) {
+  return {join(n, a.map, b.map)};
 }
 
 template <class T>
-void rows_normalize_around_cache(const T* x, T* y, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
-  apply_rows_in_line<Stores::around_cache>([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); },
-                                           rows, y, x);
+void runs_normalize(const T* x, T* y, const Tail<T>& tail, Runs runs, const Affine<Arithmetic<T>>* k) {
+  if constexpr (!kIsSixteen<T>) {
+    if (tail.relu) {
+      const auto make = [k](std::int64_t c) { return ReluMap<T>{normalize_map<T>(k[c])}; };
+      return with_parts<Bits::whole_bytes>(tail, [&](const auto& parts) { apply_runs(make, runs, y, x, parts); });
+    }
+    if (tail.residual != nullptr) {
+      const auto make = [k](std::int64_t c) { return AddMap<T>{normalize_map<T>(k[c])}; };
+      return apply_runs(make, runs, y, x, tail.residual + tail.at);
+    }
+  }
+  apply_runs([k](std::int64_t c) { return normalize_map<T>(k[c]); }, runs, y, x);
 }
 
 template <class T>
-void rows_normalize(const T* x, T* y, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
+void rows_normalize(const T* x, T* y, const Tail<T>& tail, Rows rows, const AffineColumns<Arithmetic<T>>& k) {
+  if constexpr (!kIsSixteen<T>) {
+    if (tail.relu) {
+      const auto make = [&k](std::int64_t c, std::int64_t n) { return ReluMap<T>{normalize_map<T>(k, c, n)}; };
+      if (rows.walk == RowWalk::columns) {
+        return with_parts<Bits::anywhere>(tail,
+                                          [&](const auto& parts) { apply_rows_by_columns(make, rows, y, x, parts); });
+      }
+      return with_parts<Bits::whole_bytes>(tail, [&](const auto& parts) { apply_rows_along(make, rows, y, x, parts); });
+    }
+    if (tail.residual != nullptr) {
+      const auto make = [&k](std::int64_t c, std::int64_t n) { return AddMap<T>{normalize_map<T>(k, c, n)}; };
+      return apply_rows(make, rows, y, x, tail.residual + tail.at);
+    }
+  }
   apply_rows([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);
-}
-
-template <class T>
-void rows_normalize_mixed(const T* x, T* y, Rows rows, const AffineColumns<float>& k,
-                          const WideColumns<AffineColumns<double>>& wide) {
-  const auto make = [&k, &wide](std::int64_t c, std::int64_t n) {
-    return Mixed<NormalizeMap<T, float>, NormalizeMap<T, double>>{
-        normalize_map<T>(k, c, n), normalize_map<T>(wide.coefficients, c, n), wide.mask[c / kLanes]};
-  };
-  apply_rows(make, rows, y, x);
 }
 
 }  // namespace

@@ -7,6 +7,8 @@
 //                        run of `length` values per channel, side by side; arguments have one entry per channel;
 //   rows  (interleaved)  many channels: `count` rows of `columns` contiguous values, `stride` values apart; arguments
 //                        are arrays with one entry per column.
+// What no kernel does in one go is done in steps on tiles that lie in the first-level cache (staged.hpp): tensors of
+// float16 and bfloat16 with anything beside the plain passes, positions that do not count, coefficients in float64.
 //
 // A tensor's storage type T may be narrower than Arithmetic<T>, in which its elements are computed (float16, bfloat16
 // in float32): lanes are widened as they are loaded, which is exact, and rounded once, to nearest even, as they are
@@ -43,18 +45,27 @@ constexpr std::int64_t kStreamBytes = 64;
 // to stretch. Pieces that are only applied may have any number.
 constexpr std::int64_t kMostChannels = 64;
 
-// A piece of a planar tensor. With more than one channel, `length` is at least kVectorColumns. `ahead`, for kernels
-// that store: how many values further on to fetch into the second-level cache meanwhile. Where they store around the
+// A piece of a planar tensor. With more than one channel, `length` is at least kVectorColumns. For kernels that store:
+// `ahead`: how many values further on to fetch into the second-level cache meanwhile. Where they store around the
 // caches that is of the inputs, so that memory is read while it is written; else of the output, whose lines are wanted
-// before they are stored to. 0 for none. Any address will do: fetching never faults.
+// before they are stored to. 0 for none. Any address will do: fetching never faults. `around_cache`: stores go around
+// the caches, for outputs too large to be read from there; no output is an input then.
 struct Runs {
   std::int64_t length, count, stride, channels = 1, ahead = 0;
+  bool around_cache = false;
 };
 
-// A block of rows of an interleaved tensor. `ahead`: as above, of inputs and output; not where stores go around the
-// caches.
+// How rows are walked: some at a time, column after column; or, side by side (stride == columns) and of kVectorColumns
+// columns at least, as one piece of memory whose vectors begin at lines of the output, stored as usual or around the
+// caches. In line, arrays have kVectorColumns more entries behind those of the last column, which repeat the first.
+enum class RowWalk { columns, in_line, around_cache };
+
+// A block of rows of an interleaved tensor. `ahead`: as above, of inputs and output; for the walk by columns.
+// `continues`: sums are added to what is there, as if these rows followed those before.
 struct Rows {
   std::int64_t count, columns, stride, ahead = 0;
+  RowWalk walk = RowWalk::columns;
+  bool continues = false;
 };
 
 // Two sums of one channel, each as high and low part (plain sums have a low part of 0):
@@ -63,7 +74,7 @@ struct Sums {
   double first = 0, first_lo = 0, second = 0, second_lo = 0;
 };
 
-// The same for each column of a block. Entries are overwritten, not added to.
+// The same for each column of a block.
 struct ColumnSums {
   double *first, *first_lo, *second, *second_lo;
 };
@@ -92,7 +103,7 @@ struct GradAffineColumns {
 };
 
 // dx of double backward = (v - v_center)*v_scale + (dy - dy_center)*dy_scale + (x - x_center)*x_scale + offset, summed
-// from left to right, in float64 whatever the tensors are: three products that may cancel, rounded to T once.
+// from left to right, in float64 whatever the tensors are: three products that may cancel, rounded to float64.
 struct SecondAffine {
   double v_center, v_scale, dy_center, dy_scale, x_center, x_scale, offset;
 };
@@ -100,91 +111,9 @@ struct SecondAffineColumns {
   const double *v_center, *v_scale, *dy_center, *dy_scale, *x_center, *x_scale, *offset;
 };
 
-// Columns whose coefficients leave float32's normal range, to be applied in float64: bit l of mask[k] stands for
-// column 16*k + l.
-template <class Columns>
-struct WideColumns {
-  const std::uint16_t* mask;
-  Columns coefficients;
-};
-
-template <class T>
-struct Kernels {
-  // moments. float and narrower: plain, about 0. double: compensated, about 0. Sums: one entry per channel.
-  void (*runs_moments)(const T* x, Runs, Sums*);
-  void (*rows_moments)(const T* x, Rows, const ColumnSums&);
-  // About a shift, which is a value of T: no cancellation where |mean| is far above std. float: plain. double:
-  // compensated. Runs: of one channel.
-  void (*runs_moments_about)(const T* x, Runs, Arithmetic<T> shift, Sums*);
-  void (*rows_moments_about)(const T* x, Rows, const Arithmetic<T>* shift, const ColumnSums&);
-  // Compensated, about 0: keeps the digits of a mean far below std.
-  void (*runs_moments_compensated)(const T* x, Runs, Sums*);
-  void (*rows_moments_compensated)(const T* x, Rows, const ColumnSums&);
-
-  // normalize. y may be exactly x. The wide form reads and writes T and computes in float64; runs of one channel.
-  void (*runs_normalize)(const T* x, T* y, Runs, const Affine<Arithmetic<T>>*);
-  void (*runs_normalize_wide)(const T* x, T* y, Runs, const Affine<double>&);
-  void (*rows_normalize)(const T* x, T* y, Rows, const AffineColumns<Arithmetic<T>>&);
-  void (*rows_normalize_mixed)(const T* x, T* y, Rows, const AffineColumns<Arithmetic<T>>&,
-                               const WideColumns<AffineColumns<double>>&);
-
-  // The same with stores that go around the caches, for outputs too large to be read from there. y must not be x. Rows:
-  // side by side (stride == columns), of kVectorColumns columns at least, with kVectorColumns more coefficients behind
-  // those of the last column, which repeat the first.
-  void (*runs_normalize_around_cache)(const T* x, T* y, Runs, const Affine<Arithmetic<T>>*);
-  void (*rows_normalize_around_cache)(const T* x, T* y, Rows, const AffineColumns<Arithmetic<T>>&);
-
-  // grad_sums. float: plain. double: compensated.
-  void (*runs_grad_sums)(const T* dy, const T* x, Runs, const double* mean, Sums*);
-  void (*rows_grad_sums)(const T* dy, const T* x, Rows, const double* mean, const ColumnSums&);
-
-  // grad_input. dx may be exactly dy or exactly x; not where it is stored around the caches.
-  void (*runs_grad_input)(const T* dy, const T* x, T* dx, Runs, const GradAffine<Arithmetic<T>>*);
-  void (*runs_grad_input_wide)(const T* dy, const T* x, T* dx, Runs, const GradAffine<double>&);
-  void (*rows_grad_input)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<Arithmetic<T>>&);
-  void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<Arithmetic<T>>&,
-                                const WideColumns<GradAffineColumns<double>>&);
-  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, Runs, const GradAffine<Arithmetic<T>>*);
-  void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, Rows, const GradAffineColumns<Arithmetic<T>>&);
-
-  // The sums of `count` blocks of rows added up in bundles of kBundle: the blocks of a bundle, then the bundles, first
-  // to last, with the error of each addition in the low part. Of `columns` columns of each; the arrays of a block lie
-  // `stride` values behind those of the one before. The low parts of blocks are read for double alone.
-  void (*add_blocks)(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
-                     const ColumnSums& total);
-
-  // second_grad: dx of double backward, which may be exactly v, dy or x.
-  void (*runs_second_grad)(const T* v, const T* dy, const T* x, T* dx, Runs, const SecondAffine*);
-  void (*rows_second_grad)(const T* v, const T* dy, const T* x, T* dx, Rows, const SecondAffineColumns&);
-};
-
-// ---- weights ----
-//
-// One weight >= 0 per position, the same for all channels. Where it is 0, no input is looked at: it may hold anything.
-
 // What weights are given as, for tensors of T.
 template <class T>
 using WeightOf = Arithmetic<T>;
-
-// Of a piece of a planar tensor: those of the runs k begin at values + k*stride, for each of its channels. is_mask: all
-// are known to be 0 or 1.
-template <class W>
-struct RunWeights {
-  const W* values;
-  std::int64_t stride;
-  bool is_mask = false;
-};
-// Of a block of rows, each of which is `repeat` rows of the tensor side by side: the weights of row r begin at
-// values + r*repeat*inner; column e of it, counted from `first_column` on, has that of row e / (channels*inner) of the
-// tensor and of place e % inner. Where repeat is above 1, first_column is 0, channels are two at least, a row has at
-// most kMostWeightedColumns, and the columns of each row of the tensor have the same coefficients.
-template <class W>
-struct RowWeights {
-  const W* values;
-  std::int64_t channels, inner, repeat, first_column;
-  bool is_mask = false;
-};
-constexpr std::int64_t kMostWeightedColumns = 1024;
 
 // How many weights are 0, 1, and neither negative, infinite nor NaN, of fewer than 2^31; and their sum, as high and low
 // part.
@@ -193,127 +122,97 @@ struct WeightCounts {
   double total, total_lo;
 };
 
-// What an output is where the weight is 0: 0; the input (x of normalize, dy of grad_input); or what the formula gives
-// for that weight (grad_input: dy*dy_scale).
-enum class AtPadding { zero, input, formula };
-
-// With weights w, the sums are of w*(x - shift) and w*(x - shift)^2. The functions for masks take weights that are 0 or
-// 1 and give the same bits sooner. grad_sums take every weight but 0 for 1: a weight counts in the statistics, and what
-// it does to the gradient is in grad_input:
-//     dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset.
-// normalize and grad_input with weights of 1 give the bits of those without.
-// Rows around the caches: rows side by side of kVectorColumns columns at least, with inner and repeat of 1.
+// What follows normalize: y = s + residual, or max(that, 0) with a ReLU, where s is what normalize gives in the
+// arithmetic type. NaN and -0 stay. The bits of a ReLU: one an element, whether the sum is above 0 or NaN; that of the
+// element at place e of the tensor is bit (first_bit + e) % 8 of byte (first_bit + e) / 8. Pieces of a tensor that are
+// worked on at the same time may share a byte: bits of a byte that is not a piece's own alone are set in one step.
 template <class T>
-struct WeightedKernels {
-  using W = WeightOf<T>;
-  using A = Arithmetic<T>;
-  struct Moments {
-    void (*runs)(const T* x, const RunWeights<W>&, Runs, Sums*);
-    void (*rows)(const T* x, const RowWeights<W>&, Rows, const ColumnSums&);
-    void (*runs_about)(const T* x, const RunWeights<W>&, Runs, A shift, Sums*);
-    void (*rows_about)(const T* x, const RowWeights<W>&, Rows, const A* shift, const ColumnSums&);
-    void (*runs_compensated)(const T* x, const RunWeights<W>&, Runs, Sums*);
-    void (*rows_compensated)(const T* x, const RowWeights<W>&, Rows, const ColumnSums&);
-  };
-  Moments masked, weighted;
-
-  WeightCounts (*count)(const W*, std::int64_t n);
-
-  void (*runs_normalize)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<A>*);
-  void (*runs_normalize_around_cache)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<A>*);
-  void (*runs_normalize_wide)(const T* x, T* y, const RunWeights<W>&, AtPadding, Runs, const Affine<double>&);
-  void (*rows_normalize)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<A>&);
-  void (*rows_normalize_around_cache)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<A>&);
-  void (*rows_normalize_mixed)(const T* x, T* y, const RowWeights<W>&, AtPadding, Rows, const AffineColumns<A>&,
-                               const WideColumns<AffineColumns<double>>&);
-
-  void (*runs_grad_sums)(const T* dy, const T* x, const RunWeights<W>&, Runs, const double* mean, Sums*);
-  void (*rows_grad_sums)(const T* dy, const T* x, const RowWeights<W>&, Rows, const double* mean, const ColumnSums&);
-
-  void (*runs_grad_input)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs, const GradAffine<A>*);
-  void (*runs_grad_input_around_cache)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs,
-                                       const GradAffine<A>*);
-  void (*runs_grad_input_wide)(const T* dy, const T* x, T* dx, const RunWeights<W>&, AtPadding, Runs,
-                               const GradAffine<double>&);
-  void (*rows_grad_input)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
-                          const GradAffineColumns<A>&);
-  void (*rows_grad_input_around_cache)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
-                                       const GradAffineColumns<A>&);
-  void (*rows_grad_input_mixed)(const T* dy, const T* x, T* dx, const RowWeights<W>&, AtPadding, Rows,
-                                const GradAffineColumns<A>&, const WideColumns<GradAffineColumns<double>>&);
-};
-
-// ---- ReLU ----
-//
-// y = max(s, 0), where s is what normalize gives, in the arithmetic type and rounded to it, and the residual added. NaN
-// and -0 stay. The mask has one bit an element: whether s is above 0 or NaN. The bit of the element at place e
-// of the tensor is bit (first_bit + e) % 8 of byte (first_bit + e) / 8.
-
-// What follows normalize. Pieces of a tensor that are worked on at the same time may share a byte of the mask: bits of
-// a byte that is not a piece's own alone are set in one step.
-template <class T>
-struct ReluTail {
-  const T* residual;   // like x; null: none
-  std::uint8_t* mask;  // null: none
+struct Tail {
+  const T* residual = nullptr;  // like x; null: none
+  bool relu = false;
+  std::uint8_t* bits = nullptr;  // of the ReLU; null: not wanted
   // For runs, and rows in line: bits of the lines of y, and so of the vectors that begin at them, are whole bytes.
-  std::int64_t first_bit;
-  std::int64_t at = 0;  // where x and y begin in the tensor
+  std::int64_t first_bit = 0;
+  std::int64_t at = 0;  // where x and y begin in the tensor, and the residual before it by as much
+
+  [[nodiscard]] bool empty() const { return residual == nullptr && !relu; }
 };
 
-// What backward reads, and where the mask lets it through: dy*1, else 0, which is dresidual.
+// What the passes of backward read: dy, x and the bits of a ReLU through which dy is let: dy*1, else 0, which is
+// dresidual.
 template <class T>
-struct ReluInputs {
-  const T *dy, *x;           // x null: grad_input without its term
-  const std::uint8_t* mask;  // may be read up to 4 bytes behind a bit
-  std::int64_t first_bit;
+struct GradInputs {
+  const T *dy, *x;                     // x null: grad_input without its term
+  const std::uint8_t* bits = nullptr;  // null: no ReLU; may be read up to 4 bytes behind a bit
+  std::int64_t first_bit = 0;
   T* dresidual = nullptr;  // written by grad_input; may be dy or x; null: not wanted
-  bool streams = false;    // whether dresidual goes around the caches where dx does: it lies alike in cache lines
-  std::int64_t at = 0;     // where the pointers' piece begins in the tensor
+  bool streams = false;    // whether dresidual goes around the caches where dx does: it lies alike in lines
+  std::int64_t at = 0;     // where the pointers' piece begins in the tensor, behind dy, x and dresidual
 };
 
-// The functions are those of Kernels. rows_normalize_in_line walks as rows_normalize_around_cache does, with ordinary
-// stores and the same demands: vectors begin at lines of y, which is quicker where rows of the mask are not whole
-// bytes.
 template <class T>
-struct ReluKernels {
+struct Kernels {
   using A = Arithmetic<T>;
-  void (*runs_normalize)(const T* x, T* y, const ReluTail<T>&, Runs, const Affine<A>*);
-  void (*runs_normalize_around_cache)(const T* x, T* y, const ReluTail<T>&, Runs, const Affine<A>*);
-  void (*runs_normalize_wide)(const T* x, T* y, const ReluTail<T>&, Runs, const Affine<double>&);
-  void (*rows_normalize)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&);
-  void (*rows_normalize_in_line)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&);
-  void (*rows_normalize_around_cache)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&);
-  void (*rows_normalize_mixed)(const T* x, T* y, const ReluTail<T>&, Rows, const AffineColumns<A>&,
-                               const WideColumns<AffineColumns<double>>&);
+  using W = WeightOf<T>;
 
-  void (*runs_grad_sums)(const ReluInputs<T>&, Runs, const double* mean, Sums*);
-  void (*rows_grad_sums)(const ReluInputs<T>&, Rows, const double* mean, const ColumnSums&);
+  // moments. float and narrower: plain. double: compensated. About 0 where shift is null, else about a value of T (for
+  // rows one per column): no cancellation where |mean| is far above std. With weights, which lie like x (null: none),
+  // the sums are of w*(x - shift) and w*(x - shift)^2, and no input is looked at where the weight is 0. Runs with a
+  // shift or weights: of one channel.
+  void (*runs_moments)(const T* x, const W* weights, Runs, const A* shift, Sums*);
+  void (*rows_moments)(const T* x, const W* weights, Rows, const A* shift, const ColumnSums&);
 
-  void (*runs_grad_input)(const ReluInputs<T>&, T* dx, Runs, const GradAffine<A>*);
-  void (*runs_grad_input_around_cache)(const ReluInputs<T>&, T* dx, Runs, const GradAffine<A>*);
-  void (*runs_grad_input_wide)(const ReluInputs<T>&, T* dx, Runs, const GradAffine<double>&);
-  void (*rows_grad_input)(const ReluInputs<T>&, T* dx, Rows, const GradAffineColumns<A>&);
-  void (*rows_grad_input_around_cache)(const ReluInputs<T>&, T* dx, Rows, const GradAffineColumns<A>&);
-  void (*rows_grad_input_mixed)(const ReluInputs<T>&, T* dx, Rows, const GradAffineColumns<A>&,
-                                const WideColumns<GradAffineColumns<double>>&);
+  // normalize, and what follows. y may be exactly x or the residual.
+  void (*runs_normalize)(const T* x, T* y, const Tail<T>&, Runs, const Affine<A>*);
+  void (*rows_normalize)(const T* x, T* y, const Tail<T>&, Rows, const AffineColumns<A>&);
+
+  // grad_sums. float: plain. double: compensated.
+  void (*runs_grad_sums)(const GradInputs<T>&, Runs, const double* mean, Sums*);
+  void (*rows_grad_sums)(const GradInputs<T>&, Rows, const double* mean, const ColumnSums&);
+
+  // grad_input. dx may be exactly dy or exactly x. With weights, which lie like x (null: none):
+  //     dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset
+  // which for a weight of 1 has the bits of that without. Weights: of one stretch, or of rows by columns; no ReLU.
+  void (*runs_grad_input)(const GradInputs<T>&, const W* weights, T* dx, Runs, const GradAffine<A>*);
+  void (*rows_grad_input)(const GradInputs<T>&, const W* weights, T* dx, Rows, const GradAffineColumns<A>&);
+
+  // The sums of `count` blocks of rows added up in bundles of kBundle: the blocks of a bundle, then the bundles, first
+  // to last, with the error of each addition in the low part. Of `columns` columns of each; the arrays of a block lie
+  // `stride` values behind those of the one before. The low parts of blocks are read for double alone.
+  void (*add_blocks)(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
+                     const ColumnSums& total);
+
+  // ---- steps on tiles ----
+
+  // n values in the arithmetic type, and back, rounded to nearest even. Null where that is T.
+  void (*widen)(const T* from, std::int64_t n, A* to);
+  void (*narrow)(const A* from, std::int64_t n, T* to);
+  // The values whose weight is not 0, else 0; `to` may be from.
+  void (*keep_counted)(const A* from, const W* weights, std::int64_t n, A* to);
+  // The values whose bit is set, else 0.
+  void (*keep_bits)(const A* from, const std::uint8_t* bits, std::int64_t first_bit, std::int64_t n, A* to);
+  // tile where the weight is not 0; else the input (null: 0), which `to` may be, unless stores go around the caches.
+  void (*put_counted)(const A* tile, const W* weights, const A* input, std::int64_t n, bool around_cache, A* to);
+  // The weights of `rows` rows of a tensor that has `inner` of them a row, one per value: to[(r*channels + c)*inner +
+  // i] = weights[r*inner + i]. May write kVectorColumns values too much.
+  void (*repeat_weights)(const W* weights, std::int64_t rows, std::int64_t channels, std::int64_t inner, W* to);
+  WeightCounts (*count_weights)(const W*, std::int64_t n);
+
+  // second_grad, of double alone (narrower tensors are widened): dx of double backward, which may be exactly v, dy or
+  // x.
+  void (*runs_second_grad)(const T* v, const T* dy, const T* x, T* dx, Runs, const SecondAffine*);
+  void (*rows_second_grad)(const T* v, const T* dy, const T* x, T* dx, Rows, const SecondAffineColumns&);
 };
-
-// All that is made for one type of tensors.
-template <class T>
-struct KernelsOf {
-  Kernels<T> plain;
-  WeightedKernels<T> weighted;
-  ReluKernels<T> relu;
-};
+// float16 and bfloat16 have the plain passes alone: no weights, no tail, no bits, and of the steps widen and narrow.
 
 struct KernelTable {
-  KernelsOf<float> f32;
-  KernelsOf<double> f64;
-  KernelsOf<Float16> f16;
-  KernelsOf<BFloat16> bf16;
+  Kernels<float> f32;
+  Kernels<double> f64;
+  Kernels<Float16> f16;
+  Kernels<BFloat16> bf16;
 
   template <class T>
-  [[nodiscard]] const KernelsOf<T>& all() const {
+  [[nodiscard]] const Kernels<T>& of() const {
     if constexpr (std::is_same_v<T, Float16>) {
       return f16;
     } else if constexpr (std::is_same_v<T, BFloat16>) {
@@ -323,18 +222,6 @@ struct KernelTable {
     } else {
       return f64;
     }
-  }
-  template <class T>
-  [[nodiscard]] const Kernels<T>& of() const {
-    return all<T>().plain;
-  }
-  template <class T>
-  [[nodiscard]] const WeightedKernels<T>& weighted() const {
-    return all<T>().weighted;
-  }
-  template <class T>
-  [[nodiscard]] const ReluKernels<T>& relu() const {
-    return all<T>().relu;
   }
 };
 

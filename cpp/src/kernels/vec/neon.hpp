@@ -84,7 +84,6 @@ template <class T>
 BN_INLINE void stream(T* p, NativeFloat v) {
   narrow_store(p, v);
 }
-BN_INLINE void finish_streams() {}
 
 }  // namespace
 }  // namespace batchnorm::kernels

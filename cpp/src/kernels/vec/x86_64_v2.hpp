@@ -59,7 +59,6 @@ BN_INLINE void stream(T* p, NativeFloat v) {
   narrow_store(reinterpret_cast<T*>(&four), v);
   _mm_stream_si64(reinterpret_cast<long long*>(p), four);
 }
-BN_INLINE void finish_streams() { _mm_sfence(); }
 
 }  // namespace
 }  // namespace batchnorm::kernels

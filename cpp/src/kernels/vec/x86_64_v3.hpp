@@ -117,7 +117,6 @@ template <class T>
 BN_INLINE void stream(T* p, NativeFloat v) {
   _mm_stream_si128(reinterpret_cast<__m128i*>(p), narrow(p, v));
 }
-BN_INLINE void finish_streams() { _mm_sfence(); }
 // The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
 // no memory.
 BN_INLINE __m256i first_8(std::int64_t n) {

@@ -119,7 +119,6 @@ template <class T>
 BN_INLINE void stream(T* p, NativeFloat v) {
   _mm256_stream_si256(reinterpret_cast<__m256i*>(p), narrow(p, v));
 }
-BN_INLINE void finish_streams() { _mm_sfence(); }
 // The first n values or lanes only; n may be anything: below 1 is none, above the width is all. Masked-off lanes touch
 // no memory.
 BN_INLINE unsigned first(std::int64_t n) { return n <= 0 ? 0u : n >= 16 ? 0xffffu : (1u << n) - 1u; }

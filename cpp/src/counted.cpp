@@ -1,4 +1,4 @@
-#include "weights.hpp"
+#include "counted.hpp"
 
 #include <algorithm>
 #include <bit>
@@ -46,7 +46,7 @@ struct Chunks {
     for (std::int64_t k = chunks.begin; k < chunks.end; ++k) {
       const W* w = weights.data() + k * kChunk;
       const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
-      const kernels::WeightCounts counts = table.weighted<W>().count(w, n);
+      const kernels::WeightCounts counts = table.of<W>().count_weights(w, n);
       parts[static_cast<std::size_t>(k)] = {two_sum(counts.total, counts.total_lo), n - counts.zeros,
                                             counts.zeros + counts.ones == n, counts.good == n,
                                             counts.zeros + counts.ones == n ? 1 : least_of(w, n)};

@@ -1,5 +1,5 @@
-// The mask of a ReLU, and what the passes around it read, as inputs of the walks. Included before these, which find the
-// overloads by it.
+// The bits of a ReLU, and what is read and written with them, as inputs of the walks. Included before these, which find
+// the overloads by it.
 #pragma once
 
 #include <type_traits>
@@ -112,55 +112,50 @@ BN_INLINE Lanes<A> load_kept(const T* p, unsigned bits, std::int64_t n) {
   return r;
 }
 
-// A ReluTail that moves along with x. What is known to be there or not costs the walks no registers.
-enum class Part { absent, present, unknown };
-template <class T, Part kResidual, Part kMask, Bits kBits>
+// What of a Tail or of GradInputs is known to be there or not costs the walks no registers.
+enum class Part { absent, present };
+
+// A Tail with a ReLU that moves along with x.
+template <class T, Part kResidual, Part kBits, Bits kPlaces>
 struct MovingTail {
-  static constexpr Bits bits = kBits;
+  static constexpr Part kHasBits = kBits;
+  static constexpr Bits kWhere = kPlaces;
 
   const T* residual;
   std::uint8_t* mask;
   std::int64_t bit;
 
-  MovingTail(const ReluTail<T>& tail)
-      : residual(tail.residual == nullptr ? nullptr : tail.residual + tail.at),
-        mask(tail.mask),
+  MovingTail(const Tail<T>& tail)
+      : residual(kResidual == Part::absent ? nullptr : tail.residual + tail.at),
+        mask(tail.bits),
         bit(tail.first_bit + tail.at) {}
-  [[nodiscard]] BN_INLINE bool has_residual() const {
-    return kResidual == Part::unknown ? residual != nullptr : kResidual == Part::present;
-  }
-  [[nodiscard]] BN_INLINE bool has_mask() const {
-    return kMask == Part::unknown ? mask != nullptr : kMask == Part::present;
-  }
+  static constexpr bool has_residual() { return kResidual == Part::present; }
+  static constexpr bool has_bits() { return kBits == Part::present; }
 };
-template <class T, Part kResidual, Part kMask, Bits kBits>
-BN_INLINE MovingTail<T, kResidual, kMask, kBits> operator+(MovingTail<T, kResidual, kMask, kBits> tail,
-                                                           std::int64_t n) {
-  if (tail.has_residual()) tail.residual += n;
+template <class T, Part kResidual, Part kBits, Bits kPlaces>
+BN_INLINE MovingTail<T, kResidual, kBits, kPlaces> operator+(MovingTail<T, kResidual, kBits, kPlaces> tail,
+                                                             std::int64_t n) {
+  if constexpr (kResidual == Part::present) tail.residual += n;
   tail.bit += n;
   return tail;
 }
-template <Fetch kWhere, class T, Part kResidual, Part kMask, Bits kBits>
-BN_INLINE void fetch_lanes(const MovingTail<T, kResidual, kMask, kBits>& tail) {
-  if (tail.has_residual()) fetch_lanes<kWhere>(tail.residual);
+template <Fetch kWhere, class T, Part kResidual, Part kBits, Bits kPlaces>
+BN_INLINE void fetch_lanes(const MovingTail<T, kResidual, kBits, kPlaces>& tail) {
+  if constexpr (kResidual == Part::present) fetch_lanes<kWhere>(tail.residual);
 }
 
 // f(tail), as that of the parts there are.
-template <Bits kBits, class T, class F>
-BN_INLINE void with_parts(const ReluTail<T>& tail, const F& f) {
+template <Bits kPlaces, class T, class F>
+BN_INLINE void with_parts(const Tail<T>& tail, const F& f) {
   if (tail.residual == nullptr) {
-    if (tail.mask == nullptr) return f(MovingTail<T, Part::absent, Part::absent, kBits>(tail));
-    return f(MovingTail<T, Part::absent, Part::present, kBits>(tail));
+    if (tail.bits == nullptr) return f(MovingTail<T, Part::absent, Part::absent, kPlaces>(tail));
+    return f(MovingTail<T, Part::absent, Part::present, kPlaces>(tail));
   }
-  if (tail.mask == nullptr) return f(MovingTail<T, Part::present, Part::absent, kBits>(tail));
-  return f(MovingTail<T, Part::present, Part::present, kBits>(tail));
-}
-template <class T>
-BN_INLINE MovingTail<T, Part::unknown, Part::unknown, Bits::anywhere> moving(const ReluTail<T>& tail) {
-  return tail;
+  if (tail.bits == nullptr) return f(MovingTail<T, Part::present, Part::absent, kPlaces>(tail));
+  return f(MovingTail<T, Part::present, Part::present, kPlaces>(tail));
 }
 
-// ReluInputs that move along.
+// GradInputs with bits that move along.
 template <class T, Part kX, Part kDresidual>
 struct MovingInputs {
   const T *dy, *x;
@@ -169,17 +164,15 @@ struct MovingInputs {
   T* dresidual;
   bool streams;
 
-  MovingInputs(const ReluInputs<T>& in)
+  MovingInputs(const GradInputs<T>& in)
       : dy(in.dy + in.at),
-        x(in.x == nullptr ? nullptr : in.x + in.at),
-        mask(in.mask),
+        x(kX == Part::absent ? nullptr : in.x + in.at),
+        mask(in.bits),
         bit(in.first_bit + in.at),
         dresidual(in.dresidual == nullptr ? nullptr : in.dresidual + in.at),
         streams(in.streams) {}
-  [[nodiscard]] BN_INLINE bool has_x() const { return kX == Part::unknown ? x != nullptr : kX == Part::present; }
-  [[nodiscard]] BN_INLINE bool has_dresidual() const {
-    return kDresidual == Part::unknown ? dresidual != nullptr : kDresidual == Part::present;
-  }
+  static constexpr bool has_x() { return kX == Part::present; }
+  [[nodiscard]] BN_INLINE bool has_dresidual() const { return kDresidual == Part::present && dresidual != nullptr; }
   [[nodiscard]] BN_INLINE unsigned bits() const { return bits_at(mask, bit); }
 };
 template <class T, Part kX, Part kDresidual>
@@ -198,34 +191,12 @@ BN_INLINE void fetch_lanes(const MovingInputs<T, kX, kDresidual>& in) {
 template <class T>
 using SummedInputs = MovingInputs<T, Part::present, Part::absent>;
 
-template <class T>
-BN_INLINE SummedInputs<T> rows_of(const SummedInputs<T>& in, std::int64_t r, std::int64_t, std::int64_t stride,
-                                  std::int64_t) {
-  return in + r * stride;
-}
-template <class T>
-BN_INLINE SummedInputs<T> columns_of(const SummedInputs<T>& in, std::int64_t c) {
-  return in + c;
-}
-template <class T, class Places>
-BN_INLINE SummedInputs<T> row_of(const SummedInputs<T>& in, std::int64_t r, const Places& place) {
-  return in + place(r);
-}
-template <class T>
-BN_INLINE void fetch_row(const SummedInputs<T>& in, std::int64_t ahead) {
-  fetch_lanes<Fetch::kFar>(in + ahead);
-}
-
 // f(inputs), as those of the parts there are.
 template <class T, class F>
-BN_INLINE void with_parts(const ReluInputs<T>& in, const F& f) {
-  if (in.x == nullptr) return f(MovingInputs<T, Part::absent, Part::unknown>(in));
+BN_INLINE void with_parts(const GradInputs<T>& in, const F& f) {
+  if (in.x == nullptr) return f(MovingInputs<T, Part::absent, Part::present>(in));
   if (in.dresidual == nullptr) return f(MovingInputs<T, Part::present, Part::absent>(in));
   f(MovingInputs<T, Part::present, Part::present>(in));
-}
-template <class T>
-BN_INLINE MovingInputs<T, Part::unknown, Part::unknown> moving(const ReluInputs<T>& in) {
-  return in;
 }
 
 }  // namespace

@@ -1,0 +1,146 @@
+// The parts of a call: all of it, or each of its segments, which is a Problem of its own in a place of its own.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <bit>
+#include <cmath>
+#include <new>
+#include <span>
+#include <vector>
+
+#include "double_double.hpp"
+#include "floating_point.hpp"
+#include "parallel.hpp"
+#include "passes.hpp"
+#include "workspace.hpp"
+
+namespace batchnorm {
+
+// Segments shared out among threads, where there are enough of them; else each by all threads.
+constexpr std::int64_t kSegmentsAThread = 4;
+// Segments claimed at a time: claiming one costs about 50 ns, a small segment some microseconds.
+constexpr std::int64_t kGrain = 4;
+
+struct Segment {
+  std::int64_t first_row, rows;
+};
+
+// f(s, Segment, threads, PartOf) for every segment that has rows. What can fail is done by the constructor: a task must
+// not fail, and outputs change when no other can any more.
+template <class F>
+class EachSegment {
+ public:
+  EachSegment(std::span<const std::int64_t> offsets, const Problem& problem, int threads, const F& f)
+      : offsets_(offsets), whole_(problem.size()), f_(f), threads_(available_threads(threads)) {
+    active_implementation();  // throws where BATCHNORM_ISA names none
+    shared_ = count() >= kSegmentsAThread * threads_;
+    threads_each_ = shared_ ? 1 : threads_;
+    const std::size_t bytes = memory_of_one();
+    if (bytes <= PassWorkspace::kOnStack) return;
+    const int at_once = shared_ ? threads_ : 1;
+    if (__builtin_mul_overflow(bytes, static_cast<std::size_t>(at_once), &bytes_)) throw std::bad_alloc();
+    memory_ = Workspace::allocate(bytes_);
+    bytes_ = bytes;
+    free_.store(~std::uint64_t{0} >> (64 - at_once), std::memory_order_relaxed);
+  }
+
+  void run() {
+    if (!shared_) return run({0, count()});
+    const Phase phase{count(), kGrain, false,
+                      [](void* self, Range range) noexcept { static_cast<EachSegment*>(self)->run(range); }};
+    run_phases(threads_, &phase, 1, this);
+  }
+
+ private:
+  [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(offsets_.size()) - 1; }
+  [[nodiscard]] Segment segment(std::int64_t s) const {
+    const std::int64_t first = offsets_[static_cast<std::size_t>(s)];
+    return {first, offsets_[static_cast<std::size_t>(s) + 1] - first};
+  }
+
+  // What the greediest segment needs. Segments of as many rows need the same, which a table of those seen last spares.
+  [[nodiscard]] std::size_t memory_of_one() const {
+    constexpr std::size_t kSeen = 128;
+    std::int64_t seen[kSeen] = {};
+    std::size_t most = 0;
+    for (std::int64_t s = 0; s < count(); ++s) {
+      const Segment part = segment(s);
+      std::int64_t& same = seen[static_cast<std::size_t>(part.rows) % kSeen];
+      if (part.rows == same) continue;  // no rows need nothing
+      same = part.rows;
+      f_(s, part, threads_each_, PartOf{.size = whole_, .needed = &most});
+    }
+    return most;
+  }
+
+  void run(Range segments) {
+    const DefaultFloatingPoint environment(DefaultFloatingPoint::ForManyCalls{});
+    const int place = memory_ == nullptr ? 0 : take_place();
+    const PartOf part{
+        .size = whole_,
+        .memory = memory_ == nullptr ? nullptr : memory_.get() + static_cast<std::size_t>(place) * bytes_};
+    for (std::int64_t s = segments.begin; s < segments.end; ++s) {
+      const Segment one = segment(s);
+      if (one.rows > 0) f_(s, one, threads_each_, part);
+    }
+    if (memory_ != nullptr) free_.fetch_or(std::uint64_t{1} << place, std::memory_order_release);
+  }
+  // There are as many places as threads, so that one is free.
+  int take_place() {
+    std::uint64_t free = free_.load(std::memory_order_relaxed);
+    while (
+        !free_.compare_exchange_weak(free, free & (free - 1), std::memory_order_acquire, std::memory_order_relaxed)) {
+    }
+    return std::countr_zero(free);
+  }
+
+  std::span<const std::int64_t> offsets_;
+  std::int64_t whole_;
+  const F& f_;
+  int threads_, threads_each_ = 1;
+  bool shared_ = false;
+  std::size_t bytes_ = 0;  // of one place
+  Workspace::Heap memory_;
+  std::atomic<std::uint64_t> free_{0};  // bits of places
+};
+
+// Sums over segments of one value per segment and channel, first segment first, errors kept.
+class SumsOverSegments {
+ public:
+  SumsOverSegments(const std::vector<double>& values, std::int64_t channels, ChannelOutput out)
+      : values_(values), channels_(channels), out_(out) {}
+
+  void run(int threads) {
+    const Phase phase{(channels_ + kTogether - 1) / kTogether, 1, false,
+                      [](void* self, Range range) noexcept { static_cast<SumsOverSegments*>(self)->sum(range); }};
+    run_phases(available_threads(threads), &phase, 1, this);
+  }
+
+ private:
+  static constexpr std::int64_t kTogether = 64;
+
+  void sum(Range parts) {
+    for (std::int64_t part = parts.begin; part < parts.end; ++part) {
+      const std::int64_t first = part * kTogether, n = std::min(kTogether, channels_ - first);
+      DoubleDouble total[kTogether];
+      for (std::size_t at = static_cast<std::size_t>(first); at < values_.size();
+           at += static_cast<std::size_t>(channels_)) {
+        for (std::int64_t c = 0; c < n; ++c) {
+          const DoubleDouble sum = two_sum(total[c].hi, values_[at + static_cast<std::size_t>(c)]);
+          total[c] = {sum.hi, total[c].lo + sum.lo};
+        }
+      }
+      for (std::int64_t c = 0; c < n; ++c) {
+        // The error of an infinite sum is none.
+        out_.set(first + c, std::isfinite(total[c].hi) ? total[c].hi + total[c].lo : total[c].hi);
+      }
+    }
+  }
+
+  const std::vector<double>& values_;
+  std::int64_t channels_;
+  ChannelOutput out_;
+};
+
+}  // namespace batchnorm
