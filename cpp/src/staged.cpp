@@ -339,8 +339,8 @@ void for_slices(std::int64_t offset, const Runs& runs, std::int64_t c, const IsW
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.channels;) {
       std::int64_t some = 1;
-      while (!is_wide(c + i) && i + some < runs.channels && !is_wide(c + i + some) &&
-             (some + 1) * runs.length <= kApplied) {
+      const std::int64_t most = std::min({kApplied / runs.length, kernels::kMostChannels, runs.channels - i});
+      while (!is_wide(c + i) && some < most && !is_wide(c + i + some)) {
         ++some;
       }
       const std::int64_t first = offset + k * runs.stride + i * runs.length, size = some * runs.length;
