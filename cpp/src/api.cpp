@@ -102,7 +102,8 @@ class CheckedCall {
   }
   // Backward: bits are read.
   void let_through() {
-    if (call_.tail.bits.empty()) return;
+    if (!call_.tail.relu) return;
+    check::bits(call_.tail.bits.size(), bits_bytes(call_.problem), true);
     whole_.tail.bits = call_.tail.bits.data() + kBitsHead;
     whole_.tail.first_bit = call_.tail.bits[0] % kernels::kVectorColumns;
   }
