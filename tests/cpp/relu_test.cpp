@@ -1,7 +1,5 @@
 // The calls with a ReLU: what normalizing, adding, taking the maximum and masking dy one after the other give, bit for
 // bit; on the instruction set of BATCHNORM_ISA.
-#include "batchnorm/relu.hpp"
-
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -58,9 +56,9 @@ std::vector<To> converted(std::span<const From> from) {
   return to;
 }
 
-bool mask_bit(std::span<const std::uint8_t> mask, std::size_t element) {
-  const std::size_t bit = 64 + mask[0] + element;
-  return ((mask[bit / 8] >> (bit % 8)) & 1) != 0;
+bool bit_of(std::span<const std::uint8_t> bits, std::size_t element) {
+  const std::size_t bit = 64 + bits[0] + element;
+  return ((bits[bit / 8] >> (bit % 8)) & 1) != 0;
 }
 
 // How a call is made: where tensors begin, how many threads, what is overwritten.
@@ -98,45 +96,45 @@ Forward<T> in_steps(const Batch<T>& b, std::span<const T> residual, const How& h
 }
 
 template <class T>
+Call<T> call_of(const Batch<T>& b, std::span<const T> residual, std::span<std::uint8_t> bits) {
+  return {.problem = b.problem, .gamma = b.gamma, .beta = b.beta, .tail = {residual, true, bits}};
+}
+
+template <class T>
 std::vector<std::uint8_t> expect_forward(const Batch<T>& b, const How& how) {
   Generator g(7);
   const Tensor<T> x(b.x, how.place), residual(data::values<T>(g, b.problem.size()), how.place + 3);
   Tensor<T> y(b.x, how.place);
-  std::vector<std::uint8_t> mask(static_cast<std::size_t>(relu_mask_bytes(b.problem)), 0xa5);
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(relu_mask_bytes(b.problem)), 0xa5);
   std::vector<Moments> saved(b.gamma.size());
   const auto add = how.with_residual ? residual.view() : std::span<const T>();
-  const auto in = how.in_place ? std::span<const T>(y.span()) : x.view();
   const Options options{.threads = how.threads};
-  if (how.given) {
-    normalize_relu<T>(in, b.problem, add, b.mean, b.var, b.gamma, b.beta, 1e-5, y.span(), mask, options);
-  } else {
-    batch_norm_relu<T>(in, b.problem, add, b.gamma, b.beta, 1e-5, y.span(), mask, saved, options);
-  }
+  const auto run = [&](std::span<const T> in, std::span<std::uint8_t> bits_out, std::span<T> out) {
+    const Call<T> call = call_of(b, add, bits_out);
+    how.given ? normalize<T>(in, call, b.mean, b.var, out, options) : batch_norm<T>(in, call, out, saved, options);
+  };
+  run(how.in_place ? std::span<const T>(y.span()) : x.view(), bits, y.span());
   const Forward<T> wanted = in_steps(b, add, how);
   expect_same<T>(y.view(), wanted.y, "y", b.problem);
   std::size_t wrong = 0;
-  for (std::size_t i = 0; i < b.x.size(); ++i) wrong += mask_bit(mask, i) != wanted.stays[i] ? 1 : 0;
-  EXPECT_EQUAL(wrong, std::size_t{0}, "bits of the mask, ", b.problem.outer, " x ", b.problem.channels, " x ",
-               b.problem.inner, ", place ", how.place, ", item size ", sizeof(T));
+  for (std::size_t i = 0; i < b.x.size(); ++i) wrong += bit_of(bits, i) != wanted.stays[i] ? 1 : 0;
+  EXPECT_EQUAL(wrong, std::size_t{0}, "bits, ", b.problem.outer, " x ", b.problem.channels, " x ", b.problem.inner,
+               ", place ", how.place, ", item size ", sizeof(T));
 
   Tensor<T> without(b.x.size(), how.place);
-  if (how.given) {
-    normalize_relu<T>(x.view(), b.problem, add, b.mean, b.var, b.gamma, b.beta, 1e-5, without.span(), {}, options);
-  } else {
-    batch_norm_relu<T>(x.view(), b.problem, add, b.gamma, b.beta, 1e-5, without.span(), {}, saved, options);
-  }
-  expect_same<T>(without.view(), wanted.y, "y without a mask", b.problem);
-  return mask;
+  run(x.view(), {}, without.span());
+  expect_same<T>(without.view(), wanted.y, "y without bits", b.problem);
+  return bits;
 }
 
 template <class T>
-struct Gradients {
+struct Found {
   std::vector<T> dx;
   std::vector<double> dgamma, dbeta;
 };
 template <class T>
-Gradients<T> plain_gradients(const Batch<T>& b, std::span<const T> dy, const How& how) {
-  Gradients<T> r{std::vector<T>(b.x.size()), std::vector<double>(b.gamma.size()), std::vector<double>(b.gamma.size())};
+Found<T> plain_gradients(const Batch<T>& b, std::span<const T> dy, const How& how) {
+  Found<T> r{std::vector<T>(b.x.size()), std::vector<double>(b.gamma.size()), std::vector<double>(b.gamma.size())};
   std::vector<Moments> saved(b.gamma.size());
   moments<T>(b.x, b.problem, saved);
   if (how.given) {
@@ -148,32 +146,36 @@ Gradients<T> plain_gradients(const Batch<T>& b, std::span<const T> dy, const How
 }
 
 template <class T>
-void expect_backward(const Batch<T>& b, std::span<const std::uint8_t> mask, const How& how) {
+void expect_backward(const Batch<T>& b, std::span<std::uint8_t> bits, const How& how) {
   const Tensor<T> x(b.x, how.place), dy(b.dy, how.place + 1);
   std::vector<T> let_through = b.dy;
   for (std::size_t i = 0; i < let_through.size(); ++i) {
-    if (!mask_bit(mask, i)) let_through[i] = T(0);
+    if (!bit_of(bits, i)) let_through[i] = T(0);
   }
-  const Gradients<T> wanted = plain_gradients<T>(b, let_through, how);
+  const Found<T> wanted = plain_gradients<T>(b, let_through, how);
   std::vector<Moments> saved(b.gamma.size());
   moments<T>(b.x, b.problem, saved);
+  const Call<T> call = call_of<T>(b, {}, bits);
   const Options options{.threads = how.threads};
   for (const bool wants_dx : {true, false}) {
     for (const bool wants_dresidual : {true, false}) {
       Tensor<T> own(b.dy, how.place + 1), dresidual(b.x.size(), how.place + 2);
       const auto g = how.in_place ? std::span<const T>(own.span()) : dy.view();
       Tensor<T> apart(b.x.size(), how.place + 2);
-      const auto dx = !wants_dx ? std::span<T>() : how.in_place ? own.span() : apart.span();
-      const auto dr = wants_dresidual ? dresidual.span() : std::span<T>();
       std::vector<double> dgamma(b.gamma.size()), dbeta(b.gamma.size());
+      const Gradients<T> out{.dx = !wants_dx      ? std::span<T>()
+                                   : how.in_place ? own.span()
+                                                  : apart.span(),
+                             .dresidual = wants_dresidual ? dresidual.span() : std::span<T>(),
+                             .dgamma = dgamma,
+                             .dbeta = dbeta};
       if (how.given) {
-        normalize_relu_backward<T>(g, x.view(), b.problem, mask, b.mean, b.var, b.gamma, 1e-5, dx, dr, dgamma, dbeta,
-                                   options);
+        normalize_backward<T>(g, x.view(), call, b.mean, b.var, out, options);
       } else {
-        batch_norm_relu_backward<T>(g, x.view(), b.problem, mask, saved, b.gamma, 1e-5, dx, dr, dgamma, dbeta, options);
+        batch_norm_backward<T>(g, x.view(), call, saved, out, options);
       }
-      if (wants_dx) expect_same<T>(dx, wanted.dx, "dx", b.problem);
-      if (wants_dresidual) expect_same<T>(dr, let_through, "dresidual", b.problem);
+      if (wants_dx) expect_same<T>(out.dx, wanted.dx, "dx", b.problem);
+      if (wants_dresidual) expect_same<T>(out.dresidual, let_through, "dresidual", b.problem);
       expect_same<double>(dgamma, wanted.dgamma, "dgamma", b.problem);
       expect_same<double>(dbeta, wanted.dbeta, "dbeta", b.problem);
     }
@@ -183,7 +185,8 @@ void expect_backward(const Batch<T>& b, std::span<const std::uint8_t> mask, cons
 template <class T>
 void expect_both(const Problem& p, Kind kind, const How& how) {
   const Batch<T> b = all_passes::make_batch<T>(p, kind);
-  expect_backward<T>(b, expect_forward(b, how), how);
+  std::vector<std::uint8_t> bits = expect_forward(b, how);
+  expect_backward<T>(b, bits, how);
 }
 void expect_all_types(const Problem& p, Kind kind, const How& how) {
   expect_both<Float16>(p, kind, how);
@@ -238,23 +241,24 @@ TEST(zero_and_nan_are_told_apart) {
   const Problem p{1, 1, 6};
   const std::vector<float> x{-0.0f, 0.0f, nan, infinity, -infinity, 1e-45f}, one{1}, zero{0};
   std::vector<float> y(6), dy{1, 2, 3, 4, 5, 6}, dx(6);
-  std::vector<std::uint8_t> mask(static_cast<std::size_t>(relu_mask_bytes(p)));
-  normalize_relu<float>(x, p, {}, zero, one, {}, {}, 0, y, mask);
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(relu_mask_bytes(p)));
+  const Call<float> call{.problem = p, .eps = 0, .tail = {.relu = true, .bits = bits}};
+  normalize<float>(x, call, zero, one, y);
   expect_same<float>(y, std::vector<float>{0, 0, nan, infinity, 0, 1e-45f}, "y", p);
-  normalize_relu_backward<float>(dy, x, p, mask, zero, one, {}, 0, dx, {}, {}, {});
+  normalize_backward<float>(dy, x, call, zero, one, {.dx = dx});
   expect_same<float>(dx, std::vector<float>{0, 0, 3, 4, 0, 6}, "dx", p);
 }
 
-TEST(a_mask_of_any_content_harms_nothing) {
+TEST(bits_of_any_content_harm_nothing) {
   const Problem p{3, 5, 40};
   const Batch<float> b = all_passes::make_batch<float>(p, Kind::ordinary);
-  std::vector<std::uint8_t> mask(static_cast<std::size_t>(relu_mask_bytes(p)), 0xff);
-  std::vector<float> dx(b.x.size());
-  normalize_relu_backward<float>(b.dy, b.x, p, mask, b.mean, b.var, {}, 1e-5, {}, dx, {}, {});
-  expect_same<float>(dx, b.dy, "dresidual", p);
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(relu_mask_bytes(p)), 0xff);
+  std::vector<float> dresidual(b.x.size());
+  normalize_backward<float>(b.dy, b.x, call_of<float>(b, {}, bits), b.mean, b.var, {.dresidual = dresidual});
+  expect_same<float>(dresidual, b.dy, "dresidual", p);
 }
 
-TEST(a_mask_is_one_bit_an_element) {
+TEST(a_relu_has_one_bit_an_element) {
   for (const std::int64_t n : {0, 1, 8, 1000, 1'000'000}) {
     EXPECT(relu_mask_bytes({1, 1, n}) >= n / 8 && relu_mask_bytes({1, 1, n}) <= n / 8 + 24, n);
   }
@@ -264,26 +268,31 @@ TEST(arguments_that_do_not_fit_are_named) {
   const Problem p{2, 1, 10};
   std::vector<float> x(20), y(20), r(20), two(40);
   std::vector<Moments> saved(1);
-  std::vector<std::uint8_t> mask(static_cast<std::size_t>(relu_mask_bytes(p)));
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(relu_mask_bytes(p)));
   const std::vector<double> one{1};
-  const auto forward = [&](std::span<const float> residual, std::span<float> to, std::span<std::uint8_t> m) {
-    batch_norm_relu<float>(x, p, residual, {}, {}, 1e-5, to, m, saved);
+  const auto forward = [&](std::span<const float> residual, std::span<float> to, std::span<std::uint8_t> b,
+                           bool relu = true) {
+    batch_norm<float>(x, {.problem = p, .tail = {residual, relu, b}}, to, saved);
   };
   EXPECT_THROWS(std::invalid_argument, "residual must have 20 values, got 19",
-                forward(std::span(r).subspan(1), y, mask));
+                forward(std::span(r).subspan(1), y, bits));
   EXPECT_THROWS(std::invalid_argument, "y must be residual itself or share no memory with it, got a partial overlap",
-                forward(std::span(two).first(20), std::span(two).subspan(1, 20), mask));
-  EXPECT_THROWS(std::invalid_argument, "mask must have 17 bytes (relu_mask_bytes of the problem), got 3",
-                forward(r, y, std::span(mask).first(3)));
-  const std::span<std::uint8_t> bytes_of_y(reinterpret_cast<std::uint8_t*>(y.data()), mask.size());
-  EXPECT_THROWS(std::invalid_argument, "mask must share no memory with y, got an overlap", forward(r, y, bytes_of_y));
-  const auto backward = [&](std::span<float> dx, std::span<float> dresidual, std::span<const std::uint8_t> m) {
-    normalize_relu_backward<float>(r, x, p, m, one, one, {}, 1e-5, dx, dresidual, {}, {});
+                forward(std::span(two).first(20), std::span(two).subspan(1, 20), bits));
+  EXPECT_THROWS(std::invalid_argument, "bits must have 17 bytes (relu_mask_bytes of the problem), got 3",
+                forward(r, y, std::span(bits).first(3)));
+  EXPECT_THROWS(std::invalid_argument, "bits must be empty without a ReLU, got 17 bytes", forward(r, y, bits, false));
+  const std::span<std::uint8_t> bytes_of_y(reinterpret_cast<std::uint8_t*>(y.data()), bits.size());
+  EXPECT_THROWS(std::invalid_argument, "y must share no memory with bits, got an overlap", forward(r, y, bytes_of_y));
+  const auto backward = [&](std::span<float> dx, std::span<float> dresidual, std::span<std::uint8_t> b) {
+    normalize_backward<float>(r, x, {.problem = p, .tail = {.relu = true, .bits = b}}, one, one,
+                              {.dx = dx, .dresidual = dresidual});
   };
-  EXPECT_THROWS(std::invalid_argument, "mask must have 17 bytes (relu_mask_bytes of the problem), got 0",
+  EXPECT_THROWS(std::invalid_argument, "bits must have 17 bytes (relu_mask_bytes of the problem), got 3",
+                backward(y, {}, std::span(bits).first(3)));
+  EXPECT_THROWS(std::invalid_argument, "bits must have 17 bytes (relu_mask_bytes of the problem), got 0",
                 backward(y, {}, {}));
-  EXPECT_THROWS(std::invalid_argument, "dresidual must share no memory with dx, got an overlap", backward(y, y, mask));
-  EXPECT_THROWS(std::invalid_argument, "dx must share no memory with mask, got an overlap",
+  EXPECT_THROWS(std::invalid_argument, "dresidual must share no memory with dx, got an overlap", backward(y, y, bits));
+  EXPECT_THROWS(std::invalid_argument, "dx must share no memory with bits, got an overlap",
                 backward(y, {}, bytes_of_y));
 }
 

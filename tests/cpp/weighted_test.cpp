@@ -1,12 +1,9 @@
-// Calls with weights: under a mask of ones the bits are those of the plain calls; halves and wholes; mistakes.
-#include "batchnorm/weighted.hpp"
-
+// Calls with weights: under a mask of ones large tensors are the plain ones; where nothing counts; mistakes.
 #include <cstring>
 #include <limits>
 #include <vector>
 
 #include "batchnorm/batchnorm.hpp"
-#include "batchnorm/segments.hpp"
 #include "expect.hpp"
 
 namespace {
@@ -22,12 +19,13 @@ void expect_large(const Problem& p) {
   std::vector<Moments> saved(channels), of_mask(channels);
   const std::vector<float> gamma(channels, 1.5f), beta(channels, 0.5f);
   batch_norm<float>(x, p, gamma, beta, 1e-5, y, saved);
-  batch_norm<float>(x, p, {weights, Padding::zero}, gamma, beta, 1e-5, masked, of_mask);
+  const Call<float> call{.problem = p, .counted = {weights, Padding::zero}, .gamma = gamma, .beta = beta};
+  batch_norm<float>(x, call, masked, of_mask);
   EXPECT(std::memcmp(y.data(), masked.data(), size * sizeof(float)) == 0, p.inner);
   EXPECT(std::memcmp(saved.data(), of_mask.data(), channels * sizeof(Moments)) == 0, p.inner);
   std::vector<float> dx(size), masked_dx(size), dgamma(channels), dbeta(channels);
   batch_norm_backward<float>(y, x, p, saved, gamma, 1e-5, dx, dgamma, dbeta);
-  batch_norm_backward<float>(y, x, p, {weights, Padding::zero}, of_mask, gamma, 1e-5, masked_dx, dgamma, dbeta);
+  batch_norm_backward<float>(y, x, call, of_mask, {.dx = masked_dx, .dgamma = dgamma, .dbeta = dbeta});
   EXPECT(std::memcmp(dx.data(), masked_dx.data(), size * sizeof(float)) == 0, p.inner);
 }
 
@@ -43,10 +41,13 @@ void expect_halves_without_anything_counted() {
   const std::vector<T> none(10, 0);
   std::vector<T> whole(30), half(30);
   std::vector<Moments> saved(3), moments_of(3);
-  batch_norm<T>(x, p, {none, Padding::normalize}, gamma, beta, 1e-5, whole, saved);
-  moments<T>(x, p, {none, Padding::normalize}, moments_of);
+  const Call<T> call{.problem = p, .counted = {none, Padding::normalize}, .gamma = gamma, .beta = beta};
+  batch_norm<T>(x, call, whole, saved);
+  moments<T>(x, call, moments_of);
   normalize<T>(x, p, moments_of, gamma, beta, 1e-5, half);
   EXPECT(half == whole, "");
+  normalize<T>(x, call, std::span<const Moments>(moments_of), half);
+  EXPECT(half == whole, "with the weights");
   for (std::size_t e = 0; e < 30; ++e) EXPECT_EQUAL(whole[e], beta[e / 5 % 3]);
 }
 TEST(where_nothing_counts_both_halves_and_the_whole_give_beta) {
@@ -58,9 +59,9 @@ TEST(mistakes_are_told_and_nothing_is_written) {
   const Problem p{4, 3, 5};
   std::vector<float> x(60), y(60, 9), w(20, 1);
   std::vector<Moments> saved(3);
-  const auto told = [&](std::vector<float> weights, Padding padding = Padding::zero) {
+  const auto told = [&](const std::vector<float>& weights) {
     return expect::thrown_by<std::invalid_argument>(
-        [&] { batch_norm<float>(x, p, {weights, padding}, {}, {}, 1e-5, y, saved); });
+        [&] { batch_norm<float>(x, {.problem = p, .counted = {weights, Padding::zero}}, y, saved); });
   };
   EXPECT_EQUAL(told({1, 2}), std::string("weights must have 20 values (one per position), got 2"));
   w[7] = -1;
@@ -73,20 +74,24 @@ TEST(mistakes_are_told_and_nothing_is_written) {
                std::string("weights must be above 0 at 2 positions or more for batch statistics (or at none), "
                            "got 1"));
   const std::vector<float> ones(20, 1), mean(3), var(3, 1);
-  EXPECT_EQUAL(expect::thrown_by<std::invalid_argument>(
-                   [&] { normalize<float>(x, p, {ones, Padding::normalize}, mean, var, {}, {}, 1e-5, y); }),
-               std::string("padding must be zero or keep where statistics are given, got normalize, which needs no "
-                           "weights"));
-  const auto of_segments = [&](std::vector<std::int64_t> offsets, std::size_t entries) {
+  EXPECT_THROWS(std::invalid_argument,
+                "padding must be zero or keep where statistics are given, got normalize, which needs no weights",
+                normalize<float>(x, {.problem = p, .counted = {ones, Padding::normalize}}, mean, var, y));
+  const auto by_segments = [&](std::vector<std::int64_t> offsets, std::size_t entries) {
     std::vector<Moments> out(entries);
     return expect::thrown_by<std::invalid_argument>(
-        [&] { segment_batch_norm<float>(x, p, offsets, {}, {}, 1e-5, y, out); });
+        [&] { batch_norm<float>(x, {.problem = p, .groups = {offsets}}, y, out); });
   };
-  EXPECT_EQUAL(of_segments({0, 3}, 3),
+  EXPECT_EQUAL(by_segments({0, 3}, 3),
                std::string("offsets must begin with 0 and end with 4, the outer size, got 0 and 3"));
-  EXPECT_EQUAL(of_segments({}, 0), std::string("offsets must begin with 0 and end with 4, the outer size, got none"));
-  EXPECT_EQUAL(of_segments({0, 3, 2, 4}, 9), std::string("offsets must never fall, got 2 after 3 at 2"));
-  EXPECT_EQUAL(of_segments({0, 4}, 4), std::string("saved must have 3 values (one per segment and channel), got 4"));
+  EXPECT_EQUAL(by_segments({0, 3, 2, 4}, 9), std::string("offsets must never fall, got 2 after 3 at 2"));
+  EXPECT_EQUAL(by_segments({0, 4}, 4), std::string("saved must have 3 values (one per segment and channel), got 4"));
+  const std::vector<std::int64_t> offsets{0, 1, 4};
+  EXPECT_THROWS(std::invalid_argument, "offsets must be empty where mean and var are given, got 3",
+                normalize<float>(x, {.problem = p, .groups = {offsets}}, mean, var, y));
+  EXPECT_THROWS(
+      std::invalid_argument, "offsets must be empty where mean and var are given, got 3",
+      normalize_backward<float>(x, x, {.problem = p, .groups = {offsets}}, mean, var, Gradients<float>{.dx = y}));
   EXPECT(y == std::vector<float>(60, 9), "");
 }
 
