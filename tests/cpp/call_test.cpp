@@ -1,0 +1,510 @@
+// Every combination of what a Call can say: against its definition in plain loops, and against itself in other ways.
+#include <algorithm>
+#include <cmath>
+#include <limits>
+#include <span>
+#include <string>
+#include <type_traits>
+#include <vector>
+
+#include "all_passes.hpp"
+#include "batchnorm/batchnorm.hpp"
+#include "data.hpp"
+#include "expect.hpp"
+
+namespace {
+
+using namespace batchnorm;
+using all_passes::Kind;
+
+template <class T>
+using WeightOf = typename detail::WeightType<T>::type;
+// What the definition is computed in: the library's own sums are of float64, and compensated for double.
+template <class T>
+using Real = std::conditional_t<sizeof(T) == sizeof(double), long double, double>;
+
+// ---- what a call can say ---------------------------------------------------------------------------------------
+
+enum class Counting { none, mask, weights };
+enum class Statistics { batch, segments, given };
+struct Combination {
+  Counting counting;
+  Padding padding;
+  bool residual, relu;
+  Statistics statistics;
+};
+
+std::vector<Combination> combinations() {
+  std::vector<Combination> list;
+  for (const Counting counting : {Counting::none, Counting::mask, Counting::weights}) {
+    for (const Padding padding : {Padding::zero, Padding::keep, Padding::normalize}) {
+      for (const bool residual : {false, true}) {
+        for (const bool relu : {false, true}) {
+          for (const Statistics statistics : {Statistics::batch, Statistics::segments, Statistics::given}) {
+            const bool is_refused = statistics == Statistics::given && counting != Counting::none;
+            if (is_refused && padding == Padding::normalize) continue;
+            list.push_back({counting, padding, residual, relu, statistics});
+          }
+        }
+      }
+    }
+  }
+  return list;
+}
+
+std::string text(const Combination& c) {
+  constexpr const char* kCounting[] = {"no weights", "a mask", "weights"};
+  constexpr const char* kPadding[] = {"zero", "keep", "normalize"};
+  constexpr const char* kStatistics[] = {"one group", "segments", "given statistics"};
+  return expect::text(kCounting[static_cast<int>(c.counting)], ", padding ", kPadding[static_cast<int>(c.padding)],
+                      c.residual ? ", residual" : "", c.relu ? ", ReLU" : "", ", ",
+                      kStatistics[static_cast<int>(c.statistics)]);
+}
+
+// ---- tensors ---------------------------------------------------------------------------------------------------
+
+template <class T>
+struct Tensors {
+  all_passes::Batch<T> batch;
+  std::vector<T> residual;
+  std::vector<WeightOf<T>> mask, weights, ones;
+  std::vector<std::int64_t> offsets;
+};
+
+// Some segments have no row, some one, the last many; every seventh row of positions does not count.
+template <class T>
+Tensors<T> make_tensors(const Problem& p, Kind kind) {
+  data::Generator g(11);
+  Tensors<T> t{all_passes::make_batch<T>(p, kind), data::values<T>(g, p.size()), {}, {}, {}, {0, 0}};
+  constexpr double kWeights[] = {0, 0.25, 1, 1.5, 3};
+  for (std::int64_t at = 0; at < p.count(); ++at) {
+    const bool is_left_out = at / p.inner % 7 == 3;
+    t.mask.push_back(static_cast<WeightOf<T>>(is_left_out ? 0 : g.below(3) > 0));
+    t.weights.push_back(static_cast<WeightOf<T>>(is_left_out ? 0 : kWeights[g.below(5)]));
+    t.ones.push_back(1);
+  }
+  for (std::int64_t rows = 1, at = 1; at < p.outer && rows < 12; at += ++rows) t.offsets.push_back(at);
+  t.offsets.push_back(p.outer);
+  return t;
+}
+
+// What one call is given: all of some tensors, or one of their segments.
+template <class T>
+struct Inputs {
+  Problem problem;
+  std::span<const T> x, dy, residual;
+  std::span<const WeightOf<T>> weights;
+  std::span<const std::int64_t> offsets;
+  const all_passes::Batch<T>& batch;  // what is per channel
+  Padding padding;
+  bool relu, given;
+
+  [[nodiscard]] std::size_t groups() const { return offsets.empty() ? 1 : offsets.size() - 1; }
+  [[nodiscard]] bool counts(std::size_t position) const { return weights.empty() || weights[position] > 0; }
+  // The position of an element.
+  [[nodiscard]] std::size_t position(std::size_t e) const {
+    const auto inner = static_cast<std::size_t>(problem.inner),
+               slab = static_cast<std::size_t>(problem.channels) * inner;
+    return e / slab * inner + e % inner;
+  }
+  // Whether the element is what the formula says.
+  [[nodiscard]] bool is_normalized(std::size_t e) const { return padding == Padding::normalize || counts(position(e)); }
+};
+
+template <class T>
+Inputs<T> inputs_of(const Tensors<T>& t, const Combination& c) {
+  Inputs<T> in{t.batch.problem, t.batch.x, t.batch.dy, {}, {}, {}, t.batch, c.padding, c.relu, false};
+  if (c.residual) in.residual = t.residual;
+  if (c.counting != Counting::none) in.weights = c.counting == Counting::mask ? t.mask : t.weights;
+  if (c.statistics == Statistics::segments) in.offsets = t.offsets;
+  in.given = c.statistics == Statistics::given;
+  return in;
+}
+template <class T>
+Inputs<T> segment_of(const Inputs<T>& in, std::size_t s) {
+  const std::int64_t first = in.offsets[s];
+  Inputs<T> part = in;
+  part.problem.outer = in.offsets[s + 1] - first;
+  part.offsets = {};
+  const auto of = [&](auto& span, std::int64_t row) {
+    if (!span.empty()) {
+      span = span.subspan(static_cast<std::size_t>(first * row), static_cast<std::size_t>(part.problem.outer * row));
+    }
+  };
+  for (auto* tensor : {&part.x, &part.dy, &part.residual}) of(*tensor, in.problem.channels * in.problem.inner);
+  of(part.weights, in.problem.inner);
+  return part;
+}
+
+// ---- a call ----------------------------------------------------------------------------------------------------
+
+struct How {
+  int threads = 1;
+  bool halves = false, in_place = false;
+  std::size_t place = 0;  // values before each tensor
+};
+
+// Values behind `place` others.
+template <class T>
+class Tensor {
+ public:
+  Tensor(std::span<const T> values, std::size_t place) : memory_(values.size() + place), place_(place) {
+    std::copy(values.begin(), values.end(), span().begin());
+  }
+  std::span<T> span() { return std::span<T>(memory_).subspan(place_); }
+  std::vector<T> values() { return {span().begin(), span().end()}; }
+
+ private:
+  std::vector<T> memory_;
+  std::size_t place_;
+};
+
+template <class T>
+struct Found {
+  std::vector<T> y = {}, dx = {}, dresidual = {};
+  std::vector<bool> bits = {};
+  std::vector<Moments> saved = {};
+  std::vector<double> dgamma = {}, dbeta = {};  // of the whole alone
+};
+
+std::vector<bool> decoded(const std::vector<std::uint8_t>& bits, std::size_t count) {
+  std::vector<bool> list(count);
+  for (std::size_t e = 0; !bits.empty() && e < count; ++e) {
+    const std::size_t at = 64 + bits[0] + e;
+    list[e] = ((bits[at / 8] >> (at % 8)) & 1) != 0;
+  }
+  return list;
+}
+
+// In place: y lies where x does, dx where dy, dresidual where x.
+template <class T>
+Found<T> run(const Inputs<T>& in, const How& how = {}) {
+  const std::size_t n = in.x.size(), channels = in.batch.gamma.size();
+  const Tensor<T> nothing(std::vector<T>(n, static_cast<T>(-77)), how.place);
+  Tensor<T> x(in.x, how.place), dy(in.dy, how.place), residual(in.residual, how.place);
+  Tensor<T> y = how.in_place ? x : nothing, dx = how.in_place ? dy : nothing, dresidual = how.in_place ? x : nothing;
+  std::vector<std::uint8_t> bits(in.relu ? static_cast<std::size_t>(relu_mask_bytes(in.problem)) : 0, 0xa5);
+  const Call<T> call{.problem = in.problem,
+                     .groups = {in.offsets},
+                     .counted = {in.weights, in.padding},
+                     .gamma = in.batch.gamma,
+                     .beta = in.batch.beta,
+                     .tail = {residual.span(), in.relu, bits}};
+  const Options options{how.threads};
+  Found<T> f{.saved = std::vector<Moments>(in.groups() * channels),
+             .dgamma = std::vector<double>(channels),
+             .dbeta = std::vector<double>(channels)};
+
+  const std::span<const T> x_forward = how.in_place ? y.span() : x.span();
+  if (in.given) {
+    normalize<T>(x_forward, call, in.batch.mean, in.batch.var, y.span(), options);
+  } else if (how.halves) {
+    moments<T>(x_forward, call, f.saved, options);
+    normalize<T>(x_forward, call, f.saved, y.span(), options);
+  } else {
+    batch_norm<T>(x_forward, call, y.span(), f.saved, options);
+  }
+
+  const std::span<const T> x_backward = how.in_place ? dresidual.span() : x.span();
+  const std::span<const T> dy_backward = how.in_place ? dx.span() : dy.span();
+  const Gradients<T> out{dx.span(), dresidual.span(), f.dgamma, f.dbeta};
+  if (in.given) {
+    normalize_backward<T>(dy_backward, x_backward, call, in.batch.mean, in.batch.var, out, options);
+  } else if (how.halves) {
+    std::vector<GradSums> sums(f.saved.size());
+    grad_sums<T>(dy_backward, x_backward, call, f.saved, sums, options);
+    grad_input<T>(dy_backward, x_backward, call, f.saved, sums, out.dx, out.dresidual, options);
+  } else {
+    batch_norm_backward<T>(dy_backward, x_backward, call, f.saved, out, options);
+  }
+  f.y = y.values();
+  f.dx = dx.values();
+  f.dresidual = dresidual.values();
+  f.bits = decoded(bits, n);
+  return f;
+}
+
+// ---- against itself --------------------------------------------------------------------------------------------
+
+// Where they differ: the first element for which `looks(element)`, or -1.
+template <class T, class Looks>
+std::ptrdiff_t difference(const std::vector<T>& a, const std::vector<T>& b, const Looks& looks) {
+  for (std::size_t e = 0; e < a.size(); ++e) {
+    if (looks(e) && !data::same_bits(a[e], b[e])) return static_cast<std::ptrdiff_t>(e);
+  }
+  return a.size() == b.size() ? -1 : 0;
+}
+
+// The same bits in all results; `looks`: at which elements.
+template <class T, class Looks>
+void expect_same(const Inputs<T>& in, const Found<T>& got, const Found<T>& wanted, const Looks& looks, bool parameters,
+                 const std::string& what) {
+  EXPECT_EQUAL(difference(got.y, wanted.y, looks), -1, "y, ", what);
+  EXPECT_EQUAL(difference(got.dx, wanted.dx, looks), -1, "dx, ", what);
+  EXPECT_EQUAL(difference(got.dresidual, wanted.dresidual, looks), -1, "dresidual, ", what);
+  EXPECT(all_passes::bits_of(got.saved) == all_passes::bits_of(wanted.saved), "saved, ", what);
+  std::size_t wrong = 0;  // what bits are elsewhere has no meaning
+  for (std::size_t e = 0; e < got.bits.size(); ++e)
+    wrong += looks(e) && in.is_normalized(e) && got.bits[e] != wanted.bits[e];
+  EXPECT_EQUAL(wrong, std::size_t{0}, "bits, ", what);
+  if (!parameters) return;
+  EXPECT(data::same_bits(got.dgamma, wanted.dgamma), "dgamma, ", what);
+  EXPECT(data::same_bits(got.dbeta, wanted.dbeta), "dbeta, ", what);
+}
+constexpr auto kAll = [](std::size_t) { return true; };
+
+// Each segment by itself; in halves, since a whole call refuses a single value.
+template <class T>
+void expect_segments_alone(const Inputs<T>& in, const Found<T>& whole, const std::string& what) {
+  Found<T> all;
+  const auto append = [](auto& to, const auto& from) { to.insert(to.end(), from.begin(), from.end()); };
+  for (std::size_t s = 0; s < in.groups(); ++s) {
+    const Found<T> one = run(segment_of(in, s), {.halves = true});
+    append(all.y, one.y);
+    append(all.dx, one.dx);
+    append(all.dresidual, one.dresidual);
+    append(all.bits, one.bits);
+    append(all.saved, one.saved);
+  }
+  expect_same(in, all, whole, kAll, false, "segments alone, " + what);
+}
+
+// NaN where nothing counts. With padding that is normalized only forward can do without those values, and there y is
+// NaN.
+template <class T>
+void expect_nan_unread(const Inputs<T>& in, const Found<T>& wanted, const std::string& what) {
+  std::vector<T> x(in.x.begin(), in.x.end()), dy(in.dy.begin(), in.dy.end());
+  std::vector<T> residual(in.residual.begin(), in.residual.end());
+  const auto counts = [&](std::size_t e) { return in.counts(in.position(e)); };
+  for (auto* tensor : {&x, &dy, &residual}) {
+    for (std::size_t e = 0; e < tensor->size(); ++e) {
+      if (!counts(e)) (*tensor)[e] = static_cast<T>(std::numeric_limits<float>::quiet_NaN());
+    }
+  }
+  Inputs<T> with_nan = in;
+  with_nan.x = x;
+  with_nan.dy = dy;
+  with_nan.residual = residual;
+  Found<T> got = run(with_nan);
+  const bool is_normalized = in.padding == Padding::normalize;
+  if (is_normalized) {
+    got.dx = wanted.dx;
+    got.dresidual = wanted.dresidual;
+  }
+  expect_same(in, got, wanted, counts, !is_normalized, "NaN where nothing counts, " + what);
+  std::size_t wrong = 0;
+  for (std::size_t e = 0; e < got.y.size() && !is_normalized; ++e) {
+    if (counts(e)) continue;
+    const auto is_padding = [&](T v) {
+      return in.padding == Padding::keep ? std::isnan(static_cast<double>(v)) : v == 0;
+    };
+    wrong += !is_padding(got.y[e]) || !is_padding(got.dx[e]) || static_cast<double>(got.dresidual[e]) != 0;
+  }
+  EXPECT_EQUAL(wrong, std::size_t{0}, "padding, ", what);
+}
+
+// ---- against the definition ------------------------------------------------------------------------------------
+
+// Half the spacing at 1 of what T is computed in, and of T; the smallest value of T.
+template <class T>
+constexpr double kU = sizeof(T) == sizeof(double) ? 0x1p-53 : 0x1p-24;
+template <class T>
+constexpr double kRounding = 0;  // that of the arithmetic is in the bounds
+template <>
+constexpr double kRounding<Float16> = 0x1p-11;
+template <>
+constexpr double kRounding<BFloat16> = 0x1p-8;
+template <class T>
+constexpr double kSmallest = sizeof(T) == sizeof(double) ? 0x1p-1074 : 0x1p-149;
+template <>
+constexpr double kSmallest<Float16> = 0x1p-24;
+template <>
+constexpr double kSmallest<BFloat16> = 0x1p-133;
+// The errors of the loops below: sums of some thousand terms in float64 against u of float32, or in long double against
+// u of float64.
+template <class T>
+constexpr double kOracle = sizeof(T) == sizeof(double) ? 64 * 0x1p-63 : 64 * 0x1p-53;
+
+// One channel of one group.
+template <class T>
+class Line {
+  using R = Real<T>;
+
+ public:
+  Line(const Inputs<T>& in, const Found<T>& found, std::size_t group, std::size_t c, const std::string& what)
+      : in_(in), f_(found), c_(c), entry_(group * in.batch.gamma.size() + c), what_(what) {
+    const Problem& p = in.problem;
+    const std::int64_t begin = in.offsets.empty() ? 0 : in.offsets[group];
+    const std::int64_t end = in.offsets.empty() ? p.outer : in.offsets[group + 1];
+    for (std::int64_t o = begin; o < end; ++o) {
+      for (std::int64_t i = 0; i < p.inner; ++i)
+        add(static_cast<std::size_t>((o * p.channels) * p.inner + i) + c * static_cast<std::size_t>(p.inner));
+    }
+  }
+  // Adds what it should be to dgamma, dbeta and the sums of their absolute terms.
+  void expect(R (&parameters)[4]) {
+    find_statistics();
+    for (std::size_t k = 0; k < at_.size(); ++k) expect_y(k);
+    for (std::size_t k = 0; k < at_.size(); ++k) expect_dx(k);
+    for (int k = 0; k < 4; ++k) parameters[k] += sums_[k];
+  }
+
+ private:
+  void add(std::size_t e) {
+    const bool lets_through = !in_.relu || f_.bits[e];
+    at_.push_back(e);
+    x_.push_back(static_cast<R>(in_.x[e]));
+    dy_.push_back(lets_through ? static_cast<R>(in_.dy[e]) : R(0));
+    w_.push_back(in_.weights.empty() ? R(1) : static_cast<R>(in_.weights[in_.position(e)]));
+  }
+  void find_statistics() {
+    gamma_ = in_.batch.gamma[c_];
+    beta_ = in_.batch.beta[c_];
+    R total = 0, sum = 0, squares = 0;
+    for (std::size_t k = 0; k < at_.size(); ++k) total += w_[k], sum += w_[k] * x_[k];
+    count_ = total;
+    mean_ = in_.given ? R(in_.batch.mean[c_]) : total > 0 ? sum / total : R(0);
+    // About the rounded mean, whose error is taken off again.
+    R rest = 0;
+    for (std::size_t k = 0; k < at_.size(); ++k) {
+      const R d = x_[k] - mean_;
+      squares += w_[k] * d * d;
+      rest += w_[k] * d;
+    }
+    if (!in_.given && total > 0) {
+      mean_ += rest / total;
+      squares -= rest * rest / total;
+      expect_moments(f_.saved[entry_], squares);
+    }
+    const R var = in_.given ? R(in_.batch.var[c_]) : total > 0 ? squares / total : R(0);
+    const R plus = var + R(1e-5);
+    rstd_ = total > 0 || in_.given ? 1 / std::sqrt(plus) : R(0);
+    for (std::size_t k = 0; k < at_.size(); ++k) {
+      xhat_.push_back((x_[k] - mean_) * rstd_);
+      scale_ = std::max(scale_, std::abs(gamma_ * xhat_[k]));
+      if (!in_.is_normalized(at_[k])) continue;
+      sums_[0] += dy_[k] * xhat_[k];
+      sums_[1] += dy_[k];
+      sums_[2] += std::abs(dy_[k] * xhat_[k]);
+      sums_[3] += std::abs(dy_[k]);
+    }
+  }
+  // The mean may cancel: within std too.
+  void expect_moments(const Moments& m, R squares) {
+    const R bound = kU<T> + R(kOracle<T>), std = std::sqrt(squares / count_);
+    EXPECT(m.count == static_cast<double>(count_), "count ", m.count, ", ", what_);
+    EXPECT(std::abs(m.mean - mean_) <= bound * (std::abs(mean_) + std), "mean ", m.mean, ", ", what_);
+    EXPECT(std::abs(m.m2 - squares) <= bound * squares, "m2 ", m.m2, ", ", what_);
+  }
+  // 3u of the channel's largest |y - beta| and a rounding each of beta and y (README); one each for what is added, and
+  // for T.
+  void expect_y(std::size_t k) const {
+    const std::size_t e = at_[k];
+    const T got = f_.y[e];
+    if (!in_.is_normalized(e)) {
+      EXPECT(data::same_bits(got, in_.padding == Padding::keep ? in_.x[e] : T(0)), "padding of y, ", what_);
+      return;
+    }
+    const R normalized = xhat_[k] * gamma_ + beta_,
+            residual = in_.residual.empty() ? R(0) : static_cast<R>(in_.residual[e]);
+    const R sum = normalized + residual, wanted = in_.relu && sum < 0 ? R(0) : sum;
+    const R bound = 3 * kU<T> * scale_ + kU<T> * (std::abs(beta_) + std::abs(normalized)) +
+                    (in_.residual.empty() ? 0 : kU<T> * std::abs(sum)) + R(kOracle<T>) * (scale_ + std::abs(sum)) +
+                    kRounding<T> * std::abs(sum) + R(kSmallest<T>);
+    const bool is_close = std::abs(static_cast<R>(got) - wanted) <= bound;
+    EXPECT(is_close, "y ", static_cast<double>(got), ", wanted ", wanted, " within ", bound, " at ", e, ", ", what_);
+    if (in_.relu && std::abs(sum) > bound) EXPECT(f_.bits[e] == (sum > 0), "bit of ", e, ", ", what_);
+  }
+  // 4u of the sum of absolute terms; 6u with weights, whose products round too.
+  void expect_dx(std::size_t k) const {
+    const std::size_t e = at_[k];
+    const T got = f_.dx[e];
+    const bool is_normalized = in_.is_normalized(e);
+    EXPECT(data::same_bits(f_.dresidual[e], is_normalized && (!in_.relu || f_.bits[e]) ? in_.dy[e] : T(0)),
+           "dresidual ", static_cast<double>(f_.dresidual[e]), " at ", e, ", ", what_);
+    if (!is_normalized) {
+      EXPECT(data::same_bits(got, in_.padding == Padding::keep ? in_.dy[e] : T(0)), "padding of dx, ", what_);
+      return;
+    }
+    const R part = in_.given || count_ == 0 ? R(0) : w_[k] / count_, scale = gamma_ * rstd_;
+    const R wanted = scale * (dy_[k] - part * sums_[1] - part * xhat_[k] * sums_[0]);
+    // What double rounds dy and x - mean to before they are summed.
+    const bool is_double = sizeof(T) == sizeof(double);
+    const R of_dy = std::abs(sums_[is_double ? 3 : 1]), of_xhat = std::abs(sums_[is_double ? 2 : 0]);
+    const R terms = std::abs(scale) * (std::abs(dy_[k]) + part * of_dy + part * std::abs(xhat_[k]) * of_xhat);
+    const R bound = ((in_.weights.empty() ? 4 : 6) * kU<T> + R(kOracle<T>)) * terms + kRounding<T> * std::abs(wanted) +
+                    R(kSmallest<T>) +
+                    R(kOracle<T>) * part * std::abs(scale) * (sums_[3] + std::abs(xhat_[k]) * sums_[2]);
+    const bool is_close = std::abs(static_cast<R>(got) - wanted) <= bound;
+    EXPECT(is_close, "dx ", static_cast<double>(got), ", wanted ", wanted, " within ", bound, " at ", e, ", ", what_);
+  }
+
+  const Inputs<T>& in_;
+  const Found<T>& f_;
+  std::size_t c_, entry_;
+  const std::string& what_;
+  std::vector<std::size_t> at_;
+  std::vector<R> x_, dy_, w_, xhat_;
+  R gamma_ = 1, beta_ = 0, count_ = 0, mean_ = 0, rstd_ = 0, scale_ = 0;
+  R sums_[4] = {};  // of dy*xhat and dy, and of their absolute values
+};
+
+template <class T>
+void expect_definition(const Inputs<T>& in, const Found<T>& found, const std::string& what) {
+  for (std::size_t c = 0; c < in.batch.gamma.size(); ++c) {
+    Real<T> parameters[4] = {};
+    for (std::size_t group = 0; group < in.groups(); ++group) Line<T>(in, found, group, c, what).expect(parameters);
+    for (const int k : {0, 1}) {
+      const double got = (k == 0 ? found.dgamma : found.dbeta)[c];
+      const Real<T> bound = (4 * kU<T> + kOracle<T>)*parameters[k + 2] + kSmallest<double>;
+      EXPECT(std::abs(got - parameters[k]) <= bound, k == 0 ? "dgamma " : "dbeta ", got, ", wanted ", parameters[k],
+             " within ", bound, ", channel ", c, ", ", what);
+    }
+  }
+}
+
+// ---- all of it -------------------------------------------------------------------------------------------------
+
+template <class T>
+void expect_combination(const Tensors<T>& tensors, const Combination& c, const std::string& where) {
+  const std::string what = where + text(c);
+  Inputs<T> in = inputs_of(tensors, c);
+  const Found<T> whole = run(in);
+  expect_same(in, run(in, {.threads = 2, .halves = true, .place = 5}), whole, kAll, in.given, "halves, " + what);
+  expect_same(in, run(in, {.threads = 2, .in_place = true, .place = 1}), whole, kAll, true, "in place, " + what);
+  if (!in.offsets.empty()) expect_segments_alone(in, whole, what);
+  if (!in.weights.empty()) expect_nan_unread(in, whole, what);
+  expect_definition(in, whole, what);
+  if (c.counting == Counting::none) {
+    if (in.given && c.padding == Padding::normalize) return;
+    in.weights = tensors.ones;
+    expect_same(in, run(in, {.threads = 2}), whole, kAll, true, "weights of 1, " + what);
+  }
+}
+
+// Interleaved, of rows that are short, uneven, wide, wider than a tile; planar, of runs that are columns, short, longer
+// than a tile. The larger are shared among threads.
+constexpr Problem kShapes[] = {{700, 3, 1}, {90, 10, 1}, {25, 700, 1}, {5, 4100, 1}, {70, 1, 1},
+                               {30, 6, 4},  {8, 5, 49},  {4, 90, 17},  {4, 1, 700},  {3, 2, 5000}};
+
+template <class T>
+void expect_all(const char* type) {
+  for (const Problem& p : kShapes) {
+    for (const Kind kind : {Kind::ordinary, Kind::wide}) {
+      if (kind == Kind::wide && (std::is_same_v<T, Float16> || p.channels < 3)) continue;
+      const Tensors<T> tensors = make_tensors<T>(p, kind);
+      const std::string where = expect::text(type, " {", p.outer, ", ", p.channels, ", ", p.inner, "} ",
+                                             all_passes::kKindNames[static_cast<int>(kind)], ", ");
+      for (const Combination& c : combinations()) expect_combination(tensors, c, where);
+    }
+  }
+}
+
+TEST(every_combination_in_float32_is_the_composition_of_its_steps) { expect_all<float>("float32"); }
+TEST(every_combination_in_float64_is_the_composition_of_its_steps) { expect_all<double>("float64"); }
+TEST(every_combination_in_float16_is_the_composition_of_its_steps) { expect_all<Float16>("float16"); }
+TEST(every_combination_in_bfloat16_is_the_composition_of_its_steps) { expect_all<BFloat16>("bfloat16"); }
+
+}  // namespace
+
+int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }
