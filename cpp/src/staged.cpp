@@ -175,7 +175,7 @@ template <class V, class T>
 void weights_of_tile(const KernelTable& table, const Positions<T>& positions, const RowsOfTile& tile,
                      std::int64_t stride, std::int64_t column, V* to) {
   const std::int64_t tensor_row = positions.problem.channels * positions.problem.inner;
-  if (column == 0 && tile.width == stride) {
+  if (tile.width == stride && stride % tensor_row == 0) {
     weights_of_rows(table, positions, tile.offset, tile.count * stride / tensor_row, to);
     return;
   }
