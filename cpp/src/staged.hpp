@@ -60,7 +60,7 @@ struct GradientOperands {
   const kernels::KernelTable& table;
   kernels::GradInputs<T> in;
   T* dx = nullptr;
-  Positions<T> positions;
+  Positions<T> positions = {};
   Padding padding = Padding::normalize;
   bool around_cache = false;
   // Forward-mode: dy is the tangent of x, and dx becomes that of y. Then weights are factors in the sums and not in the
