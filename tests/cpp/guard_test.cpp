@@ -7,9 +7,6 @@
 
 #include "arithmetic.hpp"
 #include "batchnorm/batchnorm.hpp"
-#include "batchnorm/relu.hpp"
-#include "batchnorm/segments.hpp"
-#include "batchnorm/weighted.hpp"
 #include "data.hpp"
 #include "dispatch.hpp"
 #include "expect.hpp"
@@ -101,56 +98,59 @@ class Calls {
     current.item_size = sizeof(T);
   }
 
-  void plain() {
-    current.name = "calls without weights";
-    batch_norm<T>(x, p, gamma, beta, 1e-5, y, saved);
-    batch_norm_backward<T>(dy, x, p, saved, gamma, 1e-5, dx, dgamma, dbeta);
-    grad_sums<T>(dy, x, p, saved, sums);
-    grad_input<T>(dy, x, p, saved, sums, gamma, 1e-5, dx);
-    normalize<T>(x, p, mean, var, gamma, beta, 1e-5, y);
-    normalize_backward<T>(dy, x, p, mean, var, gamma, 1e-5, dx, dgamma, dbeta);
-    batch_norm_jvp<T>(residual, x, p, saved, gamma, mean, beta, 1e-5, y);
-    batch_norm_double_backward<T>(residual, dy, x, p, saved, gamma, mean, beta, 1e-5, y, dx, dgamma);
+  void plain() { run("calls", {.problem = p, .gamma = gamma, .beta = beta}); }
+  void derivatives() {
+    current.name = "derivatives";
+    const batchnorm::Call<T> call{.problem = p, .gamma = gamma};
+    batch_norm_jvp<T>(residual, x, call, saved, mean, beta, y);
+    normalize_jvp<T>(residual, x, call, mean, var, beta, var, mean, beta, y);
+    batch_norm_double_backward<T>(residual, dy, x, call, saved, mean, beta, y, dx, dgamma);
+    normalize_double_backward<T>(residual, dy, x, call, mean, var, mean, beta, y, dx, dgamma);
     expect_inside();
   }
   void weighted(bool is_mask) {
-    current.name = is_mask ? "calls with a mask" : "calls with weights";
     const auto w = weights<Arithmetic<T>>(p.count(), is_mask);
+    const std::span<const Arithmetic<T>> given(a.weights.place(w, current.place), w.size());
     for (const Padding padding : {Padding::zero, Padding::keep, Padding::normalize}) {
-      const WeightsFor<T> given{std::span(a.weights.place(w, current.place), w.size()), padding};
-      batch_norm<T>(x, p, given, gamma, beta, 1e-5, y, saved);
-      batch_norm_backward<T>(dy, x, p, given, saved, gamma, 1e-5, dx, dgamma, dbeta);
-      grad_sums<T>(dy, x, p, given, saved, sums);
-      grad_input<T>(dy, x, p, given, saved, sums, gamma, 1e-5, dx);
-      if (padding != Padding::normalize) normalize<T>(x, p, given, mean, var, gamma, beta, 1e-5, y);
+      run(is_mask ? "calls with a mask" : "calls with weights",
+          {.problem = p, .counted = {given, padding}, .gamma = gamma, .beta = beta});
       EXPECT(a.weights.untouched(), described());
     }
-    expect_inside();
   }
-  void relu() {
-    current.name = "calls with a ReLU";
-    batch_norm_relu<T>(x, p, residual, gamma, beta, 1e-5, y, mask, saved);
-    batch_norm_relu_backward<T>(dy, x, p, mask, saved, gamma, 1e-5, dx, dresidual, dgamma, dbeta);
-    normalize_relu<T>(x, p, residual, mean, var, gamma, beta, 1e-5, y, mask);
-    normalize_relu_backward<T>(dy, x, p, mask, mean, var, gamma, 1e-5, dx, dresidual, dgamma, dbeta);
+  void tails() {
+    run("calls with a residual", {.problem = p, .gamma = gamma, .beta = beta, .tail = {.residual = residual}});
+    run("calls with a ReLU",
+        {.problem = p, .gamma = gamma, .beta = beta, .tail = {.residual = residual, .relu = true, .bits = mask}});
     const auto bytes = static_cast<std::int64_t>(mask.size());
     EXPECT(a.mask.untouched_outside({bytes, 1, bytes}), described());
-    expect_inside();
   }
   void segments() {
-    current.name = "calls with segments";
     const std::vector<std::int64_t> ends{0, p.outer};
     const std::span<const std::int64_t> offsets(a.offsets.place(ends, current.place), 2);
-    segment_batch_norm<T>(x, p, offsets, gamma, beta, 1e-5, y, saved);
-    segment_batch_norm_backward<T>(dy, x, p, offsets, saved, gamma, 1e-5, dx, dgamma, dbeta);
+    run("calls with segments", {.problem = p, .groups = {offsets}, .gamma = gamma, .beta = beta});
     EXPECT(a.offsets.untouched(), described());
-    expect_inside();
   }
 
  private:
   static CallArrays<T>& arrays() {
     static CallArrays<T> all;
     return all;
+  }
+  // Everything before and after the statistics, whole and in halves, and with statistics that are given.
+  void run(const char* name, const batchnorm::Call<T>& call) {
+    current.name = name;
+    batch_norm<T>(x, call, y, saved);
+    moments<T>(x, call, saved);
+    normalize<T>(x, call, saved, y);
+    const Gradients<T> out{dx, dresidual, dgamma, dbeta};
+    batch_norm_backward<T>(dy, x, call, saved, out);
+    grad_sums<T>(dy, x, call, saved, sums);
+    grad_input<T>(dy, x, call, saved, sums, dx, dresidual);
+    if (call.groups.offsets.empty() && (call.counted.weights.empty() || call.counted.padding != Padding::normalize)) {
+      normalize<T>(x, call, mean, var, y);
+      normalize_backward<T>(dy, x, call, mean, var, out);
+    }
+    expect_inside();
   }
   void expect_inside() {
     const std::int64_t n = p.size(), c = p.channels;
@@ -179,8 +179,9 @@ void try_calls(const Problem& p) {
     Calls<T> calls(p);
     calls.plain();
     for (const bool is_mask : {false, true}) calls.weighted(is_mask);
-    calls.relu();
+    calls.tails();
     calls.segments();
+    calls.derivatives();
   }
 }
 

@@ -46,9 +46,11 @@ void expect_counted(const Implementation& implementation, std::int64_t n, Place 
   const auto blank = canaries<T>(n);
   expect(blank, kept, "keep", [&](T* to) { k.keep_counted(t, given, n, to); });
   expect(tile, kept, "keep in place", [&](T* to) { k.keep_counted(to, given, n, to); });
-  expect(blank, put, "put", [&](T* to) { k.put_counted(t, given, i, n, false, to); });
+  for (const bool around : {false, true}) {
+    expect(blank, put, "put", [&](T* to) { k.put_counted(t, given, i, n, around, to); });
+    expect(blank, kept, "put on nothing", [&](T* to) { k.put_counted(t, given, nullptr, n, around, to); });
+  }
   expect(input, put, "put in place", [&](T* to) { k.put_counted(t, given, to, n, false, to); });
-  expect(blank, kept, "put on nothing", [&](T* to) { k.put_counted(t, given, nullptr, n, false, to); });
 }
 TEST(what_counts_is_kept_and_put_back) {
   for (const Implementation& implementation : runnable()) {
@@ -56,6 +58,43 @@ TEST(what_counts_is_kept_and_put_back) {
       for (const Place place : guarded::kPlaces) {
         expect_counted<float>(implementation, n, place);
         expect_counted<double>(implementation, n, place);
+      }
+    }
+  }
+}
+
+template <class T>
+void expect_kept_bits(const Implementation& implementation, std::int64_t n, Place place) {
+  static Array<T> of_to, of_from;
+  static Array<std::uint8_t> of_bits;
+  const Kernels<T>& k = implementation.table->of<T>();
+  Generator g(83);
+  const auto from = fill<T>(g, n, Values::not_finite);
+  for (std::int64_t first_bit = 0; first_bit < 16; ++first_bit) {
+    std::vector<std::uint8_t> bits(static_cast<std::size_t>((first_bit + n + 7) / 8 + 4));
+    for (auto& byte : bits) byte = static_cast<std::uint8_t>(g.next());
+    std::vector<T> kept = from;
+    for (std::size_t e = 0; e < kept.size(); ++e) {
+      const std::size_t bit = static_cast<std::size_t>(first_bit) + e;
+      if (((bits[bit / 8] >> (bit % 8)) & 1) == 0) kept[e] = 0;
+    }
+    const T* values = of_from.place(from, place, 2);
+    const std::uint8_t* given = of_bits.place(bits, place);
+    const auto apart = [&](T* to) { k.keep_bits(values, given, first_bit, n, to); };
+    const auto in_place = [&](T* to) { k.keep_bits(to, given, first_bit, n, to); };
+    EXPECT(data::same_bits(written(of_to, canaries<T>(n), n, place, apart), kept) &&
+               data::same_bits(written(of_to, from, n, place, in_place), kept) && of_from.untouched() &&
+               of_bits.untouched(),
+           implementation.name, " ", n, " values, items of ", sizeof(T), " bytes, first bit ", first_bit, ", ",
+           guarded::name(place));
+  }
+}
+TEST(what_has_a_bit_is_kept) {
+  for (const Implementation& implementation : runnable()) {
+    for (std::int64_t n = 0; n <= kMost; ++n) {
+      for (const Place place : guarded::kPlaces) {
+        expect_kept_bits<float>(implementation, n, place);
+        expect_kept_bits<double>(implementation, n, place);
       }
     }
   }

@@ -214,6 +214,10 @@ template <class T>
 void keep_counted(const T* from, const T* weights, std::int64_t n, T* to) {
   put_counted<T>(from, weights, nullptr, n, false, to);
 }
+template <class T>
+void keep_bits(const T* from, const std::uint8_t* bits, std::int64_t first_bit, std::int64_t n, T* to) {
+  for (std::int64_t i = 0; i < n; ++i) to[i] = bit_of(bits, first_bit + i) ? from[i] : 0;
+}
 template <class W>
 void repeat_weights(const W* weights, std::int64_t rows, std::int64_t channels, std::int64_t inner, W* to) {
   for (std::int64_t e = 0; e < rows * channels * inner; ++e) {
@@ -250,6 +254,7 @@ constexpr Kernels<T> make_kernels() {
   k.add_blocks = add_blocks<T>;
   if constexpr (std::is_same_v<T, A>) {
     k.keep_counted = keep_counted<T>;
+    k.keep_bits = keep_bits<T>;
     k.put_counted = put_counted<T>;
     k.repeat_weights = repeat_weights<T>;
     k.count_weights = count_weights<T>;

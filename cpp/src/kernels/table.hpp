@@ -74,7 +74,7 @@ struct Sums {
   double first = 0, first_lo = 0, second = 0, second_lo = 0;
 };
 
-// The same for each column of a block.
+// The same for each column of a block. Plain sums leave the low parts alone.
 struct ColumnSums {
   double *first, *first_lo, *second, *second_lo;
 };
@@ -142,10 +142,10 @@ struct Tail {
 // dresidual.
 template <class T>
 struct GradInputs {
-  const T *dy, *x;                     // x null: grad_input without its term
+  const T *dy, *x;                     // x null, where there are bits: grad_input without its term
   const std::uint8_t* bits = nullptr;  // null: no ReLU; may be read up to 4 bytes behind a bit
   std::int64_t first_bit = 0;
-  T* dresidual = nullptr;  // written by grad_input; may be dy or x; null: not wanted
+  T* dresidual = nullptr;  // written by grad_input through bits; may be dy or x; null: not wanted
   bool streams = false;    // whether dresidual goes around the caches where dx does: it lies alike in lines
   std::int64_t at = 0;     // where the pointers' piece begins in the tensor, behind dy, x and dresidual
 };
@@ -157,8 +157,8 @@ struct Kernels {
 
   // moments. float and narrower: plain. double: compensated. About 0 where shift is null, else about a value of T (for
   // rows one per column): no cancellation where |mean| is far above std. With weights, which lie like x (null: none),
-  // the sums are of w*(x - shift) and w*(x - shift)^2, and no input is looked at where the weight is 0. Runs with a
-  // shift or weights: of one channel.
+  // the sums are of w*(x - shift) and of that times (x - shift), and no input is looked at where the weight is 0. Runs
+  // with a shift or weights: of one channel.
   void (*runs_moments)(const T* x, const W* weights, Runs, const A* shift, Sums*);
   void (*rows_moments)(const T* x, const W* weights, Rows, const A* shift, const ColumnSums&);
 
@@ -166,7 +166,7 @@ struct Kernels {
   void (*runs_normalize)(const T* x, T* y, const Tail<T>&, Runs, const Affine<A>*);
   void (*rows_normalize)(const T* x, T* y, const Tail<T>&, Rows, const AffineColumns<A>&);
 
-  // grad_sums. float: plain. double: compensated.
+  // grad_sums. float: plain. double: compensated, of products as they are rounded.
   void (*runs_grad_sums)(const GradInputs<T>&, Runs, const double* mean, Sums*);
   void (*rows_grad_sums)(const GradInputs<T>&, Rows, const double* mean, const ColumnSums&);
 
@@ -189,7 +189,7 @@ struct Kernels {
   void (*narrow)(const A* from, std::int64_t n, T* to);
   // The values whose weight is not 0, else 0; `to` may be from.
   void (*keep_counted)(const A* from, const W* weights, std::int64_t n, A* to);
-  // The values whose bit is set, else 0.
+  // The values whose bit is set, else 0; `to` may be from. Up to 4 bytes behind a bit may be read.
   void (*keep_bits)(const A* from, const std::uint8_t* bits, std::int64_t first_bit, std::int64_t n, A* to);
   // tile where the weight is not 0; else the input (null: 0), which `to` may be, unless stores go around the caches.
   void (*put_counted)(const A* tile, const W* weights, const A* input, std::int64_t n, bool around_cache, A* to);
