@@ -479,7 +479,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   const auto channels = static_cast<std::size_t>(call.problem.channels);
   const auto sums = [&](const ChannelOutput& to) { return to.wanted() && to.size() < saved.size(); };
   std::vector<double> of_gamma(sums(out.dgamma) ? saved.size() : 0), of_beta(sums(out.dbeta) ? saved.size() : 0);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
+  const auto run_part = [&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
     FirstOutputs<T> to = outputs(out, at);
     const auto of_part = [&](std::vector<double>& all, const ChannelOutput& wanted) {
       if (all.empty()) return checked.part_of(wanted, entry);
@@ -488,7 +488,14 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
     to.dgamma = of_part(of_gamma, out.dgamma);
     to.dbeta = of_part(of_beta, out.dbeta);
     run_batch_norm_backward(dy.data() + at, x.data() + at, part, saved.data() + entry, to, threads, of);
-  });
+  };
+  // Of segments without rows.
+  const auto clear = [&] {
+    for (const ChannelOutput& each : {out.dgamma, out.dbeta}) {
+      for (std::size_t e = 0; !sums(each) && e < each.size(); ++e) each.set(static_cast<std::int64_t>(e), 0);
+    }
+  };
+  checked.run(run_part, clear);
   if (!of_gamma.empty()) SumsOverSegments(of_gamma, call.problem.channels, out.dgamma).run(options.threads);
   if (!of_beta.empty()) SumsOverSegments(of_beta, call.problem.channels, out.dbeta).run(options.threads);
 }

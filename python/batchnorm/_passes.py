@@ -1,4 +1,4 @@
-"""The passes of the core over blocks (outer, channels, inner); what it has no kernel for, composed of what it has.
+"""The passes of the core over blocks (outer, channels, inner), each one call whatever counts and follows.
 
 Everything that the core is asked to do with tensors is asked here. With S sets of statistics (segments, ghosts; else
 1), what belongs to a set and channel is (S·C,), set first: moments, sums, and scale and shift where they differ from
@@ -22,7 +22,7 @@ Array = NDArray[Any]
 Table = NDArray[np.float64]
 Statistics = tuple[Table, Table]  # mean and var, (C,)
 
-# Bits begin behind so many bytes, of which the first says by how many more bits (cpp/src/relu.hpp).
+# Bits begin behind so many bytes, of which the first says by how many more bits (cpp/include/batchnorm/call.hpp).
 _HEAD = 8
 
 
@@ -148,6 +148,10 @@ class Tail(NamedTuple):
     relu: bool
     mask: ReluMask | None
 
+    @property
+    def bits(self) -> NDArray[np.uint8] | None:
+        return None if self.mask is None else self.mask.data
+
 
 def entries(values: Array | None, at: slice, channels: int) -> Array | None:
     """Give those of one set, of values for all sets and channels, or for the channels of each set alike."""
@@ -157,256 +161,81 @@ def entries(values: Array | None, at: slice, channels: int) -> Array | None:
 # ---- forward ---------------------------------------------------------------------------------------------
 
 
-def is_one_forward(call: Call, tail: Tail | None, *, corrected: bool) -> bool:
-    """Tell whether one call of the core writes y, and the last that is made."""
-    if tail is not None:
-        return tail.relu and call.weights is None and call.offsets is None and not corrected
-    return call.offsets is None or (call.weights is None and not corrected)
+def told(call: Call, scale: Array | None, shift: Array | None, tail: Tail | None) -> tuple[Any, ...]:
+    """Give what the core calls a call."""
+    rest = (None, False, None) if tail is None else (tail.residual, tail.relu, tail.bits)
+    return (call.x.shape, call.offsets, call.weights, call.code, scale, shift, call.eps, *rest)
 
 
 def moments(call: Call, table: Table) -> None:
     """Write the moments of each set and channel."""
-    if call.weights is None and call.offsets is not None:
-        table[:] = _core.segment_moments(call.x, call.x.shape, call.offsets, call.threads)
-        return
-    for at, one, _ in call.of_sets():
-        if one.weights is None:
-            table[at] = _core.moments(one.x, one.x.shape, one.threads)
-        else:
-            table[at] = _core.weighted_moments(one.x, one.x.shape, one.weights, one.threads)
+    _core.calls.moments(call.x, told(call, None, None, None), table, call.threads)
 
 
 def batch_norm(
     call: Call, scale: Array | None, shift: Array | None, tail: Tail | None, table: Table, y: Array
 ) -> None:
     """Normalize each set by its own statistics, and write these to the table; then what follows."""
-    if tail is not None and is_one_forward(call, tail, corrected=False):
-        bits = None if tail.mask is None else tail.mask.data
-        _core.batch_norm_relu(
-            call.x, call.x.shape, tail.residual, scale, shift, call.eps, y, bits, table, call.threads
-        )
-        return
-    _with_tail(call, tail, y, lambda one, s: _batch_norm(one, scale, shift, table, s))
-
-
-def _batch_norm(call: Call, scale: Array | None, shift: Array | None, table: Table, y: Array) -> None:
-    x, sizes = call.x, call.x.shape
-    if call.weights is None and call.offsets is not None:
-        _core.segment_batch_norm(x, sizes, call.offsets, scale, shift, call.eps, y, table, call.threads)
-    elif call.weights is None:
-        _core.batch_norm(x, sizes, scale, shift, call.eps, y, table, call.threads)
-    elif call.offsets is None:
-        _core.weighted_batch_norm(
-            x, sizes, call.weights, call.code, scale, shift, call.eps, y, table, call.threads
-        )
-    else:
-        for at, one, (to,) in call.of_sets(y):
-            assert one.weights is not None
-            if np.count_nonzero(one.weights) == 1:  # of which the core makes no batch
-                moments(one, table[at])
-                by_moments(one, table[at], scale, shift, None, to)
-            else:
-                _batch_norm(one, scale, shift, table[at], to)
+    _core.calls.batch_norm(call.x, told(call, scale, shift, tail), y, table, call.threads)
 
 
 def by_moments(
     call: Call, table: Table, scale: Array | None, shift: Array | None, tail: Tail | None, y: Array
 ) -> None:
     """Normalize each set by moments that are known; the other half of `batch_norm`."""
-    _with_tail(call, tail, y, lambda one, s: _by_moments(one, table, scale, shift, s))
-
-
-def _by_moments(call: Call, table: Table, scale: Array | None, shift: Array | None, y: Array) -> None:
-    for at, one, (to,) in call.of_sets(y):
-        of_set, channels = table[at], one.x.shape[1]
-        a, b = entries(scale, at, channels), entries(shift, at, channels)
-        with np.errstate(all="ignore"):
-            # The core takes the mean as one float64 here; what is left of it belongs to the shift.
-            rest = of_set[:, 2] * _core.rstd(of_set, one.eps)
-            b = (0.0 if b is None else b.astype(np.float64)) - (rest if a is None else a * rest)
-        _normalize(one, (of_set[:, 1].copy(), _core.variance(of_set, 0)), a, b, to)
+    _core.calls.normalize_by_moments(call.x, told(call, scale, shift, tail), table, y, call.threads)
 
 
 def normalize(
     call: Call, given: Statistics, scale: Array | None, shift: Array | None, tail: Tail | None, y: Array
 ) -> None:
     """Normalize by statistics that are given; then what follows."""
-    call = call.of_given()
-    if tail is not None and is_one_forward(call, tail, corrected=False):
-        bits = None if tail.mask is None else tail.mask.data
-        _core.normalize_relu(
-            call.x, call.x.shape, tail.residual, *given, scale, shift, call.eps, y, bits, call.threads
-        )
-        return
-    _with_tail(call, tail, y, lambda one, s: _normalize(one, given, scale, shift, s))
-
-
-def _normalize(call: Call, given: Statistics, scale: Array | None, shift: Array | None, y: Array) -> None:
-    call = call.of_given()
-    x, sizes = call.x, call.x.shape
-    if call.weights is None:
-        _core.normalize(x, sizes, *given, scale, shift, call.eps, y, call.threads)
-    else:
-        _core.weighted_normalize(
-            x, sizes, call.weights, call.code, *given, scale, shift, call.eps, y, call.threads
-        )
-
-
-def _with_tail(call: Call, tail: Tail | None, y: Array, run: Any) -> None:
-    """Let run(call, s) write s, and y what follows it, rounded once."""
-    if tail is None:
-        run(call, y)
-        return
-    counted, call = call.counted(), call.wide()
-    s = np.empty_like(call.x)
-    run(call, s)
-    with np.errstate(all="ignore"):
-        after = s if tail.residual is None else s + tail.residual
-        if tail.relu:
-            passes = ~(after <= 0)  # NaN too
-            after = np.where(passes, after, 0)
-            if counted is not None:
-                passes |= ~counted  # where y is 0 or x, whatever ReLU says
-            if tail.mask is not None:
-                tail.mask.fill(passes)
-        if counted is not None:
-            after = np.where(counted, after, s)
-        y[...] = after
-
-
-def after_tail(
-    call: Call, s_dot: Array, x_dot: Array, residual_dot: Array | None, relu: ReluMask | None
-) -> Array:
-    """Give the derivative of y from that of s: the residual's is added, what ReLU stops and padding are left out."""
-    with np.errstate(all="ignore"):
-        y_dot = s_dot if residual_dot is None else s_dot + residual_dot
-    if relu is not None:
-        y_dot = np.where(relu.block(), y_dot, 0)
-    counted = call.counted()
-    if counted is not None:
-        y_dot = np.where(counted, y_dot, x_dot if call.padding == "keep" else 0)
-    return y_dot
-
-
-def wide(a: Array) -> Array:
-    """Give 16-bit values as float32, in which what is made of several steps is rounded once."""
-    return a.astype(np.float32) if a.itemsize == 2 else a
+    _core.calls.normalize(call.x, told(call, scale, shift, tail), *given, y, call.threads)
 
 
 # ---- first derivatives -----------------------------------------------------------------------------------
 
 
-def through_tail(call: Call, dy: Array, relu: ReluMask | None) -> Array:
-    """Give the gradient of what ReLU was given."""
-    return dy if relu is None else np.where(relu.block(), dy, dy.dtype.type(0))
+def through(relu: ReluMask | None, residual: Array | None = None) -> Tail | None:
+    """Give what the core lets a gradient through, and a tangent with that of the residual."""
+    return None if relu is None and residual is None else Tail(residual, relu is not None, relu)
 
 
-def where_counted(call: Call, g: Array) -> Array:
-    """Give a gradient where y came from the formula, else 0."""
-    counted = call.counted()
-    return g if counted is None else np.where(counted, g, g.dtype.type(0))
-
-
-def grad_sums(call: Call, g: Array, table: Table) -> Table:
-    """Sum g and g·(x - mean) of each set and channel."""
+def grad_sums(call: Call, dy: Array, relu: ReluMask | None, table: Table) -> Table:
+    """Sum dy and dy·(x - mean) of each set and channel."""
     sums = np.zeros((len(table), 4))
-    for at, one, (of_set,) in call.of_sets(g):
-        if one.weights is None:
-            sums[at] = _core.grad_sums(of_set, one.x, one.x.shape, table[at], one.threads)
-        else:
-            sums[at] = _core.weighted_grad_sums(
-                of_set, one.x, one.x.shape, one.weights, one.code, table[at], one.threads
-            )
+    _core.calls.grad_sums(dy, call.x, told(call, None, None, through(relu)), table, sums, call.threads)
     return sums
 
 
-def grad_input(call: Call, g: Array, table: Table, sums: Table, scale: Array | None, dx: Array) -> None:
+def grad_input(
+    call: Call, dy: Array, relu: ReluMask | None, table: Table, sums: Table, scale: Array | None, dx: Array
+) -> None:
     """Write dx from sums."""
-    for at, one, (of_set, to) in call.of_sets(g, dx):
-        x, sizes, a = one.x, one.x.shape, entries(scale, at, one.x.shape[1])
-        if one.weights is None:
-            _core.grad_input(of_set, x, sizes, table[at], sums[at], a, one.eps, to, one.threads)
-        else:
-            _core.weighted_grad_input(
-                of_set, x, sizes, one.weights, one.code, table[at], sums[at], a, one.eps, to, one.threads
-            )
-
-
-def is_one_backward(call: Call, scale: Array | None) -> bool:
-    """Tell whether one call of the core does the backward pass of all sets."""
-    return call.offsets is None or (call.weights is None and (scale is None or len(scale) == call.x.shape[1]))
+    what = told(call, scale, None, through(relu))
+    _core.calls.grad_input(dy, call.x, what, table, sums, dx, None, call.threads)
 
 
 def backward(
     call: Call,
-    g: Array,
-    table: Table,
-    scale: Array | None,
-    dx: Array | None,
-    dscale: Array | None,
-    dshift: Array | None,
-) -> None:
-    """Write the gradients of `batch_norm`, those of scale and shift summed over the sets.
-
-    One call of the core (`is_one_backward`).
-    """
-    x, sizes, rest = call.x, call.x.shape, (scale, call.eps, dx, dscale, dshift, call.threads)
-    if call.offsets is not None:
-        _core.segment_batch_norm_backward(g, x, sizes, call.offsets, table, *rest)
-    elif call.weights is None:
-        _core.batch_norm_backward(g, x, sizes, table, *rest)
-    else:
-        _core.weighted_batch_norm_backward(g, x, sizes, call.weights, call.code, table, *rest)
-
-
-def backward_of_sets(
-    call: Call, g: Array, table: Table, scale: Array | None, dx: Array | None
-) -> tuple[Table, Table]:
-    """Write dx of each set, and give the gradients of its scale and shift, (S·C,)."""
-    dscale, dshift = np.zeros(len(table)), np.zeros(len(table))
-    for at, one, (of_set, to) in call.of_sets(g, dx):
-        a = entries(scale, at, one.x.shape[1])
-        backward(one, of_set, table[at], a, to, dscale[at], dshift[at])
-    return dscale, dshift
-
-
-def normalize_backward(
-    call: Call,
-    g: Array,
-    given: Statistics,
-    scale: Array | None,
-    dx: Array | None,
-    dscale: Array | None,
-    dshift: Array | None,
-) -> None:
-    """Write the gradients of `normalize`."""
-    call = call.of_given()
-    rest = (*given, scale, call.eps, dx, dscale, dshift, call.threads)
-    if call.weights is None:
-        _core.normalize_backward(g, call.x, call.x.shape, *rest)
-    else:
-        _core.weighted_normalize_backward(g, call.x, call.x.shape, call.weights, call.code, *rest)
-
-
-def relu_backward(
-    call: Call,
     dy: Array,
-    relu: ReluMask,
-    table: Table | None,
-    given: Statistics | None,
+    relu: ReluMask | None,
+    statistics: Table | Statistics,
     scale: Array | None,
     dx: Array | None,
     dresidual: Array | None,
     dscale: Array | None,
     dshift: Array | None,
 ) -> None:
-    """Write the gradients of a call with ReLU and one set without weights, of which the core has a pass."""
-    rest = (scale, call.eps, dx, dresidual, dscale, dshift, call.threads)
-    if table is not None:
-        _core.batch_norm_relu_backward(dy, call.x, call.x.shape, relu.data, table, *rest)
-    elif given is not None:
-        mean, var = given
-        _core.normalize_relu_backward(dy, call.x, call.x.shape, relu.data, mean, var, *rest)
+    """Write the gradients of `batch_norm`, or of `normalize` where statistics were given.
+
+    Those of scale and shift are (C,), summed over the sets, or of each set, (S·C,).
+    """
+    what, to = told(call, scale, None, through(relu)), (dx, dresidual, dscale, dshift, call.threads)
+    if isinstance(statistics, tuple):
+        _core.calls.normalize_backward(dy, call.x, what, *statistics, *to)
+    else:
+        _core.calls.backward(dy, call.x, what, statistics, *to)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -442,38 +271,24 @@ def combine(to: Array, a: Table | None, x: Table, b: Table | None, y: Table | No
 def jvp(
     call: Call,
     x_dot: Array,
+    relu: ReluMask | None,
+    residual_dot: Array | None,
     table: Table,
     scale: Array | None,
     scale_dot: Array | None,
     shift_dot: Array | None,
     y_dot: Array,
 ) -> None:
-    """Write the derivative of `batch_norm` along tangents, as if y came from the formula everywhere.
-
-    With weights it is that of `normalize` along the tangents of the statistics (the chain rule): mean' = sum(w·x')/W
-    and var' = 2·sum(w·x'·(x - mean))/W, which are the `grad_sums` of w·x'.
-    """
-    for at, one, (tangent, to) in call.of_sets(x_dot, y_dot):
-        channels, of_set = one.x.shape[1], table[at]
-        a, a_dot, b_dot = (entries(v, at, channels) for v in (scale, scale_dot, shift_dot))
-        if one.weights is None:
-            _core.batch_norm_jvp(
-                tangent, one.x, one.x.shape, of_set, a, a_dot, b_dot, one.eps, to, one.threads
-            )
-            continue
-        w = one.per_position(one.weights)
-        with np.errstate(all="ignore"):
-            weighted = np.where(w > 0, tangent * w, 0).astype(one.x.dtype)
-            sums = grad_sums(one, weighted, of_set)
-            share = np.where(of_set[:, 0] > 0, 1 / of_set[:, 0], 0.0)
-            dots = (sums[:, 0] + sums[:, 1]) * share, 2 * (sums[:, 2] + sums[:, 3]) * share
-        given = of_set[:, 1].copy(), _core.variance(of_set, 0)
-        normalize_jvp(one, tangent, given, a, *dots, a_dot, b_dot, to)
+    """Write the derivative of `batch_norm` along tangents."""
+    what = told(call, scale, None, through(relu, residual_dot))
+    _core.calls.jvp(x_dot, call.x, what, table, scale_dot, shift_dot, y_dot, call.threads)
 
 
 def normalize_jvp(
     call: Call,
     x_dot: Array,
+    relu: ReluMask | None,
+    residual_dot: Array | None,
     given: Statistics,
     scale: Array | None,
     mean_dot: Array | None,
@@ -482,9 +297,39 @@ def normalize_jvp(
     shift_dot: Array | None,
     y_dot: Array,
 ) -> None:
-    """Write the derivative of `normalize` along tangents, as if y came from the formula everywhere."""
-    dots = (mean_dot, var_dot, scale_dot, shift_dot)
-    _core.normalize_jvp(x_dot, call.x, call.x.shape, *given, scale, *dots, call.eps, y_dot, call.threads)
+    """Write the derivative of `normalize` along tangents."""
+    what, dots = told(call, scale, None, through(relu, residual_dot)), (mean_dot, var_dot, scale_dot, shift_dot)
+    _core.calls.normalize_jvp(x_dot, call.x, what, *given, *dots, y_dot, call.threads)
+
+
+def after_tail(
+    call: Call, s_dot: Array, x_dot: Array, residual_dot: Array | None, relu: ReluMask | None
+) -> Array:
+    """Give the derivative of y from that of s: the residual's is added, what ReLU stops and padding are left out."""
+    with np.errstate(all="ignore"):
+        y_dot = s_dot if residual_dot is None else s_dot + residual_dot
+    if relu is not None:
+        y_dot = np.where(relu.block(), y_dot, 0)
+    counted = call.counted()
+    if counted is not None:
+        y_dot = np.where(counted, y_dot, x_dot if call.padding == "keep" else 0)
+    return y_dot
+
+
+def wide(a: Array) -> Array:
+    """Give 16-bit values as float32, in which what is made of several steps is rounded once."""
+    return a.astype(np.float32) if a.itemsize == 2 else a
+
+
+def through_tail(call: Call, dy: Array, relu: ReluMask | None) -> Array:
+    """Give the gradient of what ReLU was given."""
+    return dy if relu is None else np.where(relu.block(), dy, dy.dtype.type(0))
+
+
+def where_counted(call: Call, g: Array) -> Array:
+    """Give a gradient where y came from the formula, else 0."""
+    counted = call.counted()
+    return g if counted is None else np.where(counted, g, g.dtype.type(0))
 
 
 class Standard(NamedTuple):
@@ -513,9 +358,9 @@ def double_backward(
     dscale = np.zeros(len(table))
     for at, one, (of_dx, of_set, to_dy, to_x) in call.of_sets(v, g, ddy, dx):
         scale, v_scale, v_shift = (entries(a, at, one.x.shape[1]) for a in values)
-        _core.batch_norm_double_backward(
-            of_dx, of_set, one.x, one.x.shape, table[at], scale, v_scale, v_shift, one.eps, to_dy, to_x, dscale[at], one.threads
-        )  # fmt: skip
+        what = told(one, scale, None, None)
+        to = (to_dy, to_x, dscale[at], one.threads)
+        _core.calls.double_backward(of_dx, of_set, one.x, what, table[at], v_scale, v_shift, *to)
     return dscale
 
 
@@ -529,10 +374,9 @@ def normalize_double_backward(
     dx: Array | None,
 ) -> Table:
     """Write the gradients of gradients of `normalize` without weights; give that of scale, (C,)."""
-    dscale = np.zeros(call.x.shape[1])
-    _core.normalize_double_backward(
-        v, g, call.x, call.x.shape, *given, *values, call.eps, ddy, dx, dscale, call.threads
-    )
+    dscale, (scale, v_scale, v_shift) = np.zeros(call.x.shape[1]), values
+    what, to = told(call, scale, None, None), (ddy, dx, dscale, call.threads)
+    _core.calls.normalize_double_backward(v, g, call.x, what, *given, v_scale, v_shift, *to)
     return dscale
 
 

@@ -116,32 +116,15 @@ def backward(
     dy = _validate.array_like("dy", dy, of.x)
     to_x, to_residual = _outputs(out, of, {"dy": dy, "x": of.x}, "dx, dresidual")
     call, relu = of.call, saved.relu
-    fused = relu is not None and call.offsets is None and call.weights is None
-    at_once = _passes.is_one_backward(call, of.scale)
-    dx = Target(of.layout, of.x, to_x, at_once=at_once) if need_x else None
-    residual = Target(of.layout, of.x, to_residual, at_once=fused) if need_residual else None
-    writes = at_once and of.turn is None
+    dx = Target(of.layout, of.x, to_x, at_once=True) if need_x else None
+    residual = Target(of.layout, of.x, to_residual, at_once=True) if need_residual else None
+    writes = of.turn is None
     dgamma, dbeta = of.room(need_gamma, by_core=writes), of.room(need_beta, by_core=writes)
     results = Gradients(_array(dx), dgamma, dbeta, _array(residual))
-    dscale, dshift = (
-        (dgamma, dbeta) if of.turn is None else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
-    )
+    dscale, dshift = (dgamma, dbeta) if writes else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
+    statistics = of.moments if of.given is None else of.given
     grad, to = of.layout.block(dy), _block(dx)
-    if fused:
-        assert relu is not None
-        _passes.relu_backward(
-            call, grad, relu, of.table, of.given, of.scale, to, _block(residual), dscale, dshift
-        )
-    else:
-        grad = _passes.through_tail(call, grad, relu)
-        if residual is not None:
-            residual.block[...] = _passes.where_counted(call, grad)
-        if of.given is not None:
-            _passes.normalize_backward(call, grad, of.given, of.scale, to, dscale, dshift)
-        elif at_once:
-            _passes.backward(call, grad, of.moments, of.scale, to, dscale, dshift)
-        else:
-            dscale, dshift = _passes.backward_of_sets(call, grad, of.moments, of.scale, to)
+    _passes.backward(call, grad, relu, statistics, of.scale, to, _block(residual), dscale, dshift)
     of.sum_up(dgamma, dbeta, of.turn, dscale, dshift)
     if dx is not None:  # no loop, whose iterator would ask for memory
         dx.deliver()
@@ -185,8 +168,8 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     of = _Kept(saved, num_threads)
     of.require_batch("grad_sums")
     dy = _validate.array_like("dy", dy, of.x)
-    grad = _passes.through_tail(of.call, of.layout.block(dy), saved.relu)
-    return GradSums(saved.part.counts(of.layout), _passes.grad_sums(of.call, grad, of.moments))
+    sums = _passes.grad_sums(of.call, of.layout.block(dy), saved.relu, of.moments)
+    return GradSums(saved.part.counts(of.layout), sums)
 
 
 @_validate.keywords
@@ -234,9 +217,9 @@ def grad_input(
     needed = of.moments[:, 0]
     if sums.count.shape != needed.shape or (sums.count != needed).any():
         raise ValueError("sums must count the values that saved.moments count, got others")
-    dx = Target(of.layout, of.x, out, at_once=of.call.offsets is None)
-    grad = _passes.through_tail(of.call, of.layout.block(dy), saved.relu)
-    _passes.grad_input(of.call, grad, of.moments, sums._table, of.scale, dx.block)
+    dx = Target(of.layout, of.x, out, at_once=True)
+    grad = of.layout.block(dy)
+    _passes.grad_input(of.call, grad, saved.relu, of.moments, sums._table, of.scale, dx.block)
     dx.deliver()
     return dx.array
 
@@ -315,22 +298,15 @@ def jvp(
     if out is not None:
         _validate.output(out, of.x, {"x_dot": x_dot, "x": of.x}, of.apart | dots)
     call, layout = of.call, of.layout
-    follows = call.counted() is not None or saved.relu is not None or residual_dot is not None
-    is_plain = not follows and call.weights is None
-    y_dot = Target(layout, of.x, out, at_once=is_plain and call.offsets is None)
+    y_dot = Target(layout, of.x, out, at_once=True)
     scale_dot, shift_dot = of.tangents(dots["gamma_dot"], dots["beta_dot"], of.turn)
-    tangent, to, run = layout.block(x_dot), y_dot.block, call
-    if not is_plain:
-        tangent, run = _passes.wide(tangent), call.wide()
-        to = np.empty_like(tangent)
+    added = None if residual_dot is None else layout.block(residual_dot)
+    along = (call, layout.block(x_dot), saved.relu, added)
     if of.given is None:
-        _passes.jvp(run, tangent, of.moments, of.scale, scale_dot, shift_dot, to)
+        _passes.jvp(*along, of.moments, of.scale, scale_dot, shift_dot, y_dot.block)
     else:
         of_given = dots["mean_dot"], of.of_var(dots["var_dot"])
-        _passes.normalize_jvp(run, tangent, of.given, of.scale, *of_given, scale_dot, shift_dot, to)
-    if not is_plain:
-        added = None if residual_dot is None else layout.block(residual_dot)
-        y_dot.block[...] = _passes.after_tail(call, to, tangent, added, saved.relu)
+        _passes.normalize_jvp(*along, of.given, of.scale, *of_given, scale_dot, shift_dot, y_dot.block)
     y_dot.deliver()
     return y_dot.array
 
@@ -590,8 +566,8 @@ class _Kept:
         return np.empty(self.channels, self._dtype if known else np.float64) if needed else None
 
     def wide(self, needed: bool) -> PerChannel | None:
-        """Make room for what such a gradient is made of."""
-        return np.empty(self.channels) if needed else None
+        """Make room for what such a gradient is made of, of each set."""
+        return np.empty(self.channels * self._saved.part.sets) if needed else None
 
     def sum_up(
         self,

@@ -237,15 +237,14 @@ def normalize(
     of.layout, part = parts(x, axis, options)
     part.require_weights()
     of.call = of.call_of(part).of_given()
-    at_once = _passes.is_one_forward(of.call, of.tail(save), corrected=False)
-    y, saved = of.target(at_once), None
+    y, tail, saved = of.target(), of.tail(save), None
     if save:
         copies = np.array(given[0], np.float64), np.array(given[1], np.float64)
         saved = of.saved(None, part, y.array, given=copies)
         if of.keep == "y":
             require_invertible(*kept_affine(saved, of.channels), x)
     results = y.array if saved is None else (y.array, saved)
-    _passes.normalize(of.call, given, of.gamma, of.beta, of.tail(save), y.block)
+    _passes.normalize(of.call, given, of.gamma, of.beta, tail, y.block)
     y.deliver()
     return results
 
@@ -336,8 +335,7 @@ def normalized_by_batch(
     if renorm is not None:
         _validate.renorm_samples(renorm.parity, renorm.samples, x, axis, part.offsets)
     of.call, channels = of.call_of(part), of.channels
-    at_once = _passes.is_one_forward(of.call, of.tail(True), corrected=renorm is not None)
-    y, table = of.target(at_once), np.zeros((part.sets * channels, 5))
+    y, tail, table = of.target(), of.tail(True), np.zeros((part.sets * channels, 5))
     shown = table.view()
     shown.flags.writeable = False
     part = part.with_table(shown)
@@ -347,13 +345,13 @@ def normalized_by_batch(
         require_invertible(*kept_affine(saved, channels), x)
     try:
         if renorm is None:
-            _passes.batch_norm(of.call, of.gamma, of.beta, of.tail(True), table, y.block)
+            _passes.batch_norm(of.call, of.gamma, of.beta, tail, table, y.block)
         else:
             _passes.moments(of.call, table)
             scale, shift = affine(of.gamma, of.beta, renorm.correction(saved.moments, of.eps))
             if of.keep == "y":
                 require_invertible(scale, shift, x)
-            _passes.by_moments(of.call, table, scale, shift, of.tail(True), y.block)
+            _passes.by_moments(of.call, table, scale, shift, tail, y.block)
     except ValueError:  # the core knows only of weights
         if part.weights is not None and part.source != "weights":
             _validate.several_positions(part.source, part.weights)
@@ -411,8 +409,8 @@ class _Forward:
         offsets = None if part.offsets is None else part.in_outer(self.layout)
         return Call(self.layout.block(self.x), part.weights, part.padding, offsets, self.eps, self.threads)
 
-    def target(self, at_once: bool) -> Target:
-        return Target(self.layout, self.x, self.out, at_once=at_once)
+    def target(self) -> Target:
+        return Target(self.layout, self.x, self.out, at_once=True)
 
     def tail(self, saves: bool) -> Tail | None:
         """Give what follows; the mask of ReLU is there where anything is kept."""
