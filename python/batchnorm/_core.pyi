@@ -14,48 +14,43 @@ _Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, ...])
 
 __version__: str
 
-def moments(x: _Array, sizes: _Sizes, threads: int) -> _Table: ...
-def batch_norm(
-    x: _Array,
-    sizes: _Sizes,
-    gamma: _Array | None,
-    beta: _Array | None,
-    eps: float,
-    out: _Array,
-    moments: _Table,
-    threads: int,
-) -> None: ...
-def normalize(
-    x: _Array,
-    sizes: _Sizes,
-    mean: _Array,
-    var: _Array,
-    gamma: _Array | None,
-    beta: _Array | None,
-    eps: float,
-    out: _Array,
-    threads: int,
-) -> None: ...
-def grad_sums(dy: _Array, x: _Array, sizes: _Sizes, moments: _Table, threads: int) -> _Table: ...
+# A call: (sizes, offsets, weights, padding, gamma, beta, eps, residual, relu, bits).
+_Call: TypeAlias = tuple[
+    _Sizes,
+    _Array | None,
+    _Array | None,
+    int,
+    _Array | None,
+    _Array | None,
+    float,
+    _Array | None,
+    bool,
+    _Array | None,
+]
+
+def relu_mask_bytes(sizes: _Sizes) -> int: ...
+def moments(x: _Array, call: _Call, out: _Table, threads: int) -> None: ...
+def batch_norm(x: _Array, call: _Call, out: _Array, moments: _Table, threads: int) -> None: ...
+def normalize(x: _Array, call: _Call, mean: _Array, var: _Array, out: _Array, threads: int) -> None: ...
+def normalize_by_moments(x: _Array, call: _Call, moments: _Table, out: _Array, threads: int) -> None: ...
+def grad_sums(dy: _Array, x: _Array, call: _Call, moments: _Table, out: _Table, threads: int) -> None: ...
 def grad_input(
     dy: _Array,
     x: _Array,
-    sizes: _Sizes,
+    call: _Call,
     moments: _Table,
     sums: _Table,
-    gamma: _Array | None,
-    eps: float,
     out: _Array,
+    dresidual: _Array | None,
     threads: int,
 ) -> None: ...
-def batch_norm_backward(
+def backward(
     dy: _Array,
     x: _Array,
-    sizes: _Sizes,
+    call: _Call,
     moments: _Table,
-    gamma: _Array | None,
-    eps: float,
     out: _Array | None,
+    dresidual: _Array | None,
     dgamma: _Array | None,
     dbeta: _Array | None,
     threads: int,
@@ -63,53 +58,46 @@ def batch_norm_backward(
 def normalize_backward(
     dy: _Array,
     x: _Array,
-    sizes: _Sizes,
+    call: _Call,
     mean: _Array,
     var: _Array,
-    gamma: _Array | None,
-    eps: float,
     out: _Array | None,
+    dresidual: _Array | None,
     dgamma: _Array | None,
     dbeta: _Array | None,
     threads: int,
 ) -> None: ...
-def batch_norm_jvp(
+def jvp(
     x_dot: _Array,
     x: _Array,
-    sizes: _Sizes,
+    call: _Call,
     moments: _Table,
-    gamma: _Array | None,
     gamma_dot: _Array | None,
     beta_dot: _Array | None,
-    eps: float,
     out: _Array,
     threads: int,
 ) -> None: ...
 def normalize_jvp(
     x_dot: _Array,
     x: _Array,
-    sizes: _Sizes,
+    call: _Call,
     mean: _Array,
     var: _Array,
-    gamma: _Array | None,
     mean_dot: _Array | None,
     var_dot: _Array | None,
     gamma_dot: _Array | None,
     beta_dot: _Array | None,
-    eps: float,
     out: _Array,
     threads: int,
 ) -> None: ...
-def batch_norm_double_backward(
+def double_backward(
     v_dx: _Array,
     dy: _Array,
     x: _Array,
-    sizes: _Sizes,
+    call: _Call,
     moments: _Table,
-    gamma: _Array | None,
     v_dgamma: _Array | None,
     v_dbeta: _Array | None,
-    eps: float,
     ddy: _Array | None,
     dx: _Array | None,
     dgamma: _Array | None,
@@ -119,13 +107,11 @@ def normalize_double_backward(
     v_dx: _Array,
     dy: _Array,
     x: _Array,
-    sizes: _Sizes,
+    call: _Call,
     mean: _Array,
     var: _Array,
-    gamma: _Array | None,
     v_dgamma: _Array | None,
     v_dbeta: _Array | None,
-    eps: float,
     ddy: _Array | None,
     dx: _Array | None,
     dgamma: _Array | None,
@@ -216,103 +202,6 @@ def try_update_running(
 def combine(
     to: _Array | None, a: _Table | None, x: _Array | None, b: _Table | None, y: _Array | None, /
 ) -> None: ...
-def new_moments(channels: int) -> _Table: ...
-def weighted_moments(x: _Array, sizes: _Sizes, weights: _Array, threads: int) -> _Table: ...
-def weighted_batch_norm(
-    x: _Array,
-    sizes: _Sizes,
-    weights: _Array,
-    padding: int,
-    gamma: _Array | None,
-    beta: _Array | None,
-    eps: float,
-    out: _Array,
-    moments: _Table,
-    threads: int,
-) -> None: ...
-def weighted_normalize(
-    x: _Array,
-    sizes: _Sizes,
-    weights: _Array,
-    padding: int,
-    mean: _Array,
-    var: _Array,
-    gamma: _Array | None,
-    beta: _Array | None,
-    eps: float,
-    out: _Array,
-    threads: int,
-) -> None: ...
-def weighted_grad_sums(
-    dy: _Array, x: _Array, sizes: _Sizes, weights: _Array, padding: int, moments: _Table, threads: int
-) -> _Table: ...
-def weighted_grad_input(
-    dy: _Array,
-    x: _Array,
-    sizes: _Sizes,
-    weights: _Array,
-    padding: int,
-    moments: _Table,
-    sums: _Table,
-    gamma: _Array | None,
-    eps: float,
-    out: _Array,
-    threads: int,
-) -> None: ...
-def weighted_batch_norm_backward(
-    dy: _Array,
-    x: _Array,
-    sizes: _Sizes,
-    weights: _Array,
-    padding: int,
-    moments: _Table,
-    gamma: _Array | None,
-    eps: float,
-    out: _Array | None,
-    dgamma: _Array | None,
-    dbeta: _Array | None,
-    threads: int,
-) -> None: ...
-def weighted_normalize_backward(
-    dy: _Array,
-    x: _Array,
-    sizes: _Sizes,
-    weights: _Array,
-    padding: int,
-    mean: _Array,
-    var: _Array,
-    gamma: _Array | None,
-    eps: float,
-    out: _Array | None,
-    dgamma: _Array | None,
-    dbeta: _Array | None,
-    threads: int,
-) -> None: ...
-def segment_moments(x: _Array, sizes: _Sizes, offsets: NDArray[np.int64], threads: int) -> _Table: ...
-def segment_batch_norm(
-    x: _Array,
-    sizes: _Sizes,
-    offsets: NDArray[np.int64],
-    gamma: _Array | None,
-    beta: _Array | None,
-    eps: float,
-    out: _Array,
-    moments: _Table,
-    threads: int,
-) -> None: ...
-def segment_batch_norm_backward(
-    dy: _Array,
-    x: _Array,
-    sizes: _Sizes,
-    offsets: NDArray[np.int64],
-    moments: _Table,
-    gamma: _Array | None,
-    eps: float,
-    out: _Array | None,
-    dgamma: _Array | None,
-    dbeta: _Array | None,
-    threads: int,
-) -> None: ...
 def merge(a: _Table, b: _Table) -> _Table: ...
 def variance(moments: _Table, ddof: int) -> _Table: ...
 def rstd(moments: _Table, eps: float) -> _Table: ...
@@ -328,58 +217,3 @@ def get_num_threads() -> int: ...
 def threads_worked() -> int: ...
 def build_info() -> dict[str, Any]: ...
 def explain(sizes: _Sizes, item_size: int, threads: int) -> str: ...
-def relu_mask_bytes(sizes: _Sizes) -> int: ...
-def batch_norm_relu(
-    x: _Array,
-    sizes: _Sizes,
-    residual: _Array | None,
-    gamma: _Array | None,
-    beta: _Array | None,
-    eps: float,
-    out: _Array,
-    mask: NDArray[np.uint8] | None,
-    moments: _Table,
-    threads: int,
-) -> None: ...
-def normalize_relu(
-    x: _Array,
-    sizes: _Sizes,
-    residual: _Array | None,
-    mean: _Array,
-    var: _Array,
-    gamma: _Array | None,
-    beta: _Array | None,
-    eps: float,
-    out: _Array,
-    mask: NDArray[np.uint8] | None,
-    threads: int,
-) -> None: ...
-def batch_norm_relu_backward(
-    dy: _Array,
-    x: _Array,
-    sizes: _Sizes,
-    mask: NDArray[np.uint8],
-    moments: _Table,
-    gamma: _Array | None,
-    eps: float,
-    out: _Array | None,
-    dresidual: _Array | None,
-    dgamma: _Array | None,
-    dbeta: _Array | None,
-    threads: int,
-) -> None: ...
-def normalize_relu_backward(
-    dy: _Array,
-    x: _Array,
-    sizes: _Sizes,
-    mask: NDArray[np.uint8],
-    mean: _Array,
-    var: _Array,
-    gamma: _Array | None,
-    eps: float,
-    out: _Array | None,
-    dresidual: _Array | None,
-    dgamma: _Array | None,
-    dbeta: _Array | None,
-    threads: int,
-) -> None: ...

@@ -169,28 +169,28 @@ def told(call: Call, scale: Array | None, shift: Array | None, tail: Tail | None
 
 def moments(call: Call, table: Table) -> None:
     """Write the moments of each set and channel."""
-    _core.calls.moments(call.x, told(call, None, None, None), table, call.threads)
+    _core.moments(call.x, told(call, None, None, None), table, call.threads)
 
 
 def batch_norm(
     call: Call, scale: Array | None, shift: Array | None, tail: Tail | None, table: Table, y: Array
 ) -> None:
     """Normalize each set by its own statistics, and write these to the table; then what follows."""
-    _core.calls.batch_norm(call.x, told(call, scale, shift, tail), y, table, call.threads)
+    _core.batch_norm(call.x, told(call, scale, shift, tail), y, table, call.threads)
 
 
 def by_moments(
     call: Call, table: Table, scale: Array | None, shift: Array | None, tail: Tail | None, y: Array
 ) -> None:
     """Normalize each set by moments that are known; the other half of `batch_norm`."""
-    _core.calls.normalize_by_moments(call.x, told(call, scale, shift, tail), table, y, call.threads)
+    _core.normalize_by_moments(call.x, told(call, scale, shift, tail), table, y, call.threads)
 
 
 def normalize(
     call: Call, given: Statistics, scale: Array | None, shift: Array | None, tail: Tail | None, y: Array
 ) -> None:
     """Normalize by statistics that are given; then what follows."""
-    _core.calls.normalize(call.x, told(call, scale, shift, tail), *given, y, call.threads)
+    _core.normalize(call.x, told(call, scale, shift, tail), *given, y, call.threads)
 
 
 # ---- first derivatives -----------------------------------------------------------------------------------
@@ -204,7 +204,7 @@ def through(relu: ReluMask | None, residual: Array | None = None) -> Tail | None
 def grad_sums(call: Call, dy: Array, relu: ReluMask | None, table: Table) -> Table:
     """Sum dy and dy·(x - mean) of each set and channel."""
     sums = np.zeros((len(table), 4))
-    _core.calls.grad_sums(dy, call.x, told(call, None, None, through(relu)), table, sums, call.threads)
+    _core.grad_sums(dy, call.x, told(call, None, None, through(relu)), table, sums, call.threads)
     return sums
 
 
@@ -213,7 +213,7 @@ def grad_input(
 ) -> None:
     """Write dx from sums."""
     what = told(call, scale, None, through(relu))
-    _core.calls.grad_input(dy, call.x, what, table, sums, dx, None, call.threads)
+    _core.grad_input(dy, call.x, what, table, sums, dx, None, call.threads)
 
 
 def backward(
@@ -231,11 +231,12 @@ def backward(
 
     Those of scale and shift are (C,), summed over the sets, or of each set, (S·C,).
     """
-    what, to = told(call, scale, None, through(relu)), (dx, dresidual, dscale, dshift, call.threads)
-    if isinstance(statistics, tuple):
-        _core.calls.normalize_backward(dy, call.x, what, *statistics, *to)
+    what, of = told(call, scale, None, through(relu)), statistics
+    if isinstance(of, tuple):
+        mean, var = of
+        _core.normalize_backward(dy, call.x, what, mean, var, dx, dresidual, dscale, dshift, call.threads)
     else:
-        _core.calls.backward(dy, call.x, what, statistics, *to)
+        _core.backward(dy, call.x, what, of, dx, dresidual, dscale, dshift, call.threads)
 
 
 def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
@@ -281,7 +282,7 @@ def jvp(
 ) -> None:
     """Write the derivative of `batch_norm` along tangents."""
     what = told(call, scale, None, through(relu, residual_dot))
-    _core.calls.jvp(x_dot, call.x, what, table, scale_dot, shift_dot, y_dot, call.threads)
+    _core.jvp(x_dot, call.x, what, table, scale_dot, shift_dot, y_dot, call.threads)
 
 
 def normalize_jvp(
@@ -298,8 +299,11 @@ def normalize_jvp(
     y_dot: Array,
 ) -> None:
     """Write the derivative of `normalize` along tangents."""
-    what, dots = told(call, scale, None, through(relu, residual_dot)), (mean_dot, var_dot, scale_dot, shift_dot)
-    _core.calls.normalize_jvp(x_dot, call.x, what, *given, *dots, y_dot, call.threads)
+    what, dots = (
+        told(call, scale, None, through(relu, residual_dot)),
+        (mean_dot, var_dot, scale_dot, shift_dot),
+    )
+    _core.normalize_jvp(x_dot, call.x, what, *given, *dots, y_dot, call.threads)
 
 
 def after_tail(
@@ -360,7 +364,7 @@ def double_backward(
         scale, v_scale, v_shift = (entries(a, at, one.x.shape[1]) for a in values)
         what = told(one, scale, None, None)
         to = (to_dy, to_x, dscale[at], one.threads)
-        _core.calls.double_backward(of_dx, of_set, one.x, what, table[at], v_scale, v_shift, *to)
+        _core.double_backward(of_dx, of_set, one.x, what, table[at], v_scale, v_shift, *to)
     return dscale
 
 
@@ -375,8 +379,10 @@ def normalize_double_backward(
 ) -> Table:
     """Write the gradients of gradients of `normalize` without weights; give that of scale, (C,)."""
     dscale, (scale, v_scale, v_shift) = np.zeros(call.x.shape[1]), values
-    what, to = told(call, scale, None, None), (ddy, dx, dscale, call.threads)
-    _core.calls.normalize_double_backward(v, g, call.x, what, *given, v_scale, v_shift, *to)
+    what, (mean, var) = told(call, scale, None, None), given
+    _core.normalize_double_backward(
+        v, g, call.x, what, mean, var, v_scale, v_shift, ddy, dx, dscale, call.threads
+    )
     return dscale
 
 

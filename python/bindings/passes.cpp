@@ -272,10 +272,10 @@ void py_normalize_double_backward(const py::array& v, const py::array& dy, const
 
 void add_passes(py::module_& m) {
   using py::arg;
-  auto calls = m.def_submodule("calls", "The passes, each of a call.");
-  const auto def = [&calls](const char* name, auto* f, const char* text, auto... args) {
-    calls.def(name, f, args..., text);
-  };
+  const auto def = [&m](const char* name, auto* f, const char* text, auto... args) { m.def(name, f, args..., text); };
+  m.def(
+      "relu_mask_bytes", [](const Sizes& sizes) { return relu_mask_bytes(problem_of(sizes)); }, arg("sizes"),
+      "Bytes of the bits of a ReLU.");
   def("moments", &py_moments, "Moments of each set and channel, into out.", arg("x"), arg("call"), arg("out"),
       arg("threads"));
   def("batch_norm", &py_batch_norm, "Training forward into out and moments.", arg("x"), arg("call"), arg("out"),
