@@ -124,9 +124,11 @@ struct BackwardPass {
   void apply_counted_rows(std::int64_t offset, Rows rows) const {
     const Table& k = *coefficients;
     if (around_cache && rows.columns == plan.apply_rows.columns) rows.walk = RowWalk::around_cache;
+    GradInputs<T> in = inputs(offset);
+    in.streams = in.streams && rows.walk == RowWalk::around_cache;  // those of the rest go by columns
     const GradAffineColumns<A> columns{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
                                        k.narrow_columns(3), k.narrow_columns(4)};
-    table.of<T>().rows_grad_input(inputs(offset), nullptr, dx + offset, rows, columns);
+    table.of<T>().rows_grad_input(in, nullptr, dx + offset, rows, columns);
   }
   void pad_rows(std::int64_t offset, const Rows& rows) const {
     const std::int64_t n = rows.count * rows.columns;
