@@ -291,6 +291,7 @@ template <class T>
 void check_double_backward(const CheckedCall<T>& checked, const Call<T>& call, std::span<const T> v,
                            std::span<const T> dy, std::span<const T> x, const Cotangents& w, std::span<T> ddy,
                            std::span<T> dx, ChannelOutput dgamma) {
+  check::second_order(call.groups.offsets.size(), call.counted.weights.size(), call.tail.relu);
   check_inputs(call, dy, x);
   check::channels_or_absent("v_dgamma", w.dgamma, call.problem);
   check::channels_or_absent("v_dbeta", w.dbeta, call.problem);

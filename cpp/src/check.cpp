@@ -149,6 +149,12 @@ void no_offsets(std::size_t got) {
   if (got != 0) fail("offsets must be empty where mean and var are given, got ", got);
 }
 
+void second_order(std::size_t offsets, std::size_t weights, bool relu) {
+  if (offsets != 0) fail("offsets must be empty for gradients of gradients, got ", offsets);
+  if (weights != 0) fail("weights must be empty for gradients of gradients, got ", weights);
+  if (relu) fail("relu must be false for gradients of gradients, got true");
+}
+
 void offsets(std::span<const std::int64_t> offsets, const Problem& p) {
   if (offsets.empty() || offsets.front() != 0 || offsets.back() != p.outer) {
     fail("offsets must begin with 0 and end with ", p.outer, ", the outer size, got ",

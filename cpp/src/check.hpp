@@ -45,6 +45,8 @@ void counted_positions(std::int64_t counted, const Problem& problem);
 void padding_differs(Padding padding);
 // Given statistics are those of all.
 void no_offsets(std::size_t got);
+// Gradients of gradients are of one group, where all counts and no ReLU follows.
+void second_order(std::size_t offsets, std::size_t weights, bool relu);
 // From 0 to problem.outer, never falling.
 void offsets(std::span<const std::int64_t> offsets, const Problem& problem);
 // One entry per segment and channel.

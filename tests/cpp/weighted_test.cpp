@@ -95,6 +95,28 @@ TEST(mistakes_are_told_and_nothing_is_written) {
   EXPECT(y == std::vector<float>(60, 9), "");
 }
 
+TEST(gradients_of_gradients_refuse_what_they_would_ignore) {
+  const Problem p{4, 3, 5};
+  std::vector<float> x(60), ddy(60, 9), w(20, 1);
+  std::vector<Moments> saved(3, Moments{20, 0, 0, 1, 0});
+  const std::vector<float> mean(3), var(3, 1);
+  const std::vector<std::int64_t> offsets{0, 4};
+  const auto told = [&](const Call<float>& call) {
+    const std::string by_moments = expect::thrown_by<std::invalid_argument>(
+        [&] { batch_norm_double_backward<float>(x, x, x, call, saved, {}, {}, ddy, {}, {}); });
+    EXPECT_THROWS(std::invalid_argument, by_moments,
+                  normalize_double_backward<float>(x, x, x, call, mean, var, {}, {}, ddy, {}, {}));
+    return by_moments;
+  };
+  EXPECT_EQUAL(told({.problem = p, .groups = {offsets}}),
+               std::string("offsets must be empty for gradients of gradients, got 2"));
+  EXPECT_EQUAL(told({.problem = p, .counted = {.weights = w}}),
+               std::string("weights must be empty for gradients of gradients, got 20"));
+  EXPECT_EQUAL(told({.problem = p, .tail = {.relu = true}}),
+               std::string("relu must be false for gradients of gradients, got true"));
+  EXPECT(ddy == std::vector<float>(60, 9), "");
+}
+
 }  // namespace
 
 int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }

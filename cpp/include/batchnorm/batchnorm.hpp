@@ -138,6 +138,7 @@ void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T>
 //     ddy = gamma*rstd*(v0 - a*xhat) + v_dgamma*xhat + v_dbeta
 //     dx = -gamma*rstd^2*(b*v0 + a*g0 + (c - 3*a*b)*xhat) + v_dgamma*rstd*(g0 - b*xhat)
 //     dgamma = rstd*n*(c - a*b)
+// Of a call of one group, without weights and ReLU; all else is refused.
 // ddy and dx: problem.size() values, dgamma: problem.channels values; what is empty is not computed. dx, or ddy without
 // dx, may be exactly v, dy or x; must not overlap them otherwise.
 template <class T>
