@@ -1,5 +1,6 @@
 // Every combination of what a Call can say: against its definition in plain loops, and against itself in other ways.
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <limits>
 #include <span>
@@ -69,13 +70,14 @@ struct Tensors {
   std::vector<T> residual;
   std::vector<WeightOf<T>> mask, weights, ones;
   std::vector<std::int64_t> offsets;
+  std::vector<double> gamma, beta;  // one per segment and channel
 };
 
 // Some segments have no row, some one, the last many; every seventh row of positions does not count.
 template <class T>
 Tensors<T> make_tensors(const Problem& p, Kind kind) {
   data::Generator g(11);
-  Tensors<T> t{all_passes::make_batch<T>(p, kind), data::values<T>(g, p.size()), {}, {}, {}, {0, 0}};
+  Tensors<T> t{all_passes::make_batch<T>(p, kind), data::values<T>(g, p.size()), {}, {}, {}, {0, 0}, {}, {}};
   constexpr double kWeights[] = {0, 0.25, 1, 1.5, 3};
   for (std::int64_t at = 0; at < p.count(); ++at) {
     const bool is_left_out = at / p.inner % 7 == 3;
@@ -85,6 +87,8 @@ Tensors<T> make_tensors(const Problem& p, Kind kind) {
   }
   for (std::int64_t rows = 1, at = 1; at < p.outer && rows < 12; at += ++rows) t.offsets.push_back(at);
   t.offsets.push_back(p.outer);
+  const std::int64_t entries = (static_cast<std::int64_t>(t.offsets.size()) - 1) * p.channels;
+  for (auto* values : {&t.gamma, &t.beta}) *values = data::values<double>(g, entries);
   return t;
 }
 
@@ -95,11 +99,16 @@ struct Inputs {
   std::span<const T> x, dy, residual;
   std::span<const WeightOf<T>> weights;
   std::span<const std::int64_t> offsets;
-  const all_passes::Batch<T>& batch;  // what is per channel
+  std::span<const double> gamma, beta, mean, var;
   Padding padding;
   bool relu, given;
 
   [[nodiscard]] std::size_t groups() const { return offsets.empty() ? 1 : offsets.size() - 1; }
+  [[nodiscard]] std::size_t channels() const { return static_cast<std::size_t>(problem.channels); }
+  // The place of gamma of a channel of a group.
+  [[nodiscard]] std::size_t of_gamma(std::size_t group, std::size_t c) const {
+    return gamma.size() == channels() ? c : group * channels() + c;
+  }
   [[nodiscard]] bool counts(std::size_t position) const { return weights.empty() || weights[position] > 0; }
   // The position of an element.
   [[nodiscard]] std::size_t position(std::size_t e) const {
@@ -111,12 +120,17 @@ struct Inputs {
   [[nodiscard]] bool is_normalized(std::size_t e) const { return padding == Padding::normalize || counts(position(e)); }
 };
 
+// Segments that a residual is added to have a gamma and beta each.
 template <class T>
 Inputs<T> inputs_of(const Tensors<T>& t, const Combination& c) {
-  Inputs<T> in{t.batch.problem, t.batch.x, t.batch.dy, {}, {}, {}, t.batch, c.padding, c.relu, false};
+  const auto& b = t.batch;
+  Inputs<T> in{b.problem, b.x, b.dy, {}, {}, {}, b.gamma, b.beta, b.mean, b.var, c.padding, c.relu, false};
   if (c.residual) in.residual = t.residual;
   if (c.counting != Counting::none) in.weights = c.counting == Counting::mask ? t.mask : t.weights;
-  if (c.statistics == Statistics::segments) in.offsets = t.offsets;
+  if (c.statistics == Statistics::segments) {
+    in.offsets = t.offsets;
+    if (c.residual) in.gamma = t.gamma, in.beta = t.beta;
+  }
   in.given = c.statistics == Statistics::given;
   return in;
 }
@@ -133,6 +147,7 @@ Inputs<T> segment_of(const Inputs<T>& in, std::size_t s) {
   };
   for (auto* tensor : {&part.x, &part.dy, &part.residual}) of(*tensor, in.problem.channels * in.problem.inner);
   of(part.weights, in.problem.inner);
+  for (auto* values : {&part.gamma, &part.beta}) *values = values->subspan(in.of_gamma(s, 0), in.channels());
   return part;
 }
 
@@ -161,7 +176,7 @@ class Tensor {
 
 template <class T>
 struct Found {
-  std::vector<T> y = {}, dx = {}, dresidual = {};
+  std::vector<T> y = {}, dx = {}, dresidual = {}, y_dot = {};
   std::vector<bool> bits = {};
   std::vector<Moments> saved = {};
   std::vector<double> dgamma = {}, dbeta = {};  // of the whole alone
@@ -176,28 +191,30 @@ std::vector<bool> decoded(const std::vector<std::uint8_t>& bits, std::size_t cou
   return list;
 }
 
-// In place: y lies where x does, dx where dy, dresidual where x.
+// In place: y lies where x does, dx where dy, dresidual where x, y_dot where x_dot. As tangents serve dy and what is at
+// hand per channel.
 template <class T>
 Found<T> run(const Inputs<T>& in, const How& how = {}) {
-  const std::size_t n = in.x.size(), channels = in.batch.gamma.size();
+  const std::size_t n = in.x.size();
   const Tensor<T> nothing(std::vector<T>(n, static_cast<T>(-77)), how.place);
   Tensor<T> x(in.x, how.place), dy(in.dy, how.place), residual(in.residual, how.place);
   Tensor<T> y = how.in_place ? x : nothing, dx = how.in_place ? dy : nothing, dresidual = how.in_place ? x : nothing;
+  Tensor<T> y_dot = how.in_place ? dy : nothing;
   std::vector<std::uint8_t> bits(in.relu ? static_cast<std::size_t>(relu_mask_bytes(in.problem)) : 0, 0xa5);
   const Call<T> call{.problem = in.problem,
                      .groups = {in.offsets},
                      .counted = {in.weights, in.padding},
-                     .gamma = in.batch.gamma,
-                     .beta = in.batch.beta,
+                     .gamma = in.gamma,
+                     .beta = in.beta,
                      .tail = {residual.span(), in.relu, bits}};
   const Options options{how.threads};
-  Found<T> f{.saved = std::vector<Moments>(in.groups() * channels),
-             .dgamma = std::vector<double>(channels),
-             .dbeta = std::vector<double>(channels)};
+  Found<T> f{.saved = std::vector<Moments>(in.groups() * in.channels()),
+             .dgamma = std::vector<double>(in.gamma.size(), -77),
+             .dbeta = std::vector<double>(in.gamma.size(), -77)};
 
   const std::span<const T> x_forward = how.in_place ? y.span() : x.span();
   if (in.given) {
-    normalize<T>(x_forward, call, in.batch.mean, in.batch.var, y.span(), options);
+    normalize<T>(x_forward, call, in.mean, in.var, y.span(), options);
   } else if (how.halves) {
     moments<T>(x_forward, call, f.saved, options);
     normalize<T>(x_forward, call, f.saved, y.span(), options);
@@ -209,7 +226,7 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   const std::span<const T> dy_backward = how.in_place ? dx.span() : dy.span();
   const Gradients<T> out{dx.span(), dresidual.span(), f.dgamma, f.dbeta};
   if (in.given) {
-    normalize_backward<T>(dy_backward, x_backward, call, in.batch.mean, in.batch.var, out, options);
+    normalize_backward<T>(dy_backward, x_backward, call, in.mean, in.var, out, options);
   } else if (how.halves) {
     std::vector<GradSums> sums(f.saved.size());
     grad_sums<T>(dy_backward, x_backward, call, f.saved, sums, options);
@@ -217,6 +234,15 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   } else {
     batch_norm_backward<T>(dy_backward, x_backward, call, f.saved, out, options);
   }
+
+  const std::span<const T> x_dot = how.in_place ? y_dot.span() : dy.span();
+  if (in.given) {
+    normalize_jvp<T>(x_dot, x.span(), call, in.mean, in.var, in.beta, in.gamma, in.beta, in.gamma, y_dot.span(),
+                     options);
+  } else {
+    batch_norm_jvp<T>(x_dot, x.span(), call, f.saved, in.beta, in.gamma, y_dot.span(), options);
+  }
+  f.y_dot = y_dot.values();
   f.y = y.values();
   f.dx = dx.values();
   f.dresidual = dresidual.values();
@@ -242,6 +268,7 @@ void expect_same(const Inputs<T>& in, const Found<T>& got, const Found<T>& wante
   EXPECT_EQUAL(difference(got.y, wanted.y, looks), -1, "y, ", what);
   EXPECT_EQUAL(difference(got.dx, wanted.dx, looks), -1, "dx, ", what);
   EXPECT_EQUAL(difference(got.dresidual, wanted.dresidual, looks), -1, "dresidual, ", what);
+  EXPECT_EQUAL(difference(got.y_dot, wanted.y_dot, looks), -1, "y_dot, ", what);
   EXPECT(all_passes::bits_of(got.saved) == all_passes::bits_of(wanted.saved), "saved, ", what);
   std::size_t wrong = 0;  // what bits are elsewhere has no meaning
   for (std::size_t e = 0; e < got.bits.size(); ++e)
@@ -263,14 +290,15 @@ void expect_segments_alone(const Inputs<T>& in, const Found<T>& whole, const std
     append(all.y, one.y);
     append(all.dx, one.dx);
     append(all.dresidual, one.dresidual);
+    append(all.y_dot, one.y_dot);
     append(all.bits, one.bits);
     append(all.saved, one.saved);
   }
   expect_same(in, all, whole, kAll, false, "segments alone, " + what);
 }
 
-// NaN where nothing counts. With padding that is normalized only forward can do without those values, and there y is
-// NaN.
+// NaN where nothing counts. With padding that is normalized the sums of backward cannot do without those values, and
+// there y is NaN.
 template <class T>
 void expect_nan_unread(const Inputs<T>& in, const Found<T>& wanted, const std::string& what) {
   std::vector<T> x(in.x.begin(), in.x.end()), dy(in.dy.begin(), in.dy.end());
@@ -298,7 +326,8 @@ void expect_nan_unread(const Inputs<T>& in, const Found<T>& wanted, const std::s
     const auto is_padding = [&](T v) {
       return in.padding == Padding::keep ? std::isnan(static_cast<double>(v)) : v == 0;
     };
-    wrong += !is_padding(got.y[e]) || !is_padding(got.dx[e]) || static_cast<double>(got.dresidual[e]) != 0;
+    wrong += !is_padding(got.y[e]) || !is_padding(got.dx[e]) || !is_padding(got.y_dot[e]) ||
+             static_cast<double>(got.dresidual[e]) != 0;
   }
   EXPECT_EQUAL(wrong, std::size_t{0}, "padding, ", what);
 }
@@ -332,7 +361,9 @@ class Line {
 
  public:
   Line(const Inputs<T>& in, const Found<T>& found, std::size_t group, std::size_t c, const std::string& what)
-      : in_(in), f_(found), c_(c), entry_(group * in.batch.gamma.size() + c), what_(what) {
+      : in_(in), f_(found), c_(c), entry_(group * in.channels() + c), what_(what) {
+    gamma_ = in.gamma[in.of_gamma(group, c)];
+    beta_ = in.beta[in.of_gamma(group, c)];
     const Problem& p = in.problem;
     const std::int64_t begin = in.offsets.empty() ? 0 : in.offsets[group];
     const std::int64_t end = in.offsets.empty() ? p.outer : in.offsets[group + 1];
@@ -342,11 +373,12 @@ class Line {
     }
   }
   // Adds what it should be to dgamma, dbeta and the sums of their absolute terms.
-  void expect(R (&parameters)[4]) {
+  void expect(std::array<R, 4>& parameters) {
     find_statistics();
     for (std::size_t k = 0; k < at_.size(); ++k) expect_y(k);
     for (std::size_t k = 0; k < at_.size(); ++k) expect_dx(k);
-    for (int k = 0; k < 4; ++k) parameters[k] += sums_[k];
+    expect_y_dot();
+    for (std::size_t k = 0; k < 4; ++k) parameters[k] += sums_[k];
   }
 
  private:
@@ -358,12 +390,10 @@ class Line {
     w_.push_back(in_.weights.empty() ? R(1) : static_cast<R>(in_.weights[in_.position(e)]));
   }
   void find_statistics() {
-    gamma_ = in_.batch.gamma[c_];
-    beta_ = in_.batch.beta[c_];
     R total = 0, sum = 0, squares = 0;
     for (std::size_t k = 0; k < at_.size(); ++k) total += w_[k], sum += w_[k] * x_[k];
     count_ = total;
-    mean_ = in_.given ? R(in_.batch.mean[c_]) : total > 0 ? sum / total : R(0);
+    mean_ = in_.given ? R(in_.mean[c_]) : total > 0 ? sum / total : R(0);
     // About the rounded mean, whose error is taken off again.
     R rest = 0;
     for (std::size_t k = 0; k < at_.size(); ++k) {
@@ -376,7 +406,7 @@ class Line {
       squares -= rest * rest / total;
       expect_moments(f_.saved[entry_], squares);
     }
-    const R var = in_.given ? R(in_.batch.var[c_]) : total > 0 ? squares / total : R(0);
+    const R var = in_.given ? R(in_.var[c_]) : total > 0 ? squares / total : R(0);
     const R plus = var + R(1e-5);
     rstd_ = total > 0 || in_.given ? 1 / std::sqrt(plus) : R(0);
     for (std::size_t k = 0; k < at_.size(); ++k) {
@@ -445,6 +475,39 @@ class Line {
     EXPECT(is_close, "dx ", static_cast<double>(got), ", wanted ", wanted, " within ", bound, " at ", e, ", ", what_);
   }
 
+  // As dx, and a rounding each for what is added; var_dot counts half.
+  void expect_y_dot() const {
+    const auto x_dot = [this](std::size_t k) { return static_cast<R>(in_.dy[at_[k]]); };
+    R sums[4] = {};
+    for (std::size_t k = 0; k < at_.size() && count_ > 0; ++k) {
+      const R first = w_[k] / count_ * x_dot(k), second = first * xhat_[k];
+      sums[0] += first, sums[1] += second, sums[2] += std::abs(first), sums[3] += std::abs(second);
+    }
+    if (in_.given) {
+      sums[0] = beta_, sums[1] = rstd_ * gamma_ / 2;
+      sums[2] = std::abs(sums[0]), sums[3] = std::abs(sums[1]);
+    }
+    const R scale = gamma_ * rstd_;
+    for (std::size_t k = 0; k < at_.size(); ++k) {
+      const std::size_t e = at_[k];
+      const T got = f_.y_dot[e];
+      if (!in_.is_normalized(e)) {
+        EXPECT(data::same_bits(got, in_.padding == Padding::keep ? in_.dy[e] : T(0)), "padding of y_dot, ", what_);
+        continue;
+      }
+      const R normalized = scale * (x_dot(k) - sums[0] - xhat_[k] * sums[1]) + beta_ * xhat_[k] + gamma_;
+      const R terms = std::abs(scale) * (std::abs(x_dot(k)) + sums[2] + std::abs(xhat_[k]) * sums[3]) +
+                      std::abs(beta_ * xhat_[k]) + std::abs(gamma_);
+      const R sum = normalized + (in_.residual.empty() ? R(0) : static_cast<R>(in_.residual[e]));
+      const R wanted = !in_.relu || f_.bits[e] ? sum : R(0);
+      const R bound = (6 * kU<T> + R(kOracle<T>)) * terms + (in_.residual.empty() ? 0 : kU<T> * std::abs(sum)) +
+                      kRounding<T> * std::abs(sum) + R(kSmallest<T>);
+      const bool is_close = std::abs(static_cast<R>(got) - wanted) <= bound || is_beyond(got, wanted);
+      EXPECT(is_close, "y_dot ", static_cast<double>(got), ", wanted ", wanted, " within ", bound, " at ", e, ", ",
+             what_);
+    }
+  }
+
   const Inputs<T>& in_;
   const Found<T>& f_;
   std::size_t c_, entry_;
@@ -457,14 +520,18 @@ class Line {
 
 template <class T>
 void expect_definition(const Inputs<T>& in, const Found<T>& found, const std::string& what) {
-  for (std::size_t c = 0; c < in.batch.gamma.size(); ++c) {
-    Real<T> parameters[4] = {};
-    for (std::size_t group = 0; group < in.groups(); ++group) Line<T>(in, found, group, c, what).expect(parameters);
-    for (const int k : {0, 1}) {
-      const double got = (k == 0 ? found.dgamma : found.dbeta)[c];
-      const Real<T> bound = (4 * kU<T> + kOracle<T>)*parameters[k + 2] + kSmallest<double>;
-      EXPECT(std::abs(got - parameters[k]) <= bound, k == 0 ? "dgamma " : "dbeta ", got, ", wanted ", parameters[k],
-             " within ", bound, ", channel ", c, ", ", what);
+  std::vector<std::array<Real<T>, 4>> parameters(in.gamma.size());
+  for (std::size_t group = 0; group < in.groups(); ++group) {
+    for (std::size_t c = 0; c < in.channels(); ++c) {
+      Line<T>(in, found, group, c, what).expect(parameters[in.of_gamma(group, c)]);
+    }
+  }
+  for (std::size_t at = 0; at < parameters.size(); ++at) {
+    for (const std::size_t k : {0u, 1u}) {
+      const double got = (k == 0 ? found.dgamma : found.dbeta)[at];
+      const Real<T> wanted = parameters[at][k], scale = parameters[at][k + 2];
+      EXPECT(std::abs(got - wanted) <= (4 * kU<T> + kOracle<T>)*scale + kSmallest<double>,
+             k == 0 ? "dgamma " : "dbeta ", got, ", wanted ", wanted, ", scale ", scale, " at ", at, ", ", what);
     }
   }
 }
@@ -495,6 +562,7 @@ constexpr Problem kShapes[] = {{700, 3, 1}, {90, 10, 1}, {25, 700, 1}, {5, 4100,
 
 template <class T>
 void expect_all(const char* type) {
+  (void)threads_worked();
   for (const Problem& p : kShapes) {
     for (const Kind kind : {Kind::ordinary, Kind::wide}) {
       if (kind == Kind::wide && (std::is_same_v<T, Float16> || p.channels < 3)) continue;
@@ -504,6 +572,7 @@ void expect_all(const char* type) {
       for (const Combination& c : combinations()) expect_combination(tensors, c, where);
     }
   }
+  EXPECT_EQUAL(threads_worked(), 2, "no tensor was large enough to share");
 }
 
 TEST(every_combination_in_float32_is_the_composition_of_its_steps) { expect_all<float>("float32"); }
