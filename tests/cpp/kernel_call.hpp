@@ -419,7 +419,7 @@ class Call {
       });
       bits = m.bits.place(all, place);
     }
-    return {dy, how.without_x ? nullptr : x, bits, in.first_bit, nullptr, how.walk == RowWalk::around_cache, in.lead};
+    return {dy, how.without_x ? nullptr : x, bits, in.first_bit, nullptr, true, in.lead};
   }
   void grad_input() {
     GradInputs<T> inputs = grad_inputs();

@@ -82,13 +82,21 @@ BN_INLINE ReluGradInputMap<T> join(std::int64_t n, const ReluGradInputMap<T>& a,
   return {join(n, a.map, b.map)};
 }
 
+// dresidual goes around the caches with dx alone.
+template <class T>
+BN_INLINE GradInputs<T> streaming_with_dx(GradInputs<T> in, bool dx_streams) {
+  in.streams = in.streams && dx_streams;
+  return in;
+}
+
 template <class T>
 void runs_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx, Runs runs,
                      const GradAffine<Arithmetic<T>>* k) {
   if constexpr (!kIsSixteen<T>) {
     if (in.bits != nullptr) {
       const auto make = [k](std::int64_t c) { return ReluGradInputMap<T>{grad_input_map<T>(k[c])}; };
-      return with_parts(in, [&](const auto& parts) { apply_runs(make, runs, dx, parts); });
+      return with_parts(streaming_with_dx(in, runs.around_cache),
+                        [&](const auto& parts) { apply_runs(make, runs, dx, parts); });
     }
     if (weights != nullptr) {
       const auto make = [k](std::int64_t c) { return WeightedGradInputMap<T>{grad_input_map<T>(k[c])}; };
@@ -107,7 +115,8 @@ void rows_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx,
       const auto make = [&k](std::int64_t c, std::int64_t n) {
         return ReluGradInputMap<T>{grad_input_map<T>(k, c, n)};
       };
-      return with_parts(in, [&](const auto& parts) { apply_rows(make, rows, dx, parts); });
+      return with_parts(streaming_with_dx(in, rows.walk == RowWalk::around_cache),
+                        [&](const auto& parts) { apply_rows(make, rows, dx, parts); });
     }
     if (weights != nullptr) {
       const auto make = [&k](std::int64_t c, std::int64_t n) {
