@@ -102,6 +102,7 @@ class Calls {
   void derivatives() {
     current.name = "derivatives";
     const batchnorm::Call<T> call{.problem = p, .gamma = gamma};
+    moments<T>(x, call, saved);
     batch_norm_jvp<T>(residual, x, call, saved, mean, beta, y);
     normalize_jvp<T>(residual, x, call, mean, var, beta, var, mean, beta, y);
     batch_norm_double_backward<T>(residual, dy, x, call, saved, mean, beta, y, dx, dgamma);
