@@ -1,19 +1,23 @@
-// Prints a hash of the bits of every result, one line a pass, shape and type. Two machines, or two instruction sets,
-// that print the same have computed the same bits. The threads 1, 2, 3, 7 and 16 are held against each other at once.
+// Prints a hash of the bits of every result, one line a pass or call, shape and type. Two machines, or two instruction
+// sets, that print the same have computed the same bits. The threads 1, 2, 3, 7 and 16 are held against each other at
+// once.
 //     bits                  the hashes, after a line that names the instruction set in use
 //     bits --bench-shapes   those of the benchmark's shapes of up to 3 million values instead, in float32
 //     bits --list           the instruction sets that run here
+#include <algorithm>
 #include <array>
 #include <cstdio>
 #include <cstring>
 #include <exception>
 #include <set>
 #include <string>
+#include <type_traits>
 #include <utility>
 #include <vector>
 
 #include "../../bench/cases.hpp"
 #include "all_passes.hpp"
+#include "every_call.hpp"
 
 namespace {
 
@@ -118,6 +122,14 @@ constexpr const char* kName<Float16> = "float16";
 template <>
 constexpr const char* kName<BFloat16> = "bfloat16";
 
+template <class T>
+void print_line(const Problem& p, Kind kind, const char* pass, std::uint64_t hash, bool same) {
+  std::printf("%s {%lld, %lld, %lld} %s %s %016llx%s\n", kName<T>, static_cast<long long>(p.outer),
+              static_cast<long long>(p.channels), static_cast<long long>(p.inner),
+              all_passes::kKindNames[static_cast<int>(kind)], pass, static_cast<unsigned long long>(hash),
+              same ? "" : "  differs between numbers of threads");
+}
+
 // Returns whether all numbers of threads gave the same bits.
 template <class T>
 bool print(const Problem& p, Kind kind, all_passes::Order order = all_passes::Order::second) {
@@ -132,12 +144,37 @@ bool print(const Problem& p, Kind kind, all_passes::Order order = all_passes::Or
   bool same = true;
   for (const int threads : {2, 3, 7, 16}) same = with(threads) == expected && same;
   for (const auto& [pass, value] : expected) {
-    std::printf("%s {%lld, %lld, %lld} %s %s %016llx%s\n", kName<T>, static_cast<long long>(p.outer),
-                static_cast<long long>(p.channels), static_cast<long long>(p.inner),
-                all_passes::kKindNames[static_cast<int>(kind)], pass, static_cast<unsigned long long>(value),
-                same ? "" : "  differs between numbers of threads");
+    print_line<T>(p, kind, pass, value, same);
   }
   return same;
+}
+
+// The calls with weights, segments and a tail too. Where bits of a ReLU lie depends on addresses; y and dresidual tell
+// them.
+template <class T>
+bool print_calls(const Problem& p, Kind kind) {
+  every_call::Arguments<T> a(p);
+  a.x = all_passes::make_batch<T>(p, kind).x;
+  const auto hash_after = [&a](const every_call::NamedCall& call) {
+    const auto clear = [](auto&... values) {
+      (std::fill(values.begin(), values.end(), std::remove_reference_t<decltype(values[0])>{}), ...);
+    };
+    clear(a.y, a.y2, a.dgamma, a.dbeta, a.moments_out, a.sums_out);
+    call.run();
+    return hash_of(a.y, a.y2, a.dgamma, a.dbeta, a.moments_out, a.sums_out);
+  };
+  const auto calls = every_call::of<T>(a, {.threads = 1});
+  std::vector<std::vector<every_call::NamedCall>> shared;
+  for (const int threads : {2, 3, 7, 16}) shared.push_back(every_call::of<T>(a, {.threads = threads}));
+  bool all_same = true;
+  for (std::size_t k = 0; k < calls.size(); ++k) {
+    if (calls[k].name.ends_with("in place")) continue;
+    const std::uint64_t expected = hash_after(calls[k]);
+    const bool same = std::ranges::all_of(shared, [&](const auto& of) { return hash_after(of[k]) == expected; });
+    print_line<T>(p, kind, calls[k].name.c_str(), expected, same);
+    all_same = all_same && same;
+  }
+  return all_same;
 }
 
 bool print_bench_shapes() {
@@ -154,17 +191,23 @@ bool print_bench_shapes() {
   return same;
 }
 
+template <class T>
 bool print_own_shapes() {
   bool same = true;
   for (const Shape& shape : shapes()) {
-    for (const Kind kind : shape.kinds) {
-      same = print<Float16>(shape.problem, kind) && same;
-      same = print<BFloat16>(shape.problem, kind) && same;
-      same = print<float>(shape.problem, kind) && same;
-      same = print<double>(shape.problem, kind) && same;
-    }
+    for (const Kind kind : shape.kinds) same = print<T>(shape.problem, kind) && same;
+  }
+  // Rows side by side, wide rows, short runs, long ones, several chunks.
+  for (const Problem& p : {Problem{301, 7, 1}, {40, 700, 1}, {5, 4100, 1}, {50, 6, 4}, {4, 90, 17}, {3, 2, 5000}}) {
+    for (const Kind kind : {Kind::ordinary, Kind::wide}) same = print_calls<T>(p, kind) && same;
   }
   return same;
+}
+bool print_own_shapes() {
+  bool same = print_own_shapes<Float16>();
+  same = print_own_shapes<BFloat16>() && same;
+  same = print_own_shapes<float>() && same;
+  return print_own_shapes<double>() && same;
 }
 
 }  // namespace
