@@ -105,8 +105,8 @@ void add_way(std::vector<NamedCall>& calls, Arguments<T>& a, const Way<T>& way, 
   const auto bytes = [](auto& values) { return std::as_writable_bytes(std::span(values)); };
   const auto y = bytes(a.y), y2 = bytes(a.y2), dgamma = bytes(a.dgamma), dbeta = bytes(a.dbeta);
   const auto bits = bytes(a.bits_out);
-  const std::span<const T> x(a.x), dy(a.dy);
-  const std::span<const double> mean(a.mean), var(a.var);
+  const std::span<const T> x(a.x), dy(a.dy), v(a.v);
+  const std::span<const double> mean(a.mean), var(a.var), tangent(a.tangent);
   const std::span<Moments> table = std::span(a.moments_out).first(way.saved.size());
   const std::span<GradSums> sums = std::span(a.sums_out).first(way.sums.size());
   const std::span<const Moments> saved(way.saved);
@@ -124,12 +124,16 @@ void add_way(std::vector<NamedCall>& calls, Arguments<T>& a, const Way<T>& way, 
   add("grad_input", {y, y2}, [=, &a] { grad_input<T>(dy, x, backward, saved, of_saved, a.y, a.y2, options); });
   add("batch_norm_backward", {y, y2, dgamma, dbeta},
       [=, &a] { batch_norm_backward<T>(dy, x, backward, saved, {a.y, a.y2, a.dgamma, a.dbeta}, options); });
+  add("batch_norm_jvp", {y}, [=, &a] { batch_norm_jvp<T>(v, x, backward, saved, tangent, tangent, a.y, options); });
   if (way.call.groups.offsets.empty()) {  // given statistics are of one group
     Call<T> given = forward, given_backward = backward;
     given.counted.padding = given_backward.counted.padding = Padding::keep;
     add("normalize", {y, bits}, [=, &a] { normalize<T>(x, given, mean, var, a.y, options); });
     add("normalize_backward", {y, y2, dgamma, dbeta},
         [=, &a] { normalize_backward<T>(dy, x, given_backward, mean, var, {a.y, a.y2, a.dgamma, a.dbeta}, options); });
+    add("normalize_jvp", {y}, [=, &a] {
+      normalize_jvp<T>(v, x, given_backward, mean, var, tangent, tangent, tangent, tangent, a.y, options);
+    });
   }
   // Last: what is read is written.
   const std::string in_place = way.name + " in place";
@@ -150,11 +154,6 @@ std::vector<NamedCall> of(Arguments<T>& a, const Options& options = {}) {
   const std::span<const double> mean(a.mean), var(a.var), tangent(a.tangent);
   const Call<T> call = a.ways.front().call;
   const std::span<const Moments> saved(a.ways.front().saved);
-  calls.push_back(
-      {"batch_norm_jvp", {y}, [=, &a] { batch_norm_jvp<T>(v, x, call, saved, tangent, tangent, a.y, options); }});
-  calls.push_back({"normalize_jvp", {y}, [=, &a] {
-                     normalize_jvp<T>(v, x, call, mean, var, tangent, tangent, tangent, tangent, a.y, options);
-                   }});
   calls.push_back({"batch_norm_double_backward", {y, y2, dgamma}, [=, &a] {
                      batch_norm_double_backward<T>(v, dy, x, call, saved, tangent, tangent, a.y, a.y2, a.dgamma,
                                                    options);
