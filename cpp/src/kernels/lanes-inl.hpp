@@ -112,7 +112,7 @@ BN_INLINE void stream_lanes(T* p, const Lanes<A>& a) {
 
 // The first n lanes of a, the others of b; 0 <= n <= 16.
 template <class A>
-BN_INLINE Lanes<A> join(std::int64_t n, const Lanes<A>& a, const Lanes<A>& b) {
+BN_TAIL Lanes<A> join(std::int64_t n, const Lanes<A>& a, const Lanes<A>& b) {
   Lanes<A> r;
   BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = first_of(a.v[k], n - k * Lanes<A>::kWidth, b.v[k]);
   return r;
@@ -139,7 +139,7 @@ BN_INLINE void copy_first(T* to, const T* from, std::int64_t n) {
 // The same as load_vector, load_as and store_as for the first n < 16 values; the other lanes are loaded as `fill` and
 // not stored.
 template <class A, class T>
-BN_INLINE typename Lanes<A>::Native load_vector_of_first(const T* p, int k, std::int64_t n, Arithmetic<T> fill) {
+BN_TAIL typename Lanes<A>::Native load_vector_of_first(const T* p, int k, std::int64_t n, Arithmetic<T> fill) {
   const int skip = k * Lanes<A>::kWidth;
   if constexpr (kIsSixteen<T>) {
     T some[kLanes] = {};
@@ -153,13 +153,13 @@ BN_INLINE typename Lanes<A>::Native load_vector_of_first(const T* p, int k, std:
   }
 }
 template <class A, class T>
-BN_INLINE Lanes<A> load_first(const T* p, std::int64_t n, Arithmetic<T> fill) {
+BN_TAIL Lanes<A> load_first(const T* p, std::int64_t n, Arithmetic<T> fill) {
   Lanes<A> r;
   BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = load_vector_of_first<A>(p, k, n, fill);
   return r;
 }
 template <class A, class T>
-BN_INLINE void store_first(T* p, std::int64_t n, const Lanes<A>& a) {
+BN_TAIL void store_first(T* p, std::int64_t n, const Lanes<A>& a) {
   if constexpr (kIsSixteen<T>) {
     T some[kLanes];
     store_as(some, a);

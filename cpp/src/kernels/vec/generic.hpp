@@ -1,6 +1,7 @@
 // What any machine gives: 16-byte vectors that the compiler lowers to what it has.
 #pragma once
 
+#define BN_TAILS_OUT_OF_LINE
 #include "kernels/vec/native.hpp"
 
 namespace batchnorm::kernels {

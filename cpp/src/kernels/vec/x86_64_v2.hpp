@@ -3,6 +3,7 @@
 
 #include <immintrin.h>
 
+#define BN_TAILS_OUT_OF_LINE
 #include "kernels/vec/native.hpp"
 
 namespace batchnorm::kernels {
