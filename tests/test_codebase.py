@@ -138,3 +138,9 @@ def test_the_package_needs_only_numpy():
 
 def test_every_public_name_has_a_docstring():
     assert not [name for name in bn.__all__ if not (getattr(bn, name).__doc__ or "").strip()]
+
+
+def test_a_table_has_at_most_twenty_entries_a_type():
+    entries = re.findall(r"\(\*(\w+)\)\(", without_comments(ROOT / "cpp/src/kernels/table.hpp"))
+    assert {"runs_moments", "rows_grad_input"} <= set(entries), "the contract is written in another way"
+    assert len(entries) <= 20
