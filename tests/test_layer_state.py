@@ -881,6 +881,15 @@ def test_each_segment_is_an_update_and_evaluation_knows_none():
     assert layer.eval()(X, segments=IDS).tobytes() == layer(X).tobytes()
 
 
+@pytest.mark.parametrize("settings", [{}, {"update_rate": None}, {"debias": True}, {"single_value": "skip"}])
+def test_segments_are_learned_alike_whatever_normalizes(settings):
+    by_batch, by_running = bn.BatchNorm(3, **settings), bn.BatchNorm(3, **settings)
+    by_batch(X, segments=IDS)
+    y = by_running(X, segments=IDS, use_stats="running", update_stats=True)
+    assert y.tobytes() == bn.normalize(X, np.zeros(3), np.ones(3), np.ones(3), np.zeros(3)).tobytes()
+    assert bits(by_running) == bits(by_batch)
+
+
 def test_segments_are_pooled_as_their_batch():
     layer, whole = bn.BatchNorm(3, update_rate=None), bn.BatchNorm(3, update_rate=None)
     layer(X, segments=IDS)

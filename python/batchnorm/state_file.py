@@ -82,45 +82,34 @@ class Text(NamedTuple):
 
 
 def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]]) -> None:
-    """Write the arrays of `state` to `path`, all or nothing.
+    """Write the arrays of `state` (plain numbers, or one text each) to `path`, all or nothing. Equal states give equal bytes.
 
-    Parameters
-    ----------
-    path : used as it is (no ``.npz`` is added). A symbolic link is followed to the file it means. A file that is there
-        is replaced by one of the same permissions and, as far as this process may, owner and group; a new one has those
-        of the umask.
-    state : names to arrays of plain numbers, or of one text. Equal states give equal bytes.
+    The path is used as it is (no ``.npz`` is added), and a symbolic link is followed to the file it means. A file that is
+    there is replaced by one of the same permissions and, as far as this process may, owner and group; a new one has those
+    of the umask.
 
     Raises
     ------
-    TypeError
-        For a path of another type.
-    ValueError
-        For a path of what is no file: a pipe, a socket, a device.
+    TypeError, ValueError
+        For a path of another type, or of what is no file: a pipe, a socket, a device.
     OSError
         Where the file cannot be written: no room, no permission (to write the file and its directory), a directory, a
         loop of links.
 
     Notes
     -----
-    The bytes go to a new file in the same directory, are flushed to the disk, and only then take the name
-    `path`. A call that raises leaves the old file as it was and no other file behind; a process that is
-    killed leaves the old or the new file, and at worst a ``.batchnorm-*.tmp`` beside it.
+    The bytes go to a new file in the same directory, are flushed to the disk, and only then take the name `path`. A call
+    that raises leaves the old file as it was and no other file behind; a process that is killed leaves the old or the new
+    file, and at worst a ``.batchnorm-*.tmp`` beside it. A file of several names (hard links) is written in place instead,
+    since its other names would else keep the old state: a call that raises puts the old bytes back, and only a process
+    that is killed, or a power cut, can leave a file that is neither, which `read_state` refuses. Memory: twice the state.
+    Threads: any; of several writers of one path, one whole file wins.
 
-    A file of several names (hard links) is written in place instead, since its other names would else keep the old
-    state. A call that raises puts the old bytes back. Only a process that is killed, or a power cut, can leave a file
-    that is neither, and `read_state` refuses that one.
-
-    Memory: twice the state. Threads: any; of several writers of one path, one whole file wins.
-
-    Examples
-    --------
     >>> import os, tempfile
     >>> with tempfile.TemporaryDirectory() as folder:
     ...     write_state(os.path.join(folder, "state.npz"), {"running_mean": np.zeros(3)})
-    ...     sorted(np.load(os.path.join(folder, "state.npz"), allow_pickle=False))
-    ['format_version', 'running_mean']
-
+    ...     read_state(os.path.join(folder, "state.npz"), {"running_mean": Entry((3,), np.dtype(np.float64))})
+    {'running_mean': array([0., 0., 0.])}
     """
     target, old = _target(_fsdecoded(path))
     content = _encode({_VERSION_NAME: np.array(FORMAT_VERSION, np.int64), **state})
@@ -135,38 +124,16 @@ def read_state(
 ) -> dict[str, NDArray[Any]]:
     """Read from `path` exactly the arrays that `entries` names, each with the shape and dtype given there.
 
-    Parameters
-    ----------
-    path : of the file; a symbolic link is followed.
-    entries : names to shapes and dtypes.
-    text : that the file may hold beside them.
-
-    Returns
-    -------
-    Names to fresh arrays in native byte order, without the text. What the numbers mean is not checked here.
+    Gives fresh arrays in native byte order, without the `text` that the file may hold beside them. What the numbers mean
+    is not checked here. Memory: three times the state at most, whatever the file claims. Threads: any.
 
     Raises
     ------
     ValueError
-        For a file that is not such a state file or is of another format version. No content of a file raises
-        anything else.
-    TypeError
-        For a path of another type.
-    OSError
-        Where the file cannot be read.
-
-    Notes
-    -----
-    Memory: three times the state at most, whatever the file claims. Threads: any.
-
-    Examples
-    --------
-    >>> import os, tempfile
-    >>> with tempfile.TemporaryDirectory() as folder:
-    ...     write_state(os.path.join(folder, "state.npz"), {"running_mean": np.zeros(3)})
-    ...     read_state(os.path.join(folder, "state.npz"), {"running_mean": Entry((3,), np.dtype(np.float64))})
-    {'running_mean': array([0., 0., 0.])}
-
+        For a file that is not such a state file or is of another format version. No content of a file raises anything
+        else.
+    TypeError, OSError
+        For a path of another type, and where the file cannot be read.
     """
     source = _fsdecoded(path)
     try:

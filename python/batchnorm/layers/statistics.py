@@ -214,10 +214,10 @@ def updated(now: Statistics, batch: Saved | Moments, settings: BatchNormSettings
     by: dict[str, Any] = {"weights_are": are, "ddof": settings.ddof}
     if isinstance(batch, Saved) and batch.renorm is not None:
         by["ddof"] = None
-    one_by_one = (settings.debias and rate > 0) or settings.single_value != "raise"
-    for one in _sets(batch, settings) if one_by_one else [batch]:
+    at_once = isinstance(batch, Saved) and settings.single_value == "raise" and not settings.debias
+    for one in [batch] if at_once else _sets(batch, settings):
         share = rate
-        if settings.debias and rate > 0:
+        if settings.debias:
             sets = min(sets + 1, MOST_UPDATES)
             share = debiased_rate(rate, sets)
         mean, var = update_running(mean, var, one, update_rate=share, **by)
