@@ -283,8 +283,9 @@ class BatchNorm(Layer):
         by_batch = update = self._training and not self._frozen[0]
         told, k = self._fixed, 0
         if options or self._is_special:
-            if options or self.settings.domains is not None:
-                by_batch, update, told, k = self._asked(options, by_batch)
+            told = {**told, **options}
+            if self.settings.domains is not None or not _OF_LAYER.isdisjoint(options):
+                by_batch, update, told, k = self._asked(told, by_batch)
             if by_batch:
                 x = _x_channels(x, self.settings.axis, self.settings.channels)
                 if self.settings.single_value != "raise":
@@ -307,9 +308,7 @@ class BatchNorm(Layer):
                 raise ValueError(
                     "update_stats must not be True while the layer's statistics are frozen, got True"
                 )
-        told = {**self._fixed, **options}
-        if not _OF_LAYER.isdisjoint(told):
-            told = {name: value for name, value in told.items() if name not in _OF_LAYER}
+        told = {name: value for name, value in options.items() if name not in _OF_LAYER}
         return by_batch, update, told, k
 
     def _by_batch(
