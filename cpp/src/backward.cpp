@@ -103,8 +103,11 @@ struct BackwardPass {
                           call.tail.bits == nullptr && call.tail.residual == nullptr && dresidual == nullptr &&
                           constant_scale == nullptr;
     if (!are_rows) return grad_input_staged(applied(), offset, rows, *coefficients);
-    for_rows_alike(operands.positions, offset, rows, [this](std::int64_t at, const Rows& some, bool counts) {
-      counts ? apply_counted_rows(at, some) : pad_rows(at, some);
+    const bool keeps_input = call.padding == Padding::keep && dx == dy;
+    if (!keeps_input) apply_counted_rows(offset, rows);
+    for_rows_alike(operands.positions, offset, rows, [&](std::int64_t at, const Rows& some, bool counts) {
+      if (!counts) return pad_rows(at, some);
+      if (keeps_input) apply_counted_rows(at, some);
     });
   }
 

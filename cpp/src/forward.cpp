@@ -101,8 +101,12 @@ struct ForwardPass {
     if (!staged) return apply_counted_rows(offset, rows);
     const bool are_rows = applied.positions && applied.positions.are_rows() && rows.stride == plan.problem.channels;
     if (!are_rows || sizeof(T) == 2) return normalize_staged(applied, offset, rows, *coefficients);
-    for_rows_alike(applied.positions, offset, rows, [this](std::int64_t at, const Rows& some, bool counts) {
-      counts ? apply_counted_rows(at, some) : pad_rows(at, some);
+    // All rows, and those over again that do not count: sooner than a call for every few rows.
+    const bool keeps_input = call.padding == Padding::keep && x == y;
+    if (!keeps_input) apply_counted_rows(offset, rows);
+    for_rows_alike(applied.positions, offset, rows, [&](std::int64_t at, const Rows& some, bool counts) {
+      if (!counts) return pad_rows(at, some);
+      if (keeps_input) apply_counted_rows(at, some);
     });
   }
 

@@ -3,6 +3,8 @@
 #include <algorithm>
 #include <cstdint>
 
+#include "passes.hpp"
+
 namespace batchnorm {
 namespace {
 
@@ -30,6 +32,17 @@ template <class T>
 constexpr bool kIsSixteen = sizeof(T) == 2;
 
 // ---- what is read and written ----
+
+// How far ahead values are asked for, into the second-level cache, where a step reads what no kernel has fetched: the
+// machine's own prefetchers stop at the end of a page.
+constexpr std::int64_t kAheadBytes = 4096;
+template <class T>
+void fetch_ahead(const T* from, std::int64_t n) {
+  const char* begin = reinterpret_cast<const char*>(from) + kAheadBytes;
+  for (std::int64_t at = 0; at < n * static_cast<std::int64_t>(sizeof(T)); at += kernels::kStreamBytes) {
+    __builtin_prefetch(begin + at, 0, 2);
+  }
+}
 
 // n values in the type V of a tile, copied.
 template <class V, class T>
@@ -61,6 +74,7 @@ void write(const KernelTable& table, const Arithmetic<T>* from, std::int64_t n, 
 // What kept values become where nothing counts: 0.
 template <class V, class T>
 void read_counted(const KernelTable& table, const T* from, const V* weights, std::int64_t n, V* to) {
+  fetch_ahead(from, n);
   table.of<V>().keep_counted(in_tile(table, from, n, to), weights, n, to);
 }
 
@@ -334,8 +348,10 @@ struct Slice {
   Rows rows;
 };
 // f(slice, channels) of the stretches of a planar piece; a slice has channels of one kind, as is_wide(c) tells.
+// Slices of a long run end where lines do of an output, whose first value lies past_line values behind one.
 template <class IsWide, class F>
-void for_slices(std::int64_t offset, const Runs& runs, std::int64_t c, const IsWide& is_wide, const F& f) {
+void for_slices(std::int64_t offset, const Runs& runs, std::int64_t c, std::int64_t past_line, const IsWide& is_wide,
+                const F& f) {
   for (std::int64_t k = 0; k < runs.count; ++k) {
     for (std::int64_t i = 0; i < runs.channels;) {
       std::int64_t some = 1;
@@ -344,8 +360,9 @@ void for_slices(std::int64_t offset, const Runs& runs, std::int64_t c, const IsW
         ++some;
       }
       const std::int64_t first = offset + k * runs.stride + i * runs.length, size = some * runs.length;
-      for (std::int64_t at = 0; at < size; at += kApplied) {
-        const std::int64_t n = std::min(kApplied, size - at);
+      for (std::int64_t at = 0, n = 0; at < size; at += n) {
+        const std::int64_t behind = some > 1 ? 0 : (past_line + first + at) % kernels::kVectorColumns;
+        n = std::min(kApplied - behind, size - at);
         f(Slice{first + at, n, c + i, {.length = n / some, .count = 1, .stride = 0, .channels = some}, {}});
       }
       i += some;
@@ -467,6 +484,7 @@ void normalize_slice(const NormalizeOperands<T>& in, const Slice& slice, const T
   const std::int64_t n = slice.size;
   alignas(64) A x_memory[kApplied], weights_memory[kApplied + kMargin], residual_memory[kApplied];
   alignas(64) A y_memory[kApplied + kMargin];
+  fetch_ahead(in.x + slice.offset, n);
   const A* x = in_tile(in.table, in.x + slice.offset, n, x_memory);
   // The bits of vectors that begin at a line are to be whole bytes.
   const std::int64_t bit = in.tail.first_bit + slice.offset;
@@ -552,6 +570,8 @@ void grad_input_slice(const GradientOperands<T>& in, const Slice& slice, const T
   const std::int64_t n = slice.size, at = slice.offset;
   A dy_memory[kApplied], gated[kApplied], x_memory[kApplied], weights_memory[kApplied + kMargin], dx[kApplied];
   const auto& kernels = in.table.template of<A>();
+  fetch_ahead(in.in.dy + at, n);
+  if (in.in.x != nullptr) fetch_ahead(in.in.x + at, n);
   const A* dy = in_tile(in.table, in.in.dy + at, n, dy_memory);
   const A* x = in.in.x == nullptr ? nullptr : in_tile(in.table, in.in.x + at, n, x_memory);
   const A* weights = in.positions ? weights_of_slice(in.table, in.positions, slice, weights_memory) : nullptr;
@@ -596,7 +616,8 @@ template <class T>
 void normalize_staged(const NormalizeOperands<T>& in, std::int64_t offset, const Runs& runs, std::int64_t c,
                       const CoefficientTable<Arithmetic<T>, Affine>& coefficients) {
   for_slices(
-      offset, runs, c, [&](std::int64_t channel) { return coefficients.is_wide_channel(channel); },
+      offset, runs, c, values_past_line(in.y),
+      [&](std::int64_t channel) { return coefficients.is_wide_channel(channel); },
       [&](const Slice& slice) { normalize_slice(in, slice, coefficients); });
 }
 template <class T>
@@ -608,7 +629,8 @@ template <class T>
 void grad_input_staged(const GradientOperands<T>& in, std::int64_t offset, const Runs& runs, std::int64_t c,
                        const CoefficientTable<Arithmetic<T>, GradAffine>& coefficients) {
   for_slices(
-      offset, runs, c, [&](std::int64_t channel) { return coefficients.is_wide_channel(channel); },
+      offset, runs, c, values_past_line(in.dx),
+      [&](std::int64_t channel) { return coefficients.is_wide_channel(channel); },
       [&](const Slice& slice) { grad_input_slice(in, slice, coefficients); });
 }
 template <class T>
