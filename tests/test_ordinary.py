@@ -29,7 +29,8 @@ class Arguments:
         self.var = rng.uniform(1, 2, channels).astype(parameters)
         self.axis, self.eps, self.num_threads, self.needs = axis, 1e-3, None, NEEDS
         self.moments = bn.moments(self.x, axis=axis)
-        self.update_rate, self.ddof = 0.1, 1
+        self.update_rate, self.ddof, self.options = 0.1, 1, None
+        self.how = None, 2, None, False  # weights, padding, bits, whether there is a residual
 
     def saved(self):
         return bn.Saved(self.x, self.moments, self.gamma, self.axis % 4, self.eps)
@@ -66,13 +67,23 @@ def tuple_of(*items):
 TRIES = {
     "moments": lambda a: _core.try_moments(a.x, a.axis, a.num_threads),
     "batch_norm": lambda a: _core.try_batch_norm(
-        tuple_of, a.x, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads
+        tuple_of, a.x, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads, a.options
     ),
     "normalize": lambda a: _core.try_normalize(
         a.x, a.mean, a.var, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads
     ),
     "batch_norm_backward": lambda a: _core.try_batch_norm_backward(
-        bn.Gradients, a.dy, a.x, a.moments._table, a.gamma, a.axis, a.eps, a.needs, a.out, a.num_threads
+        bn.Gradients,
+        a.dy,
+        a.x,
+        a.moments._table,
+        a.gamma,
+        a.axis,
+        a.eps,
+        a.needs,
+        a.out,
+        a.num_threads,
+        *a.how,
     ),
     "normalize_backward": lambda a: _core.try_normalize_backward(
         bn.Gradients, a.dy, a.x, a.mean, a.var, a.gamma, a.axis, a.eps, a.needs, a.out, a.num_threads
@@ -89,8 +100,13 @@ def bits(result):
     if isinstance(result, np.ndarray):
         return result.dtype.str, result.shape, result.strides, result.tobytes()
     if isinstance(result, bn.Saved):
-        fields = (result.moments, result.rstd, result.gamma, result.axis, result.eps)
-        return result.x is None, *(bits(field) for field in fields)
+        fields = (result.moments, result.rstd, result.gamma, result.axis, result.eps, result.part.weights)
+        rest = (
+            result.part.padding,
+            result.has_residual,
+            None if result.relu is None else result.relu.to_bool(),
+        )
+        return result.x is None, *(bits(field) for field in (*fields, *rest))
     if isinstance(result, bn.Moments):
         return bits(result._table)
     if isinstance(result, tuple):
@@ -179,6 +195,39 @@ def test_both_ways_give_arrays_of_the_same_shape_and_strides(shape, general_call
     ordinary, general = bn.batch_norm(x, num_threads=1), bn.batch_norm(x, num_threads=np.int64(1))
     assert bits(ordinary) == bits(general)
     assert len(general_calls) == 1
+
+
+def options_of(a):
+    """Give options that are ordinary, by name."""
+    mask = np.random.default_rng(5).random((4, 5, 2)) < 0.7
+    return {
+        "mask": {"mask": mask},
+        "padding": {"mask": mask, "padding": "keep"},
+        "relu": {"activation": "relu"},
+        "residual": {"residual": a.dy},
+        "all": {"mask": mask, "padding": "normalize", "residual": a.dy, "activation": "relu", "keep": "x"},
+        "nothing": {"mask": None, "activation": None, "keep": "x", "segments": None, "renorm": None},
+    }
+
+
+@pytest.mark.parametrize("out", ["new", "given", "x", "dy"])
+@pytest.mark.parametrize("name", options_of(Arguments()))
+def test_both_ways_do_the_same_with_options(name, out, dtype, general_calls):
+    results = []
+    for num_threads in (None, np.int64(1)):
+        a = Arguments(dtype)
+        a.out = {"new": None, "given": a.out, "x": a.x, "dy": a.dy}[out]
+        options = {**options_of(a)[name], "out": a.out, "num_threads": num_threads}
+        y, saved = bn.batch_norm(a.x, a.gamma, a.beta, eps=a.eps, **options)
+        assert bool(general_calls) == (num_threads is not None)
+        results.append((bits(y), bits(saved), a.bytes()))
+        general_calls.clear()
+        if out != "x":
+            gradients = bn.backward(np.ones_like(a.x), saved, num_threads=num_threads)
+            assert bool(general_calls) == (num_threads is not None)
+            results[-1] += (bits(gradients),)
+            general_calls.clear()
+    assert results[0] == results[1]
 
 
 # ---- what it leaves to the general way ----------------------------------------------------------------------
@@ -305,7 +354,82 @@ def put_into_out(name):
     return change
 
 
+UNUSUAL_HOW = {
+    "weights_dtype": (np.ones(40), 2, None, False),
+    "weights_shape": (np.ones((4, 10), np.float32), 2, None, False),
+    "weights_size": (np.ones(39, np.float32), 2, None, False),
+    "weights_list": ([1.0] * 40, 2, None, False),
+    "padding": (np.ones(40, np.float32), 3, None, False),
+    "bits_dtype": (None, 2, np.zeros(30, np.int8), False),
+    "bits_size": (None, 2, np.zeros(7, np.uint8), False),
+    "bits_gaps": (None, 2, np.zeros(200, np.uint8)[::2], False),
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL_HOW)
+def test_a_backward_pass_that_is_not_ordinary_is_left_alone(name):
+    a = Arguments()
+    a.how = UNUSUAL_HOW[name]
+    before = a.bytes()
+    assert TRIES["batch_norm_backward"](a) is None
+    assert a.bytes() == before
+
+
 UNUSUAL = list(unusual())
+MASK = np.ones((4, 5, 2), bool)
+UNUSUAL_OPTIONS = {
+    "list": {"mask": MASK.tolist()},
+    "integers": {"mask": MASK.astype(np.uint8)},
+    "order": {"mask": np.asfortranarray(MASK)},
+    "subclass": {"mask": MASK.view(Subclass)},
+    "channel_axis": {"mask": MASK[:, None]},
+    "shape": {"mask": MASK[:, :1]},
+    "short": {"mask": MASK[:3]},
+    "weights": {"weights": MASK.astype(np.float32)},
+    "lengths": {"lengths": [1, 2, 3, 4]},
+    "padding": {"mask": MASK, "padding": "reflect"},
+    "padding_alone": {"padding": "zero"},
+    "activation": {"activation": "gelu"},
+    "residual_dtype": {"residual": np.ones(SHAPE)},
+    "residual_shape": {"residual": np.ones((4, 3, 5), np.float32)},
+    "keep_y": {"keep": "y"},
+    "keep_nothing": {"keep": None},
+    "ghosts": {"ghost_size": 2},
+    "unknown": {"banana": 1},
+    "none_counts": {"mask": ~MASK | (np.arange(40).reshape(4, 5, 2) == 7)},
+}
+
+
+@pytest.mark.parametrize("name", UNUSUAL_OPTIONS)
+def test_options_that_are_not_ordinary_are_left_alone(name):
+    a = Arguments()
+    a.options = UNUSUAL_OPTIONS[name]
+    before = a.bytes()
+    assert TRIES["batch_norm"](a) is None
+    assert a.bytes() == before
+
+
+def test_out_that_overlaps_a_residual_is_left_alone():
+    a = Arguments()
+    a.out, residual = next_to(a.x, 3)
+    a.options = {"residual": residual}
+    before = a.bytes()
+    assert TRIES["batch_norm"](a) is None
+    assert a.bytes() == before
+
+
+@pytest.mark.parametrize("options", [*options_of(Arguments()).values(), *UNUSUAL_OPTIONS.values()])
+def test_no_call_keeps_a_reference_to_its_options(options):
+    a = Arguments()
+    a.options = dict(options)
+    held = [a.x, a.dy, a.options, *a.options.values()]
+    held = [each for each in held if isinstance(each, (np.ndarray, dict))]
+    counts = []
+    for _ in range(2):
+        for _ in range(200):
+            TRIES["batch_norm"](a)
+        counts.append([sys.getrefcount(each) for each in held])
+    assert counts[0] == counts[1]
 
 
 @pytest.mark.parametrize(
@@ -363,16 +487,18 @@ def test_every_way_into_the_binding_is_tested_here():
 
 @pytest.mark.parametrize("update_rate", [0.1, None])
 @pytest.mark.parametrize("bad", [None, np.nan])
-def test_a_layer_gives_the_same_on_both_ways(update_rate, bad):
+def test_a_layer_gives_the_same_on_both_ways(update_rate, bad, monkeypatch):
     given = Arguments()
     ordinary = bn.BatchNorm(3, update_rate=update_rate, nonfinite="skip")
     general = bn.BatchNorm(3, update_rate=update_rate, nonfinite="skip")
-    general._fixed = {"keep": "x"}  # which is told, and says nothing
     for x in (given.x, given.x[:2] + 1, given.x * 2):
         if bad is not None:
             x[0, 1] = bad
         out = np.empty_like(x)
-        results = [layer(x, out=out if layer is ordinary else None) for layer in (ordinary, general)]
+        results = [ordinary(x, out=out)]
+        with monkeypatch.context() as patch:
+            patch.setattr("batchnorm.layers.batch.ordinary_batch_norm", lambda *arguments: None)
+            results.append(general(x))
         assert results[0] is out
         np.testing.assert_array_equal(*results)
         np.testing.assert_array_equal(*(layer.backward(np.ones_like(x)) for layer in (ordinary, general)))

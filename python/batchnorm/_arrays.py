@@ -7,19 +7,18 @@ memory is (N*H*W, C, 1). Other arrays (sliced, strided, broadcast) are copied fi
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from math import prod
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
 Sizes = tuple[int, int, int]
+ORDERS = [tuple(range(dimensions)) for dimensions in range(9)]  # of the axes of a C-contiguous array
 
 
-@dataclass(frozen=True, slots=True)
-class Layout:
+class Layout(NamedTuple):
     """The order of the axes of an array in memory, and the sizes that the core sees.
 
     Attributes
@@ -71,10 +70,10 @@ class Layout:
 class Target:
     """Where a result goes: the caller's array or a new one, and the block that is computed."""
 
-    def __init__(self, layout: Layout, x: Array, out: Array | None, *, at_once: bool) -> None:
-        """Make room for what is like `x`. `at_once`: one call of the core writes it, so that it may go to `out`."""
+    def __init__(self, layout: Layout, x: Array, out: Array | None) -> None:
+        """Make room for what is like `x`."""
         self.array = np.empty_like(x, subok=False) if out is None else out
-        self._copied = (out is not None and not at_once) or not layout.is_of(self.array)
+        self._copied = not layout.is_of(self.array)
         if self._copied:
             self.block = np.empty(layout.sizes, x.dtype)
             self._from = layout.array(self.block)

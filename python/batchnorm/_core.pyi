@@ -119,7 +119,7 @@ def normalize_double_backward(
 ) -> None: ...
 def try_moments(x: object, axis: object, threads: object, /) -> _Table | None: ...
 def try_batch_norm(
-    keep: Callable[[_Array | None, _Table, _Array | None, int, float], _Kept],
+    keep: Callable[..., _Kept],
     x: object,
     gamma: object,
     beta: object,
@@ -127,6 +127,7 @@ def try_batch_norm(
     eps: object,
     out: object,
     threads: object,
+    options: object,
     /,
 ) -> tuple[_Array, _Kept] | None: ...
 def try_normalize(
@@ -152,6 +153,10 @@ def try_batch_norm_backward(
     needs: object,
     out: object,
     threads: object,
+    weights: object,
+    padding: object,
+    bits: object,
+    has_residual: object,
     /,
 ) -> _Gradients | None: ...
 def try_normalize_backward(

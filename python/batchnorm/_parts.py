@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 
 from batchnorm import _validate
 from batchnorm._arrays import Layout
+from batchnorm._passes import Call
 from batchnorm._validate import PADDINGS, WEIGHTS_ARE, Padding, WeightsAre
 
 Array = NDArray[Any]
@@ -99,6 +100,15 @@ class Part:
         assert self.weights is None
         rows = np.array([outer]) if self.offsets is None else np.diff(self.in_outer(layout))
         return np.repeat(rows * float(inner), channels)
+
+    def call(
+        self, layout: Layout, scale: Array | None, shift: Array | None, eps: float, given: bool = False
+    ) -> Call:
+        """Give the call that counts so; `given`: by statistics that are given."""
+        offsets = None if self.offsets is None else self.in_outer(layout)
+        # By given statistics weights say no more than where there is padding.
+        weights = None if given and self.padding == "normalize" else self.weights
+        return Call(layout.sizes, offsets, weights, PADDINGS.index(self.padding), scale, shift, eps)
 
     def in_outer(self, layout: Layout) -> NDArray[np.int64]:
         """Give the offsets in steps of the core's outer size, which may take several to a row."""

@@ -12,17 +12,16 @@ All of its combinations are one function, because the derivatives involved are s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import replace
 from typing import Any, Literal, TypeVar, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _core, _passes, _validate
-from batchnorm._arrays import Layout, Target
+from batchnorm._arrays import ORDERS, Layout, Target
 from batchnorm._parts import Part
-from batchnorm._passes import Call, ReluMask, Standard
-from batchnorm._validate import NoOptions
+from batchnorm._passes import ReluMask, Standard
+from batchnorm._validate import PADDINGS, NoOptions
 from batchnorm.moments import Moments
 from batchnorm.running import Renorm
 from batchnorm.saved import Gradients, GradSums, PerChannel, Saved, SecondGradients, kept_affine
@@ -34,7 +33,6 @@ SecondGradient = Literal["dy", "x", "gamma"]
 NEEDS: tuple[Gradient, ...] = get_args(Gradient)
 _SECOND: tuple[SecondGradient, ...] = get_args(SecondGradient)
 _Results = TypeVar("_Results", Gradients, SecondGradients)
-_OF_CORE = ("x", "gamma", "beta")  # what the core's own reading of arguments knows
 
 
 @_validate.options(NoOptions)
@@ -83,9 +81,8 @@ def backward(
 
     Notes
     -----
-    An empty batch gives an empty dx, and zeros. Memory: dx; while it runs, up to 3 KB a channel and a few percent of x,
-    and a tensor or two for ReLU and for segments where weights, renorm or a kept y come with them. Releases the GIL for
-    large x.
+    An empty batch gives an empty dx, and zeros. Memory: dx and dresidual; while it runs, up to 3 KB a channel and a few
+    percent of x. Releases the GIL for large x.
 
     Examples
     --------
@@ -99,13 +96,18 @@ def backward(
     """
     if others:
         _validate.no_options("backward", others)
-    if type(saved) is Saved and saved.layout is None:
-        names = _OF_CORE if needs is NEEDS else needs
-        rest = (saved.gamma, saved.axis, saved.eps, names, out, num_threads)
-        done = None
+    if type(saved) is Saved and (
+        saved.layout is None or saved.layout.order == ORDERS[len(saved.layout.order)]
+    ):
+        part, rest, done = saved.part, (saved.gamma, saved.axis, saved.eps, needs, out, num_threads), None
         if type(saved.moments) is Moments:
-            done = _core.try_batch_norm_backward(Gradients, dy, saved.x, saved.moments._table, *rest)
-        elif saved.given is not None:
+            if part.offsets is None and saved.renorm is None:
+                bits = None if saved.relu is None else saved.relu.data
+                how = (part.weights, PADDINGS.index(part.padding), bits, saved.has_residual)
+                done = _core.try_batch_norm_backward(
+                    Gradients, dy, saved.x, saved.moments._table, *rest, *how
+                )
+        elif saved.given is not None and saved.layout is None:
             done = _core.try_normalize_backward(Gradients, dy, saved.x, *saved.given, *rest)
         if done is not None:
             return done
@@ -115,16 +117,19 @@ def backward(
     need_residual = need_residual and saved.has_residual
     dy = _validate.array_like("dy", dy, of.x)
     to_x, to_residual = _outputs(out, of, {"dy": dy, "x": of.x}, "dx, dresidual")
-    call, relu = of.call, saved.relu
-    dx = Target(of.layout, of.x, to_x, at_once=True) if need_x else None
-    residual = Target(of.layout, of.x, to_residual, at_once=True) if need_residual else None
-    writes = of.turn is None
-    dgamma, dbeta = of.room(need_gamma, by_core=writes), of.room(need_beta, by_core=writes)
+    dx = Target(of.layout, of.x, to_x) if need_x else None
+    residual = Target(of.layout, of.x, to_residual) if need_residual else None
+    dgamma, dbeta = of.room(need_gamma, by_core=of.turn is None), of.room(need_beta, by_core=of.turn is None)
     results = Gradients(_array(dx), dgamma, dbeta, _array(residual))
-    dscale, dshift = (dgamma, dbeta) if writes else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
-    statistics = of.moments if of.given is None else of.given
-    grad, to = of.layout.block(dy), _block(dx)
-    _passes.backward(call, grad, relu, statistics, of.scale, to, _block(residual), dscale, dshift)
+    dscale, dshift = (
+        (dgamma, dbeta) if of.turn is None else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
+    )
+    grad, to = of.layout.block(dy), (_block(dx), _block(residual), dscale, dshift, of.threads)
+    if of.given is not None:
+        mean, var = of.given
+        _core.normalize_backward(grad, of.block, of.call, mean, var, *to)
+    else:
+        _core.backward(grad, of.block, of.call, of.moments, *to)
     of.sum_up(dgamma, dbeta, of.turn, dscale, dshift)
     if dx is not None:  # no loop, whose iterator would ask for memory
         dx.deliver()
@@ -168,8 +173,9 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     of = _Kept(saved, num_threads)
     of.require_batch("grad_sums")
     dy = _validate.array_like("dy", dy, of.x)
-    sums = _passes.grad_sums(of.call, of.layout.block(dy), saved.relu, of.moments)
-    return GradSums(saved.part.counts(of.layout), sums)
+    table = np.empty((len(of.moments), 4))
+    _core.grad_sums(of.layout.block(dy), of.block, of.call, of.moments, table, of.threads)
+    return GradSums(saved.part.counts(of.layout), table)
 
 
 @_validate.keywords
@@ -217,9 +223,9 @@ def grad_input(
     needed = of.moments[:, 0]
     if sums.count.shape != needed.shape or (sums.count != needed).any():
         raise ValueError("sums must count the values that saved.moments count, got others")
-    dx = Target(of.layout, of.x, out, at_once=True)
-    grad = of.layout.block(dy)
-    _passes.grad_input(of.call, grad, saved.relu, of.moments, sums._table, of.scale, dx.block)
+    dx = Target(of.layout, of.x, out)
+    grad, table = of.layout.block(dy), sums._table
+    _core.grad_input(grad, of.block, of.call, of.moments, table, dx.block, None, of.threads)
     dx.deliver()
     return dx.array
 
@@ -273,8 +279,7 @@ def jvp(
 
     Notes
     -----
-    Memory: y'; while it runs, up to 3 KB a channel and a few percent of x, and a tensor or two with masks, weights, ReLU
-    or a residual. Releases the GIL for large x.
+    Memory: y'; while it runs, up to 3 KB a channel and a few percent of x. Releases the GIL for large x.
 
     Examples
     --------
@@ -297,16 +302,18 @@ def jvp(
         residual_dot = _validate.array_like("residual_dot", residual_dot, of.x)
     if out is not None:
         _validate.output(out, of.x, {"x_dot": x_dot, "x": of.x}, of.apart | dots)
-    call, layout = of.call, of.layout
-    y_dot = Target(layout, of.x, out, at_once=True)
-    scale_dot, shift_dot = of.tangents(dots["gamma_dot"], dots["beta_dot"], of.turn)
-    added = None if residual_dot is None else layout.block(residual_dot)
-    along = (call, layout.block(x_dot), saved.relu, added)
+    y_dot = Target(of.layout, of.x, out)
+    tangent, call = of.layout.block(x_dot), of.call
+    if residual_dot is not None:
+        call = call._replace(residual=of.layout.block(residual_dot))
+    by_channel = of.tangents(dots["gamma_dot"], dots["beta_dot"], of.turn)
     if of.given is None:
-        _passes.jvp(*along, of.moments, of.scale, scale_dot, shift_dot, y_dot.block)
+        _core.jvp(tangent, of.block, call, of.moments, *by_channel, y_dot.block, of.threads)
     else:
         of_given = dots["mean_dot"], of.of_var(dots["var_dot"])
-        _passes.normalize_jvp(*along, of.given, of.scale, *of_given, scale_dot, shift_dot, y_dot.block)
+        _core.normalize_jvp(
+            tangent, of.block, call, *of.given, *of_given, *by_channel, y_dot.block, of.threads
+        )
     y_dot.deliver()
     return y_dot.array
 
@@ -366,7 +373,7 @@ def double_backward(
     The other combinations of second order (jvp of the backward pass, of the jvp, gradients of the jvp) are this
     function too; the head of this module says how. An empty batch gives empty arrays, and zeros. Memory: ddy and dx; an
     array like x where v_dx is None, and where ddy goes to an input that dx needs; while it runs, up to 3 KB a channel
-    and a few percent of x, and some float64 tensors with masks, weights or a kept y. Releases the GIL for large x.
+    and a few percent of x, and some float64 tensors where more than a batch of which all counts was saved. Releases the GIL for large x.
 
     Examples
     --------
@@ -393,39 +400,39 @@ def double_backward(
     inputs = {name: a for name, a in (("v_dx", v_dx), ("dy", dy), ("x", of.x)) if a is not None}
     apart = of.apart | {"v_dgamma": v_scale, "v_dbeta": v_shift}
     out_dy, to_x = _validate.two_outputs(out, of.x, inputs, apart)
-    call, layout = of.call, of.layout
-    follows = call.counted() is not None or saved.relu is not None or v_dresidual is not None
-    # The core has no pass with weights, nor would what follows be rounded once in 16 bits.
-    by_formula = call.weights is not None or saved.y is not None or (follows and of.x.itemsize == 2)
-    at_once = not by_formula and not follows and call.offsets is None
-    # ddy is written first: not to what dx is then computed from.
-    may_write = out_dy is None or not need_x or not any(_validate.overlap(out_dy, a) for a in inputs.values())
-    ddy = Target(layout, of.x, out_dy, at_once=at_once and may_write) if need_dy else None
-    dx = Target(layout, of.x, to_x, at_once=at_once) if need_x else None
+    layout, call = of.layout, of.call
+    ddy = Target(layout, of.x, out_dy) if need_dy else None
+    dx = Target(layout, of.x, to_x) if need_x else None
     dgamma = of.room(need_gamma)
     results = SecondGradients(_array(ddy), _array(dx), dgamma)
-    grad = _passes.through_tail(call, layout.block(dy), saved.relu)
     v = np.zeros(layout.sizes, of.x.dtype) if v_dx is None else layout.block(v_dx)
-    v_scale, v_shift = of.tangents(v_scale, v_shift, of.r)
-    to_dy = _block(ddy)
-    if follows and to_dy is not None:
-        to_dy = np.empty(layout.sizes, np.float64 if by_formula else of.x.dtype)
-    if by_formula:
-        count = None if of.table is None else of.table[:, 0]
-        dscale = _passes.double_backward_of_weights(
-            call, v, grad, count, of.standard(), v_scale, v_shift, to_dy, _block(dx)
-        )
-    elif of.given is not None:
-        dscale = _passes.normalize_double_backward(
-            call, v, grad, of.given, (of.scale, v_scale, v_shift), to_dy, _block(dx)
-        )
-    else:
-        dscale = _passes.double_backward(
-            call, v, grad, of.moments, (of.scale, v_scale, v_shift), to_dy, _block(dx)
-        )
-    if ddy is not None and to_dy is not None and follows:
+    second = _passes.Second(of.block, v, layout.block(dy), _block(ddy), _block(dx))
+    by_channel = of.tangents(v_scale, v_shift, of.r)
+    if (
+        call.weights is not None
+        or call.offsets is not None
+        or call.relu
+        or saved.has_residual
+        or saved.y is not None
+    ):
         added = None if v_dresidual is None else layout.block(v_dresidual)
-        ddy.block[...] = _passes.after_tail(call, to_dy, v, added, saved.relu)
+        second, dscale = _composed_second(of, saved.relu, second, added, by_channel)
+    else:
+        if out_dy is not None and need_x and any(_validate.overlap(out_dy, a) for a in inputs.values()):
+            # ddy is written first: not to what dx is then computed from.
+            second = second._replace(ddy=np.empty(layout.sizes, of.x.dtype))
+        dscale = np.empty(of.channels)
+        x, v, g, by_scale, by_shift = of.block, second.v, second.g, *by_channel
+        to = second.ddy, second.dx, dscale, of.threads
+        if of.given is not None:
+            mean, var = of.given
+            _core.normalize_double_backward(v, g, x, call, mean, var, by_scale, by_shift, *to)
+        else:
+            _core.double_backward(v, g, x, call, of.moments, by_scale, by_shift, *to)
+    if ddy is not None and second.ddy is not ddy.block:  # no loop, whose iterator would ask for memory
+        ddy.block[...] = second.ddy
+    if dx is not None and second.dx is not dx.block:
+        dx.block[...] = second.dx
     of.sum_up(dgamma, None, of.r, dscale, None)
     if ddy is not None:
         ddy.deliver()
@@ -434,12 +441,37 @@ def double_backward(
     return of.rounded(results)
 
 
+def _composed_second(
+    of: _Kept,
+    relu: ReluMask | None,
+    second: _passes.Second,
+    v_dresidual: Array | None,
+    by_channel: tuple[Array | None, Array | None],
+) -> tuple[_passes.Second, PerChannel]:
+    """Give the second gradients of calls of which the core has no such pass, and that of scale, (S·C,)."""
+    stopped = None if relu is None else ~relu.block()
+    ddy, dx = (None if to is None else np.empty(of.layout.sizes) for to in (second.ddy, second.dx))
+    g = second.g if stopped is None else np.where(stopped, 0.0, second.g)
+    count = None if of.table is None else of.table[:, 0]
+    composed = second._replace(g=g, ddy=ddy, dx=dx)
+    dscale = _passes.double_backward_by_formula(of.call, composed, count, of.standard(), *by_channel)
+    if ddy is not None:
+        if v_dresidual is not None:
+            ddy += v_dresidual
+        if stopped is not None:
+            ddy[stopped] = 0
+        counted = of.call.counted()
+        if counted is not None:
+            ddy[...] = np.where(counted, ddy, second.v if of.call.padding == _passes.KEEP else 0)
+    return composed, dscale
+
+
 class _Kept:
     """What a Saved says, checked, as the passes want it.
 
     Attributes
     ----------
-    x, layout, call : what was kept, how it lies, and the call on it.
+    x, layout, block, call, threads : what was kept, how it lies, as the core sees it, and what the core is told of it.
     table, given : the statistics of the batch, or those that were given; the other is None.
     scale : (C,) or (S·C,) or None, what the passes take for gamma: gamma·r; where y is kept, see `_as_if_input`.
     r, d : (S·C,) or None, those of renorm.
@@ -478,12 +510,10 @@ class _Kept:
         self.d: PerChannel | None = None if saved.renorm is None else saved.d
         self.turn, self.scale = self.r, of_sets(gamma, self.r)
         self._saved, self._dtype, self._rounds = saved, _validate.float_dtype(saved.gamma), False
-        offsets = None if part.offsets is None else part.in_outer(self.layout)
-        self.call = Call(
-            self.layout.block(self.x), part.weights, part.padding, offsets, float(saved.eps), threads
-        )
-        if self.given is not None:
-            self.call = self.call.of_given()
+        self.block, self.threads = self.layout.block(self.x), threads
+        self.call = part.call(self.layout, self.scale, None, float(saved.eps), self.given is not None)
+        if saved.relu is not None:
+            self.call = self.call._replace(relu=True, bits=saved.relu.data)
         if saved.y is not None:
             self._as_if_input()
 
@@ -517,7 +547,7 @@ class _Kept:
             self.scale = self.true_scale * self._saved.rstd * size
         sign = np.copysign(1.0, self.true_scale)
         self.turn = sign if self.r is None else sign * self.r
-        self.call = replace(self.call, eps=0.0)
+        self.call = self.call._replace(scale=self.scale, eps=0.0)
 
     @property
     def moments(self) -> PerChannel:
@@ -566,7 +596,7 @@ class _Kept:
         return np.empty(self.channels, self._dtype if known else np.float64) if needed else None
 
     def wide(self, needed: bool) -> PerChannel | None:
-        """Make room for what such a gradient is made of, of each set."""
+        """Make room for what such a gradient is made of, for each set."""
         return np.empty(self.channels * self._saved.part.sets) if needed else None
 
     def sum_up(

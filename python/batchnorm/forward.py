@@ -15,10 +15,10 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _passes, _validate
-from batchnorm._arrays import Layout, Target
+from batchnorm import _core, _validate
+from batchnorm._arrays import ORDERS, Layout, Target
 from batchnorm._parts import ALL, Part, of_samples, parts, require_values
-from batchnorm._passes import Call, ReluMask, Tail
+from batchnorm._passes import Call, ReluMask
 from batchnorm._validate import Activation, Keep, WeightsAre
 from batchnorm.moments import Moments
 from batchnorm.running import Renorm
@@ -121,8 +121,8 @@ def batch_norm(
     -----
     An empty batch, and one of which nothing counts, gives moments of count 0, and y = beta wherever that is normalized.
     A segment of one value a channel has variance 0, and y = beta. NaN and infinity stay in their channel. Memory: y, and a
-    bit for each element with ReLU; while it runs, up to 3 KB a channel and a few percent of `x`, and a tensor or two where
-    what follows comes with masks, segments or renorm. Releases the GIL for large `x`. `saved` keeps `x` alive.
+    bit for each element with ReLU; while it runs, up to 3 KB a channel and a few percent of `x`. Releases the GIL for large
+    `x`. `saved` keeps `x` alive.
 
     Examples
     --------
@@ -134,10 +134,11 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
-    if not options or _validate.no_options("batch_norm", options):
-        done = _core.try_batch_norm(_saved, x, gamma, beta, axis, eps, out, num_threads)
-        if done is not None:
-            return done
+    done = _core.try_batch_norm(ordinary_saved, x, gamma, beta, axis, eps, out, num_threads, options or None)
+    if done is not None:
+        return done
+    if options:
+        _validate.no_options("batch_norm", options)
     return normalized_by_batch(_same, x, gamma, beta, axis, eps, options, out, num_threads)
 
 
@@ -236,15 +237,15 @@ def normalize(
     )
     of.layout, part = parts(x, axis, options)
     part.require_weights()
-    of.call = of.call_of(part).of_given()
-    y, tail, saved = of.target(), of.tail(save), None
+    call, saved = of.call(part, save, given=True), None
+    y = Target(of.layout, x, out)
     if save:
         copies = np.array(given[0], np.float64), np.array(given[1], np.float64)
         saved = of.saved(None, part, y.array, given=copies)
         if of.keep == "y":
             require_invertible(*kept_affine(saved, of.channels), x)
     results = y.array if saved is None else (y.array, saved)
-    _passes.normalize(of.call, given, of.gamma, of.beta, tail, y.block)
+    _core.normalize(of.layout.block(x), call, *given, y.block, of.threads)
     y.deliver()
     return results
 
@@ -299,8 +300,23 @@ def instance_norm(
     return normalized_by_batch(_same, x, gamma, beta, axis, eps, given, out, num_threads)
 
 
-def _saved(x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float) -> Saved:
-    return Saved(x, Moments._from_core(table), gamma, axis, eps)
+def ordinary_saved(
+    x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float, *options: Any
+) -> Saved:
+    """Give what an ordinary call saves; of one with options the core tells more."""
+    moments = Moments._from_core(table)
+    if not options:
+        return Saved(x, moments, gamma, axis, eps)
+    given, sizes, weights, padding, bits, has_residual = options
+    layout = Layout(given.shape, ORDERS[given.ndim], sizes)
+    others: dict[str, Any] = {"layout": layout}
+    if weights is not None:
+        others["part"] = Part(weights, padding or "zero", "mask", None, None, table)
+    if bits is not None:
+        others["relu"] = ReluMask(layout, bits)
+    if has_residual:
+        others["has_residual"] = True
+    return Saved(x, moments, gamma, axis, eps, **others)
 
 
 def _same(saved: Saved) -> Saved:
@@ -334,24 +350,25 @@ def normalized_by_batch(
     require_values(x, axis, of.layout, part, options)
     if renorm is not None:
         _validate.renorm_samples(renorm.parity, renorm.samples, x, axis, part.offsets)
-    of.call, channels = of.call_of(part), of.channels
-    y, tail, table = of.target(), of.tail(True), np.zeros((part.sets * channels, 5))
+    call, block, y = of.call(part, True), of.layout.block(x), Target(of.layout, x, out)
+    table = np.zeros((part.sets * of.channels, 5))
     shown = table.view()
     shown.flags.writeable = False
     part = part.with_table(shown)
     saved = of.saved(Moments._from_core(shown, part.importance_dof(of.layout)), part, y.array, renorm=renorm)
     results = y.array, made(saved)
     if of.keep == "y" and renorm is None:
-        require_invertible(*kept_affine(saved, channels), x)
+        require_invertible(*kept_affine(saved, of.channels), x)
     try:
         if renorm is None:
-            _passes.batch_norm(of.call, of.gamma, of.beta, tail, table, y.block)
+            _core.batch_norm(block, call, y.block, table, of.threads)
         else:
-            _passes.moments(of.call, table)
+            _core.moments(block, call, table, of.threads)
             scale, shift = affine(of.gamma, of.beta, renorm.correction(saved.moments, of.eps))
             if of.keep == "y":
                 require_invertible(scale, shift, x)
-            _passes.by_moments(of.call, table, scale, shift, tail, y.block)
+            corrected = call._replace(scale=scale, shift=shift)
+            _core.normalize_by_moments(block, corrected, table, y.block, of.threads)
     except ValueError:  # the core knows only of weights
         if part.weights is not None and part.source != "weights":
             _validate.several_positions(part.source, part.weights)
@@ -364,7 +381,6 @@ class _Forward:
     """The checked arguments of a forward call, and what it leaves."""
 
     layout: Layout
-    call: Call
 
     def __init__(
         self,
@@ -404,22 +420,16 @@ class _Forward:
             _validate.output(out, x, may_be, apart)
         self._relu_mask: ReluMask | None = None
 
-    def call_of(self, part: Part) -> Call:
-        """Give the call that counts that part."""
-        offsets = None if part.offsets is None else part.in_outer(self.layout)
-        return Call(self.layout.block(self.x), part.weights, part.padding, offsets, self.eps, self.threads)
-
-    def target(self) -> Target:
-        return Target(self.layout, self.x, self.out, at_once=True)
-
-    def tail(self, saves: bool) -> Tail | None:
-        """Give what follows; the mask of ReLU is there where anything is kept."""
-        if not self.relu and self.residual is None:
-            return None
-        if self.relu and saves and self.keep is not None and self._relu_mask is None:
+    def call(self, part: Part, saves: bool, *, given: bool = False) -> Call:
+        """Give the call of all this, with a mask of ReLU where anything is kept."""
+        of = part.call(self.layout, self.gamma, self.beta, self.eps, given)
+        if self.relu and saves and self.keep is not None:
             self._relu_mask = ReluMask.room(self.layout)
+        if not self.relu and self.residual is None:
+            return of
         added = None if self.residual is None else self.layout.block(self.residual)
-        return Tail(added, self.relu, self._relu_mask)
+        bits = None if self._relu_mask is None else self._relu_mask.data
+        return of._replace(residual=added, relu=self.relu, bits=bits)
 
     def saved(
         self,
@@ -430,7 +440,7 @@ class _Forward:
         given: tuple[PerChannel, PerChannel] | None = None,
         renorm: Renorm | None = None,
     ) -> Saved:
-        """Give what is saved, once the tail is known."""
+        """Give what is saved, once there is a call."""
         gamma = None if self._given_gamma is None else np.asarray(self._given_gamma)
         overwritten = self.out is not None and _validate.same_memory(self.out, self.x)
         others: dict[str, Any] = {}
@@ -446,7 +456,7 @@ class _Forward:
             gamma = None if gamma is None else np.array(gamma)
             others["y"] = y
             others["beta"] = None if self._given_beta is None else np.array(self._given_beta)
-        if others or self.layout.order != tuple(range(self.x.ndim)):
+        if others or self.layout.order != ORDERS[self.x.ndim]:
             others["layout"] = self.layout
         if given is not None:
             others["given"] = given

@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _parts, _passes, _validate
+from batchnorm import _core, _parts, _validate
 from batchnorm._validate import WeightsAre
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
@@ -357,8 +357,6 @@ def moments(
     axis = _validate.axis(axis, x.ndim)
     threads = _validate.num_threads(num_threads)
     layout, part = _parts.parts(x, axis, parts)
-    offsets = None if part.offsets is None else part.in_outer(layout)
-    call = _passes.Call(layout.block(x), part.weights, part.padding, offsets, 0.0, threads)
     table = np.zeros((part.sets * layout.sizes[1], _FIELDS))
-    _passes.moments(call, table)
+    _core.moments(layout.block(x), part.call(layout, None, None, 0.0), table, threads)
     return Moments._from_table(table, part.importance_dof(layout))

@@ -44,6 +44,11 @@ std::span<T> values_of(const py::object& array) {
   return {static_cast<T*>(const_cast<void*>(a.data())), static_cast<std::size_t>(a.size())};
 }
 
+template <class T>
+std::span<T> values_or_none(const py::object& array) {
+  return array.is_none() ? std::span<T>{} : values_of<T>(array);
+}
+
 // A new array of one gradient per channel in the type of gamma (float64 where there is none); None where not wanted.
 class ChannelGradient {
  public:
@@ -99,10 +104,41 @@ PyObject* try_moments(PyObject* const (&arguments)[3]) {
   return result.release().ptr();
 }
 
-// (y, keep(x or None where y overwrites it, moments, gamma, axis from 0, eps)). keep is called before the moments are
-// known.
-PyObject* try_batch_norm(PyObject* const (&arguments)[8]) {
-  const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads] = arguments;
+// The tuple of a Problem's sizes.
+py::object sizes_of(const Problem& p) { return owned(Py_BuildValue("(LLL)", p.outer, p.channels, p.inner)); }
+
+// Weights of 0 and 1 in the type of those of x: what the core counts by.
+py::object weights_of(const bool* mask, const Problem& problem, const Array& x) {
+  const py::ssize_t size = problem.outer * problem.inner;
+  py::array weights = new_array(x.is_double ? kFloat64 : kFloat32, 1, &size);
+  if (x.is_double) {
+    std::copy_n(mask, size, static_cast<double*>(weights.mutable_data()));
+  } else {
+    std::copy_n(mask, size, static_cast<float*>(weights.mutable_data()));
+  }
+  return weights;
+}
+
+// Room for the bits of a ReLU, which Python may not write to.
+py::object new_bits(const Problem& problem) {
+  const py::ssize_t size = relu_mask_bytes(problem);
+  py::array bits = new_array(kUint8, 1, &size);
+  py::detail::array_proxy(bits.ptr())->flags &= ~py::detail::npy_api::NPY_ARRAY_WRITEABLE_;
+  return bits;
+}
+
+// The bytes of those bits.
+std::span<std::uint8_t> bits_of(const py::object& bits) {
+  if (bits.is_none()) return {};
+  const auto& a = static_cast<const py::array&>(bits);
+  return {static_cast<std::uint8_t*>(const_cast<void*>(a.data())), static_cast<std::size_t>(a.size())};
+}
+
+// (y, keep(x or None where y overwrites it, moments, gamma, axis from 0, eps)); with options, keep is told more: x, its
+// sizes, weights or None, padding, the bits of ReLU or None, whether there is a residual. keep is called before what it
+// is given is filled.
+PyObject* try_batch_norm(PyObject* const (&arguments)[9]) {
+  const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads, py_options] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x);
   const int axis = a.axis(py_axis, x);
@@ -110,20 +146,34 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[8]) {
   const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
   const Array beta = a.channel_values_or_none(py_beta, problem.channels);
   const double eps = a.eps(py_eps);
-  const Array out = a.out(py_out, {x}, {gamma, beta});
+  const Options options = a.options(py_options, x, axis);
+  const Array out = options.residual.present() ? a.out(py_out, {x, options.residual}, {gamma, beta})
+                                               : a.out(py_out, {x}, {gamma, beta});
   const int threads = a.threads(py_threads);
   if (!a.ordinary() || problem.count() < 2) return not_ordinary();
 
   const py::object y = target(out, x);
+  const py::object weights = options.mask != nullptr ? weights_of(options.mask, problem, x) : py::none();
+  const py::object bits = options.relu ? new_bits(problem) : py::none();
   py::array moments = new_table<Moments>(problem.channels);
   const bool overwritten = out.data == x.data;
   const py::object axis_from_0 = owned(PyLong_FromLong(axis));
+  PyObject* const kept = overwritten ? Py_None : x.object;
   const py::object saved =
-      called(py_keep, overwritten ? Py_None : x.object, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps);
+      !options.present()
+          ? called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps)
+          : called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps, x.object, sizes_of(problem).ptr(),
+                   weights.ptr(), options.padding != nullptr ? options.padding : Py_None, bits.ptr(),
+                   options.residual.present() ? Py_True : Py_False);
   py::object result = owned(PyTuple_Pack(2, y.ptr(), saved.ptr()));
   if (!done(x, [&]<class T>(T) {
-        batch_norm<T>(x.values<const T>(), problem, gamma.channel_values(), beta.channel_values(), eps, values_of<T>(y),
-                      rows<Moments>(moments), {threads});
+        const Call<T> call{.problem = problem,
+                           .counted = {values_or_none<T>(weights), static_cast<Padding>(options.code)},
+                           .gamma = gamma.channel_values(),
+                           .beta = beta.channel_values(),
+                           .eps = eps,
+                           .tail = {options.residual.values<const T>(), options.relu, bits_of(bits)}};
+        batch_norm<T>(x.values<const T>(), call, values_of<T>(y), rows<Moments>(moments), {threads});
       })) {
     return not_ordinary();
   }
@@ -153,9 +203,10 @@ PyObject* try_normalize(PyObject* const (&arguments)[9]) {
   return y.release().ptr();
 }
 
-// A tuple of that type of (dx, dgamma, dbeta, dresidual), None where not asked for; nothing is added here.
-PyObject* try_batch_norm_backward(PyObject* const (&arguments)[10]) {
-  const auto& [type, py_dy, py_x, py_moments, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads] = arguments;
+// A tuple of that type of (dx, dgamma, dbeta, dresidual), None where not asked for.
+PyObject* try_batch_norm_backward(PyObject* const (&arguments)[14]) {
+  const auto& [type, py_dy, py_x, py_moments, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads, py_weights,
+               py_padding, py_bits, has_residual] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x), dy = a.tensor_like(x, py_dy);
   const Problem problem = a.problem(x, a.integer(py_axis, 0, x.dimensions - 1));
@@ -163,16 +214,25 @@ PyObject* try_batch_norm_backward(PyObject* const (&arguments)[10]) {
   const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
   const double eps = a.eps(py_eps);
   const Needs needs = a.needs(py_needs);
+  const Array weights = a.weights(py_weights, x);
+  const auto padding = static_cast<Padding>(a.integer(py_padding, 0, 2));
+  const std::span<std::uint8_t> bits = a.bits(py_bits);
   const Array out = a.out(py_out, {x, dy}, {gamma});
   const int threads = a.threads(py_threads);
   if (!a.ordinary()) return not_ordinary();
 
   const py::object dx = needs.x ? target(out, x) : py::none();
+  const py::object dresidual = needs.residual && has_residual == Py_True ? py::object(new_like(x)) : py::none();
   const ChannelGradient dgamma(needs.gamma, problem.channels, gamma), dbeta(needs.beta, problem.channels, gamma);
-  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object(), Py_None);
+  py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object(), dresidual.ptr());
   if (!done(x, [&]<class T>(T) {
-        batch_norm_backward<T>(dy.values<const T>(), x.values<const T>(), problem, moments, gamma.channel_values(), eps,
-                               needs.x ? values_of<T>(dx) : std::span<T>{}, dgamma.output(), dbeta.output(), {threads});
+        const Call<T> call{.problem = problem,
+                           .counted = {weights.values<const T>(), padding},
+                           .gamma = gamma.channel_values(),
+                           .eps = eps,
+                           .tail = {{}, !bits.empty(), bits}};
+        const Gradients<T> to{values_or_none<T>(dx), values_or_none<T>(dresidual), dgamma.output(), dbeta.output()};
+        batch_norm_backward<T>(dy.values<const T>(), x.values<const T>(), call, moments, to, {threads});
       })) {
     return not_ordinary();
   }
@@ -350,16 +410,18 @@ void add_ordinary_calls(py::module_& m) {
       method<3, try_moments>("try_moments",
                              "try_moments($module, x, axis, threads, /)\n--\n\n"
                              "moments if all arguments are ordinary."),
-      method<8, try_batch_norm>("try_batch_norm",
-                                "try_batch_norm($module, keep, x, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
-                                "batch_norm if all arguments are ordinary: y, keep(x, moments, gamma, axis, eps)."),
+      method<9, try_batch_norm>(
+          "try_batch_norm",
+          "try_batch_norm($module, keep, x, gamma, beta, axis, eps, out, threads, options, /)\n--\n\n"
+          "batch_norm if all arguments are ordinary: y, keep(x, moments, gamma, axis, eps, ...)."),
       method<9, try_normalize>("try_normalize",
                                "try_normalize($module, x, mean, var, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
                                "normalize if all arguments are ordinary: y."),
-      method<10, try_batch_norm_backward>(
+      method<14, try_batch_norm_backward>(
           "try_batch_norm_backward",
-          "try_batch_norm_backward($module, type, dy, x, moments, gamma, axis, eps, needs, out, threads, /)\n--\n\n"
-          "batch_norm_backward if all arguments are ordinary: type(dx, dgamma, dbeta, None)."),
+          "try_batch_norm_backward($module, type, dy, x, moments, gamma, axis, eps, needs, out, threads, weights, "
+          "padding, bits, has_residual, /)\n--\n\n"
+          "batch_norm_backward if all arguments are ordinary: type(dx, dgamma, dbeta, dresidual)."),
       method<11, try_normalize_backward>(
           "try_normalize_backward",
           "try_normalize_backward($module, type, dy, x, mean, var, gamma, axis, eps, needs, out, threads, /)\n--\n\n"

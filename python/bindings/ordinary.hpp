@@ -49,8 +49,19 @@ struct Array {
   }
 };
 
+// What follows and what counts, of the options of a call: all that is ordinary of them.
+struct Options {
+  PyObject* padding = nullptr;  // as it was given, else null
+  int code = 0;                 // of the padding: zero, keep, normalize
+  const bool* mask = nullptr;   // one for each position
+  Array residual;
+  bool relu = false;
+
+  [[nodiscard]] bool present() const { return mask != nullptr || residual.present() || relu; }
+};
+
 struct Needs {
-  bool x = false, gamma = false, beta = false;
+  bool x = false, gamma = false, beta = false, residual = false;
 };
 
 // The arguments of one call, read one by one. After the first that is not ordinary, what the others give means nothing.
@@ -147,10 +158,63 @@ class Arguments {
       if (!need(PyUnicode_CheckExact(name))) return named;
       const auto is = [name](const char* text) { return PyUnicode_CompareWithASCIIString(name, text) == 0; };
       const bool x = is("x"), gamma = !x && is("gamma"), beta = !x && !gamma && is("beta");
-      need(x || gamma || beta);
-      named = {named.x || x, named.gamma || gamma, named.beta || beta};
+      const bool residual = !x && !gamma && !beta && is("residual");
+      need(x || gamma || beta || residual);
+      named = {named.x || x, named.gamma || gamma, named.beta || beta, named.residual || residual};
     }
     return named;
+  }
+
+  // Of a dict of keywords, or None: those that are None say nothing, but for `keep`; others than these are not
+  // ordinary.
+  Options options(PyObject* o, const Array& x, int axis) {
+    Options given;
+    if (o == Py_None || !need(PyDict_CheckExact(o) && ordinary_)) return given;
+    PyObject *key = nullptr, *value = nullptr;
+    Py_ssize_t at = 0;
+    while (ordinary_ && PyDict_Next(o, &at, &key, &value) != 0) {
+      const auto is = [key](const char* text) { return PyUnicode_CompareWithASCIIString(key, text) == 0; };
+      if (is("keep")) {
+        need(is_word(value, "x"));
+      } else if (value == Py_None) {
+        continue;
+      } else if (is("mask")) {
+        given.mask = mask(value, x, axis);
+      } else if (is("residual")) {
+        given.residual = tensor_like(x, value);
+      } else if (is("activation")) {
+        given.relu = need(is_word(value, "relu"));
+      } else if (is("padding")) {
+        given.padding = value;
+        given.code = is_word(value, "zero") ? 0 : is_word(value, "keep") ? 1 : 2;
+        need(given.code < 2 || is_word(value, "normalize"));
+      } else {
+        need(false);
+      }
+    }
+    need(given.mask != nullptr || given.padding == nullptr);
+    return given;
+  }
+
+  // A weight of each position in the type of x, flat, or none.
+  Array weights(PyObject* o, const Array& x) {
+    if (o == Py_None) return {};
+    const Array a = array(o);
+    need(a.dimensions == 1 && a.is_double == x.is_double);
+    return a;
+  }
+
+  // The bytes of the bits of a ReLU, or none.
+  std::span<std::uint8_t> bits(PyObject* o) {
+    if (o == Py_None) return {};
+    if (!need(Py_IS_TYPE(o, py::detail::npy_api::get().PyArray_Type_))) return {};
+    const auto* fields = py::detail::array_proxy(o);
+    const auto* type = py::detail::array_descriptor_proxy(fields->descr);
+    if (!need(type->type_num == py::detail::npy_api::NPY_UBYTE_ && fields->nd == 1 &&
+              (fields->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0)) {
+      return {};
+    }
+    return {reinterpret_cast<std::uint8_t*>(fields->data), static_cast<std::size_t>(fields->dimensions[0])};
   }
 
   // How x lies in memory from its axis `axis`.
@@ -163,6 +227,22 @@ class Arguments {
   }
 
  private:
+  static bool is_word(PyObject* o, const char* text) {
+    return PyUnicode_CheckExact(o) && PyUnicode_CompareWithASCIIString(o, text) == 0;
+  }
+
+  // Bools of the shape of x without its channel axis.
+  const bool* mask(PyObject* o, const Array& x, int axis) {
+    if (!need(Py_IS_TYPE(o, py::detail::npy_api::get().PyArray_Type_))) return nullptr;
+    const auto* fields = py::detail::array_proxy(o);
+    const auto* type = py::detail::array_descriptor_proxy(fields->descr);
+    bool fits = type->type_num == py::detail::npy_api::NPY_BOOL_ && fields->nd == x.dimensions - 1 &&
+                (fields->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0;
+    for (int d = 0; fits && d < fields->nd; ++d) fits = fields->dimensions[d] == x.shape[d < axis ? d : d + 1];
+    need(fits);
+    return fits ? reinterpret_cast<const bool*>(fields->data) : nullptr;
+  }
+
   bool ordinary_ = true;
 };
 

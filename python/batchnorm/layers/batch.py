@@ -16,7 +16,7 @@ from batchnorm import _validate, conventions
 from batchnorm._parts import parts
 from batchnorm._validate import Activation, Keep, Parity, WeightsAre
 from batchnorm.conventions import Library
-from batchnorm.forward import batch_norm, normalize, normalized_by_batch, ordinary_batch_norm
+from batchnorm.forward import batch_norm, normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved
 from batchnorm.layers.layer import Apart, Call, Layer, State, _Default, is_x
 from batchnorm.layers.settings import BatchNormSettings, Nonfinite, Setting, SingleValue, flag, integer
 from batchnorm.layers.statistics import (
@@ -323,21 +323,16 @@ class BatchNorm(Layer):
             update = self._is_finite(now, self._moments(x, told))
         room = new_room(gamma, now.mean) or (None, np.empty_like(now.mean), np.empty_like(now.mean))
         keep: Any = _itself
-        keep_of: Any = _saved_of
+        keep_of: Any = ordinary_saved
         given = state, x, told, k, update, room
         if out is not None:  # all that the call leaves is made before it writes, as is what may fail
             keep, keep_of = self._making(given)
-        done = None
-        if not told:
-            done = ordinary_batch_norm(
-                keep_of, x, room[0], state.beta, settings.axis, settings.eps, out, settings.num_threads
-            )
+        rest = (room[0], state.beta, settings.axis, settings.eps)
+        done = ordinary_batch_norm(keep_of, x, *rest, out, settings.num_threads, told or None)
         if done is None:
             if not told:  # else that has been looked at
                 x = _x_channels(x, settings.axis, settings.channels)
-            done = normalized_by_batch(
-                keep, x, room[0], state.beta, settings.axis, settings.eps, told, out, settings.num_threads
-            )
+            done = normalized_by_batch(keep, x, *rest, told, out, settings.num_threads)
         y, kept = done
         saved, after, nexts = kept if out is not None else self._made(kept, given, False)
         if (nexts is None and out is None) or (nexts is not None and not fill(now, nexts, settings)):
@@ -356,8 +351,8 @@ class BatchNorm(Layer):
         def keep(saved: Saved) -> _Made:
             return self._made(saved, given, True)
 
-        def keep_of(kept: Any, table: NDArray[np.float64], gamma: Any, axis: int, eps: float) -> _Made:
-            return self._made(Saved(kept, Moments._from_core(table), gamma, axis, eps), given, True)
+        def keep_of(*kept: Any) -> _Made:
+            return self._made(ordinary_saved(*kept), given, True)
 
         return keep, keep_of
 
@@ -632,12 +627,6 @@ def _itself(saved: Saved) -> Saved:
 def _counts(saved: Saved) -> bool:
     """Tell whether anything of x counts."""
     return saved.part.weights is None or bool(saved.part.weights.any())
-
-
-def _saved_of(
-    kept: NDArray[Any] | None, table: NDArray[np.float64], gamma: Any, axis: int, eps: float
-) -> Saved:
-    return Saved(kept, Moments._from_core(table), gamma, axis, eps)
 
 
 def _with(statistics: tuple[Statistics, ...], k: int, new: Statistics) -> tuple[Statistics, ...]:
