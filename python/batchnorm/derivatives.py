@@ -408,27 +408,15 @@ def double_backward(
     v = np.zeros(layout.sizes, of.x.dtype) if v_dx is None else layout.block(v_dx)
     second = _passes.Second(of.block, v, layout.block(dy), _block(ddy), _block(dx))
     by_channel = of.tangents(v_scale, v_shift, of.r)
-    if (
-        call.weights is not None
-        or call.offsets is not None
-        or call.relu
-        or saved.has_residual
-        or saved.y is not None
-    ):
+    if out_dy is not None and need_x and any(_validate.overlap(out_dy, a) for a in inputs.values()):
+        # ddy is written first: not to what dx is then computed from.
+        second = second._replace(ddy=np.empty(layout.sizes, of.x.dtype))
+    is_plain = call.weights is None and call.offsets is None and not call.relu and saved.y is None
+    if is_plain and v_dresidual is None:
+        dscale = _plain_second(of, second, *by_channel)
+    else:
         added = None if v_dresidual is None else layout.block(v_dresidual)
         second, dscale = _composed_second(of, saved.relu, second, added, by_channel)
-    else:
-        if out_dy is not None and need_x and any(_validate.overlap(out_dy, a) for a in inputs.values()):
-            # ddy is written first: not to what dx is then computed from.
-            second = second._replace(ddy=np.empty(layout.sizes, of.x.dtype))
-        dscale = np.empty(of.channels)
-        x, v, g, by_scale, by_shift = of.block, second.v, second.g, *by_channel
-        to = second.ddy, second.dx, dscale, of.threads
-        if of.given is not None:
-            mean, var = of.given
-            _core.normalize_double_backward(v, g, x, call, mean, var, by_scale, by_shift, *to)
-        else:
-            _core.double_backward(v, g, x, call, of.moments, by_scale, by_shift, *to)
     if ddy is not None and second.ddy is not ddy.block:  # no loop, whose iterator would ask for memory
         ddy.block[...] = second.ddy
     if dx is not None and second.dx is not dx.block:
@@ -439,6 +427,20 @@ def double_backward(
     if dx is not None:
         dx.deliver()
     return of.rounded(results)
+
+
+def _plain_second(
+    of: _Kept, second: _passes.Second, v_scale: Array | None, v_shift: Array | None
+) -> PerChannel:
+    """Write the second gradients of a call of which the core has that pass, and give that of scale, (C,)."""
+    dscale = np.empty(of.channels)
+    v, g, to = second.v, second.g, (second.ddy, second.dx, dscale, of.threads)
+    if of.given is not None:
+        mean, var = of.given
+        _core.normalize_double_backward(v, g, second.x, of.call, mean, var, v_scale, v_shift, *to)
+    else:
+        _core.double_backward(v, g, second.x, of.call, of.moments, v_scale, v_shift, *to)
+    return dscale
 
 
 def _composed_second(
