@@ -2,6 +2,7 @@
 // coefficients, with a tangent in the place of dy.
 #include <vector>
 
+#include "lines.hpp"
 #include "pass.hpp"
 
 namespace batchnorm {
@@ -230,6 +231,9 @@ BackwardPass<T> forward_mode(const T* x_dot, const T* x, const Part<T>& call, co
 template <class T>
 void run_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out, int threads,
                    const PartOf& part) {
+  if (is_lines(call.problem)) {
+    return run_lines_grad_sums(dy, x, call, moments, out, threads, part);
+  }
   BackwardPass<T> pass{.reduces = true, .applies = false, .call = call, .dy = dy, .x = x};
   pass.moments = moments;
   pass.sums_out = out;
@@ -240,6 +244,9 @@ void run_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* 
 template <class T>
 void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
                     const FirstOutputs<T>& out, int threads, const PartOf& part) {
+  if (is_lines(call.problem)) {
+    return run_lines_grad_input(dy, x, call, moments, sums, out, threads, part);
+  }
   BackwardPass<T> pass{.reduces = false, .applies = true, .call = call, .dy = dy, .x = x, .dx = out.dx};
   pass.dresidual = out.dresidual;
   pass.moments = moments;
@@ -250,6 +257,9 @@ void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments*
 template <class T>
 void run_batch_norm_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved,
                              const FirstOutputs<T>& out, int threads, const PartOf& part) {
+  if (is_lines(call.problem)) {
+    return run_lines_backward(dy, x, call, saved, out, threads, part);
+  }
   const ConstantScale unchanged;
   const bool gate_alone = out.dx == nullptr && out.dresidual != nullptr;
   BackwardPass<T> pass{.reduces = true,
@@ -308,6 +318,9 @@ void run_normalize_backward(const T* dy, const T* x, const Part<T>& call, const 
 template <class T>
 void run_batch_norm_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
                         const Tangents& tangents, T* y_dot, int threads, const PartOf& part) {
+  if (is_lines(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
+    return run_lines_jvp(x_dot, x, call, saved, sums, tangents, y_dot, threads, part);
+  }
   BackwardPass<T> pass = forward_mode(x_dot, x, call, saved, sums, tangents, y_dot);
   run(pass, 3, threads, part);
 }

@@ -45,11 +45,11 @@ template <class V>
 struct MomentsOf {
   V count, mean, mean_lo, m2, m2_lo;
 
-  static MomentsOf at(const Moments* m) {
+  BN_FORMULA static MomentsOf at(const Moments* m) {
     return {gather<V>(m, &Moments::count), gather<V>(m, &Moments::mean), gather<V>(m, &Moments::mean_lo),
             gather<V>(m, &Moments::m2), gather<V>(m, &Moments::m2_lo)};
   }
-  void put(Moments* m) const {
+  BN_FORMULA void put(Moments* m) const {
     for (int l = 0; l < kChannelsOf<V>; ++l) {
       m[l] = {lane(count, l), lane(mean, l), lane(mean_lo, l), lane(m2, l), lane(m2_lo, l)};
     }
@@ -68,8 +68,8 @@ struct GradSumsOf {
 // Moments from sum(x - shift) and sum((x - shift)^2), high and low parts, over `count` values of T. A count that is a
 // sum of weights needs its low part: what it lacks, m2 lacks (mean/std)^2 times.
 template <class T, class V>
-MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const TwoParts<V>& first,
-                               const TwoParts<V>& second) {
+BN_FORMULA MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const TwoParts<V>& first,
+                                          const TwoParts<V>& second) {
   if constexpr (sizeof(T) == sizeof(float)) {
     // Plain float64 is enough: the conditioning checks below keep the cancellation in m2 under 15 bits of 53.
     const V sum = first.hi + first.lo, below = sum / count.hi;  // mean - shift
@@ -117,12 +117,12 @@ struct Conditioning<double> {
 
 // True where mean^2 is so far above var that m2 about 0 has too few digits. False for NaN. M: Moments or MomentsOf.
 template <class T, class M>
-auto needs_shift(const M& m) {
+BN_FORMULA auto needs_shift(const M& m) {
   return m.mean * m.mean * m.count > Conditioning<T>::kShiftAbove * m.m2;
 }
 // True where the mean is so far below the values that its sum has cancelled. False for NaN and where all values are 0.
 template <class M>
-auto mean_below(const M& m, double ratio_squared) {
+BN_FORMULA auto mean_below(const M& m, double ratio_squared) {
   return m.mean * m.mean * m.count < ratio_squared * m.m2;
 }
 
@@ -130,7 +130,7 @@ auto mean_below(const M& m, double ratio_squared) {
 // is infinite), or where products with weights are too small to keep their digits. False for NaN. float32's cannot:
 // squares of its values and their products with weights stay below 2^400.
 template <class T, class V>
-auto left_range(const MomentsOf<V>& m) {
+BN_FORMULA auto left_range(const MomentsOf<V>& m) {
   if constexpr (sizeof(T) == sizeof(float)) {
     return decltype(V{} < V{}){};
   } else {
@@ -182,7 +182,7 @@ inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(varia
 
 // The same as far as tensors of T need it: float64 is enough for float32, whose coefficients are rounded to 24 bits.
 template <class T, class V>
-TwoParts<V> rstd_for(V var, double eps) {
+BN_FORMULA TwoParts<V> rstd_for(V var, double eps) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return rstd_of(DoubleDouble{var, 0}, eps);
   } else {
@@ -191,7 +191,7 @@ TwoParts<V> rstd_for(V var, double eps) {
   }
 }
 template <class T, class V>
-TwoParts<V> rstd_for(const MomentsOf<V>& m, double eps) {
+BN_FORMULA TwoParts<V> rstd_for(const MomentsOf<V>& m, double eps) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return rstd_of(Moments{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}, eps);
   } else {
@@ -216,31 +216,32 @@ TwoParts<V> forward_rstd(const MomentsOf<V>& m, double eps, const V& gamma) {
 template <class V, template <class> class Map>
 struct Coefficients {
   Map<V> narrow, wide;
-  decltype(V{} < V{}) is_wide{};  // never for float64
+  decltype(V{} < V{}) is_wide;  // never for float64
 };
 
 // A factor that T holds with all its digits.
 template <class T, class V>
-auto factor_fits(const V& exact) {
+BN_FORMULA auto factor_fits(const V& exact) {
+  constexpr double kLeast = std::numeric_limits<T>::min(), kMost = std::numeric_limits<T>::max();
   const V a = absolute(round_to<T>(exact));
   // Not && and ||: branches here cost more than what they skip.
-  return (exact == 0) | ((a >= double{std::numeric_limits<T>::min()}) & (a <= double{std::numeric_limits<T>::max()}));
+  return (exact == 0) | ((a >= kLeast) & (a <= kMost));
 }
 // A center that a finite float32 minus it cannot overflow: below half a spacing (2^103) of the largest float32.
 template <class V>
-auto center_fits(const V& center) {
+BN_FORMULA auto center_fits(const V& center) {
   return absolute(center) < 0x1p102;
 }
 // An offset that cannot bring an overflowed product back into range, nor overflow with it.
 template <class V>
-auto offset_fits(const V& offset) {
+BN_FORMULA auto offset_fits(const V& offset) {
   return absolute(offset) < 0x1p100;
 }
 
 // The split mean makes the low part of a mean count, so the factors must be right to the last bit too: for float64
 // tensors they are formed in double-double and rounded once.
 template <class T, class V>
-V factor(const V& gamma, const TwoParts<V>& rstd) {
+BN_FORMULA V factor(const V& gamma, const TwoParts<V>& rstd) {
   if constexpr (sizeof(T) == sizeof(float)) {
     return gamma * rstd.hi;
   } else {
@@ -255,7 +256,7 @@ V factor(const V& gamma, const TwoParts<V>& rstd) {
 // - No value is nearer to the mean than the center, the nearest of all of T: |y| is at least |fold| - |beta|.
 // - |y| is at least t - |beta|, whose half ulp is more than u/2 of it: the sum of both is least at t = D.
 template <class V>
-V least_y(const V& fold, const V& beta) {
+BN_FORMULA V least_y(const V& fold, const V& beta) {
   const V size = absolute(beta), apart = absolute(fold) - size;
   return size > apart ? size : apart;
 }
@@ -271,14 +272,14 @@ V room_for_rounding(const V& fold, const V& beta, const V& spread) {
 }
 // Whether the offset is in no higher binade than each y or beta, which is so nearly always.
 template <class V>
-auto is_in_binade(const V& rounded, const V& fold, const V& beta) {
+BN_FORMULA auto is_in_binade(const V& rounded, const V& fold, const V& beta) {
   return power_of_two_below(rounded) <= power_of_two_below(least_y(fold, beta));
 }
 
 // Of float64 tensors: about the mean, or about its neighbour on the other side, which folds the other way.
 inline Coefficients<double, kernels::Affine> folded_coefficients(double mean, double mean_lo, double scale, double beta,
                                                                  double spread) {
-  Coefficients<double, kernels::Affine> k;
+  Coefficients<double, kernels::Affine> k{};
   const double fold = (0 - mean_lo) * scale;
   const DoubleDouble offset = two_sum(beta, fold);
   k.narrow = {scale == 0 ? 0 : mean, scale, offset.hi};  // x less a large mean might be infinity
@@ -295,7 +296,7 @@ template <class V, class Room>
 [[gnu::always_inline]] inline Coefficients<V, kernels::Affine> rounded_coefficients(const V& mean, const V& mean_lo,
                                                                                     const V& rstd, const V& gamma,
                                                                                     const V& beta, const Room& room) {
-  Coefficients<V, kernels::Affine> k;
+  Coefficients<V, kernels::Affine> k{};
   const V exact = gamma * rstd, scale = round_to<float>(exact), center = round_to<float>(mean);
   const V fold = ((center - mean) - mean_lo) * scale, offset = beta + fold, rounded = round_to<float>(offset);
   k.narrow = {center, scale, rounded};
@@ -319,7 +320,7 @@ template <class V>
                                                                                   const V& rstd, const V& gamma,
                                                                                   const V& beta) {
   return rounded_coefficients(mean, mean_lo, rstd, gamma, beta,
-                              [](const V&, const V&) { return decltype(V{} < V{}){}; });
+                              [](const V&, const V&) __attribute__((always_inline)) { return decltype(V{} < V{}){}; });
 }
 
 // Gives the coefficients for given statistics to `to`, which is called in two places: where most of them pass by, it
@@ -365,7 +366,7 @@ template <class T, class V, class To>
 // dx = scale*dy, for statistics that are constants: a normalize pass over dy. The offset -0 keeps the sign of a zero.
 template <class T, class V>
 Coefficients<V, kernels::Affine> frozen_backward_coefficients(const TwoParts<V>& rstd, const V& gamma) {
-  Coefficients<V, kernels::Affine> k;
+  Coefficients<V, kernels::Affine> k{};
   const V exact = factor<T>(gamma, rstd);
   k.narrow = {V{}, round_to<T>(exact), -V{}};
   k.wide = {V{}, exact, -V{}};
@@ -375,12 +376,12 @@ Coefficients<V, kernels::Affine> frozen_backward_coefficients(const TwoParts<V>&
 
 // D about the true mean, from the sum about its high part.
 template <class V>
-TwoParts<V> centered_dot(const MomentsOf<V>& m, const GradSumsOf<V>& s) {
+BN_FORMULA TwoParts<V> centered_dot(const MomentsOf<V>& m, const GradSumsOf<V>& s) {
   const V rest = m.mean_lo * (s.dy.hi + s.dy.lo);
   return two_sum(s.dy_xmu.hi, s.dy_xmu.lo - rest);
 }
 template <class T, class V>
-V dgamma_of(const MomentsOf<V>& m, const GradSumsOf<V>& s, const TwoParts<V>& rstd) {
+BN_FORMULA V dgamma_of(const MomentsOf<V>& m, const GradSumsOf<V>& s, const TwoParts<V>& rstd) {
   const TwoParts<V> dot = centered_dot(m, s);
   const V plain = (dot.hi + dot.lo) * rstd.hi;
   if constexpr (sizeof(T) == sizeof(double)) {
@@ -390,15 +391,15 @@ V dgamma_of(const MomentsOf<V>& m, const GradSumsOf<V>& s, const TwoParts<V>& rs
   return plain;
 }
 template <class V>
-V dbeta_of(const GradSumsOf<V>& s) {
+BN_FORMULA V dbeta_of(const GradSumsOf<V>& s) {
   return s.dy.hi + s.dy.lo;
 }
 
 // a*(dy - g) + p*(x - mean) + shift. A shift of -0 changes no bit.
 template <class T, class V>
-Coefficients<V, kernels::GradAffine> grad_affine(const MomentsOf<V>& m, const TwoParts<V>& g, const V& a, const V& p,
-                                                 const V& shift) {
-  Coefficients<V, kernels::GradAffine> k;
+BN_FORMULA Coefficients<V, kernels::GradAffine> grad_affine(const MomentsOf<V>& m, const TwoParts<V>& g, const V& a,
+                                                            const V& p, const V& shift) {
+  Coefficients<V, kernels::GradAffine> k{};
   k.wide = {g.hi, a, m.mean, p, shift - (a * g.lo + p * m.mean_lo)};
   const V g_hi = round_to<T>(g.hi), center = round_to<T>(m.mean), t_a = round_to<T>(a), t_p = round_to<T>(p);
   const V offset = shift + (t_a * ((g_hi - g.hi) - g.lo) + t_p * ((center - m.mean) - m.mean_lo));
@@ -429,7 +430,7 @@ auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const Wei
 
 // mean(dy), as far as tensors of T need it.
 template <class T, class V>
-TwoParts<V> mean_of(const TwoParts<V>& sum, const V& count) {
+BN_FORMULA TwoParts<V> mean_of(const TwoParts<V>& sum, const V& count) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return sum / DoubleDouble{count, 0};
   } else {
@@ -438,8 +439,8 @@ TwoParts<V> mean_of(const TwoParts<V>& sum, const V& count) {
 }
 
 template <class T, class V>
-Coefficients<V, kernels::GradAffine> backward_coefficients(const MomentsOf<V>& m, const GradSumsOf<V>& s,
-                                                           const TwoParts<V>& rstd, const V& gamma) {
+BN_FORMULA Coefficients<V, kernels::GradAffine> backward_coefficients(const MomentsOf<V>& m, const GradSumsOf<V>& s,
+                                                                      const TwoParts<V>& rstd, const V& gamma) {
   const TwoParts<V> dot = centered_dot(m, s);
   // Grouped so that rstd^2 alone is never formed: it may overflow where p does not.
   V p = -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));

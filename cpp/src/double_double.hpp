@@ -4,6 +4,12 @@
 
 #include <cmath>
 
+// How the functions of a formula are declared: whoever compiles for one instruction set has them inlined everywhere, so
+// that no other takes them from there.
+#ifndef BN_FORMULA
+#define BN_FORMULA inline
+#endif
+
 namespace batchnorm {
 
 // V is double, or Pair (pair.hpp): one such number in each of its lanes.
@@ -15,7 +21,7 @@ using DoubleDouble = TwoParts<double>;
 
 // a + b exactly.
 template <class V>
-TwoParts<V> two_sum(V a, V b) {
+BN_FORMULA TwoParts<V> two_sum(V a, V b) {
   const V s = a + b, b_part = s - a;
   return {s, (a - (s - b_part)) + (b - b_part)};
 }

@@ -1,4 +1,5 @@
 // Forward: moments -> coefficients -> normalize, or parts of that.
+#include "lines.hpp"
 #include "pass.hpp"
 #include "settle.hpp"
 
@@ -166,12 +167,20 @@ int streams_of(const Part<T>& call) {
 
 template <class T>
 void run_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
+  if (is_lines(call.problem)) return run_lines_moments(x, call, out, threads, part);
   ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
   run(pass, 2, threads, part);
 }
 
 template <class T>
 void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
+  if (is_lines(call.problem) && call.tail.empty()) {
+    return run_lines_batch_norm(x, call, y, saved, threads, part);
+  }
+  if (is_lines(call.problem)) {
+    run_moments(x, call, saved, threads, part);
+    return run_normalize(x, call, {{}, {}, saved}, y, threads, part);
+  }
   ForwardPass<T> pass{.reduces = true, .applies = true, .call = call, .x = x, .y = y, .saved = saved};
   run(pass, streams_of(call), threads, part);
 }
@@ -179,6 +188,9 @@ void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int t
 template <class T>
 void run_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
                    const PartOf& part) {
+  if (is_lines(call.problem) && call.tail.empty()) {
+    return run_lines_normalize(x, call, given, y, threads, part);
+  }
   ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};
   run(pass, streams_of(call), threads, part);
 }

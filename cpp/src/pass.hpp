@@ -39,7 +39,8 @@ template <class Pass>
 void run(Pass& pass, int streams, int threads, const PartOf& part) {
   using Table = typename Pass::Table;
   const Problem& problem = pass.call.problem;
-  const Work work{pass.reduces, pass.applies, streams - (pass.applies ? 0 : 1), Pass::kItemSize, part.size};
+  const Work work{pass.reduces,    pass.applies, streams - (pass.applies ? 0 : 1),
+                  Pass::kItemSize, part.size,    part.is_turned};
   pass.plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
   const Plan& plan = pass.plan;
   pass.prepare();

@@ -86,7 +86,15 @@ struct Work {
   std::int64_t item_size;  // bytes of a value
   // Values of the tensor that this is one part of, of many that are worked on one after the other; 0: it is all of it.
   std::int64_t part_of = 0;
+  bool is_turned = false;  // a tile of lines, each of whose columns is a channel: rows are not to stand side by side
 };
+
+// Whether channels are lines (lines.hpp): one run each, so short that what a channel costs is more than its values do.
+bool is_lines(const Problem& problem);
+// Lines that are turned together, of values of item_size bytes: whole vectors of columns, as long as there are enough.
+// What is computed for a line, up to 200 bytes, stays near the values.
+constexpr std::int64_t kMostLines = 256, kLineTileBytes = 8 * 1024;
+std::int64_t lines_of_tile(const Problem& problem, std::int64_t item_size);
 
 // Whether one thread does it whatever is allowed: asking how many are allowed costs more than a tiny call.
 bool is_serial(const Problem& problem, const Work& work);

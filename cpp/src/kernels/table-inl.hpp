@@ -3,6 +3,7 @@
 
 #include "kernels/grad_input-inl.hpp"
 #include "kernels/grad_sums-inl.hpp"
+#include "kernels/lines-inl.hpp"
 #include "kernels/moments-inl.hpp"
 #include "kernels/normalize-inl.hpp"
 #include "kernels/second_grad-inl.hpp"
@@ -45,7 +46,8 @@ constexpr KernelTable make_table() {
   return {.f32 = make_kernels<float, Plain>(),
           .f64 = make_kernels<double, Compensated>(),
           .f16 = make_kernels<Float16, Plain>(),
-          .bf16 = make_kernels<BFloat16, Plain>()};
+          .bf16 = make_kernels<BFloat16, Plain>(),
+          .lines = {lines_moments, lines_normalize, lines_grad_input}};
 }
 
 }  // namespace

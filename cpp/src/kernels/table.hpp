@@ -29,6 +29,7 @@
 #include <type_traits>
 
 #include "arithmetic.hpp"
+#include "batchnorm/types.hpp"
 
 namespace batchnorm::kernels {
 
@@ -205,11 +206,31 @@ struct Kernels {
 };
 // float16 and bfloat16 have the plain passes alone: no weights, no tail, no bits, and of the steps widen and narrow.
 
+// Arrays of coefficients to be written, one entry per channel.
+struct AffineOut {
+  float *center, *scale, *offset;
+};
+struct GradAffineOut {
+  float *dy_center, *dy_scale, *x_center, *x_scale, *offset;
+};
+
+// The formulas between the passes (channel_math.hpp) for n channels of float32 or narrower, from plain sums about 0.
+// They return whether all is as usual. Else some channel is badly conditioned or leaves float32's range: what was
+// written is then not to be used.
+struct LineKernels {
+  bool (*moments)(const double* first, const double* second, std::int64_t n, double count, Moments* out);
+  bool (*normalize)(const Moments*, std::int64_t n, double eps, const double* gamma, const double* beta,
+                    const AffineOut&);
+  bool (*grad_input)(const Moments*, const double* dy, const double* dy_xmu, std::int64_t n, double eps,
+                     const double* gamma, const GradAffineOut&, double* dgamma, double* dbeta);
+};
+
 struct KernelTable {
   Kernels<float> f32;
   Kernels<double> f64;
   Kernels<Float16> f16;
   Kernels<BFloat16> bf16;
+  LineKernels lines;
 
   template <class T>
   [[nodiscard]] const Kernels<T>& of() const {

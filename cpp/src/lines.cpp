@@ -1,0 +1,421 @@
+#include "lines.hpp"
+
+#include <algorithm>
+#include <array>
+#include <cstring>
+#include <span>
+#include <type_traits>
+
+#include "arithmetic.hpp"
+#include "parallel.hpp"
+#include "plan.hpp"
+
+namespace batchnorm {
+namespace {
+
+// ---- turning ----
+
+using Floats = float __attribute__((vector_size(16)));
+using Doubles = double __attribute__((vector_size(16)));
+
+// As many rows as a vector has values, of as many columns. Vectors of 32 bytes were 1.3 times as quick on AVX-512, and
+// 10 times slower on SSE2.
+void turn_square(const float* from, std::int64_t columns, float* to, std::int64_t rows) {
+  Floats a, b, c, d;
+  std::memcpy(&a, from, sizeof a);
+  std::memcpy(&b, from + columns, sizeof b);
+  std::memcpy(&c, from + 2 * columns, sizeof c);
+  std::memcpy(&d, from + 3 * columns, sizeof d);
+  const auto ab = __builtin_shufflevector(a, b, 0, 4, 1, 5), ab_high = __builtin_shufflevector(a, b, 2, 6, 3, 7);
+  const auto cd = __builtin_shufflevector(c, d, 0, 4, 1, 5), cd_high = __builtin_shufflevector(c, d, 2, 6, 3, 7);
+  const auto put = [to, rows](std::int64_t k, const auto& v) { std::memcpy(to + k * rows, &v, sizeof v); };
+  put(0, __builtin_shufflevector(ab, cd, 0, 1, 4, 5));
+  put(1, __builtin_shufflevector(ab, cd, 2, 3, 6, 7));
+  put(2, __builtin_shufflevector(ab_high, cd_high, 0, 1, 4, 5));
+  put(3, __builtin_shufflevector(ab_high, cd_high, 2, 3, 6, 7));
+}
+void turn_square(const double* from, std::int64_t columns, double* to, std::int64_t rows) {
+  Doubles a, b;
+  std::memcpy(&a, from, sizeof a);
+  std::memcpy(&b, from + columns, sizeof b);
+  const auto low = __builtin_shufflevector(a, b, 0, 2), high = __builtin_shufflevector(a, b, 1, 3);
+  std::memcpy(to, &low, sizeof low);
+  std::memcpy(to + rows, &high, sizeof high);
+}
+
+// to[j*rows + i] = from[i*columns + j]
+template <class A>
+void turn(const A* from, std::int64_t rows, std::int64_t columns, A* to) {
+  constexpr std::int64_t kSide = 16 / sizeof(A);
+  const std::int64_t whole_rows = rows - rows % kSide, whole_columns = columns - columns % kSide;
+  for (std::int64_t i = 0; i < whole_rows; i += kSide) {
+    for (std::int64_t j = 0; j < whole_columns; j += kSide) {
+      turn_square(from + i * columns + j, columns, to + j * rows + i, rows);
+    }
+  }
+  for (std::int64_t i = 0; i < rows; ++i) {
+    for (std::int64_t j = i < whole_rows ? whole_columns : 0; j < columns; ++j)
+      to[j * rows + i] = from[i * columns + j];
+  }
+}
+
+// ---- tiles ----
+
+// Turned channels: their tensors, in the type that is computed in. An output takes the place of the input of that
+// number.
+template <class A, std::size_t kTensors>
+struct Tile {
+  Range channels;
+  Problem problem;
+  std::array<A*, kTensors> values;
+  PartOf part;
+
+  [[nodiscard]] std::int64_t count() const { return problem.channels; }
+  [[nodiscard]] kernels::Rows rows() const { return {problem.outer, count(), count()}; }
+};
+
+// Tensors of a call. Of the first, which is dy where there are bits of a ReLU, what these let through is taken; it goes
+// to `dresidual` too, where that is not null.
+template <class T, std::size_t kTensors>
+struct Tensors {
+  std::array<const T*, kTensors> in;
+  T* out = nullptr;  // in the place of the first; null: none
+  const std::uint8_t* bits = nullptr;
+  std::int64_t first_bit = 0;
+  T* dresidual = nullptr;
+  const kernels::WeightOf<T>* counted = nullptr;  // weights of a line, where outputs are padded
+};
+
+// f(Tile) for all channels. All inputs of a tile are read before anything is written, since outputs may be inputs.
+template <class T, std::size_t kTensors, class F>
+class EachTile {
+  using A = Arithmetic<T>;
+
+ public:
+  EachTile(const Problem& problem, const Tensors<T, kTensors>& tensors, const F& f)
+      : problem_(problem), lines_(lines_of_tile(problem, sizeof(A))), tensors_(tensors), f_(f) {}
+
+  void run(int threads) {
+    const Phase phase{(problem_.channels + lines_ - 1) / lines_, 1, false,
+                      [](void* self, Range range) noexcept { static_cast<EachTile*>(self)->run(range); }};
+    run_phases(threads, &phase, 1, this);
+  }
+
+ private:
+  using Values = A[kLineTileBytes / sizeof(A)];
+  struct Memory {
+    alignas(64) Values turned[kTensors];
+    alignas(64) Values flat[kTensors];
+    alignas(64) A weights[kLineTileBytes / sizeof(A) + kernels::kVectorColumns];
+    alignas(64) std::byte work[kLineWorkBytes];
+  };
+
+  void run(Range tiles) {
+    Memory memory;  // NOLINT: kernels overwrite
+    for (std::int64_t t = tiles.begin; t < tiles.end; ++t) {
+      run({t * lines_, std::min((t + 1) * lines_, problem_.channels)}, memory);
+    }
+  }
+  void run(const Range& channels, Memory& memory) const {
+    const std::int64_t count = channels.end - channels.begin, n = count * problem_.inner;
+    const std::int64_t at = channels.begin * problem_.inner;
+    Tile<A, kTensors> tile{channels, {problem_.inner, count, 1}, {}, {.memory = memory.work, .is_turned = true}};
+    if (tensors_.counted != nullptr) {
+      table_.of<A>().repeat_weights(tensors_.counted, 1, count, problem_.inner, memory.weights);
+    }
+    const A* first = nullptr;
+    for (std::size_t k = 0; k < kTensors; ++k) {
+      const A* values = read(tensors_.in[k] + at, n, memory.flat[k]);
+      if (k == 0) values = first = let_through(values, at, n, memory);
+      tile.values[k] = memory.turned[k];
+      turn(values, count, problem_.inner, tile.values[k]);
+    }
+    if (tensors_.dresidual != nullptr) write_residual(first, at, n, memory);
+    f_(tile);
+    if (tensors_.out == nullptr) return;
+    A* flat = memory.flat[0];
+    if constexpr (sizeof(T) == sizeof(A)) flat = tensors_.out + at;
+    turn(tile.values[0], problem_.inner, count, flat);
+    if constexpr (sizeof(T) != sizeof(A)) write(flat, n, tensors_.out + at);
+  }
+
+  // The values as they are computed with: where they lie, or in `flat`.
+  const A* read(const T* from, std::int64_t n, A* flat) const {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      return from;
+    } else {
+      table_.of<T>().widen(from, n, flat);
+      return flat;
+    }
+  }
+  void write(const A* from, std::int64_t n, T* to) const {
+    if constexpr (sizeof(T) == sizeof(A)) {
+      if (from != to) std::copy_n(from, n, to);
+    } else {
+      table_.of<T>().narrow(from, n, to);
+    }
+  }
+  // What does not count is padded with the input: dy as it is.
+  const A* let_through(const A* values, std::int64_t at, std::int64_t n, Memory& memory) const {
+    if (tensors_.bits == nullptr) return values;
+    A* through = memory.flat[tensors_.counted == nullptr ? 0 : kTensors - 1];  // whose values come next
+    table_.of<A>().keep_bits(values, tensors_.bits, tensors_.first_bit + at, n, through);
+    if (tensors_.counted == nullptr) return through;
+    table_.of<A>().put_counted(through, memory.weights, values, n, false, memory.flat[0]);
+    return memory.flat[0];
+  }
+  void write_residual(const A* values, std::int64_t at, std::int64_t n, Memory& memory) const {
+    if (tensors_.counted != nullptr) {
+      table_.of<A>().keep_counted(values, memory.weights, n, memory.flat[0]);
+      values = memory.flat[0];
+    }
+    write(values, n, tensors_.dresidual + at);
+  }
+
+  Problem problem_;
+  std::int64_t lines_;
+  Tensors<T, kTensors> tensors_;
+  const F& f_;
+  const kernels::KernelTable& table_ = *active_implementation().table;
+};
+
+template <class T, std::size_t kTensors, class F>
+void for_tiles(const Problem& problem, const Tensors<T, kTensors>& tensors, int threads, const F& f) {
+  const Work work{true, true, static_cast<int>(kTensors) + 1, sizeof(T)};
+  EachTile<T, kTensors, F>(problem, tensors, f).run(is_serial(problem, work) ? 1 : available_threads(threads));
+}
+
+// dy, x and dx of a call, of which dy goes through the ReLU.
+template <class T>
+Tensors<T, 2> gradients(const T* dy, const T* x, const Part<T>& call, T* dx = nullptr, T* dresidual = nullptr) {
+  const bool is_padded = call.positions && call.padding != Padding::normalize;
+  return {{dy, x}, dx, call.tail.bits, call.tail.first_bit, dresidual, is_padded ? call.positions.values : nullptr};
+}
+
+// ---- channels ----
+
+// A float64 for each channel of a tile.
+using OfLines = std::array<double, kMostLines>;
+
+// Those of gamma or its like, which may repeat.
+class ValuesOfLines {
+ public:
+  ValuesOfLines(const ChannelValues& from, Range channels, double absent) : count_(channels.end - channels.begin) {
+    const auto size = static_cast<std::int64_t>(from.size());
+    for (std::int64_t i = 0, c = channels.begin; i < count_; ++i, ++c) {
+      values_.data()[i] = !from.present() ? absent : from[c < size ? c : c % size];
+    }
+  }
+  [[nodiscard]] const double* data() const { return values_.data(); }
+  [[nodiscard]] ChannelValues values() const { return std::span(values_.data(), static_cast<std::size_t>(count_)); }
+
+ private:
+  std::int64_t count_;
+  OfLines values_;
+};
+
+void put(const OfLines& values, Range channels, const ChannelOutput& to) {
+  for (std::int64_t c = channels.begin; to.wanted() && c < channels.end; ++c)
+    to.set(c, values.data()[c - channels.begin]);
+}
+
+// What a call is to a tile.
+template <class T, std::size_t kTensors>
+Part<Arithmetic<T>> part_of(const Part<T>& call, const Tile<Arithmetic<T>, kTensors>& tile, const ValuesOfLines& gamma,
+                            const ValuesOfLines& beta) {
+  Part<Arithmetic<T>> part{.problem = tile.problem, .summary = call.summary, .padding = call.padding};
+  part.positions = {call.positions.values, call.positions.is_mask, tile.problem};
+  part.gamma = gamma.values();
+  part.beta = beta.values();
+  part.eps = call.eps;
+  return part;
+}
+
+// ---- what is quick ----
+
+// Sums of columns; low parts are 0, since those of float32 are plain.
+struct SumsOfTile {
+  double first[kMostLines], second[kMostLines], low[kMostLines];
+  [[nodiscard]] kernels::ColumnSums columns() { return {first, low, second, low}; }
+};
+
+// Whole tiles of float32 by the formulas of the kernels. False, before any tensor is written, where a channel is not as
+// usual; the passes over rows then do all of the tile.
+struct Quick {
+  const kernels::KernelTable& table = *active_implementation().table;
+
+  bool moments(const Tile<float, 1>& tile, Moments* out) const {
+    SumsOfTile sums;
+    table.f32.rows_moments(tile.values[0], nullptr, tile.rows(), nullptr, sums.columns());
+    return table.lines.moments(sums.first, sums.second, tile.count(), static_cast<double>(tile.problem.outer), out);
+  }
+  bool normalize(const Tile<float, 1>& tile, const Moments* moments, double eps, const ValuesOfLines& gamma,
+                 const ValuesOfLines& beta) const {
+    float center[kMostLines], scale[kMostLines], offset[kMostLines];
+    if (!table.lines.normalize(moments, tile.count(), eps, gamma.data(), beta.data(), {center, scale, offset})) {
+      return false;
+    }
+    table.f32.rows_normalize(tile.values[0], tile.values[0], {}, tile.rows(), {center, scale, offset});
+    return true;
+  }
+  void grad_sums(const Tile<float, 2>& tile, const Moments* moments, SumsOfTile& sums) const {
+    OfLines mean;
+    for (std::int64_t c = 0; c < tile.count(); ++c) mean.data()[c] = moments[c].mean;
+    table.f32.rows_grad_sums({.dy = tile.values[0], .x = tile.values[1]}, tile.rows(), mean.data(), sums.columns());
+  }
+  bool grad_input(const Tile<float, 2>& tile, const Moments* moments, const SumsOfTile& sums, double eps,
+                  const ValuesOfLines& gamma, bool applies, OfLines& dgamma, OfLines& dbeta) const {
+    float dy_center[kMostLines], dy_scale[kMostLines], x_center[kMostLines], x_scale[kMostLines], offset[kMostLines];
+    const bool usual =
+        table.lines.grad_input(moments, sums.first, sums.second, tile.count(), eps, gamma.data(),
+                               {dy_center, dy_scale, x_center, x_scale, offset}, dgamma.data(), dbeta.data());
+    if (usual && applies) {
+      table.f32.rows_grad_input({.dy = tile.values[0], .x = tile.values[1]}, nullptr, tile.values[0], tile.rows(),
+                                {dy_center, dy_scale, x_center, x_scale, offset});
+    }
+    return usual;
+  }
+};
+template <class A>
+constexpr bool kIsQuick = std::is_same_v<A, float>;
+
+}  // namespace
+
+template <class T>
+void run_lines_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
+  if (part.needed != nullptr) return;  // a tile has what it needs
+  using A = Arithmetic<T>;
+  for_tiles<T, 1>(call.problem, {{x}}, threads, [&](const Tile<A, 1>& tile) {
+    Moments* to = out + tile.channels.begin;
+    if constexpr (kIsQuick<A>) {
+      if (!call.positions && Quick{}.moments(tile, to)) return;
+    }
+    const ValuesOfLines none({}, tile.channels, 0);
+    run_moments<A>(tile.values[0], part_of(call, tile, none, none), to, 1, tile.part);
+  });
+}
+
+template <class T>
+void run_lines_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
+  if (part.needed != nullptr) return;  // a tile has what it needs
+  using A = Arithmetic<T>;
+  for_tiles<T, 1>(call.problem, {{x}, y}, threads, [&](const Tile<A, 1>& tile) {
+    const ValuesOfLines gamma(call.gamma, tile.channels, 1), beta(call.beta, tile.channels, 0);
+    Moments* to = saved + tile.channels.begin;
+    if constexpr (kIsQuick<A>) {
+      const Quick quick;
+      if (!call.positions && quick.moments(tile, to) && quick.normalize(tile, to, call.eps, gamma, beta)) return;
+    }
+    run_batch_norm<A>(tile.values[0], part_of(call, tile, gamma, beta), tile.values[0], to, 1, tile.part);
+  });
+}
+
+template <class T>
+void run_lines_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
+                         const PartOf& part) {
+  if (part.needed != nullptr) return;  // a tile has what it needs
+  using A = Arithmetic<T>;
+  for_tiles<T, 1>(call.problem, {{x}, y}, threads, [&](const Tile<A, 1>& tile) {
+    const ValuesOfLines gamma(call.gamma, tile.channels, 1), beta(call.beta, tile.channels, 0);
+    const ValuesOfLines mean(given.mean, tile.channels, 0), var(given.var, tile.channels, 0);
+    GivenStatistics of_tile{mean.values(), var.values(), nullptr, given.only_scale};
+    if (given.moments != nullptr) of_tile.moments = given.moments + tile.channels.begin;
+    if constexpr (kIsQuick<A>) {
+      const bool usual = !call.positions && of_tile.moments != nullptr;
+      if (usual && Quick{}.normalize(tile, of_tile.moments, call.eps, gamma, beta)) return;
+    }
+    run_normalize<A>(tile.values[0], part_of(call, tile, gamma, beta), of_tile, tile.values[0], 1, tile.part);
+  });
+}
+
+template <class T>
+void run_lines_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out,
+                         int threads, const PartOf& part) {
+  if (part.needed != nullptr) return;  // a tile has what it needs
+  using A = Arithmetic<T>;
+  for_tiles<T, 2>(call.problem, gradients(dy, x, call), threads, [&](const Tile<A, 2>& tile) {
+    const ValuesOfLines none({}, tile.channels, 0);
+    const std::int64_t c = tile.channels.begin;
+    run_grad_sums<A>(tile.values[0], tile.values[1], part_of(call, tile, none, none), moments + c, out + c, 1,
+                     tile.part);
+  });
+}
+
+template <class T>
+void run_lines_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
+                          const FirstOutputs<T>& out, int threads, const PartOf& part) {
+  if (part.needed != nullptr) return;  // a tile has what it needs
+  using A = Arithmetic<T>;
+  for_tiles<T, 2>(call.problem, gradients(dy, x, call, out.dx, out.dresidual), threads, [&](const Tile<A, 2>& tile) {
+    const ValuesOfLines gamma(call.gamma, tile.channels, 1);
+    const std::int64_t c = tile.channels.begin;
+    run_grad_input<A>(tile.values[0], tile.values[1], part_of(call, tile, gamma, gamma), moments + c, sums + c,
+                      {.dx = tile.values[0]}, 1, tile.part);
+  });
+}
+
+template <class T>
+void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved, const FirstOutputs<T>& out,
+                        int threads, const PartOf& part) {
+  if (part.needed != nullptr) return;  // a tile has what it needs
+  using A = Arithmetic<T>;
+  for_tiles<T, 2>(call.problem, gradients(dy, x, call, out.dx, out.dresidual), threads, [&](const Tile<A, 2>& tile) {
+    const ValuesOfLines gamma(call.gamma, tile.channels, 1);
+    const Moments* moments = saved + tile.channels.begin;
+    OfLines dgamma, dbeta;
+    bool done = false;
+    if constexpr (kIsQuick<A>) {
+      if (!call.positions) {
+        const Quick quick;
+        SumsOfTile sums;
+        quick.grad_sums(tile, moments, sums);
+        done = quick.grad_input(tile, moments, sums, call.eps, gamma, out.dx != nullptr, dgamma, dbeta);
+      }
+    }
+    if (!done) {
+      const auto count = static_cast<std::size_t>(tile.count());
+      run_batch_norm_backward<A>(tile.values[0], tile.values[1], part_of(call, tile, gamma, gamma), moments,
+                                 {.dx = out.dx == nullptr ? nullptr : tile.values[0],
+                                  .dgamma = std::span(dgamma.data(), count),
+                                  .dbeta = std::span(dbeta.data(), count)},
+                                 1, tile.part);
+    }
+    put(dgamma, tile.channels, out.dgamma);
+    put(dbeta, tile.channels, out.dbeta);
+  });
+}
+
+template <class T>
+void run_lines_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
+                   const Tangents& tangents, T* y_dot, int threads, const PartOf& part) {
+  if (part.needed != nullptr) return;  // a tile has what it needs
+  using A = Arithmetic<T>;
+  for_tiles<T, 2>(call.problem, {{x_dot, x}, y_dot}, threads, [&](const Tile<A, 2>& tile) {
+    const ValuesOfLines gamma(call.gamma, tile.channels, 1), gamma_dot(tangents.gamma, tile.channels, 0);
+    const ValuesOfLines beta_dot(tangents.beta, tile.channels, 0);
+    const std::int64_t c = tile.channels.begin;
+    run_batch_norm_jvp<A>(tile.values[0], tile.values[1], part_of(call, tile, gamma, gamma), saved + c,
+                          sums == nullptr ? nullptr : sums + c, {gamma_dot.values(), beta_dot.values(), {}, {}},
+                          tile.values[0], 1, tile.part);
+  });
+}
+
+#define BN_INSTANTIATE(T)                                                                                           \
+  template void run_lines_moments(const T*, const Part<T>&, Moments*, int, const PartOf&);                          \
+  template void run_lines_batch_norm(const T*, const Part<T>&, T*, Moments*, int, const PartOf&);                   \
+  template void run_lines_normalize(const T*, const Part<T>&, const GivenStatistics&, T*, int, const PartOf&);      \
+  template void run_lines_grad_sums(const T*, const T*, const Part<T>&, const Moments*, GradSums*, int,             \
+                                    const PartOf&);                                                                 \
+  template void run_lines_grad_input(const T*, const T*, const Part<T>&, const Moments*, const GradSums*,           \
+                                     const FirstOutputs<T>&, int, const PartOf&);                                   \
+  template void run_lines_backward(const T*, const T*, const Part<T>&, const Moments*, const FirstOutputs<T>&, int, \
+                                   const PartOf&);                                                                  \
+  template void run_lines_jvp(const T*, const T*, const Part<T>&, const Moments*, const GradSums*, const Tangents&, \
+                              T*, int, const PartOf&);
+BN_INSTANTIATE(Float16)
+BN_INSTANTIATE(BFloat16)
+BN_INSTANTIATE(float)
+BN_INSTANTIATE(double)
+#undef BN_INSTANTIATE
+
+}  // namespace batchnorm
