@@ -4,6 +4,7 @@
 
 #include "lines.hpp"
 #include "pass.hpp"
+#include "slices.hpp"
 
 namespace batchnorm {
 namespace {
@@ -260,6 +261,7 @@ void run_batch_norm_backward(const T* dy, const T* x, const Part<T>& call, const
   if (is_lines(call.problem)) {
     return run_lines_backward(dy, x, call, saved, out, threads, part);
   }
+  if (run_slice_backward(dy, x, call, saved, out, threads, part)) return;
   const ConstantScale unchanged;
   const bool gate_alone = out.dx == nullptr && out.dresidual != nullptr;
   BackwardPass<T> pass{.reduces = true,

@@ -2,6 +2,7 @@
 #include "lines.hpp"
 #include "pass.hpp"
 #include "settle.hpp"
+#include "slices.hpp"
 
 namespace batchnorm {
 namespace {
@@ -168,6 +169,7 @@ int streams_of(const Part<T>& call) {
 template <class T>
 void run_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
   if (is_lines(call.problem)) return run_lines_moments(x, call, out, threads, part);
+  if (run_slice_moments(x, call, out, threads, part)) return;
   ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
   run(pass, 2, threads, part);
 }
@@ -181,6 +183,7 @@ void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int t
     run_moments(x, call, saved, threads, part);
     return run_normalize(x, call, {{}, {}, saved}, y, threads, part);
   }
+  if (call.tail.empty() && run_slice_batch_norm(x, call, y, saved, threads, part)) return;
   ForwardPass<T> pass{.reduces = true, .applies = true, .call = call, .x = x, .y = y, .saved = saved};
   run(pass, streams_of(call), threads, part);
 }

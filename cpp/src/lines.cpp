@@ -9,6 +9,7 @@
 #include "arithmetic.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
+#include "slices.hpp"
 
 namespace batchnorm {
 namespace {
@@ -194,9 +195,6 @@ Tensors<T, 2> gradients(const T* dy, const T* x, const Part<T>& call, T* dx = nu
 
 // ---- channels ----
 
-// A float64 for each channel of a tile.
-using OfLines = std::array<double, kMostLines>;
-
 // Those of gamma or its like, which may repeat.
 class ValuesOfLines {
  public:
@@ -211,10 +209,10 @@ class ValuesOfLines {
 
  private:
   std::int64_t count_;
-  OfLines values_;
+  OfSlice values_;
 };
 
-void put(const OfLines& values, Range channels, const ChannelOutput& to) {
+void put(const OfSlice& values, Range channels, const ChannelOutput& to) {
   for (std::int64_t c = channels.begin; to.wanted() && c < channels.end; ++c)
     to.set(c, values.data()[c - channels.begin]);
 }
@@ -231,53 +229,10 @@ Part<Arithmetic<T>> part_of(const Part<T>& call, const Tile<Arithmetic<T>, kTens
   return part;
 }
 
-// ---- what is quick ----
-
-// Sums of columns; low parts are 0, since those of float32 are plain.
-struct SumsOfTile {
-  double first[kMostLines], second[kMostLines], low[kMostLines];
-  [[nodiscard]] kernels::ColumnSums columns() { return {first, low, second, low}; }
-};
-
-// Whole tiles of float32 by the formulas of the kernels. False, before any tensor is written, where a channel is not as
-// usual; the passes over rows then do all of the tile.
-struct Quick {
-  const kernels::KernelTable& table = *active_implementation().table;
-
-  bool moments(const Tile<float, 1>& tile, Moments* out) const {
-    SumsOfTile sums;
-    table.f32.rows_moments(tile.values[0], nullptr, tile.rows(), nullptr, sums.columns());
-    return table.lines.moments(sums.first, sums.second, tile.count(), static_cast<double>(tile.problem.outer), out);
-  }
-  bool normalize(const Tile<float, 1>& tile, const Moments* moments, double eps, const ValuesOfLines& gamma,
-                 const ValuesOfLines& beta) const {
-    float center[kMostLines], scale[kMostLines], offset[kMostLines];
-    if (!table.lines.normalize(moments, tile.count(), eps, gamma.data(), beta.data(), {center, scale, offset})) {
-      return false;
-    }
-    table.f32.rows_normalize(tile.values[0], tile.values[0], {}, tile.rows(), {center, scale, offset});
-    return true;
-  }
-  void grad_sums(const Tile<float, 2>& tile, const Moments* moments, SumsOfTile& sums) const {
-    OfLines mean;
-    for (std::int64_t c = 0; c < tile.count(); ++c) mean.data()[c] = moments[c].mean;
-    table.f32.rows_grad_sums({.dy = tile.values[0], .x = tile.values[1]}, tile.rows(), mean.data(), sums.columns());
-  }
-  bool grad_input(const Tile<float, 2>& tile, const Moments* moments, const SumsOfTile& sums, double eps,
-                  const ValuesOfLines& gamma, bool applies, OfLines& dgamma, OfLines& dbeta) const {
-    float dy_center[kMostLines], dy_scale[kMostLines], x_center[kMostLines], x_scale[kMostLines], offset[kMostLines];
-    const bool usual =
-        table.lines.grad_input(moments, sums.first, sums.second, tile.count(), eps, gamma.data(),
-                               {dy_center, dy_scale, x_center, x_scale, offset}, dgamma.data(), dbeta.data());
-    if (usual && applies) {
-      table.f32.rows_grad_input({.dy = tile.values[0], .x = tile.values[1]}, nullptr, tile.values[0], tile.rows(),
-                                {dy_center, dy_scale, x_center, x_scale, offset});
-    }
-    return usual;
-  }
-};
+// Whether tiles are slices of one block.
 template <class A>
 constexpr bool kIsQuick = std::is_same_v<A, float>;
+using LineSlice = Slice<float, 1>;
 
 }  // namespace
 
@@ -288,7 +243,7 @@ void run_lines_moments(const T* x, const Part<T>& call, Moments* out, int thread
   for_tiles<T, 1>(call.problem, {{x}}, threads, [&](const Tile<A, 1>& tile) {
     Moments* to = out + tile.channels.begin;
     if constexpr (kIsQuick<A>) {
-      if (!call.positions && Quick{}.moments(tile, to)) return;
+      if (!call.positions && LineSlice(tile.problem).moments(tile.values[0], to)) return;
     }
     const ValuesOfLines none({}, tile.channels, 0);
     run_moments<A>(tile.values[0], part_of(call, tile, none, none), to, 1, tile.part);
@@ -303,8 +258,10 @@ void run_lines_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved,
     const ValuesOfLines gamma(call.gamma, tile.channels, 1), beta(call.beta, tile.channels, 0);
     Moments* to = saved + tile.channels.begin;
     if constexpr (kIsQuick<A>) {
-      const Quick quick;
-      if (!call.positions && quick.moments(tile, to) && quick.normalize(tile, to, call.eps, gamma, beta)) return;
+      LineSlice slice(tile.problem);
+      float* x = tile.values[0];
+      const bool usual = !call.positions && slice.moments(x, to);
+      if (usual && slice.normalize(x, x, to, call.eps, gamma.data(), beta.data())) return;
     }
     run_batch_norm<A>(tile.values[0], part_of(call, tile, gamma, beta), tile.values[0], to, 1, tile.part);
   });
@@ -322,7 +279,11 @@ void run_lines_normalize(const T* x, const Part<T>& call, const GivenStatistics&
     if (given.moments != nullptr) of_tile.moments = given.moments + tile.channels.begin;
     if constexpr (kIsQuick<A>) {
       const bool usual = !call.positions && of_tile.moments != nullptr;
-      if (usual && Quick{}.normalize(tile, of_tile.moments, call.eps, gamma, beta)) return;
+      float* values = tile.values[0];
+      if (usual &&
+          LineSlice(tile.problem).normalize(values, values, of_tile.moments, call.eps, gamma.data(), beta.data())) {
+        return;
+      }
     }
     run_normalize<A>(tile.values[0], part_of(call, tile, gamma, beta), of_tile, tile.values[0], 1, tile.part);
   });
@@ -362,15 +323,13 @@ void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Mome
   for_tiles<T, 2>(call.problem, gradients(dy, x, call, out.dx, out.dresidual), threads, [&](const Tile<A, 2>& tile) {
     const ValuesOfLines gamma(call.gamma, tile.channels, 1);
     const Moments* moments = saved + tile.channels.begin;
-    OfLines dgamma, dbeta;
+    OfSlice dgamma, dbeta;
     bool done = false;
     if constexpr (kIsQuick<A>) {
-      if (!call.positions) {
-        const Quick quick;
-        SumsOfTile sums;
-        quick.grad_sums(tile, moments, sums);
-        done = quick.grad_input(tile, moments, sums, call.eps, gamma, out.dx != nullptr, dgamma, dbeta);
-      }
+      float* dx = out.dx == nullptr ? nullptr : tile.values[0];
+      done = !call.positions &&
+             LineSlice(tile.problem)
+                 .backward(tile.values[0], tile.values[1], dx, moments, call.eps, gamma.data(), dgamma, dbeta);
     }
     if (!done) {
       const auto count = static_cast<std::size_t>(tile.count());

@@ -9,7 +9,7 @@ namespace {
 // Rows of one block: at most 2^10 for that bound; at least 64, so that the sums of a block (32 bytes a column) are few
 // against its values; about 32 blocks in between, to share among threads. A column is a chain of its own: who cannot
 // hold a block of wide rows holds some of its columns.
-constexpr std::int64_t kMostBlockRows = 1024, kLeastBlockRows = 64, kWantedBlocks = 32;
+constexpr std::int64_t kMostBlockRows = 1024, kLeastBlockRows = kBlockRows, kWantedBlocks = 32;
 
 // A block that is applied may have as few rows as a kernel visits at once, where threads share them.
 constexpr std::int64_t kLeastAppliedRows = 4;
@@ -218,6 +218,19 @@ RunCut::Chunk RunCut::chunk(const Problem& problem, std::int64_t k, Range channe
            .count = std::min(runs_per_chunk, problem.outer - o),
            .stride = place + piece_length < problem.inner ? piece_length : problem.channels * problem.inner - place,
            .channels = channels.end - channels.begin}};
+}
+
+bool is_slice(const Problem& p, const Work& work, int threads) {
+  const bool is_one = p.inner == 1 && p.channels >= kShortRow && p.channels <= kMostSliced && p.outer > 0 &&
+                      p.outer <= kSliceBlocks * kBlockRows;
+  return is_one && (threads == 1 || is_serial(p, work));
+}
+
+bool slices_go_around_cache(const Problem& p, const Work& work, const Machine& machine) {
+  Plan plan;
+  plan.problem = p;
+  plan.apply_rows.columns = p.channels;
+  return stores_go_around_cache(plan, true, work, machine);
 }
 
 bool is_lines(const Problem& p) { return p.outer == 1 && p.channels > 1 && p.inner > 1 && p.inner < kShortestRun; }

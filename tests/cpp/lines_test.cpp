@@ -92,6 +92,33 @@ TEST(lines_have_the_bits_of_rows_that_are_turned) {
   }
 }
 
+// As segments, which one thread works on each, they are slices; together, by several threads, they are not.
+TEST(slices_have_the_bits_of_passes_over_rows) {
+  for (const Problem& p : {Problem{200, 64, 1}, {65, 256, 1}, {64, 100, 1}, {3, 129, 1}}) {
+    for (const Kind kind : all_passes::kKinds) {
+      for_each_type([&]<class T>() {
+        const Batch<T> b = all_passes::make_batch<T>(p, kind);
+        const auto alone = all_passes::run(b, {.threads = 1}, 1e-5, all_passes::Order::first);
+        const Part<T> part{.problem = p, .gamma = b.gamma, .beta = b.beta, .eps = 1e-5};
+        std::vector<T> y(b.x.size()), dx(b.x.size());
+        std::vector<Moments> saved(b.gamma.size());
+        std::vector<double> dgamma(b.gamma.size()), dbeta(b.gamma.size());
+        // Those that are turned are never slices, and are no other rows where none stand side by side.
+        const PartOf as_rows{.is_turned = true};
+        run_batch_norm<T>(b.x.data(), part, y.data(), saved.data(), 1, as_rows);
+        run_batch_norm_backward<T>(b.dy.data(), b.x.data(), part, saved.data(),
+                                   {.dx = dx.data(), .dgamma = std::span(dgamma), .dbeta = std::span(dbeta)}, 1,
+                                   as_rows);
+        using all_passes::bits_of;
+        EXPECT(
+            bits_of(alone.saved, alone.y, alone.dx, alone.dgamma, alone.dbeta) == bits_of(saved, y, dx, dgamma, dbeta),
+            text(p), " ", all_passes::kKindNames[static_cast<int>(kind)], ", items of ", sizeof(T), " bytes");
+        EXPECT(bits_of(alone.moments) == bits_of(saved), text(p));
+      });
+    }
+  }
+}
+
 TEST(the_bits_of_a_line_do_not_depend_on_its_neighbours) {
   const Problem many{1, 700, 7};
   const Batch<float> all = all_passes::make_batch<float>(many, Kind::huge_mean);
@@ -132,7 +159,7 @@ TEST(gamma_and_beta_of_fewer_channels_repeat) {
 // ---- the formulas of the kernels -------------------------------------------------------------------------------
 
 struct Channels {
-  std::vector<double> first, second, gamma, beta;
+  std::vector<double> first, second, gamma, beta, low;
 };
 // Every fifth is not as usual, if wanted: a mean far above its std.
 Channels channels(std::int64_t n, bool usual) {
@@ -144,8 +171,12 @@ Channels channels(std::int64_t n, bool usual) {
     c.second.push_back(8 * mean * mean + 8 + g.value<double>());
     c.gamma.push_back(g.value<double>());
     c.beta.push_back(g.value<double>());
+    c.low.push_back(g.value<double>() * 0x1p-60);
   }
   return c;
+}
+kernels::ColumnSums columns(std::vector<double>& first, std::vector<double>& second, std::vector<double>& low) {
+  return {first.data(), low.data(), second.data(), low.data()};
 }
 
 constexpr double kEps = 1e-5;
@@ -155,26 +186,26 @@ TEST(formulas_for_many_channels_give_each_the_bits_it_gets_alone) {
     if (tables::is_reference(implementation)) continue;
     const kernels::LineKernels& lines = implementation.table->lines;
     for (std::int64_t n = 1; n <= 21; ++n) {
-      const Channels in = channels(n, true);
+      Channels in = channels(n, true);
       const auto size = static_cast<std::size_t>(n);
       std::vector<Moments> found(size), expected(size);
       std::vector<float> k[8];
       for (auto& field : k) field.resize(size);
       std::vector<double> dgamma(size), dbeta(size);
-      EXPECT(lines.moments(in.first.data(), in.second.data(), n, 8, found.data()), implementation.name, " ", n);
+      EXPECT(lines.moments(columns(in.first, in.second, in.low), n, 8, found.data()), implementation.name, " ", n);
       EXPECT(lines.normalize(found.data(), n, kEps, in.gamma.data(), in.beta.data(),
                              {k[0].data(), k[1].data(), k[2].data()}),
              implementation.name, " ", n);
-      EXPECT(lines.grad_input(found.data(), in.beta.data(), in.gamma.data(), n, kEps, in.gamma.data(),
+      EXPECT(lines.grad_input(found.data(), columns(in.beta, in.gamma, in.low), n, kEps, in.gamma.data(),
                               {k[3].data(), k[4].data(), k[5].data(), k[6].data(), k[7].data()}, dgamma.data(),
                               dbeta.data()),
              implementation.name, " ", n);
       for (std::size_t c = 0; c < size; ++c) {
-        const auto m = moments_from_sums<float, double>({8, 0}, 0, {in.first[c], 0}, {in.second[c], 0});
+        const auto m = moments_from_sums<float, double>({8, 0}, 0, {in.first[c], in.low[c]}, {in.second[c], in.low[c]});
         m.put(&expected[c]);
         const auto rstd = rstd_for<float>(m, kEps);
         const auto affine = quick_coefficients(m.mean, m.mean_lo, rstd.hi, in.gamma[c], in.beta[c]).narrow;
-        const GradSumsOf<double> sums{{in.beta[c], 0}, {in.gamma[c], 0}};
+        const GradSumsOf<double> sums{{in.beta[c], in.low[c]}, {in.gamma[c], in.low[c]}};
         const auto grad = backward_coefficients<float, double>(m, sums, rstd, in.gamma[c]).narrow;
         const double alone[] = {affine.center, affine.scale,  affine.offset, grad.dy_center,
                                 grad.dy_scale, grad.x_center, grad.x_scale,  grad.offset};
@@ -193,16 +224,16 @@ TEST(formulas_for_many_channels_give_each_the_bits_it_gets_alone) {
 TEST(a_channel_that_is_not_as_usual_is_told) {
   for (const Implementation& implementation : tables::runnable()) {
     for (std::int64_t n = 5; n <= 13; ++n) {
-      const Channels in = channels(n, false);
+      Channels in = channels(n, false);
       std::vector<Moments> out(static_cast<std::size_t>(n));
-      EXPECT(!implementation.table->lines.moments(in.first.data(), in.second.data(), n, 8, out.data()),
+      EXPECT(!implementation.table->lines.moments(columns(in.first, in.second, in.low), n, 8, out.data()),
              implementation.name, " ", n);
     }
   }
 }
 
 guarded::Array<double>& array(int number) {
-  static guarded::Array<double> arrays[6];
+  static guarded::Array<double> arrays[7];
   return arrays[number];
 }
 TEST(formulas_touch_no_byte_outside_of_their_arrays) {
@@ -214,8 +245,10 @@ TEST(formulas_touch_no_byte_outside_of_their_arrays) {
       for (const Place place : {Place::ends_at_guard, Place::starts_at_guard}) {
         const Channels in = channels(n, true);
         const auto size = static_cast<std::size_t>(n);
-        const double* first = array(0).place(in.first, place);
-        const double* second = array(1).place(in.second, place);
+        double* first = array(0).place(in.first, place);
+        double* second = array(1).place(in.second, place);
+        double* low = array(6).place(in.low, place);
+        const kernels::ColumnSums sums{first, low, second, low};
         Moments* m = moments.place(std::vector<Moments>(size, {8, 1, 0, 8, 0}), place);
         float* k[5];
         for (int f = 0; f < 5; ++f) k[f] = fields[f].place(std::vector<float>(size), place);
@@ -224,8 +257,8 @@ TEST(formulas_touch_no_byte_outside_of_their_arrays) {
         double* dgamma = array(4).place(in.gamma, place);
         double* dbeta = array(5).place(in.gamma, place);
         lines.normalize(m, n, kEps, gamma, beta, {k[0], k[1], k[2]});
-        lines.grad_input(m, first, second, n, kEps, gamma, {k[0], k[1], k[2], k[3], k[4]}, dgamma, dbeta);
-        lines.moments(first, second, n, 8, m);
+        lines.grad_input(m, sums, n, kEps, gamma, {k[0], k[1], k[2], k[3], k[4]}, dgamma, dbeta);
+        lines.moments(sums, n, 8, m);
         const guarded::Strided all{n, 1, n};
         bool untouched =
             moments.untouched_outside(all) && array(4).untouched_outside(all) && array(5).untouched_outside(all);

@@ -35,11 +35,17 @@ BN_INLINE void for_many(std::int64_t n, const F& f) {
   for (; i < n; ++i) f.template operator()<double>(i);
 }
 
-bool lines_moments(const double* first, const double* second, std::int64_t n, double count, Moments* out) {
+// The sum of the channels from i on, high and low part.
+template <class V>
+BN_INLINE TwoParts<V> sum_at(const double* sum, const double* low, std::int64_t i) {
+  return {gather<V>(sum + i), gather<V>(low + i)};
+}
+
+bool lines_moments(const ColumnSums& sums, std::int64_t n, double count, Moments* out) {
   AnyChannel rare;
   for_many(n, [&]<class V>(std::int64_t i) __attribute__((always_inline)) {
-    const MomentsOf<V> m =
-        moments_from_sums<float, V>({count, 0}, 0, {gather<V>(first + i), V{}}, {gather<V>(second + i), V{}});
+    const MomentsOf<V> m = moments_from_sums<float, V>({count, 0}, 0, sum_at<V>(sums.first, sums.first_lo, i),
+                                                       sum_at<V>(sums.second, sums.second_lo, i));
     m.put(out + i);
     rare.add(needs_shift<float>(m) | mean_below(m, Conditioning<float>::kCompensateBelow));
   });
@@ -61,12 +67,13 @@ bool lines_normalize(const Moments* moments, std::int64_t n, double eps, const d
   return !rare.found();
 }
 
-bool lines_grad_input(const Moments* moments, const double* dy, const double* dy_xmu, std::int64_t n, double eps,
+bool lines_grad_input(const Moments* moments, const ColumnSums& of_columns, std::int64_t n, double eps,
                       const double* gamma, const GradAffineOut& out, double* dgamma, double* dbeta) {
   AnyChannel rare;
   for_many(n, [&]<class V>(std::int64_t i) __attribute__((always_inline)) {
     const MomentsOf<V> m = MomentsOf<V>::at(moments + i);
-    const GradSumsOf<V> sums{{gather<V>(dy + i), V{}}, {gather<V>(dy_xmu + i), V{}}};
+    const GradSumsOf<V> sums{sum_at<V>(of_columns.first, of_columns.first_lo, i),
+                             sum_at<V>(of_columns.second, of_columns.second_lo, i)};
     const TwoParts<V> rstd = rstd_for<float>(m, eps);
     scatter(dgamma_of<float>(m, sums, rstd), dgamma + i);
     scatter(dbeta_of(sums), dbeta + i);

@@ -271,10 +271,11 @@ constexpr Kernels<T> make_kernels() {
 
 // Nothing is as usual here: all channels are done one by one.
 constexpr LineKernels kLines{
-    [](const double*, const double*, std::int64_t, double, Moments*) { return false; },
+    [](const ColumnSums&, std::int64_t, double, Moments*) { return false; },
     [](const Moments*, std::int64_t, double, const double*, const double*, const AffineOut&) { return false; },
-    [](const Moments*, const double*, const double*, std::int64_t, double, const double*, const GradAffineOut&, double*,
-       double*) { return false; }};
+    [](const Moments*, const ColumnSums&, std::int64_t, double, const double*, const GradAffineOut&, double*, double*) {
+      return false;
+    }};
 
 }  // namespace
 

@@ -218,11 +218,11 @@ struct GradAffineOut {
 // They return whether all is as usual. Else some channel is badly conditioned or leaves float32's range: what was
 // written is then not to be used.
 struct LineKernels {
-  bool (*moments)(const double* first, const double* second, std::int64_t n, double count, Moments* out);
+  bool (*moments)(const ColumnSums&, std::int64_t n, double count, Moments* out);
   bool (*normalize)(const Moments*, std::int64_t n, double eps, const double* gamma, const double* beta,
                     const AffineOut&);
-  bool (*grad_input)(const Moments*, const double* dy, const double* dy_xmu, std::int64_t n, double eps,
-                     const double* gamma, const GradAffineOut&, double* dgamma, double* dbeta);
+  bool (*grad_input)(const Moments*, const ColumnSums&, std::int64_t n, double eps, const double* gamma,
+                     const GradAffineOut&, double* dgamma, double* dbeta);
 };
 
 struct KernelTable {
