@@ -215,12 +215,6 @@ struct RowsAhead {
   }
 };
 
-// Where row r of a visit lies behind its first.
-struct EvenRows {
-  std::int64_t stride;
-  BN_INLINE std::int64_t operator()(std::int64_t r) const { return r * stride; }
-};
-
 template <class T>
 BN_INLINE void fetch_lanes_to_store(T* p) {
   for (std::int64_t at = 0; at < kLanes; at += kStreamBytes / static_cast<std::int64_t>(sizeof(T))) {

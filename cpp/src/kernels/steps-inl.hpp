@@ -68,11 +68,35 @@ void put_counted(const A* tile, const A* weights, const A* input, std::int64_t n
   put_counted_as<Stores::ordinary>(tile, weights, input, n, to);
 }
 
-// Each store may reach into the next one's values, which are written after it. A row with one weight of as few channels
-// as a vector has lanes takes one store.
+// Of rows with one weight each, of 3 channels up to a vector's: the weights of a vector of values are permuted from the
+// few that it lies within, by numbers that come again after as many vectors as there are channels. (A store for every
+// row took masked training of 65536 rows of 3 channels to 5 times the time without a mask.)
+template <class W>
+BN_INLINE void repeat_by_number(const W* weights, std::int64_t rows, std::int64_t channels, W* to) {
+  constexpr int kWidth = Lanes<W>::kWidth;
+  using One = std::conditional_t<sizeof(W) == sizeof(float), std::int32_t, std::int64_t>;
+  typedef One Numbers __attribute__((vector_size(sizeof(typename Lanes<W>::Native))));
+  Numbers numbers[kWidth];
+  for (std::int64_t first = 0; first < channels; ++first) {
+    for (int l = 0; l < kWidth; ++l) numbers[first][l] = static_cast<One>((first + l) / channels);
+  }
+  const std::int64_t total = rows * channels, rows_a_vector = kWidth / channels, rest = kWidth % channels;
+  std::int64_t at = 0, row = 0, first = 0;
+  for (; row + kWidth <= rows; at += kWidth) {  // as many weights are loaded
+    const typename Lanes<W>::Native some = load_by_number(weights + row, numbers[first]);
+    __builtin_memcpy(to + at, &some, sizeof some);
+    row += rows_a_vector;
+    first += rest;
+    if (first >= channels) first -= channels, ++row;
+  }
+  for (; at < total; ++at) to[at] = weights[at / channels];
+}
+
+// Each store may reach into the next one's values, which are written after it.
 template <class W>
 void repeat_weights(const W* weights, std::int64_t rows, std::int64_t channels, std::int64_t inner, W* to) {
   constexpr int kWidth = Lanes<W>::kWidth;
+  if (inner == 1 && channels >= 3 && channels <= kWidth) return repeat_by_number(weights, rows, channels, to);
   if (inner == 1) {
     for (std::int64_t r = 0; r < rows; ++r, to += channels) {
       const typename Lanes<W>::Native one = weights[r] - typename Lanes<W>::Native{};

@@ -22,10 +22,6 @@ namespace {
 BN_INLINE NativeDouble widen_load(const float* p) {
   return NativeDouble{static_cast<double>(p[0]), static_cast<double>(p[1])};
 }
-// Vector k of the doubles that the lanes of v are.
-BN_INLINE NativeDouble widen_part(NativeFloat v, int k) {
-  return NativeDouble{static_cast<double>(v[2 * k]), static_cast<double>(v[2 * k + 1])};
-}
 BN_INLINE void narrow_store(float* p, NativeDouble v) {
   p[0] = static_cast<float>(v[0]);
   p[1] = static_cast<float>(v[1]);

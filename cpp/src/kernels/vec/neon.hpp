@@ -14,10 +14,6 @@ using NativeDouble = float64x2_t;
 constexpr int kVectorRegisters = 32;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return vcvt_f64_f32(vld1_f32(p)); }
-// Vector k of the doubles that the lanes of v are.
-BN_INLINE NativeDouble widen_part(NativeFloat v, int k) {
-  return k == 0 ? vcvt_f64_f32(vget_low_f32(v)) : vcvt_high_f64_f32(v);
-}
 BN_INLINE void narrow_store(float* p, NativeDouble v) { vst1_f32(p, vcvt_f32_f64(v)); }
 // float16 and bfloat16: by float32, which holds them exactly; to nearest even. Not through float16_t, which Float16 may
 // not be read as.

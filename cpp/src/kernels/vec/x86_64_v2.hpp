@@ -27,8 +27,6 @@ BN_INLINE NativeDouble widen_load(const float* p) {
   __builtin_memcpy(&two, p, sizeof two);
   return _mm_cvtps_pd(_mm_castpd_ps(_mm_set_sd(two)));
 }
-// Vector k of the doubles that the lanes of v are.
-BN_INLINE NativeDouble widen_part(NativeFloat v, int k) { return _mm_cvtps_pd(k == 0 ? v : _mm_movehl_ps(v, v)); }
 BN_INLINE void narrow_store(float* p, NativeDouble v) {
   const double two = _mm_cvtsd_f64(_mm_castps_pd(_mm_cvtpd_ps(v)));
   __builtin_memcpy(p, &two, sizeof two);

@@ -14,10 +14,6 @@ using NativeDouble = __m256d;
 constexpr int kVectorRegisters = 16;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-// Vector k of the doubles that the lanes of v are.
-BN_INLINE NativeDouble widen_part(NativeFloat v, int k) {
-  return _mm256_cvtps_pd(k == 0 ? _mm256_castps256_ps128(v) : _mm256_extractf128_ps(v, 1));
-}
 // Lane l: p[number[l]], with numbers below half the number of lanes (AVX2 permutes four values twice as often as
 // eight).
 template <class Numbers>

@@ -14,19 +14,6 @@ using NativeDouble = __m256d;
 constexpr int kVectorRegisters = 32;
 
 BN_INLINE NativeDouble widen_load(const float* p) { return _mm256_cvtps_pd(_mm_loadu_ps(p)); }
-// Vector k of the doubles that the lanes of v are.
-BN_INLINE NativeDouble widen_part(NativeFloat v, int k) {
-  switch (k) {
-    case 0:
-      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 0, 1, 2, 3));
-    case 1:
-      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 4, 5, 6, 7));
-    case 2:
-      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 8, 9, 10, 11));
-    default:
-      return _mm256_cvtps_pd(__builtin_shufflevector(v, v, 12, 13, 14, 15));
-  }
-}
 // Lane l: p[number[l]], with numbers below half the number of lanes.
 template <class Numbers>
 BN_INLINE NativeFloat load_by_number(const float* p, Numbers number) {
