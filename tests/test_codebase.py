@@ -141,6 +141,8 @@ def test_every_public_name_has_a_docstring():
 
 
 def test_a_table_has_at_most_twenty_entries_a_type():
-    entries = re.findall(r"\(\*(\w+)\)\(", without_comments(ROOT / "cpp/src/kernels/table.hpp"))
+    table = without_comments(ROOT / "cpp/src/kernels/table.hpp")
+    of_a_type = table.partition("struct Kernels {")[2].partition("};")[0]
+    entries = re.findall(r"\(\*(\w+)\)\(", of_a_type)
     assert {"runs_moments", "rows_grad_input"} <= set(entries), "the contract is written in another way"
     assert len(entries) <= 20
