@@ -241,7 +241,6 @@ void run_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* 
   run(pass, 3, threads, part);
 }
 
-// Without dx, dresidual takes its place, with coefficients that change nothing.
 template <class T>
 void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
                     const FirstOutputs<T>& out, int threads, const PartOf& part) {
@@ -255,6 +254,7 @@ void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments*
   run(pass, streams_of(out), threads, part);
 }
 
+// Without dx, dresidual takes its place, with coefficients that change nothing.
 template <class T>
 void run_batch_norm_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved,
                              const FirstOutputs<T>& out, int threads, const PartOf& part) {

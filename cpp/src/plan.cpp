@@ -6,9 +6,9 @@
 namespace batchnorm {
 namespace {
 
-// Rows of one block: at most 2^10 for that bound; at least 64, so that the sums of a block (32 bytes a column) are few
-// against its values; about 32 blocks in between, to share among threads. A column is a chain of its own: who cannot
-// hold a block of wide rows holds some of its columns.
+// Rows of one block: at most 2^10 for the bound of plan.hpp; at least 64, so that the sums of a block (32 bytes a
+// column) are few against its values; about 32 blocks in between, to share among threads. A column is a chain of its
+// own: who cannot hold a block of wide rows holds some of its columns.
 constexpr std::int64_t kMostBlockRows = 1024, kLeastBlockRows = kBlockRows, kWantedBlocks = 32;
 
 // A block that is applied may have as few rows as a kernel visits at once, where threads share them.

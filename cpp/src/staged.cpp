@@ -20,7 +20,7 @@ using kernels::Runs;
 using kernels::Sums;
 using kernels::Tail;
 
-// Values of a tile that is summed: a chunk of a planar channel (plan.cpp). And of one that is applied: with all that is
+// Values of a tile that is summed: a chunk of a planar channel (plan.hpp). And of one that is applied: with all that is
 // held of it (up to five float64 tiles) less than the stack of a small thread.
 constexpr std::int64_t kSummed = kChunkValues, kApplied = 2048;
 // Columns of a row that are summed at a time: at least four rows then fit a tile.
@@ -125,7 +125,7 @@ void weights_of_columns(const Positions<T>& positions, std::int64_t offset, std:
 
 // ---- sums ----
 
-// f(sums of channel i of the piece, from its runs one behind the other)
+// Runs of one channel, one behind the other.
 Runs gathered(const Runs& runs) { return {.length = runs.length, .count = runs.count, .stride = runs.length}; }
 
 template <class V, class T>
@@ -347,7 +347,7 @@ struct Slice {
   Runs runs;
   Rows rows;
 };
-// f(slice, channels) of the stretches of a planar piece; a slice has channels of one kind, as is_wide(c) tells.
+// f(slice) of the stretches of a planar piece; a slice has channels of one kind, as is_wide(c) tells.
 // Slices of a long run end where lines do of an output, whose first value lies past_line values behind one.
 template <class IsWide, class F>
 void for_slices(std::int64_t offset, const Runs& runs, std::int64_t c, std::int64_t past_line, const IsWide& is_wide,

@@ -11,7 +11,7 @@
 //   void finish(Range channels, totals)               from the sums of channel c, totals[c - channels.begin], to its
 //                                                     results
 //   void lay_out(Range channels)                      interleaved: the coefficients of finished channels, per column
-//   void apply_runs(offset, Runs, c), apply_rows(offset, column, Rows)
+//   void apply_runs(offset, Runs, c), apply_rows(offset, Rows)
 // Where it does not reduce, finish() is called with null totals.
 // clang-format on
 #pragma once

@@ -101,13 +101,14 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call
                 const Options& options = {});
 
 // Both halves: gradients of batch_norm() from what it saved.
-//     dgamma = sum(dy*xhat), dbeta = sum(dy), dx as above
-// dgamma and dbeta: problem.channels values, summed over all segments. Memory: 16 bytes a segment and channel.
+//     dgamma = sum(dy*xhat), dbeta = sum(dy), dx as above; sums over the positions of grad_sums()
+// dgamma and dbeta: problem.channels values, summed over all segments, for which 16 bytes a segment and channel are
+// taken; or one value per segment and channel.
 template <class T>
 void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call,
                          std::span<const Moments> saved, const Gradients<T>& out, const Options& options = {});
 
-// Gradients of normalize(), whose statistics are constants: dx = gamma*rstd*dy, dgamma and dbeta as above.
+// Gradients of normalize(), whose statistics are constants of one group: dx = gamma*rstd*dy, dgamma and dbeta as above.
 // x is read only where dgamma is asked for.
 template <class T>
 void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call, ChannelValues mean,
@@ -115,7 +116,8 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
 
 // ---- derivatives -----------------------------------------------------------------------------------------------
 
-// Forward-mode: the derivative of batch_norm()'s y along the tangents x_dot, gamma_dot and beta_dot (0 where absent):
+// n is the number of values that share statistics. Forward-mode: the derivative of batch_norm()'s y along the tangents
+// x_dot, gamma_dot and beta_dot (0 where absent):
 //     y_dot = gamma*rstd*(x_dot - sum(x_dot)/n - xhat*sum(x_dot*xhat)/n) + gamma_dot*xhat + beta_dot
 // In the sums w*x_dot stands for x_dot where there are weights. call.tail: the residual is its tangent, which is added;
 // bits are those that forward wrote, through which y_dot is let. At positions that do not count y_dot is 0 or x_dot.

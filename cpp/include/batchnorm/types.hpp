@@ -125,7 +125,7 @@ class ChannelOutput {
 // How to run a call; what it computes does not depend on it: the bits are the same for any number of threads.
 struct Options {
   // Threads to use at most; 0 means set_num_threads(), else OMP_NUM_THREADS, else the machine's.
-  // 1 opens no parallel region.
+  // 1: the calling thread alone.
   int threads = 0;
 };
 
