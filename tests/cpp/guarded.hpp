@@ -94,7 +94,9 @@ class Array {
   [[nodiscard]] const T* data() const { return data_; }
   [[nodiscard]] std::vector<T> all() const { return std::vector<T>(data_, data_ + count_); }
 
-  [[nodiscard]] bool untouched() const { return std::memcmp(first_, before_.data(), before_.size()) == 0; }
+  [[nodiscard]] bool untouched() const {
+    return before_.empty() || std::memcmp(first_, before_.data(), before_.size()) == 0;
+  }
   // Whether nothing but the elements of the piece has changed.
   [[nodiscard]] bool untouched_outside(const Strided& piece) {
     const std::byte* before = before_.data() + (reinterpret_cast<std::byte*>(data_) - first_);

@@ -554,7 +554,7 @@ template <class T>
 void expect_to_continue(const Implementation& implementation, const How& how, const Inputs<T>& in) {
   const Kernels<T>& k = implementation.table->of<T>();
   const auto columns = static_cast<std::size_t>(in.piece.channels);
-  std::vector<std::uint8_t> bits(static_cast<std::size_t>(in.memory().extent()), 0x5a);
+  std::vector<std::uint8_t> bits(static_cast<std::size_t>(in.memory().extent() + 4), 0x5a);
   const auto add_rows = [&](std::int64_t first, std::int64_t count, bool continues, std::vector<double>& sums) {
     const std::int64_t at = in.lead + first * in.piece.stride;
     const Rows rows{.count = count, .columns = in.piece.channels, .stride = in.piece.stride, .continues = continues};
