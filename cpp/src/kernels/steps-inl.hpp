@@ -78,7 +78,12 @@ BN_INLINE void repeat_by_number(const W* weights, std::int64_t rows, std::int64_
   typedef One Numbers __attribute__((vector_size(sizeof(typename Lanes<W>::Native))));
   Numbers numbers[kWidth];
   for (std::int64_t first = 0; first < channels; ++first) {
-    for (int l = 0; l < kWidth; ++l) numbers[first][l] = static_cast<One>((first + l) / channels);
+    One number = 0;  // (first + l)/channels; divisions would take longer than the tile
+    std::int64_t next = channels - first;
+    for (int l = 0; l < kWidth; ++l) {
+      if (l == next) ++number, next += channels;
+      numbers[first][l] = number;
+    }
   }
   const std::int64_t total = rows * channels, rows_a_vector = kWidth / channels, rest = kWidth % channels;
   std::int64_t at = 0, row = 0, first = 0;
