@@ -68,9 +68,9 @@ void put_counted(const A* tile, const A* weights, const A* input, std::int64_t n
   put_counted_as<Stores::ordinary>(tile, weights, input, n, to);
 }
 
-// Of rows with one weight each, of 3 channels up to a vector's: the weights of a vector of values are permuted from the
-// few that it lies within, by numbers that come again after as many vectors as there are channels. (A store for every
-// row took masked training of 65536 rows of 3 channels to 5 times the time without a mask.)
+// Of rows with one weight each, of 3 channels up to half a vector's: the weights of a vector of values are permuted
+// from the few that it lies within, by numbers that come again after as many vectors as there are channels. (A store
+// for every row took masked training of 65536 rows of 3 channels to 5 times the time without a mask.)
 template <class W>
 BN_INLINE void repeat_by_number(const W* weights, std::int64_t rows, std::int64_t channels, W* to) {
   constexpr int kWidth = Lanes<W>::kWidth;
@@ -101,7 +101,7 @@ BN_INLINE void repeat_by_number(const W* weights, std::int64_t rows, std::int64_
 template <class W>
 void repeat_weights(const W* weights, std::int64_t rows, std::int64_t channels, std::int64_t inner, W* to) {
   constexpr int kWidth = Lanes<W>::kWidth;
-  if (inner == 1 && channels >= 3 && channels <= kWidth) return repeat_by_number(weights, rows, channels, to);
+  if (inner == 1 && channels >= 3 && channels <= kWidth / 2) return repeat_by_number(weights, rows, channels, to);
   if (inner == 1) {
     for (std::int64_t r = 0; r < rows; ++r, to += channels) {
       const typename Lanes<W>::Native one = weights[r] - typename Lanes<W>::Native{};
