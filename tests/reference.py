@@ -379,20 +379,6 @@ def ulp(values, dtype, stored=None):
     return np.maximum(np.ldexp(1.0, exponent - 1 - info.nmant), least)
 
 
-def ulp_error(got, exact, dtype, stored=None):
-    """Give |got - exact| in units of the spacing of `dtype` at exact: 0.5 is correctly rounded."""
-    return exact.distance(got) / ulp(exact.high, dtype, stored)
-
-
-def relative_to_channel_max(got, exact, axis):
-    """Give max |got - exact| / max |exact| of each channel, (C,). A channel of exact zeros gives 0 or inf."""
-    axes = other_axes(exact.high, axis)
-    error = exact.distance(got).max(axes, initial=0.0)
-    largest = np.abs(exact.high).max(axes, initial=0.0)
-    with np.errstate(divide="ignore"):
-        return np.where(error == 0, 0.0, error / np.where(error == 0, 1.0, largest))
-
-
 # ---- exact integers ----------------------------------------------------------------------------------------
 
 _ROOT_BITS = 320

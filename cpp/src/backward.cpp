@@ -100,17 +100,14 @@ struct BackwardPass {
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     if (coefficients->any_wide()) return grad_input_staged(applied(), offset, rows, *coefficients);
     if (!staged) return apply_counted_rows(offset, rows);
-    const bool are_rows = call.positions && call.positions.is_mask && call.padding != Padding::normalize &&
-                          operands.positions.are_rows() && rows.stride == plan.problem.channels &&
-                          call.tail.bits == nullptr && call.tail.residual == nullptr && dresidual == nullptr &&
-                          constant_scale == nullptr;
-    if (!are_rows) return grad_input_staged(applied(), offset, rows, *coefficients);
-    const bool keeps_input = call.padding == Padding::keep && dx == dy;
-    if (!keeps_input) apply_counted_rows(offset, rows);
-    for_rows_alike(operands.positions, offset, rows, [&](std::int64_t at, const Rows& some, bool counts) {
-      if (!counts) return pad_rows(at, some);
-      if (keeps_input) apply_counted_rows(at, some);
-    });
+    const bool is_masked_alone = call.positions.is_mask && call.padding != Padding::normalize &&
+                                 call.tail.bits == nullptr && call.tail.residual == nullptr && dresidual == nullptr &&
+                                 constant_scale == nullptr;
+    if (!is_masked_alone || !has_weight_a_row(operands.positions, rows)) {
+      return grad_input_staged(applied(), offset, rows, *coefficients);
+    }
+    apply_where_rows_count(operands.positions, call.padding, dy, dx, offset, rows,
+                           [this](std::int64_t at, const Rows& some) { apply_counted_rows(at, some); });
   }
 
  private:
@@ -134,14 +131,6 @@ struct BackwardPass {
     const GradAffineColumns<A> columns{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
                                        k.narrow_columns(3), k.narrow_columns(4)};
     table.of<T>().rows_grad_input(in, nullptr, dx + offset, rows, columns);
-  }
-  void pad_rows(std::int64_t offset, const Rows& rows) const {
-    const std::int64_t n = rows.count * rows.columns;
-    if (call.padding == Padding::zero) {
-      std::fill_n(dx + offset, n, T(0));
-    } else if (dx != dy) {
-      std::copy_n(dy + offset, n, dx + offset);
-    }
   }
 
   // At most kTogether channels. First rstd alone: its divisions and roots take so long that they should overlap.

@@ -101,15 +101,11 @@ struct ForwardPass {
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     if (coefficients->any_wide()) return normalize_staged(applied, offset, rows, *coefficients);
     if (!staged) return apply_counted_rows(offset, rows);
-    const bool are_rows = applied.positions && applied.positions.are_rows() && rows.stride == plan.problem.channels;
-    if (!are_rows || sizeof(T) == 2) return normalize_staged(applied, offset, rows, *coefficients);
-    // All rows, and those over again that do not count: sooner than a call for every few rows.
-    const bool keeps_input = call.padding == Padding::keep && x == y;
-    if (!keeps_input) apply_counted_rows(offset, rows);
-    for_rows_alike(applied.positions, offset, rows, [&](std::int64_t at, const Rows& some, bool counts) {
-      if (!counts) return pad_rows(at, some);
-      if (keeps_input) apply_counted_rows(at, some);
-    });
+    if (sizeof(T) == 2 || !has_weight_a_row(applied.positions, rows)) {
+      return normalize_staged(applied, offset, rows, *coefficients);
+    }
+    apply_where_rows_count(applied.positions, call.padding, x, y, offset, rows,
+                           [this](std::int64_t at, const Rows& some) { apply_counted_rows(at, some); });
   }
 
  private:
@@ -123,14 +119,6 @@ struct ForwardPass {
     if (rows.columns == plan.apply_rows.columns && rows.columns >= kernels::kVectorColumns) rows.walk = walk;
     const AffineColumns<A> columns{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
     table.of<T>().rows_normalize(x + offset, y + offset, tail(offset), rows, columns);
-  }
-  void pad_rows(std::int64_t offset, const Rows& rows) const {
-    const std::int64_t n = rows.count * rows.columns;
-    if (call.padding == Padding::zero) {
-      std::fill_n(y + offset, n, T(0));
-    } else if (x != y) {
-      std::copy_n(x + offset, n, y + offset);
-    }
   }
 
   // Of at most kTogether channels.

@@ -8,17 +8,34 @@
 
 namespace batchnorm {
 
-// f(offset, rows, counts) for the rows of a block one below the other, as many at a time as count or do not; of
-// positions that are rows.
-template <class T, class F>
-void for_rows_alike(const Positions<T>& positions, std::int64_t offset, const kernels::Rows& rows, const F& f) {
+// Whether positions are rows of the kernels, one weight each.
+template <class T>
+bool has_weight_a_row(const Positions<T>& positions, const kernels::Rows& rows) {
+  return positions && positions.are_rows() && rows.stride == positions.problem.channels;
+}
+
+// Of rows with a weight each: apply(offset, rows) writes `output` where one counts, which elsewhere is 0 or `input`.
+// All rows are applied, and those over again that do not count: sooner than a call for every few rows. Not where that
+// would write over the input that is kept.
+template <class T, class Apply>
+void apply_where_rows_count(const Positions<T>& positions, Padding padding, const T* input, T* output,
+                            std::int64_t offset, const kernels::Rows& rows, const Apply& apply) {
   const auto* w = positions.of_row(offset);
+  const bool is_kept = padding == Padding::keep && input == output;
+  if (!is_kept) apply(offset, rows);
   for (std::int64_t r = 0, end = 0; r < rows.count; r = end) {
     const bool counts = w[r] != 0;
     while (end < rows.count && (w[end] != 0) == counts) ++end;
-    kernels::Rows some = rows;
-    some.count = end - r;
-    f(offset + r * rows.stride, some, counts);
+    const std::int64_t at = offset + r * rows.stride, n = (end - r) * rows.columns;
+    if (counts && is_kept) {
+      kernels::Rows some = rows;
+      some.count = end - r;
+      apply(at, some);
+    } else if (!counts && padding == Padding::zero) {
+      std::fill_n(output + at, n, T(0));
+    } else if (!counts && !is_kept) {
+      std::copy_n(input + at, n, output + at);
+    }
   }
 }
 
