@@ -103,7 +103,7 @@ struct BackwardPass {
     const bool is_masked_alone = call.positions.is_mask && call.padding != Padding::normalize &&
                                  call.tail.bits == nullptr && call.tail.residual == nullptr && dresidual == nullptr &&
                                  constant_scale == nullptr;
-    if (!is_masked_alone || !has_weight_a_row(operands.positions, rows)) {
+    if (!is_masked_alone || !operands.positions.are_rows(rows.stride)) {
       return grad_input_staged(applied(), offset, rows, *coefficients);
     }
     apply_where_rows_count(operands.positions, call.padding, dy, dx, offset, rows,

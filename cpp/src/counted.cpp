@@ -1,7 +1,6 @@
 #include "counted.hpp"
 
 #include <algorithm>
-#include <bit>
 #include <cstdint>
 #include <limits>
 #include <vector>
@@ -16,19 +15,6 @@ namespace {
 // Weights that one task counts. Two tasks are shared out already: inference under a mask of 65536 weights took 0.93 of
 // the time, training with as many weights 0.82, when four chunks were.
 constexpr std::int64_t kChunk = 16 * 1024;
-
-// The least of the weights that are not 0, and 1; for float32, whose range it matters to. As integers, which compilers
-// compare by vectors: those of floats that are not negative are in the same order, and 0 becomes the largest.
-double least_of(const float* w, std::int64_t n) {
-  constexpr std::uint32_t kSign = 0x8000'0000u;
-  std::int32_t least = std::numeric_limits<std::int32_t>::max();
-  for (std::int64_t i = 0; i < n; ++i) {
-    least = std::min(least, static_cast<std::int32_t>((std::bit_cast<std::uint32_t>(w[i]) - 1) ^ kSign));
-  }
-  const auto found = std::bit_cast<float>((static_cast<std::uint32_t>(least) ^ kSign) + 1);
-  return found > 0 && found < 1 ? static_cast<double>(found) : 1;
-}
-double least_of(const double*, std::int64_t) { return 1; }
 
 template <class W>
 struct Chunks {
@@ -48,8 +34,7 @@ struct Chunks {
       const std::int64_t n = std::min(kChunk, static_cast<std::int64_t>(weights.size()) - k * kChunk);
       const kernels::WeightCounts counts = table.of<W>().count_weights(w, n);
       parts[static_cast<std::size_t>(k)] = {two_sum(counts.total, counts.total_lo), n - counts.zeros,
-                                            counts.zeros + counts.ones == n, counts.good == n,
-                                            counts.zeros + counts.ones == n ? 1 : least_of(w, n)};
+                                            counts.zeros + counts.ones == n, counts.good == n, counts.least};
     }
   }
 };

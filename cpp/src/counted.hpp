@@ -40,8 +40,10 @@ struct Positions {
   [[nodiscard]] const W* of_row(std::int64_t offset) const {
     return values + offset / (problem.channels * problem.inner) * problem.inner;
   }
-  // Interleaved, with one weight for all columns of a row.
-  [[nodiscard]] bool are_rows() const { return problem.inner == 1; }
+  // Whether each row of a block, `stride` values apart, is a position: one weight for all of its columns.
+  [[nodiscard]] bool are_rows(std::int64_t stride) const {
+    return values != nullptr && problem.inner == 1 && stride == problem.channels;
+  }
 };
 
 }  // namespace batchnorm

@@ -71,10 +71,10 @@ class SecondPass {
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
     double mean[kernels::kMostChannels];
     for (std::int64_t i = 0; i < runs.channels; ++i) mean[i] = mean_of_dy(c + i);
-    table.of<T>().runs_grad_sums({v + offset, dy + offset}, runs, mean, out);
+    table.of<T>().runs_grad_sums({v + offset, dy + offset}, {}, runs, mean, out);
   }
   void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
-    table.of<T>().rows_grad_sums({v + offset, dy + offset}, rows, column_mean + column, out);
+    table.of<T>().rows_grad_sums({v + offset, dy + offset}, {}, rows, column_mean + column, out);
   }
   void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                   const ColumnSums& total) const {

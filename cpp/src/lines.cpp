@@ -163,12 +163,12 @@ class EachTile {
     A* through = memory.flat[tensors_.counted == nullptr ? 0 : kTensors - 1];  // whose values come next
     table_.of<A>().keep_bits(values, tensors_.bits, tensors_.first_bit + at, n, through);
     if (tensors_.counted == nullptr) return through;
-    table_.of<A>().put_counted(through, memory.weights, values, n, false, memory.flat[0]);
+    table_.of<A>().put_counted(through, memory.weights, values, n, 1, false, memory.flat[0]);
     return memory.flat[0];
   }
   void write_residual(const A* values, std::int64_t at, std::int64_t n, Memory& memory) const {
     if (tensors_.counted != nullptr) {
-      table_.of<A>().keep_counted(values, memory.weights, n, memory.flat[0]);
+      table_.of<A>().put_counted(values, memory.weights, nullptr, n, 1, false, memory.flat[0]);
       values = memory.flat[0];
     }
     write(values, n, tensors_.dresidual + at);

@@ -26,7 +26,7 @@ class Slice {
 
   bool moments(const T* x, Moments* out) {
     const kernels::ColumnSums sums = sum([&](std::int64_t offset, const kernels::Rows& rows, const auto& to) {
-      table_.of<T>().rows_moments(x + offset, nullptr, rows, nullptr, to);
+      table_.of<T>().rows_moments(x + offset, {}, rows, nullptr, to);
     });
     return table_.lines.moments(sums, problem_.channels, static_cast<double>(problem_.outer), out);
   }
@@ -45,7 +45,7 @@ class Slice {
     OfSlice mean;
     for (std::int64_t c = 0; c < problem_.channels; ++c) mean.data()[c] = moments[c].mean;
     const kernels::ColumnSums sums = sum([&](std::int64_t offset, const kernels::Rows& rows, const auto& to) {
-      table_.of<T>().rows_grad_sums({.dy = dy + offset, .x = x + offset}, rows, mean.data(), to);
+      table_.of<T>().rows_grad_sums({.dy = dy + offset, .x = x + offset}, {}, rows, mean.data(), to);
     });
     Field dy_center, dy_scale, x_center, x_scale, offset;
     if (!table_.lines.grad_input(moments, sums, problem_.channels, eps, gamma,

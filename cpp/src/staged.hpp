@@ -68,7 +68,14 @@ struct GradientOperands {
   bool forward_mode = false;
   const T* residual_dot = nullptr;
 
-  [[nodiscard]] bool leaves_out() const { return positions && (forward_mode || padding != Padding::normalize); }
+  // Whether dy is summed as the bits of a ReLU let it through, and times its weight.
+  [[nodiscard]] bool lets_through() const { return in.bits != nullptr && !forward_mode; }
+  [[nodiscard]] bool weighs() const { return positions && forward_mode && !positions.is_mask; }
+  // Those that are summed: where padding is normalized too, all depend on the statistics.
+  [[nodiscard]] const Positions<T>& summed_positions() const {
+    static constexpr Positions<T> kAll{};
+    return forward_mode || padding != Padding::normalize ? positions : kAll;
+  }
 };
 template <class T>
 void sum_gradients(const GradientOperands<T>& in, std::int64_t offset, const kernels::Runs& runs, std::int64_t c,

@@ -165,7 +165,7 @@ void kernels_widen_every_value() {
     }
     for (unsigned bits = 0; bits < 0x10000; bits += 97) {  // sums, of one value
       kernels::Sums sums;
-      k.runs_moments(&x[bits], nullptr, {1, 1, 1}, nullptr, &sums);
+      k.runs_moments(&x[bits], {}, {1, 1, 1}, nullptr, &sums);
       const auto want = static_cast<double>(static_cast<float>(x[bits]));
       EXPECT(sums.first == want || std::isnan(want), isa, " bits ", bits);
     }

@@ -67,12 +67,24 @@ constexpr const char* kPassNames[] = {"moments", "grad_sums", "normalize", "grad
 enum class Onto { nothing, its_own, x, dy, third };
 constexpr const char* kOntoNames[] = {"nothing", "its own", "x", "dy", "third"};
 
+// The weights of a piece: one a value that lies like x; one a value of a run, for all channels; one a row. `mask`: all
+// that are not 0 are taken to be 1.
+enum class Weighing { none, values, mask, rows, mask_of_rows };
+constexpr const char* kWeighingNames[] = {"", " weights", " mask", " weights of rows", " mask of rows"};
+
 // A kernel and the arguments that it may have or not.
 struct How {
   Pass pass;
-  bool shift = false, weights = false, residual = false, relu = false, bits = false, without_x = false;
+  bool shift = false;
+  Weighing weights = Weighing::none;
+  bool residual = false, relu = false, bits = false, without_x = false;
   Onto output = Onto::its_own, dresidual = Onto::nothing;
   RowWalk walk = RowWalk::columns;  // around_cache: of runs too
+
+  [[nodiscard]] bool weighs() const { return weights != Weighing::none; }
+  [[nodiscard]] bool weights_of_rows() const { return weights == Weighing::rows || weights == Weighing::mask_of_rows; }
+  [[nodiscard]] bool masks() const { return weights == Weighing::mask || weights == Weighing::mask_of_rows; }
+  [[nodiscard]] bool sums() const { return pass == Pass::moments || pass == Pass::grad_sums; }
 };
 
 // What is being called, for messages.
@@ -91,8 +103,8 @@ inline std::string described() {
   constexpr const char* kWalks[] = {"", " in line", " around cache"};
   return expect::text(isa, " ", p.is_rows ? "rows_" : "runs_", kPassNames[static_cast<int>(how.pass)], ", items of ",
                       item_size, " bytes", kWalks[static_cast<int>(how.walk)], flag(how.shift, " shift"),
-                      flag(how.weights, " weights"), flag(how.residual, " residual"), flag(how.relu, " relu"),
-                      flag(how.bits, " bits"), flag(how.without_x, " without x"), ", onto ",
+                      kWeighingNames[static_cast<int>(how.weights)], flag(how.residual, " residual"),
+                      flag(how.relu, " relu"), flag(how.bits, " bits"), flag(how.without_x, " without x"), ", onto ",
                       kOntoNames[static_cast<int>(how.output)], ", dresidual onto ",
                       kOntoNames[static_cast<int>(how.dresidual)], ", ", guarded::name(place), ", ", p.count, " x ",
                       p.channels, " x ", p.length, ", stride ", p.stride);
@@ -187,13 +199,20 @@ struct Inputs {
   Piece piece;
   std::int64_t lead = 0, first_bit = 0, ahead = 0;
   std::vector<T> x{}, dy{}, third{};  // behind `lead` canaries
-  std::vector<A> weights{};           // where x is
+  std::vector<A> weights{};           // where x is; the same for all channels of runs
   std::vector<bool> passes{};         // through the ReLU: the elements
   std::vector<A> shift{};
   std::vector<double> mean{};
   std::array<std::vector<A>, 7> fields{};  // of the coefficients
 
   [[nodiscard]] Strided memory() const { return piece.memory(lead); }
+  // Of an element, which is at `at`; that of a row is its first.
+  [[nodiscard]] double weight(const How& how, std::int64_t at, std::int64_t element) const {
+    if (how.weights == Weighing::none) return 1;
+    if (how.weights_of_rows()) at = lead + element / piece.channels * piece.stride;
+    const double w = weights[static_cast<std::size_t>(at)];
+    return how.masks() && w != 0 ? 1 : w;
+  }
 };
 
 template <class T>
@@ -209,6 +228,10 @@ Inputs<T> make_inputs(const Piece& piece, Values kind, std::uint64_t seed) {
   in.dy = tensor();
   in.third = tensor();
   in.weights = spread<A>(in.memory(), [&](std::int64_t) { return weight<A>(g); });
+  in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+    if (!piece.is_rows)
+      in.weights.data()[at] = in.weights.data()[at - e % (piece.channels * piece.length) / piece.length * piece.length];
+  });
   for (std::int64_t e = 0; e < in.memory().elements(); ++e) in.passes.push_back(g.below(2) == 0);
   const Values of_channels = kind == Values::extreme ? kind : Values::ordinary;
   in.shift = fill<A>(g, piece.channels, of_channels);
@@ -272,7 +295,7 @@ class Call {
 
   Outcome<T> run() {
     place_tensors();
-    if (how.pass == Pass::moments || how.pass == Pass::grad_sums) {
+    if (how.sums()) {
       in.piece.is_rows ? sum_rows() : sum_runs();
     } else {
       place_coefficients();
@@ -291,7 +314,24 @@ class Call {
     third = m.third.place(how.residual || how.pass == Pass::second_grad ? in.third : none, place, 3);
     out = m.out.place(how.output == Onto::its_own ? blank : none, place, 5);
     dresidual = m.dresidual.place(how.dresidual == Onto::its_own ? blank : none, place, 5);
-    if (how.weights) weights = m.weights.place(in.weights, place, 4) + in.lead;
+    if (how.weighs()) place_weights();
+  }
+  // Those of sums lie side by side.
+  void place_weights() {
+    if (!how.sums()) {
+      weights = m.weights.place(in.weights, place, 4) + in.lead;
+      return;
+    }
+    const Piece& p = in.piece;
+    const std::int64_t width = p.channels * p.length, each = how.weights_of_rows() ? 1 : p.is_rows ? width : p.length;
+    std::vector<A> all(static_cast<std::size_t>(p.count * each));
+    in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+      all[static_cast<std::size_t>(e / width * each + e % width % each)] = static_cast<A>(in.weight(how, at, e));
+    });
+    weights = m.weights.place(all, place, 4);
+  }
+  [[nodiscard]] kernels::WeightsOf<A> weights_of() const {
+    return {weights, how.masks(), in.piece.is_rows && !how.weights_of_rows() ? in.piece.channels : 0};
   }
   // Those in line are repeated behind the last.
   void place_coefficients() {
@@ -336,9 +376,9 @@ class Call {
     constexpr double kNaN = std::numeric_limits<double>::quiet_NaN();
     Sums* sums = m.sums.place(std::vector<Sums>(in.mean.size(), Sums{kNaN, kNaN, kNaN, kNaN}), place, 5);
     if (how.pass == Pass::moments) {
-      k.runs_moments(x + in.lead, weights, runs(), shift(), sums);
+      k.runs_moments(x + in.lead, weights_of(), runs(), shift(), sums);
     } else {
-      k.runs_grad_sums(grad_inputs(), runs(), m.mean.place(in.mean, place, 4), sums);
+      k.runs_grad_sums(grad_inputs(), weights_of(), runs(), m.mean.place(in.mean, place, 4), sums);
     }
     for (double Sums::* field : {&Sums::first, &Sums::first_lo, &Sums::second, &Sums::second_lo}) {
       const bool is_low = field == &Sums::first_lo || field == &Sums::second_lo;
@@ -360,9 +400,9 @@ class Call {
     }
     const ColumnSums sums{field[0], field[1], field[2], field[3]};
     if (how.pass == Pass::moments) {
-      k.rows_moments(x + in.lead, weights, rows(), shift(), sums);
+      k.rows_moments(x + in.lead, weights_of(), rows(), shift(), sums);
     } else {
-      k.rows_grad_sums(grad_inputs(), rows(), m.mean.place(in.mean, place, 4), sums);
+      k.rows_grad_sums(grad_inputs(), weights_of(), rows(), m.mean.place(in.mean, place, 4), sums);
     }
     for (std::size_t e = 0; e < 4; ++e) {
       const std::vector<double> column = m.column_sums[e].all();

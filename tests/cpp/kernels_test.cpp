@@ -85,13 +85,13 @@ Outcome<T> by_steps(const Implementation& implementation, const How& how, const 
 template <class T>
 std::array<double, 2> terms(const Inputs<T>& in, const How& how, std::int64_t at, std::int64_t element) {
   const std::size_t c = in.piece.channel_of(element);
-  const double x = in.x.data()[at];
+  const double x = in.x.data()[at], w = in.weight(how, at, element);
+  if (w == 0) return {0, 0};
   if (how.pass == Pass::grad_sums) {
     const double dy = let_through(in, how, at, element);
     return {dy, dy * (x - in.mean[c])};
   }
-  const double w = how.weights ? in.weights.data()[at] : 1, d = how.shift ? x - in.shift[c] : x;
-  if (w == 0) return {0, 0};
+  const double d = how.shift ? x - in.shift[c] : x;
   return {w * d, w * d * d};
 }
 
@@ -135,7 +135,7 @@ void expect_elements_near(const Inputs<T>& in, const How& how, const Outcome<T>&
   in.memory().for_each([&](std::int64_t at, std::int64_t e) {
     const T y = got.values.data()[e], want = reference.values.data()[e];
     const std::size_t c = in.piece.channel_of(e);
-    const double w = how.weights ? in.weights.data()[at] : 1;
+    const double w = in.weight(how, at, e);
     double magnitude = std::abs(w * in.fields[has_dy ? 4 : 2][c]);
     bool finite = true;
     const auto add_part = [&](double value, std::size_t field, double of_center, double of_product) {
@@ -143,7 +143,7 @@ void expect_elements_near(const Inputs<T>& in, const How& how, const Outcome<T>&
       if (!std::isfinite(value)) return;
       const double center = of_center * in.fields[field][c], scale = in.fields[field + 1][c];
       const double product = (value - center) * scale;
-      magnitude += std::abs(of_product * product) + (how.weights ? std::abs(center * scale) : 0);
+      magnitude += std::abs(of_product * product) + (how.weighs() ? std::abs(center * scale) : 0);
       for (const double step : {value - center, product}) {
         if (std::abs(step) > FLT_MAX / 2) magnitude += std::abs(step);
       }
@@ -151,7 +151,7 @@ void expect_elements_near(const Inputs<T>& in, const How& how, const Outcome<T>&
     if (has_dy) add_part(let_through(in, how, at, e), 0, w, 1);
     if (!how.without_x) add_part(in.x.data()[at], has_dy ? 2 : 0, 1, w);
     if (magnitude > FLT_MAX / 2) return;  // an intermediate result may overflow: such channels are done in float64
-    const double bound = finite ? (how.weights ? 6 : 5) * 0x1p-24 * magnitude + 2 * 0x1p-149 : 0;
+    const double bound = finite ? (how.weighs() ? 6 : 5) * 0x1p-24 * magnitude + 2 * 0x1p-149 : 0;
     EXPECT(finite ? std::abs(double{y} - double{want}) <= bound : data::same_bits(y, want), y, " ", want, " bound ",
            bound, " channel ", c, " element ", e, " ", described());
   });
@@ -197,8 +197,13 @@ std::vector<How> ways_to_sum(const Piece& p) {
   if (may_be_about) ways.push_back({.pass = Pass::moments, .shift = true});
   if (kIsNarrow<T>) return ways;
   ways.push_back({.pass = Pass::grad_sums, .bits = true});
-  if (may_be_about) ways.push_back({.pass = Pass::moments, .weights = true});
-  if (may_be_about) ways.push_back({.pass = Pass::moments, .shift = true, .weights = true});
+  std::vector<Weighing> weighings{Weighing::values, Weighing::mask};
+  if (p.is_rows) weighings.insert(weighings.end(), {Weighing::rows, Weighing::mask_of_rows});
+  for (const Weighing weights : weighings) {
+    ways.push_back({.pass = Pass::grad_sums, .weights = weights});
+    ways.push_back({.pass = Pass::moments, .weights = weights});
+    if (may_be_about) ways.push_back({.pass = Pass::moments, .shift = true, .weights = weights});
+  }
   return ways;
 }
 
@@ -251,7 +256,7 @@ std::vector<How> ways_to_grad_input(const Piece& p) {
       add({.pass = Pass::grad_input, .bits = true, .dresidual = dresidual, .walk = walk});
     }
     const bool may_have_weights = p.is_rows ? walk == RowWalk::columns : p.count == 1;
-    if (may_have_weights) add({.pass = Pass::grad_input, .weights = true, .walk = walk});
+    if (may_have_weights) add({.pass = Pass::grad_input, .weights = Weighing::values, .walk = walk});
   }
   return ways;
 }
@@ -296,7 +301,7 @@ void try_all(Ways&& ways_of) {
     const auto kind = static_cast<Values>(++seed % 3);
     const Inputs<T> in = make_inputs<T>(piece, kind, seed);
     for (const How& how : ways_of(piece)) {
-      if (how.pass == Pass::grad_input && how.weights && kind == Values::extreme) continue;
+      if (how.pass == Pass::grad_input && how.weighs() && kind == Values::extreme) continue;
       expect_agreement(how, in);
     }
   };
@@ -332,7 +337,7 @@ TEST(every_table_has_every_kernel) {
       EXPECT(k.runs_moments && k.rows_moments && k.runs_normalize && k.rows_normalize && k.runs_grad_sums &&
                  k.rows_grad_sums && k.runs_grad_input && k.rows_grad_input && k.add_blocks,
              implementation.name, " ", sizeof(T));
-      const bool has_steps = k.keep_counted && k.keep_bits && k.put_counted && k.repeat_weights && k.count_weights;
+      const bool has_steps = k.keep_bits && k.put_counted && k.repeat_weights && k.count_weights;
       EXPECT(kIsNarrow<T> ? k.widen && k.narrow : has_steps, implementation.name, " ", sizeof(T));
       EXPECT(sizeof(T) < sizeof(double) || (k.runs_second_grad && k.rows_second_grad), implementation.name);
     });
@@ -378,13 +383,13 @@ TEST(compensated_sums_keep_about_100_bits) {
     // Large values that cancel, and small ones that remain.
     Generator g(10);
     for (double& x : in.x) x *= std::ldexp(1.0, 3 * g.below(10));
-    for (const How& how : {How{Pass::moments}, How{.pass = Pass::moments, .weights = true}}) {
+    for (const How& how : {How{Pass::moments}, How{.pass = Pass::moments, .weights = Weighing::values}}) {
       // The terms are w*x, exactly the sum of two float64, and that times x.
       ExactSum sums[2], magnitudes[2];
       in.memory().for_each([&](std::int64_t at, std::int64_t e) {
         if (in.piece.channel_of(e) != 0) return;
         const double x = in.x.data()[at];
-        const DoubleDouble factor = two_product(how.weights ? in.weights.data()[at] : 1, x);
+        const DoubleDouble factor = two_product(in.weight(how, at, e), x);
         const double of_term[2] = {1, x};
         for (std::size_t s = 0; s < 2; ++s) {
           for (const double part : {factor.hi, factor.lo}) {
@@ -436,12 +441,12 @@ TEST(float64_squares_near_underflow_give_the_same_bits_on_every_table) {
 template <class T>
 void expect_no_look_where_nothing_counts(const Piece& piece) {
   const Inputs<T> in = make_inputs<T>(piece, Values::ordinary, 13);
-  for (const bool shift : {false, true}) {
-    const How how{.pass = Pass::moments, .shift = shift, .weights = true};
+  for (const How& how : ways_to_sum<T>(piece)) {
+    if (!how.weighs()) continue;
     for (const T junk : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity(), T(0)}) {
       Inputs<T> other = in;
-      in.memory().for_each([&](std::int64_t at, std::int64_t) {
-        if (in.weights.data()[at] == 0) other.x.data()[at] = junk;
+      in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+        if (in.weight(how, at, e) == 0) other.x.data()[at] = other.dy.data()[at] = junk;
       });
       for (const Implementation& implementation : runnable()) {
         const Outcome<T> wanted = call(implementation, how, in);
@@ -466,9 +471,9 @@ void expect_ones_to_be_no_weights(const Piece& piece) {
   std::vector<How> ways = ways_to_sum<T>(piece);
   for (const How& how : ways_to_grad_input<T>(piece)) ways.push_back(how);
   for (const How& how : ways) {
-    if (!how.weights) continue;
+    if (!how.weighs()) continue;
     How plain = how;
-    plain.weights = false;
+    plain.weights = Weighing::none;
     for (const Implementation& implementation : runnable()) {
       const Outcome<T> wanted = call(implementation, plain, in);
       EXPECT(call(implementation, how, in) == wanted, described());
@@ -555,16 +560,26 @@ void expect_to_continue(const Implementation& implementation, const How& how, co
   const Kernels<T>& k = implementation.table->of<T>();
   const auto columns = static_cast<std::size_t>(in.piece.channels);
   std::vector<std::uint8_t> bits(static_cast<std::size_t>(in.memory().extent() + 4), 0x5a);
+  // One a row, or a value: behind one another.
+  const std::int64_t each = how.weights_of_rows() ? 1 : in.piece.channels;
+  std::vector<Arithmetic<T>> weights(static_cast<std::size_t>(in.piece.count * each));
+  in.memory().for_each([&](std::int64_t at, std::int64_t e) {
+    weights[static_cast<std::size_t>(e / in.piece.channels * each + e % each)] =
+        static_cast<Arithmetic<T>>(in.weight(how, at, e));
+  });
+  const auto weights_from = [&](std::int64_t row) -> kernels::WeightsOf<Arithmetic<T>> {
+    if (!how.weighs()) return {};
+    return {weights.data() + row * each, how.masks(), each == 1 && how.weights_of_rows() ? 0 : each};
+  };
   const auto add_rows = [&](std::int64_t first, std::int64_t count, bool continues, std::vector<double>& sums) {
     const std::int64_t at = in.lead + first * in.piece.stride;
     const Rows rows{.count = count, .columns = in.piece.channels, .stride = in.piece.stride, .continues = continues};
     if (how.pass == Pass::moments) {
-      k.rows_moments(in.x.data() + at, how.weights ? in.weights.data() + at : nullptr, rows,
-                     how.shift ? in.shift.data() : nullptr, sums_in(sums));
+      k.rows_moments(in.x.data() + at, weights_from(first), rows, how.shift ? in.shift.data() : nullptr, sums_in(sums));
     } else {
       const GradInputs<T> inputs{
           .dy = in.dy.data(), .x = in.x.data(), .bits = how.bits ? bits.data() : nullptr, .at = at};
-      k.rows_grad_sums(inputs, rows, in.mean.data(), sums_in(sums));
+      k.rows_grad_sums(inputs, weights_from(first), rows, in.mean.data(), sums_in(sums));
     }
   };
   std::vector<double> whole(4 * columns);

@@ -26,38 +26,44 @@ std::vector<T> written(Array<T>& to, const std::vector<T>& before, std::int64_t 
 }
 
 template <class T>
-void expect_counted(const Implementation& implementation, std::int64_t n, Place place) {
+void expect_counted(const Implementation& implementation, std::int64_t n, std::int64_t times, Place place) {
   static Array<T> of_to, of_tile, of_input, of_weights;
   const Kernels<T>& k = implementation.table->of<T>();
   Generator g(80);
-  const auto tile = fill<T>(g, n, Values::not_finite), input = fill<T>(g, n, Values::not_finite);
-  std::vector<T> w(tile.size()), kept(tile.size()), put = input;
-  for (std::size_t e = 0; e < w.size(); ++e) {
-    w[e] = weight<T>(g);
-    if (w[e] != 0) kept[e] = put[e] = tile[e];
+  const std::int64_t total = n * times;
+  const auto tile = fill<T>(g, total, Values::not_finite), input = fill<T>(g, total, Values::not_finite);
+  std::vector<T> w(static_cast<std::size_t>(n)), kept(tile.size()), put = input;
+  for (T& each : w) each = weight<T>(g);
+  std::vector<T> repeated = w;  // with those that are read again behind the last
+  for (std::size_t e = 0; times > 1 && e < kernels::kVectorColumns; ++e) repeated.push_back(w[e]);
+  for (std::size_t e = 0; e < tile.size(); ++e) {
+    if (w[e % w.size()] != 0) kept[e] = put[e] = tile[e];
   }
   const T *t = of_tile.place(tile, place, 2), *i = of_input.place(input, place, 3),
-          *given = of_weights.place(w, place, 4);
+          *given = of_weights.place(repeated, place, 4);
   const auto expect = [&](const std::vector<T>& before, const std::vector<T>& wanted, const char* what, auto&& step) {
-    EXPECT(data::same_bits(written(of_to, before, n, place, step), wanted), implementation.name, " ", what, ", ", n,
-           " values, items of ", sizeof(T), " bytes, ", guarded::name(place));
+    EXPECT(data::same_bits(written(of_to, before, total, place, step), wanted), implementation.name, " ", what, ", ",
+           times, " x ", n, " values, items of ", sizeof(T), " bytes, ", guarded::name(place));
     EXPECT(of_tile.untouched() && of_input.untouched() && of_weights.untouched(), implementation.name, " ", what);
   };
-  const auto blank = canaries<T>(n);
-  expect(blank, kept, "keep", [&](T* to) { k.keep_counted(t, given, n, to); });
-  expect(tile, kept, "keep in place", [&](T* to) { k.keep_counted(to, given, n, to); });
+  const auto blank = canaries<T>(total);
   for (const bool around : {false, true}) {
-    expect(blank, put, "put", [&](T* to) { k.put_counted(t, given, i, n, around, to); });
-    expect(blank, kept, "put on nothing", [&](T* to) { k.put_counted(t, given, nullptr, n, around, to); });
+    expect(blank, put, "put", [&](T* to) { k.put_counted(t, given, i, n, times, around, to); });
+    expect(blank, kept, "put on nothing", [&](T* to) { k.put_counted(t, given, nullptr, n, times, around, to); });
   }
-  expect(input, put, "put in place", [&](T* to) { k.put_counted(t, given, to, n, false, to); });
+  expect(input, put, "put on the input", [&](T* to) { k.put_counted(t, given, to, n, times, false, to); });
+  expect(tile, put, "put on the tile", [&](T* to) { k.put_counted(to, given, i, n, times, false, to); });
+  expect(tile, kept, "keep in place", [&](T* to) { k.put_counted(to, given, nullptr, n, times, false, to); });
 }
-TEST(what_counts_is_kept_and_put_back) {
+TEST(what_counts_is_put_and_the_rest_is_the_input_or_0) {
   for (const Implementation& implementation : runnable()) {
     for (std::int64_t n = 0; n <= kMost; ++n) {
       for (const Place place : guarded::kPlaces) {
-        expect_counted<float>(implementation, n, place);
-        expect_counted<double>(implementation, n, place);
+        for (const std::int64_t times : {1, 3}) {
+          if (times > 1 && n < kernels::kVectorColumns) continue;
+          expect_counted<float>(implementation, n, times, place);
+          expect_counted<double>(implementation, n, times, place);
+        }
       }
     }
   }
@@ -145,19 +151,21 @@ void expect_counts(const Implementation& implementation, std::int64_t n, bool ar
   Generator g(82);
   constexpr W kBad[] = {-1, std::numeric_limits<W>::infinity(), std::numeric_limits<W>::quiet_NaN(), W(-0.0), 1};
   std::vector<W> w;
-  kernels::WeightCounts wanted{};
+  kernels::WeightCounts wanted;
   ExactSum total;
   for (std::int64_t e = 0; e < n; ++e) {
     w.push_back(are_good ? weight<W>(g) : kBad[g.below(5)]);
     wanted.zeros += w.back() == 0;
     wanted.ones += w.back() == 1;
     wanted.good += w.back() >= 0 && std::isfinite(w.back());
+    if (w.back() > 0) wanted.least = std::min(wanted.least, static_cast<double>(w.back()));
     if (std::isfinite(w.back())) total.add(w.back());
   }
   const kernels::WeightCounts got = implementation.table->of<W>().count_weights(memory.place(w, place, 1), n);
   const std::string what =
       expect::text(implementation.name, " ", n, " weights, items of ", sizeof(W), " bytes, ", guarded::name(place));
   EXPECT(got.zeros == wanted.zeros && got.ones == wanted.ones && got.good == wanted.good, what);
+  EXPECT_EQUAL(got.least, wanted.least);
   EXPECT(memory.untouched(), what);
   const DoubleDouble error = total.value() - two_sum(got.total, got.total_lo);
   EXPECT(!are_good || std::abs(error.hi) <= static_cast<double>(n * n) * 0x1p-100, error.hi, " ", what);

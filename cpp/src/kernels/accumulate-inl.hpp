@@ -5,6 +5,7 @@
 #include "kernels/lanes-inl.hpp"
 #include "kernels/relu_bits-inl.hpp"
 #include "kernels/table.hpp"
+#include "kernels/weights-inl.hpp"
 
 namespace batchnorm::kernels {
 namespace {
@@ -102,6 +103,20 @@ BN_INLINE void fold(const Compensated& a, double* sum, double* low) {
 // with 2 KB, at 75 without.
 constexpr std::int64_t kAheadBytes = 4096;
 
+// Where an input has what belongs to channel c of stretch k, and to row r.
+template <class Input>
+BN_INLINE Input run_of(const Input& input, const Runs& runs, std::int64_t k, std::int64_t c) {
+  return input + (k * runs.stride + c * runs.length);
+}
+template <class Input>
+BN_INLINE Input row_of(const Input& input, std::int64_t r, std::int64_t stride) {
+  return input + r * stride;
+}
+template <class Input>
+BN_INLINE void fetch_at(const Input& input, std::int64_t n) {
+  fetch_lanes<Fetch::kFar>(input + n);
+}
+
 // Where a run lies in its stretch: `left` values from here to the end of the stretch, the next one `jump` values
 // behind.
 struct InStretch {
@@ -114,7 +129,7 @@ BN_INLINE void sweep_run(Pair& pair, std::int64_t begin, std::int64_t end, const
   for (std::int64_t i = begin; i + kLanes <= end; i += kLanes) {
     if constexpr (kFirst == 0) {
       const std::int64_t ahead = i + in.ahead + (i + in.ahead < in.left ? 0 : in.jump);
-      (fetch_lanes<Fetch::kFar>(input + ahead), ...);
+      (fetch_at(input, ahead), ...);
     }
     BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, (input + i)...);
   }
@@ -174,8 +189,7 @@ BN_INLINE void sum_visit(const Make& make, const Runs& runs, std::int64_t k, std
     }
     const InStretch in{stretch - c * runs.length, jump, ahead};
     for (std::int64_t v = 0; v < visit; ++v) {
-      const std::int64_t start = (k + v) * runs.stride + c * runs.length;
-      sum_run<Accumulator>(pair, runs.length, in, (input + start)...);
+      sum_run<Accumulator>(pair, runs.length, in, run_of(input, runs, k + v, c)...);
     }
     if (k + visit < runs.count) {
       keep(pair.first, lanes.first, lanes.first_lo, kLanes);
@@ -223,8 +237,8 @@ BN_INLINE void sweep_rows(Pair& pair, std::int64_t rows, std::int64_t stride, co
                           const Input&... input) {
   constexpr int kEnd = kFirst + vectors_a_sweep<Accumulator>();
   for (std::int64_t r = 0; r < rows; ++r) {
-    if constexpr (kFirst == 0) (fetch_lanes<Fetch::kFar>(input + ahead.at(c, r)), ...);
-    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, (input + r * stride)...);
+    if constexpr (kFirst == 0) (fetch_at(input, ahead.at(c, r)), ...);
+    BN_UNROLL for (int k = kFirst; k < kEnd; ++k) pair.add_vector(k, row_of(input, r, stride)...);
   }
   if constexpr (kEnd < Lanes<double>::kVectors) {
     sweep_rows<Accumulator, kEnd>(pair, rows, stride, ahead, c, input...);
@@ -244,7 +258,7 @@ BN_INLINE void visit_columns(Pair&& pair, bool first_visit, std::int64_t rows, s
   if (n == kLanes) {
     sweep_rows<Accumulator>(pair, rows, stride, ahead, c, input...);
   } else {
-    for (std::int64_t r = 0; r < rows; ++r) add_first(pair, n, (input + r * stride)...);
+    for (std::int64_t r = 0; r < rows; ++r) add_first(pair, n, row_of(input, r, stride)...);
   }
   keep(pair.first, out.first + c, out.first_lo + c, n);
   keep(pair.second, out.second + c, out.second_lo + c, n);
@@ -256,14 +270,15 @@ BN_INLINE void sum_rows(Make make, Rows rows, const ColumnSums& out, const Input
   const RowsAhead ahead = rows_ahead<T>(rows);
   for (std::int64_t r = 0; r < rows.count; r += kRowsPerVisit) {
     const std::int64_t visit = rows.count - r < kRowsPerVisit ? rows.count - r : kRowsPerVisit;
-    const std::int64_t at = r * rows.stride;
     const bool first_visit = r == 0 && !rows.continues;
     std::int64_t c = 0;
     for (; c + kLanes <= rows.columns; c += kLanes) {
-      visit_columns(make(c, kLanes), first_visit, visit, rows.stride, ahead, c, kLanes, out, (input + (at + c))...);
+      visit_columns(make(c, kLanes), first_visit, visit, rows.stride, ahead, c, kLanes, out,
+                    (row_of(input, r, rows.stride) + c)...);
     }
     if (const std::int64_t n = rows.columns - c; n > 0) {
-      visit_columns(make(c, n), first_visit, visit, rows.stride, ahead, c, n, out, (input + (at + c))...);
+      visit_columns(make(c, n), first_visit, visit, rows.stride, ahead, c, n, out,
+                    (row_of(input, r, rows.stride) + c)...);
     }
   }
 }

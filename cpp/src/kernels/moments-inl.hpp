@@ -20,6 +20,16 @@ struct MomentTerms {
     add_value(k, load_vector_of_first<double>(p, k, n, fill));
   }
 
+  // Of the values that count.
+  template <class Weights>
+  BN_INLINE void add_vector(int k, const T* p, const Weights& w) {
+    add_value(k, load_counted(p, w, k));
+  }
+  template <class Weights>
+  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
+    add_value(k, load_counted_of_first(p, w, k, n));
+  }
+
   BN_INLINE void add_value(int k, NativeDouble x) {
     if constexpr (Accumulator::kHasLow) {
       add_compensated(k, x);
@@ -63,22 +73,22 @@ BN_INLINE NativeDouble normal_product_error(NativeDouble a, NativeDouble b, Nati
   return is_normal ? product_error(a, b, product) : NativeDouble{};
 }
 
-// The same with weights. Where there is none, the value is taken to be the shift.
-template <class T, class Accumulator>
+// The same with weights. Without a shift, weight times value is exact for float32.
+template <class T, class Accumulator, Shift kShift>
 struct WeightedMomentTerms {
   Accumulator first, second;
   Lanes<double> shift;
-  Arithmetic<T> fill;
 
-  BN_INLINE void add_vector(int k, const T* p, const WeightOf<T>* w) {
-    add_value(k, load_vector<double>(w, k), load_vector<double>(p, k));
+  template <class Weights>
+  BN_INLINE void add_vector(int k, const T* p, const Weights& w) {
+    add_value(k, load_weights(w, k), load_counted(p, w, k));
   }
-  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const WeightOf<T>* w) {
-    add_value(k, load_vector_of_first<double>(w, k, n, WeightOf<T>(0)), load_vector_of_first<double>(p, k, n, fill));
+  template <class Weights>
+  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
+    add_value(k, load_weights_of_first(w, k, n), load_counted_of_first(p, w, k, n));
   }
 
-  BN_INLINE void add_value(int k, NativeDouble w, NativeDouble value) {
-    const NativeDouble x = w != 0 ? value : shift.v[k];
+  BN_INLINE void add_value(int k, NativeDouble w, NativeDouble x) {
     if constexpr (Accumulator::kHasLow) {
       add_compensated(k, w, x);
     } else {
@@ -86,9 +96,14 @@ struct WeightedMomentTerms {
     }
   }
   BN_INLINE void add_plain(int k, NativeDouble w, NativeDouble x) {
-    const NativeDouble d = x - shift.v[k], term = w * d;
-    first.add(k, term);
-    second.add(k, term * d);
+    if constexpr (kShift == Shift::none) {
+      first.sum.v[k] = multiply_add_exact(w, x, first.sum.v[k]);
+      second.add(k, w * x * x);
+    } else {
+      const NativeDouble d = x - shift.v[k], term = w * d;
+      first.add(k, term);
+      second.add(k, term * d);
+    }
   }
   BN_INLINE void add_compensated(int k, NativeDouble w, NativeDouble x) {
     const NativeDouble d = x - shift.v[k], d_lo = sum_error(x, NativeDouble{} - shift.v[k], d);
@@ -101,21 +116,35 @@ struct WeightedMomentTerms {
   }
 };
 
+// Weighted sums that are compensated have a shift, if of 0.
+template <class Accumulator, class F>
+BN_INLINE void with_shift(bool without, const F& f) {
+  if constexpr (!Accumulator::kHasLow) {
+    if (without) return f.template operator()<Shift::none>();
+  }
+  f.template operator()<Shift::given>();
+}
+
+// Where a mask counts without a shift, the values that do are summed as those of a piece without.
 template <class T, class Accumulator>
-void runs_moments(const T* x, const WeightOf<T>* weights, Runs runs, const Arithmetic<T>* shift, Sums* out) {
+void runs_moments(const T* x, const WeightsOf<WeightOf<T>>& weights, Runs runs, const Arithmetic<T>* shift, Sums* out) {
+  using Unshifted = MomentTerms<T, Accumulator, Shift::none>;
+  const auto unshifted = [](std::int64_t) { return Unshifted{{}, {}, {}, T(0)}; };
   if constexpr (!kIsSixteen<T>) {
-    if (weights != nullptr) {
-      const Arithmetic<T> about = shift == nullptr ? T(0) : *shift;
-      const auto make = [about](std::int64_t) {
-        return WeightedMomentTerms<T, Accumulator>{{}, {}, broadcast(static_cast<double>(about)), about};
-      };
-      return sum_runs<Accumulator, T>(make, runs, out, x, weights);
+    const RunWeights<T> w{weights.values};
+    if (w.values != nullptr && weights.is_mask && shift == nullptr) {
+      return sum_runs<Accumulator, T>(unshifted, runs, out, x, w);
+    }
+    if (w.values != nullptr) {
+      return with_shift<Accumulator>(shift == nullptr, [&]<Shift kShift>() {
+        const auto make = [about = shift == nullptr ? T(0) : *shift](std::int64_t) {
+          return WeightedMomentTerms<T, Accumulator, kShift>{{}, {}, broadcast(static_cast<double>(about))};
+        };
+        sum_runs<Accumulator, T>(make, runs, out, x, w);
+      });
     }
   }
-  if (shift == nullptr) {
-    using Terms = MomentTerms<T, Accumulator, Shift::none>;
-    return sum_runs<Accumulator, T>([](std::int64_t) { return Terms{{}, {}, {}, T(0)}; }, runs, out, x);
-  }
+  if (shift == nullptr) return sum_runs<Accumulator, T>(unshifted, runs, out, x);
   using Terms = MomentTerms<T, Accumulator, Shift::given>;
   const auto make = [about = *shift](std::int64_t) {
     return Terms{{}, {}, broadcast(static_cast<double>(about)), about};
@@ -125,25 +154,27 @@ void runs_moments(const T* x, const WeightOf<T>* weights, Runs runs, const Arith
 
 // The missing lanes of a short vector of columns hold 0 - 0.
 template <class T, class Accumulator>
-void rows_moments(const T* x, const WeightOf<T>* weights, Rows rows, const Arithmetic<T>* shift,
+void rows_moments(const T* x, const WeightsOf<WeightOf<T>>& weights, Rows rows, const Arithmetic<T>* shift,
                   const ColumnSums& out) {
+  using Unshifted = MomentTerms<T, Accumulator, Shift::none>;
+  const auto unshifted = [](std::int64_t, std::int64_t) { return Unshifted{{}, {}, {}, T(0)}; };
   const auto shift_of = [shift](std::int64_t c, std::int64_t n) {
     return shift == nullptr ? broadcast(0.0) : load_upto<double>(shift + c, n, T(0));
   };
   if constexpr (!kIsSixteen<T>) {
-    if (weights != nullptr) {
-      const auto make = [shift_of](std::int64_t c, std::int64_t n) {
-        return WeightedMomentTerms<T, Accumulator>{{}, {}, shift_of(c, n), T(0)};
-      };
-      return sum_rows<T>(make, rows, out, x, weights);
+    if (weights.values != nullptr) {
+      return with_weights(weights, [&](const auto& w) {
+        if (weights.is_mask && shift == nullptr) return sum_rows<T>(unshifted, rows, out, x, w);
+        with_shift<Accumulator>(shift == nullptr, [&]<Shift kShift>() {
+          const auto make = [shift_of](std::int64_t c, std::int64_t n) {
+            return WeightedMomentTerms<T, Accumulator, kShift>{{}, {}, shift_of(c, n)};
+          };
+          sum_rows<T>(make, rows, out, x, w);
+        });
+      });
     }
   }
-  if (shift == nullptr) {
-    const auto make = [](std::int64_t, std::int64_t) {
-      return MomentTerms<T, Accumulator, Shift::none>{{}, {}, {}, T(0)};
-    };
-    return sum_rows<T>(make, rows, out, x);
-  }
+  if (shift == nullptr) return sum_rows<T>(unshifted, rows, out, x);
   const auto make = [shift_of](std::int64_t c, std::int64_t n) {
     return MomentTerms<T, Accumulator, Shift::given>{{}, {}, shift_of(c, n), T(0)};
   };

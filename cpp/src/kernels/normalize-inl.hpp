@@ -1,4 +1,5 @@
-// Pass 2 of forward: y = (x - center)*scale + offset, and its tail: a residual added, ReLU and its bits.
+// Pass 2 of forward: y = (x - center)*scale + offset, and its tail: a residual added, ReLU and its bits; or
+// zeros.
 #pragma once
 
 #include "kernels/apply-inl.hpp"
@@ -60,6 +61,27 @@ BN_INLINE ReluMap<T> join(std::int64_t n, const ReluMap<T>& a, const ReluMap<T>&
   return {join(n, a.map, b.map)};
 }
 
+// 0 where the weight is; that of value i of a run lies `begin` values before that of the piece's value.
+template <class T>
+struct CountedMap {
+  NormalizeMap<T> map;
+  std::int64_t begin;
+
+  BN_INLINE Lanes<T> operator()(const T* x, const T* weights, std::int64_t n) const {
+    const Lanes<T> w = load_upto<T>(weights - begin, n, T(0)), y = map(x, n);
+    Lanes<T> r;
+    BN_UNROLL for (int k = 0; k < Lanes<T>::kVectors; ++k) {
+      r.v[k] = w.v[k] != 0 ? y.v[k] : typename Lanes<T>::Native{};
+    }
+    return r;
+  }
+};
+// The weights of a run are followed by the first ones again.
+template <class T>
+BN_INLINE CountedMap<T> join(std::int64_t n, const CountedMap<T>& a, const CountedMap<T>& b) {
+  return {join(n, a.map, b.map), a.begin};
+}
+
 template <class T>
 void runs_normalize(const T* x, T* y, const Tail<T>& tail, Runs runs, const Affine<Arithmetic<T>>* k) {
   if constexpr (!kIsSixteen<T>) {
@@ -70,6 +92,10 @@ void runs_normalize(const T* x, T* y, const Tail<T>& tail, Runs runs, const Affi
     if (tail.residual != nullptr) {
       const auto make = [k](std::int64_t c) { return AddMap<T>{normalize_map<T>(k[c])}; };
       return apply_runs(make, runs, y, x, tail.residual + tail.at);
+    }
+    if (tail.weights != nullptr) {
+      const auto make = [k, &runs](std::int64_t c) { return CountedMap<T>{normalize_map<T>(k[c]), c * runs.length}; };
+      return apply_runs(make, runs, y, x, tail.weights);
     }
   }
   apply_runs([k](std::int64_t c) { return normalize_map<T>(k[c]); }, runs, y, x);
@@ -89,6 +115,10 @@ void rows_normalize(const T* x, T* y, const Tail<T>& tail, Rows rows, const Affi
     if (tail.residual != nullptr) {
       const auto make = [&k](std::int64_t c, std::int64_t n) { return AddMap<T>{normalize_map<T>(k, c, n)}; };
       return apply_rows(make, rows, y, x, tail.residual + tail.at);
+    }
+    if (tail.weights != nullptr) {
+      const auto make = [&k](std::int64_t c, std::int64_t n) { return CountedMap<T>{normalize_map<T>(k, c, n), 0}; };
+      return apply_rows(make, rows, y, x, tail.weights);
     }
   }
   apply_rows([&k](std::int64_t c, std::int64_t n) { return normalize_map<T>(k, c, n); }, rows, y, x);

@@ -84,11 +84,25 @@ void sum(const Piece& piece, const Out& out, Add add) {
   }
 }
 
+// The weight of the value at `place`, in stretch k and at i of its run, or in row k.
+template <class W>
+double weight_at(const WeightsOf<W>& weights, const Runs& runs, std::int64_t place) {
+  if (weights.values == nullptr) return 1;
+  const std::int64_t k = runs.count == 1 ? 0 : place / runs.stride;
+  return weights.values[k * runs.length + (place - k * runs.stride) % runs.length];
+}
+template <class W>
+double weight_at(const WeightsOf<W>& weights, const Rows& rows, std::int64_t place) {
+  if (weights.values == nullptr) return 1;
+  const std::int64_t r = rows.count == 1 ? 0 : place / rows.stride;
+  return weights.values[weights.stride == 0 ? r : r * weights.stride + (place - r * rows.stride)];
+}
+
 // moments: sum(w*(x - shift)) and sum(w*(x - shift)*(x - shift)).
 template <class T, class Piece, class Out>
-void moments(const T* x, const WeightOf<T>* weights, Piece piece, const Arithmetic<T>* shift, Out out) {
-  sum<T>(piece, out, [=](const SumPair& sums, std::int64_t c, std::int64_t place) {
-    const double w = weights == nullptr ? 1 : weights[place];
+void moments(const T* x, const WeightsOf<WeightOf<T>>& weights, Piece piece, const Arithmetic<T>* shift, Out out) {
+  sum<T>(piece, out, [&](const SumPair& sums, std::int64_t c, std::int64_t place) {
+    const double w = weight_at(weights, piece, place);
     if (w == 0) return;
     const Difference d(x[place], shift == nullptr ? 0 : shift[c]);
     const double term = w * d.hi, term_lo = __builtin_fma(w, d.hi, -term) + w * d.lo;
@@ -108,8 +122,10 @@ T dy_at(const GradInputs<T>& in, std::int64_t place) {
 
 // grad_sums: sum(dy) and sum(dy*(x - mean)).
 template <class T, class Piece, class Out>
-void grad_sums(const GradInputs<T>& in, Piece piece, const double* mean, Out out) {
+void grad_sums(const GradInputs<T>& in, const WeightsOf<WeightOf<T>>& weights, Piece piece, const double* mean,
+               Out out) {
   sum<T>(piece, out, [&](const SumPair& sums, std::int64_t c, std::int64_t place) {
+    if (in.bits == nullptr && weight_at(weights, piece, place) == 0) return;
     const double dy = dy_at(in, in.at + place);
     const Difference d(in.x[in.at + place], mean[c]);
     sums.first.add(dy);
@@ -207,12 +223,10 @@ void convert(const From* from, std::int64_t n, To* to) {
   for (std::int64_t i = 0; i < n; ++i) to[i] = static_cast<To>(from[i]);
 }
 template <class T>
-void put_counted(const T* tile, const T* weights, const T* input, std::int64_t n, bool, T* to) {
-  for (std::int64_t i = 0; i < n; ++i) to[i] = weights[i] != 0 ? tile[i] : input == nullptr ? 0 : input[i];
-}
-template <class T>
-void keep_counted(const T* from, const T* weights, std::int64_t n, T* to) {
-  put_counted<T>(from, weights, nullptr, n, false, to);
+void put_counted(const T* tile, const T* weights, const T* input, std::int64_t n, std::int64_t times, bool, T* to) {
+  for (std::int64_t e = 0; e < n * times; ++e) {
+    to[e] = weights[e % n] != 0 ? tile[e] : input == nullptr ? 0 : input[e];
+  }
 }
 template <class T>
 void keep_bits(const T* from, const std::uint8_t* bits, std::int64_t first_bit, std::int64_t n, T* to) {
@@ -226,12 +240,13 @@ void repeat_weights(const W* weights, std::int64_t rows, std::int64_t channels, 
 }
 template <class W>
 WeightCounts count_weights(const W* w, std::int64_t n) {
-  WeightCounts counts{};
+  WeightCounts counts;
   const Sum total{counts.total, counts.total_lo};
   for (std::int64_t i = 0; i < n; ++i) {
     if (w[i] == 0) ++counts.zeros;
     if (w[i] == 1) ++counts.ones;
     if (w[i] >= 0 && w[i] - w[i] == 0) ++counts.good;  // infinity less infinity is NaN
+    if (w[i] > 0 && w[i] < counts.least) counts.least = w[i];
     total.add(w[i]);
   }
   total.finish(true);
@@ -253,7 +268,6 @@ constexpr Kernels<T> make_kernels() {
   k.rows_grad_input = grad_input<T, Rows, const GradAffineColumns<A>&>;
   k.add_blocks = add_blocks<T>;
   if constexpr (std::is_same_v<T, A>) {
-    k.keep_counted = keep_counted<T>;
     k.keep_bits = keep_bits<T>;
     k.put_counted = put_counted<T>;
     k.repeat_weights = repeat_weights<T>;

@@ -29,7 +29,6 @@ constexpr Kernels<T> make_kernels() {
     k.widen = widen<T>;
     k.narrow = narrow<T>;
   } else {
-    k.keep_counted = keep_counted<T>;
     k.keep_bits = keep_bits<T>;
     k.put_counted = put_counted<T>;
     k.repeat_weights = repeat_weights<T>;

@@ -112,16 +112,26 @@ struct SecondAffineColumns {
   const double *v_center, *v_scale, *dy_center, *dy_scale, *x_center, *x_scale, *offset;
 };
 
+// Which values of a piece that is summed count, and how much; null: all, alike. Of runs: the `length` weights from
+// values + k*length on are those of stretch k, of each channel. Of rows: row r has one for all columns, values[r], or
+// with a stride one a column, from values + r*stride on. No input is looked at where the weight is 0.
+template <class W>
+struct WeightsOf {
+  const W* values = nullptr;
+  bool is_mask = false;  // all are 0 or 1: without a shift, sums have the bits of those of the values that count
+  std::int64_t stride = 0;
+};
+
+// How many weights are 0, 1, and neither negative, infinite nor NaN, of fewer than 2^31; their sum, as high and low
+// part; and the least of 1 and those above 0.
+struct WeightCounts {
+  std::int64_t zeros = 0, ones = 0, good = 0;
+  double total = 0, total_lo = 0, least = 1;
+};
+
 // What weights are given as, for tensors of T.
 template <class T>
 using WeightOf = Arithmetic<T>;
-
-// How many weights are 0, 1, and neither negative, infinite nor NaN, of fewer than 2^31; and their sum, as high and low
-// part.
-struct WeightCounts {
-  std::int64_t zeros, ones, good;
-  double total, total_lo;
-};
 
 // What follows normalize: y = s + residual, or max(that, 0) with a ReLU, where s is what normalize gives in the
 // arithmetic type. NaN and -0 stay. The bits of a ReLU: one an element, whether the sum is above 0 or NaN; that of the
@@ -135,6 +145,9 @@ struct Tail {
   // For runs, and rows in line: bits of the lines of y, and so of the vectors that begin at them, are whole bytes.
   std::int64_t first_bit = 0;
   std::int64_t at = 0;  // where x and y begin in the tensor, and the residual before it by as much
+  // y is 0 where the weight is, without residual and ReLU; null: nowhere. Of rows: like x, at x. Of runs: those of one
+  // stretch, the same for all channels; with more than one, kVectorColumns more, which repeat the first.
+  const WeightOf<T>* weights = nullptr;
 
   [[nodiscard]] bool empty() const { return residual == nullptr && !relu; }
 };
@@ -157,19 +170,19 @@ struct Kernels {
   using W = WeightOf<T>;
 
   // moments. float and narrower: plain. double: compensated. About 0 where shift is null, else about a value of T (for
-  // rows one per column): no cancellation where |mean| is far above std. With weights, which lie like x (null: none),
-  // the sums are of w*(x - shift) and of that times (x - shift), and no input is looked at where the weight is 0. Runs
-  // with a shift or weights: of one channel.
-  void (*runs_moments)(const T* x, const W* weights, Runs, const A* shift, Sums*);
-  void (*rows_moments)(const T* x, const W* weights, Rows, const A* shift, const ColumnSums&);
+  // rows one per column): no cancellation where |mean| is far above std. With weights the sums are of w*(x - shift) and
+  // of that times (x - shift). Runs with a shift: of one channel.
+  void (*runs_moments)(const T* x, const WeightsOf<W>&, Runs, const A* shift, Sums*);
+  void (*rows_moments)(const T* x, const WeightsOf<W>&, Rows, const A* shift, const ColumnSums&);
 
   // normalize, and what follows. y may be exactly x or the residual.
   void (*runs_normalize)(const T* x, T* y, const Tail<T>&, Runs, const Affine<A>*);
   void (*rows_normalize)(const T* x, T* y, const Tail<T>&, Rows, const AffineColumns<A>&);
 
-  // grad_sums. float: plain. double: compensated, of products as they are rounded.
-  void (*runs_grad_sums)(const GradInputs<T>&, Runs, const double* mean, Sums*);
-  void (*rows_grad_sums)(const GradInputs<T>&, Rows, const double* mean, const ColumnSums&);
+  // grad_sums. float: plain. double: compensated, of products as they are rounded. Of the values whose weight is not 0;
+  // where there are bits of a ReLU, of all.
+  void (*runs_grad_sums)(const GradInputs<T>&, const WeightsOf<W>&, Runs, const double* mean, Sums*);
+  void (*rows_grad_sums)(const GradInputs<T>&, const WeightsOf<W>&, Rows, const double* mean, const ColumnSums&);
 
   // grad_input. dx may be exactly dy or exactly x. With weights, which lie like x (null: none):
   //     dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset
@@ -188,12 +201,13 @@ struct Kernels {
   // n values in the arithmetic type, and back, rounded to nearest even. Null where that is T.
   void (*widen)(const T* from, std::int64_t n, A* to);
   void (*narrow)(const A* from, std::int64_t n, T* to);
-  // The values whose weight is not 0, else 0; `to` may be from.
-  void (*keep_counted)(const A* from, const W* weights, std::int64_t n, A* to);
   // The values whose bit is set, else 0; `to` may be from. Up to 4 bytes behind a bit may be read.
   void (*keep_bits)(const A* from, const std::uint8_t* bits, std::int64_t first_bit, std::int64_t n, A* to);
-  // tile where the weight is not 0; else the input (null: 0), which `to` may be, unless stores go around the caches.
-  void (*put_counted)(const A* tile, const W* weights, const A* input, std::int64_t n, bool around_cache, A* to);
+  // tile where the weight is not 0; else the input (null: 0): `times` stretches of n values, one behind the other, each
+  // with the same n weights. `to` may be the tile or the input; around the caches it may not. With more than one
+  // stretch n is at least kVectorColumns, and as many weights are behind the last, which repeat the first.
+  void (*put_counted)(const A* tile, const W* weights, const A* input, std::int64_t n, std::int64_t times,
+                      bool around_cache, A* to);
   // The weights of `rows` rows of a tensor that has `inner` of them a row, one per value: to[(r*channels + c)*inner +
   // i] = weights[r*inner + i]. May write kVectorColumns values too much.
   void (*repeat_weights)(const W* weights, std::int64_t rows, std::int64_t channels, std::int64_t inner, W* to);

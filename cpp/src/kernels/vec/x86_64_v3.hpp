@@ -93,6 +93,16 @@ BN_INLINE NativeDouble keep_four(NativeDouble v, unsigned bits) {
 // Below 0: 0. The second of two that are equal or not ordered.
 BN_INLINE NativeFloat relu(NativeFloat v) { return _mm256_max_ps(_mm256_setzero_ps(), v); }
 BN_INLINE NativeDouble relu(NativeDouble v) { return _mm256_max_pd(_mm256_setzero_pd(), v); }
+// The values whose weight is not 0, else 0.
+#define BN_HAS_COUNTED_LOADS
+BN_INLINE NativeDouble widen_load_counted(const float* p, const float* weights) {
+  const __m128 counts = _mm_cmpneq_ps(_mm_loadu_ps(weights), _mm_setzero_ps());
+  return _mm256_cvtps_pd(_mm_and_ps(counts, _mm_loadu_ps(p)));
+}
+BN_INLINE NativeDouble widen_load_counted(const float* p, float weight) {
+  const __m128 counts = _mm_cmpneq_ps(_mm_set1_ps(weight), _mm_setzero_ps());
+  return _mm256_cvtps_pd(_mm_and_ps(counts, _mm_loadu_ps(p)));
+}
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);

@@ -86,6 +86,15 @@ BN_INLINE NativeFloat load_kept(const float* p, unsigned bits) {
 BN_INLINE NativeDouble widen_load_kept(const float* p, unsigned bits) {
   return _mm256_maskz_cvtps_pd(static_cast<__mmask8>(bits), _mm_loadu_ps(p));
 }
+// The values whose weight is not 0, else 0.
+#define BN_HAS_COUNTED_LOADS
+BN_INLINE NativeDouble widen_load_counted(const float* p, const float* weights) {
+  const __mmask8 counts = _mm_cmp_ps_mask(_mm_loadu_ps(weights), _mm_setzero_ps(), _CMP_NEQ_UQ);
+  return _mm256_maskz_cvtps_pd(counts, _mm_loadu_ps(p));
+}
+BN_INLINE NativeDouble widen_load_counted(const float* p, float weight) {
+  return _mm256_maskz_cvtps_pd(weight != 0 ? 0xf : 0, _mm_loadu_ps(p));
+}
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) {
   return _mm256_fmadd_pd(a, b, c);
