@@ -95,7 +95,7 @@ struct BackwardPass {
     if (staged || coefficients->any_wide()) return grad_input_staged(applied(), offset, runs, c, *coefficients);
     Runs at_once = runs;
     at_once.around_cache = around_cache;
-    table.of<T>().runs_grad_input(inputs(offset), nullptr, dx + offset, at_once, coefficients->narrow(c));
+    table.of<T>().runs_grad_input(inputs(offset), {}, dx + offset, at_once, coefficients->narrow(c));
   }
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     if (coefficients->any_wide()) return grad_input_staged(applied(), offset, rows, *coefficients);
@@ -103,7 +103,7 @@ struct BackwardPass {
     const bool is_masked_alone = call.positions.is_mask && call.padding != Padding::normalize &&
                                  call.tail.bits == nullptr && call.tail.residual == nullptr && dresidual == nullptr &&
                                  constant_scale == nullptr;
-    if (!is_masked_alone || !operands.positions.are_rows(rows.stride)) {
+    if (!is_masked_alone || around_cache || !operands.positions.are_rows(rows.stride)) {
       return grad_input_staged(applied(), offset, rows, *coefficients);
     }
     apply_where_rows_count(operands.positions, call.padding, dy, dx, offset, rows,
@@ -130,7 +130,7 @@ struct BackwardPass {
     in.streams = in.streams && rows.walk == RowWalk::around_cache;  // those of the rest go by columns
     const GradAffineColumns<A> columns{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2),
                                        k.narrow_columns(3), k.narrow_columns(4)};
-    table.of<T>().rows_grad_input(in, nullptr, dx + offset, rows, columns);
+    table.of<T>().rows_grad_input(in, {}, dx + offset, rows, columns);
   }
 
   // At most kTogether channels. First rstd alone: its divisions and roots take so long that they should overlap.

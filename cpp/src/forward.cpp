@@ -101,7 +101,7 @@ struct ForwardPass {
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     if (coefficients->any_wide()) return normalize_staged(applied, offset, rows, *coefficients);
     if (!staged) return apply_counted_rows(offset, rows);
-    if (sizeof(T) == 2 || !applied.positions.are_rows(rows.stride)) {
+    if (sizeof(T) == 2 || around_cache || !applied.positions.are_rows(rows.stride)) {
       return normalize_staged(applied, offset, rows, *coefficients);
     }
     apply_where_rows_count(applied.positions, call.padding, x, y, offset, rows,

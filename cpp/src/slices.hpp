@@ -54,8 +54,7 @@ class Slice {
     }
     if (dx == nullptr) return true;
     const kernels::Rows rows = applied(dx != dy && dx != x, {dy_center, dy_scale, x_center, x_scale, offset});
-    table_.of<T>().rows_grad_input({.dy = dy, .x = x}, nullptr, dx, rows,
-                                   {dy_center, dy_scale, x_center, x_scale, offset});
+    table_.of<T>().rows_grad_input({.dy = dy, .x = x}, {}, dx, rows, {dy_center, dy_scale, x_center, x_scale, offset});
     return true;
   }
 

@@ -17,6 +17,7 @@ using kernels::KernelTable;
 using kernels::Rows;
 using kernels::Runs;
 using kernels::Tail;
+using kernels::WeightsAlong;
 
 // Values of a portion: with all that is held of it (up to five float64 tiles) less than the stack of a small thread.
 constexpr std::int64_t kApplied = 2048;
@@ -163,9 +164,10 @@ void map_portion(const KernelTable& table, const V* x, V* y, const Tail<V>& tail
 
 // The bits of vectors that begin at a line are whole bytes.
 template <class A>
-kernels::RowWalk walk_of(const Tail<A>& tail, const Portion& portion) {
-  const bool has_vectors = portion.rows.columns >= kernels::kVectorColumns;
-  return has_vectors && !tail.empty() ? kernels::RowWalk::in_line : kernels::RowWalk::columns;
+kernels::RowWalk walk_of(const Tail<A>& tail, const Portion& portion, bool around_cache = false) {
+  if (portion.rows.columns < kernels::kVectorColumns) return kernels::RowWalk::columns;
+  if (around_cache) return kernels::RowWalk::around_cache;
+  return tail.empty() ? kernels::RowWalk::columns : kernels::RowWalk::in_line;
 }
 
 // The tail alone: -0 as the offset leaves every value as it is.
@@ -188,21 +190,16 @@ void normalize_in_float64(const KernelTable& table, const A* x, A* y, const Port
   }
 }
 
-// Straight to y: with zeros by the kernel, or written over while it is in cache.
+// Straight to y, with zeros where nothing counts.
 template <class T, class Table>
-void normalize_at_once(const NormalizeOperands<T>& in, const Portion& portion, const Table& k) {
+void normalize_at_once(const NormalizeOperands<T>& in, Portion portion, const Table& k) {
   alignas(64) T memory[kApplied + kMargin];
-  const bool planar = portion.runs.count > 0, zeros = in.padding == Padding::zero && in.tail.empty();
-  const T* x = in.x + portion.offset;
-  T* y = in.y + portion.offset;
-  Tail<T> tail = in.tail;
-  tail.at = portion.offset;
-  if (zeros) tail.weights = weights_once(in.table, in.positions, portion, memory);
-  Portion of_y = portion;
-  of_y.runs.around_cache = in.around_cache;
-  map_portion<T>(in.table, x, y, tail, of_y, planar ? k.narrow(portion.first) : nullptr,
-                 planar ? AffineColumns<T>{} : Columns<T, Affine>::at(k, portion.first), walk_of(tail, portion));
-  if (!zeros) put(in.table, in.positions, portion, y, in.padding == Padding::keep ? x : nullptr, false, y);
+  const Tail<T> tail{.weights = weights_once(in.table, in.positions, portion, memory)};
+  const bool planar = portion.runs.count > 0;
+  portion.runs.around_cache = in.around_cache;
+  map_portion<T>(
+      in.table, in.x + portion.offset, in.y + portion.offset, tail, portion, planar ? k.narrow(portion.first) : nullptr,
+      planar ? AffineColumns<T>{} : Columns<T, Affine>::at(k, portion.first), walk_of(tail, portion, in.around_cache));
 }
 
 template <class T, class Table>
@@ -211,9 +208,8 @@ void normalize_portion(const NormalizeOperands<T>& in, const Portion& portion, c
   const bool planar = portion.runs.count > 0, wide = any_wide(k, portion);
   const bool puts = in.positions && in.padding != Padding::normalize;
   if constexpr (std::is_same_v<A, T>) {
-    const bool written_over = in.padding == Padding::keep ? in.y == in.x : false;
-    const bool streams = in.around_cache && !(planar && in.padding == Padding::zero && in.tail.empty());
-    if (puts && !wide && !written_over && !streams) return normalize_at_once(in, portion, k);
+    const bool zeros = puts && in.padding == Padding::zero && in.tail.empty();
+    if (zeros && !wide) return normalize_at_once(in, portion, k);
   }
   const std::int64_t n = portion.size;
   alignas(64) A x_memory[kApplied], residual_memory[kApplied];
@@ -247,8 +243,8 @@ void normalize_portion(const NormalizeOperands<T>& in, const Portion& portion, c
 // ---- backward ----
 
 template <class V>
-void map_portion(const KernelTable& table, const GradInputs<V>& in, const V* weights, V* dx, const Portion& portion,
-                 const GradAffine<V>* of_channels, const GradAffineColumns<V>& of_columns) {
+void map_portion(const KernelTable& table, const GradInputs<V>& in, const WeightsAlong<V>& weights, V* dx,
+                 const Portion& portion, const GradAffine<V>* of_channels, const GradAffineColumns<V>& of_columns) {
   if (in.x == nullptr) {  // the map of dy alone
     if (portion.runs.count > 0) {
       Affine<V> of_dy[kernels::kMostChannels];
@@ -264,6 +260,7 @@ void map_portion(const KernelTable& table, const GradInputs<V>& in, const V* wei
   table.of<V>().rows_grad_input(in, weights, dx, portion.rows, of_columns);
 }
 
+// Of planar portions weights are those of one run.
 template <class A, class Table>
 void grad_input_in_float64(const KernelTable& table, const GradInputs<A>& in, const A* weights, A* dx,
                            const Portion& portion, const Table& k) {
@@ -273,7 +270,7 @@ void grad_input_in_float64(const KernelTable& table, const GradInputs<A>& in, co
     if (in.x != nullptr) std::copy_n(in.x, portion.size, x);
     if (weights != nullptr) std::copy_n(weights, portion.size, w);
     const bool planar = portion.runs.count > 0;
-    map_portion<double>(table, {dy, in.x == nullptr ? nullptr : x}, weights == nullptr ? nullptr : w, to, portion,
+    map_portion<double>(table, {dy, in.x == nullptr ? nullptr : x}, {weights == nullptr ? nullptr : w}, to, portion,
                         planar ? &k.wide(portion.first) : nullptr,
                         planar ? GradAffineColumns<double>{} : Columns<A, GradAffine>::wide_at(k, portion.first));
     take_wide(k, portion, to, dx);
@@ -291,29 +288,18 @@ void follow_along(const GradientOperands<T>& in, std::int64_t at, std::int64_t n
   if (in.in.bits != nullptr) in.table.template of<A>().keep_bits(dx, in.in.bits, in.in.first_bit + at, n, dx);
 }
 
-// Whether dx can be written before what does not count is written over: nothing is read afterwards that it lies on.
-template <class T>
-bool may_write_over(const GradientOperands<T>& in) {
-  if (in.forward_mode || !in.positions.is_mask || in.around_cache) return false;
-  if (in.in.dresidual != nullptr && in.in.bits == nullptr) return false;  // the kernel does not write it
-  return in.padding == Padding::zero || (in.dx != in.in.dy && in.in.dresidual != in.in.dy);
-}
+// Straight to dx, by weights, and with zeros where they are to be.
 template <class T, class Table>
-void grad_input_in_place(const GradientOperands<T>& in, const Portion& portion, const Table& k) {
+void grad_input_at_once(const GradientOperands<T>& in, Portion portion, const Table& k) {
+  alignas(64) T memory[kApplied + kMargin];
+  const WeightsAlong<T> weights{weights_once(in.table, in.positions, portion, memory), in.padding == Padding::zero};
+  const bool planar = portion.runs.count > 0;
+  portion.runs.around_cache = in.around_cache;
+  portion.rows.walk = walk_of(Tail<T>{}, portion, in.around_cache);
   GradInputs<T> from = in.in;
   from.at = portion.offset;
-  T* dx = in.dx + portion.offset;
-  const T* dy = in.in.dy + portion.offset;
-  if (portion.runs.count > 0) {
-    in.table.template of<T>().runs_grad_input(from, nullptr, dx, portion.runs, k.narrow(portion.first));
-  } else {
-    const auto columns = Columns<T, GradAffine>::at(k, portion.first);
-    in.table.template of<T>().rows_grad_input(from, nullptr, dx, portion.rows, columns);
-  }
-  put(in.table, in.positions, portion, dx, in.padding == Padding::keep ? dy : nullptr, false, dx);
-  if (in.in.dresidual == nullptr) return;
-  T* dresidual = in.in.dresidual + portion.offset;
-  put<T, T>(in.table, in.positions, portion, dresidual, nullptr, false, dresidual);
+  map_portion<T>(in.table, from, weights, in.dx + portion.offset, portion, planar ? k.narrow(portion.first) : nullptr,
+                 planar ? GradAffineColumns<T>{} : Columns<T, GradAffine>::at(k, portion.first));
 }
 
 // dx and dresidual are written last, since either may lie where dy or x does.
@@ -323,7 +309,9 @@ void grad_input_portion(const GradientOperands<T>& in, const Portion& portion, c
   const bool planar = portion.runs.count > 0, wide = any_wide(k, portion);
   const bool puts = in.positions && in.padding != Padding::normalize;
   if constexpr (std::is_same_v<A, T>) {
-    if (!wide && puts && in.in.x != nullptr && may_write_over(in)) return grad_input_in_place(in, portion, k);
+    const bool formula = in.in.x != nullptr && !in.forward_mode && in.in.bits == nullptr;
+    const bool kernel_writes = formula && in.in.dresidual == nullptr && in.padding != Padding::keep;
+    if (in.positions && !wide && kernel_writes) return grad_input_at_once(in, portion, k);
   }
   const std::int64_t n = portion.size, at = portion.offset;
   A dy_memory[kApplied], gated[kApplied], x_memory[kApplied], weights_memory[kApplied + kMargin], dx[kApplied];
@@ -340,14 +328,10 @@ void grad_input_portion(const GradientOperands<T>& in, const Portion& portion, c
   // A mask changes nothing where a position counts; weights and padding that is normalized are in the formula.
   const A* weights = nullptr;
   if (in.positions && x != nullptr && !in.forward_mode && !(puts && in.positions.is_mask)) {
-    weights = weights_of(in.table, in.positions, portion, weights_memory);
-    if (!puts) {
-      kernels.put_counted(x, weights, nullptr, n, 1, false, x_memory);
-      x = x_memory;
-    }
+    weights = weights_once(in.table, in.positions, portion, weights_memory);
   }
   if (!(planar && wide)) {
-    map_portion<A>(in.table, {let_through, x}, weights, dx, portion, planar ? k.narrow(portion.first) : nullptr,
+    map_portion<A>(in.table, {let_through, x}, {weights}, dx, portion, planar ? k.narrow(portion.first) : nullptr,
                    planar ? GradAffineColumns<A>{} : Columns<A, GradAffine>::at(k, portion.first));
   }
   if (wide) grad_input_in_float64(in.table, {let_through, x}, weights, dx, portion, k);

@@ -68,9 +68,10 @@ enum class Onto { nothing, its_own, x, dy, third };
 constexpr const char* kOntoNames[] = {"nothing", "its own", "x", "dy", "third"};
 
 // The weights of a piece: one a value that lies like x; one a value of a run, for all channels; one a row. `mask`: all
-// that are not 0 are taken to be 1.
-enum class Weighing { none, values, mask, rows, mask_of_rows };
-constexpr const char* kWeighingNames[] = {"", " weights", " mask", " weights of rows", " mask of rows"};
+// that are not 0 are taken to be 1. `zeros`: of what is written.
+enum class Weighing { none, values, mask, rows, mask_of_rows, zeros };
+constexpr const char* kWeighingNames[] = {
+    "", " weights", " mask", " weights of rows", " mask of rows", " weights and zeros"};
 
 // A kernel and the arguments that it may have or not.
 struct How {
@@ -318,16 +319,17 @@ class Call {
   }
   // Those of sums lie side by side.
   void place_weights() {
-    if (!how.sums()) {
+    const Piece& p = in.piece;
+    if (!how.sums() && p.is_rows) {
       weights = m.weights.place(in.weights, place, 4) + in.lead;
       return;
     }
-    const Piece& p = in.piece;
     const std::int64_t width = p.channels * p.length, each = how.weights_of_rows() ? 1 : p.is_rows ? width : p.length;
     std::vector<A> all(static_cast<std::size_t>(p.count * each));
     in.memory().for_each([&](std::int64_t at, std::int64_t e) {
       all[static_cast<std::size_t>(e / width * each + e % width % each)] = static_cast<A>(in.weight(how, at, e));
     });
+    for (std::size_t l = 0; !how.sums() && p.channels > 1 && l < kLanes; ++l) all.push_back(all[l]);
     weights = m.weights.place(all, place, 4);
   }
   [[nodiscard]] kernels::WeightsOf<A> weights_of() const {
@@ -429,7 +431,7 @@ class Call {
     const std::int64_t first_bit = in_lines ? bit_of_lines(y) : in.first_bit;
     const std::vector<std::uint8_t> before(static_cast<std::size_t>((first_bit + in.memory().extent() + 7) / 8), 0x5a);
     std::uint8_t* bits = how.bits ? m.bits.place(before, place) : nullptr;
-    const Tail<T> tail{how.residual ? third : nullptr, how.relu, bits, first_bit, in.lead};
+    const Tail<T> tail{how.residual ? third : nullptr, how.relu, bits, first_bit, in.lead, weights};
     if (in.piece.is_rows) {
       k.rows_normalize(x + in.lead, y, tail, rows(), {f[0], f[1], f[2]});
     } else {
@@ -465,10 +467,11 @@ class Call {
     GradInputs<T> inputs = grad_inputs();
     const bool has_own = how.dresidual == Onto::its_own;
     if (how.dresidual != Onto::nothing) inputs.dresidual = has_own ? dresidual : how.dresidual == Onto::x ? x : dy;
+    const kernels::WeightsAlong<A> along{weights, how.weights == Weighing::zeros};
     if (in.piece.is_rows) {
-      k.rows_grad_input(inputs, weights, output(), rows(), {f[0], f[1], f[2], f[3], f[4]});
+      k.rows_grad_input(inputs, along, output(), rows(), {f[0], f[1], f[2], f[3], f[4]});
     } else {
-      k.runs_grad_input(inputs, weights, output(), runs(), coefficients(m.grad_affine, std::make_index_sequence<5>()));
+      k.runs_grad_input(inputs, along, output(), runs(), coefficients(m.grad_affine, std::make_index_sequence<5>()));
     }
     if (how.dresidual != Onto::nothing) outcome.dresidual = taken_from(has_own ? m.dresidual : m.array(how.dresidual));
   }

@@ -218,6 +218,11 @@ template <class T>
 std::vector<How> ways_to_normalize(const Piece& p) {
   std::vector<How> ways;
   for (const RowWalk walk : walks_of(p)) {
+    const bool may_have_weights = !kIsNarrow<T> && (p.is_rows || p.count == 1);
+    for (const Onto output : {Onto::its_own, Onto::x}) {
+      if (!may_have_weights || (output == Onto::x && walk == RowWalk::around_cache)) continue;
+      ways.push_back({.pass = Pass::normalize, .weights = Weighing::mask, .output = output, .walk = walk});
+    }
     for (const int tail : {0, 1, 2, 3, 4, 5}) {
       const How how{
           .pass = Pass::normalize, .residual = tail % 2 == 1, .relu = tail / 2 > 0, .bits = tail / 2 > 1, .walk = walk};
@@ -255,8 +260,10 @@ std::vector<How> ways_to_grad_input(const Piece& p) {
     for (const Onto dresidual : {Onto::nothing, Onto::its_own, Onto::x, Onto::dy}) {
       add({.pass = Pass::grad_input, .bits = true, .dresidual = dresidual, .walk = walk});
     }
-    const bool may_have_weights = p.is_rows ? walk == RowWalk::columns : p.count == 1;
-    if (may_have_weights) add({.pass = Pass::grad_input, .weights = Weighing::values, .walk = walk});
+    if (!p.is_rows && p.count != 1) continue;
+    for (const Weighing weights : {Weighing::values, Weighing::zeros}) {
+      add({.pass = Pass::grad_input, .weights = weights, .walk = walk});
+    }
   }
   return ways;
 }
@@ -441,12 +448,17 @@ TEST(float64_squares_near_underflow_give_the_same_bits_on_every_table) {
 template <class T>
 void expect_no_look_where_nothing_counts(const Piece& piece) {
   const Inputs<T> in = make_inputs<T>(piece, Values::ordinary, 13);
-  for (const How& how : ways_to_sum<T>(piece)) {
+  std::vector<How> ways = ways_to_sum<T>(piece);
+  for (const How& how : ways_to_normalize<T>(piece)) ways.push_back(how);
+  for (const How& how : ways_to_grad_input<T>(piece)) ways.push_back(how);
+  for (const How& how : ways) {
     if (!how.weighs()) continue;
     for (const T junk : {std::numeric_limits<T>::quiet_NaN(), std::numeric_limits<T>::infinity(), T(0)}) {
       Inputs<T> other = in;
       in.memory().for_each([&](std::int64_t at, std::int64_t e) {
-        if (in.weight(how, at, e) == 0) other.x.data()[at] = other.dy.data()[at] = junk;
+        if (in.weight(how, at, e) != 0) return;
+        other.x.data()[at] = junk;
+        if (how.pass != Pass::grad_input || how.weights == Weighing::zeros) other.dy.data()[at] = junk;
       });
       for (const Implementation& implementation : runnable()) {
         const Outcome<T> wanted = call(implementation, how, in);
@@ -457,7 +469,7 @@ void expect_no_look_where_nothing_counts(const Piece& piece) {
 }
 TEST(nothing_is_looked_at_where_the_weight_is_0) {
   for (std::int64_t r = 0; r < kRemainders; ++r) {
-    for (const Piece& piece : {runs_of(r, 3, r + 2), rows_of(r + 1, 5, r + 1)}) {
+    for (const Piece& piece : {runs_of(r, 3, r + 2), runs_of(16 + r, 1, 16 + r, 1), rows_of(r + 1, 5, r + 1)}) {
       expect_no_look_where_nothing_counts<float>(piece);
       expect_no_look_where_nothing_counts<double>(piece);
     }

@@ -18,6 +18,13 @@ BN_INLINE std::int64_t values_to_line(const T* p) {
   return (kUnit - past_line) % kUnit / static_cast<std::int64_t>(sizeof(T));
 }
 
+// a where the weight is not 0, else b.
+template <class A>
+BN_INLINE Lanes<A> where_counted(const Lanes<A>& weight, const Lanes<A>& a, const Lanes<A>& b) {
+  Lanes<A> r;
+  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = weight.v[k] != 0 ? a.v[k] : b.v[k];
+  return r;
+}
 enum class Stores { ordinary, around_cache };
 
 // 16 outputs at p, which begins a line. What lies `ahead` is fetched: inputs where stores go around the caches, else

@@ -38,21 +38,25 @@ BN_INLINE GradInputMap<T> join(std::int64_t n, const GradInputMap<T>& a, const G
           join(n, a.x_scale, b.x_scale), join(n, a.offset, b.offset)};
 }
 
-// A weight of 1 gives the bits of the map without.
-template <class T>
+// A weight of 1 gives the bits of the map without; where it is 0, x is not looked at, nor dy where that gives 0. The
+// weight of value i of a run lies `begin` values before that of the piece's value.
+template <class T, bool kZeros>
 struct WeightedGradInputMap {
   GradInputMap<T> map;
+  std::int64_t begin;
 
   BN_INLINE Lanes<T> operator()(const T* dy, const T* x, const T* weights, std::int64_t n) const {
-    const Lanes<T> w = load_upto<T>(weights, n, T(0)), g = load_upto<T>(dy, n, T(0));
-    const Lanes<T> from_x = (load_upto<T>(x, n, T(0)) - map.x_center) * map.x_scale;
-    return (g - w * map.dy_center) * map.dy_scale + w * from_x + w * map.offset;
+    const Lanes<T> w = load_upto<T>(weights - begin, n, T(0)), g = load_upto<T>(dy, n, T(0)), zero = broadcast(T(0));
+    const Lanes<T> counted = where_counted(w, load_upto<T>(x, n, T(0)), zero);
+    const Lanes<T> from_x = (counted - map.x_center) * map.x_scale;
+    const Lanes<T> dx = (g - w * map.dy_center) * map.dy_scale + w * from_x + w * map.offset;
+    return kZeros ? where_counted(w, dx, zero) : dx;
   }
 };
-template <class T>
-BN_INLINE WeightedGradInputMap<T> join(std::int64_t n, const WeightedGradInputMap<T>& a,
-                                       const WeightedGradInputMap<T>& b) {
-  return {join(n, a.map, b.map)};
+template <class T, bool kZeros>
+BN_INLINE WeightedGradInputMap<T, kZeros> join(std::int64_t n, const WeightedGradInputMap<T, kZeros>& a,
+                                               const WeightedGradInputMap<T, kZeros>& b) {
+  return {join(n, a.map, b.map), a.begin};
 }
 
 template <class T>
@@ -82,6 +86,12 @@ BN_INLINE ReluGradInputMap<T> join(std::int64_t n, const ReluGradInputMap<T>& a,
   return {join(n, a.map, b.map)};
 }
 
+template <class F>
+BN_INLINE void with_zeros(bool zeros, const F& f) {
+  if (zeros) return f.template operator()<true>();
+  f.template operator()<false>();
+}
+
 // dresidual goes around the caches with dx alone.
 template <class T>
 BN_INLINE GradInputs<T> streaming_with_dx(GradInputs<T> in, bool dx_streams) {
@@ -90,7 +100,7 @@ BN_INLINE GradInputs<T> streaming_with_dx(GradInputs<T> in, bool dx_streams) {
 }
 
 template <class T>
-void runs_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx, Runs runs,
+void runs_grad_input(const GradInputs<T>& in, const WeightsAlong<WeightOf<T>>& weights, T* dx, Runs runs,
                      const GradAffine<Arithmetic<T>>* k) {
   if constexpr (!kIsSixteen<T>) {
     if (in.bits != nullptr) {
@@ -98,9 +108,13 @@ void runs_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx,
       return with_parts(streaming_with_dx(in, runs.around_cache),
                         [&](const auto& parts) { apply_runs(make, runs, dx, parts); });
     }
-    if (weights != nullptr) {
-      const auto make = [k](std::int64_t c) { return WeightedGradInputMap<T>{grad_input_map<T>(k[c])}; };
-      return apply_stretch<Stores::ordinary>(make, runs, dx, in.dy + in.at, in.x + in.at, weights);
+    if (weights.values != nullptr) {
+      return with_zeros(weights.zeros, [&]<bool kZeros>() {
+        const auto make = [k, &runs](std::int64_t c) {
+          return WeightedGradInputMap<T, kZeros>{grad_input_map<T>(k[c]), c * runs.length};
+        };
+        apply_runs(make, runs, dx, in.dy + in.at, in.x + in.at, weights.values);
+      });
     }
   }
   const auto make = [k](std::int64_t c) { return grad_input_map<T>(k[c]); };
@@ -108,7 +122,7 @@ void runs_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx,
 }
 
 template <class T>
-void rows_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx, Rows rows,
+void rows_grad_input(const GradInputs<T>& in, const WeightsAlong<WeightOf<T>>& weights, T* dx, Rows rows,
                      const GradAffineColumns<Arithmetic<T>>& k) {
   if constexpr (!kIsSixteen<T>) {
     if (in.bits != nullptr) {
@@ -118,11 +132,13 @@ void rows_grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx,
       return with_parts(streaming_with_dx(in, rows.walk == RowWalk::around_cache),
                         [&](const auto& parts) { apply_rows(make, rows, dx, parts); });
     }
-    if (weights != nullptr) {
-      const auto make = [&k](std::int64_t c, std::int64_t n) {
-        return WeightedGradInputMap<T>{grad_input_map<T>(k, c, n)};
-      };
-      return apply_rows_by_columns(make, rows, dx, in.dy + in.at, in.x + in.at, weights);
+    if (weights.values != nullptr) {
+      return with_zeros(weights.zeros, [&]<bool kZeros>() {
+        const auto make = [&k](std::int64_t c, std::int64_t n) {
+          return WeightedGradInputMap<T, kZeros>{grad_input_map<T>(k, c, n), 0};
+        };
+        apply_rows(make, rows, dx, in.dy + in.at, in.x + in.at, weights.values);
+      });
     }
   }
   const auto make = [&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); };

@@ -68,12 +68,7 @@ struct CountedMap {
   std::int64_t begin;
 
   BN_INLINE Lanes<T> operator()(const T* x, const T* weights, std::int64_t n) const {
-    const Lanes<T> w = load_upto<T>(weights - begin, n, T(0)), y = map(x, n);
-    Lanes<T> r;
-    BN_UNROLL for (int k = 0; k < Lanes<T>::kVectors; ++k) {
-      r.v[k] = w.v[k] != 0 ? y.v[k] : typename Lanes<T>::Native{};
-    }
-    return r;
+    return where_counted(load_upto<T>(weights - begin, n, T(0)), map(x, n), broadcast(T(0)));
   }
 };
 // The weights of a run are followed by the first ones again.

@@ -147,6 +147,16 @@ void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride
 
 // ---- elements ----
 
+// The weight of the value at `place`.
+template <class W>
+double weight_along(const W* weights, const Runs& runs, std::int64_t place) {
+  return weights == nullptr ? 1 : weights[place % runs.length];
+}
+template <class W>
+double weight_along(const W* weights, const Rows&, std::int64_t place) {
+  return weights == nullptr ? 1 : weights[place];
+}
+
 // Coefficients of a channel, in float64.
 template <class A>
 Affine<double> at(const Affine<A>* k, std::int64_t c) {
@@ -187,21 +197,23 @@ void normalize(const T* x, T* y, const Tail<T>& tail, Piece piece, Coefficients 
     auto sum = static_cast<Arithmetic<T>>((x[place] - k.center) * k.scale + k.offset);
     if (tail.residual != nullptr) sum += static_cast<Arithmetic<T>>(tail.residual[tail.at + place]);
     if (tail.bits != nullptr) set_bit(tail.bits, tail.first_bit + tail.at + place, !(sum <= 0));
-    y[place] = tail.relu && sum < 0 ? static_cast<T>(0) : static_cast<T>(sum);
+    const bool is_zero = (tail.relu && sum < 0) || weight_along(tail.weights, piece, place) == 0;
+    y[place] = is_zero ? static_cast<T>(0) : static_cast<T>(sum);
   });
 }
 
 // grad_input: dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset.
 template <class T, class Piece, class Coefficients>
-void grad_input(const GradInputs<T>& in, const WeightOf<T>* weights, T* dx, Piece piece, Coefficients coefficients) {
+void grad_input(const GradInputs<T>& in, const WeightsAlong<WeightOf<T>>& weights, T* dx, Piece piece,
+                Coefficients coefficients) {
   for_each(piece, [&](std::int64_t c, std::int64_t place) {
     const GradAffine<double> k = at(coefficients, c);
-    const double w = weights == nullptr ? 1 : weights[place];
+    const double w = weight_along(weights.values, piece, place);
     const T dy = dy_at(in, in.at + place);
     double sum = (dy - w * k.dy_center) * k.dy_scale;
-    if (in.x != nullptr) sum += w * ((in.x[in.at + place] - k.x_center) * k.x_scale);
+    if (in.x != nullptr && w != 0) sum += w * ((in.x[in.at + place] - k.x_center) * k.x_scale);
     if (in.dresidual != nullptr) in.dresidual[in.at + place] = dy;
-    dx[place] = static_cast<T>(sum + w * k.offset);
+    dx[place] = weights.zeros && w == 0 ? static_cast<T>(0) : static_cast<T>(sum + w * k.offset);
   });
 }
 

@@ -22,13 +22,6 @@ void narrow(const Arithmetic<T>* from, std::int64_t n, T* to) {
   }
 }
 
-// a where the weight is not 0, else b.
-template <class A>
-BN_INLINE Lanes<A> where_counted(const Lanes<A>& weight, const Lanes<A>& a, const Lanes<A>& b) {
-  Lanes<A> r;
-  BN_UNROLL for (int k = 0; k < Lanes<A>::kVectors; ++k) r.v[k] = weight.v[k] != 0 ? a.v[k] : b.v[k];
-  return r;
-}
 template <class A>
 void keep_bits(const A* from, const std::uint8_t* bits, std::int64_t first_bit, std::int64_t n, A* to) {
   for (std::int64_t i = 0; i < n; i += kLanes) {

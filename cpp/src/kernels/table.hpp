@@ -133,6 +133,14 @@ struct WeightCounts {
 template <class T>
 using WeightOf = Arithmetic<T>;
 
+// The weights of a piece that is written; null: none. Of rows: like x. Of runs: those of one stretch, the same for all
+// channels; with more than one, kVectorColumns more, which repeat the first.
+template <class W>
+struct WeightsAlong {
+  const W* values = nullptr;
+  bool zeros = false;  // whether what is written is 0 where the weight is
+};
+
 // What follows normalize: y = s + residual, or max(that, 0) with a ReLU, where s is what normalize gives in the
 // arithmetic type. NaN and -0 stay. The bits of a ReLU: one an element, whether the sum is above 0 or NaN; that of the
 // element at place e of the tensor is bit (first_bit + e) % 8 of byte (first_bit + e) / 8. Pieces of a tensor that are
@@ -145,8 +153,7 @@ struct Tail {
   // For runs, and rows in line: bits of the lines of y, and so of the vectors that begin at them, are whole bytes.
   std::int64_t first_bit = 0;
   std::int64_t at = 0;  // where x and y begin in the tensor, and the residual before it by as much
-  // y is 0 where the weight is, without residual and ReLU; null: nowhere. Of rows: like x, at x. Of runs: those of one
-  // stretch, the same for all channels; with more than one, kVectorColumns more, which repeat the first.
+  // WeightsAlong of the pass: y is 0 where they are. Without residual and ReLU; null: y is 0 nowhere.
   const WeightOf<T>* weights = nullptr;
 
   [[nodiscard]] bool empty() const { return residual == nullptr && !relu; }
@@ -184,11 +191,11 @@ struct Kernels {
   void (*runs_grad_sums)(const GradInputs<T>&, const WeightsOf<W>&, Runs, const double* mean, Sums*);
   void (*rows_grad_sums)(const GradInputs<T>&, const WeightsOf<W>&, Rows, const double* mean, const ColumnSums&);
 
-  // grad_input. dx may be exactly dy or exactly x. With weights, which lie like x (null: none):
+  // grad_input. dx may be exactly dy or exactly x. With weights, and then without a ReLU:
   //     dx = (dy - w*dy_center)*dy_scale + w*((x - x_center)*x_scale) + w*offset
-  // which for a weight of 1 has the bits of that without. Weights: of one stretch, or of rows by columns; no ReLU.
-  void (*runs_grad_input)(const GradInputs<T>&, const W* weights, T* dx, Runs, const GradAffine<A>*);
-  void (*rows_grad_input)(const GradInputs<T>&, const W* weights, T* dx, Rows, const GradAffineColumns<A>&);
+  // which for a weight of 1 has the bits of that without. x is not looked at where the weight is 0.
+  void (*runs_grad_input)(const GradInputs<T>&, const WeightsAlong<W>&, T* dx, Runs, const GradAffine<A>*);
+  void (*rows_grad_input)(const GradInputs<T>&, const WeightsAlong<W>&, T* dx, Rows, const GradAffineColumns<A>&);
 
   // The sums of `count` blocks of rows added up in bundles of kBundle: the blocks of a bundle, then the bundles, first
   // to last, with the error of each addition in the low part. Of `columns` columns of each; the arrays of a block lie
