@@ -16,16 +16,7 @@ __version__: str
 
 # A call: (sizes, offsets, weights, padding, gamma, beta, eps, residual, relu, bits).
 _Call: TypeAlias = tuple[
-    _Sizes,
-    _Array | None,
-    _Array | None,
-    int,
-    _Array | None,
-    _Array | None,
-    float,
-    _Array | None,
-    bool,
-    _Array | None,
+    _Sizes, _Array | None, _Array | None, int, _Array | None, _Array | None, float, _Array | None, bool, _Array | None
 ]
 
 def relu_mask_bytes(sizes: _Sizes) -> int: ...
@@ -174,24 +165,12 @@ def try_normalize_backward(
     /,
 ) -> _Gradients | None: ...
 def pool(
-    pooled: object,
-    moments: object,
-    ddof: object,
-    into: tuple[_Table, _Table, _Table],
-    finite: bool,
-    /,
+    pooled: object, moments: object, ddof: object, into: tuple[_Table, _Table, _Table], finite: bool, /
 ) -> bool | None: ...
 def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
 @overload
 def try_update_running(
-    mean: object,
-    var: object,
-    moments: object,
-    update_rate: object,
-    ddof: object,
-    into: None,
-    finite: bool,
-    /,
+    mean: object, var: object, moments: object, update_rate: object, ddof: object, into: None, finite: bool, /
 ) -> tuple[_Table, _Table] | None: ...
 @overload
 def try_update_running(
@@ -204,9 +183,7 @@ def try_update_running(
     finite: bool,
     /,
 ) -> bool | None: ...
-def combine(
-    to: _Array | None, a: _Table | None, x: _Array | None, b: _Table | None, y: _Array | None, /
-) -> None: ...
+def combine(to: _Array | None, a: _Table | None, x: _Array | None, b: _Table | None, y: _Array | None, /) -> None: ...
 def merge(a: _Table, b: _Table) -> _Table: ...
 def variance(moments: _Table, ddof: int) -> _Table: ...
 def rstd(moments: _Table, eps: float) -> _Table: ...

@@ -101,9 +101,7 @@ class Part:
         rows = np.array([outer]) if self.offsets is None else np.diff(self.in_outer(layout))
         return np.repeat(rows * float(inner), channels)
 
-    def call(
-        self, layout: Layout, scale: Array | None, shift: Array | None, eps: float, given: bool = False
-    ) -> Call:
+    def call(self, layout: Layout, scale: Array | None, shift: Array | None, eps: float, given: bool = False) -> Call:
         """Give the call that counts so; `given`: by statistics that are given."""
         offsets = None if self.offsets is None else self.in_outer(layout)
         # By given statistics weights say no more than where there is padding.
@@ -249,9 +247,7 @@ def _spread(name: str, a: Array, x: Array, axis: int) -> Array:
         values = a.reshape(a.shape[:axis] + a.shape[axis + 1 :])
     elif a.ndim != x.ndim - 1:
         values = np.empty((0,) * (x.ndim + 1), np.bool)  # fits nothing
-    if values.ndim == len(positions) and all(
-        n in (1, m) for n, m in zip(values.shape, positions, strict=True)
-    ):
+    if values.ndim == len(positions) and all(n in (1, m) for n, m in zip(values.shape, positions, strict=True)):
         return np.broadcast_to(values, positions)
     raise ValueError(
         f"{name} must have the shape of x without its channel axis, {positions}, or with 1 there "

@@ -155,12 +155,7 @@ class Second(NamedTuple):
 
 
 def double_backward_by_formula(
-    call: Call,
-    tensors: Second,
-    count: Table | None,
-    standard: Standard,
-    v_scale: Array | None,
-    v_shift: Array | None,
+    call: Call, tensors: Second, count: Table | None, standard: Standard, v_scale: Array | None, v_shift: Array | None
 ) -> Table:
     """Write the gradients of gradients in float64, and give that of scale, (S·C,).
 
@@ -178,8 +173,7 @@ def double_backward_by_formula(
             continue
         at = slice(s * channels, (s + 1) * channels)
         w, lift = (
-            0.0 if v is None else (v if len(v) == channels else v[at]).reshape(-1, 1)
-            for v in (v_scale, v_shift)
+            0.0 if v is None else (v if len(v) == channels else v[at]).reshape(-1, 1) for v in (v_scale, v_shift)
         )
         share: Any = 0.0
         with np.errstate(all="ignore"):

@@ -215,7 +215,9 @@ def _instead_of_mode(name: str, called: str) -> str:
             f"{name} must be left out: write layer.train()(x) or layer.eval()(x), or "
             'use_stats="batch" or "running" for one call'
         )
-    return f"{name} must be left out: batch_norm(x) normalizes by the batch, normalize(x, mean, var) by running statistics"
+    return (
+        f"{name} must be left out: batch_norm(x) normalizes by the batch, normalize(x, mean, var) by running statistics"
+    )
 
 
 def _shown(value: object) -> str:
@@ -329,9 +331,7 @@ def axis(value: object, ndim: int) -> int:
     except TypeError:
         raise TypeError(f"axis must be an int, got {kind(value)}") from None
     if not -ndim <= index < ndim:
-        raise ValueError(
-            f"axis must be in [{-ndim}, {ndim - 1}] for an array of {ndim} dimensions, got {index}"
-        )
+        raise ValueError(f"axis must be in [{-ndim}, {ndim - 1}] for an array of {ndim} dimensions, got {index}")
     return index % ndim
 
 
@@ -454,9 +454,7 @@ def each_channel(name: str, a: Array, good: NDArray[np.bool], needed: str, kind_
 def batch_values(x: Array, axis: int) -> None:
     """Refuse a batch of one value per channel, which has no variance. An empty one passes."""
     if x.size and x.size == x.shape[axis]:
-        raise ValueError(
-            f"x must have at least 2 values per channel for batch statistics, got shape {x.shape}"
-        )
+        raise ValueError(f"x must have at least 2 values per channel for batch statistics, got shape {x.shape}")
 
 
 def several_positions(source: str, weights: Array) -> None:
@@ -529,9 +527,7 @@ def y_tells_x(activation: object, residual: object) -> None:
     """Refuse what y does not tell x̂ after."""
     for name, value in (("activation", activation), ("residual", residual)):
         if value is not None:
-            raise ValueError(
-                f"keep must be 'x' with {name}, after which y does not tell what was normalized, got 'y'"
-            )
+            raise ValueError(f"keep must be 'x' with {name}, after which y does not tell what was normalized, got 'y'")
 
 
 def samples(value: object) -> int:
@@ -599,9 +595,7 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     _one_address_per_value(checked)
     for name, a in may_be.items():
         if overlap(checked, a) and not same_memory(checked, a):
-            raise ValueError(
-                f"out must be {name} itself or share no memory with {name}, got a partial overlap"
-            )
+            raise ValueError(f"out must be {name} itself or share no memory with {name}, got a partial overlap")
     for name, values in apart_from.items():
         if values is not None and overlap(checked, values):
             raise ValueError(f"out must share no memory with {name}, got an overlap")
@@ -640,9 +634,7 @@ def weights_leave_variance(count: Array, dof: Array, ddof: int, weights_are: Wei
         good, needed = count - ddof >= 1, f"sum to at least {ddof + 1} where they are counts and ddof={ddof}"
     else:
         good, needed = ddof * dof > (ddof - 1) * count, f"be above 0 at {ddof + 1} positions for ddof={ddof}"
-    each_channel(
-        "weights", count, good | (count == 0), f"{needed} (weights_are={weights_are!r})", "a sum of "
-    )
+    each_channel("weights", count, good | (count == 0), f"{needed} (weights_are={weights_are!r})", "a sum of ")
 
 
 def instance(name: str, value: object, wanted: type | tuple[type, ...], text: str) -> None:

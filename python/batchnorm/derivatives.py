@@ -96,17 +96,13 @@ def backward(
     """
     if others:
         _validate.no_options("backward", others)
-    if type(saved) is Saved and (
-        saved.layout is None or saved.layout.order == ORDERS[len(saved.layout.order)]
-    ):
+    if type(saved) is Saved and (saved.layout is None or saved.layout.order == ORDERS[len(saved.layout.order)]):
         part, rest, done = saved.part, (saved.gamma, saved.axis, saved.eps, needs, out, num_threads), None
         if type(saved.moments) is Moments:
             if part.offsets is None and saved.renorm is None:
                 bits = None if saved.relu is None else saved.relu.data
                 how = (part.weights, PADDINGS.index(part.padding), bits, saved.has_residual)
-                done = _core.try_batch_norm_backward(
-                    Gradients, dy, saved.x, saved.moments._table, *rest, *how
-                )
+                done = _core.try_batch_norm_backward(Gradients, dy, saved.x, saved.moments._table, *rest, *how)
         elif saved.given is not None and saved.layout is None:
             done = _core.try_normalize_backward(Gradients, dy, saved.x, *saved.given, *rest)
         if done is not None:
@@ -121,9 +117,7 @@ def backward(
     residual = Target(of.layout, of.x, to_residual) if need_residual else None
     dgamma, dbeta = of.room(need_gamma, by_core=of.turn is None), of.room(need_beta, by_core=of.turn is None)
     results = Gradients(_array(dx), dgamma, dbeta, _array(residual))
-    dscale, dshift = (
-        (dgamma, dbeta) if of.turn is None else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
-    )
+    dscale, dshift = (dgamma, dbeta) if of.turn is None else (of.wide(need_gamma), of.wide(need_gamma or need_beta))
     grad, to = of.layout.block(dy), (_block(dx), _block(residual), dscale, dshift, of.threads)
     if of.given is not None:
         mean, var = of.given
@@ -311,9 +305,7 @@ def jvp(
         _core.jvp(tangent, of.block, call, of.moments, *by_channel, y_dot.block, of.threads)
     else:
         of_given = dots["mean_dot"], of.of_var(dots["var_dot"])
-        _core.normalize_jvp(
-            tangent, of.block, call, *of.given, *of_given, *by_channel, y_dot.block, of.threads
-        )
+        _core.normalize_jvp(tangent, of.block, call, *of.given, *of_given, *by_channel, y_dot.block, of.threads)
     y_dot.deliver()
     return y_dot.array
 
@@ -390,8 +382,7 @@ def double_backward(
     v_dx = None if v_dx is None else _validate.array_like("v_dx", v_dx, of.x)
     need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)
     v_scale, v_shift = (
-        _validate.optional_channel_values(n, a, of.channels)
-        for n, a in (("v_dgamma", v_dgamma), ("v_dbeta", v_dbeta))
+        _validate.optional_channel_values(n, a, of.channels) for n, a in (("v_dgamma", v_dgamma), ("v_dbeta", v_dbeta))
     )
     if v_dresidual is not None:
         if not saved.has_residual:
@@ -429,9 +420,7 @@ def double_backward(
     return of.rounded(results)
 
 
-def _plain_second(
-    of: _Kept, second: _passes.Second, v_scale: Array | None, v_shift: Array | None
-) -> PerChannel:
+def _plain_second(of: _Kept, second: _passes.Second, v_scale: Array | None, v_shift: Array | None) -> PerChannel:
     """Write the second gradients of a call of which the core has that pass, and give that of scale, (C,)."""
     dscale = np.empty(of.channels)
     v, g, to = second.v, second.g, (second.ddy, second.dx, dscale, of.threads)

@@ -232,9 +232,7 @@ def normalize(
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
     given = _validate.channel_values("mean", mean, x.shape[axis]), _validate.variances(var, x.shape[axis])
-    of = _Forward(
-        x, gamma, beta, axis, eps, options, out, num_threads, dict(zip(("mean", "var"), given, strict=True))
-    )
+    of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, dict(zip(("mean", "var"), given, strict=True)))
     of.layout, part = parts(x, axis, options)
     part.require_weights()
     call, saved = of.call(part, save, given=True), None

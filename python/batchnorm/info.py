@@ -111,9 +111,7 @@ def cpp_directory(folder: str, file: str) -> Path:
     """
     path = compiled_directory() / folder
     if not (path / file).is_file():
-        raise FileNotFoundError(
-            f"batchnorm must be installed by pip to have {folder}/{file}, got none in {path}"
-        )
+        raise FileNotFoundError(f"batchnorm must be installed by pip to have {folder}/{file}, got none in {path}")
     return path
 
 
@@ -125,11 +123,7 @@ def config() -> dict[str, dict[str, Any]]:
         "compiler": {"name": build["compiler"], "flags": build["flags"], "assertions": build["assertions"]},
         "isa": {"built": _core.built_isas(), "available": available_isas(), "active": active_isa()},
         "threads": {"openmp": build["openmp"], "num_threads": get_num_threads()},
-        "python": {
-            "version": platform.python_version(),
-            "numpy": np.__version__,
-            "platform": platform.platform(),
-        },
+        "python": {"version": platform.python_version(), "numpy": np.__version__, "platform": platform.platform()},
     }
 
 

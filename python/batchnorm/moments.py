@@ -89,9 +89,7 @@ class Moments:
             if isinstance(self, _WeightedMoments):
                 _set_dof(self, None)
         elif not isinstance(self, _WeightedMoments):
-            raise TypeError(
-                f"importance_dof must be None in a subclass of Moments, got one for {type(self).__name__}"
-            )
+            raise TypeError(f"importance_dof must be None in a subclass of Moments, got one for {type(self).__name__}")
         else:
             given = _validate.channel_values("importance_dof", importance_dof, channels)
             good = (given >= 0) & (given <= counts)
@@ -130,8 +128,7 @@ class Moments:
             raise ValueError(f"channels must divide {self.channels}, the entries there are, got {channels}")
         parts = (slice(at, at + channels) for at in range(0, self.channels, channels))
         return tuple(
-            Moments._from_core(self._table[part], None if self._dof is None else self._dof[part])
-            for part in parts
+            Moments._from_core(self._table[part], None if self._dof is None else self._dof[part]) for part in parts
         )
 
     @property
@@ -305,13 +302,7 @@ class Counts(_validate.Counts, total=False):
 
 
 @_validate.options(Counts)
-def moments(
-    x: NDArray[Any],
-    *,
-    axis: int = 1,
-    num_threads: int | None = None,
-    **parts: Unpack[Counts],
-) -> Moments:
+def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None, **parts: Unpack[Counts]) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
     For the n values of a channel: mean = sum(x)/n, m2 = sum((x - mean)²); ``.var()`` is m2/n, biased.

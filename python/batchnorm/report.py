@@ -138,9 +138,7 @@ class Report:
         return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
 
 
-def findings(
-    state: State, settings: BatchNormSettings, batch: Batch | None, *, evaluates: bool
-) -> Iterator[Finding]:
+def findings(state: State, settings: BatchNormSettings, batch: Batch | None, *, evaluates: bool) -> Iterator[Finding]:
     """Find what is wrong in a layer, whose statistics are those of each domain in turn; `evaluates`: uses them."""
     yield from _of_parameters(state.gamma, state.beta, settings.channels)
     for k, s in enumerate(state.statistics):
@@ -192,9 +190,7 @@ def _of_statistics(
         text = f"running_var is no more than eps = {eps:g}"
         _add(found, "vanishing_variance", (var >= 0) & (var <= eps), text, domain)
     good = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
-    total = np.where(
-        good & (var + eps > 0), var + eps, np.inf
-    )  # where it is 0, rstd is 0, as in the functions
+    total = np.where(good & (var + eps > 0), var + eps, np.inf)  # where it is 0, rstd is 0, as in the functions
     scale = _wide(gamma, 1.0, len(mean)) / np.sqrt(total)
     offset = _wide(beta, 0.0, len(mean)) - np.where(good, mean, 0.0) * scale
     for name, values in (("running_mean", mean), ("running_var", var), ("scale", scale), ("offset", offset)):
@@ -209,13 +205,7 @@ def _of_statistics(
 def _of_batch(batch: Batch, s: Statistics, settings: BatchNormSettings, domain: int | None) -> list[Finding]:
     """Find what the last batch tells beside the running statistics of its domain."""
     found: list[Finding] = []
-    m, mean, var, weights_are, update_rate = (
-        batch.moments,
-        s.mean,
-        s.var,
-        settings.weights_are,
-        settings.update_rate,
-    )
+    m, mean, var, weights_are, update_rate = (batch.moments, s.mean, s.var, settings.weights_are, settings.update_rate)
     finite = np.isfinite(m.mean) & np.isfinite(m.m2)
     _add(found, "nonfinite_batch", ~finite, "the last batch's mean or variance is not finite", domain)
     count = _worth(m, weights_are)
@@ -225,9 +215,7 @@ def _of_batch(batch: Batch, s: Statistics, settings: BatchNormSettings, domain: 
     rate = 0.0 if update_rate is None else update_rate
     if rate < 1:
         off = np.where(good, m.mean - mean, 0.0) / np.sqrt(np.where(good, var, 1.0))
-        errors = (
-            off * np.sqrt(n * (2 - rate) / 2) / (1 - rate)
-        )  # the running mean has noise, and took its share
+        errors = off * np.sqrt(n * (2 - rate) / 2) / (1 - rate)  # the running mean has noise, and took its share
         _drift(found, "mean_drift", "mean", errors, np.abs(off) >= _DRIFT_MEAN, domain)
         # Wilson and Hilferty (1931): the cube root of a variance is nearly normal, down to 2 values.
         share = 2 / (9 * (n - 1))
@@ -253,9 +241,7 @@ def _worth(m: Moments, weights_are: WeightsAre | None) -> PerChannel:
     return np.where(m.count > 0, m.count / (m.count - m._dof), 0.0)
 
 
-def _drift(
-    found: list[Finding], kind: str, what: str, errors: PerChannel, matters: Flags, domain: int | None
-) -> None:
+def _drift(found: list[Finding], kind: str, what: str, errors: PerChannel, matters: Flags, domain: int | None) -> None:
     far = matters & (np.abs(errors) >= _DRIFT_ERRORS)
     if far.any():
         worst = errors[far][np.argmax(np.abs(errors[far]))]
@@ -264,12 +250,7 @@ def _drift(
 
 
 def _add(
-    found: list[Finding],
-    kind: str,
-    where: Flags,
-    text: str,
-    domain: int | None = None,
-    severity: str = "warning",
+    found: list[Finding], kind: str, where: Flags, text: str, domain: int | None = None, severity: str = "warning"
 ) -> None:
     """Add a finding about the channels where `where` is true, if there are any."""
     channels = tuple(np.flatnonzero(where).tolist())

@@ -256,9 +256,7 @@ def update_running(
     mean, var = running_mean, running_var
     if type(batch) is Saved:
         if batch.moments is None:
-            raise ValueError(
-                "batch must have statistics of a batch, got those of a call that they were given to"
-            )
+            raise ValueError("batch must have statistics of a batch, got those of a call that they were given to")
         if batch.renorm is not None and ddof is not None:
             raise ValueError(f"ddof must be None after a call with renorm, whose parity says it, got {ddof}")
         said = batch.part.weights_are if weights_are is None else weights_are
@@ -303,9 +301,7 @@ def _updated(
 ) -> tuple[PerChannel, PerChannel]:
     ddof = 1 if ddof is None else ddof
     if weights_are is None and moments._dof is None:
-        done = _core.try_update_running(
-            running_mean, running_var, moments._table, update_rate, ddof, None, False
-        )
+        done = _core.try_update_running(running_mean, running_var, moments._table, update_rate, ddof, None, False)
         if done is not None:
             return done
     mean = _validate.channel_values("running_mean", running_mean, moments.channels)

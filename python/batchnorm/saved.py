@@ -65,13 +65,7 @@ class Saved:
     layout: Layout | None = None
 
     def __init__(
-        self,
-        x: Array | None,
-        moments: Moments | None,
-        gamma: Array | None,
-        axis: int,
-        eps: float,
-        **others: Any,
+        self, x: Array | None, moments: Moments | None, gamma: Array | None, axis: int, eps: float, **others: Any
     ) -> None:
         # A frozen dataclass's own __init__, which assigns past its own refusal, takes twice as long; what is not
         # assigned here is the default of the class.
@@ -176,9 +170,7 @@ class GradSums:
         if not isinstance(other, GradSums):
             return NotImplemented
         if other._table.shape != self._table.shape:
-            raise ValueError(
-                f"sums must have {self._table.shape[0]} channels to be added, got {other._table.shape[0]}"
-            )
+            raise ValueError(f"sums must have {self._table.shape[0]} channels to be added, got {other._table.shape[0]}")
         a, b = self._table, other._table
         table = np.empty_like(a)
         table[:, ::2], rounded_off = two_sum(a[:, ::2], b[:, ::2])

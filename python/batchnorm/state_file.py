@@ -147,9 +147,7 @@ def read_state(
         if set(members) != {_member_name(_VERSION_NAME), *expected}:
             needed = ", ".join([_member_name(_VERSION_NAME), *expected])
             raise _malformed("file", f"have the members {needed}", ", ".join(map(repr, members)) or "none")
-        return {
-            name: _decode(_member_name(name), members[_member_name(name)], e) for name, e in entries.items()
-        }
+        return {name: _decode(_member_name(name), members[_member_name(name)], e) for name, e in entries.items()}
     except ValueError as error:
         error.add_note(f"while reading the state file {source!r}")
         raise
@@ -287,11 +285,7 @@ def _require_first(raw: bytes, text: Text) -> None:
     while at + _LOCAL.size <= len(raw) and raw.startswith(b"PK\x03\x04", at):
         *_, size, name_bytes, extra = _LOCAL.unpack_from(raw, at)
         begin = at + _LOCAL.size + name_bytes + extra
-        if (
-            name_bytes == len(spelled)
-            and raw.startswith(spelled, at + _LOCAL.size)
-            and begin + size <= len(raw)
-        ):
+        if name_bytes == len(spelled) and raw.startswith(spelled, at + _LOCAL.size) and begin + size <= len(raw):
             text.require(_decode_text(name, raw[begin : begin + size]))
             return
         at = begin + size
@@ -330,15 +324,11 @@ def _unpack(raw: bytes) -> dict[str, bytes]:
     if at != end:
         raise _malformed("zip directory", f"have {count} records", f"{end - at} bytes more")
     if data_end != start:
-        raise _malformed(
-            "file", "have nothing between its members and their directory", f"{start - data_end} bytes"
-        )
+        raise _malformed("file", "have nothing between its members and their directory", f"{start - data_end} bytes")
     return members
 
 
-def _locate(
-    raw: bytes, at: int, end: int, expected_offset: int, data_limit: int
-) -> tuple[str, int, int, int]:
+def _locate(raw: bytes, at: int, end: int, expected_offset: int, data_limit: int) -> tuple[str, int, int, int]:
     """Return the member whose directory record begins at `at`: name, record's end, data's begin and end.
 
     All of the record is checked, and its local header must say the same: where the two differ, parsers
@@ -356,9 +346,7 @@ def _locate(
     name = raw_name.decode("ascii", "backslashreplace")
     what = f"member {name!r}"
     if (flags, method) != (0, 0) or stored != size:
-        raise _malformed(
-            what, "be stored as it is", f"method {method}, flags {flags}, {stored} bytes for {size}"
-        )
+        raise _malformed(what, "be stored as it is", f"method {method}, flags {flags}, {stored} bytes for {size}")
     if offset != expected_offset:
         raise _malformed(what, f"begin at byte {expected_offset}", offset)
 

@@ -76,9 +76,7 @@ class Carried:
     frozen: bool = False
 
 
-def carried(
-    settings: dict[str, Any], gamma: Any, beta: Any, mean: Array, var: Array, count: int = 0
-) -> Carried:
+def carried(settings: dict[str, Any], gamma: Any, beta: Any, mean: Array, var: Array, count: int = 0) -> Carried:
     """Check what was read, which may be of any library of arrays."""
     channels = mean.size
     arrays = {"gamma": gamma, "beta": beta, "running mean": mean, "running variance": var}
@@ -94,9 +92,7 @@ def carried(
             raise ValueError(f"source must have a finite {name} in every channel, got infinity or NaN")
     if (arrays["running variance"] < 0).any():
         c = int((arrays["running variance"] < 0).argmax())
-        raise ValueError(
-            f"source must have running variances >= 0, got {arrays['running variance'][c]} in channel {c}"
-        )
+        raise ValueError(f"source must have running variances >= 0, got {arrays['running variance'][c]} in channel {c}")
     mean, var = arrays["running mean"], arrays["running variance"]
     parameters = [a for a in (arrays["gamma"], arrays["beta"]) if a is not None] or [mean]
     dtype = min(np.result_type(*parameters), np.dtype(np.float64), key=lambda found: found.itemsize)
@@ -139,9 +135,7 @@ def exported(layer: BatchNorm, library: Library, dtype: DTypeLike | None, any_dd
 def settings_of(library: str, epsilon: Any, momentum: Any, axis: Any) -> dict[str, Any]:
     """Give the settings of a library whose momentum is the share of the old; None for its defaults."""
     defaults = CONVENTIONS[library]
-    if (
-        isinstance(axis, Sequence) and not isinstance(axis, str) and len(axis) == 1
-    ):  # tf.keras makes a list of it
+    if isinstance(axis, Sequence) and not isinstance(axis, str) and len(axis) == 1:  # tf.keras makes a list of it
         axis = axis[0]
     return {
         "eps": defaults.eps if epsilon is None else _validate.number("epsilon", epsilon),
@@ -192,13 +186,9 @@ def _check_settings(settings: Mapping[str, Any]) -> None:
     }
     for name, reason in reasons.items():
         if name in settings:
-            raise TypeError(
-                f"{name} must not be given for a layer from elsewhere, as {reason}, got {settings[name]!r}"
-            )
+            raise TypeError(f"{name} must not be given for a layer from elsewhere, as {reason}, got {settings[name]!r}")
     if "update_rate" in settings and settings["update_rate"] is None:
-        raise TypeError(
-            "update_rate must be a number for a layer from elsewhere, which has no moments, got None"
-        )
+        raise TypeError("update_rate must be a number for a layer from elsewhere, which has no moments, got None")
 
 
 def _check_export(layer: BatchNorm, library: Library, any_ddof: object) -> None:

@@ -70,9 +70,7 @@ def from_keras(
     return layer_of(source, dtype, settings)
 
 
-def to_keras(
-    layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False
-) -> dict[str, NDArray[Any]]:
+def to_keras(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
     """Give the weights of a BatchNormalization of Keras that goes on where the layer is.
 
     Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.

@@ -71,9 +71,7 @@ def from_torch(
     return layer_of(_read(source, **given, axis=axis), dtype, settings)
 
 
-def to_torch(
-    layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False
-) -> dict[str, NDArray[Any]]:
+def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
     """Give the state_dict of a batch norm of PyTorch that goes on where the layer is, as arrays.
 
     Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without
@@ -103,13 +101,7 @@ def to_torch(
     """
     weight, bias, mean, var = exported(layer, "torch", dtype, any_ddof)
     count = np.array(layer.update_count, np.int64)
-    return {
-        "weight": weight,
-        "bias": bias,
-        "running_mean": mean,
-        "running_var": var,
-        "num_batches_tracked": count,
-    }
+    return {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var, "num_batches_tracked": count}
 
 
 def _read(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Carried:

@@ -19,15 +19,7 @@ from batchnorm.conventions import Library
 from batchnorm.forward import batch_norm, normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved
 from batchnorm.layers.layer import Apart, Call, Layer, State, _Default, is_x
 from batchnorm.layers.settings import BatchNormSettings, Nonfinite, Setting, SingleValue, flag, integer
-from batchnorm.layers.statistics import (
-    Following,
-    Statistics,
-    fill,
-    first_nonfinite,
-    following,
-    merged,
-    updated,
-)
+from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
 from batchnorm.moments import Moments, merge, moments
 from batchnorm.report import Batch, Report, findings
 from batchnorm.running import Renorm, RenormSchedule, new_room
@@ -175,9 +167,7 @@ class BatchNorm(Layer):
         self._fixed: Options = {name: value for name, value in fixed.items() if value is not None}
         # Whether more than the core is to look at x, which it holds to the size of gamma.
         others = settings.domains, settings.renorm, *fixed.values()
-        self._is_special = (
-            not settings.gamma or settings.single_value != "raise" or any(o is not None for o in others)
-        )
+        self._is_special = not settings.gamma or settings.single_value != "raise" or any(o is not None for o in others)
 
     @property
     def running_mean(self) -> NDArray[np.float64]:
@@ -305,15 +295,11 @@ class BatchNorm(Layer):
         if update_stats is not None:
             update = flag("update_stats", update_stats)
             if update and self._frozen[0]:
-                raise ValueError(
-                    "update_stats must not be True while the layer's statistics are frozen, got True"
-                )
+                raise ValueError("update_stats must not be True while the layer's statistics are frozen, got True")
         told = {name: value for name, value in options.items() if name not in _OF_LAYER}
         return by_batch, update, told, k
 
-    def _by_batch(
-        self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
-    ) -> NDArray[Any]:
+    def _by_batch(self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool) -> NDArray[Any]:
         """Normalize by the statistics of x, and learn of them."""
         settings, state = self.settings, self._state
         gamma, now = state.gamma, state.statistics[k]
@@ -449,11 +435,7 @@ class BatchNorm(Layer):
             return {}
         statistics = self._learned(state.statistics, k, seen)
         size = x.size
-        return {
-            "statistics": statistics,
-            "batch": (k, seen, size),
-            "largest_size": max(state.largest_size, size),
-        }
+        return {"statistics": statistics, "batch": (k, seen, size), "largest_size": max(state.largest_size, size)}
 
     def _learns_from(self, seen: Moments) -> bool:
         """Tell whether statistics take in this batch: one value a channel only where they pool all values."""
@@ -515,9 +497,7 @@ class BatchNorm(Layer):
         y = np.empty_like(x, subok=False) if out is None or update else out
         rest: dict[str, Any] = {"axis": settings.axis, "num_threads": settings.num_threads}
         _, ghosts = batch_norm(head, gamma, beta, eps=settings.eps, out=y[_HEAD], **rest, **of_head)
-        _, last = normalize(
-            tail, given[0], given[1], gamma, beta, eps=eps, out=y[_TAIL], save=True, **rest, **of_tail
-        )
+        _, last = normalize(tail, given[0], given[1], gamma, beta, eps=eps, out=y[_TAIL], save=True, **rest, **of_tail)
         assert ghosts.moments is not None
         seen = merged(ghosts.moments, settings.channels)
         changes: dict[str, Any] = {"largest_size": max(state.largest_size, x.size)}
@@ -546,9 +526,7 @@ class BatchNorm(Layer):
         policy = self.settings.nonfinite
         return policy == "raise" or (policy == "warn" and _warnings_may_raise())
 
-    def _learned(
-        self, before: tuple[Statistics, ...], k: int, batch: Saved | Moments
-    ) -> tuple[Statistics, ...]:
+    def _learned(self, before: tuple[Statistics, ...], k: int, batch: Saved | Moments) -> tuple[Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
         if not self._is_finite(before[k], batch):
             return before
@@ -596,11 +574,7 @@ class BatchNorm(Layer):
 
     def _arrays(self) -> dict[str, NDArray[Any]]:
         parts = [s.arrays(self.settings) for s in self._state.statistics]
-        own = (
-            parts[0]
-            if self.settings.domains is None
-            else {n: np.stack([p[n] for p in parts]) for n in parts[0]}
-        )
+        own = parts[0] if self.settings.domains is None else {n: np.stack([p[n] for p in parts]) for n in parts[0]}
         return super()._arrays() | own
 
     def _of_arrays(self, arrays: Mapping[str, NDArray[Any]], strict: bool) -> State:
@@ -697,9 +671,7 @@ def _domain(value: object, count: int | None) -> int:
             raise ValueError(f"domain must be None in a layer built without domains, got {value!r}")
         return 0
     if value is None:
-        raise TypeError(
-            f"domain must be an int from 0 to {count - 1} in a layer of {count} domains, got None"
-        )
+        raise TypeError(f"domain must be an int from 0 to {count - 1} in a layer of {count} domains, got None")
     number = integer("domain", value)
     if not 0 <= number < count:
         raise ValueError(f"domain must be from 0 to {count - 1}, got {number}")

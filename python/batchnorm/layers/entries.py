@@ -25,8 +25,7 @@ def checked(values: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[A
     if set(values) != set(entries):
         raise ValueError(f"state must have the entries {_names(entries)}, got {_names(values)}")
     return {
-        name: (_counts if entry.dtype == COUNT else array)(name, values[name], entry)
-        for name, entry in entries.items()
+        name: (_counts if entry.dtype == COUNT else array)(name, values[name], entry) for name, entry in entries.items()
     }
 
 

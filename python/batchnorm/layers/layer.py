@@ -223,16 +223,12 @@ class Layer:
         dx: NDArray[Any] | None = given[0]
         return dx
 
-    def _as_gradient(
-        self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None
-    ) -> NDArray[Any] | None:
+    def _as_gradient(self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None) -> NDArray[Any] | None:
         if gradient is None or parameter is None:
             return None
         if gradient.dtype == self.settings.dtype:
             return gradient
-        with np.errstate(
-            all="ignore"
-        ):  # a float16 gradient may well over- or underflow; dx is written already
+        with np.errstate(all="ignore"):  # a float16 gradient may well over- or underflow; dx is written already
             return gradient.astype(self.settings.dtype)
 
     # ---- saved state ----
@@ -335,9 +331,7 @@ class Layer:
         array([3., 1.], dtype=float32)
         """
         is_strict, settings = flag("strict", strict), self.settings
-        text = state_file.Text(
-            "settings", 4 * len(settings.text()), settings.require if is_strict else lambda _: None
-        )
+        text = state_file.Text("settings", 4 * len(settings.text()), settings.require if is_strict else lambda _: None)
         arrays = state_file.read_state(path, self._entries(), text)
         self._state = self._of_arrays(entries.checked(arrays, self._entries()), is_strict)
 
@@ -363,9 +357,7 @@ class Apart:
     x: NDArray[Any]
     parts: tuple[tuple[slice, Saved], ...]
 
-    def backward(
-        self, dy: NDArray[Any], *, needs: Iterable[str], out: Any, num_threads: int | None
-    ) -> Gradients:
+    def backward(self, dy: NDArray[Any], *, needs: Iterable[str], out: Any, num_threads: int | None) -> Gradients:
         """Do `backward` of all rows; gradients of gamma and beta add up in float64."""
         asked = _validate.needs_among(NEEDS, needs)
         names: Any = [name for name, wanted in zip(NEEDS, asked, strict=True) if wanted]
@@ -380,9 +372,7 @@ class Apart:
         wide, sums = None if gamma is None else gamma.astype(np.float64), dict[str, Any]()
         for rows, saved in self.parts:
             into: Any = tuple(None if a is None else a[rows] for a in whole)
-            given = backward(
-                dy[rows], replace(saved, gamma=wide), needs=names, out=into, num_threads=num_threads
-            )
+            given = backward(dy[rows], replace(saved, gamma=wide), needs=names, out=into, num_threads=num_threads)
             with np.errstate(all="ignore"):
                 for name in ("gamma", "beta"):
                     if name in names:

@@ -98,8 +98,7 @@ class Settings:
         try:
             # Each value as text, so that True is not 1; names too, as one from elsewhere may hold anything.
             there, here = (
-                {repr(name)[1:-1]: repr(value) for name, value in json.loads(t).items()}
-                for t in (text, self.text())
+                {repr(name)[1:-1]: repr(value) for name, value in json.loads(t).items()} for t in (text, self.text())
             )
             there = {f.name: repr(f.default) for f in self._fields() if "later" in f.metadata} | there
         except (ValueError, AttributeError, RecursionError):
@@ -195,11 +194,7 @@ class BatchNormSettings(Settings):
     def saved(self) -> dict[str, Any]:
         """Give what the numbers of a state depend on; of a schedule its points, and no parity without one."""
         schedule = self.renorm
-        points = (
-            None
-            if schedule is None
-            else {name: getattr(schedule, name) for name in ("r_max", "d_max", "weight")}
-        )
+        points = None if schedule is None else {name: getattr(schedule, name) for name in ("r_max", "d_max", "weight")}
         parity = None if schedule is None else self.parity
         return super().saved() | {"renorm": points, "parity": parity}
 
@@ -281,9 +276,7 @@ def _renorm(value: object, rate: float | None) -> RenormSchedule | None:
     if not isinstance(value, RenormSchedule):
         raise TypeError(f"renorm must be a RenormSchedule or None, got {kind(value)}")
     if rate is None:
-        raise ValueError(
-            "renorm must be None where update_rate is None: it corrects towards an exponential average"
-        )
+        raise ValueError("renorm must be None where update_rate is None: it corrects towards an exponential average")
     return value
 
 

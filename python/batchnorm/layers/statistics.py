@@ -91,9 +91,7 @@ class Statistics:
         dof = state.get("running_importance_dof")
         if dof is not None:
             within = (dof >= 0) & (dof <= pooled.count)
-            entries.all_channels(
-                "running_importance_dof", within, "be from 0 to the count of running_moments", dof
-            )
+            entries.all_channels("running_importance_dof", within, "be from 0 to the count of running_moments", dof)
             if (dof != pooled.importance_dof).any():
                 pooled = Moments._from_table(table, dof)
         now = _pooled_statistics(pooled, count, settings.ddof, settings.weights_are)
@@ -243,10 +241,7 @@ def _sets(batch: Saved | Moments, settings: BatchNormSettings) -> Iterator[Saved
         else:
             rows = int(batch.part.offsets[at + 1] - batch.part.offsets[at])
             yield replace(
-                batch,
-                moments=one,
-                part=Part(),
-                renorm=replace(batch.renorm, samples=batch.renorm.samples or rows),
+                batch, moments=one, part=Part(), renorm=replace(batch.renorm, samples=batch.renorm.samples or rows)
             )
 
 
