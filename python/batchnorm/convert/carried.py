@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypedDict
+from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
@@ -21,7 +21,28 @@ from batchnorm.running import RenormSchedule
 
 Array = NDArray[Any]
 
-_NAME = {"torch": "PyTorch", "keras": "Keras", "flax": "Flax", "onnx": "ONNX"}
+
+class Names(NamedTuple):
+    """What a library calls itself, and gamma, beta, running mean and running variance.
+
+    `place` is what has the latter two, for errors; `fills` says that ones and zeros stand there for parameters that a
+    layer is without.
+    """
+
+    library: str
+    arrays: tuple[str, str, str, str]
+    place: str
+    fills: bool = False
+
+
+NAMES: dict[Library, Names] = {
+    "torch": Names(
+        "PyTorch", ("weight", "bias", "running_mean", "running_var"), "PyTorch's track_running_stats=True", fills=True
+    ),
+    "keras": Names("Keras", ("gamma", "beta", "moving_mean", "moving_variance"), "a layer of Keras that is built"),
+    "flax": Names("Flax", ("scale", "bias", "mean", "var"), "Flax's batch_stats"),
+    "onnx": Names("ONNX", ("scale", "B", "input_mean", "input_var"), "ONNX's BatchNormalization", fills=True),
+}
 
 
 class AnySettings(TypedDict, total=False):
@@ -70,94 +91,97 @@ class Carried:
     beta: Array | None
     mean: Array
     var: Array
-    dtype: np.dtype[Any]  # of gamma and beta, or the narrowest of a layer's that holds them
     update_count: int = 0
     training: bool = True
     frozen: bool = False
 
+    def dtype(self) -> np.dtype[Any]:
+        """Tell that of gamma and beta, or the narrowest of a layer's that holds them."""
+        parameters = [a for a in (self.gamma, self.beta) if a is not None] or [self.mean]
+        return min(np.result_type(*parameters), np.dtype(np.float64), key=lambda found: found.itemsize)
 
-def carried(settings: dict[str, Any], gamma: Any, beta: Any, mean: Array, var: Array, count: int = 0) -> Carried:
-    """Check what was read, which may be of any library of arrays."""
-    channels = mean.size
-    arrays = {"gamma": gamma, "beta": beta, "running mean": mean, "running variance": var}
-    for name, value in arrays.items():
+
+def read(
+    library: Library, state: Mapping[str, Any], settings: dict[str, Any], *, needs_all: bool = False, **others: Any
+) -> Carried:
+    """Check what a library keeps under its names, in arrays of whatever library; `others` are fields of what is given."""
+    names = NAMES[library]
+    values = [state.get(name) for name in names.arrays]
+    for name, value in list(zip(names.arrays, values, strict=True))[0 if needs_all else 2 :]:
         if value is None:
+            raise ValueError(f"source must have {name}, as {names.place} has, got none")
+    arrays: list[Any] = [None if value is None else numpy_of(value) for value in values]
+    shape, var = (arrays[2].size,), arrays[3]
+    for name, a in zip(("gamma", "beta", "running mean", "running variance"), arrays, strict=True):
+        if a is None:
             continue
-        arrays[name] = numpy_of(value)
-        if arrays[name].shape != (channels,) or arrays[name].dtype.kind != "f":
-            raise ValueError(
-                f"source must have a {name} of {channels} floats, got shape {arrays[name].shape} of {arrays[name].dtype}"
-            )
-        if not np.isfinite(arrays[name]).all():
+        if a.shape != shape or a.dtype.kind != "f":
+            raise ValueError(f"source must have a {name} of {shape[0]} floats, got shape {a.shape} of {a.dtype}")
+        if not np.isfinite(a).all():
             raise ValueError(f"source must have a finite {name} in every channel, got infinity or NaN")
-    if (arrays["running variance"] < 0).any():
-        c = int((arrays["running variance"] < 0).argmax())
-        raise ValueError(f"source must have running variances >= 0, got {arrays['running variance'][c]} in channel {c}")
-    mean, var = arrays["running mean"], arrays["running variance"]
-    parameters = [a for a in (arrays["gamma"], arrays["beta"]) if a is not None] or [mean]
-    dtype = min(np.result_type(*parameters), np.dtype(np.float64), key=lambda found: found.itemsize)
-    return Carried(settings, arrays["gamma"], arrays["beta"], mean, var, dtype, count)
+    if (var < 0).any():
+        c = int((var < 0).argmax())
+        raise ValueError(f"source must have running variances >= 0, got {var[c]} in channel {c}")
+    return Carried(settings, *arrays, **others)
 
 
 def layer_of(source: Carried, dtype: DTypeLike | None, settings: Mapping[str, Any]) -> BatchNorm:
     """Make the layer that goes on where the source is."""
     _check_settings(settings)
-    dtype = source.dtype if dtype is None else dtype
-    has = {"gamma": source.gamma is not None, "beta": source.beta is not None}
+    parameters = {"gamma": source.gamma, "beta": source.beta}
+    has = {name: value is not None for name, value in parameters.items()}
+    dtype = source.dtype() if dtype is None else dtype
     layer = BatchNorm(source.mean.size, dtype=dtype, **(source.settings | has | dict(settings)))
     state = {
         "running_mean": source.mean.astype(np.float64),
         "running_var": source.var.astype(np.float64),
         "update_count": np.array(source.update_count, np.int64),
     }
-    for name, value in (("gamma", source.gamma), ("beta", source.beta)):
-        if value is not None:
-            state[name] = value.astype(layer.dtype)
+    state |= {name: value.astype(layer.dtype) for name, value in parameters.items() if value is not None}
     layer.load_state_dict(state, strict=False)
     if source.frozen:
         layer.freeze()
     return layer.train(source.training)
 
 
-def exported(layer: BatchNorm, library: Library, dtype: DTypeLike | None, any_ddof: bool) -> list[Array]:
-    """Give gamma, beta, mean and var as fresh arrays of `dtype`, for a library that can take them.
+def exported(layer: BatchNorm, library: Library, dtype: DTypeLike | None, any_ddof: bool) -> dict[str, Array]:
+    """Give gamma, beta, mean and var as fresh arrays of `dtype`, by their names in a library that can take them.
 
-    A parameter that the layer is without is ones or zeros. None as dtype: one that holds the layer's and statistics.
+    None as dtype: one that holds the layer's and statistics.
     """
     _check_export(layer, library, any_ddof)
     wanted = np.result_type(layer.dtype, np.float32) if dtype is None else parameter_dtype(dtype)
-    gamma = np.ones(layer.channels) if layer.gamma is None else layer.gamma
-    beta = np.zeros(layer.channels) if layer.beta is None else layer.beta
+    gamma, beta = layer.gamma, layer.beta
+    if NAMES[library].fills:
+        gamma = np.ones(layer.channels) if gamma is None else gamma
+        beta = np.zeros(layer.channels) if beta is None else beta
+    arrays = zip(NAMES[library].arrays, (gamma, beta, layer.running_mean, layer.running_var), strict=True)
     with np.errstate(all="ignore"):  # a statistic beyond float32 is an infinity there
-        return [a.astype(wanted) for a in (gamma, beta, layer.running_mean, layer.running_var)]
+        return {name: a.astype(wanted) for name, a in arrays if a is not None}
 
 
-def settings_of(library: str, epsilon: Any, momentum: Any, axis: Any) -> dict[str, Any]:
-    """Give the settings of a library whose momentum is the share of the old; None for its defaults."""
+def settings_of(library: Library, given: Mapping[str, Any], source: object = None) -> dict[str, Any]:
+    """Give the settings of a library whose momentum is the share of the old.
+
+    given : its epsilon, momentum and axis, in this order; None for those of `source`, else for the library's defaults.
+    """
     defaults = CONVENTIONS[library]
+    epsilon, momentum, axis = (getattr(source, name, None) if v is None else v for name, v in given.items())
     if isinstance(axis, Sequence) and not isinstance(axis, str) and len(axis) == 1:  # tf.keras makes a list of it
         axis = axis[0]
     return {
         "eps": defaults.eps if epsilon is None else _validate.number("epsilon", epsilon),
-        "update_rate": defaults.update_rate if momentum is None else _rest("momentum", momentum),
+        "update_rate": defaults.update_rate if momentum is None else _rest(momentum),
         "ddof": defaults.ddof,
         "axis": defaults.axis if axis is None else axis,
     }
 
 
 def only(state: Mapping[str, Any], names: Sequence[str], whose: str) -> None:
-    """Refuse names that are no others'."""
+    """Refuse other names than these."""
     others = sorted(set(map(str, state)) - set(names))
     if others:
         raise ValueError(f"source must have names {whose} ({', '.join(names)}), got {', '.join(others)}")
-
-
-def needed(state: Mapping[str, Any], name: str, where: str) -> Array:
-    """Give an array that must be there."""
-    value = state.get(name)
-    if value is None:
-        raise ValueError(f"source must have {name}, as {where} has, got none")
-    return numpy_of(value)
 
 
 def numpy_of(value: Any) -> Array:
@@ -195,7 +219,7 @@ def _check_export(layer: BatchNorm, library: Library, any_ddof: object) -> None:
     """Refuse a layer whose running statistics the library could not go on with."""
     ddof, domains = layer.ddof, layer.domains
     parity = None if layer.renorm is None else layer.parity
-    name, needed = _NAME[library], CONVENTIONS[library].ddof
+    name, needed = NAMES[library].library, CONVENTIONS[library].ddof
     if domains is not None:
         raise ValueError(f"the layer must have one set of statistics for {name}, got {domains} domains")
     kinds = "biased", "unbiased"
@@ -212,9 +236,9 @@ def _check_export(layer: BatchNorm, library: Library, any_ddof: object) -> None:
         raise ValueError(f"the layer must have an update_rate for {name}'s momentum, got None")
 
 
-def _rest(name: str, value: Any) -> float:
+def _rest(value: Any) -> float:
     """Give 1 - momentum, for those to whom momentum is the share of the old."""
-    momentum = _validate.number(name, value)
+    momentum = _validate.number("momentum", value)
     if not 0 <= momentum <= 1:
-        raise ValueError(f"{name} must be from 0 to 1, got {momentum}")
+        raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
     return _validate.rest(momentum)

@@ -3,26 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Unpack
 
 from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _validate
-from batchnorm.convert.carried import (
-    AS_EVER,
-    Carried,
-    MoreSettings,
-    carried,
-    exported,
-    layer_of,
-    needed,
-    only,
-    settings_of,
-)
+from batchnorm.convert.carried import AS_EVER, NAMES, Carried, MoreSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
-
-_NAMES = ("scale", "bias", "mean", "var")
 
 
 @_validate.options(MoreSettings, AS_EVER)
@@ -43,18 +30,13 @@ def from_flax(
         linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
         used.
     epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
-    dtype, **settings : as in `from_torch`.
+    dtype, **settings : as in `from_torch`, and so are the errors.
 
     Returns
     -------
     BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In evaluation for an
     nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its use_fast_variance
     is a way of rounding, which nothing here needs.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `from_torch`.
 
     Examples
     --------
@@ -63,9 +45,8 @@ def from_flax(
     >>> stats = {"mean": 3 * one, "var": 4 * one}
     >>> from_flax({"batch_stats": stats}, epsilon=0.0).eval()(np.array([[5.0]]))
     array([[1.]])
-
     """
-    source = _read(variables, epsilon=epsilon, momentum=momentum, axis=axis)
+    source = _read(variables, {"epsilon": epsilon, "momentum": momentum, "axis": axis})
     return layer_of(source, dtype, settings)
 
 
@@ -80,48 +61,37 @@ def to_flax(
 
     Parameters
     ----------
-    dtype, any_ddof : as in `to_torch`, but that running variances are biased here.
+    dtype, any_ddof : as in `to_torch`, but that running variances are biased here, as in `to_keras`; so are the errors.
 
     Returns
     -------
     {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}; scale and bias only where the layer has them.
 
-    Raises
-    ------
-    ValueError
-        For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
-
     Examples
     --------
     >>> to_flax(BatchNorm(1, convention="flax"))["batch_stats"]
     {'mean': array([0.], dtype=float32), 'var': array([1.], dtype=float32)}
-
     """
-    gamma, beta, mean, var = exported(layer, "flax", dtype, any_ddof)
-    params = {} if layer.gamma is None else {"scale": gamma}
-    params |= {} if layer.beta is None else {"bias": beta}
-    return {"params": params, "batch_stats": {"mean": mean, "var": var}}
+    arrays = exported(layer, "flax", dtype, any_ddof)
+    stats = {name: arrays.pop(name) for name in ("mean", "var")}
+    return {"params": arrays, "batch_stats": stats}
 
 
-def _read(variables: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Carried:
+def _read(variables: Any, given: Mapping[str, Any]) -> Carried:
     """Read a BatchNorm of Flax's nnx, its state, or the variables of one of linen."""
-    training = True
+    module, training, names = None, True, NAMES["flax"].arrays
     if isinstance(variables, Mapping) and "batch_stats" in variables:
         params, stats = variables.get("params", {}), variables["batch_stats"]
-        for name, group in (("params", params), ("batch_stats", stats)):
+        for name, group, known in (("params", params, names[:2]), ("batch_stats", stats, names[2:])):
             if not isinstance(group, Mapping):
                 raise TypeError(f"{name} must be a mapping of names to arrays, got {_validate.kind(group)}")
-        only(params, ("scale", "bias"), "of Flax's params")
-        only(stats, ("mean", "var"), "of Flax's batch_stats")
+            only(group, known, f"of Flax's {name}")
         state = {**params, **stats}
     elif isinstance(variables, Mapping) and "mean" in variables:
-        only(variables, _NAMES, "of Flax")
+        only(variables, names, "of Flax")
         state = dict(variables)
     elif all(hasattr(variables, name) for name in ("mean", "var", "epsilon", "momentum")):
-        state = {name: getattr(variables, name, None) for name in _NAMES}
-        epsilon = variables.epsilon if epsilon is None else epsilon
-        momentum = variables.momentum if momentum is None else momentum
-        axis = variables.axis if axis is None else axis
+        module, state = variables, {name: getattr(variables, name, None) for name in names}
         training = not getattr(variables, "use_running_average", False)  # None leaves it to the call
     else:
         raise TypeError(
@@ -129,7 +99,4 @@ def _read(variables: Any, *, epsilon: Any, momentum: Any, axis: Any) -> Carried:
             "'batch_stats' (mean, var) and 'params' (scale, bias), got "
             f"{sorted(map(str, variables)) if isinstance(variables, Mapping) else _validate.kind(variables)}"
         )
-    settings = settings_of("flax", epsilon, momentum, axis)
-    mean, var = (needed(state, name, "Flax's batch_stats") for name in ("mean", "var"))
-    imported = carried(settings, state.get("scale"), state.get("bias"), mean, var)
-    return replace(imported, training=training)
+    return read("flax", state, settings_of("flax", given, module), training=training)

@@ -3,23 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
 from typing import Any, Unpack
 
 from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _validate
-from batchnorm.convert.carried import (
-    AS_EVER,
-    Carried,
-    MoreSettings,
-    carried,
-    exported,
-    layer_of,
-    needed,
-    only,
-    settings_of,
-)
+from batchnorm.convert.carried import AS_EVER, NAMES, Carried, MoreSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
 from batchnorm.layers.settings import flag
 
@@ -45,7 +34,7 @@ def from_keras(
     epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
     scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
         which does not tell; one of 4 has both and one of 2 has neither.
-    dtype, **settings : as in `from_torch`.
+    dtype, **settings : as in `from_torch`, and so are the errors.
 
     Returns
     -------
@@ -53,20 +42,14 @@ def from_keras(
     fused kernels of TensorFlow were not: pass ddof=1 to go on with them.) In training mode, which Keras has by
     call; with statistics and affine frozen for a layer of ``trainable=False``.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `from_torch`.
-
     Examples
     --------
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)
     >>> from_keras([one, one, 3 * one, 4 * one], epsilon=0.0).eval()(np.array([[5.0]]))
     array([[2.]])
-
     """
-    source = _read(source, epsilon=epsilon, momentum=momentum, axis=axis, scale=scale, center=center)
+    source = _read(source, {"epsilon": epsilon, "momentum": momentum, "axis": axis}, scale, center)
     return layer_of(source, dtype, settings)
 
 
@@ -94,17 +77,13 @@ def to_keras(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool
     --------
     >>> list(to_keras(BatchNorm(2, convention="keras", beta=False)))
     ['gamma', 'moving_mean', 'moving_variance']
-
     """
-    gamma, beta, mean, var = exported(layer, "keras", dtype, any_ddof)
-    weights = {} if layer.gamma is None else {"gamma": gamma}
-    weights |= {} if layer.beta is None else {"beta": beta}
-    return weights | {"moving_mean": mean, "moving_variance": var}
+    return exported(layer, "keras", dtype, any_ddof)
 
 
-def _read(source: Any, *, epsilon: Any, momentum: Any, axis: Any, scale: Any, center: Any) -> Carried:
+def _read(source: Any, given: Mapping[str, Any], scale: Any, center: Any) -> Carried:
     """Read a layer of Keras, the list of its get_weights(), or a mapping of their names."""
-    names, frozen = ("gamma", "beta", "moving_mean", "moving_variance"), False
+    layer, frozen, names = None, False, NAMES["keras"].arrays
     if isinstance(source, Sequence) and not isinstance(source, str):
         state = dict(zip(_names_of_weights(len(source), scale, center), source, strict=True))
     elif scale is not None or center is not None:
@@ -115,42 +94,31 @@ def _read(source: Any, *, epsilon: Any, momentum: Any, axis: Any, scale: Any, ce
     elif hasattr(source, "moving_variance"):
         if getattr(source, "renorm", False):
             raise ValueError("source must be a layer without renorm, whose further state has no place here")
-        state = {name: getattr(source, name, None) for name in names}
+        layer, state = source, {name: getattr(source, name, None) for name in names}
         frozen = not getattr(source, "trainable", True)
-        epsilon = source.epsilon if epsilon is None else epsilon
-        momentum = source.momentum if momentum is None else momentum
-        axis = source.axis if axis is None else axis
     else:
         raise TypeError(
             "source must be a BatchNormalization of Keras that is built, its get_weights(), or a mapping of their names, "
             f"got {_validate.kind(source)}"
         )
-    settings = settings_of("keras", epsilon, momentum, axis)
-    needs = "a layer of Keras that is built"
-    imported = carried(
-        settings,
-        state.get("gamma"),
-        state.get("beta"),
-        needed(state, "moving_mean", needs),
-        needed(state, "moving_variance", needs),
-    )
-    return replace(imported, frozen=frozen)
+    return read("keras", state, settings_of("keras", given, layer), frozen=frozen)
 
 
 def _names_of_weights(count: int, scale: Any, center: Any) -> list[str]:
     """Give the names of the arrays of get_weights(), which say nothing of themselves but how many they are."""
-    said = {"gamma": scale, "beta": center}
     for name, value in (("scale", scale), ("center", center)):
         if value is not None:
             flag(name, value)
     kinds = [
-        kind
-        for kind in ({"gamma": a, "beta": b} for a in (True, False) for b in (True, False))
-        if sum(kind.values()) == count - 2 and all(said[name] in (None, kind[name]) for name in said)
+        (has_gamma, has_beta)
+        for has_gamma in (True, False)
+        for has_beta in (True, False)
+        if has_gamma + has_beta == count - 2 and scale in (None, has_gamma) and center in (None, has_beta)
     ]
     if len(kinds) != 1:
         raise ValueError(
             "source must be the arrays of get_weights(): 4, or 2 without gamma and beta, or 3 with scale=False or "
             f"center=False given to tell which of them is absent, got {count} with scale={scale} and center={center}"
         )
-    return [*(name for name, is_there in kinds[0].items() if is_there), "moving_mean", "moving_variance"]
+    are_there = (*kinds[0], True, True)
+    return [name for name, is_there in zip(NAMES["keras"].arrays, are_there, strict=True) if is_there]

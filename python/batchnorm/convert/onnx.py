@@ -8,17 +8,7 @@ from typing import Any, Unpack
 from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _validate
-from batchnorm.convert.carried import (
-    AS_EVER,
-    Carried,
-    MostSettings,
-    carried,
-    exported,
-    layer_of,
-    needed,
-    only,
-    settings_of,
-)
+from batchnorm.convert.carried import AS_EVER, NAMES, MostSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
 
 
@@ -37,17 +27,12 @@ def from_onnx(
     ----------
     inputs : mapping of scale, B, input_mean and input_var, as the specification names them.
     epsilon, momentum : its attributes, with their defaults.
-    dtype, **settings : as in `from_torch`.
+    dtype, **settings : as in `from_torch`, and so are the errors.
 
     Returns
     -------
     BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1. In training mode; a node without training_mode=1
     evaluates.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `from_torch`.
 
     Examples
     --------
@@ -56,9 +41,12 @@ def from_onnx(
     >>> inputs = {"scale": one, "B": one, "input_mean": 3 * one, "input_var": 4 * one}
     >>> from_onnx(inputs, epsilon=0.0).eval()(np.array([[5.0]]))
     array([[2.]])
-
     """
-    return layer_of(_read(inputs, epsilon=epsilon, momentum=momentum), dtype, settings)
+    if not isinstance(inputs, Mapping):
+        raise TypeError(f"inputs must be a mapping of names to arrays, got {_validate.kind(inputs)}")
+    only(inputs, NAMES["onnx"].arrays, "of ONNX")
+    given = {"epsilon": epsilon, "momentum": momentum, "axis": None}
+    return layer_of(read("onnx", inputs, settings_of("onnx", given), needs_all=True), dtype, settings)
 
 
 def to_onnx(
@@ -68,35 +56,18 @@ def to_onnx(
 
     Parameters
     ----------
-    dtype, any_ddof : as in `to_torch`, but that running variances are biased here.
+    dtype, any_ddof : as in `to_torch`, but that running variances are biased here, as in `to_keras`; so are the errors.
 
     Returns
     -------
     inputs : dict of scale, B, input_mean, input_var; ones and zeros for a parameter that the layer is without.
     attributes : dict of epsilon and momentum (1 - update_rate). Without training_mode, the node evaluates.
 
-    Raises
-    ------
-    ValueError
-        For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
-
     Examples
     --------
     >>> to_onnx(BatchNorm(1, convention="onnx"))[1]
     {'epsilon': 1e-05, 'momentum': 0.9}
-
     """
-    scale, shift, mean, var = exported(layer, "onnx", dtype, any_ddof)
+    inputs = exported(layer, "onnx", dtype, any_ddof)
     assert layer.update_rate is not None
-    inputs = {"scale": scale, "B": shift, "input_mean": mean, "input_var": var}
     return inputs, {"epsilon": layer.eps, "momentum": _validate.rest(layer.update_rate)}
-
-
-def _read(inputs: Any, *, epsilon: Any, momentum: Any) -> Carried:
-    """Read the inputs of a BatchNormalization of ONNX, by their names in its specification."""
-    if not isinstance(inputs, Mapping):
-        raise TypeError(f"inputs must be a mapping of names to arrays, got {_validate.kind(inputs)}")
-    names = ("scale", "B", "input_mean", "input_var")
-    only(inputs, names, "of ONNX")
-    gamma, beta, mean, var = (needed(inputs, name, "ONNX's BatchNormalization") for name in names)
-    return carried(settings_of("onnx", epsilon, momentum, None), gamma, beta, mean, var)

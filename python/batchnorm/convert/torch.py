@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import replace
 from typing import Any, Unpack
 
 import numpy as np
@@ -12,15 +11,15 @@ from numpy.typing import DTypeLike, NDArray
 from batchnorm import _validate
 from batchnorm.convert.carried import (
     AS_EVER,
+    NAMES,
     AnySettings,
     Array,
     Carried,
-    carried,
     exported,
     layer_of,
-    needed,
     numpy_of,
     only,
+    read,
 )
 from batchnorm.layers import BatchNorm
 
@@ -65,10 +64,8 @@ def from_torch(
     >>> state = {"weight": one, "bias": one, "running_mean": 3 * one, "running_var": 4 * one}
     >>> from_torch(state, eps=0.0).eval()(np.array([[5.0]]))
     array([[2.]])
-
     """
-    given = {"eps": eps, "momentum": momentum, "update_rate": update_rate}
-    return layer_of(_read(source, **given, axis=axis), dtype, settings)
+    return layer_of(_read(source, eps, momentum, update_rate, axis), dtype, settings)
 
 
 def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
@@ -97,21 +94,18 @@ def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool
     --------
     >>> sorted(to_torch(BatchNorm(2)))
     ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
-
     """
-    weight, bias, mean, var = exported(layer, "torch", dtype, any_ddof)
     count = np.array(layer.update_count, np.int64)
-    return {"weight": weight, "bias": bias, "running_mean": mean, "running_var": var, "num_batches_tracked": count}
+    return exported(layer, "torch", dtype, any_ddof) | {"num_batches_tracked": count}
 
 
-def _read(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Carried:
+def _read(source: Any, eps: Any, momentum: Any, update_rate: Any, axis: int) -> Carried:
     """Read a module of PyTorch or the mapping that is its state_dict."""
     is_mapping = isinstance(source, Mapping)
     if not is_mapping:
         _check_module(source)
     state = source if is_mapping else source.state_dict()
-    names = ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
-    only(state, names, "of PyTorch")
+    only(state, (*NAMES["torch"].arrays, "num_batches_tracked"), "of PyTorch")
     eps = eps if eps is not None else 1e-5 if is_mapping else source.eps
     rate = update_rate if update_rate is not None else momentum
     if rate is None:
@@ -122,25 +116,13 @@ def _read(source: Any, *, eps: Any, momentum: Any, update_rate: Any, axis: int) 
             "update_rate must be given for a module with momentum=None: PyTorch then averages the variances of all "
             "batches alike, which is not the variance of all their values that update_rate=None stands for"
         )
-    settings = {
-        "eps": _validate.number("eps", eps),
-        "update_rate": _validate.number("momentum", rate),
-        "ddof": 1,
-        "axis": axis,
-    }
-    count = state.get("num_batches_tracked")
-    imported = carried(
-        settings,
-        state.get("weight"),
-        state.get("bias"),
-        needed(state, "running_mean", "PyTorch's track_running_stats=True"),
-        needed(state, "running_var", "PyTorch's track_running_stats=True"),
-        0 if count is None else _count(numpy_of(count)),
-    )
-    if is_mapping:
-        return imported
-    frozen = not hasattr(source, "momentum")
-    return replace(imported, training=bool(getattr(source, "training", True)), frozen=frozen)
+    rate = _validate.number("momentum", rate)
+    settings = {"eps": _validate.number("eps", eps), "update_rate": rate, "ddof": 1, "axis": axis}
+    count, mode = state.get("num_batches_tracked"), {}
+    if not is_mapping:
+        mode = {"training": bool(getattr(source, "training", True)), "frozen": not hasattr(source, "momentum")}
+    update_count = 0 if count is None else _count(numpy_of(count))
+    return read("torch", state, settings, update_count=update_count, **mode)
 
 
 def _check_module(source: Any) -> None:
