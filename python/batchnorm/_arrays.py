@@ -68,10 +68,16 @@ class Layout(NamedTuple):
 
 
 class Target:
-    """Where a result goes: the caller's array or a new one, and the block that is computed."""
+    """Where a result goes: the caller's array or a new one, and the block that is computed; None if not `needed`."""
 
-    def __init__(self, layout: Layout, x: Array, out: Array | None) -> None:
+    array: Any = None
+    block: Any = None
+    _copied = False
+
+    def __init__(self, layout: Layout, x: Array, out: Array | None, needed: bool = True) -> None:
         """Make room for what is like `x`."""
+        if not needed:
+            return
         self.array = np.empty_like(x, subok=False) if out is None else out
         self._copied = not layout.is_of(self.array)
         if self._copied:
@@ -80,10 +86,12 @@ class Target:
         else:
             self.block = layout.block(self.array)
 
-    def deliver(self) -> None:
-        """Copy where that is still to be done; asks for no memory."""
+    def deliver(self) -> Array:
+        """Copy where that is still to be done, and give the array; asks for no memory."""
+        array: Array = self.array
         if self._copied:
-            self.array[...] = self._from
+            array[...] = self._from
+        return array
 
 
 def _order(x: Array) -> tuple[int, ...]:

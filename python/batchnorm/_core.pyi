@@ -8,182 +8,70 @@ from numpy.typing import NDArray
 
 _Array: TypeAlias = NDArray[Any]
 _Table: TypeAlias = NDArray[np.float64]
+_Maybe: TypeAlias = _Array | None
+_Statistics: TypeAlias = _Table | tuple[_Array, _Array]  # moments, or mean and var that are given
 _Sizes: TypeAlias = tuple[int, int, int]
 _Kept = TypeVar("_Kept")
 _Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, ...])
 
 __version__: str
 
-# A call: (sizes, offsets, weights, padding, gamma, beta, eps, residual, relu, bits).
-_Call: TypeAlias = tuple[
-    _Sizes, _Array | None, _Array | None, int, _Array | None, _Array | None, float, _Array | None, bool, _Array | None
-]
+# (sizes, offsets, weights, padding, gamma, beta, eps, residual, relu, bits)
+_Call: TypeAlias = tuple[_Sizes, _Maybe, _Maybe, int, _Maybe, _Maybe, float, _Maybe, bool, _Maybe]
 
 def relu_mask_bytes(sizes: _Sizes) -> int: ...
 def moments(x: _Array, call: _Call, out: _Table, threads: int) -> None: ...
 def batch_norm(x: _Array, call: _Call, out: _Array, moments: _Table, threads: int) -> None: ...
-def normalize(x: _Array, call: _Call, mean: _Array, var: _Array, out: _Array, threads: int) -> None: ...
-def normalize_by_moments(x: _Array, call: _Call, moments: _Table, out: _Array, threads: int) -> None: ...
+def normalize(x: _Array, call: _Call, statistics: _Statistics, out: _Array, threads: int) -> None: ...
 def grad_sums(dy: _Array, x: _Array, call: _Call, moments: _Table, out: _Table, threads: int) -> None: ...
 def grad_input(
-    dy: _Array,
-    x: _Array,
-    call: _Call,
-    moments: _Table,
-    sums: _Table,
-    out: _Array,
-    dresidual: _Array | None,
-    threads: int,
+    dy: _Array, x: _Array, call: _Call, moments: _Table, sums: _Table, out: _Array, dresidual: _Maybe, threads: int
 ) -> None: ...
 def backward(
-    dy: _Array,
-    x: _Array,
-    call: _Call,
-    moments: _Table,
-    out: _Array | None,
-    dresidual: _Array | None,
-    dgamma: _Array | None,
-    dbeta: _Array | None,
-    threads: int,
-) -> None: ...
-def normalize_backward(
-    dy: _Array,
-    x: _Array,
-    call: _Call,
-    mean: _Array,
-    var: _Array,
-    out: _Array | None,
-    dresidual: _Array | None,
-    dgamma: _Array | None,
-    dbeta: _Array | None,
-    threads: int,
-) -> None: ...
+    dy: _Array, x: _Array, call: _Call, statistics: _Statistics,
+    out: _Maybe, dresidual: _Maybe, dgamma: _Maybe, dbeta: _Maybe, threads: int,
+) -> None: ...  # fmt: skip
 def jvp(
-    x_dot: _Array,
-    x: _Array,
-    call: _Call,
-    moments: _Table,
-    gamma_dot: _Array | None,
-    beta_dot: _Array | None,
-    out: _Array,
-    threads: int,
-) -> None: ...
-def normalize_jvp(
-    x_dot: _Array,
-    x: _Array,
-    call: _Call,
-    mean: _Array,
-    var: _Array,
-    mean_dot: _Array | None,
-    var_dot: _Array | None,
-    gamma_dot: _Array | None,
-    beta_dot: _Array | None,
-    out: _Array,
-    threads: int,
-) -> None: ...
+    x_dot: _Array, x: _Array, call: _Call, statistics: _Statistics,
+    mean_dot: _Maybe, var_dot: _Maybe, gamma_dot: _Maybe, beta_dot: _Maybe, out: _Array, threads: int,
+) -> None: ...  # fmt: skip
 def double_backward(
-    v_dx: _Array,
-    dy: _Array,
-    x: _Array,
-    call: _Call,
-    moments: _Table,
-    v_dgamma: _Array | None,
-    v_dbeta: _Array | None,
-    ddy: _Array | None,
-    dx: _Array | None,
-    dgamma: _Array | None,
-    threads: int,
-) -> None: ...
-def normalize_double_backward(
-    v_dx: _Array,
-    dy: _Array,
-    x: _Array,
-    call: _Call,
-    mean: _Array,
-    var: _Array,
-    v_dgamma: _Array | None,
-    v_dbeta: _Array | None,
-    ddy: _Array | None,
-    dx: _Array | None,
-    dgamma: _Array | None,
-    threads: int,
-) -> None: ...
+    v_dx: _Array, dy: _Array, x: _Array, call: _Call, statistics: _Statistics,
+    v_dgamma: _Maybe, v_dbeta: _Maybe, ddy: _Maybe, dx: _Maybe, dgamma: _Maybe, threads: int,
+) -> None: ...  # fmt: skip
+
+# Ordinary calls, which look at what they are given: None where it is not ordinary.
 def try_moments(x: object, axis: object, threads: object, /) -> _Table | None: ...
 def try_batch_norm(
-    keep: Callable[..., _Kept],
-    x: object,
-    gamma: object,
-    beta: object,
-    axis: object,
-    eps: object,
-    out: object,
-    threads: object,
-    options: object,
-    /,
-) -> tuple[_Array, _Kept] | None: ...
+    keep: Callable[..., _Kept], x: object, gamma: object, beta: object, axis: object, eps: object, out: object,
+    threads: object, options: object, /,
+) -> tuple[_Array, _Kept] | None: ...  # fmt: skip
 def try_normalize(
-    x: object,
-    mean: object,
-    var: object,
-    gamma: object,
-    beta: object,
-    axis: object,
-    eps: object,
-    out: object,
-    threads: object,
-    /,
-) -> _Array | None: ...
+    x: object, mean: object, var: object, gamma: object, beta: object, axis: object, eps: object, out: object,
+    threads: object, /,
+) -> _Array | None: ...  # fmt: skip
 def try_batch_norm_backward(
-    type: type[_Gradients],
-    dy: object,
-    x: object,
-    moments: object,
-    gamma: object,
-    axis: object,
-    eps: object,
-    needs: object,
-    out: object,
-    threads: object,
-    weights: object,
-    padding: object,
-    bits: object,
-    has_residual: object,
-    /,
-) -> _Gradients | None: ...
+    type: type[_Gradients], dy: object, x: object, moments: object, gamma: object, axis: object, eps: object,
+    needs: object, out: object, threads: object, weights: object, padding: object, bits: object, has_residual: object, /,
+) -> _Gradients | None: ...  # fmt: skip
 def try_normalize_backward(
-    type: type[_Gradients],
-    dy: object,
-    x: object,
-    mean: object,
-    var: object,
-    gamma: object,
-    axis: object,
-    eps: object,
-    needs: object,
-    out: object,
-    threads: object,
-    /,
-) -> _Gradients | None: ...
-def pool(
-    pooled: object, moments: object, ddof: object, into: tuple[_Table, _Table, _Table], finite: bool, /
-) -> bool | None: ...
-def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
+    type: type[_Gradients], dy: object, x: object, mean: object, var: object, gamma: object, axis: object, eps: object,
+    needs: object, out: object, threads: object, /,
+) -> _Gradients | None: ...  # fmt: skip
 @overload
 def try_update_running(
     mean: object, var: object, moments: object, update_rate: object, ddof: object, into: None, finite: bool, /
 ) -> tuple[_Table, _Table] | None: ...
 @overload
 def try_update_running(
-    mean: object,
-    var: object,
-    moments: object,
-    update_rate: object,
-    ddof: object,
-    into: tuple[_Array, ...],
-    finite: bool,
-    /,
+    mean: object, var: object, moments: object, update_rate: object, ddof: object, into: tuple[_Maybe, ...],
+    finite: bool, /,
+) -> bool | None: ...  # fmt: skip
+def pool(
+    pooled: object, moments: object, ddof: object, into: tuple[_Table, _Table, _Table], finite: bool, /
 ) -> bool | None: ...
-def combine(to: _Array | None, a: _Table | None, x: _Array | None, b: _Table | None, y: _Array | None, /) -> None: ...
+def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
+def combine(to: _Maybe, a: _Table | None, x: _Maybe, b: _Table | None, y: _Maybe, /) -> None: ...
 def merge(a: _Table, b: _Table) -> _Table: ...
 def variance(moments: _Table, ddof: int) -> _Table: ...
 def rstd(moments: _Table, eps: float) -> _Table: ...

@@ -19,7 +19,7 @@ from batchnorm._arrays import Layout, Sizes
 
 Array = NDArray[Any]
 Table = NDArray[np.float64]
-Statistics = tuple[Table, Table]  # mean and var, (C,)
+Statistics = Table | tuple[Table, Table]  # the moments of a batch, or mean and var (C,) that were given
 
 # Bits begin behind so many bytes, of which the first says by how many more bits (cpp/include/batchnorm/call.hpp).
 _HEAD = 8
@@ -131,8 +131,12 @@ def combine(to: Array, a: Table | None, x: Table, b: Table | None, y: Table | No
 
 
 class Standard(NamedTuple):
-    """What makes x̂ of what was kept: ((x - center) - rest)·factor; and the scale and rstd of y. All (S·C,)."""
+    """What makes x̂ of what was kept: ((x - center) - rest)·factor; and the scale and rstd of y. All (S·C,).
 
+    `total` is the sum of the weights, None where statistics were given.
+    """
+
+    total: Table | None
     center: Table
     rest: Table
     factor: Table
@@ -141,7 +145,7 @@ class Standard(NamedTuple):
 
 
 class Second(NamedTuple):
-    """The tensors of a double backward call, as blocks: v and g come in, ddy and dx go out."""
+    """The tensors of a double backward call, as blocks: x, v and g come in, ddy and dx go out."""
 
     x: Array
     v: Array
@@ -149,49 +153,61 @@ class Second(NamedTuple):
     ddy: Array | None
     dx: Array | None
 
-    def of_outer(self, part: slice) -> Second:
-        """Give those of some steps of outer."""
-        return Second(*(None if a is None else a[part] for a in self))  # type: ignore[arg-type]
 
-
+@np.errstate(all="ignore")  # infinities and NaN stay in their channel
 def double_backward_by_formula(
-    call: Call, tensors: Second, count: Table | None, standard: Standard, v_scale: Array | None, v_shift: Array | None
+    call: Call,
+    tensors: Second,
+    stopped: NDArray[np.bool] | None,
+    v_dresidual: Array | None,
+    standard: Standard,
+    v_scale: Array | None,
+    v_shift: Array | None,
 ) -> Table:
-    """Write the gradients of gradients in float64, and give that of scale, (S·C,).
+    """Write the gradients of gradients, computed in float64, and give that of scale, (S·C,).
 
-    `count` is the sum of the weights of each set and channel, None where statistics are given. Of sum(v·dx) with
-    dx = k·(g - p·(S + D·x̂)), k = scale·rstd, p = w/W, S = sum(g), D = sum(g·x̂), V = sum(p·v), A = sum(p·v·x̂) that is
-    k·(sum(v·g) - V·S - A·D); differentiated by g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)).
+    `stopped` tells where ReLU let no gradient through. Of sum(v·dx) with dx = k·(g - p·(S + D·x̂)), k = scale·rstd,
+    p = w/W, S = sum(g), D = sum(g·x̂), V = sum(p·v), A = sum(p·v·x̂) that is k·(sum(v·g) - V·S - A·D); differentiated by
+    g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)).
     """
     outer, channels, inner = call.sizes
+    x, v, g, *to = tensors
+    ddy, dx = (None if a is None else np.empty(call.sizes) for a in to)
+    g = g if stopped is None else np.where(stopped, 0.0, g)
+    counted, weights = call.counted(), np.ones((outer, 1, inner))
+    if call.weights is not None:
+        weights = call.weights.reshape(outer, 1, inner)
     offsets = np.array([0, outer]) if call.offsets is None else call.offsets
-    counted = call.counted()
-    weights = np.ones((outer, 1, inner)) if call.weights is None else call.weights.reshape(outer, 1, inner)
-    by_scale = np.zeros(len(standard.rstd))
+    count, *others = standard
+    by_scale, size = np.zeros(len(standard.rstd)), len(standard.rstd)
+    others += [np.zeros(size) if a is None else np.resize(a, size) for a in (v_scale, v_shift)]
     for s, (a, b) in enumerate(pairwise(offsets)):
         if a == b:
             continue
         at = slice(s * channels, (s + 1) * channels)
-        w, lift = (
-            0.0 if v is None else (v if len(v) == channels else v[at]).reshape(-1, 1) for v in (v_scale, v_shift)
-        )
         share: Any = 0.0
-        with np.errstate(all="ignore"):
-            if count is not None:
-                share = np.where(count[at] > 0, 1 / count[at], 0.0).reshape(-1, 1) * weights[a:b]
-            by_scale[at] = _of_set(
-                tensors.of_outer(slice(a, b)),
-                None if counted is None else counted[a:b],
-                Standard(*(v[at].reshape(-1, 1) for v in standard)),
-                share, w, lift,
-            )  # fmt: skip
+        if count is not None:
+            share = np.where(count[at] > 0, 1 / count[at], 0.0).reshape(-1, 1) * weights[a:b]
+        rows = Second(*(None if t is None else t[a:b] for t in (x, v, g, ddy, dx)))  # type: ignore[arg-type]
+        of_set = [values[at].reshape(-1, 1) for values in others]
+        by_scale[at] = _of_set(rows, None if counted is None else counted[a:b], share, *of_set)
+    if ddy is not None:
+        if v_dresidual is not None:
+            ddy += v_dresidual
+        if stopped is not None:
+            ddy[stopped] = 0
+        if counted is not None:
+            ddy = np.where(counted, ddy, v if call.padding == KEEP else 0)
+    for block, values in zip(to, (ddy, dx), strict=True):
+        if block is not None:
+            block[...] = values
     return by_scale
 
 
 def _of_set(
-    tensors: Second, counted: NDArray[np.bool] | None, standard: Standard, share: Any, w: Any, lift: Any
-) -> Table:
-    center, rest, factor, scale, rstd = standard
+    tensors: Second, counted: NDArray[np.bool] | None, share: Any,
+    center: Table, rest: Table, factor: Table, scale: Table, rstd: Table, w: Array, lift: Array,
+) -> Table:  # fmt: skip
     v, g = tensors.v.astype(np.float64), tensors.g.astype(np.float64)
     xhat = ((tensors.x.astype(np.float64) - center) - rest) * factor
     if counted is not None:
@@ -204,11 +220,12 @@ def _of_set(
     by_v, along_v = total(share * v + 0 * v), total(share * v * xhat)
     by_g, along_g = total(g), total(g * xhat)
     inner = total(v * g) - by_v * by_g - along_v * along_g
+    turned_v = v - by_v - along_v * xhat
     if tensors.ddy is not None:
-        tensors.ddy[...] = scale * rstd * (v - by_v - along_v * xhat) + w * xhat + lift
+        tensors.ddy[...] = scale * rstd * turned_v + w * xhat + lift
     if tensors.dx is not None:
         pulled = g - share * (by_g + along_g * xhat)
-        turned = share * (inner * xhat + along_g * (v - by_v - along_v * xhat)) + along_v * pulled
+        turned = share * (inner * xhat + along_g * turned_v) + along_v * pulled
         tensors.dx[...] = w * rstd * pulled - scale * rstd * rstd * turned
     by_scale: Table = rstd * inner
     return by_scale.reshape(-1)

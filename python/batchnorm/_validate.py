@@ -602,9 +602,12 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     return checked
 
 
+Outputs = tuple[Array | None, Array | None]
+
+
 def two_outputs(
-    out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None], names: str = "ddy, dx"
-) -> tuple[Array | None, Array | None]:
+    out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None], names: str
+) -> Outputs:
     """Refuse what is not two outputs (`output`) or None, apart from each other; `names` tells which they are."""
     if out is None:
         return None, None
@@ -616,6 +619,15 @@ def two_outputs(
     if out[0] is not None and out[1] is not None and overlap(out[0], out[1]):
         raise ValueError("out must be two arrays that share no memory, got an overlap")
     return out
+
+
+def one_or_two_outputs(
+    out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None], names: str
+) -> Outputs:
+    """Let one stand for the first of two."""
+    if isinstance(out, tuple):
+        return two_outputs(out, x, may_be, apart_from, names)
+    return None if out is None else output(out, x, may_be, apart_from), None
 
 
 def weights_unsaid(where: str) -> ValueError:

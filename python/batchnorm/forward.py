@@ -243,7 +243,7 @@ def normalize(
         if of.keep == "y":
             require_invertible(*kept_affine(saved, of.channels), x)
     results = y.array if saved is None else (y.array, saved)
-    _core.normalize(of.layout.block(x), call, *given, y.block, of.threads)
+    _core.normalize(of.layout.block(x), call, given, y.block, of.threads)
     y.deliver()
     return results
 
@@ -366,7 +366,7 @@ def normalized_by_batch(
             if of.keep == "y":
                 require_invertible(scale, shift, x)
             corrected = call._replace(scale=scale, shift=shift)
-            _core.normalize_by_moments(block, corrected, table, y.block, of.threads)
+            _core.normalize(block, corrected, table, y.block, of.threads)
     except ValueError:  # the core knows only of weights
         if part.weights is not None and part.source != "weights":
             _validate.several_positions(part.source, part.weights)

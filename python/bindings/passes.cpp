@@ -77,6 +77,33 @@ class GivenCall {
   std::span<std::uint8_t> bits_;
 };
 
+// The statistics that normalize: the table of a batch's moments, or the tuple (mean, var) of those that were given.
+class Statistics {
+ public:
+  explicit Statistics(const py::object& given) {
+    if (!py::isinstance<py::tuple>(given)) {
+      moments_ = table<Moments>(checked_array(given, "moments"), "moments");
+      return;
+    }
+    const auto pair = py::reinterpret_borrow<py::tuple>(given);
+    if (pair.size() != 2) throw py::value_error("statistics must be moments or (mean, var)");
+    mean_ = channel_values(pair[0], "mean");
+    var_ = channel_values(pair[1], "var");
+    are_given_ = true;
+  }
+
+  // by_moments(moments) or by_given(mean, var)
+  template <class ByMoments, class ByGiven>
+  void visit(const ByMoments& by_moments, const ByGiven& by_given) const {
+    are_given_ ? by_given(mean_, var_) : by_moments(moments_);
+  }
+
+ private:
+  bool are_given_ = false;
+  std::span<const Moments> moments_;
+  ChannelValues mean_, var_;
+};
+
 void py_moments(const py::array& x, const py::tuple& call, py::array out, int threads) {
   const GivenCall given(call);
   with_dtype_of(x, [&]<class T>(T) {
@@ -100,29 +127,16 @@ void py_batch_norm(const py::array& x, const py::tuple& call, py::array y, py::a
   });
 }
 
-void py_normalize(const py::array& x, const py::tuple& call, const py::object& mean, const py::object& var, py::array y,
-                  int threads) {
+void py_normalize(const py::array& x, const py::tuple& call, const py::object& statistics, py::array y, int threads) {
   const GivenCall given(call);
-  const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
+  const Statistics by(statistics);
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
     const Call<T> of = given.as<T>();
     const auto out = output<T>(y, "out");
     const ReleaseForWork gil(x.size());
-    normalize<T>(in, of, m, v, out, {threads});
-  });
-}
-
-void py_normalize_by_moments(const py::array& x, const py::tuple& call, const py::array& saved, py::array y,
-                             int threads) {
-  const GivenCall given(call);
-  const auto stats = table<Moments>(saved, "moments");
-  with_dtype_of(x, [&]<class T>(T) {
-    const auto in = tensor<T>(x, "x");
-    const Call<T> of = given.as<T>();
-    const auto out = output<T>(y, "out");
-    const ReleaseForWork gil(x.size());
-    normalize<T>(in, of, stats, out, {threads});
+    by.visit([&](auto moments) { normalize<T>(in, of, moments, out, {threads}); },
+             [&](auto mean, auto var) { normalize<T>(in, of, mean, var, out, {threads}); });
   });
 }
 
@@ -155,11 +169,10 @@ void py_grad_input(const py::array& dy, const py::array& x, const py::tuple& cal
   });
 }
 
-// f(dy, x, call, gradients)
-template <class F>
-void gradients_of(const py::array& dy, const py::array& x, const py::tuple& call, MaybeArray dx, MaybeArray dresidual,
-                  MaybeArray dgamma, MaybeArray dbeta, const F& f) {
+void py_backward(const py::array& dy, const py::array& x, const py::tuple& call, const py::object& statistics,
+                 MaybeArray dx, MaybeArray dresidual, MaybeArray dgamma, MaybeArray dbeta, int threads) {
   const GivenCall given(call);
+  const Statistics by(statistics);
   const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
   with_dtype_of(x, [&]<class T>(T) {
     const auto g = tensor<T>(dy, "dy");
@@ -168,35 +181,20 @@ void gradients_of(const py::array& dy, const py::array& x, const py::tuple& call
     const Gradients<T> out{output_or_none<T>(dx, "out"), output_or_none<T>(dresidual, "out"), to_gamma.output(),
                            to_beta.output()};
     const ReleaseForWork gil(x.size());
-    f(g, in, of, out);
+    by.visit([&](auto moments) { batch_norm_backward<T>(g, in, of, moments, out, {threads}); },
+             [&](auto mean, auto var) { normalize_backward<T>(g, in, of, mean, var, out, {threads}); });
   });
   to_gamma.deliver();
   to_beta.deliver();
 }
 
-void py_backward(const py::array& dy, const py::array& x, const py::tuple& call, const py::array& saved, MaybeArray dx,
-                 MaybeArray dresidual, MaybeArray dgamma, MaybeArray dbeta, int threads) {
-  const auto stats = table<Moments>(saved, "moments");
-  gradients_of(dy, x, call, std::move(dx), std::move(dresidual), std::move(dgamma), std::move(dbeta),
-               [&]<class T>(std::span<const T> g, std::span<const T> in, const Call<T>& of, const Gradients<T>& out) {
-                 batch_norm_backward<T>(g, in, of, stats, out, {threads});
-               });
-}
-
-void py_normalize_backward(const py::array& dy, const py::array& x, const py::tuple& call, const py::object& mean,
-                           const py::object& var, MaybeArray dx, MaybeArray dresidual, MaybeArray dgamma,
-                           MaybeArray dbeta, int threads) {
-  const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
-  gradients_of(dy, x, call, std::move(dx), std::move(dresidual), std::move(dgamma), std::move(dbeta),
-               [&]<class T>(std::span<const T> g, std::span<const T> in, const Call<T>& of, const Gradients<T>& out) {
-                 normalize_backward<T>(g, in, of, m, v, out, {threads});
-               });
-}
-
-void py_jvp(const py::array& x_dot, const py::array& x, const py::tuple& call, const py::array& saved,
-            const py::object& gamma_dot, const py::object& beta_dot, py::array y_dot, int threads) {
+// mean_dot and var_dot are None where the statistics are moments, which follow x.
+void py_jvp(const py::array& x_dot, const py::array& x, const py::tuple& call, const py::object& statistics,
+            const py::object& mean_dot, const py::object& var_dot, const py::object& gamma_dot,
+            const py::object& beta_dot, py::array y_dot, int threads) {
   const GivenCall given(call);
-  const auto stats = table<Moments>(saved, "moments");
+  const Statistics by(statistics);
+  const ChannelValues m = channel_values(mean_dot, "mean_dot"), v = channel_values(var_dot, "var_dot");
   const ChannelValues g = channel_values(gamma_dot, "gamma_dot"), b = channel_values(beta_dot, "beta_dot");
   with_dtype_of(x, [&]<class T>(T) {
     const auto tangent = tensor<T>(x_dot, "x_dot");
@@ -204,68 +202,33 @@ void py_jvp(const py::array& x_dot, const py::array& x, const py::tuple& call, c
     const Call<T> of = given.as<T>();
     const auto out = output<T>(y_dot, "out");
     const ReleaseForWork gil(x.size());
-    batch_norm_jvp<T>(tangent, in, of, stats, g, b, out, {threads});
+    by.visit([&](auto moments) { batch_norm_jvp<T>(tangent, in, of, moments, g, b, out, {threads}); },
+             [&](auto mean, auto var) { normalize_jvp<T>(tangent, in, of, mean, var, m, v, g, b, out, {threads}); });
   });
-}
-
-void py_normalize_jvp(const py::array& x_dot, const py::array& x, const py::tuple& call, const py::object& mean,
-                      const py::object& var, const py::object& mean_dot, const py::object& var_dot,
-                      const py::object& gamma_dot, const py::object& beta_dot, py::array y_dot, int threads) {
-  const GivenCall given(call);
-  const ChannelValues m = channel_values(mean, "mean"), v = channel_values(var, "var");
-  const ChannelValues md = channel_values(mean_dot, "mean_dot"), vd = channel_values(var_dot, "var_dot");
-  const ChannelValues g = channel_values(gamma_dot, "gamma_dot"), b = channel_values(beta_dot, "beta_dot");
-  with_dtype_of(x, [&]<class T>(T) {
-    const auto tangent = tensor<T>(x_dot, "x_dot");
-    const auto in = tensor<T>(x, "x");
-    const Call<T> of = given.as<T>();
-    const auto out = output<T>(y_dot, "out");
-    const ReleaseForWork gil(x.size());
-    normalize_jvp<T>(tangent, in, of, m, v, md, vd, g, b, out, {threads});
-  });
-}
-
-// f(v, dy, x, call, ddy, dx, dgamma), the outputs empty where None or not needed.
-template <class F>
-void second_gradients(const py::array& v, const py::array& dy, const py::array& x, const py::tuple& call,
-                      MaybeArray ddy, MaybeArray dx, MaybeArray dgamma, const F& f) {
-  const GivenCall given(call);
-  const GradientInto to_gamma(dgamma, "dgamma");
-  with_dtype_of(x, [&]<class T>(T) {
-    const auto of_dx = tensor<T>(v, "v_dx");
-    const auto g = tensor<T>(dy, "dy");
-    const auto in = tensor<T>(x, "x");
-    const Call<T> of = given.as<T>();
-    const auto to_dy = output_or_none<T>(ddy, "out"), to_x = output_or_none<T>(dx, "out");
-    const ReleaseForWork gil(x.size());
-    f(of_dx, g, in, of, to_dy, to_x, to_gamma.output());
-  });
-  to_gamma.deliver();
 }
 
 void py_double_backward(const py::array& v, const py::array& dy, const py::array& x, const py::tuple& call,
-                        const py::array& saved, const py::object& v_dgamma, const py::object& v_dbeta, MaybeArray ddy,
-                        MaybeArray dx, MaybeArray dgamma, int threads) {
-  const auto stats = table<Moments>(saved, "moments");
-  const ChannelValues wg = channel_values(v_dgamma, "v_dgamma"), wb = channel_values(v_dbeta, "v_dbeta");
-  second_gradients(v, dy, x, call, std::move(ddy), std::move(dx), std::move(dgamma),
-                   [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
-                                const Call<T>& of, std::span<T> to_dy, std::span<T> to_x, ChannelOutput to_gamma) {
-                     batch_norm_double_backward<T>(of_dx, g, in, of, stats, wg, wb, to_dy, to_x, to_gamma, {threads});
-                   });
-}
-
-void py_normalize_double_backward(const py::array& v, const py::array& dy, const py::array& x, const py::tuple& call,
-                                  const py::object& mean, const py::object& var, const py::object& v_dgamma,
-                                  const py::object& v_dbeta, MaybeArray ddy, MaybeArray dx, MaybeArray dgamma,
-                                  int threads) {
-  const ChannelValues m = channel_values(mean, "mean"), s = channel_values(var, "var");
-  const ChannelValues wg = channel_values(v_dgamma, "v_dgamma"), wb = channel_values(v_dbeta, "v_dbeta");
-  second_gradients(v, dy, x, call, std::move(ddy), std::move(dx), std::move(dgamma),
-                   [&]<class T>(std::span<const T> of_dx, std::span<const T> g, std::span<const T> in,
-                                const Call<T>& of, std::span<T> to_dy, std::span<T> to_x, ChannelOutput to_gamma) {
-                     normalize_double_backward<T>(of_dx, g, in, of, m, s, wg, wb, to_dy, to_x, to_gamma, {threads});
-                   });
+                        const py::object& statistics, const py::object& v_dgamma, const py::object& v_dbeta,
+                        MaybeArray ddy, MaybeArray dx, MaybeArray dgamma, int threads) {
+  const GivenCall given(call);
+  const Statistics by(statistics);
+  const ChannelValues w = channel_values(v_dgamma, "v_dgamma"), b = channel_values(v_dbeta, "v_dbeta");
+  const GradientInto to_gamma(dgamma, "dgamma");
+  with_dtype_of(x, [&]<class T>(T) {
+    const auto of_dx = tensor<T>(v, "v_dx"), g = tensor<T>(dy, "dy"), in = tensor<T>(x, "x");
+    const Call<T> of = given.as<T>();
+    const auto to_dy = output_or_none<T>(ddy, "out"), to_x = output_or_none<T>(dx, "out");
+    const ChannelOutput dg = to_gamma.output();
+    const ReleaseForWork gil(x.size());
+    by.visit(
+        [&](auto moments) {
+          batch_norm_double_backward<T>(of_dx, g, in, of, moments, w, b, to_dy, to_x, dg, {threads});
+        },
+        [&](auto mean, auto var) {
+          normalize_double_backward<T>(of_dx, g, in, of, mean, var, w, b, to_dy, to_x, dg, {threads});
+        });
+  });
+  to_gamma.deliver();
 }
 
 }  // namespace
@@ -280,29 +243,20 @@ void add_passes(py::module_& m) {
       arg("threads"));
   def("batch_norm", &py_batch_norm, "Training forward into out and moments.", arg("x"), arg("call"), arg("out"),
       arg("moments"), arg("threads"));
-  def("normalize", &py_normalize, "Inference forward into out.", arg("x"), arg("call"), arg("mean"), arg("var"),
-      arg("out"), arg("threads"));
-  def("normalize_by_moments", &py_normalize_by_moments, "Second half of training forward, into out.", arg("x"),
-      arg("call"), arg("moments"), arg("out"), arg("threads"));
+  def("normalize", &py_normalize, "Inference forward, or the second half of training forward, into out.", arg("x"),
+      arg("call"), arg("statistics"), arg("out"), arg("threads"));
   def("grad_sums", &py_grad_sums, "First half of the backward pass, into out.", arg("dy"), arg("x"), arg("call"),
       arg("moments"), arg("out"), arg("threads"));
   def("grad_input", &py_grad_input, "Second half of the backward pass, into out.", arg("dy"), arg("x"), arg("call"),
       arg("moments"), arg("sums"), arg("out"), arg("dresidual"), arg("threads"));
-  def("backward", &py_backward, "Gradients of batch_norm.", arg("dy"), arg("x"), arg("call"), arg("moments"),
-      arg("out"), arg("dresidual"), arg("dgamma"), arg("dbeta"), arg("threads"));
-  def("normalize_backward", &py_normalize_backward, "Gradients of normalize.", arg("dy"), arg("x"), arg("call"),
-      arg("mean"), arg("var"), arg("out"), arg("dresidual"), arg("dgamma"), arg("dbeta"), arg("threads"));
-  def("jvp", &py_jvp, "Derivative of batch_norm along tangents, into out.", arg("x_dot"), arg("x"), arg("call"),
-      arg("moments"), arg("gamma_dot"), arg("beta_dot"), arg("out"), arg("threads"));
-  def("normalize_jvp", &py_normalize_jvp, "Derivative of normalize along tangents, into out.", arg("x_dot"), arg("x"),
-      arg("call"), arg("mean"), arg("var"), arg("mean_dot"), arg("var_dot"), arg("gamma_dot"), arg("beta_dot"),
-      arg("out"), arg("threads"));
-  def("double_backward", &py_double_backward, "Gradients of backward, of one set.", arg("v_dx"), arg("dy"), arg("x"),
-      arg("call"), arg("moments"), arg("v_dgamma"), arg("v_dbeta"), arg("ddy"), arg("dx"), arg("dgamma"),
+  def("backward", &py_backward, "Gradients of batch_norm and normalize.", arg("dy"), arg("x"), arg("call"),
+      arg("statistics"), arg("out"), arg("dresidual"), arg("dgamma"), arg("dbeta"), arg("threads"));
+  def("jvp", &py_jvp, "Derivative of batch_norm and normalize along tangents, into out.", arg("x_dot"), arg("x"),
+      arg("call"), arg("statistics"), arg("mean_dot"), arg("var_dot"), arg("gamma_dot"), arg("beta_dot"), arg("out"),
       arg("threads"));
-  def("normalize_double_backward", &py_normalize_double_backward, "Gradients of normalize_backward.", arg("v_dx"),
-      arg("dy"), arg("x"), arg("call"), arg("mean"), arg("var"), arg("v_dgamma"), arg("v_dbeta"), arg("ddy"), arg("dx"),
-      arg("dgamma"), arg("threads"));
+  def("double_backward", &py_double_backward, "Gradients of backward, of one set.", arg("v_dx"), arg("dy"), arg("x"),
+      arg("call"), arg("statistics"), arg("v_dgamma"), arg("v_dbeta"), arg("ddy"), arg("dx"), arg("dgamma"),
+      arg("threads"));
 }
 
 }  // namespace batchnorm::bindings
