@@ -7,15 +7,12 @@ Everything here returns its argument in the form the core wants, and changes not
 from __future__ import annotations
 
 import dataclasses
-import functools
-import inspect
 import math
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable
 from decimal import Decimal
 from itertools import pairwise
-from numbers import Real
-from typing import Any, Literal, NamedTuple, ParamSpec, TypedDict, TypeVar, get_args
+from typing import Any, Literal, NamedTuple, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -44,188 +41,7 @@ WEIGHTS_ARE: tuple[WeightsAre, ...] = get_args(WeightsAre)
 MaybeNone = Any
 
 
-class NoOptions(TypedDict):
-    """The keywords of a function that has no others than those it names."""
-
-
-class Counts(TypedDict, total=False):
-    """What of x counts."""
-
-    mask: ArrayLike | None
-    weights: ArrayLike | None
-    lengths: ArrayLike | None
-    segments: ArrayLike | None
-
-
-class Counted(TypedDict, total=False):
-    """Which positions count, and what y is elsewhere."""
-
-    mask: ArrayLike | None
-    weights: ArrayLike | None
-    lengths: ArrayLike | None
-    padding: Padding | None
-
-
 Choice = TypeVar("Choice", bound=str)
-F = TypeVar("F", bound=Callable[..., object])
-P = ParamSpec("P")
-R = TypeVar("R")
-
-
-# ---- keywords --------------------------------------------------------------------------------------------
-
-# What other libraries call what has another name here.
-_NAMES_ELSEWHERE = {
-    "num_features": "channels",
-    "features": "channels",
-    "epsilon": "eps",
-    "weight": "gamma",
-    "scale": "gamma",
-    "bias": "beta",
-    "offset": "beta",
-    "input": "x",
-    "inputs": "x",
-    "running_mean": "mean",
-    "running_var": "var",
-}
-_MODES = ("training", "train", "use_running_average")
-_SETTINGS_OF_SAVED = ("eps", "axis", "gamma")
-
-
-def keywords(function: Callable[P, R]) -> Callable[P, R]:
-    """Let unknown keywords of `function` be refused by an error that says what to write (`unknown_keywords`)."""
-    known = frozenset(inspect.signature(function).parameters)
-
-    @functools.wraps(function)
-    def call(*args: P.args, **named: P.kwargs) -> R:
-        if not named.keys() <= known:
-            raise unknown_keywords(call, named)
-        return function(*args, **named)
-
-    return call
-
-
-# By name, since a function of the module may have been replaced by one that counts or traces its calls.
-_WITH_OPTIONS: dict[str, tuple[Callable[..., object], dict[str, object]]] = {}
-
-
-def options(rest: type, default: object = None, /, **defaults: object) -> Callable[[F], F]:
-    """Let a function that takes ``**options: Unpack[rest]`` show them by name in its signature.
-
-    For functions whose calls are so short that the wrapper of `keywords` would be seen in them. It takes the less time
-    the more keywords, which are hardly ever given, it does not name; it refuses unknown ones itself (`no_options`).
-    Their default is `default`, or what `defaults` has for them.
-    """
-    names = {name: getattr(text, "__forward_arg__", text) for name, text in rest.__annotations__.items()}
-
-    def decorate(function: F) -> F:
-        _WITH_OPTIONS[function.__qualname__] = function, {n: defaults.get(n, default) for n in names}
-        signature = inspect.signature(function)
-        named = [p for p in signature.parameters.values() if p.kind is not p.VAR_KEYWORD]
-        at = next((i for i, p in enumerate(named) if p.name == "out"), len(named))
-        named[at:at] = [
-            inspect.Parameter(
-                name, inspect.Parameter.KEYWORD_ONLY, default=defaults.get(name, default), annotation=text
-            )
-            for name, text in names.items()
-        ]
-        function.__signature__ = signature.replace(parameters=named)  # type: ignore[attr-defined]
-        return function
-
-    return decorate
-
-
-def no_options(name: str, given: Mapping[str, object]) -> bool:
-    """Tell whether all options that a call gives are their defaults, after refusing those that the function has not."""
-    function, defaults = _WITH_OPTIONS[name]
-    if not given.keys() <= defaults.keys():
-        raise unknown_keywords(function, given)
-    return all(value is defaults[option] for option, value in given.items())
-
-
-def unknown_keywords(function: Callable[..., object], named: Mapping[str, object]) -> TypeError:
-    """Return the error for keywords that `function` has not: what to write instead, where other libraries tell."""
-    known = [name for name in inspect.signature(function).parameters if name != "self"]
-    others = {name: value for name, value in named.items() if name not in known}
-    called = {"BatchNorm.__init__": "BatchNorm()", "BatchNorm.__call__": "a layer's call"}.get(
-        function.__qualname__, f"{function.__name__}()"
-    )
-    for name, value in others.items():
-        text = _instead(name, value, known, called)
-        if text:
-            return TypeError(f"{text}, got {name}={_shown(value)}")
-    return TypeError(f"keywords of {called} must be of {', '.join(known)}, got {', '.join(others)}")
-
-
-def _instead(name: str, value: object, known: list[str], called: str) -> str:
-    """Say what to write instead of a keyword of other libraries; nothing where it is none."""
-    here = _NAMES_ELSEWHERE.get(name, name)
-    if here in known:
-        at = f"BatchNorm({_shown(value)})" if here == "channels" else f"{here}={_shown(value)}"
-        return f"{here} must be given instead of {name}: write {at}"
-    if here == "channels":
-        return f"{name} must be left out: x tells its channels, along axis"
-    if name == "momentum":
-        return _instead_of_momentum(value, "update_rate" in known, called)
-    if name == "affine":
-        if called == "BatchNorm()":
-            return f"gamma and beta must be given instead of affine: write gamma={_shown(value)}, beta={_shown(value)}"
-        if called == "a layer's call":
-            return "gamma and beta must be given to BatchNorm() instead of affine"
-        if "gamma" in known:
-            return "gamma must be given instead of affine: an array, or None for affine=False"
-        return f"affine must be left out: {called} takes no gamma and beta"
-    if name == "track_running_stats":
-        if called in ("BatchNorm()", "a layer's call"):
-            return (
-                "use_stats must be given to the calls of a layer instead of track_running_stats: write "
-                'layer(x, use_stats="batch") for track_running_stats=False'
-            )
-        return f"{name} must be left out: functions keep nothing, a layer and update_running() do"
-    if name in _MODES:
-        return _instead_of_mode(name, called)
-    if here in _SETTINGS_OF_SAVED and "saved" in known:
-        return f"{name} must be left out: it is that of the call that gave saved"
-    if here in ("mean", "var"):
-        return f"{name} must be left out: normalize(x, mean, var) normalizes by given statistics, batch_norm(x) by those of x"
-    if here == "eps" and called != "a layer's call":
-        return f"{name} must be left out: {called} adds nothing to a variance"
-    if called == "a layer's call" and here in ("eps", "axis", "gamma", "beta", "update_rate", "num_threads"):
-        return f"{here} must be given to BatchNorm(), not to its calls"
-    return ""
-
-
-def _instead_of_momentum(momentum: object, has_rate: bool, called: str) -> str:
-    reading = "1-momentum"
-    if isinstance(momentum, Real) and not isinstance(momentum, bool):
-        reading = f"{rest(float(momentum)):g}"
-    place = "" if has_rate else " to BatchNorm() or update_running()"
-    return (
-        f"update_rate must be given{place} instead of momentum, whose meaning differs between frameworks: write "
-        f"update_rate={_shown(momentum)} for PyTorch's momentum={_shown(momentum)}, update_rate={reading} for that of "
-        "Keras, Flax or ONNX"
-    )
-
-
-def _instead_of_mode(name: str, called: str) -> str:
-    if called == "BatchNorm()":
-        return f"{name} must be left out: write layer.train() or layer.eval(), a new layer is in training"
-    if called == "a layer's call":
-        return (
-            f"{name} must be left out: write layer.train()(x) or layer.eval()(x), or "
-            'use_stats="batch" or "running" for one call'
-        )
-    return (
-        f"{name} must be left out: batch_norm(x) normalizes by the batch, normalize(x, mean, var) by running statistics"
-    )
-
-
-def _shown(value: object) -> str:
-    """Show a value as one writes it, if it is short."""
-    if value is None or isinstance(value, str | bool | int | float):
-        text = repr(value)
-        return text if len(text) <= 40 else f"{text[:37]}..."
-    return f"<{kind(value)}>"
 
 
 # ---- arrays ----------------------------------------------------------------------------------------------

@@ -17,10 +17,11 @@ from typing import Any, Literal, Unpack, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _passes, _validate
+from batchnorm import _core, _keywords, _passes, _validate
 from batchnorm._arrays import ORDERS, Target
 from batchnorm._kept import Kept
-from batchnorm._validate import PADDINGS, NoOptions
+from batchnorm._keywords import NoOptions
+from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
 from batchnorm.saved import Gradients, GradSums, Saved, SecondGradients
 
@@ -32,7 +33,7 @@ NEEDS: tuple[Gradient, ...] = get_args(Gradient)
 _SECOND: tuple[SecondGradient, ...] = get_args(SecondGradient)
 
 
-@_validate.options(NoOptions)
+@_keywords.options(NoOptions)
 def backward(
     dy: Array,
     saved: Saved,
@@ -92,7 +93,7 @@ def backward(
            [ 0.0871]]), array([1.]))
     """
     if others:
-        _validate.no_options("backward", others)
+        _keywords.no_options("backward", others)
     if type(saved) is Saved and (saved.layout is None or saved.layout.order == ORDERS[len(saved.layout.order)]):
         part, rest, done = saved.part, (saved.gamma, saved.axis, saved.eps, needs, out, num_threads), None
         if type(saved.moments) is Moments:
@@ -124,7 +125,7 @@ def backward(
     return of.rounded(results)
 
 
-@_validate.keywords
+@_keywords.keywords
 def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> GradSums:
     """First half of `backward`: the sums over the batch that it needs.
 
@@ -164,7 +165,7 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     return GradSums(saved.part.counts(of.layout), table)
 
 
-@_validate.keywords
+@_keywords.keywords
 def grad_input(
     dy: Array, saved: Saved, sums: GradSums, *, out: Array | None = None, num_threads: int | None = None
 ) -> Array:
@@ -213,7 +214,7 @@ def grad_input(
     return dx.deliver()
 
 
-@_validate.keywords
+@_keywords.keywords
 def jvp(
     x_dot: Array,
     saved: Saved,
@@ -290,7 +291,7 @@ def jvp(
     return y_dot.deliver()
 
 
-@_validate.keywords
+@_keywords.keywords
 def double_backward(
     v_dx: Array | None,
     dy: Array,

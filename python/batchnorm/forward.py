@@ -15,7 +15,7 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _validate
+from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import ORDERS, Layout, Target
 from batchnorm._parts import ALL, Part, of_samples, parts, require_values
 from batchnorm._passes import Call, ReluMask
@@ -32,7 +32,7 @@ _Kept = TypeVar("_Kept")
 ordinary_batch_norm = _core.try_batch_norm
 
 
-class Options(_validate.Counted, total=False):
+class Options(_keywords.Counted, total=False):
     """What else a normalization may be told."""
 
     residual: Array | None
@@ -49,7 +49,7 @@ class BatchOptions(Options, total=False):
     renorm: Renorm | None
 
 
-@_validate.options(BatchOptions, keep="x")
+@_keywords.options(BatchOptions, keep="x")
 def batch_norm(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -138,7 +138,7 @@ def batch_norm(
     if done is not None:
         return done
     if options:
-        _validate.no_options("batch_norm", options)
+        _keywords.no_options("batch_norm", options)
     return normalized_by_batch(_same, x, gamma, beta, axis, eps, options, out, num_threads)
 
 
@@ -172,7 +172,7 @@ def normalize(
     num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> tuple[Array, Saved]: ...
-@_validate.options(Options, keep="x")
+@_keywords.options(Options, keep="x")
 def normalize(
     x: Array,
     mean: ArrayLike,
@@ -225,7 +225,7 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
-    if not save and (not options or _validate.no_options("normalize", options)):
+    if not save and (not options or _keywords.no_options("normalize", options)):
         done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
@@ -248,7 +248,7 @@ def normalize(
     return results
 
 
-@_validate.options(Options, keep="x")
+@_keywords.options(Options, keep="x")
 def instance_norm(
     x: Array,
     gamma: ArrayLike | None = None,
@@ -292,7 +292,7 @@ def instance_norm(
     array([-1.,  1., -1.,  1.])
     """
     if options:
-        _validate.no_options("instance_norm", options)
+        _keywords.no_options("instance_norm", options)
     x = _validate.array("x", x)
     given = {**options, "ghost_size": of_samples(x, _validate.axis(axis, x.ndim))}
     return normalized_by_batch(_same, x, gamma, beta, axis, eps, given, out, num_threads)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from batchnorm import _core, _validate
+from batchnorm import _core, _keywords, _validate
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -44,7 +44,7 @@ def active_isa() -> str:
     return _core.active_isa()
 
 
-@_validate.keywords
+@_keywords.keywords
 def set_num_threads(num_threads: int | None) -> None:
     """Limit the threads of every call in this process that has no `num_threads` of its own; None removes the limit.
 
@@ -70,7 +70,7 @@ def get_num_threads() -> int:
     return _core.get_num_threads()
 
 
-@_validate.keywords
+@_keywords.keywords
 def explain(
     shape: Sequence[int], *, axis: int = 1, dtype: DTypeLike = np.float32, num_threads: int | None = None
 ) -> str:
@@ -127,7 +127,7 @@ def config() -> dict[str, dict[str, Any]]:
     }
 
 
-@_validate.keywords
+@_keywords.keywords
 def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, dict[str, Any]] | None:
     """Show version, compiler, flags, instruction sets (built, available, active) and threads.
 

@@ -9,7 +9,7 @@ from typing import Any, Self, Unpack
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _parts, _validate
+from batchnorm import _core, _keywords, _parts, _validate
 from batchnorm._validate import WeightsAre
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
@@ -294,14 +294,14 @@ def _merged_dof(parts: Sequence[Moments]) -> NDArray[np.float64] | None:
     return np.array(dof)
 
 
-class Counts(_validate.Counts, total=False):
+class Counts(_keywords.Counts, total=False):
     """What of x counts, and what shares statistics."""
 
     ghost_size: int | None
     weights_are: WeightsAre | None
 
 
-@_validate.options(Counts)
+@_keywords.options(Counts)
 def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None, **parts: Unpack[Counts]) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
@@ -339,7 +339,7 @@ def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None, *
     >>> m.count, m.mean, m.var()
     (array([2., 2.]), array([ 2., 10.]), array([1., 0.]))
     """
-    if not parts or _validate.no_options("moments", parts):
+    if not parts or _keywords.no_options("moments", parts):
         done = _core.try_moments(x, axis, num_threads)
         if done is not None:
             return Moments._from_core(done)

@@ -31,8 +31,9 @@ from typing import Any, Literal, NamedTuple, Self, Unpack, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm import _core, _validate
-from batchnorm._validate import NoOptions, Parity, WeightsAre
+from batchnorm import _core, _keywords, _validate
+from batchnorm._keywords import NoOptions
+from batchnorm._validate import Parity, WeightsAre
 from batchnorm.moments import Moments, merge
 from batchnorm.saved import PerChannel, Saved
 
@@ -191,7 +192,7 @@ class Renorm:
         return np.where(nothing, 1.0, r), np.where(nothing, 0.0, d)
 
 
-@_validate.options(NoOptions)
+@_keywords.options(NoOptions)
 def update_running(
     running_mean: ArrayLike,
     running_var: ArrayLike,
@@ -250,7 +251,7 @@ def update_running(
     (array([10.5]), array([50.5]))
     """
     if others:
-        _validate.no_options("update_running", others)
+        _keywords.no_options("update_running", others)
     if segments not in _SEGMENTS:
         _validate.choice("segments", segments, _SEGMENTS)
     mean, var = running_mean, running_var

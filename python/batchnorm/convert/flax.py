@@ -7,12 +7,12 @@ from typing import Any, Unpack
 
 from numpy.typing import DTypeLike, NDArray
 
-from batchnorm import _validate
+from batchnorm import _keywords, _validate
 from batchnorm.convert.carried import AS_EVER, NAMES, Carried, MoreSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
 
 
-@_validate.options(MoreSettings, AS_EVER)
+@_keywords.options(MoreSettings, AS_EVER)
 def from_flax(
     variables: Any,
     *,

@@ -7,13 +7,13 @@ from typing import Any, Unpack
 
 from numpy.typing import DTypeLike, NDArray
 
-from batchnorm import _validate
+from batchnorm import _keywords, _validate
 from batchnorm.convert.carried import AS_EVER, NAMES, Carried, MoreSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
 from batchnorm.layers.settings import flag
 
 
-@_validate.options(MoreSettings, AS_EVER)
+@_keywords.options(MoreSettings, AS_EVER)
 def from_keras(
     source: Any,
     *,

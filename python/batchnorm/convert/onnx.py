@@ -7,12 +7,12 @@ from typing import Any, Unpack
 
 from numpy.typing import DTypeLike, NDArray
 
-from batchnorm import _validate
+from batchnorm import _keywords, _validate
 from batchnorm.convert.carried import AS_EVER, NAMES, MostSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
 
 
-@_validate.options(MostSettings, AS_EVER)
+@_keywords.options(MostSettings, AS_EVER)
 def from_onnx(
     inputs: Mapping[str, Any],
     *,

@@ -8,7 +8,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from batchnorm import _validate
+from batchnorm import _keywords, _validate
 from batchnorm.convert.carried import (
     AS_EVER,
     NAMES,
@@ -24,7 +24,7 @@ from batchnorm.convert.carried import (
 from batchnorm.layers import BatchNorm
 
 
-@_validate.options(AnySettings, AS_EVER)
+@_keywords.options(AnySettings, AS_EVER)
 def from_torch(
     source: Any,
     *,

@@ -12,7 +12,7 @@ from typing import Any, Literal, Self, Unpack, cast, get_args
 import numpy as np
 from numpy.typing import ArrayLike, DTypeLike, NDArray
 
-from batchnorm import _validate, conventions
+from batchnorm import _keywords, _validate, conventions
 from batchnorm._parts import parts
 from batchnorm._validate import Activation, Keep, Parity, WeightsAre
 from batchnorm.conventions import Library
@@ -43,7 +43,7 @@ _SHARES = ("segments", "ghost_size")  # say what shares statistics
 _OF_LAYER = frozenset(("use_stats", "update_stats", "domain"))  # are no options of the functions
 
 
-class _CallOptions(_validate.Counted, total=False):
+class _CallOptions(_keywords.Counted, total=False):
     """What a call of a layer may be told beside x and out."""
 
     segments: ArrayLike | None
@@ -128,7 +128,7 @@ class BatchNorm(Layer):
     ghost_size, renorm = Setting[int | None](), Setting[RenormSchedule | None]()
     parity, weights_are = Setting[Parity](), Setting[WeightsAre | None]()
 
-    @_validate.keywords
+    @_keywords.keywords
     def __init__(
         self,
         channels: int,
@@ -226,7 +226,7 @@ class BatchNorm(Layer):
 
     # ---- forward ----
 
-    @_validate.options(_CallOptions, keep="x")
+    @_keywords.options(_CallOptions, keep="x")
     def __call__(
         self, x: NDArray[Any], *, out: NDArray[Any] | None = None, **options: Unpack[_CallOptions]
     ) -> NDArray[Any]:
@@ -269,7 +269,7 @@ class BatchNorm(Layer):
                [ 1.]])
         """
         if options and not options.keys() <= _CALL_OPTIONS:
-            _validate.no_options("BatchNorm.__call__", options)
+            _keywords.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
         told, k = self._fixed, 0
         if options or self._is_special:

@@ -11,8 +11,9 @@ from typing import Any, NamedTuple, Self, Unpack
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm import _validate, state_file
-from batchnorm._validate import MaybeNone, NoOptions
+from batchnorm import _keywords, _validate, state_file
+from batchnorm._keywords import NoOptions
+from batchnorm._validate import MaybeNone
 from batchnorm.derivatives import NEEDS, Gradient, backward
 from batchnorm.layers import entries
 from batchnorm.layers.settings import Setting, Settings, flag, kind
@@ -147,7 +148,7 @@ class Layer:
 
     # ---- backward ----
 
-    @_validate.options(NoOptions)
+    @_keywords.options(NoOptions)
     def backward(
         self,
         dy: NDArray[Any],
@@ -188,7 +189,7 @@ class Layer:
         array([3.], dtype=float32)
         """
         if others:
-            _validate.no_options("Layer.backward", others)
+            _keywords.no_options("Layer.backward", others)
         call, evaluation = self._state.call, self._evaluation
         if evaluation is not None and evaluation[1] is call:
             call = evaluation[0]
