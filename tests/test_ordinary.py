@@ -116,9 +116,9 @@ def bits(result):
 
 @pytest.fixture
 def general_calls(monkeypatch):
-    """Count the calls that took the general way, whose first check is that of x, or of a rate."""
+    """Count the calls that took the general way, whose first check is that of x, or of a rate, a share."""
     calls = []
-    for name in ("array", "instance", "update_rate"):
+    for name in ("array", "instance", "share"):
         check = getattr(_validate, name)
         monkeypatch.setattr(_validate, name, lambda *a, check=check: calls.append(a) or check(*a))
     return calls

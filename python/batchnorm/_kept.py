@@ -36,7 +36,14 @@ class Kept:
     def __init__(self, saved: Saved, num_threads: int | None) -> None:
         _validate.instance("saved", saved, Saved, "what batch_norm, normalize or instance_norm saved")
         part, renorm = saved.part, saved.renorm
-        self.x = _validate.saved_input(saved.x if saved.y is None else saved.y, saved.axis, saved.eps)
+        if saved.x is None and saved.y is None:
+            raise ValueError(
+                "saved must hold x, got that of a call with out=x, which has overwritten it, or with keep=None"
+            )
+        self.x = _validate.array("saved.x", saved.x if saved.y is None else saved.y)
+        eps = _validate.eps(saved.eps)
+        if _validate.axis(saved.axis, self.x.ndim) != saved.axis:
+            raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
         self.channels = self.x.shape[saved.axis]
         _validate.instance("saved.part", part, Part, "a Part")
         _validate.instance("saved.relu", saved.relu, (ReluMask, NoneType), "a ReluMask or None")
@@ -55,7 +62,7 @@ class Kept:
         self.turn, self.scale = self.r, of_sets(gamma, self.r)
         self._saved, self._dtype, self._rounds = saved, _validate.float_dtype(saved.gamma), False
         self.block = self.layout.block(self.x)
-        self.call = part.call(self.layout, self.scale, None, float(saved.eps), saved.given is not None)
+        self.call = part.call(self.layout, self.scale, None, eps, saved.given is not None)
         if saved.relu is not None:
             self.call = self.call._replace(relu=True, bits=saved.relu.data)
         if saved.y is not None:
@@ -63,8 +70,7 @@ class Kept:
 
     def _statistics_of(self, saved: Saved) -> Statistics:
         if saved.given is not None:
-            mean, var = saved.given
-            return _validate.channel_values("mean", mean, self.channels), _validate.variances(var, self.channels)
+            return _validate.statistics(*saved.given, self.channels)
         _validate.instance("saved.moments", saved.moments, Moments, "Moments")
         needed = self.channels * saved.part.sets
         if saved.moments.channels != needed:

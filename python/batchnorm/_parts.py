@@ -172,8 +172,8 @@ def parts(x: Array, axis: int, given: Mapping[str, Any]) -> tuple[Layout, Part]:
 def require_values(x: Array, axis: int, layout: Layout, part: Part, given: Mapping[str, Any]) -> None:
     """Refuse a batch, or a ghost of one, of a single value a channel, which has no variance. An empty one passes."""
     if part.weights is None:
-        if part.offsets is None:
-            _validate.batch_values(x, axis)
+        if part.offsets is None and x.size and x.size == x.shape[axis]:
+            raise ValueError(f"x must have at least 2 values per channel for batch statistics, got shape {x.shape}")
     elif part.offsets is not None:  # else the core looks before it writes
         part.require_weights()
         for weights in part.of_each_set(layout) if given.get("segments") is None else ():
@@ -194,7 +194,7 @@ def of_samples(x: Array, axis: int) -> int:
 def _offsets(x: Array, axis: int, segments: Any, ghost_size: Any) -> NDArray[np.int64] | None:
     if ghost_size is None:
         return None if segments is None else _segments(x, axis, segments)
-    size = _validate.ghost_size(ghost_size)
+    size = _validate.int_at_least("ghost_size", ghost_size, 1)
     if segments is not None:
         raise ValueError(
             "at most one of segments and ghost_size must be given, which say what shares statistics, got both"

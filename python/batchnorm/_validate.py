@@ -12,7 +12,7 @@ import operator
 from collections.abc import Iterable
 from decimal import Decimal
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, TypeVar, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -71,14 +71,6 @@ def array(name: str, a: object, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Ar
     return a if a.flags.aligned else np.array(a, order="K")
 
 
-def aligned(name: str, a: Array) -> None:
-    """Refuse what is to be written to in place and cannot be."""
-    if not a.flags.aligned:
-        raise ValueError(
-            f"{name} must be aligned to its item size, got an address that is not a multiple of {a.itemsize}"
-        )
-
-
 def _name(dtype: np.dtype[Any] | None) -> str:
     """Name a dtype as one writes it."""
     return "ml_dtypes.bfloat16" if dtype is not None and is_bfloat16(dtype) else f"np.{dtype}"
@@ -99,11 +91,9 @@ def to_write(name: str, value: object, wanted: np.dtype[Any] | None) -> str:
         "xarray": "{}.to_numpy()",
         "cupy": "{}.get()",
     }.get(library)
-    if write is None:
-        is_array = isinstance(value, list | tuple) or (
-            hasattr(value, "__array__") and not isinstance(value, np.generic)
-        )
-        write = "np.asarray({}, {})" if is_array else None
+    is_array = hasattr(value, "__array__") and not isinstance(value, np.generic)
+    if write is None and (is_array or isinstance(value, list | tuple)):
+        write = "np.asarray({}, {})"
     return "" if write is None else f" (write {write.format(name, _name(wanted))})"
 
 
@@ -115,19 +105,6 @@ def is_bfloat16(dtype: np.dtype[Any]) -> bool:
 def is_of_core(dtype: np.dtype[Any]) -> bool:
     """Tell whether the core reads and writes arrays of it."""
     return dtype in _TENSORS or is_bfloat16(dtype)
-
-
-def saved_input(x: object, axis_: object, eps_: object) -> Array:
-    """Give the x that a forward call has saved, after checking what was saved beside it."""
-    if x is None:
-        raise ValueError(
-            "saved must hold x, got that of a call with out=x, which has overwritten it, or with keep=None"
-        )
-    checked = array("saved.x", x)
-    eps(eps_)
-    if axis(axis_, checked.ndim) != axis_:
-        raise ValueError(f"saved.axis must be >= 0, got {axis_}")
-    return checked
 
 
 def array_like(name: str, a: object, x: Array) -> Array:
@@ -183,17 +160,27 @@ def eps(value: object) -> float:
     return checked
 
 
-def update_rate(value: object) -> float:
-    """Give the share of a new batch as a float from 0 to 1."""
-    checked = number("update_rate", value)
+def share(name: str, value: object) -> float:
+    """Give a float from 0 to 1."""
+    checked = number(name, value)
     if not 0 <= checked <= 1:
-        raise ValueError(f"update_rate must be from 0 to 1, got {checked}")
+        raise ValueError(f"{name} must be from 0 to 1, got {checked}")
     return checked
 
 
-def ddof(value: object) -> int:
-    """Give the delta degrees of freedom of a variance as an int >= 0."""
-    return _int_at_least(0, "ddof", value, "an int >= 0")
+def int_at_least(name: str, value: object, least: int, or_none: str = "") -> int:
+    """Give an int as one that C++ can hold; `or_none` is what the text says of None."""
+    needed = f"an int >= {least}{or_none}"
+    if isinstance(value, bool) or not isinstance(value, int | np.integer):
+        raise TypeError(f"{name} must be {needed}, got {kind(value)}")
+    if value < least:
+        raise ValueError(f"{name} must be {needed}, got {value}")
+    return min(int(value), 2**31 - 1)
+
+
+def num_threads(value: object) -> int:
+    """Give the threads asked for, 0 standing for None."""
+    return 0 if value is None else int_at_least("num_threads", value, 1, " or None")
 
 
 def channel_values(name: str, values: Any, channels: int) -> Array:
@@ -234,25 +221,16 @@ def float_dtype(values: ArrayLike | None) -> np.dtype[Any]:
     return np.dtype(np.float64) if dtype.kind in "iu" else dtype
 
 
-def table(name: str, values: Any, columns: int) -> Array:
-    """Refuse what is not a float64 table of so many columns."""
-    if type(values) is not np.ndarray or values.dtype != np.float64 or values.ndim != 2:
-        raise TypeError(f"{name} must be a float64 array of 2 dimensions, got {kind(values)}")
-    if values.shape[1] != columns:
-        raise ValueError(f"{name} must have {columns} columns, got {values.shape[1]}")
-    return np.ascontiguousarray(values)
-
-
 def optional_channel_values(name: str, values: Any, channels: int) -> Array | None:
     """Let None through."""
     return None if values is None else channel_values(name, values, channels)
 
 
-def variances(values: Any, channels: int) -> Array:
-    """Refuse negative variances. NaN passes: it stays in its channel."""
-    a = channel_values("var", values, channels)
-    not_negative("var", a)
-    return a
+def statistics(mean: Any, var: Any, channels: int) -> tuple[Array, Array]:
+    """Give mean and var of each channel, after refusing negative variances. NaN passes: it stays in its channel."""
+    given = channel_values("mean", mean, channels), channel_values("var", var, channels)
+    not_negative("var", given[1])
+    return given
 
 
 def not_negative(name: str, a: Array) -> None:
@@ -261,16 +239,10 @@ def not_negative(name: str, a: Array) -> None:
 
 
 def each_channel(name: str, a: Array, good: NDArray[np.bool], needed: str, kind_of: str = "") -> None:
-    """Refuse the first value that is not good, naming its channel."""
+    """Refuse the first value that is not good, naming its channel, which is the first axis."""
     if not good.all():
-        c = int(good.argmin())
-        raise ValueError(f"{name} must {needed}, got {kind_of}{a[c]} in channel {c}")
-
-
-def batch_values(x: Array, axis: int) -> None:
-    """Refuse a batch of one value per channel, which has no variance. An empty one passes."""
-    if x.size and x.size == x.shape[axis]:
-        raise ValueError(f"x must have at least 2 values per channel for batch statistics, got shape {x.shape}")
+        first = tuple(np.argwhere(~good)[0])
+        raise ValueError(f"{name} must {needed}, got {kind_of}{a[first]} in channel {first[0]}")
 
 
 def several_positions(source: str, weights: Array) -> None:
@@ -281,11 +253,6 @@ def several_positions(source: str, weights: Array) -> None:
         raise ValueError(
             f"{source} must {needed} 2 positions or more for batch statistics (or {none}), got 1"
         ) from None
-
-
-def ghost_size(value: object) -> int:
-    """Give the samples of a ghost as an int >= 1."""
-    return _int_at_least(1, "ghost_size", value, "an int >= 1")
 
 
 def ghost_values(x: Array, axis: int, size: int) -> None:
@@ -303,28 +270,17 @@ def ghost_values(x: Array, axis: int, size: int) -> None:
             )
 
 
-class Limits(NamedTuple):
-    """The limits of Batch Renormalization's r and d, checked."""
-
-    r_min: float
-    r_max: float
-    d_max: float
-    weight: float
-
-
-def renorm_limits(r_max: object, d_max: object, weight: object, r_min: object, parity: object) -> Limits:
-    """Give the limits as floats; where r_min is None, what `parity` says."""
+def renorm_limits(r_max: object, d_max: object, weight: object, r_min: object, parity: object) -> dict[str, float]:
+    """Give the limits of r and d by their names, as floats; where r_min is None, what `parity` says."""
     choice("parity", parity, PARITIES)
     most, offset = _at_least("r_max", r_max, 1.0), _at_least("d_max", d_max, 0.0)
-    share = _at_least("weight", weight, 0.0)
-    if share == math.inf:
+    mixed = _at_least("weight", weight, 0.0)
+    if mixed == math.inf:
         raise ValueError("weight must be finite, got inf")
-    if r_min is None:
-        return Limits(0.0 if parity == "keras" else 1.0 / most, most, offset, share)
-    least = number("r_min", r_min)
-    if not 0 <= least <= 1:
-        raise ValueError(f"r_min must be from 0 to 1, got {least}")
-    return Limits(least, most, offset, share)
+    least = 0.0 if parity == "keras" else 1.0 / most
+    if r_min is not None:
+        least = share("r_min", r_min)
+    return {"r_min": least, "r_max": most, "d_max": offset, "weight": mixed}
 
 
 def renorm_samples(parity: str, samples: int | None, x: Array, axis: int, offsets: Array | None) -> None:
@@ -339,16 +295,15 @@ def renorm_samples(parity: str, samples: int | None, x: Array, axis: int, offset
         )
 
 
-def y_tells_x(activation: object, residual: object) -> None:
+def y_tells_x(activation: object, residual: object, x: Array) -> None:
     """Refuse what y does not tell x̂ after."""
     for name, value in (("activation", activation), ("residual", residual)):
         if value is not None:
             raise ValueError(f"keep must be 'x' with {name}, after which y does not tell what was normalized, got 'y'")
-
-
-def samples(value: object) -> int:
-    """Give the samples of a batch for torchrl's N/(N - 1) as an int >= 2."""
-    return _int_at_least(2, "samples", value, "an int >= 2 or None")
+    if x.itemsize == 2:
+        raise TypeError(
+            "x must have dtype float32 or float64 for keep='y', got one of 16 bits, whose y has lost too much"
+        )
 
 
 def schedule_points(name: str, points: Any, least: float) -> tuple[tuple[int, float], ...]:
@@ -359,7 +314,7 @@ def schedule_points(name: str, points: Any, least: float) -> tuple[tuple[int, fl
         raise TypeError(f"{name} must be a tuple of (step, value), got {points!r}") from None
     if not pairs:
         raise ValueError(f"{name} must have at least one point, got none")
-    checked = tuple((step(at), _at_least(name, value, least)) for at, value in pairs)
+    checked = tuple((int_at_least("step", at, 0), _at_least(name, value, least)) for at, value in pairs)
     for (a, _), (b, _) in pairwise(checked):
         if a >= b:
             raise ValueError(f"{name} must have rising steps, got {a} before {b}")
@@ -368,21 +323,11 @@ def schedule_points(name: str, points: Any, least: float) -> tuple[tuple[int, fl
     return checked
 
 
-def step(value: object, name: str = "step") -> int:
-    """Give a training step as an int >= 0."""
-    return _int_at_least(0, name, value, "an int >= 0")
-
-
 def _at_least(name: str, value: object, least: float) -> float:
     checked = number(name, value)
     if not checked >= least:  # so that NaN is refused
         raise ValueError(f"{name} must be >= {least:g}, got {checked}")
     return checked
-
-
-def num_threads(value: object) -> int:
-    """Give the threads asked for, 0 standing for None."""
-    return 0 if value is None else _int_at_least(1, "num_threads", value, "an int >= 1 or None")
 
 
 def needs_among(known: tuple[str, ...], names: Any) -> tuple[bool, ...]:
@@ -403,8 +348,10 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     """
     checked = array_like("out", out, x)
     if checked is not out:
-        if type(out) is np.ndarray or type(out) is np.memmap:
-            aligned("out", out)
+        if (type(out) is np.ndarray or type(out) is np.memmap) and not out.flags.aligned:
+            raise ValueError(
+                f"out must be aligned to its item size, got an address that is not a multiple of {out.itemsize}"
+            )
         raise TypeError(f"out must be a numpy.ndarray (write out.view(np.ndarray)), got {kind(out)}")
     if not checked.flags.writeable:
         raise ValueError("out must be writeable, got a read-only array")
@@ -418,12 +365,9 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     return checked
 
 
-Outputs = tuple[Array | None, Array | None]
-
-
 def two_outputs(
     out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None], names: str
-) -> Outputs:
+) -> tuple[Array | None, Array | None]:
     """Refuse what is not two outputs (`output`) or None, apart from each other; `names` tells which they are."""
     if out is None:
         return None, None
@@ -435,15 +379,6 @@ def two_outputs(
     if out[0] is not None and out[1] is not None and overlap(out[0], out[1]):
         raise ValueError("out must be two arrays that share no memory, got an overlap")
     return out
-
-
-def one_or_two_outputs(
-    out: Any, x: Array, may_be: dict[str, Array], apart_from: dict[str, Array | None], names: str
-) -> Outputs:
-    """Let one stand for the first of two."""
-    if isinstance(out, tuple):
-        return two_outputs(out, x, may_be, apart_from, names)
-    return None if out is None else output(out, x, may_be, apart_from), None
 
 
 def weights_unsaid(where: str) -> ValueError:
@@ -469,15 +404,6 @@ def instance(name: str, value: object, wanted: type | tuple[type, ...], text: st
     """Refuse what is not an instance of `wanted`."""
     if not isinstance(value, wanted):
         raise TypeError(f"{name} must be {text}, got {kind(value)}")
-
-
-def _int_at_least(least: int, name: str, value: object, needed: str) -> int:
-    """Give an int as one that C++ can hold."""
-    if isinstance(value, bool) or not isinstance(value, int | np.integer):
-        raise TypeError(f"{name} must be {needed}, got {kind(value)}")
-    if value < least:
-        raise ValueError(f"{name} must be {needed}, got {value}")
-    return min(int(value), 2**31 - 1)
 
 
 def _one_address_per_value(out: Array) -> None:

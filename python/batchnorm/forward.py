@@ -231,7 +231,7 @@ def normalize(
             return done
     x = _validate.array("x", x)
     axis = _validate.axis(axis, x.ndim)
-    given = _validate.channel_values("mean", mean, x.shape[axis]), _validate.variances(var, x.shape[axis])
+    given = _validate.statistics(mean, var, x.shape[axis])
     of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, dict(zip(("mean", "var"), given, strict=True)))
     of.layout, part = parts(x, axis, options)
     part.require_weights()
@@ -406,11 +406,7 @@ class _Forward:
         if self.keep is not None:
             _validate.choice("keep", self.keep, _validate.KEEPS)
         if self.keep == "y":
-            _validate.y_tells_x(activation, residual)
-            if x.itemsize == 2:
-                raise TypeError(
-                    "x must have dtype float32 or float64 for keep='y', got one of 16 bits, whose y has lost too much"
-                )
+            _validate.y_tells_x(activation, residual, x)
         self.out = out
         if out is not None:
             may_be = {"x": x} if self.residual is None else {"x": x, "residual": self.residual}

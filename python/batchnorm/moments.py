@@ -169,7 +169,7 @@ class Moments:
 
         TypeError or ValueError for a ddof that is not an int >= 0, for other words, and where it must be said.
         """
-        table, rest = self._divided(_validate.ddof(ddof), weights_are)
+        table, rest = self._divided(_validate.int_at_least("ddof", ddof, 0), weights_are)
         var = _core.variance(table, rest)
         if table is not self._table:
             var[self.count == 0] = np.nan

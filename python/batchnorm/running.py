@@ -90,7 +90,7 @@ class RenormSchedule:
 
     def __call__(self, step: int) -> RenormLimits:
         """Give the limits of a step."""
-        at = _validate.step(step)
+        at = _validate.int_at_least("step", step, 0)
         return RenormLimits(*(_interpolated(points, at) for points in (self.r_max, self.d_max, self.weight)))
 
     @classmethod
@@ -108,7 +108,7 @@ class RenormSchedule:
         cls, warmup_steps: int = 10_000, *, smooth: bool = False, r_max: float = 3.0, d_max: float = 5.0
     ) -> Self:
         """Give constant limits with a weight of 0 before `warmup_steps` (>= 0) and 1 from there, or a line between."""
-        steps = _validate.step(warmup_steps, "warmup_steps")
+        steps = _validate.int_at_least("warmup_steps", warmup_steps, 0)
         start = 0 if smooth else steps - 1
         weight = ((0, 1.0),) if steps == 0 else ((start, 0.0), (steps, 1.0))
         return cls(((0, r_max),), ((0, d_max),), weight)
@@ -167,14 +167,13 @@ class Renorm:
         center = _validate.numbers("mean", mean)
         if center.ndim != 1:
             raise ValueError(f"mean must have 1 dimension, got {center.ndim}")
-        center = _validate.channel_values("mean", center, center.size)
-        spread = _validate.variances(var, center.size)
+        center, spread = _validate.statistics(center, var, center.size)
         limits = _validate.renorm_limits(r_max, d_max, weight, r_min, parity)
         if samples is not None:
-            samples = _validate.samples(samples)
+            samples = _validate.int_at_least("samples", samples, 2, " or None")
         self.__dict__.update(
             mean=np.array(center, np.float64), var=np.array(spread, np.float64), parity=parity, samples=samples,
-            **limits._asdict(),
+            **limits,
         )  # fmt: skip
 
     def __repr__(self) -> str:
@@ -308,7 +307,7 @@ def _updated(
     mean = _validate.channel_values("running_mean", running_mean, moments.channels)
     var = _validate.channel_values("running_var", running_var, moments.channels)
     mean, var = mean.astype(np.float64, copy=False), var.astype(np.float64, copy=False)
-    rate, ddof = _validate.update_rate(update_rate), _validate.ddof(ddof)
+    rate, ddof = _validate.share("update_rate", update_rate), _validate.int_at_least("ddof", ddof, 0)
     table, counted_ddof = moments._divided(ddof, weights_are)
     if moments._dof is not None:
         _validate.weights_leave_variance(moments.count, moments._dof, ddof, weights_are)
@@ -328,7 +327,7 @@ def _renorm_updated(
     mean, var = _updated(running_mean, running_var, moments, update_rate, 0, None)
     before = _validate.channel_values("running_var", running_var, moments.channels).astype(np.float64)
     _validate.not_negative("running_var", before)
-    rate, batch = _validate.update_rate(update_rate), moments.var()
+    rate, batch = _validate.share("update_rate", update_rate), moments.var()
     if rate == 0:
         return mean, var
     with np.errstate(all="ignore"):

@@ -153,7 +153,11 @@ class GradSums:
 
     def __init__(self, count: PerChannel, table: PerChannel) -> None:
         # The table is (C, 4): sum_dy, its low part, sum_dy_xmu, its low part. Made by grad_sums, added here.
-        self._table = _validate.table("table", table, 4)
+        if type(table) is not np.ndarray or table.dtype != np.float64 or table.ndim != 2:
+            raise TypeError(f"table must be a float64 array of 2 dimensions, got {_validate.kind(table)}")
+        if table.shape[1] != 4:
+            raise ValueError(f"table must have 4 columns, got {table.shape[1]}")
+        self._table = np.ascontiguousarray(table)
         self.count = _validate.channel_values("count", count, len(self._table))
 
     @property

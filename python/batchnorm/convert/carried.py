@@ -171,7 +171,9 @@ def settings_of(library: Library, given: Mapping[str, Any], source: object = Non
         axis = axis[0]
     return {
         "eps": defaults.eps if epsilon is None else _validate.number("epsilon", epsilon),
-        "update_rate": defaults.update_rate if momentum is None else _rest(momentum),
+        "update_rate": defaults.update_rate
+        if momentum is None
+        else _validate.rest(_validate.share("momentum", momentum)),
         "ddof": defaults.ddof,
         "axis": defaults.axis if axis is None else axis,
     }
@@ -234,11 +236,3 @@ def _check_export(layer: BatchNorm, library: Library, any_ddof: object) -> None:
         )
     if layer.update_rate is None and library != "torch":
         raise ValueError(f"the layer must have an update_rate for {name}'s momentum, got None")
-
-
-def _rest(value: Any) -> float:
-    """Give 1 - momentum, for those to whom momentum is the share of the old."""
-    momentum = _validate.number("momentum", value)
-    if not 0 <= momentum <= 1:
-        raise ValueError(f"momentum must be from 0 to 1, got {momentum}")
-    return _validate.rest(momentum)

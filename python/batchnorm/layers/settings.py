@@ -162,7 +162,7 @@ class BatchNormSettings(Settings):
 
     def __post_init__(self) -> None:
         rate = _update_rate(self.update_rate)
-        ghost_size = None if self.ghost_size is None else _validate.ghost_size(self.ghost_size)
+        ghost_size = None if self.ghost_size is None else _validate.int_at_least("ghost_size", self.ghost_size, 1)
 
         are = self.weights_are
         vars(self).update(
