@@ -15,7 +15,7 @@ from batchnorm.moments import Moments
 
 if TYPE_CHECKING:
     from batchnorm.layers.layer import State
-    from batchnorm.layers.settings import BatchNormSettings
+    from batchnorm.layers.settings import Settings
     from batchnorm.layers.statistics import Statistics
 
 __all__ = ["Finding", "Report"]
@@ -138,7 +138,7 @@ class Report:
         return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
 
 
-def findings(state: State, settings: BatchNormSettings, batch: Batch | None, *, evaluates: bool) -> Iterator[Finding]:
+def findings(state: State, settings: Settings, batch: Batch | None, *, evaluates: bool) -> Iterator[Finding]:
     """Find what is wrong in a layer, whose statistics are those of each domain in turn; `evaluates`: uses them."""
     yield from _of_parameters(state.gamma, state.beta, settings.channels)
     for k, s in enumerate(state.statistics):
@@ -202,7 +202,7 @@ def _of_statistics(
 
 
 @np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
-def _of_batch(batch: Batch, s: Statistics, settings: BatchNormSettings, domain: int | None) -> list[Finding]:
+def _of_batch(batch: Batch, s: Statistics, settings: Settings, domain: int | None) -> list[Finding]:
     """Find what the last batch tells beside the running statistics of its domain."""
     found: list[Finding] = []
     m, mean, var, weights_are, update_rate = (batch.moments, s.mean, s.var, settings.weights_are, settings.update_rate)

@@ -2,34 +2,39 @@
 
 from __future__ import annotations
 
-import sys
 import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
-from typing import Any, Literal, Self, Unpack, cast, get_args
+from typing import Any, Self, Unpack, cast
 
 import numpy as np
-from numpy.typing import ArrayLike, DTypeLike, NDArray
+from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _keywords, _validate, conventions
-from batchnorm._parts import parts
-from batchnorm._validate import Activation, Keep, Parity, WeightsAre
+from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import Library
-from batchnorm.forward import batch_norm, normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved
-from batchnorm.layers.layer import Apart, Call, Layer, State, _Default, is_x
-from batchnorm.layers.settings import BatchNormSettings, Nonfinite, Setting, SingleValue, flag, integer
+from batchnorm.forward import normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved
+from batchnorm.layers.apart import COUNTS, of_one_value
+from batchnorm.layers.calls import (
+    CALL_OPTIONS,
+    USE_STATS,
+    CallOptions,
+    domain,
+    stacklevel_of_caller,
+    warnings_may_raise,
+    x_channels,
+)
+from batchnorm.layers.layer import Call, Layer, State, _Default, is_x, snapshot
+from batchnorm.layers.settings import Nonfinite, Setting, Settings, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
-from batchnorm.moments import Moments, merge, moments
+from batchnorm.moments import Moments, moments
 from batchnorm.report import Batch, Report, findings
 from batchnorm.running import Renorm, RenormSchedule, new_room
 from batchnorm.saved import Saved
-from batchnorm.state_file import Entry
 
 __all__ = ["BatchNorm"]
 
-UseStats = Literal["batch", "running"]
-USE_STATS: tuple[UseStats, ...] = get_args(UseStats)
 Options = Mapping[str, Any]
 _Given = tuple[State, NDArray[Any], Options, int, bool, Any]  # what a training call is about
 _Made = tuple[Saved, State, Following | None]
@@ -38,23 +43,8 @@ _Made = tuple[Saved, State, Following | None]
 _new_state: Callable[[tuple[Any, ...]], State] = partial(tuple.__new__, State)
 
 _BY_CONVENTION: Any = _Default("by convention")
-_COUNTS = ("mask", "weights", "lengths")  # say which positions count
 _SHARES = ("segments", "ghost_size")  # say what shares statistics
 _OF_LAYER = frozenset(("use_stats", "update_stats", "domain"))  # are no options of the functions
-
-
-class _CallOptions(_keywords.Counted, total=False):
-    """What a call of a layer may be told beside x and out."""
-
-    segments: ArrayLike | None
-    residual: NDArray[Any] | None
-    keep: Keep | None
-    use_stats: UseStats | None
-    update_stats: bool | None
-    domain: int | None
-
-
-_CALL_OPTIONS = _CallOptions.__annotations__.keys()
 
 
 class BatchNorm(Layer):
@@ -121,7 +111,7 @@ class BatchNorm(Layer):
     >>> z = layer.eval()(x)                       # running statistics; nothing is learned
     """
 
-    settings: BatchNormSettings
+    settings: Settings
     axis, update_rate, ddof = Setting[int](), Setting[float | None](), Setting[int]()
     debias, domains = Setting[bool](), Setting[int | None]()
     nonfinite, single_value = Setting[Nonfinite](), Setting[SingleValue]()
@@ -157,7 +147,7 @@ class BatchNorm(Layer):
         eps = whose.eps if eps is _BY_CONVENTION else eps
         update_rate = whose.update_rate if update_rate is _BY_CONVENTION else update_rate
         ddof = whose.ddof if ddof is _BY_CONVENTION else ddof
-        settings = BatchNormSettings(
+        settings = Settings(
             channels, axis, eps, update_rate, ddof, gamma, beta, cast("np.dtype[Any]", dtype), debias, domains,
             ghost_size, renorm, parity, activation, weights_are, nonfinite, single_value, num_threads,
         )  # fmt: skip
@@ -226,9 +216,9 @@ class BatchNorm(Layer):
 
     # ---- forward ----
 
-    @_keywords.options(_CallOptions, keep="x")
+    @_keywords.options(CallOptions, keep="x")
     def __call__(
-        self, x: NDArray[Any], *, out: NDArray[Any] | None = None, **options: Unpack[_CallOptions]
+        self, x: NDArray[Any], *, out: NDArray[Any] | None = None, **options: Unpack[CallOptions]
     ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
@@ -268,7 +258,7 @@ class BatchNorm(Layer):
         array([[-1.],
                [ 1.]])
         """
-        if options and not options.keys() <= _CALL_OPTIONS:
+        if options and not options.keys() <= CALL_OPTIONS:
             _keywords.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
         told, k = self._fixed, 0
@@ -277,9 +267,9 @@ class BatchNorm(Layer):
             if self.settings.domains is not None or not _OF_LAYER.isdisjoint(options):
                 by_batch, update, told, k = self._asked(told, by_batch)
             if by_batch:
-                x = _x_channels(x, self.settings.axis, self.settings.channels)
+                x = x_channels(x, self.settings.axis, self.settings.channels)
                 if self.settings.single_value != "raise":
-                    y = self._of_one_value(x, out, told, k, update)
+                    y = of_one_value(self, x, out, told, k, update)
                     if y is not None:
                         return y
         if by_batch:
@@ -288,7 +278,7 @@ class BatchNorm(Layer):
 
     def _asked(self, options: Options, by_batch: bool) -> tuple[bool, bool, Options, int]:
         """Give what normalizes, whether that is learned, what the functions are told, and the domain."""
-        k, update = _domain(options.get("domain"), self.settings.domains), by_batch
+        k, update = domain(options.get("domain"), self.settings.domains), by_batch
         use_stats, update_stats = options.get("use_stats"), options.get("update_stats")
         if use_stats is not None:
             by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
@@ -308,16 +298,17 @@ class BatchNorm(Layer):
         if update and out is not None and self._may_raise():  # x is read once more, before out is written
             update = self._is_finite(now, self._moments(x, told))
         room = new_room(gamma, now.mean) or (None, np.empty_like(now.mean), np.empty_like(now.mean))
+        given = state, x, told, k, update, room
         keep: Any = _itself
         keep_of: Any = ordinary_saved
-        given = state, x, told, k, update, room
         if out is not None:  # all that the call leaves is made before it writes, as is what may fail
-            keep, keep_of = self._making(given)
+            made = partial(self._made, given=given, is_before=True)
+            keep, keep_of = made, lambda *kept: made(ordinary_saved(*kept))
         rest = (room[0], state.beta, settings.axis, settings.eps)
         done = ordinary_batch_norm(keep_of, x, *rest, out, settings.num_threads, told or None)
         if done is None:
             if not told:  # else that has been looked at
-                x = _x_channels(x, settings.axis, settings.channels)
+                x = x_channels(x, settings.axis, settings.channels)
             done = normalized_by_batch(keep, x, *rest, told, out, settings.num_threads)
         y, kept = done
         saved, after, nexts = kept if out is not None else self._made(kept, given, False)
@@ -330,17 +321,6 @@ class BatchNorm(Layer):
         if self._evaluation is not None:
             self._evaluation = None  # it no longer counts, but would keep its x
         return y
-
-    def _making(self, given: _Given) -> tuple[Callable[[Saved], _Made], Callable[..., _Made]]:
-        """Give what the functions call with what will have been saved, before they write."""
-
-        def keep(saved: Saved) -> _Made:
-            return self._made(saved, given, True)
-
-        def keep_of(*kept: Any) -> _Made:
-            return self._made(ordinary_saved(*kept), given, True)
-
-        return keep, keep_of
 
     def _made(self, saved: Saved, given: _Given, is_before: bool) -> _Made:
         """Make the state after a call: with statistics to be filled, or, before it writes, with what it learns."""
@@ -386,7 +366,7 @@ class BatchNorm(Layer):
     ) -> NDArray[Any]:
         """Normalize by running statistics, or by mean, var and eps that are given; learn of x where that is asked for."""
         settings, state = self.settings, self._state
-        x = _x_channels(x, settings.axis, settings.channels)
+        x = x_channels(x, settings.axis, settings.channels)
         now, changes = state.statistics[k], {}
         mean, var, eps = given or (now.mean, now.var, settings.eps)
         if update:
@@ -395,7 +375,7 @@ class BatchNorm(Layer):
         if told:
             keep = told.get("keep", "x")
             told = {name: value for name, value in told.items() if name not in _SHARES}
-        gamma, beta = state.gamma if keep is None else _snapshot(state.gamma), state.beta
+        gamma, beta = state.gamma if keep is None else snapshot(state.gamma), state.beta
         call: Call = [x, None]
         saves = False
         if keep is None or (keep == "x" and is_x(out, x)):
@@ -406,7 +386,7 @@ class BatchNorm(Layer):
             saves = self._training or keep == "y" or (out is not None and "residual" in told)
         by: Options = {"axis": settings.axis, "eps": eps, "num_threads": settings.num_threads, **told}
         if call and not saves and told:  # what backward needs is left to the one that hardly ever comes
-            call[1] = partial(normalize, x, mean, var, gamma, _snapshot(beta), save=True, **by)
+            call[1] = partial(normalize, x, mean, var, gamma, snapshot(beta), save=True, **by)
         before = self._state
         after, evaluation = before._replace(call=call, **changes) if update else before, (call, before.call)
         # All that the call leaves is made: once y is written, nothing is asked for that there might not be.
@@ -426,105 +406,35 @@ class BatchNorm(Layer):
 
     def _changes(self, x: NDArray[Any], told: Options, k: int, state: State) -> dict[str, Any]:
         """Give what changes in the state as x is learned of without normalizing by it."""
-        if self.settings.renorm is not None:
+        settings, size = self.settings, x.size
+        if settings.renorm is not None:
             raise ValueError(
                 "update_stats must not be True with running statistics in a layer with renorm, which updates as it corrects"
             )
         seen = self._moments(x, {name: value for name, value in told.items() if name != "ghost_size"})
-        if not seen.count.any() or not self._learns_from(seen):
+        if not seen.count.any():
             return {}
+        if settings.update_rate is not None and seen._has_one_value():  # only those who pool all values take it in
+            if settings.single_value == "raise":
+                raise ValueError(
+                    "x must have at least 2 values per channel that count, to update running statistics by their variance, "
+                    "got 1"
+                )
+            if seen.channels == settings.channels:  # else there are segments that have more
+                return {}
         statistics = self._learned(state.statistics, k, seen)
-        size = x.size
         return {"statistics": statistics, "batch": (k, seen, size), "largest_size": max(state.largest_size, size)}
-
-    def _learns_from(self, seen: Moments) -> bool:
-        """Tell whether statistics take in this batch: one value a channel only where they pool all values."""
-        if self.settings.update_rate is None or not seen._has_one_value():
-            return True
-        if self.settings.single_value == "raise":
-            raise ValueError(
-                "x must have at least 2 values per channel that count, to update running statistics by their variance, got 1"
-            )
-        return seen.channels != self.settings.channels  # of segments, those that have more
-
-    # ---- one value a channel ----
-
-    def _of_one_value(
-        self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
-    ) -> NDArray[Any] | None:
-        """Normalize x where one value a channel counts, in all or in a last ghost; None where it is not so."""
-        settings, pools = self.settings, update and self.settings.update_rate is None
-        axis = settings.axis
-        if not isinstance(x, np.ndarray) or not -x.ndim <= axis < x.ndim:
-            return None
-        axis %= x.ndim
-        counts = {name: told[name] for name in _COUNTS if told.get(name) is not None}
-        if told.get("segments") is not None:
-            return None
-        is_one = 0 < x.size == x.shape[axis]
-        if counts and settings.ghost_size is None:
-            x = _validate.array("x", x)
-            is_one = is_one or parts(x, axis, {**counts, "padding": told.get("padding")})[1].has_one()
-        if is_one:
-            if settings.single_value == "use_running":
-                return self._by_running(x, out, told, k, pools)
-            mean = self._moments(x, counts).mean.copy()
-            return self._by_running(x, out, told, k, pools, (mean, np.zeros(settings.channels), 0.0))
-        size = settings.ghost_size
-        if size is None or counts or axis == 0 or x.size != len(x) * x.shape[axis]:
-            return None
-        if len(x) > size > 1 == len(x) % size:
-            return self._ghosts_and_one(x, out, told, k, update)
-        return None
-
-    def _ghosts_and_one(
-        self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
-    ) -> NDArray[Any]:
-        """Normalize ghosts, and one value a channel behind them as `single_value` says."""
-        settings, state = self.settings, self._state
-        x = _validate.array("x", x)
-        gamma, beta, now = _snapshot(state.gamma), state.beta, state.statistics[k]
-        if out is not None:
-            _validate.output(out, x, {"x": x}, {"gamma": gamma, "beta": beta})
-        (head, of_head), (tail, of_tail) = ((x[part], _of_rows(told, part)) for part in (_HEAD, _TAIL))
-        if settings.renorm is not None:
-            of_head["renorm"] = self._renorm(now)
-        of_tail.pop("ghost_size")
-        one = self._moments(tail, {})
-        given, eps = (now.mean, now.var), settings.eps
-        if settings.single_value == "skip":
-            given, eps = (one.mean.copy(), np.zeros(settings.channels)), 0.0
-        y = np.empty_like(x, subok=False) if out is None or update else out
-        rest: dict[str, Any] = {"axis": settings.axis, "num_threads": settings.num_threads}
-        _, ghosts = batch_norm(head, gamma, beta, eps=settings.eps, out=y[_HEAD], **rest, **of_head)
-        _, last = normalize(tail, given[0], given[1], gamma, beta, eps=eps, out=y[_TAIL], save=True, **rest, **of_tail)
-        assert ghosts.moments is not None
-        seen = merged(ghosts.moments, settings.channels)
-        changes: dict[str, Any] = {"largest_size": max(state.largest_size, x.size)}
-        if update:
-            pools = settings.update_rate is None
-            learned = merge(seen, one) if pools else ghosts
-            changes["statistics"] = self._learned(state.statistics, k, learned)
-        changes["batch"] = (k, merge(seen, one) if update and settings.update_rate is None else seen, x.size)
-        call: Call = [x, Apart(x, ((_HEAD, ghosts), (_TAIL, last)))]
-        if ghosts.y is None and (ghosts.x is None or is_x(out, x)):
-            call = []
-        after = self._state._replace(call=call, **changes)
-        if out is not None and y is not out:
-            out[...] = y
-        self._state, self._evaluation = after, None
-        return y if out is None else out
 
     # ---- learning ----
 
     def _moments(self, x: NDArray[Any], told: Options) -> Moments:
-        counted = {name: told[name] for name in (*_COUNTS, *_SHARES) if name in told}
+        counted = {name: told[name] for name in (*COUNTS, *_SHARES) if name in told}
         return moments(x, axis=self.settings.axis, num_threads=self.settings.num_threads, **counted)
 
     def _may_raise(self) -> bool:
         """Tell whether a batch that is not finite may end the call."""
         policy = self.settings.nonfinite
-        return policy == "raise" or (policy == "warn" and _warnings_may_raise())
+        return policy == "raise" or (policy == "warn" and warnings_may_raise())
 
     def _learned(self, before: tuple[Statistics, ...], k: int, batch: Saved | Moments) -> tuple[Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
@@ -541,7 +451,7 @@ class BatchNorm(Layer):
             if policy == "raise":
                 raise ValueError(text)
             if policy == "warn":
-                warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=_of_caller())
+                warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=stacklevel_of_caller())
         return channel < 0
 
     # ---- diagnostics ----
@@ -566,19 +476,15 @@ class BatchNorm(Layer):
 
     # ---- saved state ----
 
-    def _entries(self) -> dict[str, Entry]:
-        own, count = Statistics.state_entries(self.settings), self.settings.domains
-        if count is not None:
-            own = {name: Entry((count, *entry.shape), entry.dtype) for name, entry in own.items()}
-        return super()._entries() | own
-
     def _arrays(self) -> dict[str, NDArray[Any]]:
         parts = [s.arrays(self.settings) for s in self._state.statistics]
-        own = parts[0] if self.settings.domains is None else {n: np.stack([p[n] for p in parts]) for n in parts[0]}
+        own: dict[str, NDArray[Any]] = parts[0]
+        if self.settings.domains is not None:
+            own = {name: np.stack([part[name] for part in parts]) for name in own}
         return super()._arrays() | own
 
     def _of_arrays(self, arrays: Mapping[str, NDArray[Any]], strict: bool) -> State:
-        own = {name: arrays[name] for name in Statistics.state_entries(self.settings)}
+        own = {name: a for name, a in arrays.items() if name not in ("gamma", "beta")}
         parts = [own]
         if self.settings.domains is not None:
             parts = [{name: a[k] for name, a in own.items()} for k in range(self.settings.domains)]
@@ -589,9 +495,6 @@ class BatchNorm(Layer):
         others = {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}
         modes = f".freeze({others[self._frozen]})" if any(self._frozen) else ""
         return modes + super()._modes()
-
-
-_HEAD, _TAIL = slice(0, -1), slice(-1, None)
 
 
 def _itself(saved: Saved) -> Saved:
@@ -607,72 +510,7 @@ def _with(statistics: tuple[Statistics, ...], k: int, new: Statistics) -> tuple[
     return (*statistics[:k], new, *statistics[k + 1 :])
 
 
-def _of_rows(told: Options, rows: slice) -> dict[str, Any]:
-    """Give the options for some rows of x."""
-    residual = told.get("residual")
-    return {**told} if residual is None else {**told, "residual": residual[rows]}
-
-
-def _of_caller() -> int:
-    """Give the stacklevel of who has called the package."""
-    level = 1
-    while sys._getframe(level).f_globals.get("__name__", "").startswith("batchnorm."):
-        level += 1
-    return level
-
-
-# Where filters may belong to a context (Python 3.14), what gives those of the present one.
-_context_filters: Callable[[], list[Any]] | None = getattr(warnings, "_get_filters", None)
-# The filters as they were when they were last looked at, their number, the first, and what they said.
-_filters: tuple[Any, int, Any, bool] = (None, 0, None, False)
-
-
-def _warnings_may_raise() -> bool:
-    """Tell whether a RuntimeWarning may be turned into an exception (``-W error``)."""
-    global _filters
-    now: Any = warnings.filters if _context_filters is None else _context_filters()
-    first = now[0] if now else None
-    if _filters[0] is now and _filters[1] == len(now) and _filters[2] is first:
-        return _filters[3]
-    may = any(action == "error" and issubclass(RuntimeWarning, kind) for action, _, kind, *_ in now)
-    _filters = now, len(now), first, may
-    return may
-
-
 def _read_only(array: NDArray[np.float64]) -> NDArray[np.float64]:
     """Return the array itself, to be handed out: nobody has written to it, and nobody can from now on."""
     array.flags.writeable = False
     return array
-
-
-def _snapshot(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
-    return None if parameter is None else parameter.copy()
-
-
-# ---- what a call is given ---------------------------------------------------------------------------------
-
-
-def _x_channels(x: Any, axis: int, needed: int) -> Any:
-    """Give x, of a subclass as the array that it is, after refusing another number of channels.
-
-    What else is wrong with x is the functions' to say.
-    """
-    if type(x) is not np.ndarray and isinstance(x, np.ndarray) and type(x) is not np.memmap:
-        x = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
-    if isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and x.shape[axis] != needed:
-        raise ValueError(f"x must have {needed} channels on axis {axis}, got shape {x.shape}")
-    return x
-
-
-def _domain(value: object, count: int | None) -> int:
-    """Give the index of the set of statistics that a call means."""
-    if count is None:
-        if value is not None:
-            raise ValueError(f"domain must be None in a layer built without domains, got {value!r}")
-        return 0
-    if value is None:
-        raise TypeError(f"domain must be an int from 0 to {count - 1} in a layer of {count} domains, got None")
-    number = integer("domain", value)
-    if not 0 <= number < count:
-        raise ValueError(f"domain must be from 0 to {count - 1}, got {number}")
-    return number

@@ -15,6 +15,11 @@ from batchnorm.state_file import Entry
 COUNT = np.dtype(np.int64)  # of all entries that count something, and of no others
 
 
+def of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Entry]:
+    """Tell what a state like this must hold."""
+    return {name: Entry(a.shape, a.dtype) for name, a in arrays.items()}
+
+
 def checked(values: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
     """Return fresh copies of all entries of a state: exactly the names of `entries`, with their shapes and dtypes.
 
@@ -39,18 +44,6 @@ def array(name: str, value: object, entry: Entry) -> NDArray[Any]:
     if value.shape != entry.shape:
         raise ValueError(f"{name} must have shape {entry.shape}, got {value.shape}")
     return np.array(value, order="C")
-
-
-def finite(name: str, values: NDArray[Any]) -> None:
-    """Refuse infinity and NaN."""
-    all_channels(name, np.isfinite(values), "be finite", values)
-
-
-def all_channels(name: str, holds: NDArray[np.bool_], needed: str, values: NDArray[Any]) -> None:
-    """Raise for the first channel, the first axis of `values`, where `holds` is false."""
-    if not holds.all():
-        first = tuple(np.argwhere(~holds)[0])
-        raise ValueError(f"{name} must {needed}, got {values[first]} in channel {first[0]}")
 
 
 def _counts(name: str, value: Any, entry: Entry) -> NDArray[np.int64]:

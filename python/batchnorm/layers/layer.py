@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import copy
 import os
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
@@ -17,7 +16,7 @@ from batchnorm._validate import MaybeNone
 from batchnorm.derivatives import NEEDS, Gradient, backward
 from batchnorm.layers import entries
 from batchnorm.layers.settings import Setting, Settings, flag, kind
-from batchnorm.saved import Gradients, Saved
+from batchnorm.saved import Saved
 from batchnorm.state_file import Entry
 
 # What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
@@ -56,6 +55,29 @@ class _Default:
 _ALL: Any = _Default("all")
 
 
+class _Parameter:
+    """Gamma or beta of a layer. Assigning copies and checks."""
+
+    def __init__(self, text: str) -> None:
+        self.__doc__ = text
+
+    def __set_name__(self, owner: type, name: str) -> None:
+        self._name = name
+
+    def __get__(self, layer: Any, kind: type) -> NDArray[Any] | MaybeNone:
+        return self if layer is None else getattr(layer._state, self._name)
+
+    def __set__(self, layer: Any, value: NDArray[Any] | None) -> None:
+        now, name = getattr(layer._state, self._name), self._name
+        if now is None:
+            if value is not None:
+                raise ValueError(f"{name} must be None in a layer built with {name}=False, got {kind(value)}")
+            return
+        checked = entries.array(name, value, Entry(now.shape, now.dtype))
+        if value is not now:  # in-place operators assign the very array they have changed: it must stay the same array
+            layer._state = layer._state._replace(**{name: checked})
+
+
 class Layer:
     """A normalization with parameters; `BatchNorm` and its like say by which statistics."""
 
@@ -63,6 +85,8 @@ class Layer:
     channels, num_threads = Setting[int](), Setting[int | None]()
     eps, dtype = Setting[float](), Setting[np.dtype[Any]]()
     activation = Setting[_validate.Activation | None]()
+    gamma = _Parameter("Scale of each channel, (C,) of `dtype`, or None. ``gamma -= g`` works in place.")
+    beta = _Parameter("Shift of each channel, as `gamma`.")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -78,39 +102,6 @@ class Layer:
         self._frozen = False, False  # statistics, affine
 
     # ---- parameters, gradients, modes ----
-
-    @property
-    def gamma(self) -> NDArray[Any] | MaybeNone:
-        """Scale of each channel, (C,) of `dtype`, or None. Assigning copies and checks; ``gamma -= g`` works in place."""
-        return self._state.gamma
-
-    @gamma.setter
-    def gamma(self, value: NDArray[Any] | None) -> None:
-        # In-place operators assign the very array they have changed: it must stay the same array.
-        now = self._state.gamma
-        checked = self._checked_parameter("gamma", value, now is not None)
-        if value is not now:
-            self._state = self._state._replace(gamma=checked)
-
-    @property
-    def beta(self) -> NDArray[Any] | MaybeNone:
-        """Shift of each channel, as `gamma`."""
-        return self._state.beta
-
-    @beta.setter
-    def beta(self, value: NDArray[Any] | None) -> None:
-        now = self._state.beta
-        checked = self._checked_parameter("beta", value, now is not None)
-        if value is not now:
-            self._state = self._state._replace(beta=checked)
-
-    def _checked_parameter(self, name: str, value: object, present: bool) -> NDArray[Any] | None:
-        """Return a copy of a new gamma or beta; None exactly where the layer was built without it."""
-        if present:
-            return entries.array(name, value, self._parameter_entry)
-        if value is not None:
-            raise ValueError(f"{name} must be None in a layer built with {name}=False, got {kind(value)}")
-        return None
 
     @property
     def dgamma(self) -> NDArray[Any] | MaybeNone:
@@ -197,22 +188,19 @@ class Layer:
             x, saved = call
         except ValueError:
             raise _no_forward_call() from None
-        names: Iterable[str] = NEEDS if needs is _ALL else needs
+        names: Sequence[Gradient] = NEEDS
         overwrites = is_x(out[0] if isinstance(out, tuple) and out else out, x)
-        if self._frozen[1] or overwrites:
+        if needs is not _ALL or self._frozen[1]:
+            asked = zip(NEEDS, _validate.needs_among(NEEDS, NEEDS if needs is _ALL else needs), strict=True)
             left_out = ("gamma", "beta") if self._frozen[1] else ()
-            asked = _validate.needs_among(NEEDS, names)
-            names = [n for n, wanted in zip(NEEDS, asked, strict=True) if wanted and n not in left_out]
+            names = tuple(n for n, wanted in asked if wanted and n not in left_out)
         results: Results = [None, None, None]  # before anything is written, as `out` may be
         if overwrites and "x" in names:
             call.clear()  # before its first value is gone: from there on a signal may end the call at any time
         try:
-            threads = self.settings.num_threads
-            if isinstance(saved, Apart):
-                given = saved.backward(dy, needs=names, out=out, num_threads=threads)
-            else:
-                of = saved if isinstance(saved, Saved) else saved()[1]
-                given = backward(dy, of, needs=names, out=out, num_threads=threads)  # type: ignore[arg-type]
+            how: Any = {"needs": names, "out": out, "num_threads": self.settings.num_threads}
+            of = saved()[1] if callable(saved) else saved
+            given = backward(dy, of, **how) if isinstance(of, Saved) else of.backward(dy, **how)
         except (TypeError, ValueError, MemoryError):  # which come before anything is written
             call[:] = x, saved
             raise
@@ -237,25 +225,16 @@ class Layer:
     def _initial_statistics(self) -> tuple[Any, ...]:
         return ()
 
-    @property
-    def _parameter_entry(self) -> Entry:
-        return Entry((self.settings.channels,), self.settings.dtype)
-
-    def _entries(self) -> dict[str, Entry]:
-        """Tell what a state must hold beside its settings."""
-        given = {"gamma": self._state.gamma, "beta": self._state.beta}
-        return {name: self._parameter_entry for name, value in given.items() if value is not None}
-
     def _arrays(self) -> dict[str, NDArray[Any]]:
         """Give the state without its settings, in fresh arrays."""
         given = {"gamma": self._state.gamma, "beta": self._state.beta}
         return {name: value.copy() for name, value in given.items() if value is not None}
 
     def _of_arrays(self, arrays: Mapping[str, NDArray[Any]], strict: bool) -> State:
-        """Give the state of such arrays, which fit `_entries`, after refusing values that cannot be."""
+        """Give the state of such arrays, which fit, after refusing values that cannot be."""
         for name in ("gamma", "beta"):
             if name in arrays:
-                entries.finite(name, arrays[name])
+                _validate.each_channel(name, arrays[name], np.isfinite(arrays[name]), "be finite")
         return self._state._replace(gamma=arrays.get("gamma"), beta=arrays.get("beta"))
 
     def state_dict(self) -> dict[str, NDArray[Any]]:
@@ -265,7 +244,7 @@ class Layer:
         running_mean, running_var : float64 (C,); update_count : int64.
         running_moments : float64 (C, 5), only with ``update_rate=None``: count, mean and m2 = Σ(x - mean)² of all that has
             been seen, the latter in two parts each; with weights_are="importance" also running_importance_dof, (C,).
-        ghost_count : int64, only with `debias` and `ghost_size`: the ghosts that updated.
+        set_count : int64, only with `debias`: the batches, ghosts and segments that updated.
         settings : str, JSON: those that y and the statistics depend on, all but nonfinite, single_value, num_threads.
         With K domains all that is learned has a first axis of K. Mode and gradients are not state.
 
@@ -294,7 +273,7 @@ class Layer:
             if is_strict:
                 self.settings.require(state.get("settings"))
             state = {name: value for name, value in state.items() if name != "settings"}
-        self._state = self._of_arrays(entries.checked(state, self._entries()), is_strict)
+        self._state = self._of_arrays(entries.checked(state, entries.of(self._arrays())), is_strict)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to the file `path` (.npz, no pickle, no suffix added), all or nothing (`write_state`).
@@ -333,8 +312,8 @@ class Layer:
         """
         is_strict, settings = flag("strict", strict), self.settings
         text = state_file.Text("settings", 4 * len(settings.text()), settings.require if is_strict else lambda _: None)
-        arrays = state_file.read_state(path, self._entries(), text)
-        self._state = self._of_arrays(entries.checked(arrays, self._entries()), is_strict)
+        arrays = state_file.read_state(path, entries.of(self._arrays()), text)
+        self._state = self._of_arrays(entries.checked(arrays, entries.of(self._arrays())), is_strict)
 
     # ---- as a Python object ----
 
@@ -351,39 +330,14 @@ class Layer:
         return self.__dict__ | {"_state": self._state._replace(call=[]), "_evaluation": None}
 
 
-@dataclass(frozen=True, eq=False)
-class Apart:
-    """Of a call that has normalized some rows of x apart from others: which, and what each has saved."""
-
-    x: NDArray[Any]
-    parts: tuple[tuple[slice, Saved], ...]
-
-    def backward(self, dy: NDArray[Any], *, needs: Iterable[str], out: Any, num_threads: int | None) -> Gradients:
-        """Do `backward` of all rows; gradients of gamma and beta add up in float64."""
-        asked = _validate.needs_among(NEEDS, needs)
-        names: Any = [name for name, wanted in zip(NEEDS, asked, strict=True) if wanted]
-        dy, gamma = _validate.array_like("dy", dy, self.x), self.parts[0][1].gamma
-        to = out if isinstance(out, tuple) else (out, None)
-        _validate.two_outputs(to, self.x, {"dy": dy, "x": self.x}, {"gamma": gamma}, "dx, dresidual")
-        wanted = "x" in names, "residual" in names and self.parts[0][1].has_residual
-        whole = [
-            None if not w else np.empty_like(self.x, subok=False) if a is None else a
-            for a, w in zip(to, wanted, strict=True)
-        ]
-        wide, sums = None if gamma is None else gamma.astype(np.float64), dict[str, Any]()
-        for rows, saved in self.parts:
-            into: Any = tuple(None if a is None else a[rows] for a in whole)
-            given = backward(dy[rows], replace(saved, gamma=wide), needs=names, out=into, num_threads=num_threads)
-            with np.errstate(all="ignore"):
-                for name in ("gamma", "beta"):
-                    if name in names:
-                        sums[name] = getattr(given, f"d{name}") + sums.get(name, 0.0)
-        return Gradients(whole[0], sums.get("gamma"), sums.get("beta"), whole[1])
-
-
 def is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
     """Tell whether a call with this `out` leaves nothing of x."""
     return out is not None and isinstance(x, np.ndarray) and x.size > 0 and _validate.same_memory(out, x)
+
+
+def snapshot(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
+    """Give a copy of gamma or beta."""
+    return None if parameter is None else parameter.copy()
 
 
 def _no_forward_call() -> RuntimeError:

@@ -14,11 +14,10 @@ from batchnorm import _validate
 from batchnorm._parts import Part
 from batchnorm._validate import WeightsAre
 from batchnorm.layers import entries
-from batchnorm.layers.settings import BatchNormSettings
+from batchnorm.layers.settings import Settings
 from batchnorm.moments import Moments, merge
 from batchnorm.running import pool_into, update_into, update_running
 from batchnorm.saved import Saved
-from batchnorm.state_file import Entry
 
 MOST_UPDATES = 2**63 - 1  # that a state file can hold
 
@@ -39,27 +38,14 @@ class Statistics:
     set_count: int = 0  # batches, ghosts and segments that updated: the t of debiasing
 
     @classmethod
-    def initial(cls, settings: BatchNormSettings) -> Self:
+    def initial(cls, settings: Settings) -> Self:
         """Give those of no batch."""
         zeros, ones = np.zeros(settings.channels), np.ones(settings.channels)
         return cls(zeros, ones, 0, Moments.empty(settings.channels) if settings.update_rate is None else None)
 
     # ---- as a state ----
 
-    @staticmethod
-    def state_entries(settings: BatchNormSettings) -> dict[str, Entry]:
-        """Tell what `arrays` gives."""
-        per_channel, count = Entry((settings.channels,), np.dtype(np.float64)), Entry((), entries.COUNT)
-        names = {"running_mean": per_channel, "running_var": per_channel, "update_count": count}
-        if settings.update_rate is None:
-            names["running_moments"] = Entry((settings.channels, 5), np.dtype(np.float64))
-            if settings.weights_are == "importance":
-                names["running_importance_dof"] = per_channel
-        if settings.debias:
-            names["set_count"] = count
-        return names
-
-    def arrays(self, settings: BatchNormSettings) -> dict[str, NDArray[Any]]:
+    def arrays(self, settings: Settings) -> dict[str, NDArray[Any]]:
         """Give what a layer of these settings needs to go on, in fresh arrays."""
         state: dict[str, NDArray[Any]] = {
             "running_mean": self.mean.copy(),
@@ -75,13 +61,13 @@ class Statistics:
         return state
 
     @classmethod
-    def of_arrays(cls, state: Mapping[str, NDArray[Any]], settings: BatchNormSettings, strict: bool) -> Self:
+    def of_arrays(cls, state: Mapping[str, NDArray[Any]], settings: Settings, strict: bool) -> Self:
         """Give the statistics of such arrays, after refusing values that no training can have left."""
         for name, values in state.items():
             if values.dtype != entries.COUNT:
-                entries.finite(name, values)
+                _validate.each_channel(name, values, np.isfinite(values), "be finite")
         mean, var = state["running_mean"], state["running_var"]
-        entries.all_channels("running_var", var >= 0, "be >= 0", var)
+        _validate.each_channel("running_var", var, var >= 0, "be >= 0")
         count = int(state["update_count"])
         if settings.update_rate is not None:
             return cls(mean, var, count, None, int(state.get("set_count", 0)))
@@ -91,7 +77,7 @@ class Statistics:
         dof = state.get("running_importance_dof")
         if dof is not None:
             within = (dof >= 0) & (dof <= pooled.count)
-            entries.all_channels("running_importance_dof", within, "be from 0 to the count of running_moments", dof)
+            _validate.each_channel("running_importance_dof", dof, within, "be from 0 to the count of running_moments")
             if (dof != pooled.importance_dof).any():
                 pooled = Moments._from_table(table, dof)
         now = _pooled_statistics(pooled, count, settings.ddof, settings.weights_are)
@@ -105,21 +91,21 @@ def _check_table(table: NDArray[np.float64], update_count: int) -> None:
     """Refuse moments that `update_count` batches cannot have left; count, mean, mean_lo, m2, m2_lo."""
     count, mean, mean_lo, m2, m2_lo = table.T
     if update_count == 0:
-        entries.all_channels("running_moments", table == 0, "be 0 where update_count is 0", table)
+        _validate.each_channel("running_moments", table, table == 0, "be 0 where update_count is 0")
     else:
         needed = "have counts > 0 where update_count is not 0"
-        entries.all_channels("running_moments", count > 0, needed, count)
-    entries.all_channels("running_moments", m2 >= 0, "have m2 >= 0", m2)
+        _validate.each_channel("running_moments", count, count > 0, needed)
+    _validate.each_channel("running_moments", m2, m2 >= 0, "have m2 >= 0")
     for high, low in ((mean, mean_lo), (m2, m2_lo)):
         good = np.abs(low) <= _LOW_PART * np.abs(high)
-        entries.all_channels("running_moments", good, "have low parts below 2**-48 of the high", low)
+        _validate.each_channel("running_moments", low, good, "have low parts below 2**-48 of the high")
 
 
 def _check_derived(name: str, given: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
     """Refuse a running statistic that says something else than the pooled moments stored beside it."""
     with np.errstate(over="ignore"):  # of a difference that is far too large anyway
         agrees = np.isclose(given, expected, rtol=_DERIVED_RTOL, atol=0)
-    entries.all_channels(name, agrees, "be what running_moments and the layer's ddof give", given)
+    _validate.each_channel(name, given, agrees, "be what running_moments and the layer's ddof give")
 
 
 # Statistics made before what they learn of is known, so that filling them asks for no memory: these, of which mean, var
@@ -128,7 +114,7 @@ def _check_derived(name: str, given: NDArray[np.float64], expected: NDArray[np.f
 Following = tuple[Statistics, Sequence[tuple[NDArray[np.float64], float | None]], Any]
 
 
-def following(now: Statistics, seen: Moments, settings: BatchNormSettings, room: Any) -> Following | None:
+def following(now: Statistics, seen: Moments, settings: Settings, room: Any) -> Following | None:
     """Give those after `now` and moments that are still to be known; None where more is to be done than the core does.
 
     `room` is anything, and arrays for mean and var.
@@ -156,7 +142,7 @@ def following(now: Statistics, seen: Moments, settings: BatchNormSettings, room:
     return Statistics(mean, var, count, None, counts[-1]), list(zip(tables, rates, strict=True)), room
 
 
-def fill(now: Statistics, after: Following, settings: BatchNormSettings) -> bool:
+def fill(now: Statistics, after: Following, settings: Settings) -> bool:
     """Fill the statistics after `now`; false where there is nothing to learn, or nothing that may be."""
     new, sets, into = after
     finite, ddof, t = settings.nonfinite != "propagate", settings.ddof, 0
@@ -183,7 +169,7 @@ def merged(seen: Moments, channels: int) -> Moments:
     return seen if seen.channels == channels else merge(Moments.empty(channels), *seen.split(channels))
 
 
-def first_nonfinite(now: Statistics, batch: Saved | Moments, settings: BatchNormSettings) -> int:
+def first_nonfinite(now: Statistics, batch: Saved | Moments, settings: Settings) -> int:
     """Give the first channel that keeps statistics from learning of a batch; -1 where none does.
 
     Each set that an average takes in must be finite; where all are pooled, the union with all that has been seen,
@@ -196,7 +182,7 @@ def first_nonfinite(now: Statistics, batch: Saved | Moments, settings: BatchNorm
     return at % settings.channels if at >= 0 else at
 
 
-def updated(now: Statistics, batch: Saved | Moments, settings: BatchNormSettings) -> Statistics:
+def updated(now: Statistics, batch: Saved | Moments, settings: Settings) -> Statistics:
     """Return the statistics after one more batch. Changes none of its arguments."""
     count, are, seen = min(now.update_count + 1, MOST_UPDATES), settings.weights_are, _moments_of(batch)
     if now.pooled is not None:
@@ -228,7 +214,7 @@ def _moments_of(batch: Saved | Moments) -> Moments:
     return seen
 
 
-def _sets(batch: Saved | Moments, settings: BatchNormSettings) -> Iterator[Saved | Moments]:
+def _sets(batch: Saved | Moments, settings: Settings) -> Iterator[Saved | Moments]:
     """Give each set of a batch that is an update of its own: those of one value only where that is an error."""
     seen, channels = _moments_of(batch), settings.channels
     for at, one in enumerate(seen.split(channels) if seen.channels != channels else [seen]):
