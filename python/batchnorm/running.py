@@ -40,6 +40,7 @@ from batchnorm.saved import PerChannel, Saved
 Array = NDArray[Any]
 Points = tuple[tuple[int, float], ...]
 Segments = Literal["each", "pooled"]
+_Running = tuple[ArrayLike, ArrayLike]  # mean and var
 _SEGMENTS: tuple[Segments, ...] = get_args(Segments)
 
 # What a layer asks of the core: each is one call that asks for no memory.
@@ -61,21 +62,12 @@ class RenormSchedule:
     Parameters
     ----------
     r_max, d_max, weight : tuples of (step, value), steps rising from 0 or more. r_max >= 1, d_max >= 0, weight >= 0;
-        infinity only in a tuple of one point.
+        infinity only in a tuple of one point. TypeError or ValueError for points that do not fit.
 
     Calling it with a step (int >= 0, training calls so far) gives that step's limits, for
     ``Renorm(mean, var, **schedule(step)._asdict())``. The step is the caller's state; a schedule never changes.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For points that do not fit.
-
-    Examples
-    --------
     >>> schedule = RenormSchedule.paper()
-    >>> schedule(0)
-    RenormLimits(r_max=1.0, d_max=0.0, weight=1.0)
     >>> schedule(15_000)
     RenormLimits(r_max=1.5714285714285714, d_max=2.5, weight=1.0)
     """
@@ -131,13 +123,8 @@ class Renorm:
     parity : "paper", "keras" or "torchrl", by the table of this module.
     samples : int >= 2 or None: torchrl's N where the batch was merged over ranks; None: those of each set of x.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For shapes, dtypes and limits that do not fit.
+    TypeError or ValueError for shapes, dtypes and limits that do not fit.
 
-    Examples
-    --------
     >>> from batchnorm.forward import batch_norm
     >>> y, saved = batch_norm(np.array([[1.0], [3.0]]), renorm=Renorm([1.0], [4.0], 3.0, 5.0), eps=0.0)
     >>> y.ravel(), saved.r, saved.d             # (x - 1)/2, as evaluation has it
@@ -167,14 +154,11 @@ class Renorm:
         center = _validate.numbers("mean", mean)
         if center.ndim != 1:
             raise ValueError(f"mean must have 1 dimension, got {center.ndim}")
-        center, spread = _validate.statistics(center, var, center.size)
+        center, spread = (np.array(a, np.float64) for a in _validate.statistics(center, var, center.size))
         limits = _validate.renorm_limits(r_max, d_max, weight, r_min, parity)
         if samples is not None:
             samples = _validate.int_at_least("samples", samples, 2, " or None")
-        self.__dict__.update(
-            mean=np.array(center, np.float64), var=np.array(spread, np.float64), parity=parity, samples=samples,
-            **limits,
-        )  # fmt: skip
+        self.__dict__.update(mean=center, var=spread, parity=parity, samples=samples, **limits)
 
     def __repr__(self) -> str:
         return _validate.summary(self)
@@ -227,17 +211,13 @@ def update_running(
 
     Returns
     -------
-    running_mean, running_var : new (C,) float64 arrays.
+    running_mean, running_var : new (C,) float64 arrays. Memory: some arrays of C values.
 
     Raises
     ------
     TypeError, ValueError
         For shapes and dtypes that do not fit, a rate out of range, a batch of fewer than `ddof` + 1 values, or of a sum of
         weights below that where they are counts.
-
-    Notes
-    -----
-    Memory: some arrays of C values.
 
     Examples
     --------
@@ -253,23 +233,23 @@ def update_running(
         _keywords.no_options("update_running", others)
     if segments not in _SEGMENTS:
         _validate.choice("segments", segments, _SEGMENTS)
-    mean, var = running_mean, running_var
-    if type(batch) is Saved:
-        if batch.moments is None:
-            raise ValueError("batch must have statistics of a batch, got those of a call that they were given to")
-        if batch.renorm is not None and ddof is not None:
-            raise ValueError(f"ddof must be None after a call with renorm, whose parity says it, got {ddof}")
-        said = batch.part.weights_are if weights_are is None else weights_are
-        for moments, samples in _sets(batch, segments):
-            if batch.renorm is None:
-                mean, var = _updated(mean, var, moments, update_rate, ddof, said)
-            else:
-                mean, var = _renorm_updated(mean, var, moments, update_rate, batch.renorm, batch.eps, samples)
-    else:
-        if type(batch) is not Moments:
-            _validate.instance("batch", batch, Moments, "what batch_norm saved, or Moments")
-        mean, var = _updated(mean, var, batch, update_rate, ddof, weights_are)  # type: ignore[arg-type]
-    return mean, var  # type: ignore[return-value]  # both come from an update by now
+    now: _Running = running_mean, running_var
+    if type(batch) is Moments:
+        return _updated(now, batch, update_rate, ddof, weights_are)
+    if type(batch) is not Saved:
+        _validate.instance("batch", batch, Moments, "what batch_norm saved, or Moments")
+        return _updated(now, batch, update_rate, ddof, weights_are)  # type: ignore[arg-type]  # of a subclass
+    if batch.moments is None:
+        raise ValueError("batch must have statistics of a batch, got those of a call that they were given to")
+    if batch.renorm is not None and ddof is not None:
+        raise ValueError(f"ddof must be None after a call with renorm, whose parity says it, got {ddof}")
+    said = batch.part.weights_are if weights_are is None else weights_are
+    for moments, samples in _sets(batch, segments):
+        if batch.renorm is None:
+            now = _updated(now, moments, update_rate, ddof, said)
+        else:
+            now = _renorm_updated(now, moments, update_rate, batch.renorm.parity, batch.eps, samples)
+    return now  # type: ignore[return-value]  # there is a set at the least
 
 
 def _sets(saved: Saved, segments: Segments) -> list[tuple[Moments, int]]:
@@ -292,21 +272,17 @@ def _sets(saved: Saved, segments: Segments) -> list[tuple[Moments, int]]:
 
 
 def _updated(
-    running_mean: ArrayLike,
-    running_var: ArrayLike,
-    moments: Moments,
-    update_rate: float,
-    ddof: int | None,
-    weights_are: WeightsAre | None,
+    now: _Running, moments: Moments, update_rate: float, ddof: int | None, weights_are: WeightsAre | None
 ) -> tuple[PerChannel, PerChannel]:
     ddof = 1 if ddof is None else ddof
     if weights_are is None and moments._dof is None:
-        done = _core.try_update_running(running_mean, running_var, moments._table, update_rate, ddof, None, False)
+        done = _core.try_update_running(*now, moments._table, update_rate, ddof, None, False)
         if done is not None:
             return done
-    mean = _validate.channel_values("running_mean", running_mean, moments.channels)
-    var = _validate.channel_values("running_var", running_var, moments.channels)
-    mean, var = mean.astype(np.float64, copy=False), var.astype(np.float64, copy=False)
+    mean, var = (
+        _validate.channel_values(name, a, moments.channels).astype(np.float64, copy=False)
+        for name, a in zip(("running_mean", "running_var"), now, strict=True)
+    )
     rate, ddof = _validate.share("update_rate", update_rate), _validate.int_at_least("ddof", ddof, 0)
     table, counted_ddof = moments._divided(ddof, weights_are)
     if moments._dof is not None:
@@ -315,23 +291,17 @@ def _updated(
 
 
 def _renorm_updated(
-    running_mean: ArrayLike,
-    running_var: ArrayLike,
-    moments: Moments,
-    update_rate: float,
-    renorm: Renorm,
-    eps: float,
-    samples: int,
+    now: _Running, moments: Moments, update_rate: float, parity: Parity, eps: float, samples: int
 ) -> tuple[PerChannel, PerChannel]:
     moments = Moments._from_core(moments._table)  # biased, whatever weights are
-    mean, var = _updated(running_mean, running_var, moments, update_rate, 0, None)
-    before = _validate.channel_values("running_var", running_var, moments.channels).astype(np.float64)
+    mean, var = _updated(now, moments, update_rate, 0, None)
+    before = _validate.channel_values("running_var", now[1], moments.channels).astype(np.float64)
     _validate.not_negative("running_var", before)
     rate, batch = _validate.share("update_rate", update_rate), moments.var()
     if rate == 0:
         return mean, var
     with np.errstate(all="ignore"):
-        if renorm.parity == "torchrl":
+        if parity == "torchrl":
             new = (1 - rate) * before + rate * (batch * samples / (samples - 1))
         elif rate == 1:
             new = var
