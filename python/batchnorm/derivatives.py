@@ -135,21 +135,13 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
 
     Parameters
     ----------
-    dy, saved, num_threads : as in `backward`; `saved` of a call that took the statistics of the batch.
+    dy, saved, num_threads : as in `backward`; `saved` of a call that took the statistics of the batch. Errors, memory and
+        threads as there, without dx.
 
     Returns
     -------
     GradSums: sum(dy) and sum(dy·(x - mean)), float64, one for each entry of ``saved.moments``; of the dy that ReLU lets
     through, where a position counts.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For a dy unlike x.
-
-    Notes
-    -----
-    Memory and threads: as `backward`, without dx.
 
     Examples
     --------
@@ -178,21 +170,12 @@ def grad_input(
     Parameters
     ----------
     dy, saved, num_threads : as in `grad_sums`.
-    sums : GradSums over all the values that `saved.moments` counts.
-    out : as in `backward`.
+    sums : GradSums over all the values that `saved.moments` counts; ValueError for another number of values.
+    out : as in `backward`. Errors, memory and threads as there.
 
     Returns
     -------
     dx : shape, dtype and memory order of x; `out` where given.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For a dy or out unlike x, and sums over another number of values than the moments have.
-
-    Notes
-    -----
-    Memory and threads: as `backward`.
 
     Examples
     --------

@@ -31,13 +31,8 @@ def available_isas() -> list[str]:
 def active_isa() -> str:
     """Name the instruction set in use.
 
-    Raises
-    ------
-    ValueError
-        Where BATCHNORM_ISA names none that can run here; the text lists those that can.
+    ValueError where BATCHNORM_ISA names none that can run here; the text lists those that can.
 
-    Examples
-    --------
     >>> active_isa() in [*available_isas(), "reference"]
     True
     """
@@ -48,15 +43,9 @@ def active_isa() -> str:
 def set_num_threads(num_threads: int | None) -> None:
     """Limit the threads of every call in this process that has no `num_threads` of its own; None removes the limit.
 
-    Results do not depend on it. OMP_NUM_THREADS and threadpoolctl work too, and the smallest wins.
+    Results do not depend on it. OMP_NUM_THREADS and threadpoolctl work too, and the smallest wins. TypeError or ValueError
+    for what is not an int >= 1 or None.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For what is not an int >= 1 or None.
-
-    Examples
-    --------
     >>> set_num_threads(1)
     >>> get_num_threads()
     1
@@ -76,13 +65,8 @@ def explain(
 ) -> str:
     """Say how a training call on a C-contiguous array of this shape would be cut and visited, for people.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For sizes, axis or threads that do not fit.
+    TypeError or ValueError for sizes, axis or threads that do not fit.
 
-    Examples
-    --------
     >>> print(explain((32, 3, 8, 8), num_threads=1))
     problem {outer 32, channels 3, inner 64}: a task is 3 channel(s) (1 chunk(s) a channel, 32 x 64 values each), threads 1
     """
@@ -104,10 +88,7 @@ def compiled_directory() -> Path:
 def cpp_directory(folder: str, file: str) -> Path:
     """Give a folder that C++ projects are told: the one of headers, or the one of CMake's files.
 
-    Raises
-    ------
-    FileNotFoundError
-        Where it has no such file: this package was not installed by pip, which puts it there.
+    FileNotFoundError where it has no such file: this package was not installed by pip, which puts it there.
     """
     path = compiled_directory() / folder
     if not (path / file).is_file():
@@ -131,17 +112,8 @@ def config() -> dict[str, dict[str, Any]]:
 def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, dict[str, Any]] | None:
     """Show version, compiler, flags, instruction sets (built, available, active) and threads.
 
-    Parameters
-    ----------
-    mode : "stdout" prints text; "dicts" returns the same as nested dictionaries that JSON can hold.
+    mode : "stdout" prints text; "dicts" returns the same as nested dictionaries that JSON can hold. ValueError for others.
 
-    Raises
-    ------
-    ValueError
-        For another mode.
-
-    Examples
-    --------
     >>> sorted(show_config("dicts"))
     ['batchnorm', 'compiler', 'isa', 'python', 'threads']
     """

@@ -40,12 +40,8 @@ class Moments:
         divides; count - 1 without weights.
     channels : int, C.
 
-    Instances do not change; they can be compared, copied, pickled, and used from any thread.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For shapes and values that do not fit.
+    Instances do not change; they can be compared, copied, pickled, and used from any thread. TypeError or ValueError for
+    shapes and values that do not fit.
 
     Examples
     --------
@@ -62,8 +58,8 @@ class Moments:
         cls, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, *, importance_dof: ArrayLike | None = None
     ) -> Self:
         """Give one that has room for importance_dof where there is one."""
-        made: Any = object.__new__(cls if importance_dof is None or cls is not Moments else _WeightedMoments)
-        return made  # type: ignore[no-any-return]
+        made = cls if importance_dof is None or cls is not Moments else _WeightedMoments
+        return object.__new__(made)  # type: ignore[return-value]
 
     def __init__(
         self, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, *, importance_dof: ArrayLike | None = None
@@ -73,8 +69,7 @@ class Moments:
             raise ValueError(f"mean must have 1 dimension, got {means.ndim}")
         channels = means.size
         counts = np.asarray(count, np.float64)
-        if counts.ndim == 0:
-            counts = np.full(channels, counts)
+        counts = np.full(channels, counts) if counts.ndim == 0 else counts
         counts = _validate.channel_values("count", counts, channels)
         squares = _validate.channel_values("m2", np.asarray(m2, np.float64), channels)
         _validate.not_negative("count", counts)
@@ -239,29 +234,15 @@ def _restore(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None)
 
 
 def merge(*parts: Moments) -> Moments:
-    """Moments of the union of all `parts`: ``a | b | c``.
-
-    Parameters
-    ----------
-    *parts : Moments of the same number of channels, at least one.
+    """Moments of the union of all `parts`, Moments of the same number of channels, at least one: ``a | b | c``.
 
     Returns
     -------
-    Moments. Any order of the parts gives the same to within a float64 rounding.
+    Moments. Any order of the parts gives the same to within a float64 rounding. TypeError for no parts, or what is not
+        Moments; ValueError for different numbers of channels.
 
-    Raises
-    ------
-    TypeError
-        For no parts, or what is not Moments.
-    ValueError
-        For different numbers of channels.
-
-    Notes
-    -----
     Source: Chan, Golub, LeVeque (1979), "Updating formulae and a pairwise algorithm for computing sample variances".
 
-    Examples
-    --------
     >>> x = np.arange(12.0).reshape(6, 2)
     >>> merge(moments(x[:1]), moments(x[1:4]), moments(x[4:])) == moments(x)
     True

@@ -105,14 +105,8 @@ class Report:
     With the update rate r and n values a channel, the running variance averages n·(2 - r)/r values, as far as there
     have been as many.
 
-    Attributes
-    ----------
-    findings : tuple of Finding.
+    `findings` is a tuple of Finding. ``len``, ``for`` and ``bool`` work on them; ``str`` gives them a line each.
 
-    ``len``, ``for`` and ``bool`` work on the findings; ``str`` gives them a line each.
-
-    Examples
-    --------
     >>> from batchnorm import BatchNorm
     >>> layer = BatchNorm(3)
     >>> layer.gamma[1] = 0

@@ -86,18 +86,9 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
 
     The path is used as it is (no ``.npz`` is added), and a symbolic link is followed to the file it means. A file that is
     there is replaced by one of the same permissions and, as far as this process may, owner and group; a new one has those
-    of the umask.
+    of the umask. TypeError or ValueError for a path of another type, or of what is no file (a pipe, a socket, a device);
+    OSError where the file cannot be written: no room, no permission for it and its directory, a loop of links.
 
-    Raises
-    ------
-    TypeError, ValueError
-        For a path of another type, or of what is no file: a pipe, a socket, a device.
-    OSError
-        Where the file cannot be written: no room, no permission (to write the file and its directory), a directory, a
-        loop of links.
-
-    Notes
-    -----
     The bytes go to a new file in the same directory, are flushed to the disk, and only then take the name `path`. A call
     that raises leaves the old file as it was and no other file behind; a process that is killed leaves the old or the new
     file, and at worst a ``.batchnorm-*.tmp`` beside it. A file of several names (hard links) is written in place instead,
