@@ -19,7 +19,7 @@ from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import ORDERS, Layout, Target
 from batchnorm._parts import ALL, Part, of_samples, parts, require_values
 from batchnorm._passes import Call, ReluMask
-from batchnorm._validate import Activation, Keep, WeightsAre
+from batchnorm._validate import Activation, Keep, MaybeNone, WeightsAre
 from batchnorm.moments import Moments
 from batchnorm.running import Renorm
 from batchnorm.saved import PerChannel, Saved, affine, kept_affine
@@ -229,21 +229,15 @@ def normalize(
         done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
         if done is not None:
             return done
-    x = _validate.array("x", x)
-    axis = _validate.axis(axis, x.ndim)
-    given = _validate.statistics(mean, var, x.shape[axis])
-    of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, dict(zip(("mean", "var"), given, strict=True)))
-    of.layout, part = parts(x, axis, options)
-    part.require_weights()
-    call, saved = of.call(part, save, given=True), None
-    y = Target(of.layout, x, out)
+    of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, (mean, var))
+    of.part.require_weights()
+    call, saved, y = of.call(save), None, Target(of.layout, of.x, out)
     if save:
-        copies = np.array(given[0], np.float64), np.array(given[1], np.float64)
-        saved = of.saved(None, part, y.array, given=copies)
+        saved = of.saved(None, of.part, y.array)
         if of.keep == "y":
-            require_invertible(*kept_affine(saved, of.channels), x)
+            require_invertible(*kept_affine(saved, of.channels), of.x)
     results = y.array if saved is None else (y.array, saved)
-    _core.normalize(of.layout.block(x), call, given, y.block, of.threads)
+    _core.normalize(of.layout.block(of.x), call, of.given, y.block, of.threads)
     y.deliver()
     return results
 
@@ -321,39 +315,26 @@ def _same(saved: Saved) -> Saved:
     return saved
 
 
-def normalized_by_batch(
-    made: Callable[[Saved], _Kept],
-    x: Array,
-    gamma: ArrayLike | None,
-    beta: ArrayLike | None,
-    axis: int,
-    eps: float,
-    options: Mapping[str, Any],
-    out: Array | None,
-    num_threads: int | None,
-) -> tuple[Array, _Kept]:
-    """Do `batch_norm` with whatever arguments; report those that do not fit.
+def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Array, _Kept]:
+    """Do `batch_norm` with whatever it was given (as `_Forward` takes it); report what does not fit.
 
     made(saved) makes what is returned beside y, before anything is written: then nothing may be asked for that there
     might not be.
     """
-    x = _validate.array("x", x)
-    axis = _validate.axis(axis, x.ndim)
-    of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, {})
-    renorm = options.get("renorm")
+    of = _Forward(*given)
+    x, part, renorm = of.x, of.part, of.options.get("renorm")
     if renorm is not None:
         _validate.instance("renorm", renorm, Renorm, "a Renorm or None")
         _validate.channel_values("renorm.mean", renorm.mean, of.channels)
-    of.layout, part = parts(x, axis, options)
-    require_values(x, axis, of.layout, part, options)
+    require_values(x, of.axis, of.layout, part, of.options)
     if renorm is not None:
-        _validate.renorm_samples(renorm.parity, renorm.samples, x, axis, part.offsets)
-    call, block, y = of.call(part, True), of.layout.block(x), Target(of.layout, x, out)
+        _validate.renorm_samples(renorm.parity, renorm.samples, x, of.axis, part.offsets)
+    call, block, y = of.call(True), of.layout.block(x), Target(of.layout, x, of.out)
     table = np.zeros((part.sets * of.channels, 5))
     shown = table.view()
     shown.flags.writeable = False
-    part = part.with_table(shown)
-    saved = of.saved(Moments._from_core(shown, part.importance_dof(of.layout)), part, y.array, renorm=renorm)
+    moments = Moments._from_core(shown, part.importance_dof(of.layout))
+    saved = of.saved(moments, part.with_table(shown), y.array, renorm)
     results = y.array, made(saved)
     if of.keep == "y" and renorm is None:
         require_invertible(*kept_affine(saved, of.channels), x)
@@ -362,11 +343,10 @@ def normalized_by_batch(
             _core.batch_norm(block, call, y.block, table, of.threads)
         else:
             _core.moments(block, call, table, of.threads)
-            scale, shift = affine(of.gamma, of.beta, renorm.correction(saved.moments, of.eps))
+            scale, shift = affine(of.gamma, of.beta, renorm.correction(moments, of.eps))
             if of.keep == "y":
                 require_invertible(scale, shift, x)
-            corrected = call._replace(scale=scale, shift=shift)
-            _core.normalize(block, corrected, table, y.block, of.threads)
+            _core.normalize(block, call._replace(scale=scale, shift=shift), table, y.block, of.threads)
     except ValueError:  # the core knows only of weights
         if part.weights is not None and part.source != "weights":
             _validate.several_positions(part.source, part.weights)
@@ -378,7 +358,7 @@ def normalized_by_batch(
 class _Forward:
     """The checked arguments of a forward call, and what it leaves."""
 
-    layout: Layout
+    given: tuple[Array, Array] | MaybeNone = None  # mean and var, where the call was given them
 
     def __init__(
         self,
@@ -390,33 +370,37 @@ class _Forward:
         options: Mapping[str, Any],
         out: Array | None,
         num_threads: int | None,
-        statistics: dict[str, Array],
+        given: tuple[ArrayLike, ArrayLike] | None = None,
     ) -> None:
-        self.x, self.axis, self.channels = x, axis, x.shape[axis]
+        self.x, self.options, self.out = _validate.array("x", x), options, out
+        self.axis = _validate.axis(axis, self.x.ndim)
+        self.channels = self.x.shape[self.axis]
+        apart: dict[str, Array | None] = {}
+        if given is not None:
+            self.given = apart["mean"], apart["var"] = _validate.statistics(*given, self.channels)
         self.eps, self.threads = _validate.eps(eps), _validate.num_threads(num_threads)
-        self.gamma = _validate.optional_channel_values("gamma", gamma, self.channels)
-        self.beta = _validate.optional_channel_values("beta", beta, self.channels)
+        self.gamma = apart["gamma"] = _validate.optional_channel_values("gamma", gamma, self.channels)
+        self.beta = apart["beta"] = _validate.optional_channel_values("beta", beta, self.channels)
         self._given_gamma, self._given_beta = gamma, beta
         activation, residual = options.get("activation"), options.get("residual")
         if activation is not None:
             _validate.choice("activation", activation, _validate.ACTIVATIONS)
         self.relu = activation is not None
-        self.residual = None if residual is None else _validate.array_like("residual", residual, x)
+        self.residual = None if residual is None else _validate.array_like("residual", residual, self.x)
         self.keep = options.get("keep", "x")
         if self.keep is not None:
             _validate.choice("keep", self.keep, _validate.KEEPS)
         if self.keep == "y":
-            _validate.y_tells_x(activation, residual, x)
-        self.out = out
+            _validate.y_tells_x(activation, residual, self.x)
         if out is not None:
-            may_be = {"x": x} if self.residual is None else {"x": x, "residual": self.residual}
-            apart = {**statistics, "gamma": self.gamma, "beta": self.beta}
-            _validate.output(out, x, may_be, apart)
+            may_be = {"x": self.x} if self.residual is None else {"x": self.x, "residual": self.residual}
+            _validate.output(out, self.x, may_be, apart)
+        self.layout, self.part = parts(self.x, self.axis, options)
         self._relu_mask: ReluMask | None = None
 
-    def call(self, part: Part, saves: bool, *, given: bool = False) -> Call:
+    def call(self, saves: bool) -> Call:
         """Give the call of all this, with a mask of ReLU where anything is kept."""
-        of = part.call(self.layout, self.gamma, self.beta, self.eps, given)
+        of = self.part.call(self.layout, self.gamma, self.beta, self.eps, self.given is not None)
         if self.relu and saves and self.keep is not None:
             self._relu_mask = ReluMask.room(self.layout)
         if not self.relu and self.residual is None:
@@ -425,35 +409,21 @@ class _Forward:
         bits = None if self._relu_mask is None else self._relu_mask.data
         return of._replace(residual=added, relu=self.relu, bits=bits)
 
-    def saved(
-        self,
-        moments: Moments | None,
-        part: Part,
-        y: Array,
-        *,
-        given: tuple[PerChannel, PerChannel] | None = None,
-        renorm: Renorm | None = None,
-    ) -> Saved:
+    def saved(self, moments: Moments | None, part: Part, y: Array, renorm: Renorm | None = None) -> Saved:
         """Give what is saved, once there is a call."""
         gamma = None if self._given_gamma is None else np.asarray(self._given_gamma)
         overwritten = self.out is not None and _validate.same_memory(self.out, self.x)
-        others: dict[str, Any] = {}
-        if part is not ALL:
-            others["part"] = part
-        if renorm is not None:
-            others["renorm"] = renorm
-        if self._relu_mask is not None:
-            others["relu"] = self._relu_mask
-        if self.residual is not None:
-            others["has_residual"] = True
+        told = {"part": part, "renorm": renorm, "relu": self._relu_mask, "has_residual": self.residual is not None}
+        others: dict[str, Any] = {
+            name: v for name, v in told.items() if v is not None and v is not False and v is not ALL
+        }
         if self.keep == "y":
             gamma = None if gamma is None else np.array(gamma)
-            others["y"] = y
-            others["beta"] = None if self._given_beta is None else np.array(self._given_beta)
+            others |= {"y": y, "beta": None if self._given_beta is None else np.array(self._given_beta)}
         if others or self.layout.order != ORDERS[self.x.ndim]:
             others["layout"] = self.layout
-        if given is not None:
-            others["given"] = given
+        if self.given is not None:
+            others["given"] = tuple(np.array(a, np.float64) for a in self.given)
         x = self.x if self.keep == "x" and not overwritten else None
         return Saved(x, moments, gamma, self.axis, self.eps, **others)
 
@@ -470,12 +440,8 @@ def require_invertible(gamma: PerChannel, beta: PerChannel, x: Array) -> None:
     """Refuse a gamma and beta through which y does not tell x̂."""
     least, most = _GAMMA_RANGE[x.dtype.itemsize]
     size = np.abs(gamma)
-    _validate.each_channel(
-        "gamma",
-        gamma,
-        (size >= least) & (size <= most),
-        f"have absolute values from {least:.3g} to {most:.3g} to be inverted",
-    )
+    needed = f"have absolute values from {least:.3g} to {most:.3g} to be inverted"
+    _validate.each_channel("gamma", gamma, (size >= least) & (size <= most), needed)
     good = np.abs(beta) / _MOST_BETA <= size
     if not good.all():
         c = int(good.argmin())
