@@ -75,12 +75,10 @@ class Part:
 
     def require_weights(self) -> None:
         """Refuse what no weight may be, where the core does not look at them before it writes."""
-        if self.weights is None or self.source != "weights":
-            return
-        bad = np.flatnonzero(~self._are_good())
-        if bad.size:
+        if self.weights is not None and self.source == "weights" and not self._are_good().all():
+            at = int(self._are_good().argmin())
             raise ValueError(
-                f"weights must be finite and >= 0 at every position, got {self.weights[bad[0]]:g} at position {bad[0]}"
+                f"weights must be finite and >= 0 at every position, got {self.weights[at]:g} at position {at}"
             )
 
     def _are_good(self) -> NDArray[np.bool]:
@@ -208,7 +206,7 @@ def _positions(source: str, values: Any, x: Array, axis: int) -> Array:
     if source == "mask":
         return _spread("mask", _flags(values), x, axis)
     if source == "weights":
-        return _spread("weights", _numbers("weights", values, "fiub", "floating"), x, axis)
+        return _spread("weights", _numbers("weights", values, "fiub", "a floating"), x, axis)
     return _before_lengths(x, axis, values)
 
 
@@ -217,7 +215,7 @@ def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
     if not a.size and "i" in kinds:  # an empty list has no dtype of its own
         return a.astype(np.int64)
     if a.dtype.kind not in kinds:
-        raise TypeError(f"{name} must have {_article(wanted)} dtype, got {a.dtype}")
+        raise TypeError(f"{name} must have {wanted} dtype, got {a.dtype}")
     return a
 
 
@@ -233,10 +231,6 @@ def _flags(mask: Any) -> Array:
     if other.size:
         raise ValueError(f"mask must be bools, or integers 0 and 1, got {other[0]}")
     return a.astype(np.bool)
-
-
-def _article(word: str) -> str:
-    return f"an {word}" if word[0] in "aeiou" else f"a {word}"
 
 
 def _spread(name: str, a: Array, x: Array, axis: int) -> Array:
@@ -262,7 +256,7 @@ def _before_lengths(x: Array, axis: int, lengths: Any) -> Array:
             "lengths must come with an x of samples (axis 0), steps and channels on other axes, "
             f"got shape {x.shape} with channel axis {axis}"
         )
-    counts = _numbers("lengths", lengths, "iu", "integer")
+    counts = _numbers("lengths", lengths, "iu", "an integer")
     if counts.shape != (x.shape[0],):
         raise ValueError(f"lengths must have shape ({x.shape[0]},), one per sample, got {counts.shape}")
     step_axis = 2 if axis == 1 else 1
@@ -281,7 +275,7 @@ def _before_lengths(x: Array, axis: int, lengths: Any) -> Array:
 def _segments(x: Array, axis: int, segments: Any) -> NDArray[np.int64]:
     if axis == 0:
         raise ValueError("segments must be of rows on axis 0, which must not be the channel axis, got axis 0")
-    ids = _numbers("segments", segments, "iu", "integer")
+    ids = _numbers("segments", segments, "iu", "an integer")
     if ids.shape != (x.shape[0],):
         raise ValueError(f"segments must have shape ({x.shape[0]},), one id per row, got {ids.shape}")
     if not ids.size:

@@ -270,14 +270,7 @@ def instance_norm(
     y : shape, dtype and memory order of `x`; `out` where given. The bounds of `batch_norm`, sample by sample.
     saved : Saved, as of `batch_norm`; ``saved.moments`` has an entry for each sample and channel, sample first.
 
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`; for one value in a sample and channel. Nothing is written by a call that raises.
-
-    Notes
-    -----
-    Memory and threads: as `batch_norm` with segments.
+    Errors, memory and threads are those of `batch_norm` with segments; ValueError for one value in a sample and channel.
 
     Examples
     --------

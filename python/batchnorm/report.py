@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -44,6 +44,7 @@ _ENOUGH_VALUES = 200.0
 _SMALL_BATCH = 0.25
 
 _SHOWN = 8  # channels that a text lists
+_ERRORS = ("nonfinite", "negative_variance")  # what evaluation fails by; the others are warnings
 
 
 class Batch(NamedTuple):
@@ -132,100 +133,99 @@ class Report:
         return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
 
 
-def findings(state: State, settings: Settings, batch: Batch | None, *, evaluates: bool) -> Iterator[Finding]:
+_Found = tuple[str, str, Flags | None]  # kind, text, and the channels; None where it concerns them all
+
+
+@np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
+def findings(state: State, settings: Settings, batch: Batch | None, *, evaluates: bool) -> tuple[Finding, ...]:
     """Find what is wrong in a layer, whose statistics are those of each domain in turn; `evaluates`: uses them."""
-    yield from _of_parameters(state.gamma, state.beta, settings.channels)
+    gamma, beta = state.gamma, state.beta
+    scale = np.ones(settings.channels) if gamma is None else gamma.astype(np.float64)
+    shift = np.zeros(settings.channels) if beta is None else beta.astype(np.float64)
+    found = [_finding(None, *one) for one in _of_parameters(scale, shift)]
     for k, s in enumerate(state.statistics):
         domain = None if settings.domains is None else k
-        if evaluates:
-            yield from _of_untrained(s, domain)
-        yield from _of_statistics(s, state.gamma, state.beta, settings.eps, domain)
+        found += [_finding(domain, *one) for one in _of_statistics(s, scale, shift, settings.eps, evaluates)]
         if batch is not None and batch.domain == k:
-            yield from _of_batch(batch, s, settings, domain)
+            found += [_finding(domain, *one) for one in _of_batch(batch, s, settings)]
+    return tuple(f for f in found if f is not None)
 
 
-def _of_parameters(gamma: NDArray[Any] | None, beta: NDArray[Any] | None, channels: int) -> list[Finding]:
+def _finding(domain: int | None, kind: str, text: str, where: Flags | None) -> Finding | None:
+    """Give a finding about the channels where `where` is true; None where there are none."""
+    place = "" if domain is None else f" of domain {domain}"
+    severity = "error" if kind in _ERRORS else "warning"
+    if where is None:
+        return Finding(kind, severity, (), domain, text.format(place=place))
+    channels = tuple(np.flatnonzero(where).tolist())
+    shown = ", ".join(map(str, channels[:_SHOWN]))
+    rest = f" and {len(channels) - _SHOWN} more" if len(channels) > _SHOWN else ""
+    plural = "" if len(channels) == 1 else "s"
+    text = f"{text} in channel{plural} {shown}{rest}{place}"
+    return Finding(kind, severity, channels, domain, text) if channels else None
+
+
+def _of_parameters(scale: PerChannel, shift: PerChannel) -> Iterator[_Found]:
     """Find what gamma and beta alone tell."""
-    scale, shift = _wide(gamma, 1.0, channels), _wide(beta, 0.0, channels)
-    found: list[Finding] = []
     for name, values in (("gamma", scale), ("beta", shift)):
-        _add(found, "nonfinite", ~np.isfinite(values), f"{name} is not finite", severity="error")
+        yield "nonfinite", f"{name} is not finite", ~np.isfinite(values)
     size = np.abs(scale)
     finite = size[np.isfinite(size)]
     if finite.size:
-        dead = (size == 0) | (size < _DEAD_GAMMA * np.median(finite))
         text = f"gamma is 0 or below {_DEAD_GAMMA:g} of the median abs(gamma), {finite.min()} at the least,"
-        _add(found, "dead", dead, text)
+        yield "dead", text, (size == 0) | (size < _DEAD_GAMMA * np.median(finite))
     text = f"beta + {_DEAD_SIGMAS:g}·abs(gamma) < 0: a ReLU would pass nothing"
-    _add(found, "dead_relu", shift + _DEAD_SIGMAS * size < 0, text)
-    return found
+    yield "dead_relu", text, shift + _DEAD_SIGMAS * size < 0
 
 
-def _of_untrained(s: Statistics, domain: int | None) -> list[Finding]:
-    """Find that statistics to evaluate by have never seen a batch."""
-    if s.update_count > 0 or not s.mean.size or (s.mean != 0).any() or (s.var != 1).any():
-        return []
-    place = "" if domain is None else f" of domain {domain}"
-    text = f"the running statistics{place} have seen no batch: evaluation normalizes by mean 0 and variance 1"
-    return [Finding("untrained", "warning", (), domain, text)]
-
-
-@np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
-def _of_statistics(
-    s: Statistics, gamma: NDArray[Any] | None, beta: NDArray[Any] | None, eps: float, domain: int | None
-) -> list[Finding]:
+def _of_statistics(s: Statistics, gamma: PerChannel, beta: PerChannel, eps: float, evaluates: bool) -> Iterator[_Found]:
     """Find what is wrong in one set of running statistics."""
-    found: list[Finding] = []
     mean, var = s.mean, s.var
+    if evaluates and s.update_count == 0 and mean.size and (mean == 0).all() and (var == 1).all():
+        text = "the running statistics{place} have seen no batch: evaluation normalizes by mean 0 and variance 1"
+        yield "untrained", text, None
     for name, values in (("running_mean", mean), ("running_var", var)):
-        _add(found, "nonfinite", ~np.isfinite(values), f"{name} is not finite", domain, "error")
-    _add(found, "negative_variance", var < 0, "running_var is negative", domain, "error")
+        yield "nonfinite", f"{name} is not finite", ~np.isfinite(values)
+    yield "negative_variance", "running_var is negative", var < 0
     if s.update_count > 0:
-        text = f"running_var is no more than eps = {eps:g}"
-        _add(found, "vanishing_variance", (var >= 0) & (var <= eps), text, domain)
+        yield "vanishing_variance", f"running_var is no more than eps = {eps:g}", (var >= 0) & (var <= eps)
     good = np.isfinite(mean) & np.isfinite(var) & (var >= 0)
     total = np.where(good & (var + eps > 0), var + eps, np.inf)  # where it is 0, rstd is 0, as in the functions
-    scale = _wide(gamma, 1.0, len(mean)) / np.sqrt(total)
-    offset = _wide(beta, 0.0, len(mean)) - np.where(good, mean, 0.0) * scale
+    scale = gamma / np.sqrt(total)
+    offset = beta - np.where(good, mean, 0.0) * scale
     for name, values in (("running_mean", mean), ("running_var", var), ("scale", scale), ("offset", offset)):
-        beyond = good & np.isinf(values.astype(np.float16))
-        _add(found, "float16", beyond, f"{name} is beyond float16's {_FLOAT16_MAX:g}", domain)
+        text = f"{name} is beyond float16's {_FLOAT16_MAX:g}"
+        yield "float16", text, good & np.isinf(values.astype(np.float16))
     low = good & (scale != 0) & (np.abs(scale.astype(np.float16)) < _FLOAT16_NORMAL)
-    _add(found, "float16", low, "scale is subnormal in float16", domain)
-    return found
+    yield "float16", "scale is subnormal in float16", low
 
 
-@np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
-def _of_batch(batch: Batch, s: Statistics, settings: Settings, domain: int | None) -> list[Finding]:
+def _of_batch(batch: Batch, s: Statistics, settings: Settings) -> Iterator[_Found]:
     """Find what the last batch tells beside the running statistics of its domain."""
-    found: list[Finding] = []
-    m, mean, var, weights_are, update_rate = (batch.moments, s.mean, s.var, settings.weights_are, settings.update_rate)
+    m, mean, var, are = batch.moments, s.mean, s.var, settings.weights_are
     finite = np.isfinite(m.mean) & np.isfinite(m.m2)
-    _add(found, "nonfinite_batch", ~finite, "the last batch's mean or variance is not finite", domain)
-    count = _worth(m, weights_are)
+    yield "nonfinite_batch", "the last batch's mean or variance is not finite", ~finite
+    count = _worth(m, are)
     good = finite & (count >= 2) & np.isfinite(mean) & np.isfinite(var) & (var > 0)
-    batch_var = m.var(settings.ddof, weights_are=weights_are or "importance")
+    batch_var = m.var(settings.ddof, weights_are=are or "importance")
     n, ratio = np.where(good, count, 2.0), np.where(good, batch_var, 1.0) / np.where(good, var, 1.0)
-    rate = 0.0 if update_rate is None else update_rate
+    rate = 0.0 if settings.update_rate is None else settings.update_rate
     if rate < 1:
         off = np.where(good, m.mean - mean, 0.0) / np.sqrt(np.where(good, var, 1.0))
         errors = off * np.sqrt(n * (2 - rate) / 2) / (1 - rate)  # the running mean has noise, and took its share
-        _drift(found, "mean_drift", "mean", errors, np.abs(off) >= _DRIFT_MEAN, domain)
+        yield from _drift("mean", errors, np.abs(off) >= _DRIFT_MEAN)
         # Wilson and Hilferty (1931): the cube root of a variance is nearly normal, down to 2 values.
         share = 2 / (9 * (n - 1))
         errors = (np.cbrt(ratio) - (1 - share)) / np.sqrt(share)
-        far = (ratio >= _DRIFT_VAR) | (ratio <= 1 / _DRIFT_VAR)
-        _drift(found, "variance_drift", "variance", errors, good & far, domain)
-    values = count * s.update_count if s.pooled is None else _worth(s.pooled, weights_are)
+        yield from _drift("variance", errors, good & ((ratio >= _DRIFT_VAR) | (ratio <= 1 / _DRIFT_VAR)))
+    values = count * s.update_count if s.pooled is None else _worth(s.pooled, are)
     if rate > 0:
         values = np.minimum(values, count * (2 - rate) / rate)
-    if s.update_count > 0 and update_rate != 0 and values.size and values.min() < _ENOUGH_VALUES:
+    if s.update_count > 0 and settings.update_rate != 0 and values.size:
         text = f"the running variance averages {values.min():g} values, and should {_ENOUGH_VALUES:g},"
-        _add(found, "few_values", values < _ENOUGH_VALUES, text, domain)
+        yield "few_values", text, values < _ENOUGH_VALUES
     if batch.size < _SMALL_BATCH * batch.largest:
-        text = f"the last x had {batch.size} values, an earlier one {batch.largest}"
-        found.append(Finding("small_batch", "warning", (), domain, text))
-    return found
+        yield "small_batch", f"the last x had {batch.size} values, an earlier one {batch.largest}", None
 
 
 def _worth(m: Moments, weights_are: WeightsAre | None) -> PerChannel:
@@ -235,27 +235,9 @@ def _worth(m: Moments, weights_are: WeightsAre | None) -> PerChannel:
     return np.where(m.count > 0, m.count / (m.count - m._dof), 0.0)
 
 
-def _drift(found: list[Finding], kind: str, what: str, errors: PerChannel, matters: Flags, domain: int | None) -> None:
+def _drift(what: str, errors: PerChannel, matters: Flags) -> Iterator[_Found]:
     far = matters & (np.abs(errors) >= _DRIFT_ERRORS)
     if far.any():
         worst = errors[far][np.argmax(np.abs(errors[far]))]
         text = f"the last batch's {what} is {worst:+.3g} standard errors from the running one at the worst,"
-        _add(found, kind, far, text, domain)
-
-
-def _add(
-    found: list[Finding], kind: str, where: Flags, text: str, domain: int | None = None, severity: str = "warning"
-) -> None:
-    """Add a finding about the channels where `where` is true, if there are any."""
-    channels = tuple(np.flatnonzero(where).tolist())
-    if not channels:
-        return
-    shown = ", ".join(map(str, channels[:_SHOWN]))
-    rest = f" and {len(channels) - _SHOWN} more" if len(channels) > _SHOWN else ""
-    place = "" if domain is None else f" of domain {domain}"
-    plural = "" if len(channels) == 1 else "s"
-    found.append(Finding(kind, severity, channels, domain, f"{text} in channel{plural} {shown}{rest}{place}"))
-
-
-def _wide(parameter: NDArray[Any] | None, default: float, channels: int) -> PerChannel:
-    return np.full(channels, default) if parameter is None else parameter.astype(np.float64)
+        yield f"{what}_drift", text, far

@@ -472,7 +472,7 @@ class BatchNorm(Layer):
             k, seen, size = state.batch
             batch = Batch(k, merged(seen, settings.channels), size, state.largest_size)
         evaluates = not self._training or self._frozen[0]
-        return Report(tuple(findings(state, settings, batch, evaluates=evaluates)))
+        return Report(findings(state, settings, batch, evaluates=evaluates))
 
     # ---- saved state ----
 
