@@ -52,15 +52,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--includes", action=_Print, text=_includes, help=text)
     commands = parser.add_subparsers(required=True, metavar="command")
 
-    text = "measure, on handwritten digits, each claim made for batch normalization"
-    demo_parser = commands.add_parser("demo", help=text, description=text)
-    demo.add_arguments(demo_parser)
-    demo_parser.set_defaults(run=demo.run)
-
-    text = "time it against a copy of the same bytes, and against other libraries"
-    bench_parser = commands.add_parser("bench", help=text, description=text)
-    bench.add_arguments(bench_parser)
-    bench_parser.set_defaults(run=bench.run)
+    claims = "measure, on handwritten digits, each claim made for batch normalization"
+    times = "time it against a copy of the same bytes, and against other libraries"
+    for name, program, text in (("demo", demo, claims), ("bench", bench, times)):
+        of_program = commands.add_parser(name, help=text, description=text)
+        program.add_arguments(of_program)
+        of_program.set_defaults(run=program.run)
 
     text = "version, compiler, instruction sets built, available and active, threads"
     info_parser = commands.add_parser("info", help=text, description=text)

@@ -112,10 +112,3 @@ def _memory_order(x: Array) -> list[int] | None:
             return None
         block *= x.shape[d]
     return order
-
-
-def same(a: Array, b: Array) -> bool:
-    """Whether two arrays of one shape lie in memory in the same way."""
-    if a.strides == b.strides:
-        return True
-    return all(s == t or n == 1 for s, t, n in zip(a.strides, b.strides, a.shape, strict=True))

@@ -16,6 +16,7 @@ from batchnorm import _validate
 from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import CONVENTIONS, Library
 from batchnorm.layers import BatchNorm
+from batchnorm.layers.layer import Default
 from batchnorm.layers.settings import Nonfinite, SingleValue, flag, parameter_dtype
 from batchnorm.running import RenormSchedule
 
@@ -72,14 +73,7 @@ class MostSettings(MoreSettings, total=False):
     axis: int
 
 
-class _AsEver:
-    """The default of a setting that is that of `BatchNorm`."""
-
-    def __repr__(self) -> str:
-        return "<as in BatchNorm()>"
-
-
-AS_EVER: Any = _AsEver()
+AS_EVER: Any = Default("as in BatchNorm()")
 
 
 @dataclass(frozen=True, eq=False)

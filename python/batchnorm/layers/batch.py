@@ -25,7 +25,7 @@ from batchnorm.layers.calls import (
     warnings_may_raise,
     x_channels,
 )
-from batchnorm.layers.layer import Call, Layer, State, _Default, is_x, snapshot
+from batchnorm.layers.layer import Call, Default, Layer, State, is_x, snapshot
 from batchnorm.layers.settings import Nonfinite, Setting, Settings, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
 from batchnorm.moments import Moments, moments
@@ -42,7 +42,7 @@ _Made = tuple[Saved, State, Following | None]
 # Past the __new__ of a NamedTuple, which takes three times as long.
 _new_state: Callable[[tuple[Any, ...]], State] = partial(tuple.__new__, State)
 
-_BY_CONVENTION: Any = _Default("by convention")
+_BY_CONVENTION: Any = Default("by convention")
 _SHARES = ("segments", "ghost_size")  # say what shares statistics
 _OF_LAYER = frozenset(("use_stats", "update_stats", "domain"))  # are no options of the functions
 

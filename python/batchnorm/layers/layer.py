@@ -42,7 +42,7 @@ class State(NamedTuple):
     largest_size: int  # of an x that did
 
 
-class _Default:
+class Default:
     """The default of an argument whose value depends on others."""
 
     def __init__(self, text: str) -> None:
@@ -52,7 +52,7 @@ class _Default:
         return f"<{self._text}>"
 
 
-_ALL: Any = _Default("all")
+_ALL: Any = Default("all")
 
 
 class _Parameter:
