@@ -53,9 +53,12 @@ def backward(
     count, dx is 0 and dy is left out of the sums where y was 0 (``padding="zero"``), dx is dy where y was x ("keep").
     Where statistics were given (`normalize`), dx = gamma·rstd·dy. After ReLU, dy is first set to 0 where y was not above
     0 before it; that is dresidual. Segments and ghosts each have a dx of their own, and share gamma and beta. With
-    renorm, whose r and d are constants, gamma·r stands for gamma in dx, and dgamma = sum(dy·(x̂·r + d)).
+    renorm, whose r and d are constants, gamma·r stands for gamma in dx, and dgamma = sum(dy·(x̂·r + d)). Source: Ioffe &
+    Szegedy (2015), section 3, simplified; Ioffe (2017), section 3.
 
-    Source: Ioffe & Szegedy (2015), section 3, simplified; Ioffe (2017), section 3.
+    An empty batch gives an empty dx, and zeros. TypeError or ValueError for a dy or out unlike x, and unknown names in
+    `needs`; nothing is written by a call that raises. Memory: dx and dresidual; while it runs, up to 3 KB a channel and a
+    few percent of x. Releases the GIL for large x.
 
     Parameters
     ----------
@@ -71,16 +74,6 @@ def backward(
     Gradients(dx, dgamma, dbeta, dresidual): dx and dresidual like x; dgamma and dbeta (C,) in the dtype of gamma
     (float64 where that is None or integers); None where not asked for, as dresidual is where no residual was added. Each
     within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴ with weights other than 0 and 1.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For a dy or out unlike x, and unknown names in `needs`. Nothing is written by a call that raises.
-
-    Notes
-    -----
-    An empty batch gives an empty dx, and zeros. Memory: dx and dresidual; while it runs, up to 3 KB a channel and a few
-    percent of x. Releases the GIL for large x.
 
     Examples
     --------
@@ -222,6 +215,10 @@ def jvp(
     0 (``padding="zero"``) or x' ("keep"). With renorm, x̂·r + d stands for x̂ at gamma', and gamma·r for gamma. Source:
     Ioffe & Szegedy (2015), algorithm 1, differentiated.
 
+    TypeError or ValueError for an x_dot or out unlike x, tangents of another shape, or of what the call had not;
+    NotImplementedError for SecondGradients, whose derivative would be of third order. Nothing is written by a call that
+    raises. Memory: y'; while it runs, up to 3 KB a channel and a few percent of x. Releases the GIL for large x.
+
     Parameters
     ----------
     x_dot : tangent of x: shape and dtype of x. A memory order other than that of x costs a copy.
@@ -236,18 +233,6 @@ def jvp(
     -------
     y_dot : shape, dtype and memory order of x; `out` where given. Within 5·2⁻²⁴ (float32) of the sum of its absolute
         terms.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For an x_dot or out unlike x, tangents of another shape, or of what the call had not. Nothing is written by a call
-        that raises.
-    NotImplementedError
-        For SecondGradients, whose derivative would be of third order.
-
-    Notes
-    -----
-    Memory: y'; while it runs, up to 3 KB a channel and a few percent of x. Releases the GIL for large x.
 
     Examples
     --------
@@ -299,7 +284,15 @@ def double_backward(
         dgamma = rstd·m·(c - ab).
 
     Where statistics were given: ddy = gamma·rstd·v + w·x̂ + v_dbeta, dx = w·rstd·dy, dgamma = rstd·sum(v·dy). ReLU's mask
-    and renorm's r and d are constants. Source: the formulas of `backward`, differentiated.
+    and renorm's r and d are constants. Source: the formulas of `backward`, differentiated. The other combinations of
+    second order (jvp of the backward pass, of the jvp, gradients of the jvp) are this function too; the head of this module
+    says how.
+
+    An empty batch gives empty arrays, and zeros. TypeError or ValueError for arrays unlike x, and unknown names in `needs`;
+    NotImplementedError for SecondGradients, whose derivative would be of third order. Nothing is written by a call that
+    raises. Memory: ddy and dx; an array like x where v_dx is None, and where ddy goes to an input that dx needs; while it
+    runs, up to 3 KB a channel and a few percent of x, and some float64 tensors where more than a batch of which all counts
+    was saved. Releases the GIL for large x.
 
     Parameters
     ----------
@@ -317,20 +310,6 @@ def double_backward(
     SecondGradients(ddy, dx, dgamma): ddy and dx like x; dgamma (C,) in the dtype of gamma (float64 where that is
     None); None where not asked for. Of the sum of its absolute terms, ddy is within 5·2⁻²⁴ (float32), dx and dgamma
     within 2·2⁻²⁴.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For arrays unlike x, and unknown names in `needs`. Nothing is written by a call that raises.
-    NotImplementedError
-        For SecondGradients, whose derivative would be of third order.
-
-    Notes
-    -----
-    The other combinations of second order (jvp of the backward pass, of the jvp, gradients of the jvp) are this
-    function too; the head of this module says how. An empty batch gives empty arrays, and zeros. Memory: ddy and dx; an
-    array like x where v_dx is None, and where ddy goes to an input that dx needs; while it runs, up to 3 KB a channel
-    and a few percent of x, and some float64 tensors where more than a batch of which all counts was saved. Releases the GIL for large x.
 
     Examples
     --------

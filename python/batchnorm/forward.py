@@ -66,6 +66,15 @@ def batch_norm(
     y = (x - mean)/√(var + eps)·gamma + beta, with the batch's mean and biased variance (divided by the m values of a
     channel). Source: Ioffe & Szegedy (2015), "Batch Normalization", algorithm 1.
 
+    An empty batch, and one of which nothing counts, gives moments of count 0, and y = beta wherever that is normalized.
+    A segment of one value a channel has variance 0, and y = beta. NaN and infinity stay in their channel.
+
+    ValueError for one value per channel (position, ghost), which has no variance; for shapes, eps, weights or out that do
+    not fit; for options that exclude each other. TypeError for other dtypes. Nothing is written by a call that raises.
+
+    Memory: y, and a bit for each element with ReLU; while it runs, up to 3 KB a channel and a few percent of `x`. Releases
+    the GIL for large `x`. `saved` keeps `x` alive.
+
     Parameters
     ----------
     x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
@@ -108,21 +117,6 @@ def batch_norm(
         abs(y) before beta is added, and one rounding; a constant channel gives exactly beta. A residual is added to the
         rounded value. For float16 and bfloat16 the y of the same values in float32, rounded once more.
     saved : Saved, for `backward`, `jvp`, `double_backward`, `grad_sums` and `update_running`.
-
-    Raises
-    ------
-    ValueError
-        For one value per channel (position, ghost), which has no variance; for shapes, eps, weights or out that do not
-        fit; for options that exclude each other.
-    TypeError
-        For other dtypes. Nothing is written by a call that raises.
-
-    Notes
-    -----
-    An empty batch, and one of which nothing counts, gives moments of count 0, and y = beta wherever that is normalized.
-    A segment of one value a channel has variance 0, and y = beta. NaN and infinity stay in their channel. Memory: y, and a
-    bit for each element with ReLU; while it runs, up to 3 KB a channel and a few percent of `x`. Releases the GIL for large
-    `x`. `saved` keeps `x` alive.
 
     Examples
     --------
@@ -192,6 +186,9 @@ def normalize(
     y = (x - mean)/√(var + eps)·gamma + beta. Source: Ioffe & Szegedy (2015), algorithm 2, steps 10 and 11, whose
     population variance is the unbiased one; any variance will do here, and is used as it is.
 
+    TypeError and ValueError as in `batch_norm`, and for a negative variance. One value per channel is fine here. Memory: y;
+    while it runs, up to 1 KB a channel, and as `batch_norm` for what follows. Releases the GIL for large `x`.
+
     Parameters
     ----------
     x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order; copied only
@@ -209,16 +206,6 @@ def normalize(
     y : shape, dtype and memory order of `x`; `out` where given. Each channel's y is within 3·2⁻²⁴ (float32) of its
         largest abs(y) before beta is added, and one rounding, however large mean/std is.
     saved : Saved, only with `save`.
-
-    Raises
-    ------
-    TypeError, ValueError
-        As `batch_norm`; for a negative variance. One value per channel is fine here. Nothing is written by a call
-        that raises.
-
-    Notes
-    -----
-    Memory: y; while it runs, up to 1 KB a channel, and as `batch_norm` for what follows. Releases the GIL for large `x`.
 
     Examples
     --------

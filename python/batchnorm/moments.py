@@ -286,7 +286,9 @@ class Counts(_keywords.Counts, total=False):
 def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None, **parts: Unpack[Counts]) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
-    For the n values of a channel: mean = sum(x)/n, m2 = sum((x - mean)²); ``.var()`` is m2/n, biased.
+    For the n values of a channel: mean = sum(x)/n, m2 = sum((x - mean)²); ``.var()`` is m2/n, biased. TypeError or
+    ValueError for an `x` that is no such array (byte order included), an axis out of range. Memory: 40 bytes a channel;
+    while it runs, up to 2 KB a channel and a few percent of `x`. Releases the GIL for large `x`.
 
     Parameters
     ----------
@@ -304,15 +306,6 @@ def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None, *
     -------
     Moments, float64. For float32 `x`, mean and variance are within 1 float32 ulp of the exact ones for every finite
     input. No values: count, mean and m2 are 0. NaN and infinity stay in their channel.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For an `x` that is no such array (byte order included), an axis out of range.
-
-    Notes
-    -----
-    Memory: 40 bytes a channel; while it runs, up to 2 KB a channel and a few percent of `x`. Releases the GIL for large `x`.
 
     Examples
     --------

@@ -211,12 +211,8 @@ def update_running(
 
     Returns
     -------
-    running_mean, running_var : new (C,) float64 arrays. Memory: some arrays of C values.
-
-    Raises
-    ------
-    TypeError, ValueError
-        For shapes and dtypes that do not fit, a rate out of range, a batch of fewer than `ddof` + 1 values, or of a sum of
+    running_mean, running_var : new (C,) float64 arrays. Memory: some arrays of C values. TypeError or ValueError for
+        shapes and dtypes that do not fit, a rate out of range, a batch of fewer than `ddof` + 1 values, or of a sum of
         weights below that where they are counts.
 
     Examples

@@ -118,13 +118,8 @@ def read_state(
     Gives fresh arrays in native byte order, without the `text` that the file may hold beside them. What the numbers mean
     is not checked here. Memory: three times the state at most, whatever the file claims. Threads: any.
 
-    Raises
-    ------
-    ValueError
-        For a file that is not such a state file or is of another format version. No content of a file raises anything
-        else.
-    TypeError, OSError
-        For a path of another type, and where the file cannot be read.
+    ValueError for a file that is not such a state file or is of another format version, and nothing else for any content
+    of a file; TypeError for a path of another type, OSError where the file cannot be read.
     """
     source = _fsdecoded(path)
     try:

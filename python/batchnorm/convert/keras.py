@@ -66,12 +66,8 @@ def to_keras(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool
 
     Returns
     -------
-    dict of gamma, beta (each only where the layer has it), moving_mean, moving_variance, in this order.
-
-    Raises
-    ------
-    ValueError
-        For ddof=1 (and renorm with parity="torchrl") without `any_ddof`, update_rate=None, and domains.
+    dict of gamma, beta (each only where the layer has it), moving_mean, moving_variance, in this order. ValueError for
+    ddof=1 (and renorm with parity="torchrl") without `any_ddof`, for update_rate=None, and for domains.
 
     Examples
     --------

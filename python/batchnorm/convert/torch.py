@@ -51,12 +51,8 @@ def from_torch(
     Returns
     -------
     BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module, training for a
-    state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d).
-
-    Raises
-    ------
-    TypeError, ValueError
-        For what is no such source: no running statistics, values that are not finite, a negative variance.
+    state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d). TypeError or
+    ValueError for what is no such source: no running statistics, values that are not finite, a negative variance.
 
     Examples
     --------
@@ -83,12 +79,8 @@ def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool
 
     Returns
     -------
-    dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes.
-
-    Raises
-    ------
-    ValueError
-        For ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
+    dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes. ValueError for
+    ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
 
     Examples
     --------

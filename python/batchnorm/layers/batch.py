@@ -87,8 +87,6 @@ class BatchNorm(Layer):
     num_threads    None      threads of each call; None: those of the process
     ============== ========= ==================================================================================
 
-    Notes
-    -----
     TypeError and ValueError are raised for options that do not fit.
     A call that raises changes nothing: statistics, counts, gradients, mode and what is kept for backward are as before.
     Memory: a reference to the x of the last call, to its residual in evaluation, and arrays of size C. Copies and pickles
@@ -222,6 +220,9 @@ class BatchNorm(Layer):
     ) -> NDArray[Any]:
         """Return the normalized x; in training also update the running statistics.
 
+        TypeError or ValueError for an argument that does not fit; nothing has changed or been written then. Memory: y, and
+        what `batch_norm` takes. With `out`, x is read once more where a value that is not finite would raise.
+
         Parameters
         ----------
         x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order, C long on
@@ -240,16 +241,6 @@ class BatchNorm(Layer):
         Returns
         -------
         y : shape, dtype and memory order of x; `out` where given.
-
-        Raises
-        ------
-        TypeError, ValueError
-            For an argument that does not fit. Nothing has changed or been written then.
-
-        Notes
-        -----
-        Memory: y, and what `batch_norm` takes. With `out`, x is read once more where a value that is not finite would
-        raise.
 
         Examples
         --------

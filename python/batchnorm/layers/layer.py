@@ -151,7 +151,9 @@ class Layer:
         """Return dx for the last call of the layer, and set `dgamma`, `dbeta` and `dresidual`: `backward` of functions.
 
         It belongs to that call whatever has happened since: gamma, statistics and mode are those of then. After a call
-        that normalized by running statistics, these are constants. It may be called again.
+        that normalized by running statistics, these are constants. It may be called again. RuntimeError without such a
+        call, or where it had ``out=x`` or ``keep=None``; TypeError or ValueError for an argument that does not fit: nothing
+        has changed or been written then.
 
         Parameters
         ----------
@@ -162,13 +164,6 @@ class Layer:
         Returns
         -------
         dx : shape, dtype and memory order of x; None without "x" in `needs`.
-
-        Raises
-        ------
-        RuntimeError
-            Without such a call, or where it had ``out=x`` or ``keep=None``.
-        TypeError, ValueError
-            For an argument that does not fit. Nothing has changed or been written then.
 
         Examples
         --------
