@@ -6,18 +6,11 @@ import argparse
 import json
 import sys
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from batchnorm import __version__, bench, demo, show_config
 from batchnorm.info import config, cpp_directory
-
-
-def _cmake_directory() -> str:
-    return str(cpp_directory("lib/cmake/batchnorm", "batchnormConfig.cmake"))
-
-
-def _includes() -> str:
-    return f"-I{cpp_directory('include', 'batchnorm/batchnorm.hpp')}"
 
 
 class _Print(argparse.Action):
@@ -47,9 +40,11 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="python -m batchnorm", description=__doc__)
     parser.add_argument("--version", action="version", version=__version__)
     text = "print the folder of batchnormConfig.cmake, for -Dbatchnorm_DIR="
-    parser.add_argument("--cmakedir", action=_Print, text=_cmake_directory, help=text)
+    cmake = partial(cpp_directory, "lib/cmake/batchnorm", "batchnormConfig.cmake")
+    parser.add_argument("--cmakedir", action=_Print, text=lambda: str(cmake()), help=text)
     text = "print the compiler's option that finds the C++ headers"
-    parser.add_argument("--includes", action=_Print, text=_includes, help=text)
+    include = partial(cpp_directory, "include", "batchnorm/batchnorm.hpp")
+    parser.add_argument("--includes", action=_Print, text=lambda: f"-I{include()}", help=text)
     commands = parser.add_subparsers(required=True, metavar="command")
 
     claims = "measure, on handwritten digits, each claim made for batch normalization"

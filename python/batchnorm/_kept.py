@@ -155,15 +155,9 @@ class Kept:
         """Make room for what such a gradient is made of, for each set."""
         return np.empty(self.channels * self._saved.part.sets) if needed else None
 
-    def sum_up(
-        self,
-        dgamma: Array | None,
-        dbeta: Array | None,
-        turn: PerChannel | None,
-        dscale: Array | None,
-        dshift: Array | None,
-    ) -> None:
-        """Write dgamma = turn·dscale + d·dshift and dbeta = dshift, summed over the sets."""
+    def sum_up(self, results: Any, turn: PerChannel | None, dscale: Array | None, dshift: Array | None) -> None:
+        """Write dgamma = turn·dscale + d·dshift and dbeta = dshift, summed over the sets, to gradients that have room."""
+        dgamma, dbeta = results.dgamma, getattr(results, "dbeta", None)
         if dgamma is not None and dscale is not None and dgamma is not dscale:
             _passes.combine(dgamma, turn, dscale, self.d if dshift is not None else None, dshift)
         if dbeta is not None and dshift is not None and dbeta is not dshift:

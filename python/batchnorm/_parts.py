@@ -43,8 +43,7 @@ class Part:
     offsets: NDArray[np.int64] | None = None
     table: NDArray[np.float64] | None = None
 
-    def __repr__(self) -> str:
-        return _validate.summary(self)
+    __repr__ = _validate.summary
 
     @property
     def sets(self) -> int:

@@ -39,8 +39,7 @@ class ReluMask:
     layout: Layout = field(repr=False)
     data: NDArray[np.uint8]
 
-    def __repr__(self) -> str:
-        return _validate.summary(self)
+    __repr__ = _validate.summary
 
     @classmethod
     def room(cls, layout: Layout) -> ReluMask:

@@ -113,7 +113,7 @@ def backward(
         dscale, dshift = of.wide(need_gamma), of.wide(need_gamma or need_beta)
     to = dx.block, residual.block, dscale, dshift, of.threads
     _core.backward(of.layout.block(dy), of.block, of.call, of.statistics, *to)
-    of.sum_up(dgamma, dbeta, of.turn, dscale, dshift)
+    of.sum_up(results, of.turn, dscale, dshift)
     dx.deliver()
     residual.deliver()
     return of.rounded(results)
@@ -351,7 +351,7 @@ def double_backward(
         dscale = _passes.double_backward_by_formula(call, second, stopped, added, of.standard(), *by_channel)
     if to_dy is not ddy.block:
         ddy.block[...] = to_dy
-    of.sum_up(dgamma, None, of.r, dscale, None)
+    of.sum_up(results, of.r, dscale, None)
     ddy.deliver()
     dx.deliver()
     return of.rounded(results)

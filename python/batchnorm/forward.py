@@ -133,7 +133,7 @@ def batch_norm(
         return done
     if options:
         _keywords.no_options("batch_norm", options)
-    return normalized_by_batch(_same, x, gamma, beta, axis, eps, options, out, num_threads)
+    return normalized_by_batch(same, x, gamma, beta, axis, eps, options, out, num_threads)
 
 
 @overload
@@ -269,7 +269,7 @@ def instance_norm(
         _keywords.no_options("instance_norm", options)
     x = _validate.array("x", x)
     given = {**options, "ghost_size": of_samples(x, _validate.axis(axis, x.ndim))}
-    return normalized_by_batch(_same, x, gamma, beta, axis, eps, given, out, num_threads)
+    return normalized_by_batch(same, x, gamma, beta, axis, eps, given, out, num_threads)
 
 
 def ordinary_saved(
@@ -291,7 +291,8 @@ def ordinary_saved(
     return Saved(x, moments, gamma, axis, eps, **others)
 
 
-def _same(saved: Saved) -> Saved:
+def same(saved: Saved) -> Saved:
+    """Make of what is saved nothing else."""
     return saved
 
 

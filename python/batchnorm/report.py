@@ -76,8 +76,7 @@ class Finding:
     domain: int | None
     text: str
 
-    def __repr__(self) -> str:
-        return _validate.summary(self)
+    __repr__ = _validate.summary
 
 
 @dataclass(frozen=True)

@@ -160,8 +160,7 @@ class Renorm:
             samples = _validate.int_at_least("samples", samples, 2, " or None")
         self.__dict__.update(mean=center, var=spread, parity=parity, samples=samples, **limits)
 
-    def __repr__(self) -> str:
-        return _validate.summary(self)
+    __repr__ = _validate.summary
 
     def correction(self, batch: Moments, eps: float) -> tuple[PerChannel, PerChannel]:
         """Give r and d for each entry of the moments of a batch, clipped and weighted."""

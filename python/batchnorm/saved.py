@@ -75,8 +75,7 @@ class Saved:
         if others:
             fields.update(others)
 
-    def __repr__(self) -> str:
-        return _validate.summary(self)
+    __repr__ = _validate.summary
 
     @cached_property
     def rstd(self) -> PerChannel:

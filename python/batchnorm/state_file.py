@@ -125,13 +125,19 @@ def read_state(
     try:
         room = sum(entry.nbytes for entry in entries.values()) + (0 if text is None else text.nbytes)
         members = _unpack(_read_bounded(source, room, text))
-        _check_version(members)
+        version = _member_name(_VERSION_NAME)
+        if version not in members:
+            raise _malformed("file", f"have a member {version!r}", ", ".join(map(repr, members)) or "no members")
+        came = int(_decode(version, members[version], _VERSION_ENTRY))
+        if came != FORMAT_VERSION:
+            needed = f"be {FORMAT_VERSION}, the one that this release of batchnorm reads"
+            raise _malformed("format_version", needed, came)
         if text is not None:
             name = _member_name(text.name)
             text.require(_decode_text(name, members.pop(name)) if name in members else None)
         expected = {_member_name(name): entry for name, entry in entries.items()}
-        if set(members) != {_member_name(_VERSION_NAME), *expected}:
-            needed = ", ".join([_member_name(_VERSION_NAME), *expected])
+        if set(members) != {version, *expected}:
+            needed = ", ".join([version, *expected])
             raise _malformed("file", f"have the members {needed}", ", ".join(map(repr, members)) or "none")
         return {name: _decode(_member_name(name), members[_member_name(name)], e) for name, e in entries.items()}
     except ValueError as error:
@@ -359,17 +365,6 @@ def _locate(raw: bytes, at: int, end: int, expected_offset: int, data_limit: int
     if actual != crc:
         raise _malformed(what, f"have the checksum {crc:#010x}", f"{actual:#010x}")
     return name, record_end, data_begin, data_end
-
-
-def _check_version(members: Mapping[str, bytes]) -> None:
-    name = _member_name(_VERSION_NAME)
-    if name not in members:
-        raise _malformed("file", f"have a member {name!r}", ", ".join(map(repr, members)) or "no members")
-    version = int(_decode(name, members[name], _VERSION_ENTRY))
-    if version != FORMAT_VERSION:
-        raise _malformed(
-            "format_version", f"be {FORMAT_VERSION}, the one that this release of batchnorm reads", version
-        )
 
 
 def _decode_text(name: str, content: bytes) -> str:

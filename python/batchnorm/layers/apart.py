@@ -18,6 +18,8 @@ from batchnorm.layers.statistics import merged
 from batchnorm.moments import merge
 from batchnorm.saved import Gradients, Saved
 
+Array = NDArray[Any]
+
 if TYPE_CHECKING:
     from batchnorm.layers.batch import BatchNorm
 
@@ -30,10 +32,10 @@ _HEAD, _TAIL = slice(0, -1), slice(-1, None)
 class Apart:
     """Of a call that has normalized some rows of x apart from others: which, and what each has saved."""
 
-    x: NDArray[Any]
+    x: Array
     parts: tuple[tuple[slice, Saved], ...]
 
-    def backward(self, dy: NDArray[Any], *, needs: Sequence[str], out: Any, num_threads: int | None) -> Gradients:
+    def backward(self, dy: Array, *, needs: Sequence[str], out: Any, num_threads: int | None) -> Gradients:
         """Do `backward` of all rows; gradients of gamma and beta add up in float64."""
         dy, (_, first) = _validate.array_like("dy", dy, self.x), self.parts[0]
         to = out if isinstance(out, tuple) else (out, None)
@@ -53,9 +55,7 @@ class Apart:
         return Gradients(whole[0], sums.get("gamma"), sums.get("beta"), whole[1])
 
 
-def of_one_value(
-    layer: BatchNorm, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
-) -> NDArray[Any] | None:
+def of_one_value(layer: BatchNorm, x: Array, out: Array | None, told: Options, k: int, update: bool) -> Array | None:
     """Normalize x where one value a channel counts, in all or in a last ghost; None where it is not so."""
     settings, axis, size = layer.settings, layer.settings.axis, layer.settings.ghost_size
     if not isinstance(x, np.ndarray) or not -x.ndim <= axis < x.ndim or told.get("segments") is not None:
@@ -79,9 +79,7 @@ def of_one_value(
     return None
 
 
-def _ghosts_and_one(
-    layer: BatchNorm, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool
-) -> NDArray[Any]:
+def _ghosts_and_one(layer: BatchNorm, x: Array, out: Array | None, told: Options, k: int, update: bool) -> Array:
     """Normalize ghosts, and one value a channel behind them as `single_value` says."""
     settings, state = layer.settings, layer._state
     x = _validate.array("x", x)

@@ -14,17 +14,10 @@ from numpy.typing import DTypeLike, NDArray
 from batchnorm import _keywords, _validate, conventions
 from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import Library
-from batchnorm.forward import normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved
+from batchnorm.forward import normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved, same
+from batchnorm.layers import calls
 from batchnorm.layers.apart import COUNTS, of_one_value
-from batchnorm.layers.calls import (
-    CALL_OPTIONS,
-    USE_STATS,
-    CallOptions,
-    domain,
-    stacklevel_of_caller,
-    warnings_may_raise,
-    x_channels,
-)
+from batchnorm.layers.calls import CallOptions
 from batchnorm.layers.layer import Call, Default, Layer, State, is_x, snapshot
 from batchnorm.layers.settings import Nonfinite, Setting, Settings, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
@@ -33,10 +26,12 @@ from batchnorm.report import Batch, Report, findings
 from batchnorm.running import Renorm, RenormSchedule, new_room
 from batchnorm.saved import Saved
 
+Array = NDArray[Any]
+
 __all__ = ["BatchNorm"]
 
 Options = Mapping[str, Any]
-_Given = tuple[State, NDArray[Any], Options, int, bool, Any]  # what a training call is about
+_Given = tuple[State, Array, Options, int, bool, Any]  # what a training call is about
 _Made = tuple[Saved, State, Following | None]
 
 # Past the __new__ of a NamedTuple, which takes three times as long.
@@ -210,14 +205,14 @@ class BatchNorm(Layer):
         return tuple(Statistics.initial(self.settings) for _ in range(self.settings.domains or 1))
 
     def _of_domains(self, values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
-        return _read_only(values[0] if self.settings.domains is None else np.stack(values))
+        array = values[0] if self.settings.domains is None else np.stack(values)
+        array.flags.writeable = False  # nobody has written to it, and nobody can from now on
+        return array
 
     # ---- forward ----
 
     @_keywords.options(CallOptions, keep="x")
-    def __call__(
-        self, x: NDArray[Any], *, out: NDArray[Any] | None = None, **options: Unpack[CallOptions]
-    ) -> NDArray[Any]:
+    def __call__(self, x: Array, *, out: Array | None = None, **options: Unpack[CallOptions]) -> Array:
         """Return the normalized x; in training also update the running statistics.
 
         TypeError or ValueError for an argument that does not fit; nothing has changed or been written then. Memory: y, and
@@ -249,7 +244,7 @@ class BatchNorm(Layer):
         array([[-1.],
                [ 1.]])
         """
-        if options and not options.keys() <= CALL_OPTIONS:
+        if options and not options.keys() <= calls.CALL_OPTIONS:
             _keywords.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
         told, k = self._fixed, 0
@@ -258,7 +253,7 @@ class BatchNorm(Layer):
             if self.settings.domains is not None or not _OF_LAYER.isdisjoint(options):
                 by_batch, update, told, k = self._asked(told, by_batch)
             if by_batch:
-                x = x_channels(x, self.settings.axis, self.settings.channels)
+                x = calls.x_channels(x, self.settings.axis, self.settings.channels)
                 if self.settings.single_value != "raise":
                     y = of_one_value(self, x, out, told, k, update)
                     if y is not None:
@@ -269,10 +264,10 @@ class BatchNorm(Layer):
 
     def _asked(self, options: Options, by_batch: bool) -> tuple[bool, bool, Options, int]:
         """Give what normalizes, whether that is learned, what the functions are told, and the domain."""
-        k, update = domain(options.get("domain"), self.settings.domains), by_batch
+        k, update = calls.domain(options.get("domain"), self.settings.domains), by_batch
         use_stats, update_stats = options.get("use_stats"), options.get("update_stats")
         if use_stats is not None:
-            by_batch = _validate.choice("use_stats", use_stats, USE_STATS) == "batch"
+            by_batch = _validate.choice("use_stats", use_stats, calls.USE_STATS) == "batch"
         if update_stats is not None:
             update = flag("update_stats", update_stats)
             if update and self._frozen[0]:
@@ -280,17 +275,19 @@ class BatchNorm(Layer):
         told = {name: value for name, value in options.items() if name not in _OF_LAYER}
         return by_batch, update, told, k
 
-    def _by_batch(self, x: NDArray[Any], out: NDArray[Any] | None, told: Options, k: int, update: bool) -> NDArray[Any]:
+    def _by_batch(self, x: Array, out: Array | None, told: Options, k: int, update: bool) -> Array:
         """Normalize by the statistics of x, and learn of them."""
         settings, state = self.settings, self._state
         gamma, now = state.gamma, state.statistics[k]
         if settings.renorm is not None:
             told = {**told, "renorm": self._renorm(now)}
-        if update and out is not None and self._may_raise():  # x is read once more, before out is written
+        policy = settings.nonfinite
+        may_raise = policy == "raise" or (policy == "warn" and out is not None and calls.warnings_may_raise())
+        if update and out is not None and may_raise:  # x is read once more, before out is written
             update = self._is_finite(now, self._moments(x, told))
         room = new_room(gamma, now.mean) or (None, np.empty_like(now.mean), np.empty_like(now.mean))
         given = state, x, told, k, update, room
-        keep: Any = _itself
+        keep: Any = same
         keep_of: Any = ordinary_saved
         if out is not None:  # all that the call leaves is made before it writes, as is what may fail
             made = partial(self._made, given=given, is_before=True)
@@ -299,7 +296,7 @@ class BatchNorm(Layer):
         done = ordinary_batch_norm(keep_of, x, *rest, out, settings.num_threads, told or None)
         if done is None:
             if not told:  # else that has been looked at
-                x = x_channels(x, settings.axis, settings.channels)
+                x = calls.x_channels(x, settings.axis, settings.channels)
             done = normalized_by_batch(keep, x, *rest, told, out, settings.num_threads)
         y, kept = done
         saved, after, nexts = kept if out is not None else self._made(kept, given, False)
@@ -348,16 +345,16 @@ class BatchNorm(Layer):
 
     def _by_running(
         self,
-        x: NDArray[Any],
-        out: NDArray[Any] | None,
+        x: Array,
+        out: Array | None,
         told: Options,
         k: int,
         update: bool,
         given: tuple[NDArray[np.float64], NDArray[np.float64], float] | None = None,
-    ) -> NDArray[Any]:
+    ) -> Array:
         """Normalize by running statistics, or by mean, var and eps that are given; learn of x where that is asked for."""
         settings, state = self.settings, self._state
-        x = x_channels(x, settings.axis, settings.channels)
+        x = calls.x_channels(x, settings.axis, settings.channels)
         now, changes = state.statistics[k], {}
         mean, var, eps = given or (now.mean, now.var, settings.eps)
         if update:
@@ -395,7 +392,7 @@ class BatchNorm(Layer):
         evaluation[1].clear()  # backward does not look there any more
         return y
 
-    def _changes(self, x: NDArray[Any], told: Options, k: int, state: State) -> dict[str, Any]:
+    def _changes(self, x: Array, told: Options, k: int, state: State) -> dict[str, Any]:
         """Give what changes in the state as x is learned of without normalizing by it."""
         settings, size = self.settings, x.size
         if settings.renorm is not None:
@@ -418,14 +415,9 @@ class BatchNorm(Layer):
 
     # ---- learning ----
 
-    def _moments(self, x: NDArray[Any], told: Options) -> Moments:
+    def _moments(self, x: Array, told: Options) -> Moments:
         counted = {name: told[name] for name in (*COUNTS, *_SHARES) if name in told}
         return moments(x, axis=self.settings.axis, num_threads=self.settings.num_threads, **counted)
-
-    def _may_raise(self) -> bool:
-        """Tell whether a batch that is not finite may end the call."""
-        policy = self.settings.nonfinite
-        return policy == "raise" or (policy == "warn" and warnings_may_raise())
 
     def _learned(self, before: tuple[Statistics, ...], k: int, batch: Saved | Moments) -> tuple[Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
@@ -442,7 +434,9 @@ class BatchNorm(Layer):
             if policy == "raise":
                 raise ValueError(text)
             if policy == "warn":
-                warnings.warn(f"{text}: they are left as they are", RuntimeWarning, stacklevel=stacklevel_of_caller())
+                warnings.warn(
+                    f"{text}: they are left as they are", RuntimeWarning, stacklevel=calls.stacklevel_of_caller()
+                )
         return channel < 0
 
     # ---- diagnostics ----
@@ -467,14 +461,14 @@ class BatchNorm(Layer):
 
     # ---- saved state ----
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
+    def _arrays(self) -> dict[str, Array]:
         parts = [s.arrays(self.settings) for s in self._state.statistics]
-        own: dict[str, NDArray[Any]] = parts[0]
+        own: dict[str, Array] = parts[0]
         if self.settings.domains is not None:
             own = {name: np.stack([part[name] for part in parts]) for name in own}
         return super()._arrays() | own
 
-    def _of_arrays(self, arrays: Mapping[str, NDArray[Any]], strict: bool) -> State:
+    def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
         own = {name: a for name, a in arrays.items() if name not in ("gamma", "beta")}
         parts = [own]
         if self.settings.domains is not None:
@@ -488,10 +482,6 @@ class BatchNorm(Layer):
         return modes + super()._modes()
 
 
-def _itself(saved: Saved) -> Saved:
-    return saved
-
-
 def _counts(saved: Saved) -> bool:
     """Tell whether anything of x counts."""
     return saved.part.weights is None or bool(saved.part.weights.any())
@@ -499,9 +489,3 @@ def _counts(saved: Saved) -> bool:
 
 def _with(statistics: tuple[Statistics, ...], k: int, new: Statistics) -> tuple[Statistics, ...]:
     return (*statistics[:k], new, *statistics[k + 1 :])
-
-
-def _read_only(array: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Return the array itself, to be handed out: nobody has written to it, and nobody can from now on."""
-    array.flags.writeable = False
-    return array

@@ -14,6 +14,8 @@ from batchnorm import _keywords
 from batchnorm._validate import Keep
 from batchnorm.layers.settings import integer
 
+Array = NDArray[Any]
+
 UseStats = Literal["batch", "running"]
 USE_STATS: tuple[UseStats, ...] = get_args(UseStats)
 
@@ -22,7 +24,7 @@ class CallOptions(_keywords.Counted, total=False):
     """What a call of a layer may be told beside x and out."""
 
     segments: ArrayLike | None
-    residual: NDArray[Any] | None
+    residual: Array | None
     keep: Keep | None
     use_stats: UseStats | None
     update_stats: bool | None

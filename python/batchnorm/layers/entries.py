@@ -12,15 +12,17 @@ from batchnorm import _validate
 from batchnorm.layers.settings import kind
 from batchnorm.state_file import Entry
 
+Array = NDArray[Any]
+
 COUNT = np.dtype(np.int64)  # of all entries that count something, and of no others
 
 
-def of(arrays: Mapping[str, NDArray[Any]]) -> dict[str, Entry]:
+def of(arrays: Mapping[str, Array]) -> dict[str, Entry]:
     """Tell what a state like this must hold."""
     return {name: Entry(a.shape, a.dtype) for name, a in arrays.items()}
 
 
-def checked(values: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[Any]]:
+def checked(values: object, entries: Mapping[str, Entry]) -> dict[str, Array]:
     """Return fresh copies of all entries of a state: exactly the names of `entries`, with their shapes and dtypes.
 
     What counts must be >= 0, and may be any integer where it has no axes.
@@ -34,7 +36,7 @@ def checked(values: object, entries: Mapping[str, Entry]) -> dict[str, NDArray[A
     }
 
 
-def array(name: str, value: object, entry: Entry) -> NDArray[Any]:
+def array(name: str, value: object, entry: Entry) -> Array:
     """Return a copy of `value` as a C-contiguous array of the package's own."""
     if not isinstance(value, np.ndarray):
         write = _validate.to_write(name, value, entry.dtype)

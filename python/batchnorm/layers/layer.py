@@ -19,12 +19,14 @@ from batchnorm.layers.settings import Setting, Settings, flag, kind
 from batchnorm.saved import Saved
 from batchnorm.state_file import Entry
 
+Array = NDArray[Any]
+
 # What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
 # no backward (any more). Each call makes one, so that it also tells calls apart. A class of its own takes four times as
 # long to make.
 Call = list[Any]
 # What backward has given: dgamma, dbeta and dresidual. Replaced by one assignment.
-Results = list[NDArray[Any] | None]
+Results = list[Array | None]
 
 
 class State(NamedTuple):
@@ -33,8 +35,8 @@ class State(NamedTuple):
     So that nothing that ends a call in its midst, an error, a signal or a thread that looks, finds a part of it done.
     """
 
-    gamma: NDArray[Any] | None
-    beta: NDArray[Any] | None
+    gamma: Array | None
+    beta: Array | None
     statistics: tuple[Any, ...]  # one per domain; replaced as a whole, never changed
     call: Call  # the last that was no mere evaluation
     # The last that normalized or updated: domain, moments (of each ghost), size of x. Never changed once it is here.
@@ -64,10 +66,10 @@ class _Parameter:
     def __set_name__(self, owner: type, name: str) -> None:
         self._name = name
 
-    def __get__(self, layer: Any, kind: type) -> NDArray[Any] | MaybeNone:
+    def __get__(self, layer: Any, kind: type) -> Array | MaybeNone:
         return self if layer is None else getattr(layer._state, self._name)
 
-    def __set__(self, layer: Any, value: NDArray[Any] | None) -> None:
+    def __set__(self, layer: Any, value: Array | None) -> None:
         now, name = getattr(layer._state, self._name), self._name
         if now is None:
             if value is not None:
@@ -104,17 +106,17 @@ class Layer:
     # ---- parameters, gradients, modes ----
 
     @property
-    def dgamma(self) -> NDArray[Any] | MaybeNone:
+    def dgamma(self) -> Array | MaybeNone:
         """Gradient of gamma from the last backward, (C,) of `dtype`; None before it or if not asked for."""
         return self._results[0]
 
     @property
-    def dbeta(self) -> NDArray[Any] | MaybeNone:
+    def dbeta(self) -> Array | MaybeNone:
         """Gradient of beta, as `dgamma`."""
         return self._results[1]
 
     @property
-    def dresidual(self) -> NDArray[Any] | MaybeNone:
+    def dresidual(self) -> Array | MaybeNone:
         """Gradient of the residual from the last backward, like x; None where there was none, or it was not asked for."""
         return self._results[2]
 
@@ -142,12 +144,12 @@ class Layer:
     @_keywords.options(NoOptions)
     def backward(
         self,
-        dy: NDArray[Any],
+        dy: Array,
         *,
         needs: Iterable[Gradient] = _ALL,
-        out: NDArray[Any] | None = None,
+        out: Array | None = None,
         **others: Unpack[NoOptions],
-    ) -> NDArray[Any] | MaybeNone:
+    ) -> Array | MaybeNone:
         """Return dx for the last call of the layer, and set `dgamma`, `dbeta` and `dresidual`: `backward` of functions.
 
         It belongs to that call whatever has happened since: gamma, statistics and mode are those of then. After a call
@@ -182,7 +184,10 @@ class Layer:
         try:
             x, saved = call
         except ValueError:
-            raise _no_forward_call() from None
+            raise RuntimeError(
+                "backward must follow a call of the layer that left its x intact, got no such call: "
+                "call the layer first, and without out=x or keep=None"
+            ) from None
         names: Sequence[Gradient] = NEEDS
         overwrites = is_x(out[0] if isinstance(out, tuple) and out else out, x)
         if needs is not _ALL or self._frozen[1]:
@@ -204,10 +209,10 @@ class Layer:
         results[1] = self._as_gradient(given[2], state.beta)
         results[2] = given[3]
         self._results = results
-        dx: NDArray[Any] | None = given[0]
+        dx: Array | None = given[0]
         return dx
 
-    def _as_gradient(self, gradient: NDArray[Any] | None, parameter: NDArray[Any] | None) -> NDArray[Any] | None:
+    def _as_gradient(self, gradient: Array | None, parameter: Array | None) -> Array | None:
         if gradient is None or parameter is None:
             return None
         if gradient.dtype == self.settings.dtype:
@@ -220,19 +225,19 @@ class Layer:
     def _initial_statistics(self) -> tuple[Any, ...]:
         return ()
 
-    def _arrays(self) -> dict[str, NDArray[Any]]:
+    def _arrays(self) -> dict[str, Array]:
         """Give the state without its settings, in fresh arrays."""
         given = {"gamma": self._state.gamma, "beta": self._state.beta}
         return {name: value.copy() for name, value in given.items() if value is not None}
 
-    def _of_arrays(self, arrays: Mapping[str, NDArray[Any]], strict: bool) -> State:
+    def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
         """Give the state of such arrays, which fit, after refusing values that cannot be."""
         for name in ("gamma", "beta"):
             if name in arrays:
                 _validate.each_channel(name, arrays[name], np.isfinite(arrays[name]), "be finite")
         return self._state._replace(gamma=arrays.get("gamma"), beta=arrays.get("beta"))
 
-    def state_dict(self) -> dict[str, NDArray[Any]]:
+    def state_dict(self) -> dict[str, Array]:
         """Return what a layer of the same settings needs to go on bit for bit, in fresh arrays.
 
         gamma, beta : (C,) of `dtype`, where the layer has them.
@@ -325,18 +330,11 @@ class Layer:
         return self.__dict__ | {"_state": self._state._replace(call=[]), "_evaluation": None}
 
 
-def is_x(out: NDArray[Any] | None, x: NDArray[Any]) -> bool:
+def is_x(out: Array | None, x: Array) -> bool:
     """Tell whether a call with this `out` leaves nothing of x."""
     return out is not None and isinstance(x, np.ndarray) and x.size > 0 and _validate.same_memory(out, x)
 
 
-def snapshot(parameter: NDArray[Any] | None) -> NDArray[Any] | None:
+def snapshot(parameter: Array | None) -> Array | None:
     """Give a copy of gamma or beta."""
     return None if parameter is None else parameter.copy()
-
-
-def _no_forward_call() -> RuntimeError:
-    return RuntimeError(
-        "backward must follow a call of the layer that left its x intact, got no such call: "
-        "call the layer first, and without out=x or keep=None"
-    )
