@@ -96,10 +96,7 @@ class Target:
 
 def _order(x: Array) -> tuple[int, ...]:
     """All axes of `x` in the order in which they, or those of a copy, lie in memory."""
-    order = _memory_order(x)
-    if order is None:
-        order = _memory_order(np.empty_like(x, subok=False))
-        assert order is not None
+    order = _memory_order(x) or _memory_order(np.empty_like(x, subok=False)) or []
     return tuple(d for d in range(x.ndim) if d not in order) + tuple(order)
 
 

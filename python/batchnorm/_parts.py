@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -84,10 +84,6 @@ class Part:
         assert self.weights is not None
         good: NDArray[np.bool] = (self.weights >= 0) & (self.weights < np.inf)
         return good
-
-    def with_table(self, table: NDArray[np.float64]) -> Part:
-        """Give one that can tell the sums of its weights, once the core has filled the table."""
-        return self if self.weights is None else replace(self, table=table)
 
     def counts(self, layout: Layout) -> NDArray[np.float64]:
         """Give the sum of the weights of each set and channel."""

@@ -10,6 +10,7 @@ y = relu(s), and elsewhere what `padding` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
@@ -315,7 +316,8 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
     shown = table.view()
     shown.flags.writeable = False
     moments = Moments._from_core(shown, part.importance_dof(of.layout))
-    saved = of.saved(moments, part.with_table(shown), y.array, renorm)
+    part = part if part.weights is None else replace(part, table=shown)
+    saved = of.saved(moments, part, y.array, renorm)
     results = y.array, made(saved)
     if of.keep == "y" and renorm is None:
         require_invertible(*kept_affine(saved, of.channels), x)

@@ -201,9 +201,6 @@ class BatchNorm(Layer):
         fresh = self._initial_statistics()
         self._state = self._state._replace(statistics=fresh, batch=None, largest_size=0)
 
-    def _initial_statistics(self) -> tuple[Statistics, ...]:
-        return tuple(Statistics.initial(self.settings) for _ in range(self.settings.domains or 1))
-
     def _of_domains(self, values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
         array = values[0] if self.settings.domains is None else np.stack(values)
         array.flags.writeable = False  # nobody has written to it, and nobody can from now on
@@ -458,28 +455,6 @@ class BatchNorm(Layer):
             batch = Batch(k, merged(seen, settings.channels), size, state.largest_size)
         evaluates = not self._training or self._frozen[0]
         return Report(findings(state, settings, batch, evaluates=evaluates))
-
-    # ---- saved state ----
-
-    def _arrays(self) -> dict[str, Array]:
-        parts = [s.arrays(self.settings) for s in self._state.statistics]
-        own: dict[str, Array] = parts[0]
-        if self.settings.domains is not None:
-            own = {name: np.stack([part[name] for part in parts]) for name in own}
-        return super()._arrays() | own
-
-    def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
-        own = {name: a for name, a in arrays.items() if name not in ("gamma", "beta")}
-        parts = [own]
-        if self.settings.domains is not None:
-            parts = [{name: a[k] for name, a in own.items()} for k in range(self.settings.domains)]
-        statistics = tuple(Statistics.of_arrays(part, self.settings, strict) for part in parts)
-        return super()._of_arrays(arrays, strict)._replace(statistics=statistics)
-
-    def _modes(self) -> str:
-        others = {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}
-        modes = f".freeze({others[self._frozen]})" if any(self._frozen) else ""
-        return modes + super()._modes()
 
 
 def _counts(saved: Saved) -> bool:

@@ -12,7 +12,7 @@ from numpy.typing import ArrayLike, NDArray
 
 from batchnorm import _keywords
 from batchnorm._validate import Keep
-from batchnorm.layers.settings import integer
+from batchnorm.layers.settings import int_within
 
 Array = NDArray[Any]
 
@@ -54,10 +54,7 @@ def domain(value: object, count: int | None) -> int:
         return 0
     if value is None:
         raise TypeError(f"domain must be an int from 0 to {count - 1} in a layer of {count} domains, got None")
-    number = integer("domain", value)
-    if not 0 <= number < count:
-        raise ValueError(f"domain must be from 0 to {count - 1}, got {number}")
-    return number
+    return int_within("domain", value, f"from 0 to {count - 1}", 0, count - 1)
 
 
 def stacklevel_of_caller() -> int:

@@ -1,4 +1,4 @@
-"""What the layer of every norm has: parameters and their gradients, modes, backward, and a state that can be saved."""
+"""What a layer has beside its forward pass: parameters and their gradients, modes, backward, a state to be saved."""
 
 from __future__ import annotations
 
@@ -16,6 +16,7 @@ from batchnorm._validate import MaybeNone
 from batchnorm.derivatives import NEEDS, Gradient, backward
 from batchnorm.layers import entries
 from batchnorm.layers.settings import Setting, Settings, flag, kind
+from batchnorm.layers.statistics import Statistics
 from batchnorm.saved import Saved
 from batchnorm.state_file import Entry
 
@@ -37,7 +38,7 @@ class State(NamedTuple):
 
     gamma: Array | None
     beta: Array | None
-    statistics: tuple[Any, ...]  # one per domain; replaced as a whole, never changed
+    statistics: tuple[Statistics, ...]  # one per domain; replaced as a whole, never changed
     call: Call  # the last that was no mere evaluation
     # The last that normalized or updated: domain, moments (of each ghost), size of x. Never changed once it is here.
     batch: Any
@@ -81,7 +82,7 @@ class _Parameter:
 
 
 class Layer:
-    """A normalization with parameters; `BatchNorm` and its like say by which statistics."""
+    """What `BatchNorm` has beside its forward pass."""
 
     settings: Settings
     channels, num_threads = Setting[int](), Setting[int | None]()
@@ -222,20 +223,30 @@ class Layer:
 
     # ---- saved state ----
 
-    def _initial_statistics(self) -> tuple[Any, ...]:
-        return ()
+    def _initial_statistics(self) -> tuple[Statistics, ...]:
+        return tuple(Statistics.initial(self.settings) for _ in range(self.settings.domains or 1))
 
     def _arrays(self) -> dict[str, Array]:
         """Give the state without its settings, in fresh arrays."""
         given = {"gamma": self._state.gamma, "beta": self._state.beta}
-        return {name: value.copy() for name, value in given.items() if value is not None}
+        parameters = {name: value.copy() for name, value in given.items() if value is not None}
+        parts = [s.arrays(self.settings) for s in self._state.statistics]
+        if self.settings.domains is None:
+            return parameters | parts[0]
+        return parameters | {name: np.stack([part[name] for part in parts]) for name in parts[0]}
 
     def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
         """Give the state of such arrays, which fit, after refusing values that cannot be."""
-        for name in ("gamma", "beta"):
-            if name in arrays:
-                _validate.each_channel(name, arrays[name], np.isfinite(arrays[name]), "be finite")
-        return self._state._replace(gamma=arrays.get("gamma"), beta=arrays.get("beta"))
+        own = dict(arrays)
+        gamma, beta = own.pop("gamma", None), own.pop("beta", None)
+        parts, count = [own], self.settings.domains
+        if count is not None:
+            parts = [{name: a[k] for name, a in own.items()} for k in range(count)]
+        statistics = tuple(Statistics.of_arrays(part, self.settings, strict) for part in parts)
+        for name, a in (("gamma", gamma), ("beta", beta)):
+            if a is not None:
+                _validate.each_channel(name, a, np.isfinite(a), "be finite")
+        return self._state._replace(gamma=gamma, beta=beta, statistics=statistics)
 
     def state_dict(self) -> dict[str, Array]:
         """Return what a layer of the same settings needs to go on bit for bit, in fresh arrays.
@@ -312,16 +323,17 @@ class Layer:
         """
         is_strict, settings = flag("strict", strict), self.settings
         text = state_file.Text("settings", 4 * len(settings.text()), settings.require if is_strict else lambda _: None)
-        arrays = state_file.read_state(path, entries.of(self._arrays()), text)
-        self._state = self._of_arrays(entries.checked(arrays, entries.of(self._arrays())), is_strict)
+        needed = entries.of(self._arrays())
+        arrays = state_file.read_state(path, needed, text)
+        self._state = self._of_arrays(entries.checked(arrays, needed), is_strict)
 
     # ---- as a Python object ----
 
     def __repr__(self) -> str:
-        return f"{type(self).__name__}({', '.join(self.settings.shown())}){self._modes()}"
-
-    def _modes(self) -> str:
-        return "" if self._training else ".eval()"
+        others = {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}
+        frozen = f".freeze({others[self._frozen]})" if any(self._frozen) else ""
+        mode = "" if self._training else ".eval()"
+        return f"{type(self).__name__}({', '.join(self.settings.shown())}){frozen}{mode}"
 
     def __copy__(self) -> Self:
         return copy.deepcopy(self)  # layers that share gamma but not running statistics would help nobody

@@ -62,11 +62,11 @@ class Settings:
     def __post_init__(self) -> None:
         are = self.weights_are
         vars(self).update(
-            channels=_int("channels", self.channels, ">= 0", 0),
-            axis=_int("axis", self.axis, "from -8 to 7", -8, 7),  # whether x has it is only known when x comes
+            channels=int_within("channels", self.channels, ">= 0", 0),
+            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),  # whether x has it is only known when x comes
             eps=_validate.eps(self.eps),
             update_rate=_update_rate(self.update_rate),
-            ddof=_int("ddof", self.ddof, "0 (biased) or 1 (unbiased)", 0, 1),
+            ddof=int_within("ddof", self.ddof, "0 (biased) or 1 (unbiased)", 0, 1),
             gamma=flag("gamma", self.gamma),
             beta=flag("beta", self.beta),
             dtype=parameter_dtype(self.dtype),
@@ -75,7 +75,7 @@ class Settings:
             single_value=_validate.choice("single_value", self.single_value, get_args(SingleValue)),
             parity=_validate.choice("parity", self.parity, _validate.PARITIES),
             activation=_activation(self.activation),
-            domains=None if self.domains is None else _int("domains", self.domains, ">= 1 or None", 1),
+            domains=None if self.domains is None else int_within("domains", self.domains, ">= 1 or None", 1),
             ghost_size=None if self.ghost_size is None else _validate.int_at_least("ghost_size", self.ghost_size, 1),
             weights_are=None if are is None else _validate.choice("weights_are", are, _validate.WEIGHTS_ARE),
             num_threads=_validate.num_threads(self.num_threads) or None,
@@ -189,18 +189,15 @@ def parameter_dtype(value: Any) -> np.dtype[Any]:
     return parsed
 
 
-def integer(name: str, value: Any) -> int:
-    """Give an int, and refuse a bool."""
-    if not isinstance(value, (bool, np.bool_)):
-        try:
-            return index(value)
-        except TypeError:
-            pass
-    raise TypeError(f"{name} must be an int, got {kind(value)}")
-
-
-def _int(name: str, value: object, needed: str, least: int, most: float = inf) -> int:
-    number = integer(name, value)
+def int_within(name: str, value: Any, needed: str, least: int, most: float = inf) -> int:
+    """Give an int within bounds, which `needed` tells, and refuse a bool."""
+    is_integer = not isinstance(value, (bool, np.bool_))
+    try:
+        number = index(value) if is_integer else 0
+    except TypeError:
+        is_integer = False
+    if not is_integer:
+        raise TypeError(f"{name} must be an int, got {kind(value)}")
     if not least <= number <= most:
         raise ValueError(f"{name} must be {needed}, got {number}")
     return number

@@ -128,18 +128,17 @@ def following(now: Statistics, seen: Moments, settings: Settings, room: Any) -> 
     if settings.follows_plainly and len(table) == channels:
         return Statistics(mean, var, count, None), ((table, settings.update_rate),), room
     tables = [table[at : at + channels] for at in range(0, len(table), channels)] if channels else [table]
-    rate, sets = settings.update_rate, len(tables)
+    rate = settings.update_rate
     if rate is None:
         if settings.weights_are == "importance" or now.pooled is None or now.pooled._dof is not None:
             return None
         pooled = np.empty((channels, 5))
         new = Statistics(mean, var, count, Moments._from_table(pooled))
         return new, [(one, None) for one in tables], (pooled, mean, var)
-    if not settings.debias:
-        return Statistics(mean, var, count, None), [(one, rate) for one in tables], room
-    counts = [min(now.set_count + 1 + t, MOST_UPDATES) for t in range(sets)]
-    rates = [debiased_rate(rate, t) for t in counts]
-    return Statistics(mean, var, count, None, counts[-1]), list(zip(tables, rates, strict=True)), room
+    counts = [min(now.set_count + 1 + t, MOST_UPDATES) for t in range(len(tables))] if settings.debias else []
+    rates = [debiased_rate(rate, t) for t in counts] or [rate] * len(tables)
+    new = Statistics(mean, var, count, None, counts[-1] if counts else 0)
+    return new, list(zip(tables, rates, strict=True)), room
 
 
 def fill(now: Statistics, after: Following, settings: Settings) -> bool:
