@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Array = NDArray[Any]
+PerChannel = NDArray[np.float64]  # one or several values for each channel, or set and channel
 Sizes = tuple[int, int, int]
 ORDERS = [tuple(range(dimensions)) for dimensions in range(9)]  # of the axes of a C-contiguous array
 

@@ -6,17 +6,15 @@ from types import NoneType
 from typing import Any, TypeVar
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _passes, _validate
-from batchnorm._arrays import Layout
+from batchnorm._arrays import Array, Layout, PerChannel
 from batchnorm._parts import Part
 from batchnorm._passes import ReluMask, Standard, Statistics
 from batchnorm.moments import Moments
 from batchnorm.running import Renorm
-from batchnorm.saved import Gradients, PerChannel, Saved, SecondGradients, kept_affine
+from batchnorm.saved import Gradients, Saved, SecondGradients
 
-Array = NDArray[Any]
 _Results = TypeVar("_Results", Gradients, SecondGradients)
 
 
@@ -85,7 +83,7 @@ class Kept:
         x̂ has the sign of scale too much. Source of the idea: Rota Bulò, Porzi & Kontschieder (2018), "In-place activated
         BatchNorm", section 3.
         """
-        self.true_scale, self.shift = kept_affine(self._saved, self.channels)
+        self.true_scale, self.shift = self._saved.affine()
         size = np.abs(self.true_scale)
         if isinstance(self.statistics, tuple):
             self.statistics = self.shift, size * size

@@ -10,11 +10,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _validate
-from batchnorm._arrays import Layout
+from batchnorm._arrays import Array, Layout, PerChannel
 from batchnorm._passes import Call
 from batchnorm._validate import PADDINGS, WEIGHTS_ARE, Padding, WeightsAre
-
-Array = NDArray[Any]
 
 # Ids that no row has cost as much memory as others. There may be some (graphs without nodes), in any small batch, and
 # several to a row in a large one; beyond that they are names of something else.
@@ -41,7 +39,7 @@ class Part:
     source: str = "weights"
     weights_are: WeightsAre | None = None
     offsets: NDArray[np.int64] | None = None
-    table: NDArray[np.float64] | None = None
+    table: PerChannel | None = None
 
     __repr__ = _validate.summary
 
@@ -50,7 +48,7 @@ class Part:
         """How many sets of statistics there are."""
         return 1 if self.offsets is None else len(self.offsets) - 1
 
-    def importance_dof(self, layout: Layout) -> NDArray[np.float64] | None:
+    def importance_dof(self, layout: Layout) -> PerChannel | None:
         """Give that of the weights for each set and channel; None where each weight is 0 or 1, or counts."""
         if self.weights is None or self.source != "weights" or self.weights_are == "counts":
             return None
@@ -85,7 +83,7 @@ class Part:
         good: NDArray[np.bool] = (self.weights >= 0) & (self.weights < np.inf)
         return good
 
-    def counts(self, layout: Layout) -> NDArray[np.float64]:
+    def counts(self, layout: Layout) -> PerChannel:
         """Give the sum of the weights of each set and channel."""
         outer, channels, inner = layout.sizes
         if self.table is not None:

@@ -15,11 +15,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _core, _validate
-from batchnorm._arrays import Layout, Sizes
+from batchnorm._arrays import Array, Layout, PerChannel, Sizes
 
-Array = NDArray[Any]
-Table = NDArray[np.float64]
-Statistics = Table | tuple[Table, Table]  # the moments of a batch, or mean and var (C,) that were given
+Statistics = PerChannel | tuple[PerChannel, PerChannel]  # the moments of a batch, or mean and var (C,) that were given
 
 # Bits begin behind so many bytes, of which the first says by how many more bits (cpp/include/batchnorm/call.hpp).
 _HEAD = 8
@@ -107,7 +105,7 @@ def two_sum(a: Array, b: Array) -> tuple[Array, Array]:
         return total, np.where(np.isfinite(total), (a - (total - part)) + (b - part), 0.0)
 
 
-def combine(to: Array, a: Table | None, x: Table, b: Table | None, y: Table | None) -> None:
+def combine(to: Array, a: PerChannel | None, x: PerChannel, b: PerChannel | None, y: PerChannel | None) -> None:
     """Write a·x + b·y to (C,), of values of sets and channels: summed over the sets in their order, compensated.
 
     a may be None for 1, b and y for 0. Where there is one set no memory is asked for, so that it may follow a call that
@@ -135,12 +133,12 @@ class Standard(NamedTuple):
     `total` is the sum of the weights, None where statistics were given.
     """
 
-    total: Table | None
-    center: Table
-    rest: Table
-    factor: Table
-    scale: Table
-    rstd: Table
+    total: PerChannel | None
+    center: PerChannel
+    rest: PerChannel
+    factor: PerChannel
+    scale: PerChannel
+    rstd: PerChannel
 
 
 class Second(NamedTuple):
@@ -162,7 +160,7 @@ def double_backward_by_formula(
     standard: Standard,
     v_scale: Array | None,
     v_shift: Array | None,
-) -> Table:
+) -> PerChannel:
     """Write the gradients of gradients, computed in float64, and give that of scale, (S·C,).
 
     `stopped` tells where ReLU let no gradient through. Of sum(v·dx) with dx = k·(g - p·(S + D·x̂)), k = scale·rstd,
@@ -205,8 +203,8 @@ def double_backward_by_formula(
 
 def _of_set(
     tensors: Second, counted: NDArray[np.bool] | None, share: Any,
-    center: Table, rest: Table, factor: Table, scale: Table, rstd: Table, w: Array, lift: Array,
-) -> Table:  # fmt: skip
+    center: PerChannel, rest: PerChannel, factor: PerChannel, scale: PerChannel, rstd: PerChannel, w: Array, lift: Array,
+) -> PerChannel:  # fmt: skip
     v, g = tensors.v.astype(np.float64), tensors.g.astype(np.float64)
     xhat = ((tensors.x.astype(np.float64) - center) - rest) * factor
     if counted is not None:
@@ -226,5 +224,5 @@ def _of_set(
         pulled = g - share * (by_g + along_g * xhat)
         turned = share * (inner * xhat + along_g * turned_v) + along_v * pulled
         tensors.dx[...] = w * rstd * pulled - scale * rstd * rstd * turned
-    by_scale: Table = rstd * inner
+    by_scale: PerChannel = rstd * inner
     return by_scale.reshape(-1)

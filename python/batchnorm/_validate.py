@@ -17,7 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-Array = NDArray[Any]
+from batchnorm._arrays import Array
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
 _TENSORS = (np.dtype(np.float16), *_FLOATS)

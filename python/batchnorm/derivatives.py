@@ -12,20 +12,19 @@ All of its combinations are one function, because the derivatives involved are s
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import Any, Literal, Unpack, get_args
+from typing import Literal, Unpack, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _passes, _validate
-from batchnorm._arrays import ORDERS, Target
+from batchnorm._arrays import ORDERS, Array, Target
 from batchnorm._kept import Kept
 from batchnorm._keywords import NoOptions
 from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
 from batchnorm.saved import Gradients, GradSums, Saved, SecondGradients
 
-Array = NDArray[Any]
 Outputs = tuple[Array | None, Array | None]
 Gradient = Literal["x", "gamma", "beta", "residual"]
 SecondGradient = Literal["dy", "x", "gamma"]

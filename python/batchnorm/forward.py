@@ -14,18 +14,17 @@ from dataclasses import replace
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate
-from batchnorm._arrays import ORDERS, Layout, Target
+from batchnorm._arrays import ORDERS, Array, Layout, PerChannel, Target
 from batchnorm._parts import ALL, Part, of_samples, parts, require_values
 from batchnorm._passes import Call, ReluMask
 from batchnorm._validate import Activation, Keep, MaybeNone, WeightsAre
 from batchnorm.moments import Moments
 from batchnorm.running import Renorm
-from batchnorm.saved import PerChannel, Saved, affine, kept_affine
+from batchnorm.saved import Saved, affine
 
-Array = NDArray[Any]
 _Kept = TypeVar("_Kept")
 
 # A call first offers its arguments to the core as they came (_core.try_...), which does the ordinary one whole. None says
@@ -223,7 +222,7 @@ def normalize(
     if save:
         saved = of.saved(None, of.part, y.array)
         if of.keep == "y":
-            require_invertible(*kept_affine(saved, of.channels), of.x)
+            require_invertible(*saved.affine(), of.x)
     results = y.array if saved is None else (y.array, saved)
     _core.normalize(of.layout.block(of.x), call, of.given, y.block, of.threads)
     y.deliver()
@@ -320,7 +319,7 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
     saved = of.saved(moments, part, y.array, renorm)
     results = y.array, made(saved)
     if of.keep == "y" and renorm is None:
-        require_invertible(*kept_affine(saved, of.channels), x)
+        require_invertible(*saved.affine(), x)
     try:
         if renorm is None:
             _core.batch_norm(block, call, y.block, table, of.threads)

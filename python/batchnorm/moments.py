@@ -7,9 +7,10 @@ from functools import reduce
 from typing import Any, Self, Unpack
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _parts, _validate
+from batchnorm._arrays import Array, PerChannel
 from batchnorm._validate import WeightsAre
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
@@ -51,8 +52,8 @@ class Moments:
     """
 
     __slots__ = ("_table",)
-    _table: NDArray[np.float64]
-    _dof: NDArray[np.float64] | None = None  # that is count - 1; else it is a _WeightedMoments
+    _table: PerChannel
+    _dof: PerChannel | None = None  # that is count - 1; else it is a _WeightedMoments
 
     def __new__(
         cls, count: ArrayLike, mean: ArrayLike, m2: ArrayLike, *, importance_dof: ArrayLike | None = None
@@ -95,13 +96,13 @@ class Moments:
         _set_table(self, table)
 
     @staticmethod
-    def _from_table(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Moments:
+    def _from_table(table: PerChannel, dof: PerChannel | None = None) -> Moments:
         """Take over a table. The caller gives up writing to it."""
         table.flags.writeable = False
         return Moments._from_core(table, dof)
 
     @staticmethod
-    def _from_core(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Moments:
+    def _from_core(table: PerChannel, dof: PerChannel | None = None) -> Moments:
         """Take over a table of the core, which is read-only already."""
         if dof is None:
             self = object.__new__(Moments)
@@ -132,26 +133,26 @@ class Moments:
         return int(self._table.shape[0])
 
     @property
-    def count(self) -> NDArray[np.float64]:
+    def count(self) -> PerChannel:
         """How many values each channel has, (C,) float64."""
         return self._table[:, 0]
 
     @property
-    def mean(self) -> NDArray[np.float64]:
+    def mean(self) -> PerChannel:
         """Mean of each channel, (C,) float64."""
         return self._table[:, 1]
 
     @property
-    def m2(self) -> NDArray[np.float64]:
+    def m2(self) -> PerChannel:
         """Sum of squared deviations from the mean, (C,) float64."""
         return self._table[:, 3]
 
     @property
-    def importance_dof(self) -> NDArray[np.float64]:
+    def importance_dof(self) -> PerChannel:
         """sum(w) - sum(w²)/sum(w) of each channel's weights w, (C,) float64; count - 1 without weights."""
         return np.maximum(self.count - 1, 0.0) if self._dof is None else self._dof
 
-    def var(self, ddof: int = 0, *, weights_are: WeightsAre | None = None) -> NDArray[np.float64]:
+    def var(self, ddof: int = 0, *, weights_are: WeightsAre | None = None) -> PerChannel:
         """Variance m2/(count - ddof) of each channel, (C,) float64.
 
         ddof=0 is the biased variance, which normalizes; ddof=1 the unbiased one. NaN where ddof leaves less than 1. Of no
@@ -170,7 +171,7 @@ class Moments:
             var[self.count == 0] = np.nan
         return var
 
-    def _divided(self, ddof: int, weights_are: WeightsAre | None) -> tuple[NDArray[np.float64], int]:
+    def _divided(self, ddof: int, weights_are: WeightsAre | None) -> tuple[PerChannel, int]:
         """Give a table and a ddof for the core, whose m2/(count - ddof) is the variance."""
         if weights_are is not None:
             _validate.choice("weights_are", weights_are, _validate.WEIGHTS_ARE)
@@ -222,14 +223,14 @@ class _WeightedMoments(Moments):
     """Moments of weights other than 0 and 1. A class of its own, so that the others need not carry what they have not."""
 
     __slots__ = ("_dof",)
-    _dof: NDArray[np.float64]
+    _dof: PerChannel
 
 
 _set_table = Moments.__dict__["_table"].__set__  # past __setattr__
 _set_dof = _WeightedMoments.__dict__["_dof"].__set__
 
 
-def _restore(table: NDArray[np.float64], dof: NDArray[np.float64] | None = None) -> Moments:
+def _restore(table: PerChannel, dof: PerChannel | None = None) -> Moments:
     return Moments._from_table(table, dof)
 
 
@@ -260,7 +261,7 @@ def merge(*parts: Moments) -> Moments:
     return Moments._from_core(table, _merged_dof(parts))
 
 
-def _merged_dof(parts: Sequence[Moments]) -> NDArray[np.float64] | None:
+def _merged_dof(parts: Sequence[Moments]) -> PerChannel | None:
     """Give the importance_dof of the union: W - sum(w²)/W = (D_a·W_a + D_b·W_b + 2·W_a·W_b)/W, W = W_a + W_b."""
     if all(p._dof is None for p in parts):
         return None
@@ -283,7 +284,7 @@ class Counts(_keywords.Counts, total=False):
 
 
 @_keywords.options(Counts)
-def moments(x: NDArray[Any], *, axis: int = 1, num_threads: int | None = None, **parts: Unpack[Counts]) -> Moments:
+def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts: Unpack[Counts]) -> Moments:
     """Count, mean and m2 of each channel of `x`.
 
     For the n values of a channel: mean = sum(x)/n, m2 = sum((x - mean)²); ``.var()`` is m2/n, biased. TypeError or

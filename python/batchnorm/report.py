@@ -10,6 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _validate
+from batchnorm._arrays import PerChannel
 from batchnorm._validate import WeightsAre
 from batchnorm.moments import Moments
 
@@ -20,7 +21,6 @@ if TYPE_CHECKING:
 
 __all__ = ["Finding", "Report"]
 
-PerChannel = NDArray[np.float64]
 Flags = NDArray[np.bool_]
 
 _FLOAT16_MAX = 65504.0

@@ -26,18 +26,18 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any, Literal, NamedTuple, Self, Unpack, get_args
+from typing import Literal, NamedTuple, Self, Unpack, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate
+from batchnorm._arrays import PerChannel
 from batchnorm._keywords import NoOptions
 from batchnorm._validate import Parity, WeightsAre
 from batchnorm.moments import Moments, merge
-from batchnorm.saved import PerChannel, Saved
+from batchnorm.saved import Saved
 
-Array = NDArray[Any]
 Points = tuple[tuple[int, float], ...]
 Segments = Literal["each", "pooled"]
 _Running = tuple[ArrayLike, ArrayLike]  # mean and var

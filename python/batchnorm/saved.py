@@ -7,10 +7,9 @@ from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _core, _validate
-from batchnorm._arrays import Layout
+from batchnorm._arrays import Array, Layout, PerChannel
 from batchnorm._parts import ALL, Part
 from batchnorm._passes import ReluMask, two_sum
 from batchnorm._validate import MaybeNone
@@ -18,9 +17,6 @@ from batchnorm.moments import Moments
 
 if TYPE_CHECKING:
     from batchnorm.running import Renorm
-
-Array = NDArray[Any]
-PerChannel = NDArray[np.float64]
 
 
 @dataclass(frozen=True, eq=False, init=False)
@@ -105,6 +101,10 @@ class Saved:
         of = of if self.moments is None else self.moments.channels
         return np.ones(of), np.zeros(of)
 
+    def affine(self) -> tuple[PerChannel, PerChannel]:
+        """Scale and shift of y = x̂·scale + shift, of each set and channel, float64: gamma·r and beta + gamma·d."""
+        return affine(self.gamma, self.beta, (self.r, self.d))
+
     @property
     def saved_bytes(self) -> int:
         """Bytes of tensors that are kept beside y: those of x where it is kept, and of a mask of ReLU."""
@@ -186,13 +186,6 @@ class GradSums:
 
     def __repr__(self) -> str:
         return f"GradSums(channels={self._table.shape[0]})"
-
-
-def kept_affine(saved: Saved, channels: int) -> tuple[PerChannel, PerChannel]:
-    """Give scale and shift of y = x̂·scale + shift, of each set and channel, float64: gamma·r and beta + gamma·d."""
-    gamma = np.ones(channels) if saved.gamma is None else np.asarray(saved.gamma, np.float64)
-    beta = np.zeros(channels) if saved.beta is None else np.asarray(saved.beta, np.float64)
-    return affine(gamma, beta, (saved.r, saved.d))
 
 
 def affine(

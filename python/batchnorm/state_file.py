@@ -25,9 +25,9 @@ from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _validate
+from batchnorm._arrays import Array
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -81,7 +81,7 @@ class Text(NamedTuple):
     require: Callable[[str | None], None]
 
 
-def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]]) -> None:
+def write_state(path: str | os.PathLike[str], state: Mapping[str, Array]) -> None:
     """Write the arrays of `state` (plain numbers, or one text each) to `path`, all or nothing. Equal states give equal bytes.
 
     The path is used as it is (no ``.npz`` is added), and a symbolic link is followed to the file it means. A file that is
@@ -112,7 +112,7 @@ def write_state(path: str | os.PathLike[str], state: Mapping[str, NDArray[Any]])
 
 def read_state(
     path: str | os.PathLike[str], entries: Mapping[str, Entry], text: Text | None = None
-) -> dict[str, NDArray[Any]]:
+) -> dict[str, Array]:
     """Read from `path` exactly the arrays that `entries` names, each with the shape and dtype given there.
 
     Gives fresh arrays in native byte order, without the `text` that the file may hold beside them. What the numbers mean
@@ -224,7 +224,7 @@ def _write_from_start(file: io.FileIO, content: bytes) -> None:
     os.fsync(file.fileno())
 
 
-def _encode(state: Mapping[str, NDArray[Any]]) -> bytes:
+def _encode(state: Mapping[str, Array]) -> bytes:
     import zipfile  # here and not above, as pathlib is
 
     content = io.BytesIO()
@@ -381,7 +381,7 @@ def _decode_text(name: str, content: bytes) -> str:
         raise _malformed(what, "hold characters of Unicode", "others") from None
 
 
-def _decode(name: str, content: bytes, entry: Entry) -> NDArray[Any]:
+def _decode(name: str, content: bytes, entry: Entry) -> Array:
     """Return the array of one .npy member, whose header is compared before its data is looked at."""
     what = f"member {name!r}"
     begin, descr, fortran, shape = _header(what, content)

@@ -10,17 +10,16 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypedDict
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from batchnorm import _validate
+from batchnorm._arrays import Array
 from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import CONVENTIONS, Library
 from batchnorm.layers import BatchNorm
 from batchnorm.layers.layer import Default
 from batchnorm.layers.settings import Nonfinite, SingleValue, flag, parameter_dtype
 from batchnorm.running import RenormSchedule
-
-Array = NDArray[Any]
 
 
 class Names(NamedTuple):

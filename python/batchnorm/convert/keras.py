@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any, Unpack
 
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from batchnorm import _keywords, _validate
+from batchnorm._arrays import Array
 from batchnorm.convert.carried import AS_EVER, NAMES, Carried, MoreSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
 from batchnorm.layers.settings import flag
@@ -53,7 +54,7 @@ def from_keras(
     return layer_of(source, dtype, settings)
 
 
-def to_keras(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
+def to_keras(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, Array]:
     """Give the weights of a BatchNormalization of Keras that goes on where the layer is.
 
     Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`.

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any, Unpack
 
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from batchnorm import _keywords, _validate
+from batchnorm._arrays import Array
 from batchnorm.convert.carried import AS_EVER, NAMES, MostSettings, exported, layer_of, only, read, settings_of
 from batchnorm.layers import BatchNorm
 
@@ -51,7 +52,7 @@ def from_onnx(
 
 def to_onnx(
     layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False
-) -> tuple[dict[str, NDArray[Any]], dict[str, float]]:
+) -> tuple[dict[str, Array], dict[str, float]]:
     """Give the inputs and attributes of a BatchNormalization of ONNX that does what this layer does.
 
     Parameters

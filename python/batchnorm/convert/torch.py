@@ -6,21 +6,11 @@ from collections.abc import Mapping
 from typing import Any, Unpack
 
 import numpy as np
-from numpy.typing import DTypeLike, NDArray
+from numpy.typing import DTypeLike
 
 from batchnorm import _keywords, _validate
-from batchnorm.convert.carried import (
-    AS_EVER,
-    NAMES,
-    AnySettings,
-    Array,
-    Carried,
-    exported,
-    layer_of,
-    numpy_of,
-    only,
-    read,
-)
+from batchnorm._arrays import Array
+from batchnorm.convert.carried import AS_EVER, NAMES, AnySettings, Carried, exported, layer_of, numpy_of, only, read
 from batchnorm.layers import BatchNorm
 
 
@@ -64,7 +54,7 @@ def from_torch(
     return layer_of(_read(source, eps, momentum, update_rate, axis), dtype, settings)
 
 
-def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, NDArray[Any]]:
+def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, Array]:
     """Give the state_dict of a batch norm of PyTorch that goes on where the layer is, as arrays.
 
     Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _validate
+from batchnorm._arrays import Array
 from batchnorm._parts import parts
 from batchnorm.derivatives import backward
 from batchnorm.forward import batch_norm, normalize
@@ -17,8 +17,6 @@ from batchnorm.layers.layer import Call, is_x, snapshot
 from batchnorm.layers.statistics import merged
 from batchnorm.moments import merge
 from batchnorm.saved import Gradients, Saved
-
-Array = NDArray[Any]
 
 if TYPE_CHECKING:
     from batchnorm.layers.batch import BatchNorm

@@ -12,6 +12,7 @@ import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
 from batchnorm import _keywords, _validate, conventions
+from batchnorm._arrays import Array, PerChannel
 from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import Library
 from batchnorm.forward import normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved, same
@@ -25,8 +26,6 @@ from batchnorm.moments import Moments, moments
 from batchnorm.report import Batch, Report, findings
 from batchnorm.running import Renorm, RenormSchedule, new_room
 from batchnorm.saved import Saved
-
-Array = NDArray[Any]
 
 __all__ = ["BatchNorm"]
 
@@ -153,12 +152,12 @@ class BatchNorm(Layer):
         self._is_special = not settings.gamma or settings.single_value != "raise" or any(o is not None for o in others)
 
     @property
-    def running_mean(self) -> NDArray[np.float64]:
+    def running_mean(self) -> PerChannel:
         """Running mean, float64 (C,), read-only: an update replaces it, `load_state_dict` sets it. (K, C) with domains."""
         return self._of_domains([s.mean for s in self._state.statistics])
 
     @property
-    def running_var(self) -> NDArray[np.float64]:
+    def running_var(self) -> PerChannel:
         """Running variance (unbiased for ddof=1, biased for 0), as `running_mean`."""
         return self._of_domains([s.var for s in self._state.statistics])
 
@@ -201,7 +200,7 @@ class BatchNorm(Layer):
         fresh = self._initial_statistics()
         self._state = self._state._replace(statistics=fresh, batch=None, largest_size=0)
 
-    def _of_domains(self, values: list[NDArray[np.float64]]) -> NDArray[np.float64]:
+    def _of_domains(self, values: list[PerChannel]) -> PerChannel:
         array = values[0] if self.settings.domains is None else np.stack(values)
         array.flags.writeable = False  # nobody has written to it, and nobody can from now on
         return array
@@ -347,7 +346,7 @@ class BatchNorm(Layer):
         told: Options,
         k: int,
         update: bool,
-        given: tuple[NDArray[np.float64], NDArray[np.float64], float] | None = None,
+        given: tuple[PerChannel, PerChannel, float] | None = None,
     ) -> Array:
         """Normalize by running statistics, or by mean, var and eps that are given; learn of x where that is asked for."""
         settings, state = self.settings, self._state

@@ -8,13 +8,12 @@ from collections.abc import Callable
 from typing import Any, Literal, get_args
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 
 from batchnorm import _keywords
+from batchnorm._arrays import Array
 from batchnorm._validate import Keep
 from batchnorm.layers.settings import int_within
-
-Array = NDArray[Any]
 
 UseStats = Literal["batch", "running"]
 USE_STATS: tuple[UseStats, ...] = get_args(UseStats)

@@ -9,10 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _validate
+from batchnorm._arrays import Array
 from batchnorm.layers.settings import kind
 from batchnorm.state_file import Entry
-
-Array = NDArray[Any]
 
 COUNT = np.dtype(np.int64)  # of all entries that count something, and of no others
 

@@ -8,9 +8,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _keywords, _validate, state_file
+from batchnorm._arrays import Array
 from batchnorm._keywords import NoOptions
 from batchnorm._validate import MaybeNone
 from batchnorm.derivatives import NEEDS, Gradient, backward
@@ -19,8 +19,6 @@ from batchnorm.layers.settings import Setting, Settings, flag, kind
 from batchnorm.layers.statistics import Statistics
 from batchnorm.saved import Saved
 from batchnorm.state_file import Entry
-
-Array = NDArray[Any]
 
 # What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
 # no backward (any more). Each call makes one, so that it also tells calls apart. A class of its own takes four times as
@@ -290,14 +288,7 @@ class Layer:
         """Write `state_dict` to the file `path` (.npz, no pickle, no suffix added), all or nothing (`write_state`).
 
         Raises ValueError for what `load` would refuse, such as NaN, and for a path of what is no file; OSError where the
-        file cannot be written. The old file is as it was then.
-
-        >>> import os, tempfile
-        >>> from batchnorm import BatchNorm
-        >>> with tempfile.TemporaryDirectory() as folder:
-        ...     BatchNorm(2).save(os.path.join(folder, "layer.npz"))
-        ...     print(np.load(os.path.join(folder, "layer.npz"))["gamma"])
-        [1. 1.]
+        file cannot be written. The old file is as it was then. `load` has an example.
         """
         arrays = self._arrays()
         self._of_arrays(arrays, True)

@@ -8,9 +8,9 @@ from dataclasses import dataclass, replace
 from typing import Any, Self
 
 import numpy as np
-from numpy.typing import NDArray
 
 from batchnorm import _validate
+from batchnorm._arrays import Array, PerChannel
 from batchnorm._parts import Part
 from batchnorm._validate import WeightsAre
 from batchnorm.layers import entries
@@ -31,8 +31,8 @@ _DERIVED_RTOL = 1e-12
 class Statistics:
     """What training has learned of the data. Never changed, only replaced: one that is held is a snapshot."""
 
-    mean: NDArray[np.float64]  # (C,)
-    var: NDArray[np.float64]  # (C,); biased or unbiased as the layer's ddof says
+    mean: PerChannel  # (C,)
+    var: PerChannel  # (C,); biased or unbiased as the layer's ddof says
     update_count: int
     pooled: Moments | None  # everything seen, where update_rate is None
     set_count: int = 0  # batches, ghosts and segments that updated: the t of debiasing
@@ -45,9 +45,9 @@ class Statistics:
 
     # ---- as a state ----
 
-    def arrays(self, settings: Settings) -> dict[str, NDArray[Any]]:
+    def arrays(self, settings: Settings) -> dict[str, Array]:
         """Give what a layer of these settings needs to go on, in fresh arrays."""
-        state: dict[str, NDArray[Any]] = {
+        state: dict[str, Array] = {
             "running_mean": self.mean.copy(),
             "running_var": self.var.copy(),
             "update_count": np.array(self.update_count, np.int64),
@@ -61,7 +61,7 @@ class Statistics:
         return state
 
     @classmethod
-    def of_arrays(cls, state: Mapping[str, NDArray[Any]], settings: Settings, strict: bool) -> Self:
+    def of_arrays(cls, state: Mapping[str, Array], settings: Settings, strict: bool) -> Self:
         """Give the statistics of such arrays, after refusing values that no training can have left."""
         for name, values in state.items():
             if values.dtype != entries.COUNT:
@@ -87,7 +87,7 @@ class Statistics:
         return cls(now.mean, now.var, count, pooled)
 
 
-def _check_table(table: NDArray[np.float64], update_count: int) -> None:
+def _check_table(table: PerChannel, update_count: int) -> None:
     """Refuse moments that `update_count` batches cannot have left; count, mean, mean_lo, m2, m2_lo."""
     count, mean, mean_lo, m2, m2_lo = table.T
     if update_count == 0:
@@ -101,7 +101,7 @@ def _check_table(table: NDArray[np.float64], update_count: int) -> None:
         _validate.each_channel("running_moments", low, good, "have low parts below 2**-48 of the high")
 
 
-def _check_derived(name: str, given: NDArray[np.float64], expected: NDArray[np.float64]) -> None:
+def _check_derived(name: str, given: PerChannel, expected: PerChannel) -> None:
     """Refuse a running statistic that says something else than the pooled moments stored beside it."""
     with np.errstate(over="ignore"):  # of a difference that is far too large anyway
         agrees = np.isclose(given, expected, rtol=_DERIVED_RTOL, atol=0)
@@ -111,7 +111,7 @@ def _check_derived(name: str, given: NDArray[np.float64], expected: NDArray[np.f
 # Statistics made before what they learn of is known, so that filling them asks for no memory: these, of which mean, var
 # and the table of `pooled` are still to be filled; each set that will be known and its rate; and where the core writes.
 # A class of its own takes as long to make as the statistics.
-Following = tuple[Statistics, Sequence[tuple[NDArray[np.float64], float | None]], Any]
+Following = tuple[Statistics, Sequence[tuple[PerChannel, float | None]], Any]
 
 
 def following(now: Statistics, seen: Moments, settings: Settings, room: Any) -> Following | None:
