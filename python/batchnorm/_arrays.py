@@ -52,10 +52,6 @@ class Layout(NamedTuple):
         """Give `a`, of that shape, as (outer, channels, inner): a view where it lies so, else a copy."""
         return np.ascontiguousarray(a.transpose(self.order)).reshape(self.sizes)
 
-    def is_of(self, a: Array) -> bool:
-        """Tell whether `a`, of that shape, lies so."""
-        return a.transpose(self.order).flags.c_contiguous
-
     def array(self, block: Array) -> Array:
         """Give a block as an array of the shape of x."""
         in_memory = block.reshape([self.shape[d] for d in self.order])
@@ -80,7 +76,7 @@ class Target:
         if not needed:
             return
         self.array = np.empty_like(x, subok=False) if out is None else out
-        self._copied = not layout.is_of(self.array)
+        self._copied = not self.array.transpose(layout.order).flags.c_contiguous
         if self._copied:
             self.block = np.empty(layout.sizes, x.dtype)
             self._from = layout.array(self.block)

@@ -1,7 +1,7 @@
 """The C++ core of batchnorm on dense NumPy arrays. Private: use the functions of the package."""
 
 from collections.abc import Callable
-from typing import Any, TypeAlias, TypeVar, overload
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,15 +47,7 @@ def try_batch_norm(keep: Callable[..., _Kept], /, *arguments: object) -> tuple[_
 def try_normalize(*arguments: object) -> _Array | None: ...
 def try_batch_norm_backward(type: type[_Gradients], /, *arguments: object) -> _Gradients | None: ...
 def try_normalize_backward(type: type[_Gradients], /, *arguments: object) -> _Gradients | None: ...
-@overload
-def try_update_running(
-    mean: object, var: object, moments: object, update_rate: object, ddof: object, into: None, finite: bool, /
-) -> tuple[_Table, _Table] | None: ...
-@overload
-def try_update_running(
-    mean: object, var: object, moments: object, update_rate: object, ddof: object, into: tuple[_Maybe, ...],
-    finite: bool, /,
-) -> bool | None: ...  # fmt: skip
+def try_update_running(*arguments: object) -> Any: ...  # (mean, var) or None; where `into` is given a bool or None
 def pool(pooled: object, moments: object, ddof: object, into: tuple[_Table, ...], finite: bool, /) -> bool | None: ...
 def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
 def combine(to: _Maybe, a: _Table | None, x: _Maybe, b: _Table | None, y: _Maybe, /) -> None: ...

@@ -33,12 +33,8 @@ CONVENTIONS = {
     "onnx": Convention(1e-5, 0.1, 0, 1),
 }
 Library = Literal["torch", "keras", "flax", "onnx"]
-# What BatchNorm() takes where none is named: those of PyTorch.
-DEFAULT = CONVENTIONS["torch"]
 
 
 def convention(name: object) -> Convention:
-    """Give the convention of that name."""
-    if name is None:
-        return DEFAULT
-    return CONVENTIONS[_validate.choice("convention", name, tuple(CONVENTIONS))]
+    """Give the convention of that name; that of PyTorch where none is named."""
+    return CONVENTIONS["torch" if name is None else _validate.choice("convention", name, tuple(CONVENTIONS))]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -47,23 +47,13 @@ _SHOWN = 8  # channels that a text lists
 _ERRORS = ("nonfinite", "negative_variance")  # what evaluation fails by; the others are warnings
 
 
-class Batch(NamedTuple):
-    """What a layer remembers of its last batch."""
-
-    domain: int
-    moments: Moments
-    size: int  # of x
-    largest: int  # size of the largest x so far
-
-
 @dataclass(frozen=True)
 class Finding:
     """One thing that is, or may go, wrong in a layer.
 
     Attributes
     ----------
-    kind : "nonfinite", "nonfinite_batch", "untrained", "negative_variance", "vanishing_variance", "float16", "dead",
-        "dead_relu", "mean_drift", "variance_drift", "few_values" or "small_batch"; `Report` says what each means.
+    kind : one of those that `Report` names.
     severity : "error" where evaluation gives NaN, infinity or an exception; else "warning".
     channels : tuple of int, the channels concerned; () where it concerns them all.
     domain : int, or None where the layer has no domains or the finding is about gamma and beta.
@@ -136,8 +126,8 @@ _Found = tuple[str, str, Flags | None]  # kind, text, and the channels; None whe
 
 
 @np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
-def findings(state: State, settings: Settings, batch: Batch | None, *, evaluates: bool) -> tuple[Finding, ...]:
-    """Find what is wrong in a layer, whose statistics are those of each domain in turn; `evaluates`: uses them."""
+def findings(state: State, settings: Settings, seen: Moments | None, *, evaluates: bool) -> tuple[Finding, ...]:
+    """Find what is wrong in a layer, of whose last batch `seen` are the moments; `evaluates`: by running statistics."""
     gamma, beta = state.gamma, state.beta
     scale = np.ones(settings.channels) if gamma is None else gamma.astype(np.float64)
     shift = np.zeros(settings.channels) if beta is None else beta.astype(np.float64)
@@ -145,8 +135,11 @@ def findings(state: State, settings: Settings, batch: Batch | None, *, evaluates
     for k, s in enumerate(state.statistics):
         domain = None if settings.domains is None else k
         found += [_finding(domain, *one) for one in _of_statistics(s, scale, shift, settings.eps, evaluates)]
-        if batch is not None and batch.domain == k:
-            found += [_finding(domain, *one) for one in _of_batch(batch, s, settings)]
+        if seen is not None and state.batch[0] == k:
+            found += [_finding(domain, *one) for one in _of_batch(seen, s, settings)]
+            if state.batch[2] < _SMALL_BATCH * state.largest_size:
+                text = f"the last x had {state.batch[2]} values, an earlier one {state.largest_size}"
+                found.append(_finding(domain, "small_batch", text, None))
     return tuple(f for f in found if f is not None)
 
 
@@ -199,9 +192,9 @@ def _of_statistics(s: Statistics, gamma: PerChannel, beta: PerChannel, eps: floa
     yield "float16", "scale is subnormal in float16", low
 
 
-def _of_batch(batch: Batch, s: Statistics, settings: Settings) -> Iterator[_Found]:
+def _of_batch(m: Moments, s: Statistics, settings: Settings) -> Iterator[_Found]:
     """Find what the last batch tells beside the running statistics of its domain."""
-    m, mean, var, are = batch.moments, s.mean, s.var, settings.weights_are
+    mean, var, are = s.mean, s.var, settings.weights_are
     finite = np.isfinite(m.mean) & np.isfinite(m.m2)
     yield "nonfinite_batch", "the last batch's mean or variance is not finite", ~finite
     count = _worth(m, are)
@@ -223,8 +216,6 @@ def _of_batch(batch: Batch, s: Statistics, settings: Settings) -> Iterator[_Foun
     if s.update_count > 0 and settings.update_rate != 0 and values.size:
         text = f"the running variance averages {values.min():g} values, and should {_ENOUGH_VALUES:g},"
         yield "few_values", text, values < _ENOUGH_VALUES
-    if batch.size < _SMALL_BATCH * batch.largest:
-        yield "small_batch", f"the last x had {batch.size} values, an earlier one {batch.largest}", None
 
 
 def _worth(m: Moments, weights_are: WeightsAre | None) -> PerChannel:

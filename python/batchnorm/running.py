@@ -271,7 +271,9 @@ def _updated(
 ) -> tuple[PerChannel, PerChannel]:
     ddof = 1 if ddof is None else ddof
     if weights_are is None and moments._dof is None:
-        done = _core.try_update_running(*now, moments._table, update_rate, ddof, None, False)
+        done: tuple[PerChannel, PerChannel] | None = _core.try_update_running(
+            *now, moments._table, update_rate, ddof, None, False
+        )
         if done is not None:
             return done
     mean, var = (

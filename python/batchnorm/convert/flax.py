@@ -39,8 +39,6 @@ def from_flax(
     nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its use_fast_variance
     is a way of rounding, which nothing here needs.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)
     >>> stats = {"mean": 3 * one, "var": 4 * one}
@@ -66,8 +64,6 @@ def to_flax(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool 
     -------
     {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}; scale and bias only where the layer has them.
 
-    Examples
-    --------
     >>> to_flax(BatchNorm(1, convention="flax"))["batch_stats"]
     {'mean': array([0.], dtype=float32), 'var': array([1.], dtype=float32)}
     """

@@ -43,8 +43,6 @@ def from_keras(
     fused kernels of TensorFlow were not: pass ddof=1 to go on with them.) In training mode, which Keras has by
     call; with statistics and affine frozen for a layer of ``trainable=False``.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)
     >>> from_keras([one, one, 3 * one, 4 * one], epsilon=0.0).eval()(np.array([[5.0]]))
@@ -70,8 +68,6 @@ def to_keras(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool
     dict of gamma, beta (each only where the layer has it), moving_mean, moving_variance, in this order. ValueError for
     ddof=1 (and renorm with parity="torchrl") without `any_ddof`, for update_rate=None, and for domains.
 
-    Examples
-    --------
     >>> list(to_keras(BatchNorm(2, convention="keras", beta=False)))
     ['gamma', 'moving_mean', 'moving_variance']
     """

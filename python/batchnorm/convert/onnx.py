@@ -35,8 +35,6 @@ def from_onnx(
     BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1. In training mode; a node without training_mode=1
     evaluates.
 
-    Examples
-    --------
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)
     >>> inputs = {"scale": one, "B": one, "input_mean": 3 * one, "input_var": 4 * one}
@@ -64,8 +62,6 @@ def to_onnx(
     inputs : dict of scale, B, input_mean, input_var; ones and zeros for a parameter that the layer is without.
     attributes : dict of epsilon and momentum (1 - update_rate). Without training_mode, the node evaluates.
 
-    Examples
-    --------
     >>> to_onnx(BatchNorm(1, convention="onnx"))[1]
     {'epsilon': 1e-05, 'momentum': 0.9}
     """

@@ -44,8 +44,6 @@ def from_torch(
     state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d). TypeError or
     ValueError for what is no such source: no running statistics, values that are not finite, a negative variance.
 
-    Examples
-    --------
     >>> one = np.ones(1, np.float32)
     >>> state = {"weight": one, "bias": one, "running_mean": 3 * one, "running_var": 4 * one}
     >>> from_torch(state, eps=0.0).eval()(np.array([[5.0]]))
@@ -72,8 +70,6 @@ def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool
     dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes. ValueError for
     ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
 
-    Examples
-    --------
     >>> sorted(to_torch(BatchNorm(2)))
     ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +13,7 @@ from batchnorm._arrays import Array
 from batchnorm._parts import parts
 from batchnorm.derivatives import backward
 from batchnorm.forward import batch_norm, normalize
+from batchnorm.layers.calls import Options
 from batchnorm.layers.layer import Call, is_x, snapshot
 from batchnorm.layers.statistics import merged
 from batchnorm.moments import merge
@@ -21,7 +22,6 @@ from batchnorm.saved import Gradients, Saved
 if TYPE_CHECKING:
     from batchnorm.layers.batch import BatchNorm
 
-Options = Mapping[str, Any]
 COUNTS = ("mask", "weights", "lengths")  # say which positions count
 _HEAD, _TAIL = slice(0, -1), slice(-1, None)
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, Unpack, cast
@@ -18,18 +18,17 @@ from batchnorm.conventions import Library
 from batchnorm.forward import normalize, normalized_by_batch, ordinary_batch_norm, ordinary_saved, same
 from batchnorm.layers import calls
 from batchnorm.layers.apart import COUNTS, of_one_value
-from batchnorm.layers.calls import CallOptions
+from batchnorm.layers.calls import CallOptions, Options
 from batchnorm.layers.layer import Call, Default, Layer, State, is_x, snapshot
 from batchnorm.layers.settings import Nonfinite, Setting, Settings, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
 from batchnorm.moments import Moments, moments
-from batchnorm.report import Batch, Report, findings
+from batchnorm.report import Report, findings
 from batchnorm.running import Renorm, RenormSchedule, new_room
 from batchnorm.saved import Saved
 
 __all__ = ["BatchNorm"]
 
-Options = Mapping[str, Any]
 _Given = tuple[State, Array, Options, int, bool, Any]  # what a training call is about
 _Made = tuple[Saved, State, Following | None]
 
@@ -233,8 +232,6 @@ class BatchNorm(Layer):
         -------
         y : shape, dtype and memory order of x; `out` where given.
 
-        Examples
-        --------
         >>> layer = BatchNorm(1, eps=0)
         >>> layer(np.array([[1.0], [3.0]]))
         array([[-1.],
@@ -315,7 +312,8 @@ class BatchNorm(Layer):
         call: Call = [] if saved.x is None and saved.y is None else [x, saved]
         if size and update and (not told or told.get("segments") is None):
             nexts = following(statistics[k], seen, self.settings, room)
-        if size and (nexts is not None or not is_before or _counts(saved)):
+        weights = saved.part.weights
+        if size and (nexts is not None or not is_before or weights is None or weights.any()):
             batch = (k, seen, size)
             if size > largest:  # noqa: PLR1730 - max() takes a fiftieth of the call
                 largest = size
@@ -351,10 +349,9 @@ class BatchNorm(Layer):
         """Normalize by running statistics, or by mean, var and eps that are given; learn of x where that is asked for."""
         settings, state = self.settings, self._state
         x = calls.x_channels(x, settings.axis, settings.channels)
-        now, changes = state.statistics[k], {}
+        now = state.statistics[k]
         mean, var, eps = given or (now.mean, now.var, settings.eps)
-        if update:
-            changes = self._changes(x, told, k, state)
+        changes = self._changes(x, told, k, state) if update else {}
         keep = "x"
         if told:
             keep = told.get("keep", "x")
@@ -448,17 +445,9 @@ class BatchNorm(Layer):
         warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
         """
         state, settings = self._state, self.settings
-        batch = None
-        if state.batch is not None:
-            k, seen, size = state.batch
-            batch = Batch(k, merged(seen, settings.channels), size, state.largest_size)
+        seen = None if state.batch is None else merged(state.batch[1], settings.channels)
         evaluates = not self._training or self._frozen[0]
-        return Report(findings(state, settings, batch, evaluates=evaluates))
-
-
-def _counts(saved: Saved) -> bool:
-    """Tell whether anything of x counts."""
-    return saved.part.weights is None or bool(saved.part.weights.any())
+        return Report(findings(state, settings, seen, evaluates=evaluates))
 
 
 def _with(statistics: tuple[Statistics, ...], k: int, new: Statistics) -> tuple[Statistics, ...]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -15,6 +15,7 @@ from batchnorm._arrays import Array
 from batchnorm._validate import Keep
 from batchnorm.layers.settings import int_within
 
+Options = Mapping[str, Any]
 UseStats = Literal["batch", "running"]
 USE_STATS: tuple[UseStats, ...] = get_args(UseStats)
 

@@ -142,12 +142,7 @@ class Layer:
 
     @_keywords.options(NoOptions)
     def backward(
-        self,
-        dy: Array,
-        *,
-        needs: Iterable[Gradient] = _ALL,
-        out: Array | None = None,
-        **others: Unpack[NoOptions],
+        self, dy: Array, *, needs: Iterable[Gradient] = _ALL, out: Array | None = None, **others: Unpack[NoOptions]
     ) -> Array | MaybeNone:
         """Return dx for the last call of the layer, and set `dgamma`, `dbeta` and `dresidual`: `backward` of functions.
 
@@ -166,8 +161,6 @@ class Layer:
         -------
         dx : shape, dtype and memory order of x; None without "x" in `needs`.
 
-        Examples
-        --------
         >>> from batchnorm import BatchNorm
         >>> layer = BatchNorm(1)
         >>> y = layer(np.array([[1.0], [2.0], [6.0]]))
