@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,8 +18,7 @@ from batchnorm._validate import PADDINGS, WEIGHTS_ARE, Padding, WeightsAre
 _MOST_IDS, _MOST_IDS_A_ROW = 1024, 8
 
 
-@dataclass(frozen=True, eq=False, slots=True)
-class Part:
+class Part(NamedTuple):
     """What of x counts, and which rows (indices of axis 0) share statistics.
 
     Attributes
@@ -41,7 +39,8 @@ class Part:
     offsets: NDArray[np.int64] | None = None
     table: PerChannel | None = None
 
-    __repr__ = _validate.summary
+    def __repr__(self) -> str:
+        return _validate.summary(self, hidden=self._field_defaults)
 
     @property
     def sets(self) -> int:

@@ -10,7 +10,6 @@ y = relu(s), and elsewhere what `padding` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import replace
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
@@ -276,19 +275,18 @@ def ordinary_saved(
     x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float, *options: Any
 ) -> Saved:
     """Give what an ordinary call saves; of one with options the core tells more."""
-    moments = Moments._from_core(table)
-    if not options:
-        return Saved(x, moments, gamma, axis, eps)
-    given, sizes, weights, padding, bits, has_residual = options
-    layout = Layout(given.shape, ORDERS[given.ndim], sizes)
-    others: dict[str, Any] = {"layout": layout}
-    if weights is not None:
-        others["part"] = Part(weights, padding or "zero", "mask", None, None, table)
-    if bits is not None:
-        others["relu"] = ReluMask(layout, bits)
-    if has_residual:
-        others["has_residual"] = True
-    return Saved(x, moments, gamma, axis, eps, **others)
+    saved = Saved(x, Moments._from_core(table), gamma, axis, eps)
+    if options:
+        given, sizes, weights, padding, bits, has_residual = options
+        shape, others = given.shape, saved.__dict__
+        others["layout"] = layout = Layout(shape, ORDERS[len(shape)], sizes)
+        if weights is not None:
+            others["part"] = Part(weights, padding or "zero", "mask", None, None, table)
+        if bits is not None:
+            others["relu"] = ReluMask(layout, bits)
+        if has_residual:
+            others["has_residual"] = True
+    return saved
 
 
 def same(saved: Saved) -> Saved:
@@ -315,7 +313,7 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
     shown = table.view()
     shown.flags.writeable = False
     moments = Moments._from_core(shown, part.importance_dof(of.layout))
-    part = part if part.weights is None else replace(part, table=shown)
+    part = part if part.weights is None else part._replace(table=shown)
     saved = of.saved(moments, part, y.array, renorm)
     results = y.array, made(saved)
     if of.keep == "y" and renorm is None:

@@ -37,7 +37,6 @@ _new_state: Callable[[tuple[Any, ...]], State] = partial(tuple.__new__, State)
 
 _BY_CONVENTION: Any = Default("by convention")
 _SHARES = ("segments", "ghost_size")  # say what shares statistics
-_OF_LAYER = frozenset(("use_stats", "update_stats", "domain"))  # are no options of the functions
 
 
 class BatchNorm(Layer):
@@ -146,9 +145,7 @@ class BatchNorm(Layer):
         # What the functions are told in each call.
         fixed = {"activation": settings.activation, "ghost_size": settings.ghost_size}
         self._fixed: Options = {name: value for name, value in fixed.items() if value is not None}
-        # Whether more than the core is to look at x, which it holds to the size of gamma.
-        others = settings.domains, settings.renorm, *fixed.values()
-        self._is_special = not settings.gamma or settings.single_value != "raise" or any(o is not None for o in others)
+        self._is_special = settings.single_value != "raise" or settings.domains is not None
 
     @property
     def running_mean(self) -> PerChannel:
@@ -237,20 +234,20 @@ class BatchNorm(Layer):
         array([[-1.],
                [ 1.]])
         """
-        if options and not options.keys() <= calls.CALL_OPTIONS:
-            _keywords.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
-        told, k = self._fixed, 0
-        if options or self._is_special:
-            told = {**told, **options}
-            if self.settings.domains is not None or not _OF_LAYER.isdisjoint(options):
-                by_batch, update, told, k = self._asked(told, by_batch)
-            if by_batch:
+        told, k, is_special = self._fixed, 0, self._is_special
+        if options:
+            told = {**told, **options} if told else options
+            if not options.keys() <= calls.OF_FUNCTIONS:
+                _keywords.no_options("BatchNorm.__call__", options)
+                is_special = True
+        if is_special:
+            by_batch, update, told, k = self._asked(told, by_batch)
+            if by_batch and self.settings.single_value != "raise":
                 x = calls.x_channels(x, self.settings.axis, self.settings.channels)
-                if self.settings.single_value != "raise":
-                    y = of_one_value(self, x, out, told, k, update)
-                    if y is not None:
-                        return y
+                y = of_one_value(self, x, out, told, k, update)
+                if y is not None:
+                    return y
         if by_batch:
             return self._by_batch(x, out, told, k, update)
         return self._by_running(x, out, told, k, update)
@@ -265,7 +262,7 @@ class BatchNorm(Layer):
             update = flag("update_stats", update_stats)
             if update and self._frozen[0]:
                 raise ValueError("update_stats must not be True while the layer's statistics are frozen, got True")
-        told = {name: value for name, value in options.items() if name not in _OF_LAYER}
+        told = {name: value for name, value in options.items() if name not in calls.OF_LAYER}
         return by_batch, update, told, k
 
     def _by_batch(self, x: Array, out: Array | None, told: Options, k: int, update: bool) -> Array:
@@ -274,9 +271,12 @@ class BatchNorm(Layer):
         gamma, now = state.gamma, state.statistics[k]
         if settings.renorm is not None:
             told = {**told, "renorm": self._renorm(now)}
-        policy = settings.nonfinite
-        may_raise = policy == "raise" or (policy == "warn" and out is not None and calls.warnings_may_raise())
-        if update and out is not None and may_raise:  # x is read once more, before out is written
+        policy, may_raise = settings.nonfinite, False
+        if update and out is not None:
+            may_raise = policy == "raise" or (policy == "warn" and calls.warnings_may_raise())
+        if may_raise or gamma is None:  # else the core holds x to the size of gamma
+            x = calls.x_channels(x, settings.axis, settings.channels)
+        if may_raise:  # x is read once more, before out is written
             update = self._is_finite(now, self._moments(x, told))
         room = new_room(gamma, now.mean) or (None, np.empty_like(now.mean), np.empty_like(now.mean))
         given = state, x, told, k, update, room
@@ -288,8 +288,7 @@ class BatchNorm(Layer):
         rest = (room[0], state.beta, settings.axis, settings.eps)
         done = ordinary_batch_norm(keep_of, x, *rest, out, settings.num_threads, told or None)
         if done is None:
-            if not told:  # else that has been looked at
-                x = calls.x_channels(x, settings.axis, settings.channels)
+            x = calls.x_channels(x, settings.axis, settings.channels)
             done = normalized_by_batch(keep, x, *rest, told, out, settings.num_threads)
         y, kept = done
         saved, after, nexts = kept if out is not None else self._made(kept, given, False)

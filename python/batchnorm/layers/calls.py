@@ -31,7 +31,8 @@ class CallOptions(_keywords.Counted, total=False):
     domain: int | None
 
 
-CALL_OPTIONS = CallOptions.__annotations__.keys()
+OF_LAYER = frozenset(("use_stats", "update_stats", "domain"))
+OF_FUNCTIONS = CallOptions.__annotations__.keys() - OF_LAYER
 
 
 def x_channels(x: Any, axis: int, needed: int) -> Any:
