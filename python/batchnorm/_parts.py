@@ -40,7 +40,7 @@ class Part(NamedTuple):
     table: PerChannel | None = None
 
     def __repr__(self) -> str:
-        return _validate.summary(self, hidden=self._field_defaults)
+        return _validate.summary(self)
 
     @property
     def sets(self) -> int:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import math
 import operator
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from decimal import Decimal
 from itertools import pairwise
 from typing import Any, Literal, TypeVar, get_args
@@ -440,21 +440,17 @@ def kind(value: object) -> str:
     return "None" if value is None else type(value).__name__
 
 
-def summary(value: Any, hidden: Mapping[str, Any] | None = None) -> str:
-    """Show the fields of a NamedTuple but for `hidden` values, or of a dataclass those that are not its defaults.
+def summary(value: Any) -> str:
+    """Show the fields of a NamedTuple, or of a dataclass those that are not its defaults.
 
     Of more than a few values, how many they are.
     """
-    defaults: Mapping[str, Any] = hidden or {}
-    names = value._fields if isinstance(value, tuple) else ()  # type: ignore[attr-defined]
-    if not names:
-        fields = [f for f in dataclasses.fields(value) if f.repr]
-        names, defaults = [f.name for f in fields], {f.name: f.default for f in fields}
-    shown = (
-        f"{name}={_short(getattr(value, name))}"
-        for name in names
-        if name not in defaults or getattr(value, name) is not defaults[name]
-    )
+    if isinstance(value, tuple):
+        names: Iterable[str] = value._fields  # type: ignore[attr-defined]
+    else:
+        fields = dataclasses.fields(value)
+        names = [f.name for f in fields if f.repr and getattr(value, f.name) is not f.default]
+    shown = (f"{name}={_short(getattr(value, name))}" for name in names)
     return f"{type(value).__name__}({', '.join(shown)})"
 
 

@@ -234,14 +234,14 @@ class BatchNorm(Layer):
         array([[-1.],
                [ 1.]])
         """
+        is_own = options and not options.keys() <= calls.OF_FUNCTIONS
+        if is_own:
+            _keywords.no_options("BatchNorm.__call__", options)
         by_batch = update = self._training and not self._frozen[0]
-        told, k, is_special = self._fixed, 0, self._is_special
+        told, k = self._fixed, 0
         if options:
             told = {**told, **options} if told else options
-            if not options.keys() <= calls.OF_FUNCTIONS:
-                _keywords.no_options("BatchNorm.__call__", options)
-                is_special = True
-        if is_special:
+        if is_own or self._is_special:
             by_batch, update, told, k = self._asked(told, by_batch)
             if by_batch and self.settings.single_value != "raise":
                 x = calls.x_channels(x, self.settings.axis, self.settings.channels)
@@ -271,8 +271,9 @@ class BatchNorm(Layer):
         gamma, now = state.gamma, state.statistics[k]
         if settings.renorm is not None:
             told = {**told, "renorm": self._renorm(now)}
-        policy, may_raise = settings.nonfinite, False
+        may_raise = False
         if update and out is not None:
+            policy = settings.nonfinite
             may_raise = policy == "raise" or (policy == "warn" and calls.warnings_may_raise())
         if may_raise or gamma is None:  # else the core holds x to the size of gamma
             x = calls.x_channels(x, settings.axis, settings.channels)
