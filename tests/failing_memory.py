@@ -71,7 +71,7 @@ def ordinary_calls(a):
         "batch_norm": lambda out: _core.try_batch_norm(
             forward.ordinary_saved, a.x, a.gamma, a.beta, *tail, out, None, a.options
         ),
-        "normalize": lambda out: _core.try_normalize(a.x, *given, a.beta, *tail, out, None),
+        "normalize": lambda out: _core.try_normalize(a.x, *given, a.beta, *tail, out, None, a.options),
         "batch_norm_backward": lambda out: _core.try_batch_norm_backward(
             tuple, a.dy, saved.x, table, a.gamma, *tail, needs, out, None, a.counts, 0, saved.relu.data, True
         ),

@@ -70,7 +70,7 @@ TRIES = {
         tuple_of, a.x, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads, a.options
     ),
     "normalize": lambda a: _core.try_normalize(
-        a.x, a.mean, a.var, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads
+        a.x, a.mean, a.var, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads, a.options
     ),
     "batch_norm_backward": lambda a: _core.try_batch_norm_backward(
         bn.Gradients,
@@ -199,13 +199,18 @@ def test_both_ways_give_arrays_of_the_same_shape_and_strides(shape, general_call
 
 def options_of(a):
     """Give options that are ordinary, by name."""
-    mask = np.random.default_rng(5).random((4, 5, 2)) < 0.7
+    rng = np.random.default_rng(5)
+    mask, weights = rng.random((4, 5, 2)) < 0.7, rng.uniform(0, 3, (4, 5, 2)).astype(a.x.dtype)
     return {
         "mask": {"mask": mask},
         "padding": {"mask": mask, "padding": "keep"},
         "relu": {"activation": "relu"},
         "residual": {"residual": a.dy},
         "all": {"mask": mask, "padding": "normalize", "residual": a.dy, "activation": "relu", "keep": "x"},
+        "weights": {"weights": weights},
+        "importance": {"weights": weights, "weights_are": "importance", "padding": "zero"},
+        "ghosts": {"ghost_size": 3},
+        "ghosts_mask": {"ghost_size": 2, "mask": mask, "activation": "relu"},
         "nothing": {"mask": None, "activation": None, "keep": "x", "segments": None, "renorm": None},
     }
 
@@ -224,9 +229,23 @@ def test_both_ways_do_the_same_with_options(name, out, dtype, general_calls):
         general_calls.clear()
         if out != "x":
             gradients = bn.backward(np.ones_like(a.x), saved, num_threads=num_threads)
-            assert bool(general_calls) == (num_threads is not None)
+            assert bool(general_calls) == (num_threads is not None or "ghost_size" in options)
             results[-1] += (bits(gradients),)
             general_calls.clear()
+    assert results[0] == results[1]
+
+
+@pytest.mark.parametrize("out", ["new", "given", "x", "dy"])
+@pytest.mark.parametrize("name", ["mask", "padding", "relu", "residual", "all"])
+def test_both_ways_normalize_the_same_with_options(name, out, dtype, general_calls):
+    results = []
+    for num_threads in (None, np.int64(1)):
+        a = Arguments(dtype)
+        a.out = {"new": None, "given": a.out, "x": a.x, "dy": a.dy}[out]
+        options = {**options_of(a)[name], "out": a.out, "num_threads": num_threads}
+        results.append((bits(bn.normalize(a.x, a.mean, a.var, a.gamma, a.beta, eps=a.eps, **options)), a.bytes()))
+        assert bool(general_calls) == (num_threads is not None)
+        general_calls.clear()
     assert results[0] == results[1]
 
 
@@ -385,7 +404,13 @@ UNUSUAL_OPTIONS = {
     "channel_axis": {"mask": MASK[:, None]},
     "shape": {"mask": MASK[:, :1]},
     "short": {"mask": MASK[:3]},
-    "weights": {"weights": MASK.astype(np.float32)},
+    "weights_dtype": {"weights": MASK.astype(np.float64)},
+    "weights_shape": {"weights": np.ones((4, 5, 1), np.float32)},
+    "weights_list": {"weights": MASK.astype(np.float32).tolist()},
+    "weights_negative": {"weights": -MASK.astype(np.float32)},
+    "weights_and_mask": {"weights": MASK.astype(np.float32), "mask": MASK},
+    "weights_are_alone": {"weights_are": "counts"},
+    "weights_are_mass": {"weights": MASK.astype(np.float32), "weights_are": "mass"},
     "lengths": {"lengths": [1, 2, 3, 4]},
     "padding": {"mask": MASK, "padding": "reflect"},
     "padding_alone": {"padding": "zero"},
@@ -394,8 +419,11 @@ UNUSUAL_OPTIONS = {
     "residual_shape": {"residual": np.ones((4, 3, 5), np.float32)},
     "keep_y": {"keep": "y"},
     "keep_nothing": {"keep": None},
-    "ghosts": {"ghost_size": 2},
+    "no_ghosts": {"ghost_size": 0},
+    "ghosts_float": {"ghost_size": 2.0},
+    "ghosts_and_segments": {"ghost_size": 2, "segments": [0, 0, 1, 1]},
     "unknown": {"banana": 1},
+    "unknown_none": {"banana": None},
     "none_counts": {"mask": ~MASK | (np.arange(40).reshape(4, 5, 2) == 7)},
 }
 

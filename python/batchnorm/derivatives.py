@@ -88,7 +88,7 @@ def backward(
         _keywords.no_options("backward", others)
     if type(saved) is Saved and (saved.layout is None or saved.layout.order == ORDERS[len(saved.layout.order)]):
         part, rest, done = saved.part, (saved.gamma, saved.axis, saved.eps, needs, out, num_threads), None
-        if type(saved.moments) is Moments:
+        if isinstance(saved.moments, Moments):
             if part.offsets is None and saved.renorm is None:
                 bits = None if saved.relu is None else saved.relu.data
                 how = (part.weights, PADDINGS.index(part.padding), bits, saved.has_residual)

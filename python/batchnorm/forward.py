@@ -19,7 +19,7 @@ from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import ORDERS, Array, Layout, PerChannel, Target
 from batchnorm._parts import ALL, Part, of_samples, parts, require_values
 from batchnorm._passes import Call, ReluMask
-from batchnorm._validate import Activation, Keep, MaybeNone, WeightsAre
+from batchnorm._validate import Activation, Keep, MaybeNone, Padding, WeightsAre
 from batchnorm.moments import Moments
 from batchnorm.running import Renorm
 from batchnorm.saved import Saved, affine
@@ -211,8 +211,10 @@ def normalize(
     >>> normalize(np.array([[1.0, 5.0]]), mean=[0.0, 5.0], var=[4.0, 1.0], beta=[0.0, 2.0], eps=0.0)
     array([[0.5, 2. ]])
     """
-    if not save and (not options or _keywords.no_options("normalize", options)):
-        done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads)
+    if options:
+        _keywords.no_options("normalize", options)
+    if not save:
+        done = _core.try_normalize(x, mean, var, gamma, beta, axis, eps, out, num_threads, options or None)
         if done is not None:
             return done
     of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, (mean, var))
@@ -271,21 +273,21 @@ def instance_norm(
     return normalized_by_batch(same, x, gamma, beta, axis, eps, given, out, num_threads)
 
 
-def ordinary_saved(
-    x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float, *options: Any
-) -> Saved:
+def ordinary_saved(x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float, *rest: Any) -> Saved:
     """Give what an ordinary call saves; of one with options the core tells more."""
-    saved = Saved(x, Moments._from_core(table), gamma, axis, eps)
-    if options:
-        given, sizes, weights, padding, bits, has_residual = options
-        shape, others = given.shape, saved.__dict__
-        others["layout"] = layout = Layout(shape, ORDERS[len(shape)], sizes)
-        if weights is not None:
-            others["part"] = Part(weights, padding or "zero", "mask", None, None, table)
-        if bits is not None:
-            others["relu"] = ReluMask(layout, bits)
-        if has_residual:
-            others["has_residual"] = True
+    if not rest:
+        return Saved(x, Moments._from_core(table), gamma, axis, eps)
+    given, sizes, weights, offsets, bits, options = rest
+    has_mask, shape, part = options.get("mask") is not None, given.shape, ALL
+    layout = Layout(shape, ORDERS[len(shape)], sizes)
+    if weights is not None or offsets is not None:
+        source, counts = "mask" if has_mask else "weights", None if weights is None else table
+        otherwise: Padding = "zero" if has_mask else "normalize"
+        part = Part(weights, options.get("padding") or otherwise, source, options.get("weights_are"), offsets, counts)
+    saved = Saved(x, Moments._from_core(table, part.importance_dof(layout)), gamma, axis, eps)
+    saved.__dict__.update(layout=layout, part=part, has_residual=options.get("residual") is not None)
+    if bits is not None:
+        saved.__dict__["relu"] = ReluMask(layout, bits)
     return saved
 
 

@@ -22,7 +22,7 @@ namespace py = pybind11;
 enum class Access { read, write };
 
 inline constexpr int kFloat32 = py::detail::npy_api::NPY_FLOAT_, kFloat64 = py::detail::npy_api::NPY_DOUBLE_;
-inline constexpr int kUint8 = py::detail::npy_api::NPY_UBYTE_;
+inline constexpr int kUint8 = py::detail::npy_api::NPY_UBYTE_, kInt64 = py::detail::npy_api::NPY_INT64_;
 
 inline bool has_dtype(const py::array& a, int type_number) { return a.dtype().num() == type_number; }
 inline bool is_float32(const py::array& a) { return has_dtype(a, kFloat32); }

@@ -107,16 +107,36 @@ PyObject* try_moments(PyObject* const (&arguments)[3]) {
 // The tuple of a Problem's sizes.
 py::object sizes_of(const Problem& p) { return owned(Py_BuildValue("(LLL)", p.outer, p.channels, p.inner)); }
 
-// Weights of 0 and 1 in the type of those of x: what the core counts by.
-py::object weights_of(const bool* mask, const Problem& problem, const Array& x) {
+// What the core counts by, in the type of x: weights, or 0 and 1 for a mask; None where all counts.
+py::object weights_of(const Options& options, const Problem& problem, const Array& x) {
+  if (!options.counts()) return py::none();
   const py::ssize_t size = problem.outer * problem.inner;
   py::array weights = new_array(x.is_double ? kFloat64 : kFloat32, 1, &size);
-  if (x.is_double) {
-    std::copy_n(mask, size, static_cast<double*>(weights.mutable_data()));
+  if (options.weights.present()) {
+    std::copy_n(options.weights.data, options.weights.bytes, static_cast<char*>(weights.mutable_data()));
+  } else if (x.is_double) {
+    std::copy_n(options.mask, size, static_cast<double*>(weights.mutable_data()));
   } else {
-    std::copy_n(mask, size, static_cast<float*>(weights.mutable_data()));
+    std::copy_n(options.mask, size, static_cast<float*>(weights.mutable_data()));
   }
   return weights;
+}
+
+// Where ghosts of so many rows begin, and the last ends; None where there are none.
+py::object offsets_of(std::int64_t ghost_size, std::int64_t rows) {
+  if (ghost_size == 0) return py::none();
+  const py::ssize_t size = (rows + ghost_size - 1) / ghost_size + 1;
+  py::array offsets = new_array(kInt64, 1, &size);
+  auto* const to = static_cast<std::int64_t*>(offsets.mutable_data());
+  for (py::ssize_t s = 0; s < size; ++s) to[s] = std::min(s * ghost_size, rows);
+  return offsets;
+}
+
+// Whether channels are the second axis, and each ghost has two values of each.
+bool fits_ghosts(const Problem& problem, int axis, std::int64_t ghost_size) {
+  if (ghost_size == 0) return true;
+  const std::int64_t first = std::min(ghost_size, problem.outer), last = problem.outer % ghost_size;
+  return axis == 1 && first * problem.inner >= 2 && (last == 0 || last * problem.inner >= 2);
 }
 
 // Room for the bits of a ReLU, which Python may not write to.
@@ -135,8 +155,8 @@ std::span<std::uint8_t> bits_of(const py::object& bits) {
 }
 
 // (y, keep(x or None where y overwrites it, moments, gamma, axis from 0, eps)); with options, keep is told more: x, its
-// sizes, weights or None, padding, the bits of ReLU or None, whether there is a residual. keep is called before what it
-// is given is filled.
+// sizes, weights, offsets and the bits of ReLU or None for each, and the options. keep is called before what it is
+// given is filled.
 PyObject* try_batch_norm(PyObject* const (&arguments)[9]) {
   const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads, py_options] = arguments;
   Arguments a;
@@ -147,28 +167,28 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[9]) {
   const Array beta = a.channel_values_or_none(py_beta, problem.channels);
   const double eps = a.eps(py_eps);
   const Options options = a.options(py_options, x, axis);
-  const Array out = options.residual.present() ? a.out(py_out, {x, options.residual}, {gamma, beta})
-                                               : a.out(py_out, {x}, {gamma, beta});
+  const Array out = a.out(py_out, {x, options.residual.present() ? options.residual : x}, {gamma, beta});
   const int threads = a.threads(py_threads);
-  if (!a.ordinary() || problem.count() < 2) return not_ordinary();
+  if (!a.ordinary() || problem.count() < 2 || !fits_ghosts(problem, axis, options.ghost_size)) return not_ordinary();
 
   const py::object y = target(out, x);
-  const py::object weights = options.mask != nullptr ? weights_of(options.mask, problem, x) : py::none();
+  const py::object weights = weights_of(options, problem, x), offsets = offsets_of(options.ghost_size, problem.outer);
   const py::object bits = options.relu ? new_bits(problem) : py::none();
-  py::array moments = new_table<Moments>(problem.channels);
+  const auto groups = values_or_none<const std::int64_t>(offsets);
+  const std::int64_t sets = groups.empty() ? 1 : static_cast<std::int64_t>(groups.size()) - 1;
+  py::array moments = new_table<Moments>(sets * problem.channels);
   const bool overwritten = out.data == x.data;
   const py::object axis_from_0 = owned(PyLong_FromLong(axis));
   PyObject* const kept = overwritten ? Py_None : x.object;
-  const py::object saved =
-      !options.present()
-          ? called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps)
-          : called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps, x.object, sizes_of(problem).ptr(),
-                   weights.ptr(), options.padding != nullptr ? options.padding : Py_None, bits.ptr(),
-                   options.residual.present() ? Py_True : Py_False);
+  const py::object saved = !options.present()
+                               ? called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps)
+                               : called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps, x.object,
+                                        sizes_of(problem).ptr(), weights.ptr(), offsets.ptr(), bits.ptr(), py_options);
   py::object result = owned(PyTuple_Pack(2, y.ptr(), saved.ptr()));
   if (!done(x, [&]<class T>(T) {
         const Call<T> call{.problem = problem,
-                           .counted = {values_or_none<T>(weights), static_cast<Padding>(options.code)},
+                           .groups = {groups},
+                           .counted = {values_or_none<T>(weights), static_cast<Padding>(options.padding)},
                            .gamma = gamma.channel_values(),
                            .beta = beta.channel_values(),
                            .eps = eps,
@@ -180,23 +200,35 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[9]) {
   return result.release().ptr();
 }
 
-PyObject* try_normalize(PyObject* const (&arguments)[9]) {
-  const auto& [py_x, py_mean, py_var, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads] = arguments;
+PyObject* try_normalize(PyObject* const (&arguments)[10]) {
+  const auto& [py_x, py_mean, py_var, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads, py_options] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x);
-  const Problem problem = a.problem(x, a.axis(py_axis, x));
+  const int axis = a.axis(py_axis, x);
+  const Problem problem = a.problem(x, axis);
   const Array mean = a.channel_values(py_mean, problem.channels), var = a.channel_values(py_var, problem.channels);
   const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
   const Array beta = a.channel_values_or_none(py_beta, problem.channels);
   const double eps = a.eps(py_eps);
-  const Array out = a.out(py_out, {x}, {mean, var, gamma, beta});
+  Options options = a.options(py_options, x, axis);
+  a.need(!options.weights.present() && options.ghost_size == 0);
+  if (options.padding == 2) options.mask = nullptr;  // by given statistics it says no more than where there is padding
+  const Array& added = options.residual.present() ? options.residual : x;
+  const Array out = a.out(py_out, {x, added}, {mean, var, gamma, beta});
   const int threads = a.threads(py_threads);
   if (!a.ordinary()) return not_ordinary();
 
   py::object y = target(out, x);
+  const py::object weights = weights_of(options, problem, x);
   if (!done(x, [&]<class T>(T) {
-        normalize<T>(x.values<const T>(), problem, mean.channel_values(), var.channel_values(), gamma.channel_values(),
-                     beta.channel_values(), eps, values_of<T>(y), {threads});
+        const Call<T> call{.problem = problem,
+                           .counted = {values_or_none<T>(weights), static_cast<Padding>(options.padding)},
+                           .gamma = gamma.channel_values(),
+                           .beta = beta.channel_values(),
+                           .eps = eps,
+                           .tail = {options.residual.values<const T>(), options.relu, {}}};
+        normalize<T>(x.values<const T>(), call, mean.channel_values(), var.channel_values(), values_of<T>(y),
+                     {threads});
       })) {
     return not_ordinary();
   }
@@ -414,9 +446,10 @@ void add_ordinary_calls(py::module_& m) {
           "try_batch_norm",
           "try_batch_norm($module, keep, x, gamma, beta, axis, eps, out, threads, options, /)\n--\n\n"
           "batch_norm if all arguments are ordinary: y, keep(x, moments, gamma, axis, eps, ...)."),
-      method<9, try_normalize>("try_normalize",
-                               "try_normalize($module, x, mean, var, gamma, beta, axis, eps, out, threads, /)\n--\n\n"
-                               "normalize if all arguments are ordinary: y."),
+      method<10, try_normalize>(
+          "try_normalize",
+          "try_normalize($module, x, mean, var, gamma, beta, axis, eps, out, threads, options, /)\n--\n\n"
+          "normalize if all arguments are ordinary: y."),
       method<14, try_batch_norm_backward>(
           "try_batch_norm_backward",
           "try_batch_norm_backward($module, type, dy, x, moments, gamma, axis, eps, needs, out, threads, weights, "

@@ -51,13 +51,15 @@ struct Array {
 
 // What follows and what counts, of the options of a call: all that is ordinary of them.
 struct Options {
-  PyObject* padding = nullptr;  // as it was given, else null
-  int code = 0;                 // of the padding: zero, keep, normalize
-  const bool* mask = nullptr;   // one for each position
+  int padding = -1;            // zero, keep, normalize
+  const bool* mask = nullptr;  // one for each position
+  Array weights;               // the same
+  std::int64_t ghost_size = 0;
   Array residual;
   bool relu = false;
 
-  [[nodiscard]] bool present() const { return mask != nullptr || residual.present() || relu; }
+  [[nodiscard]] bool counts() const { return mask != nullptr || weights.present(); }
+  [[nodiscard]] bool present() const { return counts() || ghost_size > 0 || residual.present() || relu; }
 };
 
 struct Needs {
@@ -172,27 +174,39 @@ class Arguments {
     if (o == Py_None || !need(PyDict_CheckExact(o) && ordinary_)) return given;
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t at = 0;
+    bool says_weights = false;
     while (ordinary_ && PyDict_Next(o, &at, &key, &value) != 0) {
       const auto is = [key](const char* text) { return PyUnicode_CompareWithASCIIString(key, text) == 0; };
       if (is("keep")) {
         need(is_word(value, "x"));
       } else if (value == Py_None) {
-        continue;
+        constexpr const char* kNames[] = {"mask",       "weights",  "lengths",    "padding",     "residual",
+                                          "activation", "segments", "ghost_size", "weights_are", "renorm"};
+        need(std::ranges::any_of(kNames, is));
       } else if (is("mask")) {
         given.mask = mask(value, x, axis);
+      } else if (is("weights")) {
+        given.weights = array(value);
+        need(given.weights.is_double == x.is_double && fits(value, x, axis));
+      } else if (is("weights_are")) {
+        says_weights = need(is_word(value, "counts") || is_word(value, "importance"));
+      } else if (is("ghost_size")) {
+        given.ghost_size = integer(value, 1, INT_MAX);
       } else if (is("residual")) {
         given.residual = tensor_like(x, value);
       } else if (is("activation")) {
         given.relu = need(is_word(value, "relu"));
       } else if (is("padding")) {
-        given.padding = value;
-        given.code = is_word(value, "zero") ? 0 : is_word(value, "keep") ? 1 : 2;
-        need(given.code < 2 || is_word(value, "normalize"));
+        given.padding = is_word(value, "zero") ? 0 : is_word(value, "keep") ? 1 : 2;
+        need(given.padding < 2 || is_word(value, "normalize"));
       } else {
         need(false);
       }
     }
-    need(given.mask != nullptr || given.padding == nullptr);
+    need(given.counts() || given.padding < 0);
+    need(given.mask == nullptr || !given.weights.present());
+    need(given.weights.present() || !says_weights);
+    if (given.padding < 0) given.padding = given.weights.present() ? 2 : 0;
     return given;
   }
 
@@ -236,11 +250,18 @@ class Arguments {
     if (!need(Py_IS_TYPE(o, py::detail::npy_api::get().PyArray_Type_))) return nullptr;
     const auto* fields = py::detail::array_proxy(o);
     const auto* type = py::detail::array_descriptor_proxy(fields->descr);
-    bool fits = type->type_num == py::detail::npy_api::NPY_BOOL_ && fields->nd == x.dimensions - 1 &&
-                (fields->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0;
+    need(type->type_num == py::detail::npy_api::NPY_BOOL_ && fits(o, x, axis) &&
+         (fields->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0);
+    return ordinary_ ? reinterpret_cast<const bool*>(fields->data) : nullptr;
+  }
+
+  // Whether an array has the shape of x without its channel axis.
+  [[nodiscard]] bool fits(PyObject* o, const Array& x, int axis) const {
+    if (!ordinary_) return false;
+    const auto* fields = py::detail::array_proxy(o);
+    bool fits = fields->nd == x.dimensions - 1;
     for (int d = 0; fits && d < fields->nd; ++d) fits = fields->dimensions[d] == x.shape[d < axis ? d : d + 1];
-    need(fits);
-    return fits ? reinterpret_cast<const bool*>(fields->data) : nullptr;
+    return fits;
   }
 
   bool ordinary_ = true;
