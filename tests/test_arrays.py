@@ -233,7 +233,11 @@ def test_an_array_computes_as_its_contiguous_copy_does(call, make):
 
 
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED.keys())
-@pytest.mark.parametrize("call", [bn.moments, bn.batch_norm, bn.instance_norm, bn.BatchNorm(C)], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    [bn.moments, bn.batch_norm, bn.instance_norm, bn.BatchNorm(C)],
+    ids=lambda call: getattr(call, "__name__", "layer"),
+)
 def test_what_is_no_array_of_floats_is_refused_by_name(call, make):
     with pytest.raises((TypeError, ValueError), match=r"^x must (be|have) .*, got "):
         call(make())
@@ -270,9 +274,7 @@ def test_a_gamma_of_integers_computes_as_one_of_float64_and_has_gradients_of_flo
     for got, expected in zip(bn.backward(BASE, other)[:3], bn.backward(BASE, saved)[:3], strict=True):
         assert got.dtype == expected.dtype
         np.testing.assert_array_equal(got, expected)
-    np.testing.assert_array_equal(
-        bn.normalize(BASE, whole, whole, whole), bn.normalize(BASE, floats, floats, floats)
-    )
+    np.testing.assert_array_equal(bn.normalize(BASE, whole, whole, whole), bn.normalize(BASE, floats, floats, floats))
     gradients = frozen.backward(BASE, BASE, whole, whole, whole)
     assert gradients.dgamma.dtype == np.float64
     x = BASE.copy()
@@ -292,9 +294,7 @@ def test_out_is_no_subclass_whose_assignment_may_mean_something_else():
 
 def test_in_place_a_subclass_and_an_array_that_is_not_aligned_are_refused_as_any_out():
     x = BASE.copy().view(Sub)
-    with pytest.raises(
-        TypeError, match=r"^out must be a numpy\.ndarray \(write out\.view\(np\.ndarray\)\), got Sub$"
-    ):
+    with pytest.raises(TypeError, match=r"^out must be a numpy\.ndarray \(write out\.view\(np\.ndarray\)\), got Sub$"):
         bn.batch_norm(x, GAMMA, keep="y", out=x)
     np.testing.assert_array_equal(np.asarray(x), BASE)
     y, saved = bn.batch_norm(x, GAMMA, keep="y", out=x.view(np.ndarray))
