@@ -46,9 +46,7 @@ X = {
     ),
     "sum_cancellation": lambda rng, n, dtype: _shuffled(rng, [1e15, -1e15, 1.0], n),
     "subnormal": lambda rng, n, dtype: rng.uniform(-1, 1, n) * float(np.finfo(dtype).smallest_normal),
-    "subnormal_smallest": lambda rng, n, dtype: (
-        rng.integers(-3, 4, n) * float(np.finfo(dtype).smallest_subnormal)
-    ),
+    "subnormal_smallest": lambda rng, n, dtype: rng.integers(-3, 4, n) * float(np.finfo(dtype).smallest_subnormal),
     "tiny_1e-25": lambda rng, n, dtype: 1e-25 * rng.normal(size=n),
     **{
         f"constant_{value}": lambda rng, n, dtype, value=value: np.full(n, float(value))
@@ -64,9 +62,7 @@ X = {
             "3.4028234663852886e38",
         )
     },
-    "constant_but_one_ulp": lambda rng, n, dtype: _with(
-        np.full(n, 3.0), {n // 2: np.nextafter(dtype(3), dtype(4))}
-    ),
+    "constant_but_one_ulp": lambda rng, n, dtype: _with(np.full(n, 3.0), {n // 2: np.nextafter(dtype(3), dtype(4))}),
     "alternating_1": lambda rng, n, dtype: np.resize([1.0, -1.0], n),
     "alternating_1e4_with_drift": lambda rng, n, dtype: np.resize([1e4, -1e4], n) + np.arange(n) / 16,
     "alternating_1e15": lambda rng, n, dtype: np.resize([1e15, -1e15], n) + rng.normal(size=n) * 1e8,
@@ -83,9 +79,7 @@ X = {
     "one_value_max": lambda rng, n, dtype: _with(np.zeros(n), {n // 3: float(np.finfo(np.float32).max)}),
     "one_value_not_zero": lambda rng, n, dtype: _with(np.zeros(n), {n - 1: 1.0}),
     "two_values": lambda rng, n, dtype: np.resize([3.0, 5.0], n),
-    "two_values_1ulp_apart": lambda rng, n, dtype: rng.choice(
-        [dtype(1), np.nextafter(dtype(1), dtype(2))], n
-    ),
+    "two_values_1ulp_apart": lambda rng, n, dtype: rng.choice([dtype(1), np.nextafter(dtype(1), dtype(2))], n),
     "two_values_1ulp_apart_1e8": lambda rng, n, dtype: rng.choice(
         [dtype(1e8), np.nextafter(dtype(1e8), dtype(2e8))], n
     ),

@@ -56,9 +56,7 @@ WITH_OUT = {
     "batch_norm that keeps y": lambda a, **o: bn.batch_norm(a.x, a.gamma, a.beta, keep="y", **o),
     "normalize": lambda a, **o: bn.normalize(a.x, *a.statistics, a.beta, **o),
     "normalize with mask": lambda a, **o: bn.normalize(a.x, *a.statistics, a.beta, mask=a.mask, **o),
-    "normalize with relu": lambda a, **o: bn.normalize(
-        a.x, *a.statistics, a.beta, activation="relu", save=True, **o
-    ),
+    "normalize with relu": lambda a, **o: bn.normalize(a.x, *a.statistics, a.beta, activation="relu", save=True, **o),
     "backward": lambda a, **o: bn.backward(a.dy, a.saved, **o),
     "backward with mask": lambda a, **o: bn.backward(a.dy, a.saved_mask, **o),
     "backward with segments": lambda a, **o: bn.backward(a.dy, a.saved_segments, **o),
@@ -76,9 +74,7 @@ WITH_TWO_OUT = {
     "backward with relu": lambda a, **o: bn.backward(a.dy, a.saved_relu, **o),
     "backward of normalize with relu": lambda a, **o: bn.backward(a.dy, a.saved_given_relu, **o),
     "double_backward": lambda a, **o: bn.double_backward(a.v, a.dy, a.saved, v_dgamma=a.mean, **o),
-    "double_backward of normalize": lambda a, **o: bn.double_backward(
-        a.v, a.dy, a.saved_given, v_dgamma=a.mean, **o
-    ),
+    "double_backward of normalize": lambda a, **o: bn.double_backward(a.v, a.dy, a.saved_given, v_dgamma=a.mean, **o),
 }
 WITHOUT_OUT = {
     "moments": lambda a, **o: bn.moments(a.x, **o),

@@ -13,9 +13,7 @@ from batchnorm import _core, forward
 from every_call import WITH_OUT, WITH_TWO_OUT, WITHOUT_OUT, Arguments
 
 # Set without a call, which would take memory itself.
-GOOD, FAILING = (
-    ctypes.c_long.in_dll(ctypes.CDLL(None), name) for name in ("good_allocations", "failing_allocations")
-)
+GOOD, FAILING = (ctypes.c_long.in_dll(ctypes.CDLL(None), name) for name in ("good_allocations", "failing_allocations"))
 MANY = 200
 
 

@@ -121,8 +121,7 @@ def table():
         "kept": "what is kept",
     }
     lines += [
-        f"| {titles[axis]} | {' · '.join(WRITTEN[axis, word] for word in words)} |"
-        for axis, words in AXES.items()
+        f"| {titles[axis]} | {' · '.join(WRITTEN[axis, word] for word in words)} |" for axis, words in AXES.items()
     ]
     lines += ["", "Refused, since it has no meaning:", ""]
     lines += [f"- {text}" for text in reasons]

@@ -185,9 +185,7 @@ def ghost_backward(dy, x, gamma, *, ghost_size, axis, eps):
     """Give dx ghost by ghost, and dgamma and dbeta summed over the ghosts, which share gamma and beta."""
     options = {"axis": axis, "eps": eps}
     parts = [backward(dy[part], x[part], gamma, **options) for part in ghosts(len(x), ghost_size)]
-    return Backward(
-        np.concatenate([p.dx for p in parts]), sum(p.dgamma for p in parts), sum(p.dbeta for p in parts)
-    )
+    return Backward(np.concatenate([p.dx for p in parts]), sum(p.dgamma for p in parts), sum(p.dbeta for p in parts))
 
 
 class Composed(NamedTuple):
@@ -210,11 +208,7 @@ class Composed(NamedTuple):
     @property
     def counted(self):
         """Where y comes from the formula, (N, 1, L)."""
-        return (
-            np.ones_like(self.weights[:, None], bool)
-            if self.padding == "normalize"
-            else self.weights[:, None] > 0
-        )
+        return np.ones_like(self.weights[:, None], bool) if self.padding == "normalize" else self.weights[:, None] > 0
 
     def statistics(self, x):
         """Give count, mean and var of each set, (S, C)."""
@@ -624,9 +618,7 @@ def backward_scales(dy, x, gamma, exact, gradients, *, axis, frozen=False):
     dgamma, dbeta = _sums(np.abs(dy), np.abs(xhat), axis)
     dx = np.abs(a * dy)
     if not frozen:
-        along_x, total = (
-            (dgamma, dbeta) if x.dtype == np.float64 else (gradients.dgamma.high, gradients.dbeta.high)
-        )
+        along_x, total = (dgamma, dbeta) if x.dtype == np.float64 else (gradients.dgamma.high, gradients.dbeta.high)
         count = max(math.prod(x.shape[i] for i in other_axes(x, axis)), 1)
         dx = dx + np.abs(a * per_channel(total / count, x, axis))
         dx = dx + np.abs(a * xhat * per_channel(along_x / count, x, axis))

@@ -108,9 +108,7 @@ def far_apart_segment_ids_take_no_memory():
     limit = 4 << 30
     resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
     try:
-        y, _ = bn.batch_norm(
-            np.array([[1.0], [3.0], [5.0], [7.0]]), segments=[0, 0, 100_000_000, 100_000_000]
-        )
+        y, _ = bn.batch_norm(np.array([[1.0], [3.0], [5.0], [7.0]]), segments=[0, 0, 100_000_000, 100_000_000])
     except ValueError as error:
         assert "segments" in str(error), error
     else:

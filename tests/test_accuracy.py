@@ -135,9 +135,7 @@ def test_a_constant_channel_gives_exactly_beta(name, eps, dtype, axis):
     case = adversarial.make(name, dtype)
     beta = np.array([0.1, -3.0, 1e-30], dtype)
     gamma = np.array([1e10, 1.0, 0.3], dtype)
-    y, saved = bn.batch_norm(
-        np.ascontiguousarray(np.moveaxis(case.x, 1, axis)), gamma, beta, axis=axis, eps=eps
-    )
+    y, saved = bn.batch_norm(np.ascontiguousarray(np.moveaxis(case.x, 1, axis)), gamma, beta, axis=axis, eps=eps)
     np.testing.assert_array_equal(saved.moments.m2[[0, 2]], 0.0)
     for channel in (0, 2):
         np.testing.assert_array_equal(np.moveaxis(y, axis, 0)[channel], beta[channel])
@@ -299,9 +297,7 @@ def test_subnormals_are_kept_in_every_thread_when_the_caller_flushes_them(shape,
     x = (np.random.default_rng(2).uniform(-1, 1, shape) * 2.0**-127).astype(np.float32)
     gamma = np.full(4, 1e-3, np.float32)
     serial = bn.batch_norm(x, gamma, num_threads=1)[0].tobytes()
-    kept, flushed = kept_and_flushed(
-        lambda: bn.batch_norm(x, gamma, num_threads=2)[0].tobytes(), float_environment
-    )
+    kept, flushed = kept_and_flushed(lambda: bn.batch_norm(x, gamma, num_threads=2)[0].tobytes(), float_environment)
     assert flushed == kept == serial
 
 
@@ -359,9 +355,6 @@ def test_the_table_refuses_a_result_one_float32_too_far():
 
 
 def test_the_reference_kernels_keep_the_contract_on_every_case(python_with_isa):
-    code = (
-        "import batchnorm as bn, test_accuracy as t; "
-        "assert bn.active_isa() == 'reference'; t.check_every_case()"
-    )
+    code = "import batchnorm as bn, test_accuracy as t; assert bn.active_isa() == 'reference'; t.check_every_case()"
     process = python_with_isa("reference", code)
     assert process.returncode == 0, process.stderr

@@ -54,9 +54,7 @@ def backward(request, layout, dtype):
         _, saved = bn.batch_norm(x, gamma, axis=layout.axis, eps=EPS)
         return lambda dy, **options: bn.backward(dy, saved, **options)
     mean, var = frozen_statistics(layout)
-    return lambda dy, **options: frozen.backward(
-        dy, x, mean, var, gamma, axis=layout.axis, eps=EPS, **options
-    )
+    return lambda dy, **options: frozen.backward(dy, x, mean, var, gamma, axis=layout.axis, eps=EPS, **options)
 
 
 @pytest.mark.parametrize(
@@ -202,9 +200,7 @@ def test_sums_of_other_values_than_the_moments_count_are_refused():
             bn.grad_input(dy, whole, sums, out=out)
     assert (out == 7).all()
     two_halves = half + bn.grad_sums(dy[3:], dataclasses.replace(whole, x=x[3:]))
-    np.testing.assert_allclose(
-        bn.grad_input(dy, whole, two_halves), bn.backward(dy, whole).dx, rtol=1e-12, atol=1e-13
-    )
+    np.testing.assert_allclose(bn.grad_input(dy, whole, two_halves), bn.backward(dy, whole).dx, rtol=1e-12, atol=1e-13)
 
 
 def test_sums_are_added_to_sums_of_as_many_channels_alone():

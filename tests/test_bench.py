@@ -92,10 +92,7 @@ def test_the_quick_cases_are_in_the_list(cases):
 def test_every_pass_is_measured_in_both_layouts_and_every_dtype(report):
     found = {(row["layout"], row["dtype"], row["pass"]) for row in report["rows"]}
     expected = {
-        (layout, dtype, name)
-        for layout in ("nchw", "nhwc")
-        for dtype in DTYPES
-        for name in (*PASSES, "copy", "stream")
+        (layout, dtype, name) for layout in ("nchw", "nhwc") for dtype in DTYPES for name in (*PASSES, "copy", "stream")
     }
     assert found == expected
     assert len(report["rows"]) == len(expected)
@@ -210,9 +207,7 @@ def test_an_absent_peer_is_skipped_with_a_line(tmp_path):
 
 
 def test_a_peer_that_fails_is_told_and_the_rest_goes_on(tmp_path):
-    (tmp_path / "torch.py").write_text(
-        "__version__ = '0'\nset_num_threads = set_grad_enabled = lambda value: None"
-    )
+    (tmp_path / "torch.py").write_text("__version__ = '0'\nset_num_threads = set_grad_enabled = lambda value: None")
     done = command("--cases", TINY, "--peers", "torch", "--turns", 1, "--rounds", 1, PYTHONPATH=str(tmp_path))
     assert done.returncode == 0, done.stderr
     assert "PyTorch failed: AttributeError" in done.stderr
@@ -286,19 +281,13 @@ def test_the_summary_names_where_a_peer_is_faster():
     ]
     lines = findings.summary(rows)
     assert any("JAX" in line and "1.41 x ours" in line for line in lines)
-    assert [line for line in lines if line.endswith(" b")] == [
-        "   0.50 JAX                      train    nchw b"
-    ]
+    assert [line for line in lines if line.endswith(" b")] == ["   0.50 JAX                      train    nchw b"]
 
 
 def test_a_change_within_the_spreads_is_none():
     old = [row("batchnorm", 1.0, case=case) for case in "abc"]
-    new = [
-        row("batchnorm", 1.0, case=case, ratio=ratio) for case, ratio in zip("abc", (2.01, 3, 1), strict=True)
-    ]
-    verdicts = [
-        line.split()[-1] for line in findings.changes(new, old) if line[:1] in "abc" and line[1:2] == " "
-    ]
+    new = [row("batchnorm", 1.0, case=case, ratio=ratio) for case, ratio in zip("abc", (2.01, 3, 1), strict=True)]
+    verdicts = [line.split()[-1] for line in findings.changes(new, old) if line[:1] in "abc" and line[1:2] == " "]
     assert verdicts[1:] == ["slower", "faster"]
     assert verdicts[0] not in ("slower", "faster")
 

@@ -28,11 +28,7 @@ def build_files():
     yield from (ROOT / name for name in ("CMakeLists.txt", "CMakePresets.json", "pyproject.toml"))
     for folder in ("cpp", "python", "tests", "bench", "cmake", ".ci", ".github"):
         for path in sorted((ROOT / folder).rglob("*")):
-            if (
-                path.name == "CMakeLists.txt"
-                or path.suffix in (".cmake", ".yml", ".yaml")
-                or path.parent.name == ".ci"
-            ):
+            if path.name == "CMakeLists.txt" or path.suffix in (".cmake", ".yml", ".yaml") or path.parent.name == ".ci":
                 yield path
 
 
@@ -76,25 +72,17 @@ def test_kernels_do_not_include_what_brings_shared_inline_functions():
     # The linker keeps one copy of a std:: template, perhaps the one compiled for a newer machine.
     files = [p for p in sources("cpp/src/kernels") if p.stem.endswith("-inl") or p.parent.name == "vec"]
     assert files, "no kernel files found"
-    headers = (
-        "algorithm|array|functional|memory|numeric|optional|span|string|tuple|utility|vector|cmath|complex"
-    )
+    headers = "algorithm|array|functional|memory|numeric|optional|span|string|tuple|utility|vector|cmath|complex"
     assert places(files, rf"#\s*include\s*<({headers})>|\bthrow\b|\bnew\b|\bstatic\s+thread_local\b") == []
 
 
 def test_no_flag_relaxes_arithmetic_or_ties_a_build_to_its_machine():
-    flags = (
-        r"-ffast-math|-Ofast|-march=native|-mtune=native|-funsafe-math|-fassociative-math|-freciprocal-math"
-    )
-    assert (
-        places(build_files(), flags + r"|-ffinite-math-only|-ffp-contract=(fast|on)|-mdaz-ftz|/fp:fast") == []
-    )
+    flags = r"-ffast-math|-Ofast|-march=native|-mtune=native|-funsafe-math|-fassociative-math|-freciprocal-math"
+    assert places(build_files(), flags + r"|-ffinite-math-only|-ffp-contract=(fast|on)|-mdaz-ftz|/fp:fast") == []
 
 
 def test_no_source_relaxes_arithmetic():
-    pattern = (
-        r"fast-math|#\s*pragma\s+GCC\s+optimize|_MM_SET_FLUSH_ZERO_MODE\(_MM_FLUSH_ZERO_ON|float_control"
-    )
+    pattern = r"fast-math|#\s*pragma\s+GCC\s+optimize|_MM_SET_FLUSH_ZERO_MODE\(_MM_FLUSH_ZERO_ON|float_control"
     assert places(sources("cpp", "python"), pattern) == []
 
 

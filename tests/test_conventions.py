@@ -25,9 +25,7 @@ STATISTICS = {
 def recorded(library, step):
     """Give what the library had after so many steps."""
     prefix = f"{library}/"
-    return {
-        name[len(prefix) :]: RECORDED[name][step - 1] for name in RECORDED.files if name.startswith(prefix)
-    }
+    return {name[len(prefix) :]: RECORDED[name][step - 1] for name in RECORDED.files if name.startswith(prefix)}
 
 
 def source_of(library, state):
@@ -69,9 +67,7 @@ def test_a_layer_carried_over_stays_in_step_for_ten_more_steps(library):
 def test_a_state_carried_over_and_back_is_the_same(library):
     source = source_of(library, recorded(library, 10))
     back = getattr(bn.convert, f"to_{library}")(imported(library, recorded(library, 10)))
-    parts = (
-        [(source, back)] if library != "flax" else [(source[k], back[k]) for k in ("params", "batch_stats")]
-    )
+    parts = [(source, back)] if library != "flax" else [(source[k], back[k]) for k in ("params", "batch_stats")]
     for before, after in parts:
         assert set(before) == set(after)
         for name, value in before.items():
@@ -109,8 +105,7 @@ def test_an_nnx_module_is_read_as_the_variables_of_linen_are():
     flat = {name: value for name, value in state.items() if name != "y"}
     other = bn.convert.from_flax(flat)
     assert all(
-        (other.state_dict()[name] == value).all()
-        for name, value in imported("flax", state).state_dict().items()
+        (other.state_dict()[name] == value).all() for name, value in imported("flax", state).state_dict().items()
     )
 
 
@@ -228,9 +223,7 @@ def test_a_live_module_of_pytorch_goes_on_in_step_over_and_back():
             module.train()(torch.tensor(x[k]))
         assert_float32(layer.running_var, module.running_var.numpy())
         other = torch.nn.BatchNorm2d(3, eps=layer.eps, momentum=layer.update_rate)
-        other.load_state_dict(
-            {name: torch.from_numpy(value) for name, value in bn.convert.to_torch(layer).items()}
-        )
+        other.load_state_dict({name: torch.from_numpy(value) for name, value in bn.convert.to_torch(layer).items()})
         assert other.num_batches_tracked == 20
         assert_float32(other.eval()(torch.tensor(x[0])).numpy(), layer.eval()(x[0]))
         for k in range(20, 30):
@@ -374,9 +367,7 @@ def test_a_live_module_of_pytorch_keeps_its_dtype(dtype, expected):
     ):
         np.testing.assert_array_equal(mine, tensor.detach().double().numpy())
     other = torch.nn.BatchNorm1d(3).to(getattr(torch, dtype))
-    other.load_state_dict(
-        {name: torch.from_numpy(value) for name, value in bn.convert.to_torch(layer).items()}
-    )
+    other.load_state_dict({name: torch.from_numpy(value) for name, value in bn.convert.to_torch(layer).items()})
     assert all((other.state_dict()[name] == value).all() for name, value in module.state_dict().items())
     assert bn.convert.from_torch(module, dtype=np.float32).dtype == np.float32
 
@@ -506,9 +497,7 @@ def test_a_convention_has_the_axis_of_what_is_carried_over(library):
 
 
 def test_an_unknown_convention_is_refused_with_the_list_of_known_ones():
-    with pytest.raises(
-        ValueError, match="convention must be 'torch', 'keras', 'flax' or 'onnx', got 'caffe'"
-    ):
+    with pytest.raises(ValueError, match="convention must be 'torch', 'keras', 'flax' or 'onnx', got 'caffe'"):
         bn.BatchNorm(3, convention="caffe")
 
 
@@ -525,9 +514,7 @@ def test_momentum_is_told_what_to_write_instead(momentum, rest):
 
 def test_onnx_goes_over_and_back():
     rng = np.random.default_rng(0)
-    inputs = {
-        name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ("scale", "B", "input_mean", "input_var")
-    }
+    inputs = {name: rng.uniform(0.5, 2, 4).astype(np.float32) for name in ("scale", "B", "input_mean", "input_var")}
     layer = bn.convert.from_onnx(inputs, epsilon=1e-3, momentum=0.75)
     assert (layer.eps, layer.update_rate, layer.ddof, layer.axis) == (1e-3, 0.25, 0, 1)
     x = rng.normal(size=(5, 4)).astype(np.float32)
@@ -723,9 +710,7 @@ def test_an_export_with_another_ddof_is_for_inference():
     ]
 
 
-@pytest.mark.parametrize(
-    "momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0.3, 0.7), (0, 1), (1, 0)]
-)
+@pytest.mark.parametrize("momentum, rate", [(0.99, 0.01), (0.9, 0.1), (0.999, 0.001), (0.3, 0.7), (0, 1), (1, 0)])
 def test_the_rest_of_a_momentum_has_no_digits_of_rounding(momentum, rate):
     layer = bn.convert.from_keras([np.ones(2)] * 4, momentum=momentum)
     assert layer.update_rate == rate
@@ -854,9 +839,7 @@ FORMULAS = {
     "apex SyncBatchNorm": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
     "detectron2 NaiveSyncBatchNorm": Formula({"convention": "torch", "ddof": 0}, 1e-5, 0.9, 0),
     "InPlaceABN": Formula({"convention": "torch"}, 1e-5, 0.9, 1),
-    "PyTorch Geometric BatchNorm": Formula(
-        {"convention": "torch", "single_value": "use_running"}, 1e-5, 0.9, 1
-    ),
+    "PyTorch Geometric BatchNorm": Formula({"convention": "torch", "single_value": "use_running"}, 1e-5, 0.9, 1),
 }
 
 

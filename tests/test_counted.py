@@ -173,9 +173,7 @@ def test_padding_says_what_y_and_dx_are_where_nothing_counts(shape, dtype, paddi
         assert (there[0] != 0).any()
 
 
-@pytest.mark.parametrize(
-    ("given", "default"), [("mask", "zero"), ("lengths", "zero"), ("weights", "normalize")]
-)
+@pytest.mark.parametrize(("given", "default"), [("mask", "zero"), ("lengths", "zero"), ("weights", "normalize")])
 def test_padding_is_zero_unless_weights_say_what_counts(given, default, dtype):
     x = np.random.default_rng(0).normal(2, 1, size=(4, 3, 5)).astype(dtype)
     lengths = np.array([5, 0, 2, 3])
@@ -196,9 +194,7 @@ def test_normalize_with_a_mask_is_normalize_where_it_is_true(shape, dtype, paddi
     mean, var = rng.normal(size=gamma.size), rng.uniform(0.5, 2, gamma.size)
     options = {"axis": axis, "eps": EPS}
     inside = expanded(mask, x, axis)
-    y = bn.normalize(
-        poisoned(x, mask, axis, 7), mean, var, gamma, beta, **options, mask=mask, padding=padding
-    )
+    y = bn.normalize(poisoned(x, mask, axis, 7), mean, var, gamma, beta, **options, mask=mask, padding=padding)
     plain = bn.normalize(x, mean, var, gamma, beta, **options)
     outside = poisoned(x, mask, axis, 7) if padding == "keep" else np.zeros_like(x)
     assert np.where(inside, plain, outside).tobytes() == y.tobytes()
@@ -274,9 +270,7 @@ def test_a_single_position_is_reported_by_the_name_of_what_leaves_it(counted, te
     x = np.ones((2, 3, 2), np.float32)
     out = np.full_like(x, 9)
     for call in (bn.batch_norm, lambda x, **options: bn.BatchNorm(3)(x, **options)):
-        with pytest.raises(
-            ValueError, match=rf"^{text} 2 positions or more for batch statistics \(or none\), got 1$"
-        ):
+        with pytest.raises(ValueError, match=rf"^{text} 2 positions or more for batch statistics \(or none\), got 1$"):
             call(x, out=out, **counted)
     assert (out == 9).all()
 
@@ -356,10 +350,7 @@ def test_coefficients_beyond_float32_are_applied_in_float64_under_a_mask_too(axi
 def test_the_halves_of_the_backward_pass_add_up_over_parts_of_a_masked_batch():
     x, dy, gamma, beta, axis, mask = make("nchw", np.float64)
     whole = bn.backward(dy, bn.batch_norm(x, gamma, beta, axis=axis, mask=mask)[1])
-    parts = [
-        bn.batch_norm(x[half], gamma, beta, axis=axis, mask=mask[half])[1]
-        for half in (slice(0, 1), slice(1, 4))
-    ]
+    parts = [bn.batch_norm(x[half], gamma, beta, axis=axis, mask=mask[half])[1] for half in (slice(0, 1), slice(1, 4))]
     merged = parts[0].moments | parts[1].moments
     parts = [dataclasses.replace(p, moments=merged) for p in parts]
     grads = dy[:1], dy[1:]

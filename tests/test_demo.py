@@ -17,9 +17,7 @@ from batchnorm.demo.inspection import companion_noise, forward, population_momen
 from batchnorm.demo.networks import NETWORKS, Conv3x3, build, cross_entropy
 from batchnorm.demo.training import CHANCE, Run, batches, evaluation_steps, train
 
-TINY = Settings(
-    seeds=2, steps=12, batch=64, rates=(0.1, 30.0), init_scales=(1.0, 3.0), batch_sizes=(2, 64), shuffles=2
-)
+TINY = Settings(seeds=2, steps=12, batch=64, rates=(0.1, 30.0), init_scales=(1.0, 3.0), batch_sizes=(2, 64), shuffles=2)
 
 
 @pytest.fixture(scope="module")

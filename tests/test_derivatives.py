@@ -41,9 +41,7 @@ class Case:
             "gamma_dot": self.w,
             "beta_dot": self.wb,
         }
-        return frozen.jvp(
-            self.v, self.x, self.mean, self.var, self.gamma, **tangents, **self.options, **options
-        )
+        return frozen.jvp(self.v, self.x, self.mean, self.var, self.gamma, **tangents, **self.options, **options)
 
     def frozen_second(self, **options):
         return frozen.double_backward(
@@ -80,9 +78,7 @@ def test_double_backward_keeps_its_bounds(case, dtype):
     options = {"v_dgamma": case.w, "v_dbeta": case.wb, **case.options}
     exact = reference.extended(reference.double_backward, *arguments, **options)
     scales = reference.second_scales(*arguments, **options)
-    for name, got, value, scale in zip(
-        ("jvp", "second", "second"), case.second(), exact, scales, strict=True
-    ):
+    for name, got, value, scale in zip(("jvp", "second", "second"), case.second(), exact, scales, strict=True):
         assert_within(name, dtype, got, value, scale=scale)
 
 
@@ -101,9 +97,7 @@ def test_jvp_equals_the_complex_step_of_forward():
 def test_normalize_jvp_equals_the_complex_step_of_normalize():
     c, h = Case(), STEP * 1j
     mean, var = c.mean + h * c.mean_dot, c.var + h * c.var_dot
-    expected = imaginary(
-        reference.normalize(c.x + h * c.v, mean, var, c.gamma + h * c.w, h * c.wb, **c.options)
-    )
+    expected = imaginary(reference.normalize(c.x + h * c.v, mean, var, c.gamma + h * c.w, h * c.wb, **c.options))
     close(c.frozen_jvp(), expected)
 
 
@@ -183,13 +177,9 @@ def test_a_third_order_is_refused():
 def test_values_that_carry_derivatives_of_their_own_are_refused():
     c = Case()
     for value in (c.v + STEP * 1j, c.v.astype(object)):
-        with pytest.raises(
-            TypeError, match="x_dot must have dtype float16, bfloat16, float32 or float64, got"
-        ):
+        with pytest.raises(TypeError, match="x_dot must have dtype float16, bfloat16, float32 or float64, got"):
             bn.jvp(value, c.saved())
-        with pytest.raises(
-            TypeError, match="v_dx must have dtype float16, bfloat16, float32 or float64, got"
-        ):
+        with pytest.raises(TypeError, match="v_dx must have dtype float16, bfloat16, float32 or float64, got"):
             bn.double_backward(value, c.dy, c.saved())
 
 
@@ -356,13 +346,9 @@ def test_what_follows_is_rounded_once_in_16_bits(given):
     _, other = bn.batch_norm(c.x.astype(np.float32), c.gamma, **c.options, **wide)
     v, dy = c.v.astype(np.float32), c.dy.astype(np.float32)
     tangents = {"gamma_dot": c.w, "beta_dot": c.wb}
-    np.testing.assert_array_equal(
-        bn.jvp(c.v, saved, **tangents), bn.jvp(v, other, **tangents).astype(np.float16)
-    )
+    np.testing.assert_array_equal(bn.jvp(c.v, saved, **tangents), bn.jvp(v, other, **tangents).astype(np.float16))
     second, wide_second = bn.double_backward(c.v, c.dy, saved), bn.double_backward(v, dy, other)
     for name in ("ddy", "dx"):
         got, want = getattr(second, name).astype(np.float64), getattr(wide_second, name).astype(np.float64)
         # Half a spacing of float16, and what the float32 it is held against has rounded: 5 of its units of each term.
-        assert (
-            np.abs(got - want) <= 0.5 * reference.ulp(want, np.float16) + 40 * 2.0**-24 * np.abs(want).max()
-        ).all()
+        assert (np.abs(got - want) <= 0.5 * reference.ulp(want, np.float16) + 40 * 2.0**-24 * np.abs(want).max()).all()

@@ -133,9 +133,7 @@ class TestOut:
         if forward == "batch_norm":
             return bn.batch_norm(x, axis=axis, **options)[0]
         channels = x.shape[axis]
-        return bn.normalize(
-            x, np.linspace(-1, 1, channels), np.linspace(1, 2, channels), axis=axis, **options
-        )
+        return bn.normalize(x, np.linspace(-1, 1, channels), np.linspace(1, 2, channels), axis=axis, **options)
 
     def test_out_is_filled_and_returned(self, layout, dtype, forward):
         x = layout.normal(dtype)

@@ -66,9 +66,7 @@ def test_backward_equals_the_central_differences_of_forward(position, frozen):
         return (weights * y).sum()
 
     expected = each_derivative(loss, (x, gamma, beta), central_difference)[position]
-    assert_within(
-        "central difference", "float64", ours(frozen)[position], expected, scale=np.abs(expected).max()
-    )
+    assert_within("central difference", "float64", ours(frozen)[position], expected, scale=np.abs(expected).max())
 
 
 def test_the_oracles_backward_equals_the_complex_step_of_its_forward():

@@ -228,9 +228,7 @@ WRITING = {
 
 if _testcapi is not None:
 
-    @pytest.mark.filterwarnings(
-        "ignore::pytest.PytestUnraisableExceptionWarning"
-    )  # of generators that are ended
+    @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # of generators that are ended
     @pytest.mark.parametrize("name", WRITING)
     def test_no_memory_for_the_nth_object_leaves_out_and_layer_alone(name):
         settings, call = WRITING[name]

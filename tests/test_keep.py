@@ -134,9 +134,7 @@ def test_gamma_is_taken_up_to_the_ends_of_its_range_and_not_beyond(dtype, end, s
     assert np.isfinite(y).all()
     dy = np.random.default_rng(1).normal(size=(8, 1)).astype(dtype)
     expected = bn.backward(dy, bn.batch_norm(before)[1])  # dgamma does not depend on gamma
-    np.testing.assert_allclose(
-        bn.backward(dy, saved).dgamma, expected.dgamma, rtol=64 * UNIT_ROUNDOFF[dtype.name]
-    )
+    np.testing.assert_allclose(bn.backward(dy, saved).dgamma, expected.dgamma, rtol=64 * UNIT_ROUNDOFF[dtype.name])
 
 
 def test_beta_is_taken_up_to_1024_times_gamma_and_not_beyond():
@@ -168,9 +166,7 @@ def test_nothing_is_kept_for_a_call_without_derivatives():
     _, saved = bn.batch_norm(x, keep=None)
     assert saved.x is None
     assert saved.y is None
-    with pytest.raises(
-        ValueError, match=r"^saved must hold x, got that of a call with out=x.* or with keep=None$"
-    ):
+    with pytest.raises(ValueError, match=r"^saved must hold x, got that of a call with out=x.* or with keep=None$"):
         bn.backward(x, saved)
     assert bn.batch_norm(x, keep=None, activation="relu")[1].relu is None
     mean, _ = bn.update_running(np.zeros(2), np.ones(2), saved)

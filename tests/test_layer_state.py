@@ -61,9 +61,7 @@ def test_a_poisoned_batch_under_skip_leaves_state_and_count_bit_for_bit(bad, upd
 def test_by_default_a_poisoned_batch_is_left_out_with_a_warning(update_rate):
     layer = trained(update_rate=update_rate)
     before = bits(layer)
-    with pytest.warns(
-        RuntimeWarning, match=r"got infinity or NaN in channel 1: they are left as they are"
-    ) as told:
+    with pytest.warns(RuntimeWarning, match=r"got infinity or NaN in channel 1: they are left as they are") as told:
         layer(poisoned(np.nan))
     assert told[0].filename == __file__
     assert bits(layer) == before
@@ -83,9 +81,7 @@ def test_a_poisoned_batch_under_raise_changes_and_writes_nothing(has_out):
     layer = trained(nonfinite="raise")
     before, out = bits(layer), np.full_like(X, 9)
     expected = layer.backward(DY)
-    with pytest.raises(
-        ValueError, match="x must have finite statistics to update the running ones, got infinity"
-    ):
+    with pytest.raises(ValueError, match="x must have finite statistics to update the running ones, got infinity"):
         layer(poisoned(np.inf), out=out if has_out else None)
     assert bits(layer) == before
     assert (out == 9).all()
@@ -268,9 +264,7 @@ def test_unfrozen_layers_go_on_as_if_nothing_had_been():
 
 def test_frozen_statistics_cannot_be_updated_by_a_call():
     layer = trained().freeze()
-    with pytest.raises(
-        ValueError, match="update_stats must not be True while the layer's statistics are frozen"
-    ):
+    with pytest.raises(ValueError, match="update_stats must not be True while the layer's statistics are frozen"):
         layer(X, update_stats=True)
     assert layer.update_count == 1
 
@@ -557,9 +551,7 @@ def points_of_failure():
     ]
 
 
-@pytest.mark.parametrize(
-    ("module", "name"), points_of_failure(), ids=lambda p: p if isinstance(p, str) else ""
-)
+@pytest.mark.parametrize(("module", "name"), points_of_failure(), ids=lambda p: p if isinstance(p, str) else "")
 @pytest.mark.parametrize("after", [False, True], ids=["before", "after"])
 @pytest.mark.parametrize("use", ["batch", "running"])
 @pytest.mark.parametrize("rate", [0.1, None])
@@ -957,9 +949,7 @@ def test_a_warning_that_is_an_error_writes_nothing(settings, how, target):
     out = x if target == "x" else np.full_like(x, 9)
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        with pytest.raises(
-            RuntimeWarning, match="got infinity or NaN in channel 1: they are left as they are"
-        ):
+        with pytest.raises(RuntimeWarning, match="got infinity or NaN in channel 1: they are left as they are"):
             layer(x, out=out, **how, **call)
     assert x.tobytes() == kept.tobytes()
     assert target == "x" or (out == 9).all()

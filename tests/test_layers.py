@@ -129,9 +129,7 @@ def test_evaluation_changes_no_state():
 def test_evaluation_takes_one_value_a_channel():
     layer = trained_layer().eval()
     x = normal(1, 3)
-    assert_close(
-        layer(x), forward(x, layer.running_mean, layer.running_var, layer.gamma, layer.beta), scale=10
-    )
+    assert_close(layer(x), forward(x, layer.running_mean, layer.running_var, layer.gamma, layer.beta), scale=10)
 
 
 def test_parameters_scale_and_shift_each_channel():
@@ -326,9 +324,7 @@ def test_reset_statistics_forgets_all_batches():
         layer.reset_statistics()
         fresh = bn.BatchNorm(3, update_rate=update_rate).state_dict()
         state = layer.state_dict()
-        assert all(
-            same_bits(state[name], fresh[name]) for name in fresh if name.startswith(("running", "update"))
-        )
+        assert all(same_bits(state[name], fresh[name]) for name in fresh if name.startswith(("running", "update")))
 
 
 def test_reset_statistics_keeps_the_parameters():
@@ -989,9 +985,7 @@ def test_training_resumed_from_a_state_gives_the_same_bits(update_rate, ddof):
 
 @given(
     batches=st.lists(
-        st.lists(
-            st.floats(-1e100, 1e100) | st.sampled_from([0.0, 1.0, -1.0, 1e-300]), min_size=2, max_size=6
-        ),
+        st.lists(st.floats(-1e100, 1e100) | st.sampled_from([0.0, 1.0, -1.0, 1e-300]), min_size=2, max_size=6),
         min_size=1,
         max_size=4,
     )
@@ -1156,9 +1150,7 @@ UNFIT_POOLED_STATES = {
         "running_mean must be what running_moments and the layer's ddof give, got ",
     ),
     "opposite_mean": (
-        lambda s: (
-            s | {"running_mean": np.full(3, 1.7e308), "running_moments": far_away(s["running_moments"])}
-        ),
+        lambda s: s | {"running_mean": np.full(3, 1.7e308), "running_moments": far_away(s["running_moments"])},
         "running_mean must be what running_moments and the layer's ddof give, got 1.7e+308 in channel 0",
     ),
     "another_ddof": (
@@ -1215,9 +1207,7 @@ def test_evaluation_in_other_threads_sees_whole_statistics_while_one_thread_chan
     assert seen[0] | seen[1] <= allowed
 
 
-@pytest.mark.parametrize(
-    "module", [batch_module, layer_module, state_file], ids=lambda module: module.__name__
-)
+@pytest.mark.parametrize("module", [batch_module, layer_module, state_file], ids=lambda module: module.__name__)
 def test_the_examples_in_the_docstrings_run(module):
     result = doctest.testmod(module)
     assert result.attempted > 0

@@ -133,9 +133,7 @@ def test_gradients_are_the_rounded_float32_gradients(dtype, layout):
     same(got.dbeta, wanted.dbeta)
 
 
-@pytest.mark.parametrize(
-    "shape", [(300, 5, 7, 7), (3000, 67), (65, 40, 3), (7, 3, 4099), (2, 1030), (1, 1, 31)]
-)
+@pytest.mark.parametrize("shape", [(300, 5, 7, 7), (3000, 67), (65, 40, 3), (7, 3, 4099), (2, 1030), (1, 1, 31)])
 @pytest.mark.parametrize(("scale", "shift"), [(1, 0), (1e-2, 100), (3e-6, 0), (0, 0.3), (1e-3, 1e-7)])
 def test_any_spread_and_mean_gives_the_rounded_float32_result(dtype, shape, scale, shift):
     x = random_values(dtype, shape, 7, scale, shift)

@@ -34,9 +34,7 @@ cases = pytest.mark.parametrize("case", matrix.CASES, ids=lambda c: c.id)
 
 
 def with_verb(verb):
-    return pytest.mark.parametrize(
-        "case", [case for case, v in matrix.COMBINATIONS if v == verb], ids=lambda c: c.id
-    )
+    return pytest.mark.parametrize("case", [case for case, v in matrix.COMBINATIONS if v == verb], ids=lambda c: c.id)
 
 
 def options_of(case):
@@ -90,10 +88,7 @@ def composed(case):
             np.clip(np.sqrt(var + EPS) / sigma, 1 / 1.3, 1.3) if n else np.ones(CHANNELS)
             for n, _, var in of.statistics(X)
         ]
-        d = [
-            np.clip((mean - MEAN) / sigma, -0.4, 0.4) if n else np.zeros(CHANNELS)
-            for n, mean, _ in of.statistics(X)
-        ]
+        d = [np.clip((mean - MEAN) / sigma, -0.4, 0.4) if n else np.zeros(CHANNELS) for n, mean, _ in of.statistics(X)]
         of = of._replace(r=r, d=d)
     residual = RESIDUAL if "residual" in case.follows else np.zeros(SHAPE)
     return of._replace(passes=of(X, GAMMA, BETA, residual)[0] > 0), residual
@@ -184,9 +179,7 @@ def test_double_backward_differentiates_backward(case):
 def test_halves_have_the_bits_of_the_whole(case):
     _, saved = run(case)
     counted = {
-        n: a
-        for n, a in options_of(case).items()
-        if n in ("mask", "weights", "lengths", "segments", "ghost_size")
+        n: a for n, a in options_of(case).items() if n in ("mask", "weights", "lengths", "segments", "ghost_size")
     }
     if case.shares == "instances":
         counted["ghost_size"] = 1

@@ -151,9 +151,7 @@ def test_a_subclass_is_whole_and_refuses_an_importance_dof_by_name():
     made = Named(3, np.zeros(2), np.ones(2))
     assert type(made) is Named
     assert made == bn.Moments(3, np.zeros(2), np.ones(2))
-    with pytest.raises(
-        TypeError, match=r"^importance_dof must be None in a subclass of Moments, got one for Named$"
-    ):
+    with pytest.raises(TypeError, match=r"^importance_dof must be None in a subclass of Moments, got one for Named$"):
         Named(3, np.zeros(2), np.ones(2), importance_dof=np.ones(2))
 
 

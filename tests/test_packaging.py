@@ -17,9 +17,7 @@ PACKAGE = Path(_core.__file__).parent
 
 
 def printed(*command, **environment):
-    run = subprocess.run(
-        command, capture_output=True, text=True, env={**os.environ, **environment}, check=False
-    )
+    run = subprocess.run(command, capture_output=True, text=True, env={**os.environ, **environment}, check=False)
     assert run.returncode == 0, run.stdout + run.stderr
     return run.stdout.strip()
 
@@ -56,9 +54,7 @@ def test_the_package_holds_the_library_once():
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="asks the loader of Linux")
-@pytest.mark.parametrize(
-    "file", [Path(_core.__file__), PACKAGE / "bench" / "batchnorm-bench"], ids=["module", "bench"]
-)
+@pytest.mark.parametrize("file", [Path(_core.__file__), PACKAGE / "bench" / "batchnorm-bench"], ids=["module", "bench"])
 def test_the_module_and_the_benchmark_load_the_library_of_the_package(file):
     loader = "import ctypes, sys; ctypes.CDLL(sys.argv[1]); print(open('/proc/self/maps').read())"
     if file.suffix == ".so":

@@ -38,9 +38,7 @@ def test_every_python_block_of_the_readme_runs(tmp_path, monkeypatch):
 
 def test_the_cpp_block_of_the_readme_is_part_of_the_example_that_is_compiled():
     found = re.findall(r"^```cpp\n(.*?)^```", README.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
-    example = (
-        (README.parent / "tests" / "cpp" / "example" / "main.cpp").read_text(encoding="utf-8").splitlines()
-    )
+    example = (README.parent / "tests" / "cpp" / "example" / "main.cpp").read_text(encoding="utf-8").splitlines()
     lines = {line.strip() for line in example}
     assert found
     for block in found:
@@ -50,9 +48,7 @@ def test_the_cpp_block_of_the_readme_is_part_of_the_example_that_is_compiled():
 
 # ---- figures -------------------------------------------------------------------------------------------------
 
-FIGURE = re.compile(
-    r"\d[\d.]* ?(?:[KMG]B|[mnuµ]?s)\b|\w+ (?:seconds|minutes?|hours?)\b|\b(?:milli|micro)seconds?"
-)
+FIGURE = re.compile(r"\d[\d.]* ?(?:[KMG]B|[mnuµ]?s)\b|\w+ (?:seconds|minutes?|hours?)\b|\b(?:milli|micro)seconds?")
 # What is promised, rather than measured on a day that stands beside it, and held by tests of this file.
 HELD = ["1.5 MB", "5 MB"]
 
@@ -94,9 +90,7 @@ def test_it_takes_no_more_megabytes_than_the_readme_says(installed):
 
 
 def test_importing_it_loads_the_modules_that_the_readme_names_and_no_others():
-    named = re.search(
-        r"`import batchnorm` loads NumPy, itself and (.*?)\.", README.read_text(encoding="utf-8")
-    )
+    named = re.search(r"`import batchnorm` loads NumPy, itself and (.*?)\.", README.read_text(encoding="utf-8"))
     known = set(re.findall(r"`(\w+)`", named[1])) | {"numpy", "batchnorm", "future"}
     code = "import sys, numpy; a = set(sys.modules); import batchnorm; print(*sorted(set(sys.modules) - a))"
     run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)

@@ -40,9 +40,7 @@ def test_training_gives_the_bits_of_the_steps_one_after_another(shape, axis, dty
     x, dy, residual, gamma, beta = case(shape, axis, dtype, order)
     z, plain = bn.batch_norm(x.astype(arithmetic(dtype)), gamma, beta, axis=axis)
     total = z + residual.astype(z.dtype) if added else z
-    y, saved = bn.batch_norm(
-        x, gamma, beta, residual=residual if added else None, axis=axis, activation="relu"
-    )
+    y, saved = bn.batch_norm(x, gamma, beta, residual=residual if added else None, axis=axis, activation="relu")
     assert same(y, np.maximum(total, 0).astype(dtype))
     assert np.array_equal(saved.relu.to_bool(), total > 0)
     assert np.array_equal(saved.moments.mean, plain.moments.mean)
@@ -94,9 +92,7 @@ def test_any_shape_at_any_address(outer, channels, inner, place, last):
 
 
 def test_a_mask_is_one_bit_an_element():
-    y, saved = bn.batch_norm(
-        np.random.default_rng(0).normal(size=(10, 16, 100)).astype(np.float32), activation="relu"
-    )
+    y, saved = bn.batch_norm(np.random.default_rng(0).normal(size=(10, 16, 100)).astype(np.float32), activation="relu")
     assert y.size // 8 <= saved.relu.nbytes <= y.size // 8 + 24
     assert saved.saved_bytes == y.nbytes + saved.relu.nbytes
     assert not saved.relu.data.flags.writeable
@@ -184,9 +180,7 @@ def test_arguments_that_do_not_fit_are_named():
     )
     assert (
         error_of(
-            lambda: bn.batch_norm(
-                x[:, :, :4], residual=residual[:, :, :4], out=residual[:, :, 1:], activation="relu"
-            )
+            lambda: bn.batch_norm(x[:, :, :4], residual=residual[:, :, :4], out=residual[:, :, 1:], activation="relu")
         )
         == "ValueError: out must be residual itself or share no memory with residual, got a partial overlap"
     )
@@ -208,10 +202,7 @@ def test_arguments_that_do_not_fit_are_named():
     assert error_of(lambda: bn.backward(dy, dataclasses.replace(saved, relu=saved.relu.data))).startswith(
         "TypeError: saved.relu must be a ReluMask or None"
     )
-    assert (
-        error_of(lambda: bn.batch_norm(x, activation="gelu"))
-        == "ValueError: activation must be 'relu', got 'gelu'"
-    )
+    assert error_of(lambda: bn.batch_norm(x, activation="gelu")) == "ValueError: activation must be 'relu', got 'gelu'"
 
 
 def test_a_layer_with_relu_is_the_layer_and_relu():
@@ -299,6 +290,5 @@ def test_a_layer_with_relu_freezes_its_affine_and_takes_single_values():
 
 def test_a_layer_knows_no_other_activation():
     assert (
-        error_of(lambda: BatchNorm(3, activation="gelu"))
-        == "ValueError: activation must be None or 'relu', got 'gelu'"
+        error_of(lambda: BatchNorm(3, activation="gelu")) == "ValueError: activation must be None or 'relu', got 'gelu'"
     )

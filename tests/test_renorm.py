@@ -213,9 +213,7 @@ def test_parity_torchrl_is_its_formula_until_the_warm_up_ends(smooth):
         limits = schedule(step)
         assert limits.weight == pytest.approx(min(weight, 1))
         # Past the warm-up its weight goes on growing: that is asked for by hand.
-        y, saved = batch_renorm(
-            x, mean, var, **(limits._asdict() | {"weight": weight}), parity="torchrl", eps=EPS
-        )
+        y, saved = batch_renorm(x, mean, var, **(limits._asdict() | {"weight": weight}), parity="torchrl", eps=EPS)
         mean, var = bn.update_running(mean, var, saved, update_rate=0.2)
         b_mean, b_var = x.mean((0, 2)), x.var((0, 2))
         b_std, std = np.sqrt(b_var + EPS), np.sqrt(running_var + EPS)

@@ -126,9 +126,7 @@ def test_parameters_that_are_not_finite_are_errors(name):
     layer = healthy()
     getattr(layer, name)[1] = np.nan
     found = [f for f in layer.report() if f.kind == "nonfinite"]
-    assert [(f.severity, f.channels, f.text) for f in found] == [
-        ("error", (1,), f"{name} is not finite in channel 1")
-    ]
+    assert [(f.severity, f.channels, f.text) for f in found] == [("error", (1,), f"{name} is not finite in channel 1")]
 
 
 @pytest.mark.parametrize("use", ["batch", "running"])
@@ -181,9 +179,7 @@ def test_a_negative_variance_is_an_error():
     layer = healthy()
     var = layer._state.statistics[0].var
     layer._state.statistics[0].var = np.where(np.arange(C) == 2, -1.0, var)  # as no call can leave it
-    assert [(f.severity, f.channels) for f in layer.report() if f.kind == "negative_variance"] == [
-        ("error", (2,))
-    ]
+    assert [(f.severity, f.channels) for f in layer.report() if f.kind == "negative_variance"] == [("error", (2,))]
 
 
 def above(value):
@@ -319,9 +315,7 @@ def test_a_mean_drifts_from_five_standard_errors_on(mean, n, found):
     assert ("mean_drift" in seen_beside(1.0, of_mean(mean, n))) == found
 
 
-@pytest.mark.parametrize(
-    ("var", "found"), [(0.5, True), (above(0.5), False), (2.0, True), (below(2.0), False)]
-)
+@pytest.mark.parametrize(("var", "found"), [(0.5, True), (above(0.5), False), (2.0, True), (below(2.0), False)])
 def test_a_variance_drifts_from_a_factor_of_two_on(var, found):
     assert ("variance_drift" in seen_beside(var, of_mean(0.0, 10_000))) == found
 
@@ -359,9 +353,7 @@ def test_drift_is_told_in_standard_errors():
     assert "+100 standard errors" in finding.text
 
 
-@pytest.mark.parametrize(
-    ("rate", "n", "updates"), [(1.0, 200, 1), (1.0, 200, 9), (0.01, 50, 4), (None, 50, 4)]
-)
+@pytest.mark.parametrize(("rate", "n", "updates"), [(1.0, 200, 1), (1.0, 200, 9), (0.01, 50, 4), (None, 50, 4)])
 def test_two_hundred_values_are_enough_and_fewer_are_few(rate, n, updates):
     rng, found = np.random.default_rng(0), []
     for size in (n, n - 1):
@@ -451,8 +443,7 @@ def test_resetting_the_statistics_forgets_the_last_batch():
 def test_extreme_statistics_raise_no_warning():
     layer = bn.BatchNorm(C, eps=0, nonfinite="propagate")
     layer.load_state_dict(
-        layer.state_dict()
-        | {"running_mean": np.full(C, -1.7e308), "running_var": np.array([5e-324, 0, 1.7e308, 1])}
+        layer.state_dict() | {"running_mean": np.full(C, -1.7e308), "running_var": np.array([5e-324, 0, 1.7e308, 1])}
     )
     layer(np.tile([[1e300], [-1e300], [0.0]], (1, C)), update_stats=False)
     with warnings.catch_warnings():

@@ -52,9 +52,7 @@ def test_the_repr_of_a_large_result_is_short(name):
     assert len(text) < 400
 
 
-@pytest.mark.parametrize(
-    "name", [name for name in LARGE if name not in ("GradSums", "Moments", "Report", "BatchNorm")]
-)
+@pytest.mark.parametrize("name", [name for name in LARGE if name not in ("GradSums", "Moments", "Report", "BatchNorm")])
 def test_a_repr_names_every_field_but_defaults(name):
     value = LARGE[name]()
     if isinstance(value, tuple):

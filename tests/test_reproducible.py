@@ -98,9 +98,7 @@ every_offset = pytest.mark.parametrize("offset", OFFSETS)
 def test_any_number_of_threads_gives_the_same_bits(shape, dtype, offset):
     one = digests(shape, dtype, OFFSETS[offset], num_threads=1)
     for num_threads in (2, 3, 7):
-        assert digests(shape, dtype, OFFSETS[offset], num_threads=num_threads) == one, (
-            f"{num_threads} threads"
-        )
+        assert digests(shape, dtype, OFFSETS[offset], num_threads=num_threads) == one, f"{num_threads} threads"
 
 
 @every_shape
@@ -132,10 +130,7 @@ def digests_of_isa(python_with_isa):
 def test_every_instruction_set_gives_the_same_bits(isa, digests_of_isa):
     expected, got = digests_of_isa(bn.available_isas()[0]), digests_of_isa(isa)
     different = [
-        f"{case}: {name}"
-        for case in expected
-        for name in expected[case]
-        if got[case][name] != expected[case][name]
+        f"{case}: {name}" for case in expected for name in expected[case] if got[case][name] != expected[case][name]
     ]
     assert not different, different
 

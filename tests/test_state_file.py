@@ -473,9 +473,7 @@ def npy(array, version=(1, 0)):
 
 def npy_with_header(header, data, version=b"\x01\x00", length=None):
     header = header if isinstance(header, bytes) else header.encode()
-    return (
-        b"\x93NUMPY" + version + struct.pack("<H", len(header) if length is None else length) + header + data
-    )
+    return b"\x93NUMPY" + version + struct.pack("<H", len(header) if length is None else length) + header + data
 
 
 def members(**changes):
@@ -507,9 +505,7 @@ def with_name(name):
 
 def duplicated():
     # zipfile warns of a name it has written before: give it another one, and change that in the bytes.
-    return zip_of(members(), extra=[("gamma.npx", npy(np.zeros(C, np.float32)))]).replace(
-        b"gamma.npx", b"gamma.npy"
-    )
+    return zip_of(members(), extra=[("gamma.npx", npy(np.zeros(C, np.float32)))]).replace(b"gamma.npx", b"gamma.npy")
 
 
 def patched(at, fmt, value, record):
@@ -1072,9 +1068,7 @@ def test_every_setting_is_compared_but_those_that_say_how_a_call_behaves():
 
 @pytest.mark.parametrize("way", ["file", "state_dict"])
 def test_the_parity_of_renorm_is_compared(way, tmp_path):
-    paper, keras = (
-        bn.BatchNorm(C, renorm=bn.RenormSchedule.paper(), parity=parity) for parity in ("paper", "keras")
-    )
+    paper, keras = (bn.BatchNorm(C, renorm=bn.RenormSchedule.paper(), parity=parity) for parity in ("paper", "keras"))
     keras.save(tmp_path / "layer.npz")
     with pytest.raises(ValueError, match="parity='paper', got parity='keras'"):
         if way == "file":
@@ -1171,9 +1165,7 @@ def test_a_long_schedule_can_be_loaded_as_it_was_saved(tmp_path):
 
 def load_or_refuse(raw, path, layer=None):
     """Load `raw`: True where it is the good state, False where it is refused. Nothing else may happen."""
-    with path.open(
-        "r+b" if path.exists() else "wb"
-    ) as file:  # some file systems flush a file that is emptied first
+    with path.open("r+b" if path.exists() else "wb") as file:  # some file systems flush a file that is emptied first
         file.write(raw)
         file.truncate()
     layer = layer or bn.BatchNorm(C)

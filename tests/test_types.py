@@ -129,9 +129,7 @@ def errors(request, tmp_path_factory):
         cache,
         *texts,
     ]
-    run = subprocess.run(
-        command, cwd=folder, env=os.environ | path, capture_output=True, text=True, check=False
-    )
+    run = subprocess.run(command, cwd=folder, env=os.environ | path, capture_output=True, text=True, check=False)
     assert run.returncode in (0, 1), run.stderr
     found = {name: [] for name in texts}
     for name, line, text in re.findall(r"^(\w+\.py):(\d+): error: (.*)$", run.stdout, re.MULTILINE):

@@ -377,9 +377,7 @@ def of_forward(function, call):
     for argument, table in (("axis", AXIS), ("eps", EPS), ("num_threads", NUM_THREADS)):
         for name, value, error, text in table:
             option = {argument: value}
-            yield Mistake(
-                f"{function}-{argument}-{name}", lambda a, o=option: call(a, out=a.out, **o), error, text
-            )
+            yield Mistake(f"{function}-{argument}-{name}", lambda a, o=option: call(a, out=a.out, **o), error, text)
     for argument in ("gamma", "beta"):
         for name, value, error, text in CHANNEL_VALUES:
             yield Mistake(
@@ -405,9 +403,7 @@ def of_backward(function, call):
     for argument, table in (("needs", NEEDS), ("num_threads", NUM_THREADS)):
         for name, value, error, text in table:
             option = {argument: value}
-            yield Mistake(
-                f"{function}-{argument}-{name}", lambda a, o=option: call(a, out=a.out, **o), error, text
-            )
+            yield Mistake(f"{function}-{argument}-{name}", lambda a, o=option: call(a, out=a.out, **o), error, text)
     for name, out, error, text in OUT:
         yield Mistake(f"{function}-out-{name}", lambda a, out=out: call(a, out=out(a)), error, text)
     for name, out in (("shifted", lambda a: a.out_shifted), ("reversed", lambda a: a.x_of_line[::-1])):
@@ -428,16 +424,10 @@ def of_statistics():
     for function, call in functions.items():
         for name, value, error, text in CHANNEL_VALUES:
             mean, var = text.format("mean"), text.format("var")
-            yield Mistake(
-                f"{function}-mean-{name}", lambda a, c=call, value=value: c(a, value(a), a.var), error, mean
-            )
-            yield Mistake(
-                f"{function}-var-{name}", lambda a, c=call, value=value: c(a, a.mean, value(a)), error, var
-            )
+            yield Mistake(f"{function}-mean-{name}", lambda a, c=call, value=value: c(a, value(a), a.var), error, mean)
+            yield Mistake(f"{function}-var-{name}", lambda a, c=call, value=value: c(a, a.mean, value(a)), error, var)
         for name, value, error, text in VAR:
-            yield Mistake(
-                f"{function}-var-{name}", lambda a, c=call, value=value: c(a, a.mean, value(a)), error, text
-            )
+            yield Mistake(f"{function}-var-{name}", lambda a, c=call, value=value: c(a, a.mean, value(a)), error, text)
     backward_of_given = functions["normalize_backward"]
     for name, eps, error, text in EPS:
         yield Mistake(
@@ -511,9 +501,7 @@ def of_the_halves():
         )
         yield Mistake(
             f"grad_input-num_threads-{name}",
-            lambda a, n=value: bn.grad_input(
-                a.dy, a.saved, bn.grad_sums(a.dy, a.saved), out=a.out, num_threads=n
-            ),
+            lambda a, n=value: bn.grad_input(a.dy, a.saved, bn.grad_sums(a.dy, a.saved), out=a.out, num_threads=n),
             error,
             text,
         )
@@ -545,12 +533,8 @@ def of_moments():
     text = "moments must have 3 channels to merge with the first, got 2"
     yield Mistake("merge-channels", lambda a: bn.merge(three, two), ValueError, text)
     yield Mistake("bar-channels", lambda a: three | two, ValueError, text)
-    yield Mistake(
-        "merge-nothing", lambda a: bn.merge(), TypeError, "merge must have at least 1 Moments, got none"
-    )
-    yield Mistake(
-        "merge-array", lambda a: bn.merge(three, a.mean), TypeError, "merge must have Moments, got ndarray"
-    )
+    yield Mistake("merge-nothing", lambda a: bn.merge(), TypeError, "merge must have at least 1 Moments, got none")
+    yield Mistake("merge-array", lambda a: bn.merge(three, a.mean), TypeError, "merge must have Moments, got ndarray")
     values = {
         "mean-shape": ((2, np.ones((3, 1)), np.ones(3)), ValueError, "mean must have 1 dimension, got 2"),
         "m2-shape": ((2, np.ones(3), np.ones(2)), ValueError, "m2 must have shape (3,), got (2,)"),
@@ -750,9 +734,7 @@ def test_an_unknown_keyword_is_refused_with_the_list_of_the_signature(f):
 
 
 @pytest.mark.parametrize("f", list(dict(takers()).values()), ids=list(dict(takers())))
-@pytest.mark.parametrize(
-    "word", ["num_features", "affine", "epsilon", "track_running_stats", "momentum", "training"]
-)
+@pytest.mark.parametrize("word", ["num_features", "affine", "epsilon", "track_running_stats", "momentum", "training"])
 def test_a_word_of_other_libraries_gets_a_sentence_wherever_it_is_written(word, f):
     positional, named = arguments_of(f)
     with pytest.raises(TypeError) as caught:
@@ -1010,9 +992,7 @@ READ_BY = {
 )
 def test_out_shares_no_memory_with_values_that_are_read(function, argument):
     out = np.ones((4, 3))
-    with pytest.raises(
-        ValueError, match=f"^out must share no memory with (saved[.])?{argument}, got an overlap$"
-    ):
+    with pytest.raises(ValueError, match=f"^out must share no memory with (saved[.])?{argument}, got an overlap$"):
         READ_BY[function][1](out, {argument: out.reshape(-1)[3:6]})
     assert (out == 1).all()
 

@@ -92,9 +92,7 @@ def test_counts_that_sum_to_less_than_2_are_refused_by_name():
 
 
 @pytest.mark.parametrize("weights_dtype", [np.float32, np.float64])
-def test_counts_that_sum_to_about_2_are_refused_by_their_exact_sum_before_anything_is_written(
-    dtype, weights_dtype
-):
+def test_counts_that_sum_to_about_2_are_refused_by_their_exact_sum_before_anything_is_written(dtype, weights_dtype):
     rng, x, refused = np.random.default_rng(2), X[:, :1].astype(dtype), 0
     for _ in range(300):
         w = rng.random(50).astype(weights_dtype)

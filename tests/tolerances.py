@@ -25,15 +25,9 @@ class Bound(NamedTuple):
 
 def _contract(dtype, u):
     return {
-        ("mean", dtype): Bound(
-            0, 1, 0, "a sum that cancels is taken again, in the last resort exactly; rounded once"
-        ),
-        ("var", dtype): Bound(
-            0, 1, 0, "a sum of squares does not cancel; the mean it is taken about is exact enough"
-        ),
-        ("rstd", dtype): Bound(
-            0, 1, 0, "var + eps, a root and a quotient from var's two float64s, rounded once"
-        ),
+        ("mean", dtype): Bound(0, 1, 0, "a sum that cancels is taken again, in the last resort exactly; rounded once"),
+        ("var", dtype): Bound(0, 1, 0, "a sum of squares does not cancel; the mean it is taken about is exact enough"),
+        ("rstd", dtype): Bound(0, 1, 0, "var + eps, a root and a quotient from var's two float64s, rounded once"),
         ("y", dtype): Bound(
             3 * u,
             1,
@@ -50,9 +44,7 @@ def _contract(dtype, u):
             "scale: |a dy| + |a mean(dy)| + |a xhat mean(dy xhat)|, in float64 with the means of |dy| and |dy xhat|, "
             "as dy and x - mean are rounded before they are summed; one subnormal where dx underflows",
         ),
-        ("dgamma", dtype): Bound(
-            4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy xhat|"
-        ),
+        ("dgamma", dtype): Bound(4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy xhat|"),
         ("dbeta", dtype): Bound(4 * u, 0, 1, "float64 or compensated sum, rounded once; scale: sum |dy|"),
         ("weighted", dtype): Bound(
             u + 64 * 2.0**-53,

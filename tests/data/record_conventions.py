@@ -33,9 +33,7 @@ def keras_steps(x):
 
     layer = keras.layers.BatchNormalization()
     layer.build(SHAPE)
-    layer.set_weights(
-        [np.array([1.0, -2.0, 0.5, 3.0]), np.array([0.0, 1.0, -1.0, 2.0]), np.zeros(4), np.ones(4)]
-    )
+    layer.set_weights([np.array([1.0, -2.0, 0.5, 3.0]), np.array([0.0, 1.0, -1.0, 2.0]), np.zeros(4), np.ones(4)])
     names = ("gamma", "beta", "moving_mean", "moving_variance")
     for k in range(STEPS):
         layer(x[k], training=True)

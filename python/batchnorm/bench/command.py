@@ -36,22 +36,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     what = "the cases whose name contains NAME, or 'all' (hours), or 'quick'; default: resnet50"
     parser.add_argument("--cases", nargs="+", default=["resnet50"], metavar="NAME", help=what)
     names = ", ".join(PEERS)
-    parser.add_argument(
-        "--peers", nargs="*", choices=PEERS, default=PEERS, metavar="PEER", help=f"of {names}"
-    )
+    parser.add_argument("--peers", nargs="*", choices=PEERS, default=PEERS, metavar="PEER", help=f"of {names}")
     parser.add_argument("--rounds", type=_at_least_one, metavar="N", help="samples in each process (9)")
     parser.add_argument("--turns", type=_at_least_one, metavar="N", help="turns of the processes (3)")
     processors = os.cpu_count() or 1
     threads = "for every library (%(default)s)"
     parser.add_argument("--threads", type=_at_least_one, default=processors, metavar="N", help=threads)
-    parser.add_argument(
-        "--max-mb", type=float, default=450, metavar="N", help="skip larger tensors (%(default)g)"
-    )
+    parser.add_argument("--max-mb", type=float, default=450, metavar="N", help="skip larger tensors (%(default)g)")
     parser.add_argument("--quick", action="store_true", help="a few cases, one turn, 5 rounds: half a minute")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
-    parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw GB/s over size there; needs matplotlib"
-    )
+    parser.add_argument("--plot", type=Path, metavar="FILE", help="draw GB/s over size there; needs matplotlib")
     sources = "measure nothing: take these JSONs, of one machine and build, together"
     parser.add_argument("--from", type=Path, nargs="+", dest="sources", metavar="FILE", help=sources)
     old = "a JSON of this command or of batchnorm-bench, of another commit: print new over old"

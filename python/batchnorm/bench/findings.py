@@ -107,9 +107,7 @@ def _not_alone(rows: Sequence[Row]) -> list[str]:
     """Say how many rows other processes have spoiled."""
     quiet = 0.2  # processors; an idle system's own work stays below
     spoiled = sum(row.get("others", 0) > quiet for row in rows)
-    text = (
-        f"NOT ALONE: other processes kept processors busy during {spoiled} of {len(rows)} rows; measure again"
-    )
+    text = f"NOT ALONE: other processes kept processors busy during {spoiled} of {len(rows)} rows; measure again"
     return ["", text] if spoiled else []
 
 
@@ -147,9 +145,7 @@ def changes(new: Sequence[Row], old: Sequence[Row]) -> list[str]:
         spread = n["ratio_mad"] / n["ratio"] + o["ratio_mad"] / o["ratio"]
         verdict = "" if abs(quotient - 1) <= 2 * spread else " slower" if quotient > 1 else " faster"
         text = f"{o['ratio']:7.2f} +-{o['ratio_mad']:5.2f}  -> {n['ratio']:7.2f} +-{n['ratio_mad']:5.2f}"
-        lines.append(
-            f"{place.case:34s} {place.layout:4s} {place.pass_name:10s} {text}  {quotient:5.2f}{verdict}"
-        )
+        lines.append(f"{place.case:34s} {place.layout:4s} {place.pass_name:10s} {text}  {quotient:5.2f}{verdict}")
     for pass_name, values in quotients.items():
         lines.append(f"  {pass_name:10s} {geometric_mean(values):5.2f} x the baseline, {len(values)} rows")
     return lines if quotients else [*lines, "  no row in common"]

@@ -103,18 +103,12 @@ class Batchnorm(Peer):
         """Give training, inference and backward, each with ``out=``."""
         bn, out, options = self.bn, np.zeros_like(t.x), {"eps": EPS, "num_threads": self.threads}
         statistics_, affine = (t.running_mean, t.running_var), (t.gamma, t.beta)
-        yield Call(
-            "infer", "out=", lambda: bn.normalize(t.x, *statistics_, *affine, axis=t.axis, out=out, **options)
-        )
+        yield Call("infer", "out=", lambda: bn.normalize(t.x, *statistics_, *affine, axis=t.axis, out=out, **options))
         if t.count > 1:
             _, saved = bn.batch_norm(t.x, *affine, axis=t.axis, **options)
-            yield Call(
-                "train", "out=", lambda: bn.batch_norm(t.x, *affine, axis=t.axis, out=out, **options)[0]
-            )
+            yield Call("train", "out=", lambda: bn.batch_norm(t.x, *affine, axis=t.axis, out=out, **options)[0])
             backward = bn.backward
-            yield Call(
-                "backward", "out=", lambda: backward(t.dy, saved, out=out, num_threads=self.threads).dx
-            )
+            yield Call("backward", "out=", lambda: backward(t.dy, saved, out=out, num_threads=self.threads).dx)
 
 
 class Numpy(Peer):

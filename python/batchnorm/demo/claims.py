@@ -50,8 +50,7 @@ class Claim:
 FEWER_STEPS = Claim(
     "fewer_steps",
     f"It reaches {TARGET_ACCURACY:.0%} validation accuracy in fewer steps",
-    f"fewer steps than the plain net in at least {MOST:.0%} of the seeds, each net at its own best rate of "
-    "the sweep",
+    f"fewer steps than the plain net in at least {MOST:.0%} of the seeds, each net at its own best rate of the sweep",
 )
 HIGHER_RATES = Claim(
     "higher_rates",
@@ -130,9 +129,7 @@ def batch_noise(
     return Verdict(grows.held and suffers.held, f"noise: {grows.why}; suffering: {suffers.why}")
 
 
-def running_statistics(
-    same_digit: Sequence[float], running: Sequence[float], population: Sequence[float]
-) -> Verdict:
+def running_statistics(same_digit: Sequence[float], running: Sequence[float], population: Sequence[float]) -> Verdict:
     """Judge the share of test images with the same digit, and the two test accuracies."""
     same = median(same_digit)
     difference = median(abs(a - b) for a, b in zip(running, population, strict=True))

@@ -142,9 +142,7 @@ def running_statistics(column: Column, results: Results, network: str) -> None:
     finish(ax, "training step", "share of test images", legend="lower right")
 
 
-def band(
-    ax: Axes, x: Sequence[float], by_seed: ArrayLike, label: str, color: str, marker: str | None = None
-) -> None:
+def band(ax: Axes, x: Sequence[float], by_seed: ArrayLike, label: str, color: str, marker: str | None = None) -> None:
     """Draw the median over the seeds as a line and their range as a band. by_seed: (seeds, len(x))."""
     values = np.asarray(by_seed, float)
     middle, low, high = np.median(values, axis=0), values.min(axis=0), values.max(axis=0)

@@ -26,9 +26,7 @@ class Settings:
     passes: int = 10
     small: int = 4
     large: int = 64
-    rate: float = (
-        0.3  # at the large batch; times sqrt(small / large) at the small, as in the rest of the demo
-    )
+    rate: float = 0.3  # at the large batch; times sqrt(small / large) at the small, as in the rest of the demo
     update_rate: float = 0.01  # at the small batch, with and without renorm (the paper's); 0.1 at the large
     samples: int = 1024  # the training part
 
@@ -36,9 +34,7 @@ class Settings:
 def schedule_of(steps: int) -> bn.RenormSchedule:
     """Give the paper's schedule with its 80000 steps, about those of its training, shrunk to `steps`."""
     start, r_end, d_end = (max(1, steps * s // 80_000) for s in (5_000, 40_000, 25_000))
-    return bn.RenormSchedule(
-        ((start, 1.0), (max(r_end, start + 1), 3.0)), ((start, 0.0), (max(d_end, start + 1), 5.0))
-    )
+    return bn.RenormSchedule(((start, 1.0), (max(r_end, start + 1), 3.0)), ((start, 0.0), (max(d_end, start + 1), 5.0)))
 
 
 def train_one(settings: Settings, network_name: str, variant: str, seed: int, parts: Split) -> float:

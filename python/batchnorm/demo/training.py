@@ -64,18 +64,14 @@ def accuracy(logits: NDArray[Any], digits: NDArray[Any]) -> float:
     return float((logits.argmax(axis=1) == digits).mean())
 
 
-def train(
-    run: Run, split: Split, observe: Callable[[int, Network], None] | None = None
-) -> tuple[Record, Network]:
+def train(run: Run, split: Split, observe: Callable[[int, Network], None] | None = None) -> tuple[Record, Network]:
     """Train one network with plain SGD: parameter -= rate * gradient, no momentum, no decay, float32.
 
     ``observe(step, network)`` is called at each evaluation, in inference mode. A run stops when its loss is
     not finite; overflow on the way there is expected and silent.
     """
     started = time.perf_counter()
-    network = build(
-        run.network, run.normalized, np.random.default_rng([run.seed, 1]), init_scale=run.init_scale
-    )
+    network = build(run.network, run.normalized, np.random.default_rng([run.seed, 1]), init_scale=run.init_scale)
     evaluated = set(evaluation_steps(run.steps))
     curve: list[float] = []
     failed_at = None
@@ -96,9 +92,7 @@ def train(
                     observe(step, network)
         curve += [CHANCE] * (len(evaluated) - len(curve))
         network.train(False)
-        training, validation, test = (
-            CHANCE if failed_at else accuracy(network(part.x), part.digits) for part in split
-        )
+        training, validation, test = (CHANCE if failed_at else accuracy(network(part.x), part.digits) for part in split)
     seconds = time.perf_counter() - started
     return Record(curve, training, validation, test, failed_at, seconds), network
 
