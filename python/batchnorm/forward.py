@@ -285,9 +285,10 @@ def ordinary_saved(x: Array | None, table: PerChannel, gamma: Array | None, axis
         otherwise: Padding = "zero" if has_mask else "normalize"
         part = Part(weights, options.get("padding") or otherwise, source, options.get("weights_are"), offsets, counts)
     saved = Saved(x, Moments._from_core(table, part.importance_dof(layout)), gamma, axis, eps)
-    saved.__dict__.update(layout=layout, part=part, has_residual=options.get("residual") is not None)
+    others = saved.__dict__
+    others["layout"], others["part"], others["has_residual"] = layout, part, options.get("residual") is not None
     if bits is not None:
-        saved.__dict__["relu"] = ReluMask(layout, bits)
+        others["relu"] = ReluMask(layout, bits)
     return saved
 
 
