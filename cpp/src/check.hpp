@@ -1,96 +1,233 @@
-// All argument checks of the C++ API and their messages: argument, what was needed, what came.
+// All argument checks of the C++ API and their messages: argument, what was needed, what came. `name` is the argument's
+// name in the public API.
 #pragma once
 
-#include <initializer_list>
+#include <cassert>
+#include <cmath>
+#include <cstdint>
 #include <span>
+#include <sstream>
+#include <stdexcept>
+#include <string>
 
 #include "batchnorm/call.hpp"
 #include "batchnorm/types.hpp"
 
 namespace batchnorm::check {
 
-// Sizes >= 0 whose product fits std::int64_t.
-void problem(const Problem& problem);
-// Lengths. `name` is the argument's name in the public API.
-void size(const char* name, std::size_t got, const Problem& problem);
-void channels(const char* name, std::size_t got, const Problem& problem);
-void channels_or_absent(const char* name, const ChannelValues& values, const Problem& problem);
-void channels_present(const char* name, const ChannelValues& values, const Problem& problem);
-void size_or_absent(const char* name, std::size_t got, const Problem& problem);
-// Finite and >= 0.
-void eps(double eps);
-// No negative variance. NaN passes: it stays in its channel.
-void variances(const ChannelValues& var);
-void counts(const char* name, std::span<const Moments> moments);
-// No values at all in a channel, or more than `ddof`.
-void counts_above(const char* name, std::span<const Moments> moments, int ddof);
-// A batch that has a variance: no values at all, or at least 2 a channel.
-void batch_values(const Problem& problem);
-void update_rate(double rate);
-void threads(int threads);
-void ddof(int ddof);
-// Bytes of a value of a tensor.
-void item_size(std::size_t bytes);
-// Moments over at least one value in every channel, where there are gradients to be taken.
-void counts_of_batch(const char* name, std::span<const Moments> moments, const Problem& problem);
-// One weight per position.
-void positions(const char* name, std::size_t got, const Problem& problem);
-// Throws: the weight of that position is negative, infinite or NaN.
-[[noreturn]] void bad_weight(std::int64_t position, double weight);
-// Within float64.
-void sum_of_weights(double sum);
-// A batch that has a variance: no position has a weight, or at least 2.
-void counted_positions(std::int64_t counted, const Problem& problem);
-// With given statistics a weight of 0 says nothing but that the output is something else.
-void padding_differs(Padding padding);
-// Given statistics are those of all.
-void no_offsets(std::size_t got);
-// Gradients of gradients are of one group, where all counts and no ReLU follows.
-void second_order(std::size_t offsets, std::size_t weights, bool relu);
-// From 0 to problem.outer, never falling.
-void offsets(std::span<const std::int64_t> offsets, const Problem& problem);
-// One entry per segment and channel.
-void entries(const char* name, std::size_t got, std::size_t needed);
-// Moments over at least one value in every channel of a segment that has rows.
-void counts_of_segments(const char* name, std::span<const Moments> moments, std::span<const std::int64_t> offsets,
-                        const Problem& problem);
-// `out` is exactly `in`, or does not touch it.
-void no_partial_overlap(const char* out_name, const void* out, const char* in_name, const void* in, std::size_t bytes);
-// The memory of an argument, of any type and size; nothing where it is absent.
-struct Memory {
-  const char* name;
-  const std::byte* begin;
-  std::size_t size;
-
-  template <class T>
-  Memory(const char* of, std::span<T> values)
-      : name(of), begin(reinterpret_cast<const std::byte*>(values.data())), size(values.size_bytes()) {}
-  Memory(const char* of, const ChannelValues& values) : Memory(of, values.bytes()) {}
-  Memory(const char* of, const ChannelOutput& values) : Memory(of, values.bytes()) {}
-};
-// What is written shares no memory with anything else that is, nor with the others. Outputs per channel are written
-// while tensors and what is per channel are still read, and the other way round; only a tensor may be written to one
-// that is read (output(), no_partial_overlap()).
-// Inlined, so that a call knows how many there are: grad_input of 2 x 8 x 4 x 4 values took 1.03 times as long without.
-[[noreturn]] void fail_to_be_apart(const Memory& a, const Memory& b);
-[[gnu::always_inline]] inline void apart(const Memory& a, const Memory& b) {
-  const auto first = reinterpret_cast<std::uintptr_t>(a.begin), second = reinterpret_cast<std::uintptr_t>(b.begin);
-  // Both ends behind both beginnings; what is absent begins at 0 and has no size.
-  if ((first < second + b.size) & (second < first + a.size) & (a.size != 0) & (b.size != 0)) fail_to_be_apart(a, b);
+template <class... Words>
+[[noreturn, gnu::cold]] inline void fail(const Words&... words) {
+  std::ostringstream message;
+  (message << ... << words);
+  throw std::invalid_argument(message.str());
 }
-[[gnu::always_inline]] inline void apart(std::initializer_list<Memory> written, std::initializer_list<Memory> others) {
-  for (const Memory* a = written.begin(); a != written.end(); ++a) {
-    for (const Memory* b = a + 1; b != written.end(); ++b) apart(*a, *b);
-    for (const Memory& b : others) apart(*a, b);
+
+inline std::string text(const Problem& p) {
+  std::ostringstream s;
+  s << "{outer " << p.outer << ", channels " << p.channels << ", inner " << p.inner << "}";
+  return s.str();
+}
+
+// ---- plain values ------------------------------------------------------------------------------------------------
+
+// Sizes >= 0 whose product fits std::int64_t.
+inline void problem(const Problem& p) {
+  if (p.outer < 0 || p.channels < 0 || p.inner < 0) fail("problem must have sizes >= 0, got ", text(p));
+  // Any order of the products must fit, so zeros do not excuse the others.
+  const auto at_least_one = [](std::int64_t n) { return n > 0 ? n : 1; };
+  std::int64_t product = 0;
+  if (__builtin_mul_overflow(at_least_one(p.outer), at_least_one(p.channels), &product) ||
+      __builtin_mul_overflow(product, at_least_one(p.inner), &product) ||
+      (p.size() > INT64_MAX / static_cast<std::int64_t>(sizeof(double)))) {
+    fail("problem must have fewer than 2^60 values, got ", text(p));
+  }
+}
+inline void eps(double value) {
+  if (!(value >= 0) || !std::isfinite(value)) fail("eps must be finite and >= 0, got ", value);
+}
+inline void threads(int threads) {
+  if (threads < 0) fail("threads must be >= 0, got ", threads);
+}
+inline void update_rate(double rate) {
+  if (!(rate >= 0 && rate <= 1)) fail("update_rate must be in [0, 1], got ", rate);
+}
+inline void ddof(int ddof) {
+  if (ddof < 0) fail("ddof must be >= 0, got ", ddof);
+}
+// Bytes of a value of a tensor.
+inline void item_size(std::size_t bytes) {
+  if (bytes != 2 && bytes != 4 && bytes != 8) fail("item_size must be 2, 4 or 8 bytes, got ", bytes);
+}
+
+// ---- lengths -----------------------------------------------------------------------------------------------------
+
+inline void size(const char* name, std::size_t got, const Problem& p) {
+  if (got != static_cast<std::size_t>(p.size())) fail(name, " must have ", p.size(), " values, got ", got);
+}
+inline void channels(const char* name, std::size_t got, std::int64_t channels) {
+  if (got != static_cast<std::size_t>(channels)) {
+    fail(name, " must have ", channels, " values (one per channel), got ", got);
+  }
+}
+inline void entries(const char* name, std::size_t got, std::size_t needed) {
+  if (got != needed) fail(name, " must have ", needed, " values (one per segment and channel), got ", got);
+}
+inline void positions(const char* name, std::size_t got, const Problem& p) {
+  if (got != static_cast<std::size_t>(p.count())) {
+    fail(name, " must have ", p.count(), " values (one per position), got ", got);
   }
 }
 // Of a ReLU, which there is.
-void bits(std::size_t got, std::int64_t needed, bool relu);
-
-// A tensor that is written: of the problem's size, exactly `in` or apart from it.
-template <class T>
-void output(const char* name, std::span<T> out, const Problem& problem, std::span<const T> in, const char* in_name) {
-  size(name, out.size(), problem);
-  no_partial_overlap(name, out.data(), in_name, in.data(), in.size_bytes());
+inline void bits(std::size_t got, std::int64_t needed, bool relu) {
+  if (!relu) fail("bits must be empty without a ReLU, got ", got, " bytes");
+  if (got != static_cast<std::size_t>(needed)) {
+    fail("bits must have ", needed, " bytes (relu_mask_bytes of the problem), got ", got);
+  }
 }
+
+// ---- segments ----------------------------------------------------------------------------------------------------
+
+// From 0 to problem.outer, never falling.
+inline void offsets(std::span<const std::int64_t> offsets, const Problem& p) {
+  if (offsets.empty() || offsets.front() != 0 || offsets.back() != p.outer) {
+    fail("offsets must begin with 0 and end with ", p.outer, ", the outer size, got ",
+         offsets.empty() ? "none" : std::to_string(offsets.front()) + " and " + std::to_string(offsets.back()));
+  }
+  for (std::size_t s = 1; s < offsets.size(); ++s) {
+    if (offsets[s] < offsets[s - 1]) {
+      fail("offsets must never fall, got ", offsets[s], " after ", offsets[s - 1], " at ", s);
+    }
+  }
+}
+
+// ---- statistics --------------------------------------------------------------------------------------------------
+
+// Of one group, given: a value a channel, and no negative variance. NaN passes: it stays in its channel.
+inline void given(const char* name, const ChannelValues& values, std::int64_t count) {
+  if (!values.present()) fail(name, " must have ", count, " values (one per channel), got none");
+  channels(name, values.size(), count);
+}
+inline void variances(const ChannelValues& var) {
+  for (std::int64_t c = 0; c < static_cast<std::int64_t>(var.size()); ++c) {
+    if (var[c] < 0) fail("var must be >= 0 in every channel, got ", var[c], " in channel ", c);
+  }
+}
+inline void counts(const char* name, std::span<const Moments> moments) {
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    if (!(moments[c].count >= 0)) {
+      fail(name, " must have count >= 0 in every channel, got ", moments[c].count, " in channel ", c);
+    }
+    if (moments[c].m2 < 0) {
+      fail(name, " must have m2 >= 0 in every channel, got ", moments[c].m2, " in channel ", c);
+    }
+  }
+}
+// No values at all in a channel, or more than `ddof`.
+inline void counts_above(const char* name, std::span<const Moments> moments, int ddof) {
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    if (ddof > 0 && moments[c].count > 0 && !(moments[c].count - ddof >= 1)) {
+      fail(name, " must have at least ", std::int64_t{ddof} + 1, " values in every channel, got ", moments[c].count,
+           " in channel ", c);
+    }
+  }
+}
+// Moments of segment `s` of a call, or of all of it (s < 0), which has values: over at least one in every channel.
+inline void counts_of_values(const char* name, std::span<const Moments> moments, std::int64_t s) {
+  for (std::size_t c = 0; c < moments.size(); ++c) {
+    if (moments[c].count != 0) continue;
+    fail(name, " must count the values of x in every channel, got count 0 in channel ", c,
+         s < 0 ? "" : " of segment " + std::to_string(s));
+  }
+}
+
+// A batch that has a variance: no values at all, or at least 2 a channel.
+inline void batch_values(const Problem& p) {
+  if (p.channels > 0 && p.count() == 1) {
+    fail("x must have at least 2 values per channel for batch statistics, got 1 in problem ", text(p));
+  }
+}
+// The same where `counted` positions have a weight.
+inline void counted_positions(std::int64_t counted, const Problem& p) {
+  if (p.size() > 0 && counted == 1) {
+    fail("weights must be above 0 at 2 positions or more for batch statistics (or at none), got 1");
+  }
+}
+
+// ---- weights -----------------------------------------------------------------------------------------------------
+
+// The first that is negative, infinite or NaN, or -1; and the sum, within float64.
+inline void weights(std::int64_t position, double bad, double sum) {
+  if (position >= 0) {
+    fail("weights must be finite and >= 0 at every position, got ", bad, " at position ", position);
+  }
+  if (!std::isfinite(sum)) fail("weights must have a finite sum, got one beyond float64");
+}
+
+// ---- combinations ------------------------------------------------------------------------------------------------
+
+// Given statistics are those of all, and a weight of 0 says nothing but that the output is something else.
+inline void one_group(std::size_t offsets, std::size_t weights, Padding padding) {
+  if (offsets != 0) fail("offsets must be empty where mean and var are given, got ", offsets);
+  if (weights != 0 && padding == Padding::normalize) {
+    fail("padding must be zero or keep where statistics are given, got normalize, which needs no weights");
+  }
+}
+// Gradients of gradients are of one group, where all counts and no ReLU follows.
+inline void second_order(std::size_t offsets, std::size_t weights, bool relu) {
+  if (offsets != 0) fail("offsets must be empty for gradients of gradients, got ", offsets);
+  if (weights != 0) fail("weights must be empty for gradients of gradients, got ", weights);
+  if (relu) fail("relu must be false for gradients of gradients, got true");
+}
+
+// ---- memory ------------------------------------------------------------------------------------------------------
+
+// The memory of the arguments of a call, told one after the other. What is written shares none with any other: outputs
+// per channel are written while tensors and what is per channel are still read, and the other way round. Only a tensor
+// may be written to one that is read, exactly to it.
+class Memories {
+ public:
+  // What is empty is absent.
+  void reads(const char* name, std::span<const std::byte> memory) { tell({name, memory, false}); }
+  void reads_tensor(const char* name, std::span<const std::byte> memory) { tell({name, memory, true}); }
+
+  void writes(const char* name, std::span<const std::byte> memory) { add_apart({name, memory, false}); }
+  void writes_tensor(const char* name, std::span<const std::byte> memory) { add_apart({name, memory, true}); }
+
+ private:
+  struct Memory {
+    const char* name;
+    std::uintptr_t begin, end;
+    bool is_tensor;  // which may be written to, or be written to one
+
+    Memory() = default;
+    Memory(const char* of, std::span<const std::byte> memory, bool tensor)
+        : name(of),
+          begin(reinterpret_cast<std::uintptr_t>(memory.data())),
+          end(begin + memory.size()),
+          is_tensor(tensor) {}
+  };
+
+  void tell(const Memory& memory) {
+    assert(count_ < kMost);
+    if (memory.begin != memory.end) told_[count_++] = memory;
+  }
+  void add_apart(Memory written) {
+    if (written.begin == written.end) return;
+    for (int k = 0; k < count_; ++k) {
+      const Memory& other = told_[k];
+      if ((written.begin >= other.end) | (other.begin >= written.end)) continue;
+      const bool may_be_it = written.is_tensor && other.is_tensor;
+      if (!may_be_it) fail(written.name, " must share no memory with ", other.name, ", got an overlap");
+      if (written.begin == other.begin) continue;  // as many values
+      fail(written.name, " must be ", other.name, " itself or share no memory with it, got a partial overlap");
+    }
+    written.is_tensor = false;
+    tell(written);
+  }
+
+  static constexpr int kMost = 16;
+  Memory told_[kMost];  // NOLINT: as many as are told
+  int count_ = 0;
+};
+
 }  // namespace batchnorm::check

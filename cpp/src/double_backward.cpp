@@ -206,7 +206,7 @@ void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const P
   const Work work{true, out.dx != nullptr, out.dx != nullptr ? 4 : 2, sizeof(T)};
   SecondPass<T> pass{
       .applies = work.applies,
-      .plan = make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads)),
+      .plan = make_plan(problem, work, threads),
       .table = *active_implementation().table,
       .v = v,
       .dy = dy,

@@ -49,7 +49,7 @@ std::string explain(const Problem& problem, std::size_t item_size, const Options
   check::item_size(item_size);
   check::threads(options.threads);
   const Work training{true, true, 2, static_cast<std::int64_t>(item_size)};
-  return to_string(make_plan(problem, training, machine(), available_threads(options.threads)));
+  return to_string(make_plan(problem, training, options.threads));
 }
 
 }  // namespace batchnorm

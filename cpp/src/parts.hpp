@@ -26,7 +26,7 @@ struct Segment {
   std::int64_t first_row, rows;
 };
 
-// f(s, Segment, threads, PartOf) for every segment that has rows. What can fail is done by the constructor: a task must
+// f(s, Segment, threads, PartOf) for every segment. What can fail is done by the constructor: a task must
 // not fail, and outputs change when no other can any more.
 template <class F>
 class EachSegment {
@@ -62,12 +62,13 @@ class EachSegment {
   // What the greediest segment needs. Segments of as many rows need the same, which a table of those seen last spares.
   [[nodiscard]] std::size_t memory_of_one() const {
     constexpr std::size_t kSeen = 128;
-    std::int64_t seen[kSeen] = {};
+    std::int64_t seen[kSeen];
+    std::fill_n(seen, kSeen, -1);
     std::size_t most = 0;
     for (std::int64_t s = 0; s < count(); ++s) {
       const Segment part = segment(s);
       std::int64_t& same = seen[static_cast<std::size_t>(part.rows) % kSeen];
-      if (part.rows == same) continue;  // no rows need nothing
+      if (part.rows == same) continue;
       same = part.rows;
       f_(s, part, threads_each_, PartOf{.size = whole_, .needed = &most});
     }
@@ -80,10 +81,7 @@ class EachSegment {
     const PartOf part{
         .size = whole_,
         .memory = memory_ == nullptr ? nullptr : memory_.get() + static_cast<std::size_t>(place) * bytes_};
-    for (std::int64_t s = segments.begin; s < segments.end; ++s) {
-      const Segment one = segment(s);
-      if (one.rows > 0) f_(s, one, threads_each_, part);
-    }
+    for (std::int64_t s = segments.begin; s < segments.end; ++s) f_(s, segment(s), threads_each_, part);
     if (memory_ != nullptr) free_.fetch_or(std::uint64_t{1} << place, std::memory_order_release);
   }
   // There are as many places as threads, so that one is free.

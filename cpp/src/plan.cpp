@@ -111,15 +111,23 @@ std::int64_t repeat_of(const Problem& p, std::int64_t uneven) {
 
 std::int64_t shared_cache(const Machine& machine) { return std::min(machine.l3_bytes, kMostBelievedL3) / 2; }
 
+// Whether the tensors of a call take more than that, of so many values each, whose bytes fit 64 bits. Without a division,
+// of which a plan had ten: 10 of the 150 ns of a tiny call.
+bool take_more_than(std::int64_t bytes, std::int64_t values, const Work& work) {
+  const std::int64_t of_one = values * work.item_size;
+  return of_one > bytes || of_one * work.streams > bytes;
+}
+
 // What passes through the caches before they see the same memory again.
 std::int64_t values_of(const Problem& p, const Work& work) { return std::max(p.size(), work.part_of); }
 
 bool stores_go_around_cache(const Plan& plan, bool interleaved, const Work& work, const Machine& machine) {
   if (!work.applies) return false;
-  const std::int64_t shared = interleaved ? 2 * shared_cache(machine) / work.streams : shared_cache(machine);
-  const std::int64_t stays = std::max(kAroundCacheAboveL2 * machine.l2_bytes, shared);
+  const std::int64_t values = values_of(plan.problem, work), bytes = values * work.item_size;
   const bool long_enough = (interleaved ? plan.apply_rows.columns : plan.problem.inner) >= kShortestStream;
-  return long_enough && values_of(plan.problem, work) > stays / work.item_size;
+  const std::int64_t shared = shared_cache(machine);
+  return long_enough && bytes > kAroundCacheAboveL2 * machine.l2_bytes &&
+         (interleaved ? take_more_than(2 * shared, values, work) : bytes > shared);
 }
 
 // Slabs of a group that a core's own cache has to hold at once. While one is applied and stored around the caches, the
@@ -242,7 +250,7 @@ std::int64_t lines_of_tile(const Problem& p, std::int64_t item_size) {
 }
 
 bool is_serial(const Problem& problem, const Work& work) {
-  return problem.size() <= kSerialBytes / (work.item_size * work.streams);
+  return !take_more_than(kSerialBytes, problem.size(), work);
 }
 
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads) {
@@ -251,7 +259,7 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   const Problem& p = plan.problem;
   if (p.size() == 0) return plan;
 
-  if (is_serial(problem, work)) threads = 1;
+  if (threads > 1 && is_serial(problem, work)) threads = 1;
   const bool interleaved = work.is_turned || (p.channels > 1 && p.inner <= kShortRun);
   if (interleaved) {
     plan.path = Path::row_blocks;
@@ -261,8 +269,8 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
     plan.stripe = stripe_of(plan, threads);
   }
   plan.around_cache = stores_go_around_cache(plan, interleaved, work, machine);
-  plan.fetches_outputs = work.applies && !plan.around_cache &&
-                         values_of(p, work) > shared_cache(machine) / (work.item_size * work.streams);
+  plan.fetches_outputs =
+      work.applies && !plan.around_cache && take_more_than(shared_cache(machine), values_of(p, work), work);
   if (!interleaved && work.reduces) {
     plan.sum_runs = cut_runs(p, kChunkValues);
     if (work.applies) plan.apply_runs = cut_runs(p, kTileValues);
@@ -270,8 +278,12 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   } else if (!interleaved) {
     cut_applied(plan);
   }
-  plan.threads = static_cast<int>(std::clamp<std::int64_t>(tasks_of(plan), 1, threads));
+  if (threads > 1) plan.threads = static_cast<int>(std::clamp<std::int64_t>(tasks_of(plan), 1, threads));
   return plan;
+}
+
+Plan make_plan(const Problem& problem, const Work& work, int threads) {
+  return make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
 }
 
 std::string to_string(const Plan& plan) {

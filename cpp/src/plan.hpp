@@ -106,6 +106,8 @@ std::int64_t lines_of_tile(const Problem& problem, std::int64_t item_size);
 bool is_serial(const Problem& problem, const Work& work);
 
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads);
+// On this machine, for a call that asks for so many threads.
+Plan make_plan(const Problem& problem, const Work& work, int threads);
 
 std::string to_string(const Plan& plan);
 

@@ -1,0 +1,232 @@
+// A call whose arguments are checked, one after the other, and then run: whole, or segment by segment.
+#pragma once
+
+#include <span>
+#include <vector>
+
+#include "batchnorm/call.hpp"
+#include "check.hpp"
+#include "parts.hpp"
+#include "passes.hpp"
+
+namespace batchnorm {
+
+inline std::int64_t bits_bytes(const Problem& problem) {
+  // The head, a bit an element, up to 15 bits before them, and what kernels may read behind.
+  return kBitsHead + (problem.size() + 15 + 7) / 8 + 4;
+}
+
+template <class T>
+class CheckedCall {
+ public:
+  CheckedCall(const Call<T>& call, const Options& options) : call_(call), threads_(options.threads) {
+    const Problem& p = call.problem;
+    check::problem(p);
+    check::threads(options.threads);
+    if (by_segments()) check::offsets(call.groups.offsets, p);
+    reads("gamma", call.gamma);
+    reads("beta", call.beta);
+    check::eps(call.eps);
+    if (!call.tail.residual.empty()) check::size("residual", call.tail.residual.size(), p);
+    if (!call.tail.bits.empty()) check_bits();
+    memories_.reads("offsets", std::as_bytes(call.groups.offsets));
+    whole_ = {.problem = p, .padding = call.counted.padding, .gamma = call.gamma, .beta = call.beta, .eps = call.eps};
+    if (!call.counted.weights.empty()) sum_weights();
+  }
+
+  // ---- arguments of the function: what is read, then what is written ----
+
+  void reads(const char* name, std::span<const T> tensor) {
+    check::size(name, tensor.size(), call_.problem);
+    memories_.reads_tensor(name, std::as_bytes(tensor));
+  }
+  // Per channel, or per segment and channel; or absent.
+  void reads(const char* name, const ChannelValues& values) {
+    if (values.present()) check_channels(name, values.size());
+    memories_.reads(name, values.bytes());
+  }
+  // One entry per channel, or per segment and channel.
+  template <class Entry>
+  void reads_entries(const char* name, std::span<const Entry> table) {
+    check_entries(name, table.size());
+    memories_.reads(name, std::as_bytes(table));
+  }
+  // Moments that are read to take gradients: of at least one value, where there are some and all count.
+  void reads_counts(const char* name, std::span<const Moments> moments) {
+    reads_entries(name, moments);
+    check::counts(name, moments);
+    if (!call_.counted.weights.empty() || call_.problem.size() == 0) return;
+    if (!by_segments()) return check::counts_of_values(name, moments, -1);
+    const auto& offsets = call_.groups.offsets;
+    const auto channels = static_cast<std::size_t>(call_.problem.channels);
+    for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+      if (offsets[s + 1] == offsets[s]) continue;
+      check::counts_of_values(name, moments.subspan(s * channels, channels), static_cast<std::int64_t>(s));
+    }
+  }
+  // Statistics that are given are those of one group.
+  void reads_statistics(const ChannelValues& mean, const ChannelValues& var) {
+    check::given("mean", mean, call_.problem.channels);
+    check::given("var", var, call_.problem.channels);
+    check::variances(var);
+    memories_.reads("mean", mean.bytes());
+    memories_.reads("var", var.bytes());
+  }
+
+  // A tensor: one that is read, or apart from all else.
+  void writes(const char* name, std::span<T> tensor) {
+    check::size(name, tensor.size(), call_.problem);
+    memories_.writes_tensor(name, std::as_bytes(tensor));
+  }
+  void writes_apart(const char* name, std::span<T> tensor) {
+    check::size(name, tensor.size(), call_.problem);
+    memories_.writes(name, std::as_bytes(tensor));
+  }
+  void writes(const char* name, const ChannelOutput& values) {
+    if (values.wanted()) check_channels(name, values.size());
+    memories_.writes(name, values.bytes());
+  }
+  template <class Entry>
+  void writes_entries(const char* name, std::span<Entry> table) {
+    check_entries(name, table.size());
+    memories_.writes(name, std::as_bytes(table));
+  }
+
+  // ---- what the call adds, by what the function does ----
+
+  // Forward: what follows is done, and bits are written.
+  void follow(const T* y) {
+    follow_residual();
+    whole_.tail.relu = call_.tail.relu;
+    if (call_.tail.bits.empty()) return;
+    memories_.writes("bits", std::as_bytes(call_.tail.bits));
+    whole_.bits_head = call_.tail.bits.data();
+    whole_.tail.bits = call_.tail.bits.data() + kBitsHead;
+    if (by_segments()) whole_.tail.first_bit = values_past_line(y);
+  }
+  // Backward: bits are read.
+  void let_through() {
+    if (!call_.tail.relu) return;
+    check_bits();
+    memories_.reads("bits", std::as_bytes(call_.tail.bits));
+    whole_.tail.bits = call_.tail.bits.data() + kBitsHead;
+    whole_.tail.first_bit = call_.tail.bits[0] % kernels::kVectorColumns;
+  }
+  // Forward-mode: the residual is a tangent.
+  void follow_along() {
+    follow_residual();
+    let_through();
+  }
+
+  // ---- then ----
+
+  // A variance is wanted of every group; those of segments may be 0.
+  void check_batch() const {
+    if (by_segments()) return;
+    if (call_.counted.weights.empty()) return check::batch_values(call_.problem);
+    check::counted_positions(whole_.summary.counted, call_.problem);
+  }
+
+  // Those of the entries from `first` on.
+  template <class Values>
+  [[nodiscard]] Values part_of(const Values& values, std::int64_t first) const {
+    const auto channels = static_cast<std::size_t>(call_.problem.channels);
+    return values.size() == channels ? values : values.part(static_cast<std::size_t>(first), channels);
+  }
+
+  // f(part, its place in tensors, its place in tables, threads, PartOf). What can fail has been done when the first
+  // part begins.
+  template <class F>
+  void run(const F& f) const {
+    if (!by_segments()) return f(whole_, std::int64_t{0}, std::int64_t{0}, threads_, PartOf{});
+    const Problem& p = call_.problem;
+    const auto of_segment = [&](std::int64_t s, const Segment& segment, int threads, const PartOf& of) {
+      f(part(s, segment), segment.first_row * p.channels * p.inner, s * p.channels, threads, of);
+    };
+    EachSegment each(call_.groups.offsets, p, threads_, of_segment);
+    write_head();
+    each.run();
+  }
+  // Where there are no segments.
+  [[nodiscard]] const Part<T>& whole() const { return whole_; }
+
+ private:
+  using W = kernels::WeightOf<T>;
+
+  [[nodiscard]] bool by_segments() const { return !call_.groups.offsets.empty(); }
+  // Entries of tables: one per segment and channel.
+  [[nodiscard]] std::size_t entries() const {
+    const std::size_t groups = by_segments() ? call_.groups.offsets.size() - 1 : 1;
+    return groups * static_cast<std::size_t>(call_.problem.channels);
+  }
+  void check_entries(const char* name, std::size_t got) const {
+    by_segments() ? check::entries(name, got, entries()) : check::channels(name, got, call_.problem.channels);
+  }
+  void check_channels(const char* name, std::size_t got) const {
+    if (!by_segments() || got != entries()) check::channels(name, got, call_.problem.channels);
+  }
+  void check_bits() const { check::bits(call_.tail.bits.size(), bits_bytes(call_.problem), call_.tail.relu); }
+
+  void follow_residual() {
+    memories_.reads_tensor("residual", std::as_bytes(call_.tail.residual));
+    whole_.tail.residual = call_.tail.residual.empty() ? nullptr : call_.tail.residual.data();
+  }
+
+  void sum_weights() {
+    const std::span<const W> weights = call_.counted.weights;
+    check::positions("weights", weights.size(), call_.problem);
+    memories_.reads("weights", std::as_bytes(weights));
+    whole_.positions = {.values = weights.data(), .is_mask = true, .problem = call_.problem};
+    if (!by_segments()) {
+      whole_.summary = summary_of(0, weights.size());
+      whole_.positions.is_mask = whole_.summary.is_mask;
+      return;
+    }
+    const auto offsets = call_.groups.offsets;
+    summaries_.reserve(offsets.size() - 1);
+    const auto inner = static_cast<std::size_t>(call_.problem.inner);
+    for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
+      const std::size_t first = static_cast<std::size_t>(offsets[s]) * inner;
+      summaries_.push_back(summary_of(first, static_cast<std::size_t>(offsets[s + 1]) * inner - first));
+    }
+  }
+  [[nodiscard]] WeightSummary summary_of(std::size_t first, std::size_t count) const {
+    const std::span<const W> weights = call_.counted.weights.subspan(first, count);
+    const WeightSummary summary = summarize(weights, threads_);
+    const W bad = summary.bad < 0 ? W{} : weights[static_cast<std::size_t>(summary.bad)];
+    check::weights(summary.bad < 0 ? -1 : static_cast<std::int64_t>(first) + summary.bad, static_cast<double>(bad),
+                   summary.total.hi);
+    return summary;
+  }
+
+  [[nodiscard]] Part<T> part(std::int64_t s, const Segment& segment) const {
+    Part<T> part = whole_;
+    const std::int64_t position = segment.first_row * call_.problem.inner, at = position * call_.problem.channels;
+    part.problem.outer = segment.rows;
+    part.gamma = part_of(call_.gamma, s * call_.problem.channels);
+    part.beta = part_of(call_.beta, s * call_.problem.channels);
+    if (part.positions) {
+      part.summary = summaries_[static_cast<std::size_t>(s)];
+      part.positions.values += position;
+      part.positions.is_mask = part.summary.is_mask;
+    }
+    if (part.tail.residual != nullptr) part.tail.residual += at;
+    part.tail.first_bit += at;
+    part.bits_head = nullptr;
+    return part;
+  }
+  // Of bits that segments share.
+  void write_head() const {
+    if (whole_.bits_head == nullptr) return;
+    std::fill_n(whole_.bits_head, kBitsHead, std::uint8_t{0});
+    *whole_.bits_head = static_cast<std::uint8_t>(whole_.tail.first_bit);
+  }
+
+  const Call<T>& call_;
+  int threads_;
+  check::Memories memories_;
+  Part<T> whole_;
+  std::vector<WeightSummary> summaries_;
+};
+
+}  // namespace batchnorm
