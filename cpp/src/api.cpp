@@ -6,8 +6,8 @@
 #include "checked_call.hpp"
 #include "floating_point.hpp"
 #include "parallel.hpp"
-#include "parts.hpp"
 #include "passes.hpp"
+#include "segments.hpp"
 
 namespace batchnorm {
 namespace {
@@ -84,8 +84,8 @@ void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, 
   CheckedCall<T> checked(call, options);
   checked.reads("x", x);
   checked.writes_entries("out", out);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
-    run_moments(x.data() + at, part, out.data() + entry, threads, of);
+  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+    Forward<T>{part}.moments(x.data() + at, out.data() + entry);
   });
 }
 
@@ -142,8 +142,8 @@ void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::
   checked.follow(y.data());
   checked.writes("y", y);
   checked.writes_entries("saved", saved);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
-    run_batch_norm(x.data() + at, part, y.data() + at, saved.data() + entry, threads, of);
+  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+    Forward<T>{part}.batch_norm(x.data() + at, y.data() + at, saved.data() + entry);
   });
 }
 
@@ -157,7 +157,7 @@ void normalize(std::span<const T> x, const Call<T>& call, ChannelValues mean, Ch
   checked.reads_statistics(mean, var);
   checked.follow(y.data());
   checked.writes("y", y);
-  run_normalize(x.data(), checked.whole(), {mean, var}, y.data(), options.threads);
+  Forward<T>{checked.whole()}.normalize(x.data(), {mean, var}, y.data());
 }
 
 template <class T>
@@ -170,8 +170,8 @@ void normalize(std::span<const T> x, const Call<T>& call, std::span<const Moment
   check::counts("moments", moments);
   checked.follow(y.data());
   checked.writes("y", y);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
-    run_normalize(x.data() + at, part, {{}, {}, moments.data() + entry}, y.data() + at, threads, of);
+  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+    Forward<T>{part}.normalize(x.data() + at, {{}, {}, moments.data() + entry}, y.data() + at);
   });
 }
 
@@ -186,8 +186,8 @@ void grad_sums(std::span<const T> dy, std::span<const T> x, const Call<T>& call,
   check::counts("moments", moments);
   checked.let_through();
   checked.writes_entries("out", out);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
-    run_grad_sums(dy.data() + at, x.data() + at, part, moments.data() + entry, out.data() + entry, threads, of);
+  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+    Backward<T>{part}.grad_sums(dy.data() + at, x.data() + at, moments.data() + entry, out.data() + entry);
   });
 }
 
@@ -204,9 +204,9 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call
   const Gradients<T> out{dx, dresidual};
   check::size("dx", dx.size(), call.problem);
   write_gradients(checked, out);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
-    run_grad_input(dy.data() + at, x.data() + at, part, moments.data() + entry, sums.data() + entry, outputs(out, at),
-                   threads, of);
+  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+    Backward<T>{part}.grad_input(dy.data() + at, x.data() + at, moments.data() + entry, sums.data() + entry,
+                                 outputs(out, at));
   });
 }
 
@@ -224,7 +224,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   const auto channels = static_cast<std::size_t>(call.problem.channels);
   const auto sums = [&](const ChannelOutput& to) { return to.wanted() && to.size() < saved.size(); };
   std::vector<double> of_gamma(sums(out.dgamma) ? saved.size() : 0), of_beta(sums(out.dbeta) ? saved.size() : 0);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
+  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
     FirstOutputs<T> to = outputs(out, at);
     const auto of_part = [&](std::vector<double>& all, const ChannelOutput& wanted) {
       if (all.empty()) return checked.part_of(wanted, entry);
@@ -232,7 +232,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
     };
     to.dgamma = of_part(of_gamma, out.dgamma);
     to.dbeta = of_part(of_beta, out.dbeta);
-    run_batch_norm_backward(dy.data() + at, x.data() + at, part, saved.data() + entry, to, threads, of);
+    Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry, to);
   });
   if (!of_gamma.empty()) SumsOverSegments(of_gamma, call.problem.channels, out.dgamma).run(options.threads);
   if (!of_beta.empty()) SumsOverSegments(of_beta, call.problem.channels, out.dbeta).run(options.threads);
@@ -249,7 +249,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
   checked.reads_statistics(mean, var);
   checked.let_through();
   write_gradients(checked, out);
-  run_normalize_backward(dy.data(), x.data(), checked.whole(), {mean, var}, outputs(out, 0), options.threads);
+  Backward<T>{checked.whole()}.normalize(dy.data(), x.data(), {mean, var}, outputs(out, 0));
 }
 
 template <class T>
@@ -259,10 +259,10 @@ void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T
   CheckedCall<T> checked(call, options);
   checked.reads_counts("saved", saved);
   check_jvp(checked, x_dot, x, {gamma_dot, beta_dot, {}, {}}, y_dot);
-  checked.run([&](const Part<T>& part, std::int64_t at, std::int64_t entry, int threads, const PartOf& of) {
+  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
     const Tangents along{checked.part_of(gamma_dot, entry), checked.part_of(beta_dot, entry), {}, {}};
-    run_batch_norm_jvp<T>(x_dot.data() + at, x.data() + at, part, saved.data() + entry, nullptr, along,
-                          y_dot.data() + at, threads, of);
+    Backward<T>{part}.batch_norm_jvp(x_dot.data() + at, x.data() + at, saved.data() + entry, nullptr, along,
+                                     y_dot.data() + at);
   });
 }
 
@@ -276,7 +276,7 @@ void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T>
   check_one_group(call);
   checked.reads_statistics(mean, var);
   check_jvp(checked, x_dot, x, tangents, y_dot);
-  run_normalize_jvp<T>(x_dot.data(), x.data(), checked.whole(), {mean, var}, tangents, y_dot.data(), options.threads);
+  Backward<T>{checked.whole()}.normalize_jvp(x_dot.data(), x.data(), {mean, var}, tangents, y_dot.data());
 }
 
 template <class T>
@@ -288,8 +288,8 @@ void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std
   CheckedCall<T> checked(call, options);
   checked.reads_counts("saved", saved);
   check_double_backward(checked, call, v, dy, x, w, ddy, dx, dgamma);
-  run_batch_norm_double_backward<T>(v.data(), dy.data(), x.data(), checked.whole(), saved.data(), w,
-                                    {data_or_null(ddy), data_or_null(dx), dgamma}, options.threads);
+  DoubleBackward<T>{checked.whole()}.batch_norm(v.data(), dy.data(), x.data(), saved.data(), w,
+                                                {data_or_null(ddy), data_or_null(dx), dgamma});
 }
 
 template <class T>
@@ -301,8 +301,8 @@ void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std:
   CheckedCall<T> checked(call, options);
   checked.reads_statistics(mean, var);
   check_double_backward(checked, call, v, dy, x, w, ddy, dx, dgamma);
-  run_normalize_double_backward<T>(v.data(), dy.data(), x.data(), checked.whole(), {mean, var}, w,
-                                   {data_or_null(ddy), data_or_null(dx), dgamma}, options.threads);
+  DoubleBackward<T>{checked.whole()}.normalize(v.data(), dy.data(), x.data(), {mean, var}, w,
+                                               {data_or_null(ddy), data_or_null(dx), dgamma});
 }
 
 #define BN_INSTANTIATE(T)                                                                                              \

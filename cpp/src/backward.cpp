@@ -1,10 +1,14 @@
 // Backward: grad_sums -> coefficients -> grad_input, or parts of that. Forward-mode is the same map of other
 // coefficients, with a tangent in the place of dy.
+#include <optional>
 #include <vector>
 
+#include "coefficients.hpp"
 #include "lines.hpp"
-#include "pass.hpp"
+#include "passes.hpp"
 #include "slices.hpp"
+#include "staged.hpp"
+#include "traverse.hpp"
 
 namespace batchnorm {
 namespace {
@@ -26,12 +30,12 @@ struct ConstantScale {
 
 template <class T>
 struct BackwardPass {
+  using Value = T;
   using A = Arithmetic<T>;  // what coefficients are in
   using Table = CoefficientTable<A, GradAffine>;
-  static constexpr std::int64_t kItemSize = sizeof(T);
 
   bool reduces, applies;
-  const Part<T>& call;
+  const PassCall<T>& call;
   const T *dy, *x;
   T *dx = nullptr, *dresidual = nullptr;
   const Moments* moments = nullptr;  // null where only a constant scale is applied
@@ -40,32 +44,42 @@ struct BackwardPass {
   ChannelOutput dgamma = {}, dbeta = {};
   const Tangents* tangents = nullptr;             // forward-mode: dy is a tangent of x, and dx becomes that of y
   const ConstantScale* constant_scale = nullptr;  // of dx, whatever else is computed
-  const double* column_mean = nullptr;            // interleaved and reduces: moments[...].mean, per column
-  Plan plan = {};
-  Table* coefficients = nullptr;  // where it applies
-  const kernels::KernelTable& table = *active_implementation().table;
-  // Set by prepare().
-  GradientOperands<T> operands{table, {}};
-  bool around_cache = false, staged = false;
 
-  void prepare() {
-    operands.in = {.dy = dy, .x = x, .bits = call.tail.bits, .first_bit = call.tail.first_bit, .dresidual = dresidual};
-    operands.dx = dx;
-    operands.positions = call.positions;
-    operands.positions.problem = plan.problem;
-    operands.padding = call.padding;
-    around_cache = plan.around_cache && !is_input(dx);
-    operands.around_cache = around_cache;
-    operands.in.streams = around_cache && dresidual != nullptr && !is_input(dresidual) &&
-                          values_past_line(dresidual) == values_past_line(dx);
-    operands.forward_mode = tangents != nullptr;
-    operands.residual_dot = call.tail.residual;
-    const bool gates = call.tail.bits != nullptr;
-    const bool without_kernel = tangents != nullptr ? gates || call.tail.residual != nullptr
-                                : gates             ? sizeof(T) == 2
-                                                    : dresidual != nullptr;
-    staged = call.positions || without_kernel;
+  // What follows from these.
+  Plan plan = make_plan(call.problem, work(), call.options.threads);
+  const kernels::KernelTable& table = *active_implementation().table;
+  bool around_cache = plan.around_cache && !is_input(dx);
+  bool dresidual_streams = around_cache && dresidual != nullptr && !is_input(dresidual) &&
+                           values_past_line(dresidual) == values_past_line(dx);
+  GradientOperands<T> operands{.table = table,
+                               .in = {dy, x, call.tail.bits, call.tail.first_bit, dresidual, dresidual_streams},
+                               .dx = dx,
+                               .positions = {call.positions.values, call.positions.is_mask, plan.problem},
+                               .padding = call.padding,
+                               .around_cache = around_cache,
+                               .forward_mode = tangents != nullptr,
+                               .residual_dot = call.tail.residual};
+  bool staged = call.positions || without_kernel();
+  double* column_mean = nullptr;           // interleaved and reduces: moments[...].mean, per column
+  std::optional<Table> coefficients = {};  // where it applies
+
+  [[nodiscard]] Work work() const {
+    const bool along_residual = tangents != nullptr ? call.tail.residual != nullptr : dresidual != nullptr;
+    return call.work(reduces, applies, 2 + (applies ? 1 : 0) + (along_residual ? 1 : 0));
   }
+  [[nodiscard]] std::size_t bytes() const {
+    return (applies ? Table::bytes(plan) : 0) +
+           (wants_means() ? Workspace::bytes_for<double>(plan.sum_rows.columns) : 0);
+  }
+  void take_memory(Workspace& workspace) {
+    if (applies) coefficients.emplace(plan, workspace);
+    if (!wants_means()) return;
+    column_mean = workspace.take<double>(plan.sum_rows.columns);
+    const Problem& p = plan.problem;
+    for (std::int64_t c = 0; c < p.channels; ++c) std::fill_n(column_mean + c * p.inner, p.inner, moments[c].mean);
+    repeat_row(column_mean, p.channels * p.inner, plan.sum_rows.columns);
+  }
+  void begin() const {}
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
     double mean[kernels::kMostChannels];
@@ -74,10 +88,6 @@ struct BackwardPass {
   }
   void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
     sum_gradients(operands, offset, column, rows, column_mean + column, out);
-  }
-  void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
-                  const ColumnSums& total) const {
-    table.of<T>().add_blocks(first, count, stride, columns, total);
   }
 
   void finish(Range channels, const Sums* totals) {
@@ -112,6 +122,12 @@ struct BackwardPass {
 
  private:
   [[nodiscard]] bool is_input(const T* p) const { return p == dy || p == x; }
+  [[nodiscard]] bool wants_means() const { return reduces && plan.path == Path::row_blocks; }
+  [[nodiscard]] bool without_kernel() const {
+    const bool gates = call.tail.bits != nullptr;
+    if (tangents != nullptr) return gates || call.tail.residual != nullptr;
+    return gates ? sizeof(T) == 2 : dresidual != nullptr;
+  }
   [[nodiscard]] GradInputs<T> inputs(std::int64_t offset) const {
     GradInputs<T> in = operands.in;
     in.at = offset;
@@ -160,7 +176,7 @@ struct BackwardPass {
     });
   }
 
-  void set_constant_scale(Range channels) const {
+  void set_constant_scale(Range channels) {
     for (std::int64_t c = channels.begin; c < channels.end; ++c) {
       const TwoParts<double> rstd = rstd_for<A, double>(constant_scale->var.value_or(c, 1), constant_scale->eps);
       const auto k = frozen_backward_coefficients<A>(rstd, constant_scale->gamma.value_or(c, 1));
@@ -200,57 +216,52 @@ struct BackwardPass {
   }
 };
 
-template <class T>
-int streams_of(const FirstOutputs<T>& out) {
-  return out.dresidual == nullptr ? 3 : 4;
-}
-
 // Of a call whose tail has the residual's tangent.
 template <class T>
-BackwardPass<T> forward_mode(const T* x_dot, const T* x, const Part<T>& call, const Moments* moments,
+BackwardPass<T> forward_mode(const PassCall<T>& call, const T* x_dot, const T* x, const Moments* moments,
                              const GradSums* sums, const Tangents& tangents, T* y_dot) {
-  BackwardPass<T> pass{.reduces = sums == nullptr, .applies = true, .call = call, .dy = x_dot, .x = x, .dx = y_dot};
-  pass.moments = moments;
-  pass.sums_in = sums;
-  pass.tangents = &tangents;
-  return pass;
+  return {.reduces = sums == nullptr,
+          .applies = true,
+          .call = call,
+          .dy = x_dot,
+          .x = x,
+          .dx = y_dot,
+          .moments = moments,
+          .sums_in = sums,
+          .tangents = &tangents};
 }
 
 }  // namespace
 
 template <class T>
-void run_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out, int threads,
-                   const PartOf& part) {
-  if (is_lines(call.problem)) {
-    return run_lines_grad_sums(dy, x, call, moments, out, threads, part);
-  }
-  BackwardPass<T> pass{.reduces = true, .applies = false, .call = call, .dy = dy, .x = x};
-  pass.moments = moments;
-  pass.sums_out = out;
-  run(pass, 3, threads, part);
+void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
+  if (is_lines(call.problem)) return run_lines_grad_sums(dy, x, call, moments, out);
+  BackwardPass<T> pass{
+      .reduces = true, .applies = false, .call = call, .dy = dy, .x = x, .moments = moments, .sums_out = out};
+  run_pass(pass, call.options);
 }
 
 template <class T>
-void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
-                    const FirstOutputs<T>& out, int threads, const PartOf& part) {
-  if (is_lines(call.problem)) {
-    return run_lines_grad_input(dy, x, call, moments, sums, out, threads, part);
-  }
-  BackwardPass<T> pass{.reduces = false, .applies = true, .call = call, .dy = dy, .x = x, .dx = out.dx};
-  pass.dresidual = out.dresidual;
-  pass.moments = moments;
-  pass.sums_in = sums;
-  run(pass, streams_of(out), threads, part);
+void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, const GradSums* sums,
+                             const FirstOutputs<T>& out) const {
+  if (is_lines(call.problem)) return run_lines_grad_input(dy, x, call, moments, sums, out);
+  BackwardPass<T> pass{.reduces = false,
+                       .applies = true,
+                       .call = call,
+                       .dy = dy,
+                       .x = x,
+                       .dx = out.dx,
+                       .dresidual = out.dresidual,
+                       .moments = moments,
+                       .sums_in = sums};
+  run_pass(pass, call.options);
 }
 
 // Without dx, dresidual takes its place, with coefficients that change nothing.
 template <class T>
-void run_batch_norm_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved,
-                             const FirstOutputs<T>& out, int threads, const PartOf& part) {
-  if (is_lines(call.problem)) {
-    return run_lines_backward(dy, x, call, saved, out, threads, part);
-  }
-  if (run_slice_backward(dy, x, call, saved, out, threads, part)) return;
+void Backward<T>::batch_norm(const T* dy, const T* x, const Moments* saved, const FirstOutputs<T>& out) const {
+  if (is_lines(call.problem)) return run_lines_backward(dy, x, call, saved, out);
+  if (run_slice_backward(dy, x, call, saved, out)) return;
   const ConstantScale unchanged;
   const bool gate_alone = out.dx == nullptr && out.dresidual != nullptr;
   BackwardPass<T> pass{.reduces = true,
@@ -259,31 +270,28 @@ void run_batch_norm_backward(const T* dy, const T* x, const Part<T>& call, const
                        .dy = dy,
                        .x = x,
                        .dx = gate_alone ? out.dresidual : out.dx,
-                       .dresidual = gate_alone ? nullptr : out.dresidual};
-  if (gate_alone) pass.constant_scale = &unchanged;
-  pass.moments = saved;
-  pass.dgamma = out.dgamma;
-  pass.dbeta = out.dbeta;
-  run(pass, streams_of(out), threads, part);
+                       .dresidual = gate_alone ? nullptr : out.dresidual,
+                       .moments = saved,
+                       .dgamma = out.dgamma,
+                       .dbeta = out.dbeta,
+                       .constant_scale = gate_alone ? &unchanged : nullptr};
+  run_pass(pass, call.options);
 }
 
 // The sums about the means; dx; what is per channel is written last.
 template <class T>
-void run_normalize_backward(const T* dy, const T* x, const Part<T>& call, const GivenStatistics& given,
-                            const FirstOutputs<T>& out, int threads) {
+void Backward<T>::normalize(const T* dy, const T* x, const GivenStatistics& given, const FirstOutputs<T>& out) const {
   const std::int64_t channels = call.problem.channels;
   std::vector<Moments> moments(out.dgamma.wanted() || out.dbeta.wanted() ? static_cast<std::size_t>(channels) : 0);
   std::vector<GradSums> sums(moments.size());
   for (std::size_t c = 0; c < moments.size(); ++c) moments[c].mean = given.mean[static_cast<std::int64_t>(c)];
-  if (!moments.empty()) {
-    run_grad_sums(dy, out.dgamma.wanted() ? x : dy, call, moments.data(), sums.data(), threads);
-  }
+  if (!moments.empty()) grad_sums(dy, out.dgamma.wanted() ? x : dy, moments.data(), sums.data());
   const bool gate_alone = out.dx == nullptr;
   const ConstantScale scale = gate_alone ? ConstantScale{} : ConstantScale{given.var, call.gamma, call.eps};
   if (out.dx != nullptr && out.dresidual == nullptr && call.tail.bits == nullptr && !call.positions) {
     GivenStatistics only_scale = given;
     only_scale.only_scale = true;
-    run_normalize(dy, call, only_scale, out.dx, threads);
+    Forward<T>{call}.normalize(dy, only_scale, out.dx);
   } else if (out.dx != nullptr || out.dresidual != nullptr) {
     BackwardPass<T> pass{.reduces = false,
                          .applies = true,
@@ -291,9 +299,9 @@ void run_normalize_backward(const T* dy, const T* x, const Part<T>& call, const 
                          .dy = dy,
                          .x = x,
                          .dx = gate_alone ? out.dresidual : out.dx,
-                         .dresidual = gate_alone ? nullptr : out.dresidual};
-    pass.constant_scale = &scale;
-    run(pass, streams_of(out), threads, {});
+                         .dresidual = gate_alone ? nullptr : out.dresidual,
+                         .constant_scale = &scale};
+    run_pass(pass, call.options);
   }
   run_here([&] {
     for (std::size_t at = 0; at < moments.size(); ++at) {
@@ -307,19 +315,19 @@ void run_normalize_backward(const T* dy, const T* x, const Part<T>& call, const 
 }
 
 template <class T>
-void run_batch_norm_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
-                        const Tangents& tangents, T* y_dot, int threads, const PartOf& part) {
+void Backward<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* saved, const GradSums* sums,
+                                 const Tangents& tangents, T* y_dot) const {
   if (is_lines(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
-    return run_lines_jvp(x_dot, x, call, saved, sums, tangents, y_dot, threads, part);
+    return run_lines_jvp(x_dot, x, call, saved, sums, tangents, y_dot);
   }
-  BackwardPass<T> pass = forward_mode(x_dot, x, call, saved, sums, tangents, y_dot);
-  run(pass, 3, threads, part);
+  BackwardPass<T> pass = forward_mode(call, x_dot, x, saved, sums, tangents, y_dot);
+  run_pass(pass, call.options);
 }
 
 // mean' takes the place of mean(x'), and var'/2 that of mean(x'*(x - mean)).
 template <class T>
-void run_normalize_jvp(const T* x_dot, const T* x, const Part<T>& call, const GivenStatistics& given,
-                       const Tangents& tangents, T* y_dot, int threads) {
+void Backward<T>::normalize_jvp(const T* x_dot, const T* x, const GivenStatistics& given, const Tangents& tangents,
+                                T* y_dot) const {
   const auto channels = static_cast<std::size_t>(call.problem.channels);
   std::vector<Moments> moments(channels);
   std::vector<GradSums> sums(channels);
@@ -329,25 +337,13 @@ void run_normalize_jvp(const T* x_dot, const T* x, const Part<T>& call, const Gi
     sums[at] = {tangents.mean.value_or(c, 0), 0, tangents.var.value_or(c, 0) / 2, 0};
   }
   const bool along_x = tangents.gamma.present() || tangents.var.present();
-  BackwardPass<T> pass = forward_mode(x_dot, along_x ? x : x_dot, call, moments.data(), sums.data(), tangents, y_dot);
-  run(pass, 3, threads, {});
+  BackwardPass<T> pass = forward_mode(call, x_dot, along_x ? x : x_dot, moments.data(), sums.data(), tangents, y_dot);
+  run_pass(pass, call.options);
 }
 
-#define BN_INSTANTIATE(T)                                                                                           \
-  template void run_grad_sums(const T*, const T*, const Part<T>&, const Moments*, GradSums*, int, const PartOf&);   \
-  template void run_grad_input(const T*, const T*, const Part<T>&, const Moments*, const GradSums*,                 \
-                               const FirstOutputs<T>&, int, const PartOf&);                                         \
-  template void run_batch_norm_backward(const T*, const T*, const Part<T>&, const Moments*, const FirstOutputs<T>&, \
-                                        int, const PartOf&);                                                        \
-  template void run_normalize_backward(const T*, const T*, const Part<T>&, const GivenStatistics&,                  \
-                                       const FirstOutputs<T>&, int);                                                \
-  template void run_batch_norm_jvp(const T*, const T*, const Part<T>&, const Moments*, const GradSums*,             \
-                                   const Tangents&, T*, int, const PartOf&);                                        \
-  template void run_normalize_jvp(const T*, const T*, const Part<T>&, const GivenStatistics&, const Tangents&, T*, int);
-BN_INSTANTIATE(Float16)
-BN_INSTANTIATE(BFloat16)
-BN_INSTANTIATE(float)
-BN_INSTANTIATE(double)
-#undef BN_INSTANTIATE
+template struct Backward<Float16>;
+template struct Backward<BFloat16>;
+template struct Backward<float>;
+template struct Backward<double>;
 
 }  // namespace batchnorm

@@ -6,8 +6,8 @@
 
 #include "batchnorm/call.hpp"
 #include "check.hpp"
-#include "parts.hpp"
 #include "passes.hpp"
+#include "segments.hpp"
 
 namespace batchnorm {
 
@@ -19,7 +19,7 @@ inline std::int64_t bits_bytes(const Problem& problem) {
 template <class T>
 class CheckedCall {
  public:
-  CheckedCall(const Call<T>& call, const Options& options) : call_(call), threads_(options.threads) {
+  CheckedCall(const Call<T>& call, const Options& options) : call_(call) {
     const Problem& p = call.problem;
     check::problem(p);
     check::threads(options.threads);
@@ -30,7 +30,12 @@ class CheckedCall {
     if (!call.tail.residual.empty()) check::size("residual", call.tail.residual.size(), p);
     if (!call.tail.bits.empty()) check_bits();
     memories_.reads("offsets", std::as_bytes(call.groups.offsets));
-    whole_ = {.problem = p, .padding = call.counted.padding, .gamma = call.gamma, .beta = call.beta, .eps = call.eps};
+    whole_ = {.problem = p,
+              .padding = call.counted.padding,
+              .gamma = call.gamma,
+              .beta = call.beta,
+              .eps = call.eps,
+              .options = {.threads = options.threads}};
     if (!call.counted.weights.empty()) sum_weights();
   }
 
@@ -134,21 +139,21 @@ class CheckedCall {
     return values.size() == channels ? values : values.part(static_cast<std::size_t>(first), channels);
   }
 
-  // f(part, its place in tensors, its place in tables, threads, PartOf). What can fail has been done when the first
-  // part begins.
+  // f(PassCall, its place in tensors, its place in tables), of all or of each segment. What can fail has been done when
+  // the first begins.
   template <class F>
   void run(const F& f) const {
-    if (!by_segments()) return f(whole_, std::int64_t{0}, std::int64_t{0}, threads_, PartOf{});
+    if (!by_segments()) return f(whole_, std::int64_t{0}, std::int64_t{0});
     const Problem& p = call_.problem;
-    const auto of_segment = [&](std::int64_t s, const Segment& segment, int threads, const PartOf& of) {
-      f(part(s, segment), segment.first_row * p.channels * p.inner, s * p.channels, threads, of);
+    const auto of_segment = [&](std::int64_t s, const Segment& segment, const PassOptions& options) {
+      f(part(s, segment, options), segment.first_row * p.channels * p.inner, s * p.channels);
     };
-    EachSegment each(call_.groups.offsets, p, threads_, of_segment);
-    write_head();
+    EachSegment each(call_.groups.offsets, p, whole_.options.threads, of_segment);
+    whole_.write_head(whole_.tail.first_bit);
     each.run();
   }
   // Where there are no segments.
-  [[nodiscard]] const Part<T>& whole() const { return whole_; }
+  [[nodiscard]] const PassCall<T>& whole() const { return whole_; }
 
  private:
   using W = kernels::WeightOf<T>;
@@ -192,15 +197,16 @@ class CheckedCall {
   }
   [[nodiscard]] WeightSummary summary_of(std::size_t first, std::size_t count) const {
     const std::span<const W> weights = call_.counted.weights.subspan(first, count);
-    const WeightSummary summary = summarize(weights, threads_);
+    const WeightSummary summary = summarize(weights, whole_.options.threads);
     const W bad = summary.bad < 0 ? W{} : weights[static_cast<std::size_t>(summary.bad)];
     check::weights(summary.bad < 0 ? -1 : static_cast<std::int64_t>(first) + summary.bad, static_cast<double>(bad),
                    summary.total.hi);
     return summary;
   }
 
-  [[nodiscard]] Part<T> part(std::int64_t s, const Segment& segment) const {
-    Part<T> part = whole_;
+  [[nodiscard]] PassCall<T> part(std::int64_t s, const Segment& segment, const PassOptions& options) const {
+    PassCall<T> part = whole_;
+    part.options = options;
     const std::int64_t position = segment.first_row * call_.problem.inner, at = position * call_.problem.channels;
     part.problem.outer = segment.rows;
     part.gamma = part_of(call_.gamma, s * call_.problem.channels);
@@ -215,17 +221,10 @@ class CheckedCall {
     part.bits_head = nullptr;
     return part;
   }
-  // Of bits that segments share.
-  void write_head() const {
-    if (whole_.bits_head == nullptr) return;
-    std::fill_n(whole_.bits_head, kBitsHead, std::uint8_t{0});
-    *whole_.bits_head = static_cast<std::uint8_t>(whole_.tail.first_bit);
-  }
 
   const Call<T>& call_;
-  int threads_;
   check::Memories memories_;
-  Part<T> whole_;
+  PassCall<T> whole_;
   std::vector<WeightSummary> summaries_;
 };
 

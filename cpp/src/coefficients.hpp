@@ -29,6 +29,13 @@ V read_channels(const ChannelValues& from, std::int64_t c, double absent) {
   }
 }
 
+// Rows side by side: the `width` columns of the first one again and again.
+template <class V>
+void repeat_row(V* row, std::int64_t width, std::int64_t columns) {
+  for (std::int64_t done = width; done < columns; done *= 2)
+    std::copy_n(row, std::min(done, columns - done), row + done);
+}
+
 // Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input). Interleaved, their fields become one array
 // each.
 template <class T, template <class> class Map>
@@ -45,7 +52,7 @@ class CoefficientTable {
   }
   CoefficientTable(const Plan& plan, Workspace& workspace)
       : plan_(plan),
-        is_column_(!plan.planar() && plan.problem.inner == 1 && plan.apply_rows.repeat == 1),
+        is_column_(plan.path == Path::row_blocks && plan.problem.inner == 1),
         channels_(workspace.take<Map<T>>(plan.problem.channels)),
         wide_channels_(workspace.take<Map<double>>(plan.problem.channels)),
         is_wide_(workspace.take<bool>(plan.problem.channels)) {
@@ -117,27 +124,18 @@ class CoefficientTable {
   }
 
   void lay_out_columns(Range channels) {
-    const std::int64_t inner = plan_.problem.inner, width = plan_.problem.channels * inner;
-    if (is_column_) return lay_out_wide(channels.begin, channels.end);
+    const std::int64_t inner = plan_.problem.inner;
     std::int64_t e = channels.begin * inner;
-    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
+    for (std::int64_t c = channels.begin; !is_column_ && c < channels.end; ++c) {
       for (std::int64_t i = 0; i < inner; ++i)
         scatter(channels_[c], narrow_, plan_.apply_rows.columns + kRepeated, e++);
     }
-    if (plan_.apply_rows.repeat > 1) repeat_row(width);
+    for (std::int64_t f = 0; plan_.apply_rows.repeat > 1 && f < kFields; ++f) {
+      repeat_row(narrow_field(f), width(), plan_.apply_rows.columns);
+    }
     const bool all = channels.begin == 0 && channels.end == plan_.problem.channels;
     lay_out_wide(channels.begin * inner, all ? plan_.apply_rows.columns : channels.end * inner);
   }
-  // Rows side by side: the columns of the first one again and again.
-  void repeat_row(std::int64_t width) {
-    for (std::int64_t f = 0; f < kFields; ++f) {
-      T* field = narrow_field(f);
-      for (std::int64_t done = width; done < plan_.apply_rows.columns; done *= 2) {
-        std::copy_n(field, std::min(done, plan_.apply_rows.columns - done), field + done);
-      }
-    }
-  }
-
   void repeat_first() {
     const std::int64_t columns = plan_.apply_rows.columns;
     for (std::int64_t f = 0; f < kFields; ++f) {

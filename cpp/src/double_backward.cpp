@@ -39,17 +39,19 @@ void for_columns(const RowCut& rows, const Problem& p, Range channels, const F& 
 template <class T>
 class SecondPass {
  public:
+  using Value = T;
   static constexpr bool reduces = true;
-  bool applies;
-  Plan plan;
-  const kernels::KernelTable& table;
+  const PassCall<T>& call;
   const T *v, *dy, *x;
-  T* dx;  // where the pass applies
   const Moments* moments;
   const Along& along;
-  ChannelOutput dgamma;
-  ChannelValues gamma, w;
-  double eps;
+  const Cotangents& w;
+  const SecondOutputs<T>& out;
+
+  // What follows from these.
+  bool applies = out.dx != nullptr;
+  Plan plan = make_plan(call.problem, call.work(reduces, applies, applies ? 4 : 2), call.options.threads);
+  const kernels::KernelTable& table = *active_implementation().table;
   SecondAffine* of_channels = nullptr;
   double* column_mean = nullptr;  // interleaved: the mean of dy, per column
   double* of_columns = nullptr;   // interleaved: the fields of of_channels, one array each
@@ -67,6 +69,10 @@ class SecondPass {
     for_columns(plan.sum_rows, plan.problem, {0, plan.problem.channels},
                 [&](std::int64_t e, std::int64_t c) { column_mean[e] = mean_of_dy(c); });
   }
+  void begin() const {
+    if (out.ddy == nullptr) return;
+    Backward<T>{call}.batch_norm_jvp(v, x, moments, along.v.data(), {w.dgamma, w.dbeta, {}, {}}, out.ddy);
+  }
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
     double mean[kernels::kMostChannels];
@@ -75,10 +81,6 @@ class SecondPass {
   }
   void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
     table.of<T>().rows_grad_sums({v + offset, dy + offset}, {}, rows, column_mean + column, out);
-  }
-  void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
-                  const ColumnSums& total) const {
-    table.of<T>().add_blocks(first, count, stride, columns, total);
   }
 
   // `totals` are null for an empty batch, whose sums are 0.
@@ -101,7 +103,7 @@ class SecondPass {
   // In float64, some values at a time where that is not the tensors' type.
   void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
     if constexpr (sizeof(T) == sizeof(double)) {
-      table.f64.runs_second_grad(v + offset, dy + offset, x + offset, dx + offset, runs, of_channels + c);
+      table.f64.runs_second_grad(v + offset, dy + offset, x + offset, out.dx + offset, runs, of_channels + c);
     } else {
       for (std::int64_t k = 0; k < runs.count; ++k) {
         for (std::int64_t i = 0; i < runs.channels; ++i) {
@@ -121,7 +123,7 @@ class SecondPass {
                                  field(4) + c, field(5) + c, field(6) + c};
     };
     if constexpr (sizeof(T) == sizeof(double)) {
-      table.f64.rows_second_grad(v + offset, dy + offset, x + offset, dx + offset, rows, from(0));
+      table.f64.rows_second_grad(v + offset, dy + offset, x + offset, out.dx + offset, rows, from(0));
     } else {
       for (std::int64_t r = 0; r < rows.count; ++r) {
         for_tiles(offset + r * rows.stride, rows.columns,
@@ -151,7 +153,7 @@ class SecondPass {
         memory[2][i] = static_cast<double>(x[at + i]);
       }
       f(begin, n, in, memory[3]);
-      for (std::int64_t i = 0; i < n; ++i) dx[at + i] = static_cast<T>(memory[3][i]);
+      for (std::int64_t i = 0; i < n; ++i) out.dx[at + i] = static_cast<T>(memory[3][i]);
     }
   }
   [[nodiscard]] std::int64_t applied_columns() const {
@@ -164,11 +166,11 @@ class SecondPass {
     const auto m = MomentsOf<double>::at(moments + c);
     const auto of_v = GradSumsOf<double>::at(&along.v[at]), of_dy = GradSumsOf<double>::at(&along.dy[at]);
     const auto mean_dy = MomentsOf<double>::at(&along.of_dy[at]);
-    if (m.count == 0) return dgamma.set(c, 0);
+    if (m.count == 0) return out.dgamma.set(c, 0);
     const SecondFactors<double> k =
         second_factors(m.count, centered_dot(m, of_v), centered_dot(m, of_dy), centered_dot(mean_dy, v_dy),
-                       rstd_of(moments[c], eps), gamma.value_or(c, 1), w.value_or(c, 0));
-    dgamma.set(c, k.dgamma);
+                       rstd_of(moments[c], call.eps), call.gamma.value_or(c, 1), w.dgamma.value_or(c, 0));
+    out.dgamma.set(c, k.dgamma);
     const DoubleDouble mean_v = mean_of<double>(of_v.dy, m.count);
     const double offset = -(k.v * mean_v.lo + k.dy * mean_dy.mean_lo + k.x * m.mean_lo);
     of_channels[c] = {mean_v.hi, k.v, mean_dy.mean, k.dy, m.mean, k.x, offset};
@@ -176,11 +178,11 @@ class SecondPass {
 };
 
 template <class T>
-Along sums_along_x(const T* v, const T* dy, const T* x, const Part<T>& call, const Moments* saved, int threads) {
+Along sums_along_x(const PassCall<T>& call, const T* v, const T* dy, const T* x, const Moments* saved) {
   const auto channels = static_cast<std::size_t>(call.problem.channels);
   Along along{std::vector<GradSums>(channels), std::vector<GradSums>(channels), std::vector<Moments>(channels)};
-  run_grad_sums(v, x, call, saved, along.v.data(), threads);
-  run_grad_sums(dy, x, call, saved, along.dy.data(), threads);
+  Backward<T>{call}.grad_sums(v, x, saved, along.v.data());
+  Backward<T>{call}.grad_sums(dy, x, saved, along.dy.data());
   run_here([&] {
     for (std::size_t c = 0; c < channels; ++c) {
       if (saved[c].count == 0) continue;
@@ -194,66 +196,40 @@ Along sums_along_x(const T* v, const T* dy, const T* x, const Part<T>& call, con
 }  // namespace
 
 template <class T>
-void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const Part<T>& call, const Moments* saved,
-                                    const Cotangents& w, const SecondOutputs<T>& out, int threads) {
-  const Problem& problem = call.problem;
-  const Tangents along_w{w.dgamma, w.dbeta, {}, {}};
+void DoubleBackward<T>::batch_norm(const T* v, const T* dy, const T* x, const Moments* saved, const Cotangents& w,
+                                   const SecondOutputs<T>& out) const {
   if (out.dx == nullptr && !out.dgamma.wanted()) {
-    if (out.ddy != nullptr) run_batch_norm_jvp(v, x, call, saved, nullptr, along_w, out.ddy, threads);
-    return;
+    if (out.ddy == nullptr) return;
+    return Backward<T>{call}.batch_norm_jvp(v, x, saved, nullptr, {w.dgamma, w.dbeta, {}, {}}, out.ddy);
   }
-  const Along along = sums_along_x(v, dy, x, call, saved, threads);
-  const Work work{true, out.dx != nullptr, out.dx != nullptr ? 4 : 2, sizeof(T)};
-  SecondPass<T> pass{
-      .applies = work.applies,
-      .plan = make_plan(problem, work, threads),
-      .table = *active_implementation().table,
-      .v = v,
-      .dy = dy,
-      .x = x,
-      .dx = out.dx,
-      .moments = saved,
-      .along = along,
-      .dgamma = out.dgamma,
-      .gamma = call.gamma,
-      .w = w.dgamma,
-      .eps = call.eps};
-  // On the heap: a forward-mode pass, with a workspace of its own, comes in between.
-  const Workspace::Heap memory = Workspace::allocate(pass.bytes() + Traversal<SecondPass<T>>::bytes(pass.plan, true));
-  Workspace workspace(memory.get());
-  pass.take_memory(workspace);
-  Traversal<SecondPass<T>> traversal(pass.plan, pass, workspace);
-  if (out.ddy != nullptr) {
-    run_batch_norm_jvp(v, x, call, saved, along.v.data(), along_w, out.ddy, threads);
-  }
-  traversal.run();
+  const Along along = sums_along_x(call, v, dy, x, saved);
+  SecondPass<T> pass{.call = call, .v = v, .dy = dy, .x = x, .moments = saved, .along = along, .w = w, .out = out};
+  run_pass(pass, call.options);
 }
 
 template <class T>
-void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Part<T>& call,
-                                   const GivenStatistics& given, const Cotangents& w, const SecondOutputs<T>& out,
-                                   int threads) {
+void DoubleBackward<T>::normalize(const T* v, const T* dy, const T* x, const GivenStatistics& given,
+                                  const Cotangents& w, const SecondOutputs<T>& out) const {
   const auto channels = static_cast<std::size_t>(call.problem.channels);
   const std::vector<Moments> about_0(out.dgamma.wanted() ? channels : 0);
   std::vector<GradSums> sums(about_0.size());
-  if (out.dgamma.wanted()) run_grad_sums(v, dy, call, about_0.data(), sums.data(), threads);
+  if (out.dgamma.wanted()) Backward<T>{call}.grad_sums(v, dy, about_0.data(), sums.data());
   GivenStatistics scale = given;
   scale.only_scale = true;
-  Part<T> by_w = call;
+  PassCall<T> by_w = call;
   by_w.gamma = w.dgamma;
   by_w.beta = {};
-  const auto to_dx = [&, at_most = available_threads(threads)](const PartOf& part) {
-    run_normalize(dy, by_w, scale, out.dx, at_most, part);
-  };
+  by_w.options.threads = available_threads(call.options.threads);
   const bool scales = out.dx != nullptr && w.dgamma.present();
   std::size_t bytes = 0;  // before ddy is written
-  if (scales) to_dx({.needed = &bytes});
+  by_w.options.needed = &bytes;
+  if (scales) Forward<T>{by_w}.normalize(dy, scale, out.dx);
   const Workspace::Heap memory = Workspace::allocate(bytes);
-  if (out.ddy != nullptr) {
-    run_normalize_jvp(v, x, call, given, {w.dgamma, w.dbeta, {}, {}}, out.ddy, threads);
-  }
+  by_w.options.needed = nullptr;
+  by_w.options.memory = memory.get();
+  if (out.ddy != nullptr) Backward<T>{call}.normalize_jvp(v, x, given, {w.dgamma, w.dbeta, {}, {}}, out.ddy);
   if (scales) {
-    to_dx({.memory = memory.get()});
+    Forward<T>{by_w}.normalize(dy, scale, out.dx);
   } else if (out.dx != nullptr) {
     std::fill_n(out.dx, call.problem.size(), T(0));
   }
@@ -267,15 +243,9 @@ void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Pa
   });
 }
 
-#define BN_INSTANTIATE(T)                                                                                           \
-  template void run_batch_norm_double_backward(const T*, const T*, const T*, const Part<T>&, const Moments*,        \
-                                               const Cotangents&, const SecondOutputs<T>&, int);                    \
-  template void run_normalize_double_backward(const T*, const T*, const T*, const Part<T>&, const GivenStatistics&, \
-                                              const Cotangents&, const SecondOutputs<T>&, int);
-BN_INSTANTIATE(Float16)
-BN_INSTANTIATE(BFloat16)
-BN_INSTANTIATE(float)
-BN_INSTANTIATE(double)
-#undef BN_INSTANTIATE
+template struct DoubleBackward<Float16>;
+template struct DoubleBackward<BFloat16>;
+template struct DoubleBackward<float>;
+template struct DoubleBackward<double>;
 
 }  // namespace batchnorm

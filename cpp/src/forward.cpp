@@ -1,8 +1,13 @@
 // Forward: moments -> coefficients -> normalize, or parts of that.
+#include <optional>
+
+#include "coefficients.hpp"
 #include "lines.hpp"
-#include "pass.hpp"
+#include "passes.hpp"
 #include "settle.hpp"
 #include "slices.hpp"
+#include "staged.hpp"
+#include "traverse.hpp"
 
 namespace batchnorm {
 namespace {
@@ -17,39 +22,38 @@ using kernels::Sums;
 
 template <class T>
 struct ForwardPass {
+  using Value = T;
   using A = Arithmetic<T>;  // what coefficients are in
   using Table = CoefficientTable<A, Affine>;
-  static constexpr std::int64_t kItemSize = sizeof(T);
 
   bool reduces, applies;
-  const Part<T>& call;
+  const PassCall<T>& call;
   const T* x;
   T* y = nullptr;
   Moments* saved = nullptr;    // where the pass reduces
   GivenStatistics given = {};  // where it does not
-  Plan plan = {};
-  Table* coefficients = nullptr;  // where it applies
-  const kernels::KernelTable& table = *active_implementation().table;
-  // Set by prepare().
-  MomentOperands<T> summed{table, x, {}};
-  NormalizeOperands<T> applied{table, x, y, {}, {}, {}, false};
-  bool around_cache = false, staged = false;
-  RowWalk walk = RowWalk::columns;
 
-  void prepare() {
-    summed.x = x;
-    summed.positions = call.positions;
-    summed.positions.problem = plan.problem;
-    applied.x = x;
-    applied.y = y;
-    applied.positions = summed.positions;
-    applied.padding = call.padding;
-    applied.tail = call.tail;
-    around_cache = plan.around_cache && y != x && y != call.tail.residual;
-    applied.around_cache = around_cache;
-    staged = (call.positions && call.padding != Padding::normalize) || (sizeof(T) == 2 && !call.tail.empty());
-    walk = around_cache ? RowWalk::around_cache : RowWalk::columns;
+  // What follows from these.
+  Plan plan = make_plan(call.problem, work(), call.options.threads);
+  const kernels::KernelTable& table = *active_implementation().table;
+  Positions<T> positions{call.positions.values, call.positions.is_mask, plan.problem};
+  MomentOperands<T> summed{table, x, positions};
+  bool around_cache = plan.around_cache && y != x && y != call.tail.residual;
+  NormalizeOperands<T> applied{table, x, y, positions, call.padding, call.tail, around_cache};
+  bool staged = (call.positions && call.padding != Padding::normalize) || (sizeof(T) == 2 && !call.tail.empty());
+  RowWalk walk = around_cache ? RowWalk::around_cache : RowWalk::columns;
+  std::optional<Table> coefficients = {};  // where it applies
+
+  [[nodiscard]] Work work() const {
+    return call.work(reduces, applies, (call.tail.residual == nullptr ? 1 : 2) + (applies ? 1 : 0));
+  }
+  [[nodiscard]] std::size_t bytes() const { return applies ? Table::bytes(plan) : 0; }
+  void take_memory(Workspace& workspace) {
+    if (applies) coefficients.emplace(plan, workspace);
+  }
+  void begin() {
     if (call.tail.bits != nullptr) place_bits();
+    call.write_head(applied.tail.first_bit);
   }
   // The bits of a vector are whole bytes where they begin like the lines of y, and the vectors are lines of y; or where
   // rows are whole bytes.
@@ -59,21 +63,12 @@ struct ForwardPass {
     if (call.bits_head != nullptr) applied.tail.first_bit = by_columns ? 0 : values_past_line(y);
     if (!by_columns && !around_cache) walk = RowWalk::in_line;
   }
-  void begin() const {
-    if (call.bits_head == nullptr) return;
-    std::fill_n(call.bits_head, kBitsHead, std::uint8_t{0});
-    *call.bits_head = static_cast<std::uint8_t>(applied.tail.first_bit);
-  }
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
     sum_moments(summed, offset, runs, c, {}, out);
   }
   void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
     sum_moments(summed, offset, column, rows, {}, out);
-  }
-  void add_blocks(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
-                  const ColumnSums& total) const {
-    table.of<T>().add_blocks(first, count, stride, columns, total);
   }
 
   void finish(Range channels, const Sums* totals) {
@@ -122,7 +117,7 @@ struct ForwardPass {
   }
 
   // Of at most kTogether channels.
-  void set_coefficients(Range channels) const {
+  void set_coefficients(Range channels) {
     const std::int64_t first = channels.begin, count = channels.end - channels.begin;
     double g[kTogether], b[kTogether];
     read_channels(call.gamma, channels, 1, g);
@@ -147,53 +142,38 @@ struct ForwardPass {
   }
 };
 
-template <class T>
-int streams_of(const Part<T>& call) {
-  return call.tail.residual == nullptr ? 2 : 3;
-}
-
 }  // namespace
 
 template <class T>
-void run_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
-  if (is_lines(call.problem)) return run_lines_moments(x, call, out, threads, part);
-  if (run_slice_moments(x, call, out, threads, part)) return;
+void Forward<T>::moments(const T* x, Moments* out) const {
+  if (is_lines(call.problem)) return run_lines_moments(x, call, out);
+  if (run_slice_moments(x, call, out)) return;
   ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
-  run(pass, 2, threads, part);
+  run_pass(pass, call.options);
 }
 
 template <class T>
-void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
-  if (is_lines(call.problem) && call.tail.empty()) {
-    return run_lines_batch_norm(x, call, y, saved, threads, part);
-  }
+void Forward<T>::batch_norm(const T* x, T* y, Moments* saved) const {
   if (is_lines(call.problem)) {
-    run_moments(x, call, saved, threads, part);
-    return run_normalize(x, call, {{}, {}, saved}, y, threads, part);
+    if (call.tail.empty()) return run_lines_batch_norm(x, call, y, saved);
+    moments(x, saved);
+    return normalize(x, {{}, {}, saved}, y);
   }
-  if (call.tail.empty() && run_slice_batch_norm(x, call, y, saved, threads, part)) return;
+  if (call.tail.empty() && run_slice_batch_norm(x, call, y, saved)) return;
   ForwardPass<T> pass{.reduces = true, .applies = true, .call = call, .x = x, .y = y, .saved = saved};
-  run(pass, streams_of(call), threads, part);
+  run_pass(pass, call.options);
 }
 
 template <class T>
-void run_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
-                   const PartOf& part) {
-  if (is_lines(call.problem) && call.tail.empty()) {
-    return run_lines_normalize(x, call, given, y, threads, part);
-  }
+void Forward<T>::normalize(const T* x, const GivenStatistics& given, T* y) const {
+  if (is_lines(call.problem) && call.tail.empty()) return run_lines_normalize(x, call, given, y);
   ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};
-  run(pass, streams_of(call), threads, part);
+  run_pass(pass, call.options);
 }
 
-#define BN_INSTANTIATE(T)                                                                   \
-  template void run_moments(const T*, const Part<T>&, Moments*, int, const PartOf&);        \
-  template void run_batch_norm(const T*, const Part<T>&, T*, Moments*, int, const PartOf&); \
-  template void run_normalize(const T*, const Part<T>&, const GivenStatistics&, T*, int, const PartOf&);
-BN_INSTANTIATE(Float16)
-BN_INSTANTIATE(BFloat16)
-BN_INSTANTIATE(float)
-BN_INSTANTIATE(double)
-#undef BN_INSTANTIATE
+template struct Forward<Float16>;
+template struct Forward<BFloat16>;
+template struct Forward<float>;
+template struct Forward<double>;
 
 }  // namespace batchnorm

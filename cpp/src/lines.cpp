@@ -70,7 +70,7 @@ struct Tile {
   Range channels;
   Problem problem;
   std::array<A*, kTensors> values;
-  PartOf part;
+  PassOptions options;
 
   [[nodiscard]] std::int64_t count() const { return problem.channels; }
   [[nodiscard]] kernels::Rows rows() const { return {problem.outer, count(), count()}; }
@@ -121,7 +121,8 @@ class EachTile {
   void run(const Range& channels, Memory& memory) const {
     const std::int64_t count = channels.end - channels.begin, n = count * problem_.inner;
     const std::int64_t at = channels.begin * problem_.inner;
-    Tile<A, kTensors> tile{channels, {problem_.inner, count, 1}, {}, {.memory = memory.work, .is_turned = true}};
+    Tile<A, kTensors> tile{
+        channels, {problem_.inner, count, 1}, {}, {.threads = 1, .memory = memory.work, .is_turned = true}};
     if (tensors_.counted != nullptr) {
       table_.of<A>().repeat_weights(tensors_.counted, 1, count, problem_.inner, memory.weights);
     }
@@ -182,14 +183,15 @@ class EachTile {
 };
 
 template <class T, std::size_t kTensors, class F>
-void for_tiles(const Problem& problem, const Tensors<T, kTensors>& tensors, int threads, const F& f) {
-  const Work work{true, true, static_cast<int>(kTensors) + 1, sizeof(T)};
-  EachTile<T, kTensors, F>(problem, tensors, f).run(is_serial(problem, work) ? 1 : available_threads(threads));
+void for_tiles(const PassCall<T>& call, const Tensors<T, kTensors>& tensors, const F& f) {
+  if (call.options.needed != nullptr) return;  // a tile has what it needs
+  const bool alone = is_serial(call.problem, call.work(true, true, static_cast<int>(kTensors) + 1));
+  EachTile<T, kTensors, F>(call.problem, tensors, f).run(alone ? 1 : available_threads(call.options.threads));
 }
 
 // dy, x and dx of a call, of which dy goes through the ReLU.
 template <class T>
-Tensors<T, 2> gradients(const T* dy, const T* x, const Part<T>& call, T* dx = nullptr, T* dresidual = nullptr) {
+Tensors<T, 2> gradients(const T* dy, const T* x, const PassCall<T>& call, T* dx = nullptr, T* dresidual = nullptr) {
   const bool is_padded = call.positions && call.padding != Padding::normalize;
   return {{dy, x}, dx, call.tail.bits, call.tail.first_bit, dresidual, is_padded ? call.positions.values : nullptr};
 }
@@ -220,13 +222,14 @@ void put(const OfSlice& values, Range channels, const ChannelOutput& to) {
 
 // What a call is to a tile.
 template <class T, std::size_t kTensors>
-Part<Arithmetic<T>> part_of(const Part<T>& call, const Tile<Arithmetic<T>, kTensors>& tile, const ValuesOfLines& gamma,
-                            const ValuesOfLines& beta) {
-  Part<Arithmetic<T>> part{.problem = tile.problem, .summary = call.summary, .padding = call.padding};
+PassCall<Arithmetic<T>> part_of(const PassCall<T>& call, const Tile<Arithmetic<T>, kTensors>& tile,
+                                const ValuesOfLines& gamma, const ValuesOfLines& beta) {
+  PassCall<Arithmetic<T>> part{.problem = tile.problem, .summary = call.summary, .padding = call.padding};
   part.positions = {call.positions.values, call.positions.is_mask, tile.problem};
   part.gamma = gamma.values();
   part.beta = beta.values();
   part.eps = call.eps;
+  part.options = tile.options;
   return part;
 }
 
@@ -238,24 +241,22 @@ using LineSlice = Slice<float, 1>;
 }  // namespace
 
 template <class T>
-void run_lines_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
-  if (part.needed != nullptr) return;  // a tile has what it needs
+void run_lines_moments(const T* x, const PassCall<T>& call, Moments* out) {
   using A = Arithmetic<T>;
-  for_tiles<T, 1>(call.problem, {{x}}, threads, [&](const Tile<A, 1>& tile) {
+  for_tiles<T, 1>(call, {{x}}, [&](const Tile<A, 1>& tile) {
     Moments* to = out + tile.channels.begin;
     if constexpr (kIsQuick<A>) {
       if (!call.positions && LineSlice(tile.problem).moments(tile.values[0], to)) return;
     }
     const ValuesOfLines none({}, tile.channels, 0);
-    run_moments<A>(tile.values[0], part_of(call, tile, none, none), to, 1, tile.part);
+    Forward<A>{part_of(call, tile, none, none)}.moments(tile.values[0], to);
   });
 }
 
 template <class T>
-void run_lines_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
-  if (part.needed != nullptr) return;  // a tile has what it needs
+void run_lines_batch_norm(const T* x, const PassCall<T>& call, T* y, Moments* saved) {
   using A = Arithmetic<T>;
-  for_tiles<T, 1>(call.problem, {{x}, y}, threads, [&](const Tile<A, 1>& tile) {
+  for_tiles<T, 1>(call, {{x}, y}, [&](const Tile<A, 1>& tile) {
     const ValuesOfLines gamma(call.gamma, tile.channels, 1), beta(call.beta, tile.channels, 0);
     Moments* to = saved + tile.channels.begin;
     if constexpr (kIsQuick<A>) {
@@ -264,16 +265,14 @@ void run_lines_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved,
       const bool usual = !call.positions && slice.moments(x, to);
       if (usual && slice.normalize(x, x, to, call.eps, gamma.data(), beta.data())) return;
     }
-    run_batch_norm<A>(tile.values[0], part_of(call, tile, gamma, beta), tile.values[0], to, 1, tile.part);
+    Forward<A>{part_of(call, tile, gamma, beta)}.batch_norm(tile.values[0], tile.values[0], to);
   });
 }
 
 template <class T>
-void run_lines_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
-                         const PartOf& part) {
-  if (part.needed != nullptr) return;  // a tile has what it needs
+void run_lines_normalize(const T* x, const PassCall<T>& call, const GivenStatistics& given, T* y) {
   using A = Arithmetic<T>;
-  for_tiles<T, 1>(call.problem, {{x}, y}, threads, [&](const Tile<A, 1>& tile) {
+  for_tiles<T, 1>(call, {{x}, y}, [&](const Tile<A, 1>& tile) {
     const ValuesOfLines gamma(call.gamma, tile.channels, 1), beta(call.beta, tile.channels, 0);
     const ValuesOfLines mean(given.mean, tile.channels, 0), var(given.var, tile.channels, 0);
     GivenStatistics of_tile{mean.values(), var.values(), nullptr, given.only_scale};
@@ -286,42 +285,37 @@ void run_lines_normalize(const T* x, const Part<T>& call, const GivenStatistics&
         return;
       }
     }
-    run_normalize<A>(tile.values[0], part_of(call, tile, gamma, beta), of_tile, tile.values[0], 1, tile.part);
+    Forward<A>{part_of(call, tile, gamma, beta)}.normalize(tile.values[0], of_tile, tile.values[0]);
   });
 }
 
 template <class T>
-void run_lines_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out,
-                         int threads, const PartOf& part) {
-  if (part.needed != nullptr) return;  // a tile has what it needs
+void run_lines_grad_sums(const T* dy, const T* x, const PassCall<T>& call, const Moments* moments, GradSums* out) {
   using A = Arithmetic<T>;
-  for_tiles<T, 2>(call.problem, gradients(dy, x, call), threads, [&](const Tile<A, 2>& tile) {
+  for_tiles<T, 2>(call, gradients(dy, x, call), [&](const Tile<A, 2>& tile) {
     const ValuesOfLines none({}, tile.channels, 0);
     const std::int64_t c = tile.channels.begin;
-    run_grad_sums<A>(tile.values[0], tile.values[1], part_of(call, tile, none, none), moments + c, out + c, 1,
-                     tile.part);
+    Backward<A>{part_of(call, tile, none, none)}.grad_sums(tile.values[0], tile.values[1], moments + c, out + c);
   });
 }
 
 template <class T>
-void run_lines_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
-                          const FirstOutputs<T>& out, int threads, const PartOf& part) {
-  if (part.needed != nullptr) return;  // a tile has what it needs
+void run_lines_grad_input(const T* dy, const T* x, const PassCall<T>& call, const Moments* moments,
+                          const GradSums* sums, const FirstOutputs<T>& out) {
   using A = Arithmetic<T>;
-  for_tiles<T, 2>(call.problem, gradients(dy, x, call, out.dx, out.dresidual), threads, [&](const Tile<A, 2>& tile) {
+  for_tiles<T, 2>(call, gradients(dy, x, call, out.dx, out.dresidual), [&](const Tile<A, 2>& tile) {
     const ValuesOfLines gamma(call.gamma, tile.channels, 1);
     const std::int64_t c = tile.channels.begin;
-    run_grad_input<A>(tile.values[0], tile.values[1], part_of(call, tile, gamma, gamma), moments + c, sums + c,
-                      {.dx = tile.values[0]}, 1, tile.part);
+    Backward<A>{part_of(call, tile, gamma, gamma)}.grad_input(tile.values[0], tile.values[1], moments + c, sums + c,
+                                                              {.dx = tile.values[0]});
   });
 }
 
 template <class T>
-void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved, const FirstOutputs<T>& out,
-                        int threads, const PartOf& part) {
-  if (part.needed != nullptr) return;  // a tile has what it needs
+void run_lines_backward(const T* dy, const T* x, const PassCall<T>& call, const Moments* saved,
+                        const FirstOutputs<T>& out) {
   using A = Arithmetic<T>;
-  for_tiles<T, 2>(call.problem, gradients(dy, x, call, out.dx, out.dresidual), threads, [&](const Tile<A, 2>& tile) {
+  for_tiles<T, 2>(call, gradients(dy, x, call, out.dx, out.dresidual), [&](const Tile<A, 2>& tile) {
     const ValuesOfLines gamma(call.gamma, tile.channels, 1);
     const Moments* moments = saved + tile.channels.begin;
     OfSlice dgamma, dbeta;
@@ -334,11 +328,10 @@ void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Mome
     }
     if (!done) {
       const auto count = static_cast<std::size_t>(tile.count());
-      run_batch_norm_backward<A>(tile.values[0], tile.values[1], part_of(call, tile, gamma, gamma), moments,
-                                 {.dx = out.dx == nullptr ? nullptr : tile.values[0],
-                                  .dgamma = std::span(dgamma.data(), count),
-                                  .dbeta = std::span(dbeta.data(), count)},
-                                 1, tile.part);
+      Backward<A>{part_of(call, tile, gamma, gamma)}.batch_norm(tile.values[0], tile.values[1], moments,
+                                                                {.dx = out.dx == nullptr ? nullptr : tile.values[0],
+                                                                 .dgamma = std::span(dgamma.data(), count),
+                                                                 .dbeta = std::span(dbeta.data(), count)});
     }
     put(dgamma, tile.channels, out.dgamma);
     put(dbeta, tile.channels, out.dbeta);
@@ -346,32 +339,29 @@ void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Mome
 }
 
 template <class T>
-void run_lines_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
-                   const Tangents& tangents, T* y_dot, int threads, const PartOf& part) {
-  if (part.needed != nullptr) return;  // a tile has what it needs
+void run_lines_jvp(const T* x_dot, const T* x, const PassCall<T>& call, const Moments* saved, const GradSums* sums,
+                   const Tangents& tangents, T* y_dot) {
   using A = Arithmetic<T>;
-  for_tiles<T, 2>(call.problem, {{x_dot, x}, y_dot}, threads, [&](const Tile<A, 2>& tile) {
+  for_tiles<T, 2>(call, {{x_dot, x}, y_dot}, [&](const Tile<A, 2>& tile) {
     const ValuesOfLines gamma(call.gamma, tile.channels, 1), gamma_dot(tangents.gamma, tile.channels, 0);
     const ValuesOfLines beta_dot(tangents.beta, tile.channels, 0);
     const std::int64_t c = tile.channels.begin;
-    run_batch_norm_jvp<A>(tile.values[0], tile.values[1], part_of(call, tile, gamma, gamma), saved + c,
-                          sums == nullptr ? nullptr : sums + c, {gamma_dot.values(), beta_dot.values(), {}, {}},
-                          tile.values[0], 1, tile.part);
+    Backward<A>{part_of(call, tile, gamma, gamma)}.batch_norm_jvp(
+        tile.values[0], tile.values[1], saved + c, sums == nullptr ? nullptr : sums + c,
+        {gamma_dot.values(), beta_dot.values(), {}, {}}, tile.values[0]);
   });
 }
 
 #define BN_INSTANTIATE(T)                                                                                           \
-  template void run_lines_moments(const T*, const Part<T>&, Moments*, int, const PartOf&);                          \
-  template void run_lines_batch_norm(const T*, const Part<T>&, T*, Moments*, int, const PartOf&);                   \
-  template void run_lines_normalize(const T*, const Part<T>&, const GivenStatistics&, T*, int, const PartOf&);      \
-  template void run_lines_grad_sums(const T*, const T*, const Part<T>&, const Moments*, GradSums*, int,             \
-                                    const PartOf&);                                                                 \
-  template void run_lines_grad_input(const T*, const T*, const Part<T>&, const Moments*, const GradSums*,           \
-                                     const FirstOutputs<T>&, int, const PartOf&);                                   \
-  template void run_lines_backward(const T*, const T*, const Part<T>&, const Moments*, const FirstOutputs<T>&, int, \
-                                   const PartOf&);                                                                  \
-  template void run_lines_jvp(const T*, const T*, const Part<T>&, const Moments*, const GradSums*, const Tangents&, \
-                              T*, int, const PartOf&);
+  template void run_lines_moments(const T*, const PassCall<T>&, Moments*);                                          \
+  template void run_lines_batch_norm(const T*, const PassCall<T>&, T*, Moments*);                                   \
+  template void run_lines_normalize(const T*, const PassCall<T>&, const GivenStatistics&, T*);                      \
+  template void run_lines_grad_sums(const T*, const T*, const PassCall<T>&, const Moments*, GradSums*);             \
+  template void run_lines_grad_input(const T*, const T*, const PassCall<T>&, const Moments*, const GradSums*,       \
+                                     const FirstOutputs<T>&);                                                       \
+  template void run_lines_backward(const T*, const T*, const PassCall<T>&, const Moments*, const FirstOutputs<T>&); \
+  template void run_lines_jvp(const T*, const T*, const PassCall<T>&, const Moments*, const GradSums*,              \
+                              const Tangents&, T*);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)

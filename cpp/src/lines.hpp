@@ -15,23 +15,21 @@ constexpr std::size_t kLineWorkBytes = 56 * 1024;
 
 // The passes of passes.hpp, for problems that is_lines() holds for; what takes or makes y without a tail.
 template <class T>
-void run_lines_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part);
+void run_lines_moments(const T* x, const PassCall<T>& call, Moments* out);
 template <class T>
-void run_lines_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part);
+void run_lines_batch_norm(const T* x, const PassCall<T>& call, T* y, Moments* saved);
 template <class T>
-void run_lines_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
-                         const PartOf& part);
+void run_lines_normalize(const T* x, const PassCall<T>& call, const GivenStatistics& given, T* y);
 template <class T>
-void run_lines_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out,
-                         int threads, const PartOf& part);
+void run_lines_grad_sums(const T* dy, const T* x, const PassCall<T>& call, const Moments* moments, GradSums* out);
 template <class T>
-void run_lines_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
-                          const FirstOutputs<T>& out, int threads, const PartOf& part);
+void run_lines_grad_input(const T* dy, const T* x, const PassCall<T>& call, const Moments* moments,
+                          const GradSums* sums, const FirstOutputs<T>& out);
 template <class T>
-void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved, const FirstOutputs<T>& out,
-                        int threads, const PartOf& part);
+void run_lines_backward(const T* dy, const T* x, const PassCall<T>& call, const Moments* saved,
+                        const FirstOutputs<T>& out);
 template <class T>
-void run_lines_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
-                   const Tangents& tangents, T* y_dot, int threads, const PartOf& part);
+void run_lines_jvp(const T* x_dot, const T* x, const PassCall<T>& call, const Moments* saved, const GradSums* sums,
+                   const Tangents& tangents, T* y_dot);
 
 }  // namespace batchnorm

@@ -8,6 +8,7 @@
 #include "counted.hpp"
 #include "dispatch.hpp"
 #include "kernels/table.hpp"
+#include "plan.hpp"
 
 namespace batchnorm {
 
@@ -21,9 +22,19 @@ std::int64_t values_past_line(const T* p) {
   return static_cast<std::int64_t>(reinterpret_cast<std::uintptr_t>(p) / sizeof(T)) % kernels::kVectorColumns;
 }
 
-// What of a call the passes read: all of it, or one segment.
+// How a pass is run, which changes no bit: as a call of its own, or for a segment or a tile of a larger one.
+struct PassOptions {
+  int threads = 0;  // as in Options
+  // Values of the whole tensor, whose segments are worked on one after the other; 0: this is all of it.
+  std::int64_t whole_size = 0;
+  std::byte* memory = nullptr;    // what the larger call has for the pass to work in; null: it sees to that itself
+  bool is_turned = false;         // whether it is a tile of lines (lines.hpp)
+  std::size_t* needed = nullptr;  // where not null, the pass raises this to the memory that it needs, and does no more
+};
+
+// A call as the passes read it: all of it, or one segment, or a tile of lines.
 template <class T>
-struct Part {
+struct PassCall {
   Problem problem;
   Positions<T> positions = {};
   WeightSummary summary = {};  // of the weights of these positions
@@ -33,20 +44,21 @@ struct Part {
   kernels::Tail<T> tail = {};  // whose residual and first bit are those of the first value here
   // Forward with bits: where in their first byte they begin is for the pass to choose, and to write.
   std::uint8_t* bits_head = nullptr;
+  PassOptions options = {};
 
   // What the values of a channel weigh together.
   [[nodiscard]] DoubleDouble count() const {
     return positions ? summary.total : DoubleDouble{static_cast<double>(problem.count()), 0};
   }
-};
-
-// Of a larger call, to a pass over one part of it.
-struct PartOf {
-  // Values of the whole tensor, whose parts are worked on one after the other; 0: it is all of it.
-  std::int64_t size = 0;
-  std::byte* memory = nullptr;    // what the larger call has for the pass to work in; null: it sees to that itself
-  bool is_turned = false;         // whether it is a tile of lines (lines.hpp)
-  std::size_t* needed = nullptr;  // where not null, the pass raises this to the memory that it needs, and does no more
+  // What a pass that goes through so many tensors does to them.
+  [[nodiscard]] Work work(bool reduces, bool applies, int streams) const {
+    return {reduces, applies, streams, sizeof(T), options.whole_size, options.is_turned};
+  }
+  void write_head(std::int64_t first_bit) const {
+    if (bits_head == nullptr) return;
+    std::fill_n(bits_head, kBitsHead, std::uint8_t{0});
+    *bits_head = static_cast<std::uint8_t>(first_bit);
+  }
 };
 
 // Statistics that are given, not computed: mean and var, or moments.
@@ -80,41 +92,40 @@ struct FirstOutputs {
 
 // forward.cpp
 template <class T>
-void run_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part = {});
-template <class T>
-void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part = {});
-template <class T>
-void run_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
-                   const PartOf& part = {});
+struct Forward {
+  const PassCall<T>& call;
+
+  void moments(const T* x, Moments* out) const;
+  void batch_norm(const T* x, T* y, Moments* saved) const;
+  void normalize(const T* x, const GivenStatistics& given, T* y) const;
+};
 
 // backward.cpp
 template <class T>
-void run_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out, int threads,
-                   const PartOf& part = {});
-template <class T>
-void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
-                    const FirstOutputs<T>& out, int threads, const PartOf& part = {});
-template <class T>
-void run_batch_norm_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved,
-                             const FirstOutputs<T>& out, int threads, const PartOf& part = {});
-template <class T>
-void run_normalize_backward(const T* dy, const T* x, const Part<T>& call, const GivenStatistics& given,
-                            const FirstOutputs<T>& out, int threads);
-// `sums` of x_dot and x, or null where they are to be taken.
-template <class T>
-void run_batch_norm_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
-                        const Tangents& tangents, T* y_dot, int threads, const PartOf& part = {});
-template <class T>
-void run_normalize_jvp(const T* x_dot, const T* x, const Part<T>& call, const GivenStatistics& given,
-                       const Tangents& tangents, T* y_dot, int threads);
+struct Backward {
+  const PassCall<T>& call;
+
+  void grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const;
+  void grad_input(const T* dy, const T* x, const Moments* moments, const GradSums* sums,
+                  const FirstOutputs<T>& out) const;
+  void batch_norm(const T* dy, const T* x, const Moments* saved, const FirstOutputs<T>& out) const;
+  void normalize(const T* dy, const T* x, const GivenStatistics& given, const FirstOutputs<T>& out) const;
+  // Forward-mode. `sums` of x_dot and x, or null where they are to be taken.
+  void batch_norm_jvp(const T* x_dot, const T* x, const Moments* saved, const GradSums* sums, const Tangents& tangents,
+                      T* y_dot) const;
+  void normalize_jvp(const T* x_dot, const T* x, const GivenStatistics& given, const Tangents& tangents,
+                     T* y_dot) const;
+};
 
 // double_backward.cpp
 template <class T>
-void run_batch_norm_double_backward(const T* v, const T* dy, const T* x, const Part<T>& call, const Moments* saved,
-                                    const Cotangents& w, const SecondOutputs<T>& out, int threads);
-template <class T>
-void run_normalize_double_backward(const T* v, const T* dy, const T* x, const Part<T>& call,
-                                   const GivenStatistics& given, const Cotangents& w, const SecondOutputs<T>& out,
-                                   int threads);
+struct DoubleBackward {
+  const PassCall<T>& call;
+
+  void batch_norm(const T* v, const T* dy, const T* x, const Moments* saved, const Cotangents& w,
+                  const SecondOutputs<T>& out) const;
+  void normalize(const T* v, const T* dy, const T* x, const GivenStatistics& given, const Cotangents& w,
+                 const SecondOutputs<T>& out) const;
+};
 
 }  // namespace batchnorm

@@ -111,8 +111,8 @@ std::int64_t repeat_of(const Problem& p, std::int64_t uneven) {
 
 std::int64_t shared_cache(const Machine& machine) { return std::min(machine.l3_bytes, kMostBelievedL3) / 2; }
 
-// Whether the tensors of a call take more than that, of so many values each, whose bytes fit 64 bits. Without a division,
-// of which a plan had ten: 10 of the 150 ns of a tiny call.
+// Whether the tensors of a call take more than that, of so many values each, whose bytes fit 64 bits. Without a
+// division, of which a plan had ten: 10 of the 150 ns of a tiny call.
 bool take_more_than(std::int64_t bytes, std::int64_t values, const Work& work) {
   const std::int64_t of_one = values * work.item_size;
   return of_one > bytes || of_one * work.streams > bytes;
@@ -249,9 +249,7 @@ std::int64_t lines_of_tile(const Problem& p, std::int64_t item_size) {
   return std::clamp(fit, kLanes, kMostLines * kFloat / item_size);
 }
 
-bool is_serial(const Problem& problem, const Work& work) {
-  return !take_more_than(kSerialBytes, problem.size(), work);
-}
+bool is_serial(const Problem& problem, const Work& work) { return !take_more_than(kSerialBytes, problem.size(), work); }
 
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads) {
   Plan plan;

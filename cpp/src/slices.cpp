@@ -13,8 +13,10 @@ template <class T>
 constexpr bool kIsSliced = std::is_same_v<Arithmetic<T>, float>;
 
 template <class T>
-bool is_sliced(const Part<T>& call, const Work& work, int threads, const PartOf& part) {
-  return part.needed == nullptr && !part.is_turned && !call.positions && is_slice(call.problem, work, threads);
+bool is_sliced(const PassCall<T>& call, const Work& work) {
+  const PassOptions& options = call.options;
+  return options.needed == nullptr && !options.is_turned && !call.positions &&
+         is_slice(call.problem, work, options.threads);
 }
 
 // f() as a task of this thread, or of one with a stack that has room; returns what it does.
@@ -40,19 +42,19 @@ OfSlice values_of(const ChannelValues& from, const Problem& problem, double abse
 }  // namespace
 
 template <class T>
-bool run_slice_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
+bool run_slice_moments(const T* x, const PassCall<T>& call, Moments* out) {
   if constexpr (kIsSliced<T>) {
-    if (!is_sliced(call, {true, false, 1, sizeof(T), part.size}, threads, part)) return false;
+    if (!is_sliced(call, call.work(true, false, 1))) return false;
     return as_task([&] { return Slice<T, kSliceBlocks>(call.problem).moments(x, out); });
   }
   return false;
 }
 
 template <class T>
-bool run_slice_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
+bool run_slice_batch_norm(const T* x, const PassCall<T>& call, T* y, Moments* saved) {
   if constexpr (kIsSliced<T>) {
-    const Work work{true, true, 2, sizeof(T), part.size};
-    if (!is_sliced(call, work, threads, part)) return false;
+    const Work work = call.work(true, true, 2);
+    if (!is_sliced(call, work)) return false;
     const bool around_cache = slices_go_around_cache(call.problem, work, machine());
     return as_task([&] {
       const OfSlice gamma = values_of(call.gamma, call.problem, 1), beta = values_of(call.beta, call.problem, 0);
@@ -66,12 +68,12 @@ bool run_slice_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved,
 }
 
 template <class T>
-bool run_slice_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved, const FirstOutputs<T>& out,
-                        int threads, const PartOf& part) {
+bool run_slice_backward(const T* dy, const T* x, const PassCall<T>& call, const Moments* saved,
+                        const FirstOutputs<T>& out) {
   if constexpr (kIsSliced<T>) {
-    const Work work{true, true, 3, sizeof(T), part.size};
+    const Work work = call.work(true, true, 3);
     const bool is_plain = call.tail.bits == nullptr && out.dresidual == nullptr;
-    if (!is_plain || !is_sliced(call, work, threads, part)) return false;
+    if (!is_plain || !is_sliced(call, work)) return false;
     const bool around_cache = slices_go_around_cache(call.problem, work, machine());
     return as_task([&] {
       const OfSlice gamma = values_of(call.gamma, call.problem, 1);
@@ -89,11 +91,10 @@ bool run_slice_backward(const T* dy, const T* x, const Part<T>& call, const Mome
   return false;
 }
 
-#define BN_INSTANTIATE(T)                                                                                           \
-  template bool run_slice_moments(const T*, const Part<T>&, Moments*, int, const PartOf&);                          \
-  template bool run_slice_batch_norm(const T*, const Part<T>&, T*, Moments*, int, const PartOf&);                   \
-  template bool run_slice_backward(const T*, const T*, const Part<T>&, const Moments*, const FirstOutputs<T>&, int, \
-                                   const PartOf&);
+#define BN_INSTANTIATE(T)                                                         \
+  template bool run_slice_moments(const T*, const PassCall<T>&, Moments*);        \
+  template bool run_slice_batch_norm(const T*, const PassCall<T>&, T*, Moments*); \
+  template bool run_slice_backward(const T*, const T*, const PassCall<T>&, const Moments*, const FirstOutputs<T>&);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)

@@ -96,11 +96,11 @@ class Slice {
 // The passes of passes.hpp over a problem that is one slice, on one thread. False where it is not, or a channel is not
 // as usual: no tensor is written then.
 template <class T>
-bool run_slice_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part);
+bool run_slice_moments(const T* x, const PassCall<T>& call, Moments* out);
 template <class T>
-bool run_slice_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part);
+bool run_slice_batch_norm(const T* x, const PassCall<T>& call, T* y, Moments* saved);
 template <class T>
-bool run_slice_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved, const FirstOutputs<T>& out,
-                        int threads, const PartOf& part);
+bool run_slice_backward(const T* dy, const T* x, const PassCall<T>& call, const Moments* saved,
+                        const FirstOutputs<T>& out);
 
 }  // namespace batchnorm

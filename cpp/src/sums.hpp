@@ -1,6 +1,6 @@
 // The order of summation, a function of the Problem alone, from inside out: 16 lanes a chunk or one a column
 // (kernels/table.hpp); chunks of kChunkValues (plan.hpp) or blocks of rows (plan.cpp), in bundles of 16, here; rows
-// side by side by halves, then the columns of a channel in order (traverse.hpp); segments in order (parts.hpp).
+// side by side by halves, then the columns of a channel in order (traverse.hpp); segments in order (segments.hpp).
 //
 // Sums of pieces of one channel add up to the sums of the channel: in bundles of 16, each of which is its pieces in
 // order, bundle after bundle, every addition with its error kept. Two short chains in place of a long one: a GPU, where

@@ -3,16 +3,18 @@
 //
 // clang-format off
 // A Pass gives
-//   bool reduces, applies
+//   Value, bool reduces, applies                      the type of the tensors, and what is done to them
+//   Plan plan, const KernelTable& table
+//   std::size_t bytes(), void take_memory(Workspace&) what it needs beside the sums of pieces
+//   void begin()                                      what comes first of all that is written
 //   void sum_runs(offset, Runs, c, Sums*)             sums of one planar piece, of each of its channels from c on
 //   void sum_rows(offset, column, Rows, ColumnSums)   sums of a part of an interleaved block, whose columns begin at
 //                                                     `column`
-//   void add_blocks(...)                              the kernel of that name
 //   void finish(Range channels, totals)               from the sums of channel c, totals[c - channels.begin], to its
 //                                                     results
 //   void lay_out(Range channels)                      interleaved: the coefficients of finished channels, per column
 //   void apply_runs(offset, Runs, c), apply_rows(offset, Rows)
-// Where it does not reduce, finish() is called with null totals.
+// Where it does not reduce, finish() is called with null totals. run_pass() runs it.
 // clang-format on
 #pragma once
 
@@ -20,6 +22,7 @@
 
 #include "kernels/table.hpp"
 #include "parallel.hpp"
+#include "passes.hpp"
 #include "plan.hpp"
 #include "sums.hpp"
 #include "workspace.hpp"
@@ -37,18 +40,19 @@ inline void fence_streams() {
 template <class Pass>
 class Traversal {
  public:
-  static std::size_t bytes(const Plan& plan, bool reduces) {
-    if (!reduces || plan.path == Path::nothing || plan.path == Path::channel_tasks) return 0;
+  static std::size_t bytes(const Pass& pass) {
+    const Plan& plan = pass.plan;
+    if (!pass.reduces || plan.path == Path::nothing || plan.path == Path::channel_tasks) return 0;
     if (plan.path == Path::chunk_tasks) return Workspace::bytes_for<kernels::Sums>(plan.wave * plan.sum_runs.chunks);
     return Workspace::bytes_for<double>(4 * plan.sum_rows.columns * (plan.sum_rows.blocks + 1));
   }
 
-  Traversal(const Plan& plan, Pass& pass, Workspace& workspace) : plan_(plan), pass_(pass) {
-    if (bytes(plan, pass.reduces) == 0) return;
-    if (plan.path == Path::chunk_tasks) {
-      chunk_sums_ = workspace.take<kernels::Sums>(plan.wave * plan.sum_runs.chunks);
+  Traversal(Pass& pass, Workspace& workspace) : plan_(pass.plan), pass_(pass) {
+    if (bytes(pass) == 0) return;
+    if (plan_.path == Path::chunk_tasks) {
+      chunk_sums_ = workspace.take<kernels::Sums>(plan_.wave * plan_.sum_runs.chunks);
     } else {
-      column_memory_ = workspace.take<double>(4 * plan.sum_rows.columns * (plan.sum_rows.blocks + 1));
+      column_memory_ = workspace.take<double>(4 * plan_.sum_rows.columns * (plan_.sum_rows.blocks + 1));
     }
   }
 
@@ -244,15 +248,16 @@ class Traversal {
   // Totals of the columns of these channels, over all blocks and rows side by side. The last block may be of single
   // rows of the tensor: it adds to the first `width` columns alone.
   void add_columns_of(Range channels) {
+    const auto add_blocks = pass_.table.template of<typename Pass::Value>().add_blocks;
     const RowCut& cut = plan_.sum_rows;
     const std::int64_t inner = plan_.problem.inner, stride = 4 * cut.columns;
     const std::int64_t first = channels.begin * inner, count = (channels.end - channels.begin) * inner;
     if (cut.blocks > 1 && cut.repeat == 1) {
-      return pass_.add_blocks(column_sums_at(0, first), cut.blocks, stride, count, totals_at(first));
+      return add_blocks(column_sums_at(0, first), cut.blocks, stride, count, totals_at(first));
     }
     if (cut.blocks > 1) {
-      pass_.add_blocks(block_sums(0), cut.blocks, stride, count, totals_at(0));
-      pass_.add_blocks(column_sums_at(0, count), cut.full_blocks, stride, cut.columns - count, totals_at(count));
+      add_blocks(block_sums(0), cut.blocks, stride, count, totals_at(0));
+      add_blocks(column_sums_at(0, count), cut.full_blocks, stride, cut.columns - count, totals_at(count));
     }
     add_rows_side_by_side(totals_at(0), cut.repeat, count);
   }
@@ -279,5 +284,20 @@ class Traversal {
   kernels::Sums* chunk_sums_ = nullptr;
   double* column_memory_ = nullptr;
 };
+
+// What can fail is done before anything is written.
+template <class Pass>
+void run_pass(Pass& pass, const PassOptions& options) {
+  const std::size_t bytes = pass.bytes() + Traversal<Pass>::bytes(pass);
+  if (options.needed != nullptr) {
+    *options.needed = std::max(*options.needed, bytes);
+    return;
+  }
+  PassWorkspace workspace(bytes, options.memory);
+  pass.take_memory(workspace);
+  Traversal<Pass> traversal(pass, workspace);
+  pass.begin();
+  traversal.run();
+}
 
 }  // namespace batchnorm

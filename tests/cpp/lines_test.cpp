@@ -99,16 +99,15 @@ TEST(slices_have_the_bits_of_passes_over_rows) {
       for_each_type([&]<class T>() {
         const Batch<T> b = all_passes::make_batch<T>(p, kind);
         const auto alone = all_passes::run(b, {.threads = 1}, 1e-5, all_passes::Order::first);
-        const Part<T> part{.problem = p, .gamma = b.gamma, .beta = b.beta, .eps = 1e-5};
+        // Those that are turned are never slices, and are no other rows where none stand side by side.
+        const PassCall<T> as_rows{
+            .problem = p, .gamma = b.gamma, .beta = b.beta, .eps = 1e-5, .options = {.threads = 1, .is_turned = true}};
         std::vector<T> y(b.x.size()), dx(b.x.size());
         std::vector<Moments> saved(b.gamma.size());
         std::vector<double> dgamma(b.gamma.size()), dbeta(b.gamma.size());
-        // Those that are turned are never slices, and are no other rows where none stand side by side.
-        const PartOf as_rows{.is_turned = true};
-        run_batch_norm<T>(b.x.data(), part, y.data(), saved.data(), 1, as_rows);
-        run_batch_norm_backward<T>(b.dy.data(), b.x.data(), part, saved.data(),
-                                   {.dx = dx.data(), .dgamma = std::span(dgamma), .dbeta = std::span(dbeta)}, 1,
-                                   as_rows);
+        Forward<T>{as_rows}.batch_norm(b.x.data(), y.data(), saved.data());
+        Backward<T>{as_rows}.batch_norm(b.dy.data(), b.x.data(), saved.data(),
+                                        {.dx = dx.data(), .dgamma = std::span(dgamma), .dbeta = std::span(dbeta)});
         using all_passes::bits_of;
         EXPECT(
             bits_of(alone.saved, alone.y, alone.dx, alone.dgamma, alone.dbeta) == bits_of(saved, y, dx, dgamma, dbeta),
@@ -142,10 +141,11 @@ TEST(gamma_and_beta_of_fewer_channels_repeat) {
   const auto run = [&](const std::vector<double>& gamma, const std::vector<double>& beta) {
     std::vector<float> y(b.x.size());
     std::vector<Moments> saved(b.gamma.size());
-    const Part<float> part{.problem = b.problem, .gamma = gamma, .beta = beta, .eps = 1e-5};
-    run_lines_batch_norm(b.x.data(), part, y.data(), saved.data(), 2, {});
+    const PassCall<float> call{
+        .problem = b.problem, .gamma = gamma, .beta = beta, .eps = 1e-5, .options = {.threads = 2}};
+    run_lines_batch_norm(b.x.data(), call, y.data(), saved.data());
     std::vector<float> dx(b.x.size());
-    run_lines_backward(b.dy.data(), b.x.data(), part, saved.data(), {.dx = dx.data()}, 2, {});
+    run_lines_backward(b.dy.data(), b.x.data(), call, saved.data(), {.dx = dx.data()});
     return all_passes::bits_of(y, saved, dx);
   };
   const auto times = [](const std::vector<double>& v, std::int64_t count) {
@@ -276,10 +276,9 @@ TEST(formulas_touch_no_byte_outside_of_their_arrays) {
 template <class A>
 std::size_t needed(const Problem& tile) {
   std::size_t bytes = 0;
-  const PartOf asks{.is_turned = true, .needed = &bytes};
-  const Part<A> part{.problem = tile};
-  run_batch_norm<A>(nullptr, part, nullptr, nullptr, 1, asks);
-  run_batch_norm_backward<A>(nullptr, nullptr, part, nullptr, {.dx = reinterpret_cast<A*>(64)}, 1, asks);
+  const PassCall<A> asks{.problem = tile, .options = {.threads = 1, .is_turned = true, .needed = &bytes}};
+  Forward<A>{asks}.batch_norm(nullptr, nullptr, nullptr);
+  Backward<A>{asks}.batch_norm(nullptr, nullptr, nullptr, {.dx = reinterpret_cast<A*>(64)});
   return bytes;
 }
 TEST(what_a_tile_needs_is_on_the_stack) {

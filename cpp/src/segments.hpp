@@ -1,4 +1,4 @@
-// The parts of a call: all of it, or each of its segments, which is a Problem of its own in a place of its own.
+// The segments of a call, each of which is a Problem of its own in a place of its own.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +26,7 @@ struct Segment {
   std::int64_t first_row, rows;
 };
 
-// f(s, Segment, threads, PartOf) for every segment. What can fail is done by the constructor: a task must
+// f(s, Segment, PassOptions) for every segment. What can fail is done by the constructor: a task must
 // not fail, and outputs change when no other can any more.
 template <class F>
 class EachSegment {
@@ -66,11 +66,11 @@ class EachSegment {
     std::fill_n(seen, kSeen, -1);
     std::size_t most = 0;
     for (std::int64_t s = 0; s < count(); ++s) {
-      const Segment part = segment(s);
-      std::int64_t& same = seen[static_cast<std::size_t>(part.rows) % kSeen];
-      if (part.rows == same) continue;
-      same = part.rows;
-      f_(s, part, threads_each_, PartOf{.size = whole_, .needed = &most});
+      const Segment one = segment(s);
+      std::int64_t& same = seen[static_cast<std::size_t>(one.rows) % kSeen];
+      if (one.rows == same) continue;
+      same = one.rows;
+      f_(s, one, PassOptions{.threads = threads_each_, .whole_size = whole_, .needed = &most});
     }
     return most;
   }
@@ -78,10 +78,11 @@ class EachSegment {
   void run(Range segments) {
     const DefaultFloatingPoint environment(DefaultFloatingPoint::ForManyCalls{});
     const int place = memory_ == nullptr ? 0 : take_place();
-    const PartOf part{
-        .size = whole_,
+    const PassOptions options{
+        .threads = threads_each_,
+        .whole_size = whole_,
         .memory = memory_ == nullptr ? nullptr : memory_.get() + static_cast<std::size_t>(place) * bytes_};
-    for (std::int64_t s = segments.begin; s < segments.end; ++s) f_(s, segment(s), threads_each_, part);
+    for (std::int64_t s = segments.begin; s < segments.end; ++s) f_(s, segment(s), options);
     if (memory_ != nullptr) free_.fetch_or(std::uint64_t{1} << place, std::memory_order_release);
   }
   // There are as many places as threads, so that one is free.
