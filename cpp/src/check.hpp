@@ -187,42 +187,39 @@ inline void second_order(std::size_t offsets, std::size_t weights, bool relu) {
 class Memories {
  public:
   // What is empty is absent.
-  void reads(const char* name, std::span<const std::byte> memory) { tell({name, memory, false}); }
-  void reads_tensor(const char* name, std::span<const std::byte> memory) { tell({name, memory, true}); }
+  void reads(const char* name, std::span<const std::byte> memory) { add(name, memory, false); }
+  void reads_tensor(const char* name, std::span<const std::byte> memory) { add(name, memory, true); }
 
-  void writes(const char* name, std::span<const std::byte> memory) { add_apart({name, memory, false}); }
-  void writes_tensor(const char* name, std::span<const std::byte> memory) { add_apart({name, memory, true}); }
+  void writes(const char* name, std::span<const std::byte> memory) { add_apart(name, memory, false); }
+  void writes_tensor(const char* name, std::span<const std::byte> memory) { add_apart(name, memory, true); }
 
  private:
   struct Memory {
     const char* name;
     std::uintptr_t begin, end;
-    bool is_tensor;  // which may be written to, or be written to one
-
-    Memory() = default;
-    Memory(const char* of, std::span<const std::byte> memory, bool tensor)
-        : name(of),
-          begin(reinterpret_cast<std::uintptr_t>(memory.data())),
-          end(begin + memory.size()),
-          is_tensor(tensor) {}
+    bool may_be_written;
   };
-
-  void tell(const Memory& memory) {
-    assert(count_ < kMost);
-    if (memory.begin != memory.end) told_[count_++] = memory;
+  static std::uintptr_t begin_of(std::span<const std::byte> memory) {
+    return reinterpret_cast<std::uintptr_t>(memory.data());
   }
-  void add_apart(Memory written) {
-    if (written.begin == written.end) return;
+
+  void add(const char* name, std::span<const std::byte> memory, bool may_be_written) {
+    assert(count_ < kMost);
+    if (memory.empty()) return;
+    told_[count_++] = {name, begin_of(memory), begin_of(memory) + memory.size(), may_be_written};
+  }
+  void add_apart(const char* name, std::span<const std::byte> memory, bool is_tensor) {
+    const std::uintptr_t begin = begin_of(memory), end = begin + memory.size();
     for (int k = 0; k < count_; ++k) {
       const Memory& other = told_[k];
-      if ((written.begin >= other.end) | (other.begin >= written.end)) continue;
-      const bool may_be_it = written.is_tensor && other.is_tensor;
-      if (!may_be_it) fail(written.name, " must share no memory with ", other.name, ", got an overlap");
-      if (written.begin == other.begin) continue;  // as many values
-      fail(written.name, " must be ", other.name, " itself or share no memory with it, got a partial overlap");
+      if ((begin >= other.end) | (other.begin >= end) | (begin == end)) continue;
+      if (!is_tensor || !other.may_be_written) {
+        fail(name, " must share no memory with ", other.name, ", got an overlap");
+      }
+      if (begin == other.begin) continue;  // as many values
+      fail(name, " must be ", other.name, " itself or share no memory with it, got a partial overlap");
     }
-    written.is_tensor = false;
-    tell(written);
+    add(name, memory, false);
   }
 
   static constexpr int kMost = 16;

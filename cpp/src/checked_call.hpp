@@ -19,23 +19,23 @@ inline std::int64_t bits_bytes(const Problem& problem) {
 template <class T>
 class CheckedCall {
  public:
-  CheckedCall(const Call<T>& call, const Options& options) : call_(call) {
-    const Problem& p = call.problem;
-    check::problem(p);
+  CheckedCall(const Call<T>& call, const Options& options)
+      : call_(call),
+        whole_{.problem = call.problem,
+               .padding = call.counted.padding,
+               .gamma = call.gamma,
+               .beta = call.beta,
+               .eps = call.eps,
+               .options = {.threads = options.threads}} {
+    check::problem(call.problem);
     check::threads(options.threads);
-    if (by_segments()) check::offsets(call.groups.offsets, p);
+    if (by_segments()) check::offsets(call.groups.offsets, call.problem);
+    memories_.reads("offsets", std::as_bytes(call.groups.offsets));
     reads("gamma", call.gamma);
     reads("beta", call.beta);
     check::eps(call.eps);
-    if (!call.tail.residual.empty()) check::size("residual", call.tail.residual.size(), p);
+    if (!call.tail.residual.empty()) check::size("residual", call.tail.residual.size(), call.problem);
     if (!call.tail.bits.empty()) check_bits();
-    memories_.reads("offsets", std::as_bytes(call.groups.offsets));
-    whole_ = {.problem = p,
-              .padding = call.counted.padding,
-              .gamma = call.gamma,
-              .beta = call.beta,
-              .eps = call.eps,
-              .options = {.threads = options.threads}};
     if (!call.counted.weights.empty()) sum_weights();
   }
 

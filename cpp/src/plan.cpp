@@ -185,14 +185,15 @@ void cut_applied(Plan& plan) {
 // Blocks of wide rows are few where rows are: for summing, their columns are shared out too, until each thread has some
 // tasks. Not for applying: two threads that write to parts of the same rows take lines away from each other, which made
 // normalizing 784 x 256 values 3 times slower.
-std::int64_t stripe_of(const Plan& plan, int threads) {
+void choose_stripes(Plan& plan, int threads) {
   const std::int64_t columns = plan.sum_rows.columns;
-  if (threads == 1 || plan.sum_rows.repeat > 1) {
-    return columns;
-  }
+  plan.stripe = columns;
+  plan.stripes = 1;
+  if (threads == 1 || plan.sum_rows.repeat > 1) return;
   const std::int64_t wanted = ceil_divide(kGroupsAThread * threads, plan.sum_rows.blocks);
   const std::int64_t stripe = std::max(columns / wanted, kLeastStripe);
-  return ceil_divide(stripe, kernels::kVectorColumns) * kernels::kVectorColumns;
+  plan.stripe = ceil_divide(stripe, kernels::kVectorColumns) * kernels::kVectorColumns;
+  plan.stripes = ceil_divide(columns, plan.stripe);
 }
 
 std::int64_t tasks_of(const Plan& plan) {
@@ -204,7 +205,7 @@ std::int64_t tasks_of(const Plan& plan) {
     case Path::chunk_tasks:
       return plan.groups() * std::max(ceil_divide(plan.sum_runs.chunks, plan.chunks_together), plan.apply_runs.chunks);
     default:
-      return std::max(plan.sum_rows.blocks * plan.stripes(), plan.apply_rows.blocks);
+      return std::max(plan.sum_rows.blocks * plan.stripes, plan.apply_rows.blocks);
   }
 }
 
@@ -262,9 +263,12 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
   if (interleaved) {
     plan.path = Path::row_blocks;
     const auto repeat = [&](std::int64_t uneven) { return work.is_turned ? 1 : repeat_of(p, uneven); };
-    plan.sum_rows = cut_rows(p, repeat(kShortRow), kLeastBlockRows);
-    plan.apply_rows = cut_rows(p, repeat(kMostUneven), threads == 1 ? kLeastBlockRows : kLeastAppliedRows);
-    plan.stripe = stripe_of(plan, threads);
+    if (work.reduces) {
+      plan.sum_rows = cut_rows(p, repeat(kShortRow), kLeastBlockRows);
+      choose_stripes(plan, threads);
+    }
+    const std::int64_t least_applied = threads == 1 ? kLeastBlockRows : kLeastAppliedRows;
+    if (work.applies) plan.apply_rows = cut_rows(p, repeat(kMostUneven), least_applied);
   }
   plan.around_cache = stores_go_around_cache(plan, interleaved, work, machine);
   plan.fetches_outputs =

@@ -65,8 +65,9 @@ struct Plan {
 
   // Interleaved: how it is summed and how it is applied.
   RowCut sum_rows, apply_rows;
-  // Interleaved: columns of a block that one task sums; all of them where rows stand side by side.
-  std::int64_t stripe = 0;
+  // Interleaved: columns of a block that one task sums, all of them where rows stand side by side; and how many tasks
+  // that makes of a block.
+  std::int64_t stripe = 0, stripes = 0;
 
   Path path = Path::nothing;
   bool around_cache = false;     // whether outputs are stored around the caches
@@ -75,8 +76,6 @@ struct Plan {
 
   [[nodiscard]] bool planar() const { return path == Path::channel_tasks || path == Path::chunk_tasks; }
   [[nodiscard]] std::int64_t groups() const { return (problem.channels + group - 1) / group; }
-  // Interleaved: tasks that sum a block.
-  [[nodiscard]] std::int64_t stripes() const { return (sum_rows.columns + stripe - 1) / stripe; }
 };
 
 // What a call does to the tensor, for the choice of a path.

@@ -182,7 +182,7 @@ class Traversal {
   // ---- interleaved ----
 
   void run_row_blocks() {
-    const Phase sum = phase<&Traversal::sum_stripes>(plan_.sum_rows.blocks * plan_.stripes());
+    const Phase sum = phase<&Traversal::sum_stripes>(plan_.sum_rows.blocks * plan_.stripes);
     const Phase finish =
         phase<&Traversal::finish_columns>((plan_.problem.channels + channels_together() - 1) / channels_together());
     const Phase apply = phase<&Traversal::apply_blocks>(plan_.apply_rows.blocks, true);
@@ -195,7 +195,7 @@ class Traversal {
   // Stripe t of all blocks. The last block may have fewer columns, but then there is one stripe a block.
   void sum_stripes(Range stripes) {
     for (std::int64_t t = stripes.begin; t < stripes.end; ++t) {
-      const std::int64_t b = t / plan_.stripes(), column = t % plan_.stripes() * plan_.stripe;
+      const std::int64_t b = t / plan_.stripes, column = t % plan_.stripes * plan_.stripe;
       kernels::Rows rows = plan_.sum_rows.block(b);
       rows.columns = std::min(plan_.stripe, rows.columns - column);
       pass_.sum_rows(plan_.sum_rows.offset(b) + column, column, rows, column_sums_at(b, column));

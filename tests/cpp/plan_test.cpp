@@ -119,7 +119,7 @@ std::int64_t tasks(const Plan& plan) {
       return plan.groups() *
              std::max((plan.sum_runs.chunks + plan.chunks_together - 1) / plan.chunks_together, plan.apply_runs.chunks);
     default:
-      return std::max(plan.sum_rows.blocks * plan.stripes(), plan.apply_rows.blocks);
+      return std::max(plan.sum_rows.blocks * plan.stripes, plan.apply_rows.blocks);
   }
 }
 
@@ -266,7 +266,7 @@ TEST(wide_rows_of_few_blocks_are_shared_out_by_columns_for_summing) {
     EXPECT_EQUAL(plan.sum_rows.blocks, 1);
     EXPECT_EQUAL(plan.threads, 2);
     EXPECT_EQUAL(plan.stripe % kernels::kVectorColumns, 0);
-    EXPECT(plan.stripe < channels && plan.stripe * plan.stripes() >= channels, plan.stripe);
+    EXPECT(plan.stripe < channels && plan.stripe * plan.stripes >= channels, plan.stripe);
   }
   EXPECT_EQUAL(make_plan({64, 1024, 1}, kTraining, kMachine, 1).stripe, 1024);
 }
