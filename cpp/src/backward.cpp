@@ -27,6 +27,7 @@ struct ConstantScale {
   ChannelValues var = {}, gamma = {};
   double eps = 0;
 };
+constexpr ConstantScale kUnchanged;
 
 template <class T>
 struct BackwardPass {
@@ -34,18 +35,20 @@ struct BackwardPass {
   using A = Arithmetic<T>;  // what coefficients are in
   using Table = CoefficientTable<A, GradAffine>;
 
-  bool reduces, applies;
+  bool reduces;
   const PassCall<T>& call;
   const T *dy, *x;
-  T *dx = nullptr, *dresidual = nullptr;
+  FirstOutputs<T> out = {};
   const Moments* moments = nullptr;  // null where only a constant scale is applied
   GradSums* sums_out = nullptr;
-  const GradSums* sums_in = nullptr;  // where it applies but does not reduce
-  ChannelOutput dgamma = {}, dbeta = {};
+  const GradSums* sums_in = nullptr;              // where it applies but does not reduce
   const Tangents* tangents = nullptr;             // forward-mode: dy is a tangent of x, and dx becomes that of y
   const ConstantScale* constant_scale = nullptr;  // of dx, whatever else is computed
 
-  // What follows from these.
+  // What follows from these. Without dx, dresidual takes its place, with coefficients that change nothing.
+  bool gates_alone = out.dx == nullptr && out.dresidual != nullptr;
+  T *dx = gates_alone ? out.dresidual : out.dx, *dresidual = gates_alone ? nullptr : out.dresidual;
+  bool applies = dx != nullptr;
   Plan plan = make_plan(call.problem, work(), call.options.threads);
   const kernels::KernelTable& table = *active_implementation().table;
   bool around_cache = plan.around_cache && !is_input(dx);
@@ -68,16 +71,11 @@ struct BackwardPass {
     return call.work(reduces, applies, 2 + (applies ? 1 : 0) + (along_residual ? 1 : 0));
   }
   [[nodiscard]] std::size_t bytes() const {
-    return (applies ? Table::bytes(plan) : 0) +
-           (wants_means() ? Workspace::bytes_for<double>(plan.sum_rows.columns) : 0);
+    return (applies ? Table::bytes(plan) : 0) + Workspace::bytes_for<double>(plan.sum_rows.columns);
   }
   void take_memory(Workspace& workspace) {
     if (applies) coefficients.emplace(plan, workspace);
-    if (!wants_means()) return;
-    column_mean = workspace.take<double>(plan.sum_rows.columns);
-    const Problem& p = plan.problem;
-    for (std::int64_t c = 0; c < p.channels; ++c) std::fill_n(column_mean + c * p.inner, p.inner, moments[c].mean);
-    repeat_row(column_mean, p.channels * p.inner, plan.sum_rows.columns);
+    column_mean = lay_out_means(plan, workspace, [this](std::int64_t c) { return moments[c].mean; });
   }
   void begin() const {}
 
@@ -122,7 +120,6 @@ struct BackwardPass {
 
  private:
   [[nodiscard]] bool is_input(const T* p) const { return p == dy || p == x; }
-  [[nodiscard]] bool wants_means() const { return reduces && plan.path == Path::row_blocks; }
   [[nodiscard]] bool without_kernel() const {
     const bool gates = call.tail.bits != nullptr;
     if (tangents != nullptr) return gates || call.tail.residual != nullptr;
@@ -210,34 +207,18 @@ struct BackwardPass {
       if (sums_out != nullptr) {
         sums_out[c + l] = {lane(s.dy.hi, l), lane(s.dy.lo, l), lane(s.dy_xmu.hi, l), lane(s.dy_xmu.lo, l)};
       }
-      dgamma.set(c + l, lane(dgamma_c, l));
-      dbeta.set(c + l, lane(dbeta_c, l));
+      out.dgamma.set(c + l, lane(dgamma_c, l));
+      out.dbeta.set(c + l, lane(dbeta_c, l));
     }
   }
 };
-
-// Of a call whose tail has the residual's tangent.
-template <class T>
-BackwardPass<T> forward_mode(const PassCall<T>& call, const T* x_dot, const T* x, const Moments* moments,
-                             const GradSums* sums, const Tangents& tangents, T* y_dot) {
-  return {.reduces = sums == nullptr,
-          .applies = true,
-          .call = call,
-          .dy = x_dot,
-          .x = x,
-          .dx = y_dot,
-          .moments = moments,
-          .sums_in = sums,
-          .tangents = &tangents};
-}
 
 }  // namespace
 
 template <class T>
 void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
   if (is_lines(call.problem)) return run_lines_grad_sums(dy, x, call, moments, out);
-  BackwardPass<T> pass{
-      .reduces = true, .applies = false, .call = call, .dy = dy, .x = x, .moments = moments, .sums_out = out};
+  BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .moments = moments, .sums_out = out};
   run_pass(pass, call.options);
 }
 
@@ -245,36 +226,17 @@ template <class T>
 void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, const GradSums* sums,
                              const FirstOutputs<T>& out) const {
   if (is_lines(call.problem)) return run_lines_grad_input(dy, x, call, moments, sums, out);
-  BackwardPass<T> pass{.reduces = false,
-                       .applies = true,
-                       .call = call,
-                       .dy = dy,
-                       .x = x,
-                       .dx = out.dx,
-                       .dresidual = out.dresidual,
-                       .moments = moments,
-                       .sums_in = sums};
+  BackwardPass<T> pass{
+      .reduces = false, .call = call, .dy = dy, .x = x, .out = out, .moments = moments, .sums_in = sums};
   run_pass(pass, call.options);
 }
 
-// Without dx, dresidual takes its place, with coefficients that change nothing.
 template <class T>
 void Backward<T>::batch_norm(const T* dy, const T* x, const Moments* saved, const FirstOutputs<T>& out) const {
   if (is_lines(call.problem)) return run_lines_backward(dy, x, call, saved, out);
   if (run_slice_backward(dy, x, call, saved, out)) return;
-  const ConstantScale unchanged;
-  const bool gate_alone = out.dx == nullptr && out.dresidual != nullptr;
-  BackwardPass<T> pass{.reduces = true,
-                       .applies = out.dx != nullptr || gate_alone,
-                       .call = call,
-                       .dy = dy,
-                       .x = x,
-                       .dx = gate_alone ? out.dresidual : out.dx,
-                       .dresidual = gate_alone ? nullptr : out.dresidual,
-                       .moments = saved,
-                       .dgamma = out.dgamma,
-                       .dbeta = out.dbeta,
-                       .constant_scale = gate_alone ? &unchanged : nullptr};
+  BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .out = out, .moments = saved};
+  if (pass.gates_alone) pass.constant_scale = &kUnchanged;
   run_pass(pass, call.options);
 }
 
@@ -286,21 +248,14 @@ void Backward<T>::normalize(const T* dy, const T* x, const GivenStatistics& give
   std::vector<GradSums> sums(moments.size());
   for (std::size_t c = 0; c < moments.size(); ++c) moments[c].mean = given.mean[static_cast<std::int64_t>(c)];
   if (!moments.empty()) grad_sums(dy, out.dgamma.wanted() ? x : dy, moments.data(), sums.data());
-  const bool gate_alone = out.dx == nullptr;
-  const ConstantScale scale = gate_alone ? ConstantScale{} : ConstantScale{given.var, call.gamma, call.eps};
   if (out.dx != nullptr && out.dresidual == nullptr && call.tail.bits == nullptr && !call.positions) {
     GivenStatistics only_scale = given;
     only_scale.only_scale = true;
     Forward<T>{call}.normalize(dy, only_scale, out.dx);
   } else if (out.dx != nullptr || out.dresidual != nullptr) {
-    BackwardPass<T> pass{.reduces = false,
-                         .applies = true,
-                         .call = call,
-                         .dy = dy,
-                         .x = x,
-                         .dx = gate_alone ? out.dresidual : out.dx,
-                         .dresidual = gate_alone ? nullptr : out.dresidual,
-                         .constant_scale = &scale};
+    const ConstantScale scale{given.var, call.gamma, call.eps};
+    BackwardPass<T> pass{.reduces = false, .call = call, .dy = dy, .x = x, .out = {out.dx, out.dresidual}};
+    pass.constant_scale = pass.gates_alone ? &kUnchanged : &scale;
     run_pass(pass, call.options);
   }
   run_here([&] {
@@ -320,7 +275,14 @@ void Backward<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* save
   if (is_lines(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
     return run_lines_jvp(x_dot, x, call, saved, sums, tangents, y_dot);
   }
-  BackwardPass<T> pass = forward_mode(call, x_dot, x, saved, sums, tangents, y_dot);
+  BackwardPass<T> pass{.reduces = sums == nullptr,
+                       .call = call,
+                       .dy = x_dot,
+                       .x = x,
+                       .out = {.dx = y_dot},
+                       .moments = saved,
+                       .sums_in = sums,
+                       .tangents = &tangents};
   run_pass(pass, call.options);
 }
 
@@ -337,7 +299,14 @@ void Backward<T>::normalize_jvp(const T* x_dot, const T* x, const GivenStatistic
     sums[at] = {tangents.mean.value_or(c, 0), 0, tangents.var.value_or(c, 0) / 2, 0};
   }
   const bool along_x = tangents.gamma.present() || tangents.var.present();
-  BackwardPass<T> pass = forward_mode(call, x_dot, along_x ? x : x_dot, moments.data(), sums.data(), tangents, y_dot);
+  BackwardPass<T> pass{.reduces = false,
+                       .call = call,
+                       .dy = x_dot,
+                       .x = along_x ? x : x_dot,
+                       .out = {.dx = y_dot},
+                       .moments = moments.data(),
+                       .sums_in = sums.data(),
+                       .tangents = &tangents};
   run_pass(pass, call.options);
 }
 

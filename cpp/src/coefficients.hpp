@@ -36,8 +36,19 @@ void repeat_row(V* row, std::int64_t width, std::int64_t columns) {
     std::copy_n(row, std::min(done, columns - done), row + done);
 }
 
-// Map is kernels::Affine (normalize) or kernels::GradAffine (grad_input). Interleaved, their fields become one array
-// each.
+// Interleaved: mean(c) of every channel c, for the columns that are summed, if any.
+template <class F>
+double* lay_out_means(const Plan& plan, Workspace& workspace, const F& mean) {
+  if (plan.sum_rows.columns == 0) return nullptr;
+  const Problem& p = plan.problem;
+  auto* means = workspace.take<double>(plan.sum_rows.columns);
+  for (std::int64_t c = 0; c < p.channels; ++c) std::fill_n(means + c * p.inner, p.inner, mean(c));
+  repeat_row(means, p.channels * p.inner, plan.sum_rows.columns);
+  return means;
+}
+
+// Map is kernels::Affine (normalize), GradAffine (grad_input) or SecondAffine (second_grad). Interleaved, their fields
+// become one array each.
 template <class T, template <class> class Map>
 class CoefficientTable {
  public:
@@ -65,10 +76,10 @@ class CoefficientTable {
   // Of the channels of a V from c on, written by whoever owns them.
   template <class V>
   void set(std::int64_t c, const Coefficients<V, Map>& k) {
-    is_column_ ? put_columns(k.narrow, c) : put(k.narrow, channels_ + c);
+    is_column_ ? put_columns<V>(k.narrow, c) : put<V, T>(k.narrow, channels_ + c);
     for (int l = 0; l < kChannelsOf<V>; ++l) is_wide_[c + l] = lane(k.is_wide, l);
     if (!any(k.is_wide)) return;
-    put(k.wide, wide_channels_ + c);
+    put<V, double>(k.wide, wide_channels_ + c);
     any_wide_.store(true, std::memory_order_relaxed);
   }
   // Planar: of channel c and those that follow it.
@@ -101,17 +112,13 @@ class CoefficientTable {
   [[nodiscard]] T* narrow_field(std::int64_t f) const { return narrow_ + f * (plan_.apply_rows.columns + kRepeated); }
 
   template <class V, class A>
-  static void put(const kernels::Affine<V>& k, kernels::Affine<A>* to) {
+  static void put(const Map<V>& k, Map<A>* to) {
+    V fields[kFields];
+    std::memcpy(fields, &k, sizeof k);
     for (int l = 0; l < kChannelsOf<V>; ++l) {
-      to[l] = {static_cast<A>(lane(k.center, l)), static_cast<A>(lane(k.scale, l)), static_cast<A>(lane(k.offset, l))};
-    }
-  }
-  template <class V, class A>
-  static void put(const kernels::GradAffine<V>& k, kernels::GradAffine<A>* to) {
-    for (int l = 0; l < kChannelsOf<V>; ++l) {
-      to[l] = {static_cast<A>(lane(k.dy_center, l)), static_cast<A>(lane(k.dy_scale, l)),
-               static_cast<A>(lane(k.x_center, l)), static_cast<A>(lane(k.x_scale, l)),
-               static_cast<A>(lane(k.offset, l))};
+      A of_channel[kFields];
+      for (std::int64_t f = 0; f < kFields; ++f) of_channel[f] = static_cast<A>(lane(fields[f], l));
+      std::memcpy(to + l, of_channel, sizeof of_channel);
     }
   }
 

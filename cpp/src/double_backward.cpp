@@ -1,9 +1,11 @@
 // Double backward: sums along x -> sums of v*dy -> coefficients -> second_grad, and forward-mode for the gradient of
 // dy.
 #include <algorithm>
+#include <optional>
 #include <vector>
 
 #include "channel_math.hpp"
+#include "coefficients.hpp"
 #include "parallel.hpp"
 #include "passes.hpp"
 #include "traverse.hpp"
@@ -24,16 +26,8 @@ struct Along {
   std::vector<Moments> of_dy;
 };
 
-// f(column, channel) for the columns of `channels` in rows cut that way.
-template <class F>
-void for_columns(const RowCut& rows, const Problem& p, Range channels, const F& f) {
-  for (std::int64_t row = 0; row < rows.repeat; ++row) {
-    for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-      const std::int64_t first = (row * p.channels + c) * p.inner;
-      for (std::int64_t e = first; e < first + p.inner; ++e) f(e, c);
-    }
-  }
-}
+template <class A>
+using SecondMap = SecondAffine;  // in float64 whatever the tensors are
 
 // The sums of v*(dy - mean(dy)), and from them dx and dgamma.
 template <class T>
@@ -52,22 +46,16 @@ class SecondPass {
   bool applies = out.dx != nullptr;
   Plan plan = make_plan(call.problem, call.work(reduces, applies, applies ? 4 : 2), call.options.threads);
   const kernels::KernelTable& table = *active_implementation().table;
-  SecondAffine* of_channels = nullptr;
-  double* column_mean = nullptr;  // interleaved: the mean of dy, per column
-  double* of_columns = nullptr;   // interleaved: the fields of of_channels, one array each
+  std::optional<CoefficientTable<double, SecondMap>> coefficients = {};  // where it applies
+  double* column_mean = nullptr;                                         // interleaved: the mean of dy, per column
 
   std::size_t bytes() const {
-    const std::int64_t summed = plan.planar() ? 0 : plan.sum_rows.columns;
-    return Workspace::bytes_for<SecondAffine>(plan.problem.channels) + Workspace::bytes_for<double>(summed) +
-           Workspace::bytes_for<double>(kFields * applied_columns());
+    return (applies ? CoefficientTable<double, SecondMap>::bytes(plan) : 0) +
+           Workspace::bytes_for<double>(plan.sum_rows.columns);
   }
   void take_memory(Workspace& workspace) {
-    of_channels = workspace.take<SecondAffine>(plan.problem.channels);
-    if (plan.path != Path::row_blocks) return;
-    column_mean = workspace.take<double>(plan.sum_rows.columns);
-    of_columns = workspace.take<double>(kFields * applied_columns());
-    for_columns(plan.sum_rows, plan.problem, {0, plan.problem.channels},
-                [&](std::int64_t e, std::int64_t c) { column_mean[e] = mean_of_dy(c); });
+    if (applies) coefficients.emplace(plan, workspace);
+    column_mean = lay_out_means(plan, workspace, [this](std::int64_t c) { return mean_of_dy(c); });
   }
   void begin() const {
     if (out.ddy == nullptr) return;
@@ -90,34 +78,26 @@ class SecondPass {
       finish_channel(c, {{s.first, s.first_lo}, {s.second, s.second_lo}});
     }
   }
-  void lay_out(Range channels) {
-    if (!applies) return;
-    const std::int64_t columns = applied_columns();
-    for_columns(plan.apply_rows, plan.problem, channels, [&](std::int64_t e, std::int64_t c) {
-      const SecondAffine& k = of_channels[c];
-      const double fields[] = {k.v_center, k.v_scale, k.dy_center, k.dy_scale, k.x_center, k.x_scale, k.offset};
-      for (std::int64_t f = 0; f < kFields; ++f) of_columns[f * columns + e] = fields[f];
-    });
-  }
+  void lay_out(Range channels) { coefficients->lay_out(channels); }
 
   // In float64, some values at a time where that is not the tensors' type.
   void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
     if constexpr (sizeof(T) == sizeof(double)) {
-      table.f64.runs_second_grad(v + offset, dy + offset, x + offset, out.dx + offset, runs, of_channels + c);
+      table.f64.runs_second_grad(v + offset, dy + offset, x + offset, out.dx + offset, runs, coefficients->narrow(c));
     } else {
       for (std::int64_t k = 0; k < runs.count; ++k) {
         for (std::int64_t i = 0; i < runs.channels; ++i) {
           const std::int64_t at = offset + k * runs.stride + i * runs.length;
           for_tiles(at, runs.length, [&](std::int64_t, std::int64_t n, const double* const* in, double* out) {
             table.f64.runs_second_grad(in[0], in[1], in[2], out, {.length = n, .count = 1, .stride = 0},
-                                       of_channels + c + i);
+                                       coefficients->narrow(c + i));
           });
         }
       }
     }
   }
   void apply_rows(std::int64_t offset, const Rows& rows) const {
-    const auto field = [this](std::int64_t f) { return of_columns + f * applied_columns(); };
+    const auto field = [this](std::int64_t f) { return coefficients->narrow_columns(f); };
     const auto from = [&](std::int64_t c) {
       return SecondAffineColumns{field(0) + c, field(1) + c, field(2) + c, field(3) + c,
                                  field(4) + c, field(5) + c, field(6) + c};
@@ -136,8 +116,6 @@ class SecondPass {
   }
 
  private:
-  static constexpr std::int64_t kFields = sizeof(SecondAffine) / sizeof(double);
-
   // f(begin, n, tiles of v, dy and x, tile of dx) for the `count` values at `offset`. Narrower results are rounded from
   // float64 to float32, and those of 16 bits once more.
   template <class F>
@@ -156,9 +134,6 @@ class SecondPass {
       for (std::int64_t i = 0; i < n; ++i) out.dx[at + i] = static_cast<T>(memory[3][i]);
     }
   }
-  [[nodiscard]] std::int64_t applied_columns() const {
-    return applies && plan.path == Path::row_blocks ? plan.apply_rows.columns : 0;
-  }
   [[nodiscard]] double mean_of_dy(std::int64_t c) const { return along.of_dy[static_cast<std::size_t>(c)].mean; }
 
   void finish_channel(std::int64_t c, const GradSumsOf<double>& v_dy) {
@@ -171,9 +146,11 @@ class SecondPass {
         second_factors(m.count, centered_dot(m, of_v), centered_dot(m, of_dy), centered_dot(mean_dy, v_dy),
                        rstd_of(moments[c], call.eps), call.gamma.value_or(c, 1), w.dgamma.value_or(c, 0));
     out.dgamma.set(c, k.dgamma);
+    if (!applies) return;
     const DoubleDouble mean_v = mean_of<double>(of_v.dy, m.count);
     const double offset = -(k.v * mean_v.lo + k.dy * mean_dy.mean_lo + k.x * m.mean_lo);
-    of_channels[c] = {mean_v.hi, k.v, mean_dy.mean, k.dy, m.mean, k.x, offset};
+    const SecondAffine map{mean_v.hi, k.v, mean_dy.mean, k.dy, m.mean, k.x, offset};
+    coefficients->set(c, Coefficients<double, SecondMap>{map, map, false});
   }
 };
 
