@@ -187,11 +187,12 @@ inline void second_order(std::size_t offsets, std::size_t weights, bool relu) {
 class Memories {
  public:
   // What is empty is absent.
-  void reads(const char* name, std::span<const std::byte> memory) { add(name, memory, false); }
-  void reads_tensor(const char* name, std::span<const std::byte> memory) { add(name, memory, true); }
-
-  void writes(const char* name, std::span<const std::byte> memory) { add_apart(name, memory, false); }
-  void writes_tensor(const char* name, std::span<const std::byte> memory) { add_apart(name, memory, true); }
+  void reads(const char* name, std::span<const std::byte> memory, bool is_tensor = false) {
+    if (!memory.empty()) add(name, memory, is_tensor);
+  }
+  void writes(const char* name, std::span<const std::byte> memory, bool is_tensor = false) {
+    if (!memory.empty()) add_apart(name, memory, is_tensor);
+  }
 
  private:
   struct Memory {
@@ -205,14 +206,13 @@ class Memories {
 
   void add(const char* name, std::span<const std::byte> memory, bool may_be_written) {
     assert(count_ < kMost);
-    if (memory.empty()) return;
     told_[count_++] = {name, begin_of(memory), begin_of(memory) + memory.size(), may_be_written};
   }
   void add_apart(const char* name, std::span<const std::byte> memory, bool is_tensor) {
     const std::uintptr_t begin = begin_of(memory), end = begin + memory.size();
     for (int k = 0; k < count_; ++k) {
       const Memory& other = told_[k];
-      if ((begin >= other.end) | (other.begin >= end) | (begin == end)) continue;
+      if ((begin >= other.end) | (other.begin >= end)) continue;
       if (!is_tensor || !other.may_be_written) {
         fail(name, " must share no memory with ", other.name, ", got an overlap");
       }

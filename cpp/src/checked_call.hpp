@@ -43,7 +43,7 @@ class CheckedCall {
 
   void reads(const char* name, std::span<const T> tensor) {
     check::size(name, tensor.size(), call_.problem);
-    memories_.reads_tensor(name, std::as_bytes(tensor));
+    memories_.reads(name, std::as_bytes(tensor), true);
   }
   // Per channel, or per segment and channel; or absent.
   void reads(const char* name, const ChannelValues& values) {
@@ -81,7 +81,7 @@ class CheckedCall {
   // A tensor: one that is read, or apart from all else.
   void writes(const char* name, std::span<T> tensor) {
     check::size(name, tensor.size(), call_.problem);
-    memories_.writes_tensor(name, std::as_bytes(tensor));
+    memories_.writes(name, std::as_bytes(tensor), true);
   }
   void writes_apart(const char* name, std::span<T> tensor) {
     check::size(name, tensor.size(), call_.problem);
@@ -173,7 +173,7 @@ class CheckedCall {
   void check_bits() const { check::bits(call_.tail.bits.size(), bits_bytes(call_.problem), call_.tail.relu); }
 
   void follow_residual() {
-    memories_.reads_tensor("residual", std::as_bytes(call_.tail.residual));
+    memories_.reads("residual", std::as_bytes(call_.tail.residual), true);
     whole_.tail.residual = call_.tail.residual.empty() ? nullptr : call_.tail.residual.data();
   }
 

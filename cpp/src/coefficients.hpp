@@ -76,10 +76,10 @@ class CoefficientTable {
   // Of the channels of a V from c on, written by whoever owns them.
   template <class V>
   void set(std::int64_t c, const Coefficients<V, Map>& k) {
-    is_column_ ? put_columns<V>(k.narrow, c) : put<V, T>(k.narrow, channels_ + c);
+    is_column_ ? put_columns<V>(k.narrow, c) : put(k.narrow, channels_ + c);
     for (int l = 0; l < kChannelsOf<V>; ++l) is_wide_[c + l] = lane(k.is_wide, l);
     if (!any(k.is_wide)) return;
-    put<V, double>(k.wide, wide_channels_ + c);
+    put(k.wide, wide_channels_ + c);
     any_wide_.store(true, std::memory_order_relaxed);
   }
   // Planar: of channel c and those that follow it.
@@ -112,15 +112,20 @@ class CoefficientTable {
   [[nodiscard]] T* narrow_field(std::int64_t f) const { return narrow_ + f * (plan_.apply_rows.columns + kRepeated); }
 
   template <class V, class A>
-  static void put(const Map<V>& k, Map<A>* to) {
-    V fields[kFields];
-    std::memcpy(fields, &k, sizeof k);
+  static void put(const kernels::Affine<V>& k, kernels::Affine<A>* to) {
     for (int l = 0; l < kChannelsOf<V>; ++l) {
-      A of_channel[kFields];
-      for (std::int64_t f = 0; f < kFields; ++f) of_channel[f] = static_cast<A>(lane(fields[f], l));
-      std::memcpy(to + l, of_channel, sizeof of_channel);
+      to[l] = {static_cast<A>(lane(k.center, l)), static_cast<A>(lane(k.scale, l)), static_cast<A>(lane(k.offset, l))};
     }
   }
+  template <class V, class A>
+  static void put(const kernels::GradAffine<V>& k, kernels::GradAffine<A>* to) {
+    for (int l = 0; l < kChannelsOf<V>; ++l) {
+      to[l] = {static_cast<A>(lane(k.dy_center, l)), static_cast<A>(lane(k.dy_scale, l)),
+               static_cast<A>(lane(k.x_center, l)), static_cast<A>(lane(k.x_scale, l)),
+               static_cast<A>(lane(k.offset, l))};
+    }
+  }
+  static void put(const kernels::SecondAffine& k, kernels::SecondAffine* to) { *to = k; }
 
   // Each field of the channels of a V, where a column is a channel.
   template <class V>

@@ -69,12 +69,13 @@ Problem canonical(const Problem& p) {
 
 RunCut cut_runs(const Problem& p, std::int64_t chunk_values) {
   RunCut cut;
-  cut.pieces_per_run = ceil_divide(p.inner, chunk_values);
-  if (cut.pieces_per_run == 1) {
+  if (p.inner <= chunk_values) {
+    cut.pieces_per_run = 1;
     cut.piece_length = p.inner;
     cut.runs_per_chunk = std::min(p.outer, chunk_values / p.inner);
     cut.chunks = ceil_divide(p.outer, cut.runs_per_chunk);
   } else {
+    cut.pieces_per_run = ceil_divide(p.inner, chunk_values);
     // As long as each other, as far as they are whole vectors: a short one would cost as much beside its values.
     const std::int64_t vectors = ceil_divide(ceil_divide(p.inner, cut.pieces_per_run), kernels::kVectorColumns);
     cut.piece_length = vectors * kernels::kVectorColumns;
@@ -152,15 +153,15 @@ std::int64_t group_of(const Plan& plan, std::int64_t slab_bytes, const Machine& 
 // Bytes of one channel that the passes leave in cache; 2^60 stands for more.
 std::int64_t slab_bytes_of(const Plan& plan, const Work& work) {
   const std::int64_t streams = work.streams - (plan.around_cache ? 1 : 0), most = std::int64_t{1} << 60;
-  const std::int64_t count = plan.problem.count();
-  return count > most / (streams * work.item_size) ? most : count * streams * work.item_size;
+  std::int64_t bytes = 0;
+  return __builtin_mul_overflow(plan.problem.count(), streams * work.item_size, &bytes) ? most : std::min(bytes, most);
 }
 
 // Planar and reducing. A slab of a channel is applied from the core's own cache, or from its part of the shared one.
 void choose_planar_path(Plan& plan, const Work& work, const Machine& machine, int threads) {
   const Problem& p = plan.problem;
   const std::int64_t slab = slab_bytes_of(plan, work);
-  const bool slab_stays = slab <= std::max(machine.l2_bytes, shared_cache(machine) / threads);
+  const bool slab_stays = slab <= machine.l2_bytes || slab <= shared_cache(machine) / threads;
   plan.path = p.channels >= threads && slab_stays ? Path::channel_tasks : Path::chunk_tasks;
   plan.group = group_of(plan, slab, machine, threads);
   if (plan.path == Path::channel_tasks) {
