@@ -13,13 +13,8 @@ namespace batchnorm {
 namespace {
 
 template <class T>
-T* data_or_null(std::span<T> s) {
-  return s.empty() ? nullptr : s.data();
-}
-
-template <class T>
-void check_one_group(const Call<T>& call) {
-  check::one_group(call.groups.offsets.size(), call.counted.weights.size(), call.counted.padding);
+T* data_or_null(std::span<T> s, std::int64_t at = 0) {
+  return s.empty() ? nullptr : s.data() + at;
 }
 
 template <class T>
@@ -31,8 +26,7 @@ void write_gradients(CheckedCall<T>& checked, const Gradients<T>& out) {
 }
 template <class T>
 FirstOutputs<T> outputs(const Gradients<T>& out, std::int64_t at) {
-  return {out.dx.empty() ? nullptr : out.dx.data() + at, out.dresidual.empty() ? nullptr : out.dresidual.data() + at,
-          out.dgamma, out.dbeta};
+  return {data_or_null(out.dx, at), data_or_null(out.dresidual, at), out.dgamma, out.dbeta};
 }
 
 template <class T>
@@ -50,10 +44,8 @@ void check_jvp(CheckedCall<T>& checked, std::span<const T> x_dot, std::span<cons
 
 // ddy is written before dx is computed from v, dy and x.
 template <class T>
-void check_double_backward(CheckedCall<T>& checked, const Call<T>& call, std::span<const T> v, std::span<const T> dy,
-                           std::span<const T> x, const Cotangents& w, std::span<T> ddy, std::span<T> dx,
-                           ChannelOutput dgamma) {
-  check::second_order(call.groups.offsets.size(), call.counted.weights.size(), call.tail.relu);
+void check_double_backward(CheckedCall<T>& checked, std::span<const T> v, std::span<const T> dy, std::span<const T> x,
+                           const Cotangents& w, std::span<T> ddy, std::span<T> dx, ChannelOutput dgamma) {
   checked.reads("v", v);
   checked.reads("dy", dy);
   checked.reads("x", x);
@@ -153,7 +145,6 @@ void normalize(std::span<const T> x, const Call<T>& call, ChannelValues mean, Ch
   const DefaultFloatingPoint environment;
   CheckedCall<T> checked(call, options);
   checked.reads("x", x);
-  check_one_group(call);
   checked.reads_statistics(mean, var);
   checked.follow(y.data());
   checked.writes("y", y);
@@ -234,8 +225,8 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
     to.dbeta = of_part(of_beta, out.dbeta);
     Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry, to);
   });
-  if (!of_gamma.empty()) SumsOverSegments(of_gamma, call.problem.channels, out.dgamma).run(options.threads);
-  if (!of_beta.empty()) SumsOverSegments(of_beta, call.problem.channels, out.dbeta).run(options.threads);
+  if (!of_gamma.empty()) sum_over_segments(of_gamma, call.problem.channels, options.threads, out.dgamma);
+  if (!of_beta.empty()) sum_over_segments(of_beta, call.problem.channels, options.threads, out.dbeta);
 }
 
 template <class T>
@@ -245,7 +236,6 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
   CheckedCall<T> checked(call, options);
   checked.reads("dy", dy);
   checked.reads("x", x);
-  check_one_group(call);
   checked.reads_statistics(mean, var);
   checked.let_through();
   write_gradients(checked, out);
@@ -273,7 +263,6 @@ void normalize_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T>
   const DefaultFloatingPoint environment;
   const Tangents tangents{gamma_dot, beta_dot, mean_dot, var_dot};
   CheckedCall<T> checked(call, options);
-  check_one_group(call);
   checked.reads_statistics(mean, var);
   check_jvp(checked, x_dot, x, tangents, y_dot);
   Backward<T>{checked.whole()}.normalize_jvp(x_dot.data(), x.data(), {mean, var}, tangents, y_dot.data());
@@ -286,8 +275,9 @@ void batch_norm_double_backward(std::span<const T> v, std::span<const T> dy, std
   const DefaultFloatingPoint environment;
   const Cotangents w{v_dgamma, v_dbeta};
   CheckedCall<T> checked(call, options);
+  check::second_order(call);
   checked.reads_counts("saved", saved);
-  check_double_backward(checked, call, v, dy, x, w, ddy, dx, dgamma);
+  check_double_backward(checked, v, dy, x, w, ddy, dx, dgamma);
   DoubleBackward<T>{checked.whole()}.batch_norm(v.data(), dy.data(), x.data(), saved.data(), w,
                                                 {data_or_null(ddy), data_or_null(dx), dgamma});
 }
@@ -299,8 +289,9 @@ void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std:
   const DefaultFloatingPoint environment;
   const Cotangents w{v_dgamma, v_dbeta};
   CheckedCall<T> checked(call, options);
+  check::second_order(call);
   checked.reads_statistics(mean, var);
-  check_double_backward(checked, call, v, dy, x, w, ddy, dx, dgamma);
+  check_double_backward(checked, v, dy, x, w, ddy, dx, dgamma);
   DoubleBackward<T>{checked.whole()}.normalize(v.data(), dy.data(), x.data(), {mean, var}, w,
                                                {data_or_null(ddy), data_or_null(dx), dgamma});
 }

@@ -166,17 +166,21 @@ inline void weights(std::int64_t position, double bad, double sum) {
 // ---- combinations ------------------------------------------------------------------------------------------------
 
 // Given statistics are those of all, and a weight of 0 says nothing but that the output is something else.
-inline void one_group(std::size_t offsets, std::size_t weights, Padding padding) {
+template <class T>
+void one_group(const Call<T>& call) {
+  const std::size_t offsets = call.groups.offsets.size();
   if (offsets != 0) fail("offsets must be empty where mean and var are given, got ", offsets);
-  if (weights != 0 && padding == Padding::normalize) {
+  if (!call.counted.weights.empty() && call.counted.padding == Padding::normalize) {
     fail("padding must be zero or keep where statistics are given, got normalize, which needs no weights");
   }
 }
 // Gradients of gradients are of one group, where all counts and no ReLU follows.
-inline void second_order(std::size_t offsets, std::size_t weights, bool relu) {
+template <class T>
+void second_order(const Call<T>& call) {
+  const std::size_t offsets = call.groups.offsets.size(), weights = call.counted.weights.size();
   if (offsets != 0) fail("offsets must be empty for gradients of gradients, got ", offsets);
   if (weights != 0) fail("weights must be empty for gradients of gradients, got ", weights);
-  if (relu) fail("relu must be false for gradients of gradients, got true");
+  if (call.tail.relu) fail("relu must be false for gradients of gradients, got true");
 }
 
 // ---- memory ------------------------------------------------------------------------------------------------------

@@ -71,6 +71,7 @@ class CheckedCall {
   }
   // Statistics that are given are those of one group.
   void reads_statistics(const ChannelValues& mean, const ChannelValues& var) {
+    check::one_group(call_);
     check::given("mean", mean, call_.problem.channels);
     check::given("var", var, call_.problem.channels);
     check::variances(var);

@@ -45,10 +45,9 @@ template <class W>
 WeightSummary summarize(std::span<const W> weights, int threads) {
   const auto count = (static_cast<std::int64_t>(weights.size()) + kChunk - 1) / kChunk;
   Chunks<W> chunks{.weights = weights, .parts = std::vector<typename Chunks<W>::Part>(static_cast<std::size_t>(count))};
-  const Phase phase{count, 1, false,
-                    [](void* self, Range range) noexcept { static_cast<Chunks<W>*>(self)->summarize(range); }};
   // One chunk is counted here: on a small stack each phase is a thread of its own, and segments are many.
-  count > 1 ? run_phases(available_threads(threads), &phase, 1, &chunks) : chunks.summarize({0, count});
+  count > 1 ? run_tasks(available_threads(threads), count, [&](Range range) { chunks.summarize(range); })
+            : chunks.summarize({0, count});
   WeightSummary result;
   for (const auto& part : chunks.parts) {
     result.total = result.total + part.total;

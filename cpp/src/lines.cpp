@@ -98,9 +98,7 @@ class EachTile {
       : problem_(problem), lines_(lines_of_tile(problem, sizeof(A))), tensors_(tensors), f_(f) {}
 
   void run(int threads) {
-    const Phase phase{(problem_.channels + lines_ - 1) / lines_, 1, false,
-                      [](void* self, Range range) noexcept { static_cast<EachTile*>(self)->run(range); }};
-    run_phases(threads, &phase, 1, this);
+    run_tasks(threads, (problem_.channels + lines_ - 1) / lines_, [this](Range tiles) { run(tiles); });
   }
 
  private:

@@ -32,6 +32,13 @@ constexpr int kMostPhases = 8;
 // Called from a task, it runs on the task's thread alone; from a thread with a small stack, on others alone.
 void run_phases(int threads, const Phase* phases, int count, void* context);
 
+// One phase of tasks: f(Range) for all of them.
+template <class F>
+void run_tasks(int threads, std::int64_t tasks, F f, std::int64_t grain = 1) {
+  const Phase phase{tasks, grain, false, [](void* self, Range range) noexcept { (*static_cast<F*>(self))(range); }};
+  run_phases(threads, &phase, 1, &f);
+}
+
 // Runs f() on this thread, in the default floating-point environment and as a function of its own, which the compiler
 // cannot mix with the caller's arithmetic.
 void run_task_here(void (*run)(void* context, Range tasks) noexcept, void* context);

@@ -26,8 +26,8 @@ struct Segment {
   std::int64_t first_row, rows;
 };
 
-// f(s, Segment, PassOptions) for every segment. What can fail is done by the constructor: a task must
-// not fail, and outputs change when no other can any more.
+// f(s, Segment, PassOptions) for every segment. What can fail is done by the constructor: a task must not fail, and
+// outputs change when no other can any more.
 template <class F>
 class EachSegment {
  public:
@@ -47,9 +47,7 @@ class EachSegment {
 
   void run() {
     if (!shared_) return run({0, count()});
-    const Phase phase{count(), kGrain, false,
-                      [](void* self, Range range) noexcept { static_cast<EachSegment*>(self)->run(range); }};
-    run_phases(threads_, &phase, 1, this);
+    run_tasks(threads_, count(), [this](Range segments) { run(segments); }, kGrain);
   }
 
  private:
@@ -105,41 +103,26 @@ class EachSegment {
 };
 
 // Sums over segments of one value per segment and channel, first segment first, errors kept.
-class SumsOverSegments {
- public:
-  SumsOverSegments(const std::vector<double>& values, std::int64_t channels, ChannelOutput out)
-      : values_(values), channels_(channels), out_(out) {}
-
-  void run(int threads) {
-    const Phase phase{(channels_ + kTogether - 1) / kTogether, 1, false,
-                      [](void* self, Range range) noexcept { static_cast<SumsOverSegments*>(self)->sum(range); }};
-    run_phases(available_threads(threads), &phase, 1, this);
-  }
-
- private:
-  static constexpr std::int64_t kTogether = 64;
-
-  void sum(Range parts) {
+inline void sum_over_segments(const std::vector<double>& values, std::int64_t channels, int threads,
+                              const ChannelOutput& out) {
+  constexpr std::int64_t kTogether = 64;
+  const auto sum = [&](Range parts) {
     for (std::int64_t part = parts.begin; part < parts.end; ++part) {
-      const std::int64_t first = part * kTogether, n = std::min(kTogether, channels_ - first);
+      const std::int64_t first = part * kTogether, n = std::min(kTogether, channels - first);
       DoubleDouble total[kTogether];
-      for (std::size_t at = static_cast<std::size_t>(first); at < values_.size();
-           at += static_cast<std::size_t>(channels_)) {
+      for (auto at = static_cast<std::size_t>(first); at < values.size(); at += static_cast<std::size_t>(channels)) {
         for (std::int64_t c = 0; c < n; ++c) {
-          const DoubleDouble sum = two_sum(total[c].hi, values_[at + static_cast<std::size_t>(c)]);
+          const DoubleDouble sum = two_sum(total[c].hi, values[at + static_cast<std::size_t>(c)]);
           total[c] = {sum.hi, total[c].lo + sum.lo};
         }
       }
       for (std::int64_t c = 0; c < n; ++c) {
         // The error of an infinite sum is none.
-        out_.set(first + c, std::isfinite(total[c].hi) ? total[c].hi + total[c].lo : total[c].hi);
+        out.set(first + c, std::isfinite(total[c].hi) ? total[c].hi + total[c].lo : total[c].hi);
       }
     }
-  }
-
-  const std::vector<double>& values_;
-  std::int64_t channels_;
-  ChannelOutput out_;
-};
+  };
+  run_tasks(available_threads(threads), (channels + kTogether - 1) / kTogether, sum);
+}
 
 }  // namespace batchnorm

@@ -22,15 +22,9 @@ bool is_sliced(const PassCall<T>& call, const Work& work) {
 // f() as a task of this thread, or of one with a stack that has room; returns what it does.
 template <class F>
 bool as_task(const F& f) {
-  struct Context {
-    const F& f;
-    bool result;
-  } context{f, false};
-  const Phase phase{1, 1, false, [](void* self, Range) noexcept {
-                      static_cast<Context*>(self)->result = static_cast<Context*>(self)->f();
-                    }};
-  run_phases(1, &phase, 1, &context);
-  return context.result;
+  bool result = false;
+  run_tasks(1, 1, [&](Range) { result = f(); });
+  return result;
 }
 
 OfSlice values_of(const ChannelValues& from, const Problem& problem, double absent) {
