@@ -63,26 +63,19 @@ struct BackwardPass {
                                .forward_mode = tangents != nullptr,
                                .residual_dot = call.tail.residual};
   bool staged = call.positions || without_kernel();
-  double* column_mean = nullptr;           // interleaved and reduces: moments[...].mean, per column
-  std::optional<Table> coefficients = {};  // where it applies
+  const double* column_mean = nullptr;
+  std::optional<Table> coefficients = {};
 
   [[nodiscard]] Work work() const {
     const bool along_residual = tangents != nullptr ? call.tail.residual != nullptr : dresidual != nullptr;
     return call.work(reduces, applies, 2 + (applies ? 1 : 0) + (along_residual ? 1 : 0));
   }
-  [[nodiscard]] std::size_t bytes() const {
-    return (applies ? Table::bytes(plan) : 0) + Workspace::bytes_for<double>(plan.sum_rows.columns);
-  }
-  void take_memory(Workspace& workspace) {
-    if (applies) coefficients.emplace(plan, workspace);
-    column_mean = lay_out_means(plan, workspace, [this](std::int64_t c) { return moments[c].mean; });
-  }
-  void begin() const {}
+  [[nodiscard]] double mean(std::int64_t c) const { return moments[c].mean; }
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
-    double mean[kernels::kMostChannels];
-    for (std::int64_t i = 0; i < runs.channels; ++i) mean[i] = moments[c + i].mean;
-    sum_gradients(operands, offset, runs, c, mean, out);
+    double means[kernels::kMostChannels];
+    for (std::int64_t i = 0; i < runs.channels; ++i) means[i] = mean(c + i);
+    sum_gradients(operands, offset, runs, c, means, out);
   }
   void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
     sum_gradients(operands, offset, column, rows, column_mean + column, out);
@@ -96,7 +89,6 @@ struct BackwardPass {
       finish_some(some, totals == nullptr ? nullptr : totals + (begin - channels.begin));
     }
   }
-  void lay_out(Range channels) { coefficients->lay_out(channels); }
 
   // Where only dy is scaled, x is not read.
   void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {

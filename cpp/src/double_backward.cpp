@@ -34,6 +34,7 @@ template <class T>
 class SecondPass {
  public:
   using Value = T;
+  using Table = CoefficientTable<double, SecondMap>;
   static constexpr bool reduces = true;
   const PassCall<T>& call;
   const T *v, *dy, *x;
@@ -46,26 +47,20 @@ class SecondPass {
   bool applies = out.dx != nullptr;
   Plan plan = make_plan(call.problem, call.work(reduces, applies, applies ? 4 : 2), call.options.threads);
   const kernels::KernelTable& table = *active_implementation().table;
-  std::optional<CoefficientTable<double, SecondMap>> coefficients = {};  // where it applies
-  double* column_mean = nullptr;                                         // interleaved: the mean of dy, per column
+  const double* column_mean = nullptr;
+  std::optional<Table> coefficients = {};
 
-  std::size_t bytes() const {
-    return (applies ? CoefficientTable<double, SecondMap>::bytes(plan) : 0) +
-           Workspace::bytes_for<double>(plan.sum_rows.columns);
-  }
-  void take_memory(Workspace& workspace) {
-    if (applies) coefficients.emplace(plan, workspace);
-    column_mean = lay_out_means(plan, workspace, [this](std::int64_t c) { return mean_of_dy(c); });
-  }
+  // Of dy.
+  [[nodiscard]] double mean(std::int64_t c) const { return along.of_dy[static_cast<std::size_t>(c)].mean; }
   void begin() const {
     if (out.ddy == nullptr) return;
     Backward<T>{call}.batch_norm_jvp(v, x, moments, along.v.data(), {w.dgamma, w.dbeta, {}, {}}, out.ddy);
   }
 
   void sum_runs(std::int64_t offset, const Runs& runs, std::int64_t c, Sums* out) const {
-    double mean[kernels::kMostChannels];
-    for (std::int64_t i = 0; i < runs.channels; ++i) mean[i] = mean_of_dy(c + i);
-    table.of<T>().runs_grad_sums({v + offset, dy + offset}, {}, runs, mean, out);
+    double means[kernels::kMostChannels];
+    for (std::int64_t i = 0; i < runs.channels; ++i) means[i] = mean(c + i);
+    table.of<T>().runs_grad_sums({v + offset, dy + offset}, {}, runs, means, out);
   }
   void sum_rows(std::int64_t offset, std::int64_t column, const Rows& rows, const ColumnSums& out) const {
     table.of<T>().rows_grad_sums({v + offset, dy + offset}, {}, rows, column_mean + column, out);
@@ -78,7 +73,6 @@ class SecondPass {
       finish_channel(c, {{s.first, s.first_lo}, {s.second, s.second_lo}});
     }
   }
-  void lay_out(Range channels) { coefficients->lay_out(channels); }
 
   // In float64, some values at a time where that is not the tensors' type.
   void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
@@ -134,8 +128,6 @@ class SecondPass {
       for (std::int64_t i = 0; i < n; ++i) out.dx[at + i] = static_cast<T>(memory[3][i]);
     }
   }
-  [[nodiscard]] double mean_of_dy(std::int64_t c) const { return along.of_dy[static_cast<std::size_t>(c)].mean; }
-
   void finish_channel(std::int64_t c, const GradSumsOf<double>& v_dy) {
     const auto at = static_cast<std::size_t>(c);
     const auto m = MomentsOf<double>::at(moments + c);

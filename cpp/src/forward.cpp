@@ -42,14 +42,10 @@ struct ForwardPass {
   NormalizeOperands<T> applied{table, x, y, positions, call.padding, call.tail, around_cache};
   bool staged = (call.positions && call.padding != Padding::normalize) || (sizeof(T) == 2 && !call.tail.empty());
   RowWalk walk = around_cache ? RowWalk::around_cache : RowWalk::columns;
-  std::optional<Table> coefficients = {};  // where it applies
+  std::optional<Table> coefficients = {};
 
   [[nodiscard]] Work work() const {
     return call.work(reduces, applies, (call.tail.residual == nullptr ? 1 : 2) + (applies ? 1 : 0));
-  }
-  [[nodiscard]] std::size_t bytes() const { return applies ? Table::bytes(plan) : 0; }
-  void take_memory(Workspace& workspace) {
-    if (applies) coefficients.emplace(plan, workspace);
   }
   void begin() {
     if (call.tail.bits != nullptr) place_bits();
@@ -85,7 +81,6 @@ struct ForwardPass {
       set_coefficients({begin, std::min(begin + kTogether, channels.end)});
     }
   }
-  void lay_out(Range channels) { coefficients->lay_out(channels); }
 
   void apply_runs(std::int64_t offset, const Runs& runs, std::int64_t c) const {
     if (staged || coefficients->any_wide()) return normalize_staged(applied, offset, runs, c, *coefficients);

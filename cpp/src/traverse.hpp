@@ -5,14 +5,14 @@
 // A Pass gives
 //   Value, bool reduces, applies                      the type of the tensors, and what is done to them
 //   Plan plan, const KernelTable& table
-//   std::size_t bytes(), void take_memory(Workspace&) what it needs beside the sums of pieces
-//   void begin()                                      what comes first of all that is written
+//   Table, std::optional<Table> coefficients          where it applies: a CoefficientTable
+//   double mean(c), const double* column_mean         if sums are about means: that of a channel, and those per column
+//   void begin()                                      if anything is to be written before all else
 //   void sum_runs(offset, Runs, c, Sums*)             sums of one planar piece, of each of its channels from c on
 //   void sum_rows(offset, column, Rows, ColumnSums)   sums of a part of an interleaved block, whose columns begin at
 //                                                     `column`
 //   void finish(Range channels, totals)               from the sums of channel c, totals[c - channels.begin], to its
 //                                                     results
-//   void lay_out(Range channels)                      interleaved: the coefficients of finished channels, per column
 //   void apply_runs(offset, Runs, c), apply_rows(offset, Rows)
 // Where it does not reduce, finish() is called with null totals. run_pass() runs it.
 // clang-format on
@@ -20,6 +20,7 @@
 
 #include <algorithm>
 
+#include "coefficients.hpp"
 #include "kernels/table.hpp"
 #include "parallel.hpp"
 #include "passes.hpp"
@@ -221,7 +222,7 @@ class Traversal {
       const std::int64_t begin = part * channels_together();
       const Range channels{begin, std::min(begin + channels_together(), plan_.problem.channels)};
       finish_columns_of(channels);
-      if (pass_.applies) pass_.lay_out(channels);
+      if (pass_.applies) pass_.coefficients->lay_out(channels);
     }
   }
   void finish_columns_of(Range channels) {
@@ -288,15 +289,22 @@ class Traversal {
 // What can fail is done before anything is written.
 template <class Pass>
 void run_pass(Pass& pass, const PassOptions& options) {
-  const std::size_t bytes = pass.bytes() + Traversal<Pass>::bytes(pass);
+  const Plan& plan = pass.plan;
+  constexpr bool kAboutMeans = requires { pass.column_mean; };
+  const std::size_t bytes = (pass.applies ? Pass::Table::bytes(plan) : 0) +
+                            (kAboutMeans ? Workspace::bytes_for<double>(plan.sum_rows.columns) : 0) +
+                            Traversal<Pass>::bytes(pass);
   if (options.needed != nullptr) {
     *options.needed = std::max(*options.needed, bytes);
     return;
   }
   PassWorkspace workspace(bytes, options.memory);
-  pass.take_memory(workspace);
+  if (pass.applies) pass.coefficients.emplace(plan, workspace);
+  if constexpr (kAboutMeans) {
+    pass.column_mean = lay_out_means(plan, workspace, [&](std::int64_t c) { return pass.mean(c); });
+  }
   Traversal<Pass> traversal(pass, workspace);
-  pass.begin();
+  if constexpr (requires { pass.begin(); }) pass.begin();
   traversal.run();
 }
 

@@ -156,8 +156,7 @@ void normalize_double_backward(std::span<const T> v, std::span<const T> dy, std:
                                ChannelValues mean, ChannelValues var, ChannelValues v_dgamma, ChannelValues v_dbeta,
                                std::span<T> ddy, std::span<T> dx, ChannelOutput dgamma, const Options& options = {});
 
-// ---- the common case, without a Call: everything is one group, all counts, nothing follows
-// ---------------------------
+// ---- without a Call: everything is one group, all counts, nothing follows ---------------------------------------
 
 template <class T>
 void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options = {}) {
