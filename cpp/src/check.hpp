@@ -167,7 +167,7 @@ inline void weights(std::int64_t position, double bad, double sum) {
 
 // Given statistics are those of all, and a weight of 0 says nothing but that the output is something else.
 template <class T>
-void one_group(const Call<T>& call) {
+inline void one_group(const Call<T>& call) {
   const std::size_t offsets = call.groups.offsets.size();
   if (offsets != 0) fail("offsets must be empty where mean and var are given, got ", offsets);
   if (!call.counted.weights.empty() && call.counted.padding == Padding::normalize) {
@@ -176,7 +176,7 @@ void one_group(const Call<T>& call) {
 }
 // Gradients of gradients are of one group, where all counts and no ReLU follows.
 template <class T>
-void second_order(const Call<T>& call) {
+inline void second_order(const Call<T>& call) {
   const std::size_t offsets = call.groups.offsets.size(), weights = call.counted.weights.size();
   if (offsets != 0) fail("offsets must be empty for gradients of gradients, got ", offsets);
   if (weights != 0) fail("weights must be empty for gradients of gradients, got ", weights);
