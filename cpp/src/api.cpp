@@ -213,8 +213,8 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   write_gradients(checked, out);
   // Of segments dgamma and dbeta are sums, where those of each are not wanted.
   const auto channels = static_cast<std::size_t>(call.problem.channels);
-  const auto sums = [&](const ChannelOutput& to) { return to.wanted() && to.size() < saved.size(); };
-  std::vector<double> of_gamma(sums(out.dgamma) ? saved.size() : 0), of_beta(sums(out.dbeta) ? saved.size() : 0);
+  const auto is_sum = [&](const ChannelOutput& to) { return to.wanted() && to.size() != saved.size(); };
+  std::vector<double> of_gamma(is_sum(out.dgamma) ? saved.size() : 0), of_beta(is_sum(out.dbeta) ? saved.size() : 0);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
     FirstOutputs<T> to = outputs(out, at);
     const auto of_part = [&](std::vector<double>& all, const ChannelOutput& wanted) {
@@ -225,8 +225,8 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
     to.dbeta = of_part(of_beta, out.dbeta);
     Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry, to);
   });
-  if (!of_gamma.empty()) sum_over_segments(of_gamma, call.problem.channels, options.threads, out.dgamma);
-  if (!of_beta.empty()) sum_over_segments(of_beta, call.problem.channels, options.threads, out.dbeta);
+  if (is_sum(out.dgamma)) sum_over_segments(of_gamma, call.problem.channels, options.threads, out.dgamma);
+  if (is_sum(out.dbeta)) sum_over_segments(of_beta, call.problem.channels, options.threads, out.dbeta);
 }
 
 template <class T>

@@ -121,10 +121,11 @@ class Traversal {
     const std::int64_t applied = groups_in_wave() * plan_.apply_runs.chunks;
     const std::int64_t channels = wave_.end - wave_.begin;
     const Phase finish = phase<&Traversal::finish_channels>((channels + kFinishedTogether - 1) / kFinishedTogether);
-    if (!pass_.reduces) return run_phases({finish, phase<&Traversal::apply_tiles>(applied)});
+    const Phase apply = phase<&Traversal::apply_tiles>(applied, pass_.reduces);
+    if (!pass_.reduces) return run_phases({finish, apply});
     const Phase sum = phase<&Traversal::sum_tiles>(summed, false, plan_.chunks_together);
     if (!pass_.applies) return run_phases({sum, finish});
-    run_phases({sum, finish, phase<&Traversal::apply_tiles_backwards>(applied, true)});
+    run_phases({sum, finish, apply});
   }
 
   void sum_tiles(Range tiles) {
@@ -150,12 +151,12 @@ class Traversal {
       pass_.finish(channels, totals.of);
     }
   }
+  // Backwards where they have been summed.
   void apply_tiles(Range tiles) {
-    for (std::int64_t t = tiles.begin; t < tiles.end; ++t) apply_chunk(t / groups_in_wave(), channels_of_tile(t));
-    if (plan_.around_cache) fence_streams();
-  }
-  void apply_tiles_backwards(Range tiles) {
-    for (std::int64_t t = tiles.end; t-- > tiles.begin;) apply_chunk(t / groups_in_wave(), channels_of_tile(t));
+    for (std::int64_t k = 0, count = tiles.end - tiles.begin; k < count; ++k) {
+      const std::int64_t t = pass_.reduces ? tiles.end - 1 - k : tiles.begin + k;
+      apply_chunk(t / groups_in_wave(), channels_of_tile(t));
+    }
     if (plan_.around_cache) fence_streams();
   }
 
