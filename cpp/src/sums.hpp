@@ -48,9 +48,8 @@ inline kernels::Sums at(const kernels::ColumnSums& sums, std::int64_t column) {
 }
 
 // The same of `count` columns, which do not overlap.
-inline void add_columns(double* sum, double* low, const double* more, const double* more_low, std::int64_t count) {
-  const double* __restrict part = more;
-  const double* __restrict part_low = more_low;
+inline void add_columns(double* __restrict sum, double* __restrict low, const double* __restrict part,
+                        const double* __restrict part_low, std::int64_t count) {
   for (std::int64_t e = 0; e < count; ++e) {
     const DoubleDouble total = two_sum(sum[e], part[e]);
     sum[e] = total.hi;
