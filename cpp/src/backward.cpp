@@ -183,7 +183,7 @@ struct BackwardPass {
   [[nodiscard]] Coefficients<V, GradAffine> coefficients_of(std::int64_t c, const MomentsOf<V>& m,
                                                             const GradSumsOf<V>& s, const TwoParts<V>& rstd) const {
     const V scale = read_channels<V>(call.gamma, c, 1);
-    if (tangents == nullptr) return backward_coefficients<A, V>(m, s, rstd, scale);
+    if (tangents == nullptr) return backward_coefficients<A, V>(m, m.count, s, rstd, scale);
     return jvp_coefficients<A, V>(m, s, rstd, scale, read_channels<V>(tangents->gamma, c, 0),
                                   read_channels<V>(tangents->beta, c, 0));
   }

@@ -2,6 +2,7 @@
 // formulas that take many channels at once give each what it gets alone.
 #include "lines.hpp"
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -162,13 +163,13 @@ struct Channels {
   std::vector<double> first, second, gamma, beta, low;
 };
 // Every fifth is not as usual, if wanted: a mean far above its std.
-Channels channels(std::int64_t n, bool usual) {
+Channels channels(std::int64_t n, bool usual, double count = 8) {
   data::Generator g(static_cast<std::uint64_t>(n));
   Channels c;
   for (std::int64_t i = 0; i < n; ++i) {
     const double mean = !usual && i % 5 == 4 ? 1e6 : 1 + g.value<double>();
-    c.first.push_back(8 * mean);
-    c.second.push_back(8 * mean * mean + 8 + g.value<double>());
+    c.first.push_back(count * mean);
+    c.second.push_back(count * (mean * mean + 1) + g.value<double>());
     c.gamma.push_back(g.value<double>());
     c.beta.push_back(g.value<double>());
     c.low.push_back(g.value<double>() * 0x1p-60);
@@ -181,43 +182,74 @@ kernels::ColumnSums columns(std::vector<double>& first, std::vector<double>& sec
 
 constexpr double kEps = 1e-5;
 
+// Quotients are those of a division, whatever is counted.
+void expect_formulas_of_one_channel(const Implementation& implementation, std::int64_t n, double count) {
+  const kernels::LineKernels& lines = implementation.table->lines;
+  Channels in = channels(n, true, count);
+  const auto size = static_cast<std::size_t>(n);
+  std::vector<Moments> found(size), expected(size);
+  std::vector<float> k[8];
+  for (auto& field : k) field.resize(size);
+  std::vector<double> dgamma(size), dbeta(size);
+  EXPECT(lines.moments(columns(in.first, in.second, in.low), n, count, found.data()), implementation.name, " ", n);
+  EXPECT(
+      lines.normalize(found.data(), n, kEps, in.gamma.data(), in.beta.data(), {k[0].data(), k[1].data(), k[2].data()}),
+      implementation.name, " ", n);
+  EXPECT(
+      lines.grad_input(found.data(), columns(in.beta, in.gamma, in.low), n, kEps, in.gamma.data(),
+                       {k[3].data(), k[4].data(), k[5].data(), k[6].data(), k[7].data()}, dgamma.data(), dbeta.data()),
+      implementation.name, " ", n);
+  for (std::size_t c = 0; c < size; ++c) {
+    const auto m = moments_from_sums<float, double>({count, 0}, 0, {in.first[c], in.low[c]}, {in.second[c], in.low[c]});
+    m.put(&expected[c]);
+    const auto rstd = rstd_for<float>(m, kEps);
+    const auto affine = quick_coefficients(m.mean, m.mean_lo, rstd.hi, in.gamma[c], in.beta[c]).narrow;
+    const GradSumsOf<double> sums{{in.beta[c], in.low[c]}, {in.gamma[c], in.low[c]}};
+    const auto grad = backward_coefficients<float, double>(m, m.count, sums, rstd, in.gamma[c]).narrow;
+    const double alone[] = {affine.center, affine.scale,  affine.offset, grad.dy_center,
+                            grad.dy_scale, grad.x_center, grad.x_scale,  grad.offset};
+    for (std::size_t f = 0; f < 8; ++f) {
+      EXPECT(data::same_bits(k[f][c], static_cast<float>(alone[f])), implementation.name, " field ", f, " of ", c,
+             " of ", n);
+    }
+    EXPECT(data::same_bits(dgamma[c], dgamma_of<float>(m, sums, rstd)), implementation.name, " ", c, " of ", n);
+    EXPECT(data::same_bits(dbeta[c], dbeta_of(sums)), implementation.name, " ", c, " of ", n);
+  }
+  EXPECT(all_passes::bits_of(found) == all_passes::bits_of(expected), implementation.name, " ", n);
+}
 TEST(formulas_for_many_channels_give_each_the_bits_it_gets_alone) {
   for (const Implementation& implementation : tables::runnable()) {
     if (tables::is_reference(implementation)) continue;
-    const kernels::LineKernels& lines = implementation.table->lines;
-    for (std::int64_t n = 1; n <= 21; ++n) {
-      Channels in = channels(n, true);
-      const auto size = static_cast<std::size_t>(n);
-      std::vector<Moments> found(size), expected(size);
-      std::vector<float> k[8];
-      for (auto& field : k) field.resize(size);
-      std::vector<double> dgamma(size), dbeta(size);
-      EXPECT(lines.moments(columns(in.first, in.second, in.low), n, 8, found.data()), implementation.name, " ", n);
-      EXPECT(lines.normalize(found.data(), n, kEps, in.gamma.data(), in.beta.data(),
-                             {k[0].data(), k[1].data(), k[2].data()}),
-             implementation.name, " ", n);
-      EXPECT(lines.grad_input(found.data(), columns(in.beta, in.gamma, in.low), n, kEps, in.gamma.data(),
-                              {k[3].data(), k[4].data(), k[5].data(), k[6].data(), k[7].data()}, dgamma.data(),
-                              dbeta.data()),
-             implementation.name, " ", n);
-      for (std::size_t c = 0; c < size; ++c) {
-        const auto m = moments_from_sums<float, double>({8, 0}, 0, {in.first[c], in.low[c]}, {in.second[c], in.low[c]});
-        m.put(&expected[c]);
-        const auto rstd = rstd_for<float>(m, kEps);
-        const auto affine = quick_coefficients(m.mean, m.mean_lo, rstd.hi, in.gamma[c], in.beta[c]).narrow;
-        const GradSumsOf<double> sums{{in.beta[c], in.low[c]}, {in.gamma[c], in.low[c]}};
-        const auto grad = backward_coefficients<float, double>(m, sums, rstd, in.gamma[c]).narrow;
-        const double alone[] = {affine.center, affine.scale,  affine.offset, grad.dy_center,
-                                grad.dy_scale, grad.x_center, grad.x_scale,  grad.offset};
-        for (std::size_t f = 0; f < 8; ++f) {
-          EXPECT(data::same_bits(k[f][c], static_cast<float>(alone[f])), implementation.name, " field ", f, " of ", c,
-                 " of ", n);
-        }
-        EXPECT(data::same_bits(dgamma[c], dgamma_of<float>(m, sums, rstd)), implementation.name, " ", c, " of ", n);
-        EXPECT(data::same_bits(dbeta[c], dbeta_of(sums)), implementation.name, " ", c, " of ", n);
-      }
-      EXPECT(all_passes::bits_of(found) == all_passes::bits_of(expected), implementation.name, " ", n);
+    for (std::int64_t n = 1; n <= 21; ++n) expect_formulas_of_one_channel(implementation, n, 8);
+    for (double count = 2; count < 0x1p31; count = 3 * count + 1) {
+      expect_formulas_of_one_channel(implementation, 199, count);
     }
+  }
+}
+TEST(channels_that_do_not_count_the_same_integer_are_told) {
+  for (const Implementation& implementation : tables::runnable()) {
+    Channels in = channels(21, true);
+    std::vector<double> dgamma(21), dbeta(21);
+    std::vector<float> k[5];
+    for (auto& field : k) field.resize(21);
+    const auto are_usual = [&](double first, double others) {
+      std::vector<Moments> m(21, {others, 1, 0, 8, 0});
+      m[0].count = first;
+      const kernels::LineKernels& lines = implementation.table->lines;
+      const double* gamma = in.gamma.data();
+      const bool forward =
+          lines.normalize(m.data(), 21, kEps, gamma, in.beta.data(), {k[0].data(), k[1].data(), k[2].data()});
+      const bool backward = lines.grad_input(m.data(), columns(in.beta, in.gamma, in.low), 21, kEps, gamma,
+                                             {k[0].data(), k[1].data(), k[2].data(), k[3].data(), k[4].data()},
+                                             dgamma.data(), dbeta.data());
+      EXPECT(forward == backward, implementation.name, " ", first, " ", others);
+      return forward;
+    };
+    EXPECT(are_usual(8, 8) != tables::is_reference(implementation), implementation.name);
+    for (const double count : {0.0, 0.5, 7.5, 0x1p31, 0x1p60, HUGE_VAL}) {
+      EXPECT(!are_usual(count, count), implementation.name, " ", count);
+    }
+    EXPECT(!are_usual(8, 9), implementation.name);
   }
 }
 
