@@ -22,6 +22,8 @@ void eps(double eps);
 // No negative variance. NaN passes: it stays in its channel.
 void variances(const ChannelValues& var);
 void counts(const char* name, std::span<const Moments> moments);
+// Whether every channel has values, and an m2 that may be: then all checks of counts pass.
+bool all_count(std::span<const Moments> moments);
 // No values at all in a channel, or more than `ddof`.
 void counts_above(const char* name, std::span<const Moments> moments, int ddof);
 // A batch that has a variance: no values at all, or at least 2 a channel.
