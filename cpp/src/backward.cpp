@@ -85,7 +85,8 @@ struct BackwardPass {
     if (moments == nullptr) return;
     for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
       const Range some{begin, std::min(begin + kTogether, channels.end)};
-      finish_some(some, totals == nullptr ? nullptr : totals + (begin - channels.begin));
+      const Sums* of_some = totals == nullptr ? nullptr : totals + (begin - channels.begin);
+      if (!finish_at_once(some, of_some)) finish_some(some, of_some);
     }
   }
   void lay_out(Range channels) { coefficients->lay_out(channels); }
@@ -133,6 +134,27 @@ struct BackwardPass {
     table.of<T>().rows_grad_input(in, {}, dx + offset, rows, columns);
   }
 
+  // At most kTogether channels, of which all are as usual; else false.
+  bool finish_at_once(Range channels, const Sums* totals) const {
+    if constexpr (std::is_same_v<A, float>) {
+      const std::int64_t first = channels.begin, n = channels.end - first;
+      const bool is_plain = applies && constant_scale == nullptr && tangents == nullptr && !call.positions;
+      if (!is_plain || totals == nullptr || n < kWorthTurning) return false;
+      SumsTogether sums(totals, n);
+      double g[kTogether], of_gamma[kTogether], of_beta[kTogether];
+      read_channels(call.gamma, channels, 1, g);
+      typename Table::Fields k;
+      const kernels::GradAffineOut to{k[0], k[1], k[2], k[3], k[4]};
+      if (!table.lines.grad_input(moments + first, sums.columns, n, call.eps, g, to, of_gamma, of_beta)) return false;
+      for (std::int64_t i = 0; i < n; ++i) {
+        dgamma.set(first + i, of_gamma[i]);
+        dbeta.set(first + i, of_beta[i]);
+      }
+      coefficients->set(channels, k);
+      return true;
+    }
+    return false;
+  }
   // At most kTogether channels. First rstd alone: its divisions and roots take so long that they should overlap.
   void finish_some(Range channels, const Sums* totals) {
     double rstd_hi[kTogether], rstd_lo[kTogether];

@@ -77,17 +77,10 @@ struct ForwardPass {
   }
 
   void finish(Range channels, const Sums* totals) {
-    if (reduces) {
-      const DoubleDouble count = call.count();
-      if (totals != nullptr && count.hi > 0) {
-        settle<T>(plan, {summed, count}, channels, totals, saved);
-      } else {
-        std::fill(saved + channels.begin, saved + channels.end, Moments{});
-      }
-    }
-    if (!applies) return;
     for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
-      set_coefficients({begin, std::min(begin + kTogether, channels.end)});
+      const Range some{begin, std::min(begin + kTogether, channels.end)};
+      const Sums* of_some = totals == nullptr ? nullptr : totals + (begin - channels.begin);
+      if (!finish_at_once(some, of_some)) finish_some(some, of_some);
     }
   }
   void lay_out(Range channels) { coefficients->lay_out(channels); }
@@ -119,6 +112,37 @@ struct ForwardPass {
     if (rows.columns == plan.apply_rows.columns && rows.columns >= kernels::kVectorColumns) rows.walk = walk;
     const AffineColumns<A> columns{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};
     table.of<T>().rows_normalize(x + offset, y + offset, tail(offset), rows, columns);
+  }
+
+  // At most kTogether channels, of which all are as usual; else false.
+  bool finish_at_once(Range channels, const Sums* totals) const {
+    if constexpr (std::is_same_v<A, float>) {
+      const std::int64_t first = channels.begin, n = channels.end - first;
+      if (!reduces || totals == nullptr || call.positions || n < kWorthTurning) return false;
+      SumsTogether sums(totals, n);
+      const auto count = static_cast<double>(call.problem.count());
+      if (!table.lines.moments(sums.columns, n, count, saved + first)) return false;
+      if (!applies) return true;
+      double g[kTogether], b[kTogether];
+      read_channels(call.gamma, channels, 1, g);
+      read_channels(call.beta, channels, 0, b);
+      typename Table::Fields k;
+      if (!table.lines.normalize(saved + first, n, call.eps, g, b, {k[0], k[1], k[2]})) return false;
+      coefficients->set(channels, k);
+      return true;
+    }
+    return false;
+  }
+  void finish_some(Range channels, const Sums* totals) const {
+    if (reduces) {
+      const DoubleDouble count = call.count();
+      if (totals != nullptr && count.hi > 0) {
+        settle<T>(plan, {summed, count}, channels, totals, saved);
+      } else {
+        std::fill(saved + channels.begin, saved + channels.end, Moments{});
+      }
+    }
+    if (applies) set_coefficients(channels);
   }
 
   // Of at most kTogether channels.
