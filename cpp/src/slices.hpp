@@ -14,7 +14,7 @@
 namespace batchnorm {
 
 // A float64 for each channel of a slice.
-using OfSlice = std::array<double, kMostSliced>;
+struct alignas(kernels::kStreamBytes) OfSlice : std::array<double, kMostSliced> {};
 
 // Of {rows, channels, 1}, in at most kBlocks blocks of rows. All functions return false where a channel is not as
 // usual, so that the passes over rows have to do it, and have then written nothing but statistics.
@@ -32,7 +32,7 @@ class Slice {
   }
 
   bool normalize(const T* x, T* y, const Moments* moments, double eps, const double* gamma, const double* beta) const {
-    Field center, scale, offset;
+    alignas(kernels::kStreamBytes) Field center, scale, offset;
     if (!table_.lines.normalize(moments, problem_.channels, eps, gamma, beta, {center, scale, offset})) return false;
     const kernels::Rows rows = applied(x != y, {center, scale, offset});
     table_.of<T>().rows_normalize(x, y, {}, rows, {center, scale, offset});
@@ -47,7 +47,7 @@ class Slice {
     const kernels::ColumnSums sums = sum([&](std::int64_t offset, const kernels::Rows& rows, const auto& to) {
       table_.of<T>().rows_grad_sums({.dy = dy + offset, .x = x + offset}, {}, rows, mean.data(), to);
     });
-    Field dy_center, dy_scale, x_center, x_scale, offset;
+    alignas(kernels::kStreamBytes) Field dy_center, dy_scale, x_center, x_scale, offset;
     if (!table_.lines.grad_input(moments, sums, problem_.channels, eps, gamma,
                                  {dy_center, dy_scale, x_center, x_scale, offset}, dgamma.data(), dbeta.data())) {
       return false;
@@ -90,7 +90,7 @@ class Slice {
   const kernels::KernelTable& table_ = *active_implementation().table;
   Problem problem_;
   bool around_cache_;
-  double memory_[4 * kMostSliced * (kBlocks > 1 ? kBlocks + 1 : 1)];
+  alignas(kernels::kStreamBytes) double memory_[4 * kMostSliced * (kBlocks > 1 ? kBlocks + 1 : 1)];
 };
 
 // The passes of passes.hpp over a problem that is one slice, on one thread. False where it is not, or a channel is not
