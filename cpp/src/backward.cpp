@@ -2,9 +2,9 @@
 // coefficients, with a tangent in the place of dy.
 #include <vector>
 
-#include "lines.hpp"
 #include "pass.hpp"
-#include "slices.hpp"
+#include "short_runs.hpp"
+#include "small.hpp"
 
 namespace batchnorm {
 namespace {
@@ -145,7 +145,8 @@ struct BackwardPass {
       read_channels(call.gamma, channels, 1, g);
       typename Table::Fields k;
       const kernels::GradAffineOut to{k[0], k[1], k[2], k[3], k[4]};
-      if (!table.lines.grad_input(moments + first, sums.columns, n, call.eps, g, to, of_gamma, of_beta)) return false;
+      if (!table.formulas.grad_input(moments + first, sums.columns, n, call.eps, g, to, of_gamma, of_beta))
+        return false;
       for (std::int64_t i = 0; i < n; ++i) {
         dgamma.set(first + i, of_gamma[i]);
         dbeta.set(first + i, of_beta[i]);
@@ -243,8 +244,8 @@ BackwardPass<T> forward_mode(const T* x_dot, const T* x, const Part<T>& call, co
 template <class T>
 void run_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out, int threads,
                    const PartOf& part) {
-  if (is_lines(call.problem)) {
-    return run_lines_grad_sums(dy, x, call, moments, out, threads, part);
+  if (has_short_runs(call.problem)) {
+    return run_short_grad_sums(dy, x, call, moments, out, threads, part);
   }
   BackwardPass<T> pass{.reduces = true, .applies = false, .call = call, .dy = dy, .x = x};
   pass.moments = moments;
@@ -255,8 +256,8 @@ void run_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* 
 template <class T>
 void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
                     const FirstOutputs<T>& out, int threads, const PartOf& part) {
-  if (is_lines(call.problem)) {
-    return run_lines_grad_input(dy, x, call, moments, sums, out, threads, part);
+  if (has_short_runs(call.problem)) {
+    return run_short_grad_input(dy, x, call, moments, sums, out, threads, part);
   }
   BackwardPass<T> pass{.reduces = false, .applies = true, .call = call, .dy = dy, .x = x, .dx = out.dx};
   pass.dresidual = out.dresidual;
@@ -269,10 +270,10 @@ void run_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments*
 template <class T>
 void run_batch_norm_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved,
                              const FirstOutputs<T>& out, int threads, const PartOf& part) {
-  if (is_lines(call.problem)) {
-    return run_lines_backward(dy, x, call, saved, out, threads, part);
+  if (has_short_runs(call.problem)) {
+    return run_short_backward(dy, x, call, saved, out, threads, part);
   }
-  if (run_slice_backward(dy, x, call, saved, out, threads, part)) return;
+  if (run_small_backward(dy, x, call, saved, out, threads, part)) return;
   const ConstantScale unchanged;
   const bool gate_alone = out.dx == nullptr && out.dresidual != nullptr;
   BackwardPass<T> pass{.reduces = true,
@@ -331,8 +332,8 @@ void run_normalize_backward(const T* dy, const T* x, const Part<T>& call, const 
 template <class T>
 void run_batch_norm_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
                         const Tangents& tangents, T* y_dot, int threads, const PartOf& part) {
-  if (is_lines(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
-    return run_lines_jvp(x_dot, x, call, saved, sums, tangents, y_dot, threads, part);
+  if (has_short_runs(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
+    return run_short_jvp(x_dot, x, call, saved, sums, tangents, y_dot, threads, part);
   }
   BackwardPass<T> pass = forward_mode(x_dot, x, call, saved, sums, tangents, y_dot);
   run(pass, 3, threads, part);

@@ -1,8 +1,8 @@
 // Forward: moments -> coefficients -> normalize, or parts of that.
-#include "lines.hpp"
 #include "pass.hpp"
 #include "settle.hpp"
-#include "slices.hpp"
+#include "short_runs.hpp"
+#include "small.hpp"
 
 namespace batchnorm {
 namespace {
@@ -121,13 +121,13 @@ struct ForwardPass {
       if (!reduces || totals == nullptr || call.positions || n < kWorthTurning) return false;
       SumsTogether sums(totals, n);
       const auto count = static_cast<double>(call.problem.count());
-      if (!table.lines.moments(sums.columns, n, count, saved + first)) return false;
+      if (!table.formulas.moments(sums.columns, n, count, saved + first)) return false;
       if (!applies) return true;
       double g[kTogether], b[kTogether];
       read_channels(call.gamma, channels, 1, g);
       read_channels(call.beta, channels, 0, b);
       typename Table::Fields k;
-      if (!table.lines.normalize(saved + first, n, call.eps, g, b, {k[0], k[1], k[2]})) return false;
+      if (!table.formulas.normalize(saved + first, n, call.eps, g, b, {k[0], k[1], k[2]})) return false;
       coefficients->set(channels, k);
       return true;
     }
@@ -180,22 +180,22 @@ int streams_of(const Part<T>& call) {
 
 template <class T>
 void run_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
-  if (is_lines(call.problem)) return run_lines_moments(x, call, out, threads, part);
-  if (run_slice_moments(x, call, out, threads, part)) return;
+  if (has_short_runs(call.problem)) return run_short_moments(x, call, out, threads, part);
+  if (run_small_moments(x, call, out, threads, part)) return;
   ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
   run(pass, 2, threads, part);
 }
 
 template <class T>
 void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
-  if (is_lines(call.problem) && call.tail.empty()) {
-    return run_lines_batch_norm(x, call, y, saved, threads, part);
+  if (has_short_runs(call.problem) && call.tail.empty()) {
+    return run_short_batch_norm(x, call, y, saved, threads, part);
   }
-  if (is_lines(call.problem)) {
+  if (has_short_runs(call.problem)) {
     run_moments(x, call, saved, threads, part);
     return run_normalize(x, call, {{}, {}, saved}, y, threads, part);
   }
-  if (call.tail.empty() && run_slice_batch_norm(x, call, y, saved, threads, part)) return;
+  if (call.tail.empty() && run_small_batch_norm(x, call, y, saved, threads, part)) return;
   ForwardPass<T> pass{.reduces = true, .applies = true, .call = call, .x = x, .y = y, .saved = saved};
   run(pass, streams_of(call), threads, part);
 }
@@ -203,8 +203,8 @@ void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int t
 template <class T>
 void run_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
                    const PartOf& part) {
-  if (is_lines(call.problem) && call.tail.empty()) {
-    return run_lines_normalize(x, call, given, y, threads, part);
+  if (has_short_runs(call.problem) && call.tail.empty()) {
+    return run_short_normalize(x, call, given, y, threads, part);
   }
   ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};
   run(pass, streams_of(call), threads, part);

@@ -1,5 +1,5 @@
 // Some float64 side by side: two, which the instruction sets that every machine has (SSE2, NEON) compute at once, or as
-// many as the kernels of one have (kernels/lines-inl.hpp). A formula written for V = double or such a vector gives
+// many as the kernels of one have (kernels/formulas-inl.hpp). A formula written for V = double or such a vector gives
 // each channel the same bits.
 #pragma once
 

@@ -1,4 +1,4 @@
-#include "lines.hpp"
+#include "short_runs.hpp"
 
 #include <algorithm>
 #include <array>
@@ -11,7 +11,7 @@
 #include "pair.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
-#include "slices.hpp"
+#include "small.hpp"
 
 namespace batchnorm {
 namespace {
@@ -114,7 +114,7 @@ struct Tensors {
   const std::uint8_t* bits = nullptr;
   std::int64_t first_bit = 0;
   T* dresidual = nullptr;
-  const kernels::WeightOf<T>* counted = nullptr;  // weights of a line, where outputs are padded
+  const kernels::WeightOf<T>* counted = nullptr;  // weights of a run, where outputs are padded
 };
 
 // f(Tile) for all channels. All inputs of a tile are read before anything is written, since outputs may be inputs.
@@ -124,27 +124,27 @@ class EachTile {
 
  public:
   EachTile(const Problem& problem, const Tensors<T, kTensors>& tensors, const F& f)
-      : problem_(problem), lines_(lines_of_tile(problem, sizeof(A))), tensors_(tensors), f_(f) {}
+      : problem_(problem), runs_(runs_of_tile(problem, sizeof(A))), tensors_(tensors), f_(f) {}
 
   void run(int threads) {
-    const Phase phase{(problem_.channels + lines_ - 1) / lines_, 1, false,
+    const Phase phase{(problem_.channels + runs_ - 1) / runs_, 1, false,
                       [](void* self, Range range) noexcept { static_cast<EachTile*>(self)->run(range); }};
     run_phases(threads, &phase, 1, this);
   }
 
  private:
-  using Values = A[kLineTileBytes / sizeof(A)];
+  using Values = A[kTurnedBytes / sizeof(A)];
   struct Memory {
     alignas(64) Values turned[kTensors];
     alignas(64) Values flat[kTensors];
-    alignas(64) A weights[kLineTileBytes / sizeof(A) + kernels::kVectorColumns];
-    alignas(64) std::byte work[kLineWorkBytes];
+    alignas(64) A weights[kTurnedBytes / sizeof(A) + kernels::kVectorColumns];
+    alignas(64) std::byte work[kTileWorkBytes];
   };
 
   void run(Range tiles) {
     Memory memory;  // NOLINT: kernels overwrite
     for (std::int64_t t = tiles.begin; t < tiles.end; ++t) {
-      run({t * lines_, std::min((t + 1) * lines_, problem_.channels)}, memory);
+      run({t * runs_, std::min((t + 1) * runs_, problem_.channels)}, memory);
     }
   }
   void run(const Range& channels, Memory& memory) const {
@@ -206,7 +206,7 @@ class EachTile {
   }
 
   Problem problem_;
-  std::int64_t lines_;
+  std::int64_t runs_;
   Tensors<T, kTensors> tensors_;
   const F& f_;
   const kernels::KernelTable& table_ = *active_implementation().table;
@@ -231,9 +231,9 @@ Tensors<T, 2> gradients(const T* dy, const T* x, const Part<T>& call, T* dx = nu
 // ---- channels ----
 
 // Those of gamma or its like, which may repeat.
-class ValuesOfLines {
+class ValuesOfTile {
  public:
-  ValuesOfLines(const ChannelValues& from, Range channels, double absent) : count_(channels.end - channels.begin) {
+  ValuesOfTile(const ChannelValues& from, Range channels, double absent) : count_(channels.end - channels.begin) {
     read_channels(from, channels, absent, values_.data());
   }
   [[nodiscard]] const double* data() const { return values_.data(); }
@@ -241,10 +241,10 @@ class ValuesOfLines {
 
  private:
   std::int64_t count_;
-  OfSlice values_;
+  OfSmall values_;
 };
 
-void put(const OfSlice& values, Range channels, const ChannelOutput& to) {
+void put(const OfSmall& values, Range channels, const ChannelOutput& to) {
   for (std::int64_t c = channels.begin; to.wanted() && c < channels.end; ++c)
     to.set(c, values.data()[c - channels.begin]);
 }
@@ -263,17 +263,17 @@ struct CallOfTile {
     part.beta = beta.values();
     part.eps = call.eps;
   }
-  ValuesOfLines gamma, beta;
+  ValuesOfTile gamma, beta;
   Part<A> part;
 };
 
-// Whether f(Slice) did a tile as a slice of one block: not where positions have weights, nor in float64.
+// Whether f(Small) did a tile as a small problem of one block: not where positions have weights, nor in float64.
 template <class T, std::size_t kTensors, class F>
-bool as_slice(const Part<T>& call, const Tile<Arithmetic<T>, kTensors>& tile, const F& f) {
+bool as_small(const Part<T>& call, const Tile<Arithmetic<T>, kTensors>& tile, const F& f) {
   if constexpr (std::is_same_v<Arithmetic<T>, float>) {
     if (call.positions) return false;
-    Slice<float, 1> slice(tile.problem);
-    return f(slice);
+    Small<float, 1> small(tile.problem);
+    return f(small);
   }
   return false;
 }
@@ -281,48 +281,48 @@ bool as_slice(const Part<T>& call, const Tile<Arithmetic<T>, kTensors>& tile, co
 }  // namespace
 
 template <class T>
-void run_lines_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
+void run_short_moments(const T* x, const Part<T>& call, Moments* out, int threads, const PartOf& part) {
   using A = Arithmetic<T>;
   for_tiles<T, 1>(call.problem, {{x}}, threads, part, [&](const Tile<A, 1>& tile) {
     Moments* to = tile.of(out);
-    if (as_slice(call, tile, [&](auto& slice) { return slice.moments(tile.values[0], to); })) return;
+    if (as_small(call, tile, [&](auto& small) { return small.moments(tile.values[0], to); })) return;
     run_moments<A>(tile.values[0], CallOfTile<T>(call, tile).part, to, 1, tile.part);
   });
 }
 
 template <class T>
-void run_lines_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
+void run_short_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
   using A = Arithmetic<T>;
   for_tiles<T, 1>(call.problem, {{x}, y}, threads, part, [&](const Tile<A, 1>& tile) {
     const CallOfTile<T> k(call, tile);
     A* values = tile.values[0];
     Moments* to = tile.of(saved);
-    const bool done = as_slice(call, tile, [&](auto& slice) {
-      return slice.moments(values, to) && slice.normalize(values, values, to, call.eps, k.gamma.data(), k.beta.data());
+    const bool done = as_small(call, tile, [&](auto& small) {
+      return small.moments(values, to) && small.normalize(values, values, to, call.eps, k.gamma.data(), k.beta.data());
     });
     if (!done) run_batch_norm<A>(values, k.part, values, to, 1, tile.part);
   });
 }
 
 template <class T>
-void run_lines_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
+void run_short_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
                          const PartOf& part) {
   using A = Arithmetic<T>;
   for_tiles<T, 1>(call.problem, {{x}, y}, threads, part, [&](const Tile<A, 1>& tile) {
     const CallOfTile<T> k(call, tile);
     A* values = tile.values[0];
     const Moments* moments = tile.of(given.moments);
-    const bool done = moments != nullptr && as_slice(call, tile, [&](auto& slice) {
-                        return slice.normalize(values, values, moments, call.eps, k.gamma.data(), k.beta.data());
+    const bool done = moments != nullptr && as_small(call, tile, [&](auto& small) {
+                        return small.normalize(values, values, moments, call.eps, k.gamma.data(), k.beta.data());
                       });
     if (done) return;
-    const ValuesOfLines mean(given.mean, tile.channels, 0), var(given.var, tile.channels, 0);
+    const ValuesOfTile mean(given.mean, tile.channels, 0), var(given.var, tile.channels, 0);
     run_normalize<A>(values, k.part, {mean.values(), var.values(), moments, given.only_scale}, values, 1, tile.part);
   });
 }
 
 template <class T>
-void run_lines_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out,
+void run_short_grad_sums(const T* dy, const T* x, const Part<T>& call, const Moments* moments, GradSums* out,
                          int threads, const PartOf& part) {
   using A = Arithmetic<T>;
   for_tiles<T, 2>(call.problem, gradients(dy, x, call), threads, part, [&](const Tile<A, 2>& tile) {
@@ -332,7 +332,7 @@ void run_lines_grad_sums(const T* dy, const T* x, const Part<T>& call, const Mom
 }
 
 template <class T>
-void run_lines_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
+void run_short_grad_input(const T* dy, const T* x, const Part<T>& call, const Moments* moments, const GradSums* sums,
                           const FirstOutputs<T>& out, int threads, const PartOf& part) {
   using A = Arithmetic<T>;
   const auto tensors = gradients(dy, x, call, out.dx, out.dresidual);
@@ -343,7 +343,7 @@ void run_lines_grad_input(const T* dy, const T* x, const Part<T>& call, const Mo
 }
 
 template <class T>
-void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved, const FirstOutputs<T>& out,
+void run_short_backward(const T* dy, const T* x, const Part<T>& call, const Moments* saved, const FirstOutputs<T>& out,
                         int threads, const PartOf& part) {
   using A = Arithmetic<T>;
   const auto tensors = gradients(dy, x, call, out.dx, out.dresidual);
@@ -351,9 +351,9 @@ void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Mome
     const CallOfTile<T> k(call, tile);
     const Moments* moments = tile.of(saved);
     A* dx = out.dx == nullptr ? nullptr : tile.values[0];
-    OfSlice dgamma, dbeta;
-    const bool done = as_slice(call, tile, [&](auto& slice) {
-      return slice.backward(tile.values[0], tile.values[1], dx, moments, call.eps, k.gamma.data(), dgamma, dbeta);
+    OfSmall dgamma, dbeta;
+    const bool done = as_small(call, tile, [&](auto& small) {
+      return small.backward(tile.values[0], tile.values[1], dx, moments, call.eps, k.gamma.data(), dgamma, dbeta);
     });
     if (!done) {
       const auto count = static_cast<std::size_t>(tile.count());
@@ -367,27 +367,27 @@ void run_lines_backward(const T* dy, const T* x, const Part<T>& call, const Mome
 }
 
 template <class T>
-void run_lines_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
+void run_short_jvp(const T* x_dot, const T* x, const Part<T>& call, const Moments* saved, const GradSums* sums,
                    const Tangents& tangents, T* y_dot, int threads, const PartOf& part) {
   using A = Arithmetic<T>;
   for_tiles<T, 2>(call.problem, {{x_dot, x}, y_dot}, threads, part, [&](const Tile<A, 2>& tile) {
-    const ValuesOfLines gamma(tangents.gamma, tile.channels, 0), beta(tangents.beta, tile.channels, 0);
+    const ValuesOfTile gamma(tangents.gamma, tile.channels, 0), beta(tangents.beta, tile.channels, 0);
     run_batch_norm_jvp<A>(tile.values[0], tile.values[1], CallOfTile<T>(call, tile).part, tile.of(saved), tile.of(sums),
                           {gamma.values(), beta.values(), {}, {}}, tile.values[0], 1, tile.part);
   });
 }
 
 #define BN_INSTANTIATE(T)                                                                                           \
-  template void run_lines_moments(const T*, const Part<T>&, Moments*, int, const PartOf&);                          \
-  template void run_lines_batch_norm(const T*, const Part<T>&, T*, Moments*, int, const PartOf&);                   \
-  template void run_lines_normalize(const T*, const Part<T>&, const GivenStatistics&, T*, int, const PartOf&);      \
-  template void run_lines_grad_sums(const T*, const T*, const Part<T>&, const Moments*, GradSums*, int,             \
+  template void run_short_moments(const T*, const Part<T>&, Moments*, int, const PartOf&);                          \
+  template void run_short_batch_norm(const T*, const Part<T>&, T*, Moments*, int, const PartOf&);                   \
+  template void run_short_normalize(const T*, const Part<T>&, const GivenStatistics&, T*, int, const PartOf&);      \
+  template void run_short_grad_sums(const T*, const T*, const Part<T>&, const Moments*, GradSums*, int,             \
                                     const PartOf&);                                                                 \
-  template void run_lines_grad_input(const T*, const T*, const Part<T>&, const Moments*, const GradSums*,           \
+  template void run_short_grad_input(const T*, const T*, const Part<T>&, const Moments*, const GradSums*,           \
                                      const FirstOutputs<T>&, int, const PartOf&);                                   \
-  template void run_lines_backward(const T*, const T*, const Part<T>&, const Moments*, const FirstOutputs<T>&, int, \
+  template void run_short_backward(const T*, const T*, const Part<T>&, const Moments*, const FirstOutputs<T>&, int, \
                                    const PartOf&);                                                                  \
-  template void run_lines_jvp(const T*, const T*, const Part<T>&, const Moments*, const GradSums*, const Tangents&, \
+  template void run_short_jvp(const T*, const T*, const Part<T>&, const Moments*, const GradSums*, const Tangents&, \
                               T*, int, const PartOf&);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)

@@ -1,4 +1,4 @@
-// Lines: what is between the passes, for many channels at once, by the formulas of channel_math.hpp on the machine's
+// What is between the passes, for many channels at once, by the formulas of channel_math.hpp on the machine's
 // vectors.
 #pragma once
 
@@ -103,7 +103,7 @@ BN_INLINE bool may_be_tiny(const Moments* m, std::int64_t n, double eps) {
   return found;
 }
 
-bool lines_moments(const ColumnSums& sums, std::int64_t n, double count, Moments* out) {
+bool many_moments(const ColumnSums& sums, std::int64_t n, double count, Moments* out) {
   AnyChannel rare;
   const Count each(count);
   for_many(n, [&]<class V>(std::int64_t i) __attribute__((always_inline)) {
@@ -115,8 +115,8 @@ bool lines_moments(const ColumnSums& sums, std::int64_t n, double count, Moments
   return each.is_exact() && !rare.found();
 }
 
-bool lines_normalize(const Moments* moments, std::int64_t n, double eps, const double* gamma, const double* beta,
-                     const AffineOut& out) {
+bool many_normalize(const Moments* moments, std::int64_t n, double eps, const double* gamma, const double* beta,
+                    const AffineOut& out) {
   AnyChannel rare;
   const Count count(moments->count);
   for_many_ahead(
@@ -132,8 +132,8 @@ bool lines_normalize(const Moments* moments, std::int64_t n, double eps, const d
   return count.is_exact() && !rare.found() && !may_be_tiny(moments, n, eps);
 }
 
-bool lines_grad_input(const Moments* moments, const ColumnSums& of_columns, std::int64_t n, double eps,
-                      const double* gamma, const GradAffineOut& out, double* dgamma, double* dbeta) {
+bool many_grad_input(const Moments* moments, const ColumnSums& of_columns, std::int64_t n, double eps,
+                     const double* gamma, const GradAffineOut& out, double* dgamma, double* dbeta) {
   AnyChannel rare;
   const Count count(moments->count);
   for_many_ahead(
