@@ -176,6 +176,23 @@ int streams_of(const Part<T>& call) {
   return call.tail.residual == nullptr ? 2 : 3;
 }
 
+// Whether short runs were turned: normalize(Part without a tail) does it, and what follows goes over y, 8 times as
+// quick as all of it by columns (2 x 2 values). Not over y of 16 bits, which is rounded, nor where it is the residual.
+template <class T, class Normalize>
+bool normalize_short_runs(const Part<T>& call, T* y, int threads, const PartOf& part, const Normalize& normalize) {
+  const bool follows = !call.tail.empty();
+  if (!has_short_runs(call.problem)) return false;
+  if (follows && (sizeof(T) == 2 || call.positions || y == call.tail.residual)) return false;
+  Part<T> alone = call;
+  alone.tail = {};
+  normalize(alone);
+  if (!follows) return true;
+  constexpr double kMean[] = {0}, kVar[] = {1};
+  const Part<T> rest{.problem = {1, 1, call.problem.size()}, .tail = call.tail, .bits_head = call.bits_head};
+  run_normalize(y, rest, {std::span(kMean), std::span(kVar), nullptr, true}, y, threads, part);
+  return true;
+}
+
 }  // namespace
 
 template <class T>
@@ -188,9 +205,8 @@ void run_moments(const T* x, const Part<T>& call, Moments* out, int threads, con
 
 template <class T>
 void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int threads, const PartOf& part) {
-  if (has_short_runs(call.problem) && call.tail.empty()) {
-    return run_short_batch_norm(x, call, y, saved, threads, part);
-  }
+  const auto turned = [&](const Part<T>& alone) { run_short_batch_norm(x, alone, y, saved, threads, part); };
+  if (normalize_short_runs(call, y, threads, part, turned)) return;
   if (has_short_runs(call.problem)) {
     run_moments(x, call, saved, threads, part);
     return run_normalize(x, call, {{}, {}, saved}, y, threads, part);
@@ -203,9 +219,8 @@ void run_batch_norm(const T* x, const Part<T>& call, T* y, Moments* saved, int t
 template <class T>
 void run_normalize(const T* x, const Part<T>& call, const GivenStatistics& given, T* y, int threads,
                    const PartOf& part) {
-  if (has_short_runs(call.problem) && call.tail.empty()) {
-    return run_short_normalize(x, call, given, y, threads, part);
-  }
+  const auto turned = [&](const Part<T>& alone) { run_short_normalize(x, alone, given, y, threads, part); };
+  if (normalize_short_runs(call, y, threads, part, turned)) return;
   ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};
   run(pass, streams_of(call), threads, part);
 }

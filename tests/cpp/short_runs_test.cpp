@@ -169,7 +169,7 @@ Channels channels(std::int64_t n, bool usual, double count = 8) {
   for (std::int64_t i = 0; i < n; ++i) {
     const double mean = !usual && i % 5 == 4 ? 1e6 : 1 + g.value<double>();
     c.first.push_back(count * mean);
-    c.second.push_back(count * (mean * mean + 1) + g.value<double>());
+    c.second.push_back(count * (mean * mean + 1) + 8 + g.value<double>());
     c.gamma.push_back(g.value<double>());
     c.beta.push_back(g.value<double>());
     c.low.push_back(g.value<double>() * 0x1p-60);
