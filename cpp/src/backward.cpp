@@ -4,9 +4,9 @@
 #include <vector>
 
 #include "coefficients.hpp"
-#include "lines.hpp"
 #include "passes.hpp"
-#include "slices.hpp"
+#include "short_runs.hpp"
+#include "small.hpp"
 #include "staged.hpp"
 #include "traverse.hpp"
 
@@ -86,7 +86,8 @@ struct BackwardPass {
     if (moments == nullptr) return;
     for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
       const Range some{begin, std::min(begin + kTogether, channels.end)};
-      finish_some(some, totals == nullptr ? nullptr : totals + (begin - channels.begin));
+      const Sums* of_some = totals == nullptr ? nullptr : totals + (begin - channels.begin);
+      if (!finish_at_once(some, of_some)) finish_some(some, of_some);
     }
   }
 
@@ -138,6 +139,28 @@ struct BackwardPass {
     table.of<T>().rows_grad_input(in, {}, dx + offset, rows, columns);
   }
 
+  // At most kTogether channels, of which all are as usual; else false.
+  bool finish_at_once(Range channels, const Sums* totals) {
+    if constexpr (std::is_same_v<A, float>) {
+      const std::int64_t first = channels.begin, n = channels.end - first;
+      const bool is_plain = applies && constant_scale == nullptr && tangents == nullptr && !call.positions;
+      if (!is_plain || totals == nullptr || n < kWorthTurning) return false;
+      SumsTogether sums(totals, n);
+      double g[kTogether], of_gamma[kTogether], of_beta[kTogether];
+      read_channels(call.gamma, channels, 1, g);
+      typename Table::Fields k;
+      const kernels::GradAffineOut to{k[0], k[1], k[2], k[3], k[4]};
+      if (!table.formulas.grad_input(moments + first, sums.columns, n, call.eps, g, to, of_gamma, of_beta))
+        return false;
+      for (std::int64_t i = 0; i < n; ++i) {
+        out.dgamma.set(first + i, of_gamma[i]);
+        out.dbeta.set(first + i, of_beta[i]);
+      }
+      coefficients->set(channels, k);
+      return true;
+    }
+    return false;
+  }
   // At most kTogether channels. First rstd alone: its divisions and roots take so long that they should overlap.
   void finish_some(Range channels, const Sums* totals) {
     double rstd_hi[kTogether], rstd_lo[kTogether];
@@ -188,7 +211,7 @@ struct BackwardPass {
   [[nodiscard]] Coefficients<V, GradAffine> coefficients_of(std::int64_t c, const MomentsOf<V>& m,
                                                             const GradSumsOf<V>& s, const TwoParts<V>& rstd) const {
     const V scale = read_channels<V>(call.gamma, c, 1);
-    if (tangents == nullptr) return backward_coefficients<A, V>(m, s, rstd, scale);
+    if (tangents == nullptr) return backward_coefficients<A, V>(m, m.count, s, rstd, scale);
     return jvp_coefficients<A, V>(m, s, rstd, scale, read_channels<V>(tangents->gamma, c, 0),
                                   read_channels<V>(tangents->beta, c, 0));
   }
@@ -209,7 +232,7 @@ struct BackwardPass {
 
 template <class T>
 void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
-  if (is_lines(call.problem)) return run_lines_grad_sums(dy, x, call, moments, out);
+  if (has_short_runs(call.problem)) return run_short_grad_sums(dy, x, call, moments, out);
   BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .moments = moments, .sums_out = out};
   run_pass(pass, call.options);
 }
@@ -217,7 +240,7 @@ void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, Gra
 template <class T>
 void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, const GradSums* sums,
                              const FirstOutputs<T>& out) const {
-  if (is_lines(call.problem)) return run_lines_grad_input(dy, x, call, moments, sums, out);
+  if (has_short_runs(call.problem)) return run_short_grad_input(dy, x, call, moments, sums, out);
   BackwardPass<T> pass{
       .reduces = false, .call = call, .dy = dy, .x = x, .out = out, .moments = moments, .sums_in = sums};
   run_pass(pass, call.options);
@@ -225,8 +248,8 @@ void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, co
 
 template <class T>
 void Backward<T>::batch_norm(const T* dy, const T* x, const Moments* saved, const FirstOutputs<T>& out) const {
-  if (is_lines(call.problem)) return run_lines_backward(dy, x, call, saved, out);
-  if (run_slice_backward(dy, x, call, saved, out)) return;
+  if (has_short_runs(call.problem)) return run_short_backward(dy, x, call, saved, out);
+  if (run_small_backward(dy, x, call, saved, out)) return;
   BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .out = out, .moments = saved};
   if (pass.gates_alone) pass.constant_scale = &kUnchanged;
   run_pass(pass, call.options);
@@ -264,8 +287,8 @@ void Backward<T>::normalize(const T* dy, const T* x, const GivenStatistics& give
 template <class T>
 void Backward<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* saved, const GradSums* sums,
                                  const Tangents& tangents, T* y_dot) const {
-  if (is_lines(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
-    return run_lines_jvp(x_dot, x, call, saved, sums, tangents, y_dot);
+  if (has_short_runs(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
+    return run_short_jvp(x_dot, x, call, saved, sums, tangents, y_dot);
   }
   BackwardPass<T> pass{.reduces = sums == nullptr,
                        .call = call,

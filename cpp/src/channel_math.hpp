@@ -46,12 +46,24 @@ struct MomentsOf {
   V count, mean, mean_lo, m2, m2_lo;
 
   BN_FORMULA static MomentsOf at(const Moments* m) {
-    return {gather<V>(m, &Moments::count), gather<V>(m, &Moments::mean), gather<V>(m, &Moments::mean_lo),
-            gather<V>(m, &Moments::m2), gather<V>(m, &Moments::m2_lo)};
+    if constexpr (kChannelsOf<V> < 4) {
+      return {gather<V>(m, &Moments::count), gather<V>(m, &Moments::mean), gather<V>(m, &Moments::mean_lo),
+              gather<V>(m, &Moments::m2), gather<V>(m, &Moments::m2_lo)};
+    } else {
+      MomentsOf k{};
+      k.count = gather<V>(m, &Moments::count);
+      gather_fours(m, &Moments::mean, k.mean, k.mean_lo, k.m2, k.m2_lo);
+      return k;
+    }
   }
   BN_FORMULA void put(Moments* m) const {
-    for (int l = 0; l < kChannelsOf<V>; ++l) {
-      m[l] = {lane(count, l), lane(mean, l), lane(mean_lo, l), lane(m2, l), lane(m2_lo, l)};
+    for (int l = 0; l < kChannelsOf<V>; ++l) m[l].count = lane(count, l);
+    if constexpr (kChannelsOf<V> < 4) {
+      for (int l = 0; l < kChannelsOf<V>; ++l) {
+        m[l].mean = lane(mean, l), m[l].mean_lo = lane(mean_lo, l), m[l].m2 = lane(m2, l), m[l].m2_lo = lane(m2_lo, l);
+      }
+    } else {
+      scatter_fours(mean, mean_lo, m2, m2_lo, m, &Moments::mean);
     }
   }
 };
@@ -65,17 +77,23 @@ struct GradSumsOf {
   }
 };
 
+// Of float32 and narrower, `below`: mean - shift. Plain float64 is enough: the conditioning checks below keep the
+// cancellation in m2 under 15 bits of 53.
+template <class V>
+BN_FORMULA MomentsOf<V> moments_from_mean(double count, double shift, const V& sum, const V& below,
+                                          const TwoParts<V>& second) {
+  const TwoParts<V> mean = two_sum(all<V>(shift), below);
+  const V m2 = (second.hi + second.lo) - sum * below;
+  return {all<V>(count), mean.hi, mean.lo, m2 < 0 ? V{} : m2, V{}};
+}
 // Moments from sum(x - shift) and sum((x - shift)^2), high and low parts, over `count` values of T. A count that is a
 // sum of weights needs its low part: what it lacks, m2 lacks (mean/std)^2 times.
 template <class T, class V>
 BN_FORMULA MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const TwoParts<V>& first,
                                           const TwoParts<V>& second) {
   if constexpr (sizeof(T) == sizeof(float)) {
-    // Plain float64 is enough: the conditioning checks below keep the cancellation in m2 under 15 bits of 53.
-    const V sum = first.hi + first.lo, below = sum / count.hi;  // mean - shift
-    const TwoParts<V> mean = two_sum(all<V>(shift), below);
-    const V m2 = (second.hi + second.lo) - sum * below;
-    return {all<V>(count.hi), mean.hi, mean.lo, m2 < 0 ? V{} : m2, V{}};
+    const V sum = first.hi + first.lo;
+    return moments_from_mean(count.hi, shift, sum, sum / count.hi, second);
   } else {
     const DoubleDouble sum = two_sum(first.hi, first.lo), below = sum / count;
     const DoubleDouble mean = DoubleDouble{shift, 0} + below;
@@ -290,37 +308,61 @@ inline Coefficients<double, kernels::Affine> folded_coefficients(double mean, do
   return k;
 }
 
-// Of tensors of float32, to be applied in float64 where there might be no room: `room` is that for the rounding error
-// of an offset in a higher binade than some y or beta.
-template <class V, class Room>
+// Of tensors of float32, to be applied in float64 where is_wide(coefficients, exact offset, fold) holds.
+template <class V, class IsWide>
 [[gnu::always_inline]] inline Coefficients<V, kernels::Affine> rounded_coefficients(const V& mean, const V& mean_lo,
                                                                                     const V& rstd, const V& gamma,
-                                                                                    const V& beta, const Room& room) {
+                                                                                    const V& beta,
+                                                                                    const IsWide& is_wide) {
   Coefficients<V, kernels::Affine> k{};
   const V exact = gamma * rstd, scale = round_to<float>(exact), center = round_to<float>(mean);
-  const V fold = ((center - mean) - mean_lo) * scale, offset = beta + fold, rounded = round_to<float>(offset);
-  k.narrow = {center, scale, rounded};
+  const V fold = ((center - mean) - mean_lo) * scale, offset = beta + fold;
+  k.narrow = {center, scale, round_to<float>(offset)};
   k.wide = {mean, exact, beta - mean_lo * exact};
-  k.is_wide = (factor_fits<float>(exact) & center_fits(mean) & offset_fits(offset) &
-               (is_in_binade(rounded, fold, beta) | room(rounded - offset, fold))) == 0;
+  k.is_wide = is_wide(k, offset, fold);
   return k;
 }
-// The same, exactly where there is none. `spread`: some y is at least so far from beta. A function of its own, since
-// hardly a channel needs it: training of 32 x 512 values took 1.2 times as long with all of it for every channel.
+// Where float32 does not hold them, or there is no room for the rounding error of an offset in a higher binade than
+// some y or beta. `spread`: some y is at least so far from beta. A function of its own, since hardly a channel needs
+// it: training of 32 x 512 values took 1.2 times as long with all of it for every channel.
 template <class V>
 [[gnu::noinline, gnu::cold]] Coefficients<V, kernels::Affine> decided_coefficients(const V& mean, const V& mean_lo,
                                                                                    const V& rstd, const V& gamma,
                                                                                    const V& beta, const V& spread) {
-  return rounded_coefficients(mean, mean_lo, rstd, gamma, beta, [&](const V& error, const V& fold) {
-    return absolute(error) <= room_for_rounding<float>(fold, beta, spread);
+  return rounded_coefficients(mean, mean_lo, rstd, gamma, beta, [&](const auto& k, const V& offset, const V& fold) {
+    const auto has_room = is_in_binade(k.narrow.offset, fold, beta) |
+                          (absolute(k.narrow.offset - offset) <= room_for_rounding<float>(fold, beta, spread));
+    return (factor_fits<float>(k.wide.scale) & center_fits(mean) & offset_fits(offset) & has_room) == 0;
   });
 }
+
+// Whether a factor may be none that float32 holds with its digits, or one of some values, whose sizes add up to `size`,
+// may be none that fits: all that does fit is far below. In few comparisons, which took half of all formulas.
+template <class V>
+BN_FORMULA auto may_be_small(const V& exact) {
+  return (exact != 0) & (absolute(round_to<float>(exact)) < static_cast<double>(std::numeric_limits<float>::min()));
+}
+template <class V>
+BN_FORMULA auto may_be_large(const V& size) {
+  return (size < 0x1p99) == 0;  // NaN too
+}
+// Where is_wide holds for a channel, it is for decided_coefficients() to say whether it is.
 template <class V>
 [[gnu::always_inline]] inline Coefficients<V, kernels::Affine> quick_coefficients(const V& mean, const V& mean_lo,
                                                                                   const V& rstd, const V& gamma,
                                                                                   const V& beta) {
   return rounded_coefficients(mean, mean_lo, rstd, gamma, beta,
-                              [](const V&, const V&) __attribute__((always_inline)) { return decltype(V{} < V{}){}; });
+                              [&](const auto& k, const V& offset, const V& fold) __attribute__((always_inline)) {
+                                return may_be_large(absolute(mean) + absolute(k.wide.scale) + absolute(offset)) |
+                                       may_be_small(k.wide.scale) | (is_in_binade(k.narrow.offset, fold, beta) == 0);
+                              });
+}
+// The same for those of grad_input.
+template <class V>
+BN_FORMULA auto may_be_wide(const Coefficients<V, kernels::GradAffine>& k) {
+  return may_be_large(absolute(k.wide.dy_center) + absolute(k.wide.dy_scale) + absolute(k.wide.x_center) +
+                      absolute(k.wide.x_scale) + absolute(k.narrow.offset)) |
+         may_be_small(k.wide.dy_scale) | may_be_small(k.wide.x_scale);
 }
 
 // Gives the coefficients for given statistics to `to`, which is called in two places: where most of them pass by, it
@@ -428,9 +470,9 @@ auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const Wei
   return keeps_digits & keeps_range;
 }
 
-// mean(dy), as far as tensors of T need it.
-template <class T, class V>
-BN_FORMULA TwoParts<V> mean_of(const TwoParts<V>& sum, const V& count) {
+// mean(dy), as far as tensors of T need it. N: what V can be divided by.
+template <class T, class V, class N>
+BN_FORMULA TwoParts<V> mean_of(const TwoParts<V>& sum, const N& count) {
   if constexpr (sizeof(T) == sizeof(double)) {
     return sum / DoubleDouble{count, 0};
   } else {
@@ -438,17 +480,18 @@ BN_FORMULA TwoParts<V> mean_of(const TwoParts<V>& sum, const V& count) {
   }
 }
 
-template <class T, class V>
-BN_FORMULA Coefficients<V, kernels::GradAffine> backward_coefficients(const MomentsOf<V>& m, const GradSumsOf<V>& s,
-                                                                      const TwoParts<V>& rstd, const V& gamma) {
+template <class T, class V, class N>
+BN_FORMULA Coefficients<V, kernels::GradAffine> backward_coefficients(const MomentsOf<V>& m, const N& count,
+                                                                      const GradSumsOf<V>& s, const TwoParts<V>& rstd,
+                                                                      const V& gamma) {
   const TwoParts<V> dot = centered_dot(m, s);
   // Grouped so that rstd^2 alone is never formed: it may overflow where p does not.
-  V p = -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));
+  V p = -(gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / count));
   if constexpr (sizeof(T) == sizeof(double)) {
-    const DoubleDouble n{m.count, 0}, exact = (DoubleDouble{-gamma, 0} * rstd * rstd) * (rstd * (dot / n));
+    const DoubleDouble n{count, 0}, exact = (DoubleDouble{-gamma, 0} * rstd * rstd) * (rstd * (dot / n));
     if (std::isfinite(exact.lo)) p = exact.hi + exact.lo;
   }
-  return grad_affine<T, V>(m, mean_of<T>(s.dy, m.count), factor<T>(gamma, rstd), p, -V{});
+  return grad_affine<T, V>(m, mean_of<T>(s.dy, count), factor<T>(gamma, rstd), p, -V{});
 }
 
 // ---- derivatives -----------------------------------------------------------------------------------------------

@@ -112,6 +112,11 @@ inline void variances(const ChannelValues& var) {
     if (var[c] < 0) fail("var must be >= 0 in every channel, got ", var[c], " in channel ", c);
   }
 }
+inline bool all_count(std::span<const Moments> moments) {
+  bool any_odd = false;  // no branch for each: there may be many channels of few values
+  for (const Moments& m : moments) any_odd |= !(m.count > 0) | (m.m2 < 0);
+  return !any_odd;
+}
 inline void counts(const char* name, std::span<const Moments> moments) {
   for (std::size_t c = 0; c < moments.size(); ++c) {
     if (!(moments[c].count >= 0)) {

@@ -59,6 +59,7 @@ class CheckedCall {
   // Moments that are read to take gradients: of at least one value, where there are some and all count.
   void reads_counts(const char* name, std::span<const Moments> moments) {
     reads_entries(name, moments);
+    if (check::all_count(moments)) return;
     check::counts(name, moments);
     if (!call_.counted.weights.empty() || call_.problem.size() == 0) return;
     if (!by_segments()) return check::counts_of_values(name, moments, -1);

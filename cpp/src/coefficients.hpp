@@ -15,9 +15,16 @@ namespace batchnorm {
 // Channels whose values are gathered in arrays before their coefficients are formed.
 constexpr std::int64_t kTogether = 64;
 
-// The values of channels, or `absent` where there are none.
+// The values of channels, which repeat where there are fewer, or `absent` where there are none.
 inline void read_channels(const ChannelValues& from, Range channels, double absent, double* to) {
-  for (std::int64_t c = channels.begin; c < channels.end; ++c) *to++ = from.value_or(c, absent);
+  const auto size = static_cast<std::int64_t>(from.size());
+  if (!from.present()) std::fill_n(to, channels.end - channels.begin, absent);
+  for (std::int64_t c = channels.begin; from.present() && c < channels.end;) {
+    const std::int64_t first = c < size ? c : c % size, n = std::min(channels.end - c, size - first);
+    for (std::int64_t k = 0; k < n; ++k) to[k] = from[first + k];
+    to += n;
+    c += n;
+  }
 }
 
 template <class V>
@@ -47,10 +54,28 @@ double* lay_out_means(const Plan& plan, Workspace& workspace, const F& mean) {
   return means;
 }
 
+// Channels that are finished at once sooner than in pairs.
+constexpr std::int64_t kWorthTurning = 16;
+// The sums of at most kTogether channels as those of columns.
+struct SumsTogether {
+  SumsTogether(const kernels::Sums* sums, std::int64_t channels) {
+    for (std::int64_t c = 0; c < channels; ++c) {
+      columns.first[c] = sums[c].first;
+      columns.first_lo[c] = sums[c].first_lo;
+      columns.second[c] = sums[c].second;
+      columns.second_lo[c] = sums[c].second_lo;
+    }
+  }
+  alignas(kernels::kStreamBytes) double memory[4][kTogether];
+  kernels::ColumnSums columns{memory[0], memory[1], memory[2], memory[3]};
+};
+
 // Map is kernels::Affine (normalize), GradAffine (grad_input) or SecondAffine (second_grad). Interleaved, their fields
 // become one array each.
 template <class T, template <class> class Map>
 class CoefficientTable {
+  static constexpr std::int64_t kFields = sizeof(Map<double>) / sizeof(double);
+
  public:
   static std::size_t bytes(const Plan& plan) {
     const std::int64_t channels = plan.problem.channels;
@@ -82,6 +107,18 @@ class CoefficientTable {
     put(k.wide, wide_channels_ + c);
     any_wide_.store(true, std::memory_order_relaxed);
   }
+  // Of at most kTogether channels, none of which is wide.
+  using Fields = T[kFields][kTogether];
+  void set(Range channels, const Fields& k) {
+    const std::int64_t n = channels.end - channels.begin;
+    std::fill_n(is_wide_ + channels.begin, n, false);
+    for (std::int64_t f = 0; is_column_ && f < kFields; ++f) std::copy_n(k[f], n, narrow_field(f) + channels.begin);
+    for (std::int64_t c = 0; !is_column_ && c < n; ++c) {
+      T of_channel[kFields];
+      for (std::int64_t f = 0; f < kFields; ++f) of_channel[f] = k[f][c];
+      std::memcpy(channels_ + channels.begin + c, of_channel, sizeof of_channel);
+    }
+  }
   // Planar: of channel c and those that follow it.
   [[nodiscard]] const Map<T>* narrow(std::int64_t c) const { return channels_ + c; }
   [[nodiscard]] const Map<double>& wide(std::int64_t c) const { return wide_channels_[c]; }
@@ -103,7 +140,6 @@ class CoefficientTable {
   [[nodiscard]] const double* wide_columns(int f) const { return wide_ + f * plan_.apply_rows.columns; }
 
  private:
-  static constexpr std::int64_t kFields = sizeof(Map<double>) / sizeof(double);
   static constexpr std::int64_t kRepeated = kernels::kVectorColumns;
 
   [[nodiscard]] std::int64_t channel_of(std::int64_t column) const {

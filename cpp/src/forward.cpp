@@ -2,10 +2,10 @@
 #include <optional>
 
 #include "coefficients.hpp"
-#include "lines.hpp"
 #include "passes.hpp"
 #include "settle.hpp"
-#include "slices.hpp"
+#include "short_runs.hpp"
+#include "small.hpp"
 #include "staged.hpp"
 #include "traverse.hpp"
 
@@ -68,17 +68,10 @@ struct ForwardPass {
   }
 
   void finish(Range channels, const Sums* totals) {
-    if (reduces) {
-      const DoubleDouble count = call.count();
-      if (totals != nullptr && count.hi > 0) {
-        settle<T>(plan, {summed, count}, channels, totals, saved);
-      } else {
-        std::fill(saved + channels.begin, saved + channels.end, Moments{});
-      }
-    }
-    if (!applies) return;
     for (std::int64_t begin = channels.begin; begin < channels.end; begin += kTogether) {
-      set_coefficients({begin, std::min(begin + kTogether, channels.end)});
+      const Range some{begin, std::min(begin + kTogether, channels.end)};
+      const Sums* of_some = totals == nullptr ? nullptr : totals + (begin - channels.begin);
+      if (!finish_at_once(some, of_some)) finish_some(some, of_some);
     }
   }
 
@@ -111,6 +104,37 @@ struct ForwardPass {
     table.of<T>().rows_normalize(x + offset, y + offset, tail(offset), rows, columns);
   }
 
+  // At most kTogether channels, of which all are as usual; else false.
+  bool finish_at_once(Range channels, const Sums* totals) {
+    if constexpr (std::is_same_v<A, float>) {
+      const std::int64_t first = channels.begin, n = channels.end - first;
+      if (!reduces || totals == nullptr || call.positions || n < kWorthTurning) return false;
+      SumsTogether sums(totals, n);
+      const auto count = static_cast<double>(call.problem.count());
+      if (!table.formulas.moments(sums.columns, n, count, saved + first)) return false;
+      if (!applies) return true;
+      double g[kTogether], b[kTogether];
+      read_channels(call.gamma, channels, 1, g);
+      read_channels(call.beta, channels, 0, b);
+      typename Table::Fields k;
+      if (!table.formulas.normalize(saved + first, n, call.eps, g, b, {k[0], k[1], k[2]})) return false;
+      coefficients->set(channels, k);
+      return true;
+    }
+    return false;
+  }
+  void finish_some(Range channels, const Sums* totals) {
+    if (reduces) {
+      const DoubleDouble count = call.count();
+      if (totals != nullptr && count.hi > 0) {
+        settle<T>(plan, {summed, count}, channels, totals, saved);
+      } else {
+        std::fill(saved + channels.begin, saved + channels.end, Moments{});
+      }
+    }
+    if (applies) set_coefficients(channels);
+  }
+
   // Of at most kTogether channels.
   void set_coefficients(Range channels) {
     const std::int64_t first = channels.begin, count = channels.end - channels.begin;
@@ -137,31 +161,51 @@ struct ForwardPass {
   }
 };
 
+// Whether short runs were turned: normalize(call without a tail) does it, and what follows goes over y, 8 times as
+// quick as all of it by columns (2 x 2 values). Not over y of 16 bits, which is rounded, nor where it is the residual.
+template <class T, class Normalize>
+bool normalize_short_runs(const PassCall<T>& call, T* y, const Normalize& normalize) {
+  const bool follows = !call.tail.empty();
+  if (!has_short_runs(call.problem)) return false;
+  if (follows && (sizeof(T) == 2 || call.positions || y == call.tail.residual)) return false;
+  PassCall<T> alone = call;
+  alone.tail = {};
+  normalize(alone);
+  if (!follows) return true;
+  constexpr double kMean[] = {0}, kVar[] = {1};
+  const PassCall<T> rest{
+      .problem = {1, 1, call.problem.size()}, .tail = call.tail, .bits_head = call.bits_head, .options = call.options};
+  Forward<T>{rest}.normalize(y, {std::span(kMean), std::span(kVar), nullptr, true}, y);
+  return true;
+}
+
 }  // namespace
 
 template <class T>
 void Forward<T>::moments(const T* x, Moments* out) const {
-  if (is_lines(call.problem)) return run_lines_moments(x, call, out);
-  if (run_slice_moments(x, call, out)) return;
+  if (has_short_runs(call.problem)) return run_short_moments(x, call, out);
+  if (run_small_moments(x, call, out)) return;
   ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
   run_pass(pass, call.options);
 }
 
 template <class T>
 void Forward<T>::batch_norm(const T* x, T* y, Moments* saved) const {
-  if (is_lines(call.problem)) {
-    if (call.tail.empty()) return run_lines_batch_norm(x, call, y, saved);
+  const auto turned = [&](const PassCall<T>& alone) { run_short_batch_norm(x, alone, y, saved); };
+  if (normalize_short_runs(call, y, turned)) return;
+  if (has_short_runs(call.problem)) {
     moments(x, saved);
     return normalize(x, {{}, {}, saved}, y);
   }
-  if (call.tail.empty() && run_slice_batch_norm(x, call, y, saved)) return;
+  if (call.tail.empty() && run_small_batch_norm(x, call, y, saved)) return;
   ForwardPass<T> pass{.reduces = true, .applies = true, .call = call, .x = x, .y = y, .saved = saved};
   run_pass(pass, call.options);
 }
 
 template <class T>
 void Forward<T>::normalize(const T* x, const GivenStatistics& given, T* y) const {
-  if (is_lines(call.problem) && call.tail.empty()) return run_lines_normalize(x, call, given, y);
+  const auto turned = [&](const PassCall<T>& alone) { run_short_normalize(x, alone, given, y); };
+  if (normalize_short_runs(call, y, turned)) return;
   ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};
   run_pass(pass, call.options);
 }

@@ -1,5 +1,5 @@
 // Some float64 side by side: two, which the instruction sets that every machine has (SSE2, NEON) compute at once, or as
-// many as the kernels of one have (kernels/lines-inl.hpp). A formula written for V = double or such a vector gives
+// many as the kernels of one have (kernels/formulas-inl.hpp). A formula written for V = double or such a vector gives
 // each channel the same bits.
 #pragma once
 
@@ -8,12 +8,14 @@
 #include <cstdint>
 #include <cstring>
 #include <type_traits>
+#include <utility>
 
 #include "double_double.hpp"
 
 namespace batchnorm {
 
 using Pair = double __attribute__((vector_size(16)));
+using Four = double __attribute__((vector_size(32)));
 
 // Channels that a V holds.
 template <class V>
@@ -25,32 +27,31 @@ concept ManyChannels = sizeof(V) > sizeof(double) && requires(V v) { v[0]; };
 
 // What has as many values as so many channels.
 template <std::int64_t kChannels>
-struct As;
-template <>
-struct As<2> {
-  using Floats = float __attribute__((vector_size(8)));
-  using Bits = std::uint64_t __attribute__((vector_size(16)));
-};
-template <>
-struct As<4> {
-  using Floats = float __attribute__((vector_size(16)));
-  using Bits = std::uint64_t __attribute__((vector_size(32)));
+struct As {
+  typedef float Floats __attribute__((vector_size(kChannels * sizeof(float))));         // NOLINT: not as `using`
+  typedef std::uint64_t Bits __attribute__((vector_size(kChannels * sizeof(double))));  // NOLINT
 };
 template <class V>
 using FloatsOf = typename As<kChannelsOf<V>>::Floats;
 template <class V>
 using BitsOf = typename As<kChannelsOf<V>>::Bits;
 
+// V{f(0), f(1), ...}, of one value a channel.
+template <class V, class F>
+BN_FORMULA V by_channel(const F& f) {
+  if constexpr (kChannelsOf<V> == 1) {
+    return f(0);
+  } else {
+    return [&]<int... kLane>(std::integer_sequence<int, kLane...>) __attribute__((always_inline)) {
+      return V{f(kLane)...};
+    }(std::make_integer_sequence<int, kChannelsOf<V>>{});
+  }
+}
+
 // The values of the channels of a V: one field of consecutive structures.
 template <class V, class S>
 BN_FORMULA V gather(const S* s, double S::* field) {
-  if constexpr (kChannelsOf<V> == 1) {
-    return s->*field;
-  } else if constexpr (kChannelsOf<V> == 2) {
-    return V{s[0].*field, s[1].*field};
-  } else {
-    return V{s[0].*field, s[1].*field, s[2].*field, s[3].*field};
-  }
+  return by_channel<V>([&](int l) __attribute__((always_inline)) { return s[l].*field; });
 }
 template <class V>
 BN_FORMULA V gather(const double* p) {
@@ -73,6 +74,49 @@ BN_FORMULA void scatter(const V& v, double* p) {
   std::memcpy(p, &v, sizeof v);
 }
 
+// Lane 4*q + j of vector i and lane 4*q + i of vector j change places.
+template <ManyChannels V>
+BN_FORMULA void turn_fours(V& a, V& b, V& c, V& d) {
+  constexpr int n = kChannelsOf<V>;
+  [&]<int... kLane>(std::integer_sequence<int, kLane...>) __attribute__((always_inline)) {
+    const V ab = __builtin_shufflevector(a, b, ((kLane & ~1) + (kLane & 1) * n)...);
+    const V cd = __builtin_shufflevector(c, d, ((kLane & ~1) + (kLane & 1) * n)...);
+    const V ab_odd = __builtin_shufflevector(a, b, ((kLane | 1) + (kLane & 1) * n)...);
+    const V cd_odd = __builtin_shufflevector(c, d, ((kLane | 1) + (kLane & 1) * n)...);
+    a = __builtin_shufflevector(ab, cd, ((kLane & ~2) + (kLane & 2) / 2 * n)...);
+    b = __builtin_shufflevector(ab_odd, cd_odd, ((kLane & ~2) + (kLane & 2) / 2 * n)...);
+    c = __builtin_shufflevector(ab, cd, ((kLane | 2) + (kLane & 2) / 2 * n)...);
+    d = __builtin_shufflevector(ab_odd, cd_odd, ((kLane | 2) + (kLane & 2) / 2 * n)...);
+  }(std::make_integer_sequence<int, n>{});
+}
+
+// Four float64 of each channel, which lie together in consecutive structures, as a V each; and back.
+template <ManyChannels V, class S>
+BN_FORMULA void gather_fours(const S* s, double S::* first, V& a, V& b, V& c, V& d) {
+  const auto row = [&](int l) __attribute__((always_inline)) {
+    if constexpr (kChannelsOf<V> == 4) {
+      return gather<V>(&(s[l].*first));
+    } else {
+      const auto low = gather<Four>(&(s[l].*first)), high = gather<Four>(&(s[l + 4].*first));
+      return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7);
+    }
+  };
+  a = row(0), b = row(1), c = row(2), d = row(3);
+  turn_fours(a, b, c, d);
+}
+template <ManyChannels V, class S>
+BN_FORMULA void scatter_fours(V a, V b, V c, V d, S* s, double S::* first) {
+  turn_fours(a, b, c, d);
+  [&]<int... kFour>(std::integer_sequence<int, kFour...>) __attribute__((always_inline)) {
+    const auto row = [&](const V& v, int l) __attribute__((always_inline)) {
+      (scatter(Four(__builtin_shufflevector(v, v, 4 * kFour, 4 * kFour + 1, 4 * kFour + 2, 4 * kFour + 3)),
+               &(s[4 * kFour + l].*first)),
+       ...);
+    };
+    row(a, 0), row(b, 1), row(c, 2), row(d, 3);
+  }(std::make_integer_sequence<int, kChannelsOf<V> / 4>{});
+}
+
 // The channels of a V, rounded to T.
 template <class T, class V>
 BN_FORMULA void put_values(const V& v, T* p) {
@@ -92,14 +136,9 @@ BN_FORMULA V all(double value) {
   return value - V{};  // which keeps the sign of -0
 }
 
-BN_FORMULA double square_root(double v) { return __builtin_sqrt(v); }
-template <ManyChannels V>
+template <class V>
 BN_FORMULA V square_root(const V& v) {
-  if constexpr (kChannelsOf<V> == 2) {
-    return V{__builtin_sqrt(v[0]), __builtin_sqrt(v[1])};
-  } else {
-    return V{__builtin_sqrt(v[0]), __builtin_sqrt(v[1]), __builtin_sqrt(v[2]), __builtin_sqrt(v[3])};
-  }
+  return by_channel<V>([&](int l) __attribute__((always_inline)) { return __builtin_sqrt(lane(v, l)); });
 }
 
 BN_FORMULA double absolute(double v) { return __builtin_fabs(v); }
@@ -132,7 +171,8 @@ BN_FORMULA double round_to(double v) {
 template <class T, ManyChannels V>
 BN_FORMULA V round_to(const V& v) {
   static_assert(sizeof(T) == sizeof(float));
-  return __builtin_convertvector(__builtin_convertvector(v, FloatsOf<V>), V);
+  const FloatsOf<V> rounded = __builtin_convertvector(v, FloatsOf<V>);
+  return by_channel<V>([&](int l) __attribute__((always_inline)) { return static_cast<double>(rounded[l]); });
 }
 
 // Whether a comparison holds in any lane.

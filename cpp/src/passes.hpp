@@ -28,7 +28,7 @@ struct PassOptions {
   // Values of the whole tensor, whose segments are worked on one after the other; 0: this is all of it.
   std::int64_t whole_size = 0;
   std::byte* memory = nullptr;    // what the larger call has for the pass to work in; null: it sees to that itself
-  bool is_turned = false;         // whether it is a tile of lines (lines.hpp)
+  bool is_turned = false;         // whether it is a tile of lines (short_runs.hpp)
   std::size_t* needed = nullptr;  // where not null, the pass raises this to the memory that it needs, and does no more
 };
 

@@ -42,7 +42,7 @@ constexpr std::int64_t kAroundCacheAboveL2 = 6, kMostBelievedL3 = 32 * 1024 * 10
 // outweigh its lines.
 constexpr std::int64_t kShortestStream = 16;
 
-// A channel of a single run shorter than this is a line. Training and backward of 4096 of them took 0.48 and 0.48 of
+// A channel of a single run shorter than this is turned. Training and backward of 4096 of them took 0.48 and 0.48 of
 // the time that they take as runs where they have 16 values, 1.0 and 1.05 at 32, 1.4 and 1.4 at 64 (Zen 4, AVX-512).
 constexpr std::int64_t kShortestRun = 32;
 
@@ -230,25 +230,27 @@ RunCut::Chunk RunCut::chunk(const Problem& problem, std::int64_t k, Range channe
            .channels = channels.end - channels.begin}};
 }
 
-bool is_slice(const Problem& p, const Work& work, int threads) {
-  const bool is_one = p.inner == 1 && p.channels >= kShortRow && p.channels <= kMostSliced && p.outer > 0 &&
-                      p.outer <= kSliceBlocks * kBlockRows;
+bool is_small(const Problem& p, const Work& work, int threads) {
+  const bool is_one = p.inner == 1 && p.channels >= kShortRow && p.channels <= kMostSmall && p.outer > 0 &&
+                      p.outer <= kSmallBlocks * kBlockRows;
   return is_one && (threads == 1 || is_serial(p, work));
 }
 
-bool slices_go_around_cache(const Problem& p, const Work& work, const Machine& machine) {
+bool small_goes_around_cache(const Problem& p, const Work& work, const Machine& machine) {
   Plan plan;
   plan.problem = p;
   plan.apply_rows.columns = p.channels;
   return stores_go_around_cache(plan, true, work, machine);
 }
 
-bool is_lines(const Problem& p) { return p.outer == 1 && p.channels > 1 && p.inner > 1 && p.inner < kShortestRun; }
+bool has_short_runs(const Problem& p) {
+  return p.outer == 1 && p.channels > 1 && p.inner > 1 && p.inner < kShortestRun;
+}
 
-std::int64_t lines_of_tile(const Problem& p, std::int64_t item_size) {
+std::int64_t runs_of_tile(const Problem& p, std::int64_t item_size) {
   constexpr std::int64_t kLanes = kernels::kVectorColumns, kFloat = 4;
-  const std::int64_t fit = kLineTileBytes / item_size / p.inner / kLanes * kLanes;
-  return std::clamp(fit, kLanes, kMostLines * kFloat / item_size);
+  const std::int64_t fit = kTurnedBytes / item_size / p.inner / kLanes * kLanes;
+  return std::clamp(fit, kLanes, kMostTurned * kFloat / item_size);
 }
 
 bool is_serial(const Problem& problem, const Work& work) { return !take_more_than(kSerialBytes, problem.size(), work); }

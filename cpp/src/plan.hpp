@@ -85,21 +85,22 @@ struct Work {
   std::int64_t item_size;  // bytes of a value
   // Values of the tensor that this is one part of, of many that are worked on one after the other; 0: it is all of it.
   std::int64_t part_of = 0;
-  bool is_turned = false;  // a tile of lines, each of whose columns is a channel: rows are not to stand side by side
+  bool is_turned = false;  // a tile of short runs, whose columns are channels: rows are not to stand side by side
 };
 
-// Whether a problem is a slice (slices.hpp), of at most so many channels, and of kSliceBlocks blocks of rows as they
+// Whether a problem is small (small.hpp), of at most so many channels, and of kSmallBlocks blocks of rows as they
 // are cut for summing, that one thread takes.
-constexpr std::int64_t kMostSliced = 256, kSliceBlocks = 4, kBlockRows = 64;
-bool is_slice(const Problem& problem, const Work& work, int threads);
-bool slices_go_around_cache(const Problem& problem, const Work& work, const Machine& machine);
+constexpr std::int64_t kMostSmall = 256, kSmallBlocks = 4, kBlockRows = 64;
+bool is_small(const Problem& problem, const Work& work, int threads);
+bool small_goes_around_cache(const Problem& problem, const Work& work, const Machine& machine);
 
-// Whether channels are lines (lines.hpp): one run each, so short that what a channel costs is more than its values do.
-bool is_lines(const Problem& problem);
-// Lines that are turned together, of values of item_size bytes: whole vectors of columns, as long as there are enough.
-// What is computed for a line, up to 200 bytes, stays near the values.
-constexpr std::int64_t kMostLines = kMostSliced, kLineTileBytes = 8 * 1024;
-std::int64_t lines_of_tile(const Problem& problem, std::int64_t item_size);
+// Whether channels are short runs (short_runs.hpp): one each, so short that what a channel costs is more than its
+// values.
+bool has_short_runs(const Problem& problem);
+// Runs that are turned together, of values of item_size bytes: whole vectors of columns, as long as there are enough.
+// What is computed for a run, up to 200 bytes, stays near the values.
+constexpr std::int64_t kMostTurned = kMostSmall, kTurnedBytes = 8 * 1024;
+std::int64_t runs_of_tile(const Problem& problem, std::int64_t item_size);
 
 // Whether one thread does it whatever is allowed: asking how many are allowed costs more than a tiny call.
 bool is_serial(const Problem& problem, const Work& work);

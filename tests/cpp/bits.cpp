@@ -50,7 +50,7 @@ const std::vector<Shape>& shapes() {
       // short runs, which are columns too
       {{50, 6, 4}, every},
       {{33, 3, 16}, every},
-      // lines
+      // short runs
       {{1, 300, 4}, every},
       {{1, 70, 31}, every},
       {{900, 20, 5}, {Kind::ordinary, Kind::huge_mean, Kind::cancelling, Kind::wide}},

@@ -342,19 +342,20 @@ TEST(one_thread_alone_applies_blocks_as_large_as_it_sums) {
   EXPECT_EQUAL(make_plan({512, 64, 1}, kTraining, kMachine, 4).apply_rows.block_rows, 16);
 }
 
-TEST(channels_of_one_short_run_are_lines_in_tiles_of_whole_vectors) {
-  EXPECT(is_lines({1, 2, 2}) && is_lines({1, 1000, 31}));
-  for (const Problem& p : {Problem{2, 1000, 4}, {1, 1, 4}, {1, 1000, 1}, {1, 1000, 32}}) EXPECT(!is_lines(p), text(p));
+TEST(channels_of_one_short_run_are_turned_in_tiles_of_whole_vectors) {
+  EXPECT(has_short_runs({1, 2, 2}) && has_short_runs({1, 1000, 31}));
+  for (const Problem& p : {Problem{2, 1000, 4}, {1, 1, 4}, {1, 1000, 1}, {1, 1000, 32}})
+    EXPECT(!has_short_runs(p), text(p));
   for (std::int64_t length = 2; length < 32; ++length) {
     for (const std::int64_t size : {4, 8}) {
-      const std::int64_t lines = lines_of_tile({1, 1000, length}, size);
-      EXPECT(lines >= 16 && lines % 16 == 0 && lines <= kMostLines && lines * length * size <= kLineTileBytes, length);
+      const std::int64_t runs = runs_of_tile({1, 1000, length}, size);
+      EXPECT(runs >= 16 && runs % 16 == 0 && runs <= kMostTurned && runs * length * size <= kTurnedBytes, length);
     }
   }
 }
 
-// Else the order of sums would depend on how many lines a tile has.
-TEST(turned_lines_are_rows_of_one_block_that_never_stand_side_by_side) {
+// Else the order of sums would depend on how many runs a tile has.
+TEST(turned_runs_are_rows_of_one_block_that_never_stand_side_by_side) {
   Work turned = kTraining;
   turned.is_turned = true;
   for (const Problem& p : {Problem{31, 1, 1}, {16, 3, 1}, {31, 16, 1}, {4, 256, 1}}) {
@@ -365,21 +366,21 @@ TEST(turned_lines_are_rows_of_one_block_that_never_stand_side_by_side) {
   }
 }
 
-TEST(a_slice_has_the_blocks_that_its_rows_are_summed_in) {
+TEST(a_small_problem_has_the_blocks_that_its_rows_are_summed_in) {
   for (const std::int64_t rows : {1, 64, 65, 256}) {
     for (const std::int64_t channels : {64, 100, 256}) {
       const Problem p{rows, channels, 1};
       const RowCut cut = make_plan(p, kTraining, kMachine, 1).sum_rows;
-      EXPECT(is_slice(p, kTraining, 1), text(p));
+      EXPECT(is_small(p, kTraining, 1), text(p));
       EXPECT_EQUAL(cut.repeat, 1, text(p));
       EXPECT_EQUAL(cut.block_rows, kBlockRows, text(p));
-      EXPECT(cut.blocks <= kSliceBlocks, text(p));
+      EXPECT(cut.blocks <= kSmallBlocks, text(p));
     }
   }
   for (const Problem& p : {Problem{257, 64, 1}, {64, 63, 1}, {64, 257, 1}, {64, 64, 2}}) {
-    EXPECT(!is_slice(p, kTraining, 1), text(p));
+    EXPECT(!is_small(p, kTraining, 1), text(p));
   }
-  EXPECT(!is_slice({256, 256, 1}, kTraining, 2));  // which threads share
+  EXPECT(!is_small({256, 256, 1}, kTraining, 2));  // which threads share
 }
 
 }  // namespace

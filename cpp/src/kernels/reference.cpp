@@ -296,7 +296,7 @@ constexpr Kernels<T> make_kernels() {
 }
 
 // Nothing is as usual here: all channels are done one by one.
-constexpr LineKernels kLines{
+constexpr Formulas kFormulas{
     [](const ColumnSums&, std::int64_t, double, Moments*) { return false; },
     [](const Moments*, std::int64_t, double, const double*, const double*, const AffineOut&) { return false; },
     [](const Moments*, const ColumnSums&, std::int64_t, double, const double*, const GradAffineOut&, double*, double*) {
@@ -306,6 +306,6 @@ constexpr LineKernels kLines{
 }  // namespace
 
 const KernelTable reference_table = {make_kernels<float>(), make_kernels<double>(), make_kernels<Float16>(),
-                                     make_kernels<BFloat16>(), kLines};
+                                     make_kernels<BFloat16>(), kFormulas};
 
 }  // namespace batchnorm::kernels

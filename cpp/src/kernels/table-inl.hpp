@@ -1,9 +1,9 @@
 // The table of one ISA, from the passes compiled for it. Include last, after one vec/<isa>.hpp.
 #pragma once
 
+#include "kernels/formulas-inl.hpp"
 #include "kernels/grad_input-inl.hpp"
 #include "kernels/grad_sums-inl.hpp"
-#include "kernels/lines-inl.hpp"
 #include "kernels/moments-inl.hpp"
 #include "kernels/normalize-inl.hpp"
 #include "kernels/second_grad-inl.hpp"
@@ -46,7 +46,7 @@ constexpr KernelTable make_table() {
           .f64 = make_kernels<double, Compensated>(),
           .f16 = make_kernels<Float16, Plain>(),
           .bf16 = make_kernels<BFloat16, Plain>(),
-          .lines = {lines_moments, lines_normalize, lines_grad_input}};
+          .formulas = {many_moments, many_normalize, many_grad_input}};
 }
 
 }  // namespace

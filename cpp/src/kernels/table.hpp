@@ -236,9 +236,9 @@ struct GradAffineOut {
 };
 
 // The formulas between the passes (channel_math.hpp) for n channels of float32 or narrower, from plain sums about 0.
-// They return whether all is as usual. Else some channel is badly conditioned or leaves float32's range: what was
-// written is then not to be used.
-struct LineKernels {
+// They return whether all is as usual. Else some channel is badly conditioned or may leave float32's range, or they do
+// not all count the same integer below 2^31: what was written is then not to be used.
+struct Formulas {
   bool (*moments)(const ColumnSums&, std::int64_t n, double count, Moments* out);
   bool (*normalize)(const Moments*, std::int64_t n, double eps, const double* gamma, const double* beta,
                     const AffineOut&);
@@ -251,7 +251,7 @@ struct KernelTable {
   Kernels<double> f64;
   Kernels<Float16> f16;
   Kernels<BFloat16> bf16;
-  LineKernels lines;
+  Formulas formulas;
 
   template <class T>
   [[nodiscard]] const Kernels<T>& of() const {

@@ -1,7 +1,8 @@
-// Lines (lines.hpp): channels of one short run each. They are rows that were turned, whatever their tile, and the
+// Short runs (short_runs.hpp): channels of one run each. They are rows that were turned, whatever their tile, and the
 // formulas that take many channels at once give each what it gets alone.
-#include "lines.hpp"
+#include "short_runs.hpp"
 
+#include <cmath>
 #include <string>
 #include <vector>
 
@@ -31,17 +32,17 @@ std::vector<V> turned(const std::vector<V>& from, std::int64_t rows, std::int64_
   return to;
 }
 
-// The same batch with each line as a column: as many of them as do not stand side by side.
+// The same batch with each run as a column: as many of them as do not stand side by side.
 template <class T>
-Batch<T> as_rows(const Batch<T>& lines) {
-  const Problem& p = lines.problem;
-  Batch<T> rows = lines;
+Batch<T> as_rows(const Batch<T>& runs) {
+  const Problem& p = runs.problem;
+  Batch<T> rows = runs;
   rows.problem = {p.inner, p.channels, 1};
-  rows.x = turned(lines.x, p.channels, p.inner);
-  rows.dy = turned(lines.dy, p.channels, p.inner);
+  rows.x = turned(runs.x, p.channels, p.inner);
+  rows.dy = turned(runs.dy, p.channels, p.inner);
   return rows;
 }
-// What tensors hold, as lines.
+// What tensors hold, as runs.
 template <class T>
 void turn_tensors(all_passes::Results<T>& r, const Problem& p) {
   for (std::vector<T>* tensor :
@@ -51,11 +52,11 @@ void turn_tensors(all_passes::Results<T>& r, const Problem& p) {
 }
 
 template <class T>
-void expect_lines_to_be_rows(const Problem& p, Kind kind) {
-  const Batch<T> lines = all_passes::make_batch<T>(p, kind);
+void expect_runs_to_be_rows(const Problem& p, Kind kind) {
+  const Batch<T> runs = all_passes::make_batch<T>(p, kind);
   for (const int threads : {1, 3}) {
-    auto found = all_passes::run(lines, {.threads = threads}, 1e-5);
-    auto expected = all_passes::run(as_rows(lines), {.threads = 1}, 1e-5);
+    auto found = all_passes::run(runs, {.threads = threads}, 1e-5);
+    auto expected = all_passes::run(as_rows(runs), {.threads = 1}, 1e-5);
     turn_tensors(expected, p);
     const auto told = [&](const char* what) {
       return expect::text(what, " of ", text(p), ", ", all_passes::kKindNames[static_cast<int>(kind)], ", items of ",
@@ -83,23 +84,23 @@ void for_each_type(F&& f) {
   f.template operator()<BFloat16>();
 }
 
-TEST(lines_have_the_bits_of_rows_that_are_turned) {
+TEST(short_runs_have_the_bits_of_rows_that_are_turned) {
   for (const Kind kind : all_passes::kKinds) {
     for (const Problem& p : {Problem{1, 300, 4}, {1, 70, 31}, {1, 530, 2}, {1, 257, 9}, {1, 130, 16}}) {
-      EXPECT(is_lines(p), text(p));
-      for_each_type([&]<class T>() { expect_lines_to_be_rows<T>(p, kind); });
+      EXPECT(has_short_runs(p), text(p));
+      for_each_type([&]<class T>() { expect_runs_to_be_rows<T>(p, kind); });
     }
   }
 }
 
-// As segments, which one thread works on each, they are slices; together, by several threads, they are not.
-TEST(slices_have_the_bits_of_passes_over_rows) {
+// As segments, which one thread works on each, they are small; together, by several threads, they are not.
+TEST(small_problems_have_the_bits_of_passes_over_rows) {
   for (const Problem& p : {Problem{200, 64, 1}, {65, 256, 1}, {64, 100, 1}, {3, 129, 1}}) {
     for (const Kind kind : all_passes::kKinds) {
       for_each_type([&]<class T>() {
         const Batch<T> b = all_passes::make_batch<T>(p, kind);
         const auto alone = all_passes::run(b, {.threads = 1}, 1e-5, all_passes::Order::first);
-        // Those that are turned are never slices, and are no other rows where none stand side by side.
+        // Those that are turned are never small, and are no other rows where none stand side by side.
         const PassCall<T> as_rows{
             .problem = p, .gamma = b.gamma, .beta = b.beta, .eps = 1e-5, .options = {.threads = 1, .is_turned = true}};
         std::vector<T> y(b.x.size()), dx(b.x.size());
@@ -118,7 +119,7 @@ TEST(slices_have_the_bits_of_passes_over_rows) {
   }
 }
 
-TEST(the_bits_of_a_line_do_not_depend_on_its_neighbours) {
+TEST(the_bits_of_a_run_do_not_depend_on_its_neighbours) {
   const Problem many{1, 700, 7};
   const Batch<float> all = all_passes::make_batch<float>(many, Kind::huge_mean);
   const auto whole = all_passes::run(all, {.threads = 2}, 1e-5, all_passes::Order::first);
@@ -130,7 +131,7 @@ TEST(the_bits_of_a_line_do_not_depend_on_its_neighbours) {
     for (std::int64_t c = 0; c < 2; ++c) {
       EXPECT(all_passes::bits_of(std::vector{alone.data()[c]}) ==
                  all_passes::bits_of(std::vector{whole.moments.data()[first + c]}),
-             "line ", first + c);
+             "run ", first + c);
     }
   }
 }
@@ -143,9 +144,9 @@ TEST(gamma_and_beta_of_fewer_channels_repeat) {
     std::vector<Moments> saved(b.gamma.size());
     const PassCall<float> call{
         .problem = b.problem, .gamma = gamma, .beta = beta, .eps = 1e-5, .options = {.threads = 2}};
-    run_lines_batch_norm(b.x.data(), call, y.data(), saved.data());
+    run_short_batch_norm(b.x.data(), call, y.data(), saved.data());
     std::vector<float> dx(b.x.size());
-    run_lines_backward(b.dy.data(), b.x.data(), call, saved.data(), {.dx = dx.data()});
+    run_short_backward(b.dy.data(), b.x.data(), call, saved.data(), {.dx = dx.data()});
     return all_passes::bits_of(y, saved, dx);
   };
   const auto times = [](const std::vector<double>& v, std::int64_t count) {
@@ -162,13 +163,13 @@ struct Channels {
   std::vector<double> first, second, gamma, beta, low;
 };
 // Every fifth is not as usual, if wanted: a mean far above its std.
-Channels channels(std::int64_t n, bool usual) {
+Channels channels(std::int64_t n, bool usual, double count = 8) {
   data::Generator g(static_cast<std::uint64_t>(n));
   Channels c;
   for (std::int64_t i = 0; i < n; ++i) {
     const double mean = !usual && i % 5 == 4 ? 1e6 : 1 + g.value<double>();
-    c.first.push_back(8 * mean);
-    c.second.push_back(8 * mean * mean + 8 + g.value<double>());
+    c.first.push_back(count * mean);
+    c.second.push_back(count * (mean * mean + 1) + 8 + g.value<double>());
     c.gamma.push_back(g.value<double>());
     c.beta.push_back(g.value<double>());
     c.low.push_back(g.value<double>() * 0x1p-60);
@@ -181,43 +182,74 @@ kernels::ColumnSums columns(std::vector<double>& first, std::vector<double>& sec
 
 constexpr double kEps = 1e-5;
 
+// Quotients are those of a division, whatever is counted.
+void expect_formulas_of_one_channel(const Implementation& implementation, std::int64_t n, double count) {
+  const kernels::Formulas& formulas = implementation.table->formulas;
+  Channels in = channels(n, true, count);
+  const auto size = static_cast<std::size_t>(n);
+  std::vector<Moments> found(size), expected(size);
+  std::vector<float> k[8];
+  for (auto& field : k) field.resize(size);
+  std::vector<double> dgamma(size), dbeta(size);
+  EXPECT(formulas.moments(columns(in.first, in.second, in.low), n, count, found.data()), implementation.name, " ", n);
+  EXPECT(formulas.normalize(found.data(), n, kEps, in.gamma.data(), in.beta.data(),
+                            {k[0].data(), k[1].data(), k[2].data()}),
+         implementation.name, " ", n);
+  EXPECT(formulas.grad_input(found.data(), columns(in.beta, in.gamma, in.low), n, kEps, in.gamma.data(),
+                             {k[3].data(), k[4].data(), k[5].data(), k[6].data(), k[7].data()}, dgamma.data(),
+                             dbeta.data()),
+         implementation.name, " ", n);
+  for (std::size_t c = 0; c < size; ++c) {
+    const auto m = moments_from_sums<float, double>({count, 0}, 0, {in.first[c], in.low[c]}, {in.second[c], in.low[c]});
+    m.put(&expected[c]);
+    const auto rstd = rstd_for<float>(m, kEps);
+    const auto affine = quick_coefficients(m.mean, m.mean_lo, rstd.hi, in.gamma[c], in.beta[c]).narrow;
+    const GradSumsOf<double> sums{{in.beta[c], in.low[c]}, {in.gamma[c], in.low[c]}};
+    const auto grad = backward_coefficients<float, double>(m, m.count, sums, rstd, in.gamma[c]).narrow;
+    const double alone[] = {affine.center, affine.scale,  affine.offset, grad.dy_center,
+                            grad.dy_scale, grad.x_center, grad.x_scale,  grad.offset};
+    for (std::size_t f = 0; f < 8; ++f) {
+      EXPECT(data::same_bits(k[f][c], static_cast<float>(alone[f])), implementation.name, " field ", f, " of ", c,
+             " of ", n);
+    }
+    EXPECT(data::same_bits(dgamma[c], dgamma_of<float>(m, sums, rstd)), implementation.name, " ", c, " of ", n);
+    EXPECT(data::same_bits(dbeta[c], dbeta_of(sums)), implementation.name, " ", c, " of ", n);
+  }
+  EXPECT(all_passes::bits_of(found) == all_passes::bits_of(expected), implementation.name, " ", n);
+}
 TEST(formulas_for_many_channels_give_each_the_bits_it_gets_alone) {
   for (const Implementation& implementation : tables::runnable()) {
     if (tables::is_reference(implementation)) continue;
-    const kernels::LineKernels& lines = implementation.table->lines;
-    for (std::int64_t n = 1; n <= 21; ++n) {
-      Channels in = channels(n, true);
-      const auto size = static_cast<std::size_t>(n);
-      std::vector<Moments> found(size), expected(size);
-      std::vector<float> k[8];
-      for (auto& field : k) field.resize(size);
-      std::vector<double> dgamma(size), dbeta(size);
-      EXPECT(lines.moments(columns(in.first, in.second, in.low), n, 8, found.data()), implementation.name, " ", n);
-      EXPECT(lines.normalize(found.data(), n, kEps, in.gamma.data(), in.beta.data(),
-                             {k[0].data(), k[1].data(), k[2].data()}),
-             implementation.name, " ", n);
-      EXPECT(lines.grad_input(found.data(), columns(in.beta, in.gamma, in.low), n, kEps, in.gamma.data(),
-                              {k[3].data(), k[4].data(), k[5].data(), k[6].data(), k[7].data()}, dgamma.data(),
-                              dbeta.data()),
-             implementation.name, " ", n);
-      for (std::size_t c = 0; c < size; ++c) {
-        const auto m = moments_from_sums<float, double>({8, 0}, 0, {in.first[c], in.low[c]}, {in.second[c], in.low[c]});
-        m.put(&expected[c]);
-        const auto rstd = rstd_for<float>(m, kEps);
-        const auto affine = quick_coefficients(m.mean, m.mean_lo, rstd.hi, in.gamma[c], in.beta[c]).narrow;
-        const GradSumsOf<double> sums{{in.beta[c], in.low[c]}, {in.gamma[c], in.low[c]}};
-        const auto grad = backward_coefficients<float, double>(m, sums, rstd, in.gamma[c]).narrow;
-        const double alone[] = {affine.center, affine.scale,  affine.offset, grad.dy_center,
-                                grad.dy_scale, grad.x_center, grad.x_scale,  grad.offset};
-        for (std::size_t f = 0; f < 8; ++f) {
-          EXPECT(data::same_bits(k[f][c], static_cast<float>(alone[f])), implementation.name, " field ", f, " of ", c,
-                 " of ", n);
-        }
-        EXPECT(data::same_bits(dgamma[c], dgamma_of<float>(m, sums, rstd)), implementation.name, " ", c, " of ", n);
-        EXPECT(data::same_bits(dbeta[c], dbeta_of(sums)), implementation.name, " ", c, " of ", n);
-      }
-      EXPECT(all_passes::bits_of(found) == all_passes::bits_of(expected), implementation.name, " ", n);
+    for (std::int64_t n = 1; n <= 21; ++n) expect_formulas_of_one_channel(implementation, n, 8);
+    for (double count = 2; count < 0x1p31; count = 3 * count + 1) {
+      expect_formulas_of_one_channel(implementation, 199, count);
     }
+  }
+}
+TEST(channels_that_do_not_count_the_same_integer_are_told) {
+  for (const Implementation& implementation : tables::runnable()) {
+    Channels in = channels(21, true);
+    std::vector<double> dgamma(21), dbeta(21);
+    std::vector<float> k[5];
+    for (auto& field : k) field.resize(21);
+    const auto are_usual = [&](double first, double others) {
+      std::vector<Moments> m(21, {others, 1, 0, 8, 0});
+      m[0].count = first;
+      const kernels::Formulas& formulas = implementation.table->formulas;
+      const double* gamma = in.gamma.data();
+      const bool forward =
+          formulas.normalize(m.data(), 21, kEps, gamma, in.beta.data(), {k[0].data(), k[1].data(), k[2].data()});
+      const bool backward = formulas.grad_input(m.data(), columns(in.beta, in.gamma, in.low), 21, kEps, gamma,
+                                                {k[0].data(), k[1].data(), k[2].data(), k[3].data(), k[4].data()},
+                                                dgamma.data(), dbeta.data());
+      EXPECT(forward == backward, implementation.name, " ", first, " ", others);
+      return forward;
+    };
+    EXPECT(are_usual(8, 8) != tables::is_reference(implementation), implementation.name);
+    for (const double count : {0.0, 0.5, 7.5, 0x1p31, 0x1p60, HUGE_VAL}) {
+      EXPECT(!are_usual(count, count), implementation.name, " ", count);
+    }
+    EXPECT(!are_usual(8, 9), implementation.name);
   }
 }
 
@@ -226,7 +258,7 @@ TEST(a_channel_that_is_not_as_usual_is_told) {
     for (std::int64_t n = 5; n <= 13; ++n) {
       Channels in = channels(n, false);
       std::vector<Moments> out(static_cast<std::size_t>(n));
-      EXPECT(!implementation.table->lines.moments(columns(in.first, in.second, in.low), n, 8, out.data()),
+      EXPECT(!implementation.table->formulas.moments(columns(in.first, in.second, in.low), n, 8, out.data()),
              implementation.name, " ", n);
     }
   }
@@ -240,7 +272,7 @@ TEST(formulas_touch_no_byte_outside_of_their_arrays) {
   static guarded::Array<Moments> moments;
   static guarded::Array<float> fields[5];
   for (const Implementation& implementation : tables::runnable()) {
-    const kernels::LineKernels& lines = implementation.table->lines;
+    const kernels::Formulas& formulas = implementation.table->formulas;
     for (std::int64_t n = 1; n <= 21; ++n) {
       for (const Place place : {Place::ends_at_guard, Place::starts_at_guard}) {
         const Channels in = channels(n, true);
@@ -256,9 +288,9 @@ TEST(formulas_touch_no_byte_outside_of_their_arrays) {
         const double* beta = array(3).place(in.beta, place);
         double* dgamma = array(4).place(in.gamma, place);
         double* dbeta = array(5).place(in.gamma, place);
-        lines.normalize(m, n, kEps, gamma, beta, {k[0], k[1], k[2]});
-        lines.grad_input(m, sums, n, kEps, gamma, {k[0], k[1], k[2], k[3], k[4]}, dgamma, dbeta);
-        lines.moments(sums, n, 8, m);
+        formulas.normalize(m, n, kEps, gamma, beta, {k[0], k[1], k[2]});
+        formulas.grad_input(m, sums, n, kEps, gamma, {k[0], k[1], k[2], k[3], k[4]}, dgamma, dbeta);
+        formulas.moments(sums, n, 8, m);
         const guarded::Strided all{n, 1, n};
         bool untouched =
             moments.untouched_outside(all) && array(4).untouched_outside(all) && array(5).untouched_outside(all);
@@ -282,19 +314,18 @@ std::size_t needed(const Problem& tile) {
   return bytes;
 }
 TEST(what_a_tile_needs_is_on_the_stack) {
-  for (std::int64_t length = 2; is_lines({1, 1000, length}); ++length) {
+  for (std::int64_t length = 2; has_short_runs({1, 1000, length}); ++length) {
     const Problem p{1, 1000, length};
-    EXPECT(lines_of_tile(p, 4) * length * 4 <= kLineTileBytes && lines_of_tile(p, 8) * length * 8 <= kLineTileBytes,
-           length);
-    EXPECT(needed<float>({length, lines_of_tile(p, 4), 1}) <= kLineWorkBytes, length);
-    EXPECT(needed<double>({length, lines_of_tile(p, 8), 1}) <= kLineWorkBytes, length);
+    EXPECT(runs_of_tile(p, 4) * length * 4 <= kTurnedBytes && runs_of_tile(p, 8) * length * 8 <= kTurnedBytes, length);
+    EXPECT(needed<float>({length, runs_of_tile(p, 4), 1}) <= kTileWorkBytes, length);
+    EXPECT(needed<double>({length, runs_of_tile(p, 8), 1}) <= kTileWorkBytes, length);
   }
 }
 
 }  // namespace
 
 int main(int argc, char** argv) {
-  guarded::describe_call = [] { return std::string("a formula of lines"); };
+  guarded::describe_call = [] { return std::string("a formula"); };
   guarded::report_faults();
   return expect::run_tests(argc > 1 ? argv[1] : nullptr);
 }

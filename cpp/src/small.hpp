@@ -1,7 +1,7 @@
-// Slices: a few rows of neighbouring columns, each of them a channel, of float32 or narrower. All of a pass at once,
-// while the values are in the first-level cache: the kernels of rows, and the formulas that take many channels. The
-// bits are those of the passes over rows (traverse.hpp), without a plan and its memory: what a segment, a small batch
-// or a turned tile of lines wants.
+// Small problems: a few rows of neighbouring columns, each of them a channel, of float32 or narrower. All of a pass at
+// once, while the values are in the first-level cache: the kernels of rows, and the formulas that take many channels.
+// The bits are those of the passes over rows (traverse.hpp), without a plan and its memory: what a segment, a small
+// batch or a turned tile of short runs wants.
 #pragma once
 
 #include <array>
@@ -13,27 +13,27 @@
 
 namespace batchnorm {
 
-// A float64 for each channel of a slice.
-using OfSlice = std::array<double, kMostSliced>;
+// A float64 for each channel.
+struct alignas(kernels::kStreamBytes) OfSmall : std::array<double, kMostSmall> {};
 
 // Of {rows, channels, 1}, in at most kBlocks blocks of rows. All functions return false where a channel is not as
 // usual, so that the passes over rows have to do it, and have then written nothing but statistics.
 template <class T, std::int64_t kBlocks>
-class Slice {
+class Small {
  public:
-  explicit Slice(const Problem& problem, bool around_cache = false)
+  explicit Small(const Problem& problem, bool around_cache = false)
       : problem_(problem), around_cache_(around_cache && problem.channels >= kernels::kVectorColumns) {}
 
   bool moments(const T* x, Moments* out) {
     const kernels::ColumnSums sums = sum([&](std::int64_t offset, const kernels::Rows& rows, const auto& to) {
       table_.of<T>().rows_moments(x + offset, {}, rows, nullptr, to);
     });
-    return table_.lines.moments(sums, problem_.channels, static_cast<double>(problem_.outer), out);
+    return table_.formulas.moments(sums, problem_.channels, static_cast<double>(problem_.outer), out);
   }
 
   bool normalize(const T* x, T* y, const Moments* moments, double eps, const double* gamma, const double* beta) const {
-    Field center, scale, offset;
-    if (!table_.lines.normalize(moments, problem_.channels, eps, gamma, beta, {center, scale, offset})) return false;
+    alignas(kernels::kStreamBytes) Field center, scale, offset;
+    if (!table_.formulas.normalize(moments, problem_.channels, eps, gamma, beta, {center, scale, offset})) return false;
     const kernels::Rows rows = applied(x != y, {center, scale, offset});
     table_.of<T>().rows_normalize(x, y, {}, rows, {center, scale, offset});
     return true;
@@ -41,15 +41,15 @@ class Slice {
 
   // dx may be null.
   bool backward(const T* dy, const T* x, T* dx, const Moments* moments, double eps, const double* gamma,
-                OfSlice& dgamma, OfSlice& dbeta) {
-    OfSlice mean;
+                OfSmall& dgamma, OfSmall& dbeta) {
+    OfSmall mean;
     for (std::int64_t c = 0; c < problem_.channels; ++c) mean.data()[c] = moments[c].mean;
     const kernels::ColumnSums sums = sum([&](std::int64_t offset, const kernels::Rows& rows, const auto& to) {
       table_.of<T>().rows_grad_sums({.dy = dy + offset, .x = x + offset}, {}, rows, mean.data(), to);
     });
-    Field dy_center, dy_scale, x_center, x_scale, offset;
-    if (!table_.lines.grad_input(moments, sums, problem_.channels, eps, gamma,
-                                 {dy_center, dy_scale, x_center, x_scale, offset}, dgamma.data(), dbeta.data())) {
+    alignas(kernels::kStreamBytes) Field dy_center, dy_scale, x_center, x_scale, offset;
+    if (!table_.formulas.grad_input(moments, sums, problem_.channels, eps, gamma,
+                                    {dy_center, dy_scale, x_center, x_scale, offset}, dgamma.data(), dbeta.data())) {
       return false;
     }
     if (dx == nullptr) return true;
@@ -59,7 +59,7 @@ class Slice {
   }
 
  private:
-  using Field = float[kMostSliced + kernels::kVectorColumns];
+  using Field = float[kMostSmall + kernels::kVectorColumns];
 
   // The sums of all rows: rows(offset, Rows, ColumnSums) gives those of a block.
   template <class Rows>
@@ -90,17 +90,17 @@ class Slice {
   const kernels::KernelTable& table_ = *active_implementation().table;
   Problem problem_;
   bool around_cache_;
-  double memory_[4 * kMostSliced * (kBlocks > 1 ? kBlocks + 1 : 1)];
+  alignas(kernels::kStreamBytes) double memory_[4 * kMostSmall * (kBlocks > 1 ? kBlocks + 1 : 1)];
 };
 
-// The passes of passes.hpp over a problem that is one slice, on one thread. False where it is not, or a channel is not
+// The passes of passes.hpp over a problem that is small, on one thread. False where it is not, or a channel is not
 // as usual: no tensor is written then.
 template <class T>
-bool run_slice_moments(const T* x, const PassCall<T>& call, Moments* out);
+bool run_small_moments(const T* x, const PassCall<T>& call, Moments* out);
 template <class T>
-bool run_slice_batch_norm(const T* x, const PassCall<T>& call, T* y, Moments* saved);
+bool run_small_batch_norm(const T* x, const PassCall<T>& call, T* y, Moments* saved);
 template <class T>
-bool run_slice_backward(const T* dy, const T* x, const PassCall<T>& call, const Moments* saved,
+bool run_small_backward(const T* dy, const T* x, const PassCall<T>& call, const Moments* saved,
                         const FirstOutputs<T>& out);
 
 }  // namespace batchnorm
