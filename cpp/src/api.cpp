@@ -77,7 +77,7 @@ void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, 
   checked.reads("x", x);
   checked.writes_entries("out", out);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    Forward<T>{part}.moments(x.data() + at, out.data() + entry);
+    Forward<T>{part}.moments(x.data() + at, out.data() + entry / part.width);
   });
 }
 
@@ -135,7 +135,7 @@ void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::
   checked.writes("y", y);
   checked.writes_entries("saved", saved);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    Forward<T>{part}.batch_norm(x.data() + at, y.data() + at, saved.data() + entry);
+    Forward<T>{part}.batch_norm(x.data() + at, y.data() + at, saved.data() + entry / part.width);
   });
 }
 
@@ -162,7 +162,7 @@ void normalize(std::span<const T> x, const Call<T>& call, std::span<const Moment
   checked.follow(y.data());
   checked.writes("y", y);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    Forward<T>{part}.normalize(x.data() + at, {{}, {}, moments.data() + entry}, y.data() + at);
+    Forward<T>{part}.normalize(x.data() + at, {{}, {}, moments.data() + entry / part.width}, y.data() + at);
   });
 }
 
@@ -178,7 +178,7 @@ void grad_sums(std::span<const T> dy, std::span<const T> x, const Call<T>& call,
   checked.let_through();
   checked.writes_entries("out", out);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    Backward<T>{part}.grad_sums(dy.data() + at, x.data() + at, moments.data() + entry, out.data() + entry);
+    Backward<T>{part}.grad_sums(dy.data() + at, x.data() + at, moments.data() + entry / part.width, out.data() + entry);
   });
 }
 
@@ -196,8 +196,8 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call
   check::size("dx", dx.size(), call.problem);
   write_gradients(checked, out);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    Backward<T>{part}.grad_input(dy.data() + at, x.data() + at, moments.data() + entry, sums.data() + entry,
-                                 outputs(out, at));
+    Backward<T>{part}.grad_input(dy.data() + at, x.data() + at, moments.data() + entry / part.width,
+                                 sums.data() + entry, outputs(out, at));
   });
 }
 
@@ -213,8 +213,9 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   write_gradients(checked, out);
   // Of segments dgamma and dbeta are sums, where those of each are not wanted.
   const auto channels = static_cast<std::size_t>(call.problem.channels);
-  const auto is_sum = [&](const ChannelOutput& to) { return to.wanted() && to.size() != saved.size(); };
-  std::vector<double> of_gamma(is_sum(out.dgamma) ? saved.size() : 0), of_beta(is_sum(out.dbeta) ? saved.size() : 0);
+  const auto is_sum = [&](const ChannelOutput& to) { return to.wanted() && to.size() != checked.entries(); };
+  std::vector<double> of_gamma(is_sum(out.dgamma) ? checked.entries() : 0),
+      of_beta(is_sum(out.dbeta) ? checked.entries() : 0);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
     FirstOutputs<T> to = outputs(out, at);
     const auto of_part = [&](std::vector<double>& all, const ChannelOutput& wanted) {
@@ -223,7 +224,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
     };
     to.dgamma = of_part(of_gamma, out.dgamma);
     to.dbeta = of_part(of_beta, out.dbeta);
-    Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry, to);
+    Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry / part.width, to);
   });
   if (is_sum(out.dgamma)) sum_over_segments(of_gamma, call.problem.channels, options.threads, out.dgamma);
   if (is_sum(out.dbeta)) sum_over_segments(of_beta, call.problem.channels, options.threads, out.dbeta);
@@ -251,8 +252,8 @@ void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T
   check_jvp(checked, x_dot, x, {gamma_dot, beta_dot, {}, {}}, y_dot);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
     const Tangents along{checked.part_of(gamma_dot, entry), checked.part_of(beta_dot, entry), {}, {}};
-    Backward<T>{part}.batch_norm_jvp(x_dot.data() + at, x.data() + at, saved.data() + entry, nullptr, along,
-                                     y_dot.data() + at);
+    Backward<T>{part}.batch_norm_jvp(x_dot.data() + at, x.data() + at, saved.data() + entry / part.width, nullptr,
+                                     along, y_dot.data() + at);
   });
 }
 

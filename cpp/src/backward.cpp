@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "coefficients.hpp"
+#include "grouped.hpp"
 #include "passes.hpp"
 #include "short_runs.hpp"
 #include "small.hpp"
@@ -182,7 +183,7 @@ struct BackwardPass {
       if (!applies || constant_scale != nullptr) return;
       auto k = coefficients_of<V>(first + i, m, s, rstd);
       if constexpr (sizeof(A) == sizeof(float)) {
-        if (weighs) k.is_wide |= weighted_fits(k.wide, rstd.hi, sizes) == 0;
+        if (weighs) k.is_wide |= weighted_fits(k.wide, rstd.hi, sizes, call.is_shared) == 0;
       }
       coefficients->set(first + i, k);
     });
@@ -211,6 +212,9 @@ struct BackwardPass {
   [[nodiscard]] Coefficients<V, GradAffine> coefficients_of(std::int64_t c, const MomentsOf<V>& m,
                                                             const GradSumsOf<V>& s, const TwoParts<V>& rstd) const {
     const V scale = read_channels<V>(call.gamma, c, 1);
+    if (tangents == nullptr && call.is_shared) {
+      return grad_affine<A, V>(m, {}, factor<A>(scale, rstd), s.dy_xmu.hi, s.dy.hi);
+    }
     if (tangents == nullptr) return backward_coefficients<A, V>(m, m.count, s, rstd, scale);
     return jvp_coefficients<A, V>(m, s, rstd, scale, read_channels<V>(tangents->gamma, c, 0),
                                   read_channels<V>(tangents->beta, c, 0));
@@ -232,6 +236,7 @@ struct BackwardPass {
 
 template <class T>
 void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
+  if (call.width > 1) return Grouped<T>(call).grad_sums(dy, x, moments, out);
   if (has_short_runs(call.problem)) return run_short_grad_sums(dy, x, call, moments, out);
   BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .moments = moments, .sums_out = out};
   run_pass(pass, call.options);
@@ -240,6 +245,7 @@ void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, Gra
 template <class T>
 void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, const GradSums* sums,
                              const FirstOutputs<T>& out) const {
+  if (call.width > 1) return Grouped<T>(call).grad_input(dy, x, moments, sums, out);
   if (has_short_runs(call.problem)) return run_short_grad_input(dy, x, call, moments, sums, out);
   BackwardPass<T> pass{
       .reduces = false, .call = call, .dy = dy, .x = x, .out = out, .moments = moments, .sums_in = sums};
@@ -248,6 +254,7 @@ void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, co
 
 template <class T>
 void Backward<T>::batch_norm(const T* dy, const T* x, const Moments* saved, const FirstOutputs<T>& out) const {
+  if (call.width > 1) return Grouped<T>(call).batch_norm_backward(dy, x, saved, out);
   if (has_short_runs(call.problem)) return run_short_backward(dy, x, call, saved, out);
   if (run_small_backward(dy, x, call, saved, out)) return;
   BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .out = out, .moments = saved};
@@ -285,8 +292,17 @@ void Backward<T>::normalize(const T* dy, const T* x, const GivenStatistics& give
 }
 
 template <class T>
+void Backward<T>::tangent_sums(const T* x_dot, const T* x, const Moments* saved, GradSums* out) const {
+  const Tangents none;
+  BackwardPass<T> pass{
+      .reduces = true, .call = call, .dy = x_dot, .x = x, .moments = saved, .sums_out = out, .tangents = &none};
+  run_pass(pass, call.options);
+}
+
+template <class T>
 void Backward<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* saved, const GradSums* sums,
                                  const Tangents& tangents, T* y_dot) const {
+  if (call.width > 1) return Grouped<T>(call).batch_norm_jvp(x_dot, x, saved, tangents, y_dot);
   if (has_short_runs(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
     return run_short_jvp(x_dot, x, call, saved, sums, tangents, y_dot);
   }

@@ -387,20 +387,24 @@ V spread_of_y(const MomentsOf<V>& m, const V& rstd, const V& gamma) {
 }
 template <class V>
 [[gnu::noinline, gnu::cold]] Coefficients<V, kernels::Affine> decided_coefficients(const MomentsOf<V>& m, double eps,
-                                                                                   const V& gamma, const V& beta) {
+                                                                                   const V& gamma, const V& beta,
+                                                                                   bool is_spread) {
   const V rstd = forward_rstd<float>(m, eps, gamma).hi;
-  return decided_coefficients(m.mean, m.mean_lo, rstd, gamma, beta, spread_of_y<float>(m, rstd, gamma));
+  const V spread = is_spread ? spread_of_y<float>(m, rstd, gamma) : V{};
+  return decided_coefficients(m.mean, m.mean_lo, rstd, gamma, beta, spread);
 }
+// `is_spread`: whether the moments are those of the channel's own values.
 template <class T, class V, class To>
 [[gnu::always_inline]] inline void forward_coefficients(const MomentsOf<V>& m, double eps, const V& gamma,
-                                                        const V& beta, const To& to) {
+                                                        const V& beta, bool is_spread, const To& to) {
   if constexpr (sizeof(T) == sizeof(double)) {
     const TwoParts<V> rstd = forward_rstd<T>(m, eps, gamma);
-    to(folded_coefficients(m.mean, m.mean_lo, factor<T>(gamma, rstd), beta, spread_of_y<T>(m, rstd.hi, gamma)));
+    const V spread = is_spread ? spread_of_y<T>(m, rstd.hi, gamma) : V{};
+    to(folded_coefficients(m.mean, m.mean_lo, factor<T>(gamma, rstd), beta, spread));
   } else {
     // Where rstd is no number, or too large, they are wide here.
     const auto quick = quick_coefficients(m.mean, m.mean_lo, rstd_for<T>(m, eps).hi, gamma, beta);
-    if (any(quick.is_wide)) return to(decided_coefficients(m, eps, gamma, beta));
+    if (any(quick.is_wide)) return to(decided_coefficients(m, eps, gamma, beta, is_spread));
     to(quick);
   }
 }
@@ -458,16 +462,19 @@ struct WeightSizes {
   double total, least;
 };
 // Whether float32 holds what grad_input makes of its coefficients and a weight, with its digits: below 2^-100 those of
-// the mean of dy and of its share along xhat (p/rstd) might be lost, alone or times the least weight.
+// the mean of dy and of its share along xhat (p/rstd) might be lost, alone or times the least weight. Of channels that
+// share statistics the mean of dy is in the offset.
 template <class V>
-auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const WeightSizes& weights) {
+auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const WeightSizes& weights, bool is_shared) {
   constexpr double kMost = 0x1p100;
   const double least = 0x1p-100 / std::fmin(1, weights.least), total = weights.total;
   const V g = absolute(exact.dy_center), ag = absolute(exact.dy_scale) * g, p = absolute(exact.x_scale);
   const auto keeps_digits = ((g == 0) | ((g >= least) & (ag >= least))) & ((p == 0) | (p >= least * rstd));
-  const auto keeps_range = (g * total <= kMost) & (ag * total <= kMost) & (p * total <= kMost * rstd) &
-                           (absolute(exact.offset) * total <= kMost);
-  return keeps_digits & keeps_range;
+  const V offset = absolute(exact.offset);
+  const auto keeps_offset = (offset == 0) | (offset >= (is_shared ? least : 0));
+  const auto keeps_range =
+      (g * total <= kMost) & (ag * total <= kMost) & (p * total <= kMost * rstd) & (offset * total <= kMost);
+  return keeps_digits & keeps_offset & keeps_range;
 }
 
 // mean(dy), as far as tensors of T need it. N: what V can be divided by.

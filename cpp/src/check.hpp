@@ -69,8 +69,10 @@ inline void channels(const char* name, std::size_t got, std::int64_t channels) {
     fail(name, " must have ", channels, " values (one per channel), got ", got);
   }
 }
-inline void entries(const char* name, std::size_t got, std::size_t needed) {
-  if (got != needed) fail(name, " must have ", needed, " values (one per segment and channel), got ", got);
+inline void entries(const char* name, std::size_t got, std::size_t needed, std::int64_t width = 1) {
+  if (got == needed) return;
+  fail(name, " must have ", needed, " values (one per segment and ",
+       width == 1 ? "channel" : "group of " + std::to_string(width) + " channels", "), got ", got);
 }
 inline void positions(const char* name, std::size_t got, const Problem& p) {
   if (got != static_cast<std::size_t>(p.count())) {
@@ -82,6 +84,13 @@ inline void bits(std::size_t got, std::int64_t needed, bool relu) {
   if (!relu) fail("bits must be empty without a ReLU, got ", got, " bytes");
   if (got != static_cast<std::size_t>(needed)) {
     fail("bits must have ", needed, " bytes (relu_mask_bytes of the problem), got ", got);
+  }
+}
+
+// Channels that share statistics.
+inline void width(std::int64_t width, const Problem& p) {
+  if (width < 1 || p.channels % width != 0) {
+    fail("width must divide the channels, ", p.channels, ", got ", width);
   }
 }
 
@@ -175,6 +184,7 @@ template <class T>
 inline void one_group(const Call<T>& call) {
   const std::size_t offsets = call.groups.offsets.size();
   if (offsets != 0) fail("offsets must be empty where mean and var are given, got ", offsets);
+  if (call.groups.width != 1) fail("width must be 1 where mean and var are given, got ", call.groups.width);
   if (!call.counted.weights.empty() && call.counted.padding == Padding::normalize) {
     fail("padding must be zero or keep where statistics are given, got normalize, which needs no weights");
   }
@@ -184,6 +194,7 @@ template <class T>
 inline void second_order(const Call<T>& call) {
   const std::size_t offsets = call.groups.offsets.size(), weights = call.counted.weights.size();
   if (offsets != 0) fail("offsets must be empty for gradients of gradients, got ", offsets);
+  if (call.groups.width != 1) fail("width must be 1 for gradients of gradients, got ", call.groups.width);
   if (weights != 0) fail("weights must be empty for gradients of gradients, got ", weights);
   if (call.tail.relu) fail("relu must be false for gradients of gradients, got true");
 }

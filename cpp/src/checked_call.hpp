@@ -22,12 +22,14 @@ class CheckedCall {
   CheckedCall(const Call<T>& call, const Options& options)
       : call_(call),
         whole_{.problem = call.problem,
+               .width = call.groups.width,
                .padding = call.counted.padding,
                .gamma = call.gamma,
                .beta = call.beta,
                .eps = call.eps,
                .options = {.threads = options.threads}} {
     check::problem(call.problem);
+    check::width(call.groups.width, call.problem);
     check::threads(options.threads);
     if (by_segments()) check::offsets(call.groups.offsets, call.problem);
     memories_.reads("offsets", std::as_bytes(call.groups.offsets));
@@ -50,10 +52,10 @@ class CheckedCall {
     if (values.present()) check_channels(name, values.size());
     memories_.reads(name, values.bytes());
   }
-  // One entry per channel, or per segment and channel.
+  // One entry per channel, or per segment and channel; moments of each group of channels.
   template <class Entry>
   void reads_entries(const char* name, std::span<const Entry> table) {
-    check_entries(name, table.size());
+    check_entries<Entry>(name, table.size());
     memories_.reads(name, std::as_bytes(table));
   }
   // Moments that are read to take gradients: of at least one value, where there are some and all count.
@@ -64,7 +66,7 @@ class CheckedCall {
     if (!call_.counted.weights.empty() || call_.problem.size() == 0) return;
     if (!by_segments()) return check::counts_of_values(name, moments, -1);
     const auto& offsets = call_.groups.offsets;
-    const auto channels = static_cast<std::size_t>(call_.problem.channels);
+    const auto channels = static_cast<std::size_t>(call_.problem.channels / call_.groups.width);
     for (std::size_t s = 0; s + 1 < offsets.size(); ++s) {
       if (offsets[s + 1] == offsets[s]) continue;
       check::counts_of_values(name, moments.subspan(s * channels, channels), static_cast<std::int64_t>(s));
@@ -95,7 +97,7 @@ class CheckedCall {
   }
   template <class Entry>
   void writes_entries(const char* name, std::span<Entry> table) {
-    check_entries(name, table.size());
+    check_entries<Entry>(name, table.size());
     memories_.writes(name, std::as_bytes(table));
   }
 
@@ -129,7 +131,7 @@ class CheckedCall {
 
   // A variance is wanted of every group; those of segments may be 0.
   void check_batch() const {
-    if (by_segments()) return;
+    if (by_segments() || call_.groups.width > 1) return;
     if (call_.counted.weights.empty()) return check::batch_values(call_.problem);
     check::counted_positions(whole_.summary.counted, call_.problem);
   }
@@ -154,6 +156,11 @@ class CheckedCall {
     whole_.write_head(whole_.tail.first_bit);
     each.run();
   }
+  // Entries of tables: one per segment and channel.
+  [[nodiscard]] std::size_t entries() const {
+    const std::size_t segments = by_segments() ? call_.groups.offsets.size() - 1 : 1;
+    return segments * static_cast<std::size_t>(call_.problem.channels);
+  }
   // Where there are no segments.
   [[nodiscard]] const PassCall<T>& whole() const { return whole_; }
 
@@ -161,13 +168,11 @@ class CheckedCall {
   using W = kernels::WeightOf<T>;
 
   [[nodiscard]] bool by_segments() const { return !call_.groups.offsets.empty(); }
-  // Entries of tables: one per segment and channel.
-  [[nodiscard]] std::size_t entries() const {
-    const std::size_t groups = by_segments() ? call_.groups.offsets.size() - 1 : 1;
-    return groups * static_cast<std::size_t>(call_.problem.channels);
-  }
+  template <class Entry>
   void check_entries(const char* name, std::size_t got) const {
-    by_segments() ? check::entries(name, got, entries()) : check::channels(name, got, call_.problem.channels);
+    const std::int64_t width = std::is_same_v<Entry, Moments> ? call_.groups.width : 1;
+    if (!by_segments() && width == 1) return check::channels(name, got, call_.problem.channels);
+    check::entries(name, got, entries() / static_cast<std::size_t>(width), width);
   }
   void check_channels(const char* name, std::size_t got) const {
     if (!by_segments() || got != entries()) check::channels(name, got, call_.problem.channels);

@@ -2,6 +2,7 @@
 #include <optional>
 
 #include "coefficients.hpp"
+#include "grouped.hpp"
 #include "passes.hpp"
 #include "settle.hpp"
 #include "short_runs.hpp"
@@ -145,7 +146,7 @@ struct ForwardPass {
       const Moments* moments = (reduces ? saved : given.moments) + first;
       return for_channels<A>(count, [&]<class V>(std::int64_t i) {
         forward_coefficients<A, V>(MomentsOf<V>::at(moments + i), call.eps, gather<V>(g + i), gather<V>(b + i),
-                                   [&](const auto& k) { coefficients->set(first + i, k); });
+                                   !call.is_shared, [&](const auto& k) { coefficients->set(first + i, k); });
       });
     }
     double mean[kTogether], var[kTogether];
@@ -183,6 +184,7 @@ bool normalize_short_runs(const PassCall<T>& call, T* y, const Normalize& normal
 
 template <class T>
 void Forward<T>::moments(const T* x, Moments* out) const {
+  if (call.width > 1) return Grouped<T>(call).moments(x, out);
   if (has_short_runs(call.problem)) return run_short_moments(x, call, out);
   if (run_small_moments(x, call, out)) return;
   ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
@@ -191,6 +193,7 @@ void Forward<T>::moments(const T* x, Moments* out) const {
 
 template <class T>
 void Forward<T>::batch_norm(const T* x, T* y, Moments* saved) const {
+  if (call.width > 1) return Grouped<T>(call).batch_norm(x, y, saved);
   const auto turned = [&](const PassCall<T>& alone) { run_short_batch_norm(x, alone, y, saved); };
   if (normalize_short_runs(call, y, turned)) return;
   if (has_short_runs(call.problem)) {
@@ -204,6 +207,7 @@ void Forward<T>::batch_norm(const T* x, T* y, Moments* saved) const {
 
 template <class T>
 void Forward<T>::normalize(const T* x, const GivenStatistics& given, T* y) const {
+  if (call.width > 1) return Grouped<T>(call).normalize(x, given.moments, y);
   const auto turned = [&](const PassCall<T>& alone) { run_short_normalize(x, alone, given, y); };
   if (normalize_short_runs(call, y, turned)) return;
   ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};

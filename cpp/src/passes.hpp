@@ -36,6 +36,10 @@ struct PassOptions {
 template <class T>
 struct PassCall {
   Problem problem;
+  std::int64_t width = 1;  // neighbouring channels that share their statistics (grouped.hpp)
+  // Channels of such a group, each by itself: the moments are the group's, about which y may hardly be spread, and the
+  // sums that grad_input is given are its terms: sum_dy the shift, sum_dy_xmu the factor of x - mean.
+  bool is_shared = false;
   Positions<T> positions = {};
   WeightSummary summary = {};  // of the weights of these positions
   Padding padding = Padding::normalize;
@@ -111,6 +115,7 @@ struct Backward {
   void batch_norm(const T* dy, const T* x, const Moments* saved, const FirstOutputs<T>& out) const;
   void normalize(const T* dy, const T* x, const GivenStatistics& given, const FirstOutputs<T>& out) const;
   // Forward-mode. `sums` of x_dot and x, or null where they are to be taken.
+  void tangent_sums(const T* x_dot, const T* x, const Moments* saved, GradSums* out) const;
   void batch_norm_jvp(const T* x_dot, const T* x, const Moments* saved, const GradSums* sums, const Tangents& tangents,
                       T* y_dot) const;
   void normalize_jvp(const T* x_dot, const T* x, const GivenStatistics& given, const Tangents& tangents,

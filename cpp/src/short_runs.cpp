@@ -261,6 +261,7 @@ struct CallOfTile {
     part.beta = beta.values();
     part.eps = call.eps;
     part.options = tile.options;
+    part.is_shared = call.is_shared;
   }
   ValuesOfTile gamma, beta;
   PassCall<A> part;

@@ -27,7 +27,7 @@ using Real = std::conditional_t<sizeof(T) == sizeof(double), long double, double
 // ---- what a call can say ---------------------------------------------------------------------------------------
 
 enum class Counting { none, mask, weights };
-enum class Statistics { batch, segments, given };
+enum class Statistics { batch, segments, groups, given };
 struct Combination {
   Counting counting;
   Padding padding;
@@ -41,7 +41,8 @@ std::vector<Combination> combinations() {
     for (const Padding padding : {Padding::zero, Padding::keep, Padding::normalize}) {
       for (const bool residual : {false, true}) {
         for (const bool relu : {false, true}) {
-          for (const Statistics statistics : {Statistics::batch, Statistics::segments, Statistics::given}) {
+          for (const Statistics statistics :
+               {Statistics::batch, Statistics::segments, Statistics::groups, Statistics::given}) {
             const bool is_refused = statistics == Statistics::given && counting != Counting::none;
             if (is_refused && padding == Padding::normalize) continue;
             list.push_back({counting, padding, residual, relu, statistics});
@@ -56,7 +57,7 @@ std::vector<Combination> combinations() {
 std::string text(const Combination& c) {
   constexpr const char* kCounting[] = {"no weights", "a mask", "weights"};
   constexpr const char* kPadding[] = {"zero", "keep", "normalize"};
-  constexpr const char* kStatistics[] = {"one group", "segments", "given statistics"};
+  constexpr const char* kStatistics[] = {"one group", "segments", "groups of channels", "given statistics"};
   return expect::text(kCounting[static_cast<int>(c.counting)], ", padding ", kPadding[static_cast<int>(c.padding)],
                       c.residual ? ", residual" : "", c.relu ? ", ReLU" : "", ", ",
                       kStatistics[static_cast<int>(c.statistics)]);
@@ -102,9 +103,12 @@ struct Inputs {
   std::span<const double> gamma, beta, mean, var;
   Padding padding;
   bool relu, given;
+  std::int64_t width = 1;  // channels that share statistics
 
   [[nodiscard]] std::size_t groups() const { return offsets.empty() ? 1 : offsets.size() - 1; }
   [[nodiscard]] std::size_t channels() const { return static_cast<std::size_t>(problem.channels); }
+  // Entries of statistics.
+  [[nodiscard]] std::size_t entries() const { return groups() * channels() / static_cast<std::size_t>(width); }
   // The place of gamma of a channel of a group.
   [[nodiscard]] std::size_t of_gamma(std::size_t group, std::size_t c) const {
     return gamma.size() == channels() ? c : group * channels() + c;
@@ -127,7 +131,9 @@ Inputs<T> inputs_of(const Tensors<T>& t, const Combination& c) {
   Inputs<T> in{b.problem, b.x, b.dy, {}, {}, {}, b.gamma, b.beta, b.mean, b.var, c.padding, c.relu, false};
   if (c.residual) in.residual = t.residual;
   if (c.counting != Counting::none) in.weights = c.counting == Counting::mask ? t.mask : t.weights;
-  if (c.statistics == Statistics::segments) {
+  const std::int64_t channels = b.problem.channels;
+  if (c.statistics == Statistics::groups) in.width = channels % 2 == 0 ? channels / 2 : channels;
+  if (c.statistics == Statistics::segments || in.width > 1) {
     in.offsets = t.offsets;
     if (c.residual) in.gamma = t.gamma, in.beta = t.beta;
   }
@@ -202,13 +208,13 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   Tensor<T> y_dot = how.in_place ? dy : nothing;
   std::vector<std::uint8_t> bits(in.relu ? static_cast<std::size_t>(relu_mask_bytes(in.problem)) : 0, 0xa5);
   const Call<T> call{.problem = in.problem,
-                     .groups = {in.offsets},
+                     .groups = {in.offsets, in.width},
                      .counted = {in.weights, in.padding},
                      .gamma = in.gamma,
                      .beta = in.beta,
                      .tail = {residual.span(), in.relu, bits}};
   const Options options{how.threads};
-  Found<T> f{.saved = std::vector<Moments>(in.groups() * in.channels()),
+  Found<T> f{.saved = std::vector<Moments>(in.entries()),
              .dgamma = std::vector<double>(in.gamma.size(), -77),
              .dbeta = std::vector<double>(in.gamma.size(), -77)};
 
@@ -228,7 +234,7 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   if (in.given) {
     normalize_backward<T>(dy_backward, x_backward, call, in.mean, in.var, out, options);
   } else if (how.halves) {
-    std::vector<GradSums> sums(f.saved.size());
+    std::vector<GradSums> sums(in.groups() * in.channels());
     grad_sums<T>(dy_backward, x_backward, call, f.saved, sums, options);
     grad_input<T>(dy_backward, x_backward, call, f.saved, sums, out.dx, out.dresidual, options);
   } else {
@@ -354,42 +360,49 @@ constexpr double kSmallest<BFloat16> = 0x1p-133;
 template <class T>
 constexpr double kOracle = sizeof(T) == sizeof(double) ? 64 * 0x1p-63 : 64 * 0x1p-53;
 
-// One channel of one group.
+// What shares statistics: one channel of one segment, or some.
 template <class T>
 class Line {
   using R = Real<T>;
 
  public:
-  Line(const Inputs<T>& in, const Found<T>& found, std::size_t group, std::size_t c, const std::string& what)
-      : in_(in), f_(found), c_(c), entry_(group * in.channels() + c), what_(what) {
-    gamma_ = in.gamma[in.of_gamma(group, c)];
-    beta_ = in.beta[in.of_gamma(group, c)];
+  Line(const Inputs<T>& in, const Found<T>& found, std::size_t group, std::size_t first, const std::string& what)
+      : in_(in),
+        f_(found),
+        c_(first),
+        entry_((group * in.channels() + first) / static_cast<std::size_t>(in.width)),
+        what_(what) {
     const Problem& p = in.problem;
     const std::int64_t begin = in.offsets.empty() ? 0 : in.offsets[group];
     const std::int64_t end = in.offsets.empty() ? p.outer : in.offsets[group + 1];
-    for (std::int64_t o = begin; o < end; ++o) {
-      for (std::int64_t i = 0; i < p.inner; ++i)
-        add(static_cast<std::size_t>((o * p.channels) * p.inner + i) + c * static_cast<std::size_t>(p.inner));
+    for (std::size_t c = first; c < first + static_cast<std::size_t>(in.width); ++c) {
+      for (std::int64_t o = begin; o < end; ++o) {
+        for (std::int64_t i = 0; i < p.inner; ++i)
+          add(static_cast<std::size_t>((o * p.channels) * p.inner + i) + c * static_cast<std::size_t>(p.inner),
+              in.of_gamma(group, c));
+      }
     }
   }
   // Adds what it should be to dgamma, dbeta and the sums of their absolute terms.
-  void expect(std::array<R, 4>& parameters) {
-    find_statistics();
+  void expect(std::vector<std::array<R, 5>>& parameters) {
+    find_statistics(parameters);
     for (std::size_t k = 0; k < at_.size(); ++k) expect_y(k);
     for (std::size_t k = 0; k < at_.size(); ++k) expect_dx(k);
     expect_y_dot();
-    for (std::size_t k = 0; k < 4; ++k) parameters[k] += sums_[k];
   }
 
  private:
-  void add(std::size_t e) {
+  void add(std::size_t e, std::size_t of_gamma) {
+    parameter_.push_back(of_gamma);
+    gamma_.push_back(in_.gamma[of_gamma]);
+    beta_.push_back(in_.beta[of_gamma]);
     const bool lets_through = !in_.relu || f_.bits[e];
     at_.push_back(e);
     x_.push_back(static_cast<R>(in_.x[e]));
     dy_.push_back(lets_through ? static_cast<R>(in_.dy[e]) : R(0));
     w_.push_back(in_.weights.empty() ? R(1) : static_cast<R>(in_.weights[in_.position(e)]));
   }
-  void find_statistics() {
+  void find_statistics(std::vector<std::array<R, 5>>& parameters) {
     R total = 0, sum = 0, squares = 0;
     for (std::size_t k = 0; k < at_.size(); ++k) total += w_[k], sum += w_[k] * x_[k];
     count_ = total;
@@ -411,12 +424,14 @@ class Line {
     rstd_ = total > 0 || in_.given ? 1 / std::sqrt(plus) : R(0);
     for (std::size_t k = 0; k < at_.size(); ++k) {
       xhat_.push_back((x_[k] - mean_) * rstd_);
-      scale_ = std::max(scale_, std::abs(gamma_ * xhat_[k]));
+      scale_ = std::max(scale_, std::abs(gamma_[k] * xhat_[k]));
       if (!in_.is_normalized(at_[k])) continue;
-      sums_[0] += dy_[k] * xhat_[k];
-      sums_[1] += dy_[k];
-      sums_[2] += std::abs(dy_[k] * xhat_[k]);
-      sums_[3] += std::abs(dy_[k]);
+      const R terms[] = {dy_[k] * xhat_[k], dy_[k], std::abs(dy_[k] * xhat_[k]), std::abs(dy_[k])};
+      for (std::size_t s = 0; s < 4; ++s) {
+        parameters[parameter_[k]][s] += terms[s];
+        sums_[s] += (s < 2 ? gamma_[k] : std::abs(gamma_[k])) * terms[s];
+      }
+      parameters[parameter_[k]][4] += std::abs(dy_[k] * mean_ * rstd_);
     }
   }
   // The mean may cancel: within std too.
@@ -441,10 +456,10 @@ class Line {
       EXPECT(data::same_bits(got, in_.padding == Padding::keep ? in_.x[e] : T(0)), "padding of y, ", what_);
       return;
     }
-    const R normalized = xhat_[k] * gamma_ + beta_,
+    const R normalized = xhat_[k] * gamma_[k] + beta_[k],
             residual = in_.residual.empty() ? R(0) : static_cast<R>(in_.residual[e]);
     const R sum = normalized + residual, wanted = in_.relu && sum < 0 ? R(0) : sum;
-    const R bound = 3 * kU<T> * scale_ + kU<T> * (std::abs(beta_) + std::abs(normalized)) +
+    const R bound = 3 * kU<T> * scale_ + kU<T> * (std::abs(beta_[k]) + std::abs(normalized)) +
                     (in_.residual.empty() ? 0 : kU<T> * std::abs(sum)) + R(kOracle<T>) * (scale_ + std::abs(sum)) +
                     kRounding<T> * std::abs(sum) + R(kSmallest<T>);
     const bool is_close = std::abs(static_cast<R>(got) - wanted) <= bound || is_beyond(got, wanted);
@@ -462,15 +477,14 @@ class Line {
       EXPECT(data::same_bits(got, in_.padding == Padding::keep ? in_.dy[e] : T(0)), "padding of dx, ", what_);
       return;
     }
-    const R part = in_.given || count_ == 0 ? R(0) : w_[k] / count_, scale = gamma_ * rstd_;
-    const R wanted = scale * (dy_[k] - part * sums_[1] - part * xhat_[k] * sums_[0]);
+    const R part = in_.given || count_ == 0 ? R(0) : w_[k] / count_, of_k = gamma_[k] * dy_[k];
+    const R wanted = rstd_ * (of_k - part * sums_[1] - part * xhat_[k] * sums_[0]);
     // What double rounds dy and x - mean to before they are summed.
     const bool is_double = sizeof(T) == sizeof(double);
     const R of_dy = std::abs(sums_[is_double ? 3 : 1]), of_xhat = std::abs(sums_[is_double ? 2 : 0]);
-    const R terms = std::abs(scale) * (std::abs(dy_[k]) + part * of_dy + part * std::abs(xhat_[k]) * of_xhat);
+    const R terms = rstd_ * (std::abs(of_k) + part * of_dy + part * std::abs(xhat_[k]) * of_xhat);
     const R bound = ((in_.weights.empty() ? 4 : 6) * kU<T> + R(kOracle<T>)) * terms + kRounding<T> * std::abs(wanted) +
-                    R(kSmallest<T>) +
-                    R(kOracle<T>) * part * std::abs(scale) * (sums_[3] + std::abs(xhat_[k]) * sums_[2]);
+                    R(kSmallest<T>) + R(kOracle<T>) * part * rstd_ * (sums_[3] + std::abs(xhat_[k]) * sums_[2]);
     const bool is_close = std::abs(static_cast<R>(got) - wanted) <= bound || is_beyond(got, wanted);
     EXPECT(is_close, "dx ", static_cast<double>(got), ", wanted ", wanted, " within ", bound, " at ", e, ", ", what_);
   }
@@ -484,20 +498,20 @@ class Line {
       sums[0] += first, sums[1] += second, sums[2] += std::abs(first), sums[3] += std::abs(second);
     }
     if (in_.given) {
-      sums[0] = beta_, sums[1] = rstd_ * gamma_ / 2;
+      sums[0] = in_.beta[c_], sums[1] = rstd_ * in_.gamma[c_] / 2;
       sums[2] = std::abs(sums[0]), sums[3] = std::abs(sums[1]);
     }
-    const R scale = gamma_ * rstd_;
     for (std::size_t k = 0; k < at_.size(); ++k) {
       const std::size_t e = at_[k];
+      const R scale = gamma_[k] * rstd_, gamma_dot = beta_[k], beta_dot = gamma_[k];
       const T got = f_.y_dot[e];
       if (!in_.is_normalized(e)) {
         EXPECT(data::same_bits(got, in_.padding == Padding::keep ? in_.dy[e] : T(0)), "padding of y_dot, ", what_);
         continue;
       }
-      const R normalized = scale * (x_dot(k) - sums[0] - xhat_[k] * sums[1]) + beta_ * xhat_[k] + gamma_;
+      const R normalized = scale * (x_dot(k) - sums[0] - xhat_[k] * sums[1]) + gamma_dot * xhat_[k] + beta_dot;
       const R terms = std::abs(scale) * (std::abs(x_dot(k)) + sums[2] + std::abs(xhat_[k]) * sums[3]) +
-                      std::abs(beta_ * xhat_[k]) + std::abs(gamma_);
+                      std::abs(gamma_dot * xhat_[k]) + std::abs(beta_dot);
       const R sum = normalized + (in_.residual.empty() ? R(0) : static_cast<R>(in_.residual[e]));
       const R wanted = !in_.relu || f_.bits[e] ? sum : R(0);
       const R bound = (6 * kU<T> + R(kOracle<T>)) * terms + (in_.residual.empty() ? 0 : kU<T> * std::abs(sum)) +
@@ -513,24 +527,26 @@ class Line {
   std::size_t c_, entry_;
   const std::string& what_;
   std::vector<std::size_t> at_;
-  std::vector<R> x_, dy_, w_, xhat_;
-  R gamma_ = 1, beta_ = 0, count_ = 0, mean_ = 0, rstd_ = 0, scale_ = 0;
-  R sums_[4] = {};  // of dy*xhat and dy, and of their absolute values
+  std::vector<std::size_t> parameter_;
+  std::vector<R> x_, dy_, w_, xhat_, gamma_, beta_;
+  R count_ = 0, mean_ = 0, rstd_ = 0, scale_ = 0;
+  R sums_[4] = {};  // of gamma*dy*xhat and gamma*dy, and of their absolute values
 };
 
 template <class T>
 void expect_definition(const Inputs<T>& in, const Found<T>& found, const std::string& what) {
-  std::vector<std::array<Real<T>, 4>> parameters(in.gamma.size());
+  std::vector<std::array<Real<T>, 5>> parameters(in.gamma.size());
   for (std::size_t group = 0; group < in.groups(); ++group) {
-    for (std::size_t c = 0; c < in.channels(); ++c) {
-      Line<T>(in, found, group, c, what).expect(parameters[in.of_gamma(group, c)]);
+    for (std::size_t c = 0; c < in.channels(); c += static_cast<std::size_t>(in.width)) {
+      Line<T>(in, found, group, c, what).expect(parameters);
     }
   }
   for (std::size_t at = 0; at < parameters.size(); ++at) {
     for (const std::size_t k : {0u, 1u}) {
       const double got = (k == 0 ? found.dgamma : found.dbeta)[at];
       const Real<T> wanted = parameters[at][k], scale = parameters[at][k + 2];
-      EXPECT(std::abs(got - wanted) <= (4 * kU<T> + kOracle<T>)*scale + kSmallest<double>,
+      const Real<T> of_mean = k == 0 ? parameters[at][4] : 0;  // what the mean of the loops is off by
+      EXPECT(std::abs(got - wanted) <= (4 * kU<T> + kOracle<T>)*scale + kOracle<T> * of_mean + kSmallest<double>,
              k == 0 ? "dgamma " : "dbeta ", got, ", wanted ", wanted, ", scale ", scale, " at ", at, ", ", what);
     }
   }

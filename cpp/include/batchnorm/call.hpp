@@ -13,14 +13,21 @@
 namespace batchnorm {
 
 // What shares statistics: everything, or each segment on its own (graphs of a batch, packed sequences, ghost batches,
-// samples). Segment s of a Problem holds the outer indices [offsets[s], offsets[s + 1]); its channel c is a channel as
+// samples); of that each channel, or `width` neighbouring ones together. Segments of one sample and a width of 1 are
+// instance norm, of C/G group norm (Wu and He 2018), of all channels layer norm over channels and places.
+//
+// Segment s of a Problem holds the outer indices [offsets[s], offsets[s + 1]); its channel c is a channel as
 // any other, in place s*channels + c of tables (moments, sums of gradients). Segments may be empty (moments of count
 // 0); one with a single value a channel has a variance of 0, and its y is beta. Gamma and beta are those of the
 // channel, or, where so many are given, of the segment and channel; so are their tangents and gradients. Results of a
 // segment have the bits that a call on the segment alone would give.
 struct Groups {
-  // One more than there are segments, from 0 to problem.outer, never falling. Empty: everything is one group.
+  // One more than there are segments, from 0 to problem.outer, never falling. Empty: everything is one segment.
   std::span<const std::int64_t> offsets = {};
+  // Divides the channels. Above 1, moments have one entry per segment and `width` channels, and as their count the
+  // values (or weights) of all of them; sums of gradients still have one per segment and channel, about the mean that
+  // is shared. mean and var cannot be given then, and there is no double backward.
+  std::int64_t width = 1;
 };
 
 // What the output is where a position does not count: 0, the input as it is (x of y, dy of dx), or what the formula
