@@ -10,7 +10,7 @@ from typing import NamedTuple
 AXES = {
     "counts": ("all", "mask", "weights", "lengths"),
     "padding": ("zero", "keep", "normalize"),
-    "shares": ("batch", "segments", "ghosts", "instances"),
+    "shares": ("batch", "segments", "ghosts", "instances", "groups"),
     "statistics": ("batch", "renorm", "given"),
     "follows": ("nothing", "residual", "relu", "residual and relu"),
     "kept": ("x", "y", "y in place"),
@@ -30,6 +30,7 @@ WRITTEN = {
     ("shares", "segments"): "`segments=`",
     ("shares", "ghosts"): "`ghost_size=`",
     ("shares", "instances"): "`instance_norm`",
+    ("shares", "groups"): "`group_norm`",
     ("statistics", "batch"): "`batch_norm`",
     ("statistics", "renorm"): "`renorm=`",
     ("statistics", "given"): "`normalize`",
@@ -66,21 +67,29 @@ REFUSED = (
     ),
     (
         lambda c: c.statistics == "given" and c.shares != "batch",
-        "`normalize` with segments, ghosts or instances: the statistics are given, one for each channel",
+        "`normalize` with segments, ghosts, instances or groups: the statistics are given, one for each channel",
     ),
     (
-        lambda c: c.statistics == "renorm" and c.shares == "instances",
-        "`instance_norm` with renorm: an instance has no running statistics to be corrected towards",
+        lambda c: c.statistics == "renorm" and c.shares in ("instances", "groups"),
+        "`instance_norm` and `group_norm` with renorm: they have no running statistics to be corrected towards",
     ),
     (
         lambda c: c.kept != "x" and c.follows != "nothing",
         '`keep="y"` with a residual or ReLU: y does not tell what was normalized',
+    ),
+    (
+        lambda c: c.kept != "x" and c.shares == "groups",
+        '`group_norm` with `keep="y"`: y of a channel does not tell the statistics that it shares',
     ),
 )
 REFUSED_VERBS = (
     (
         lambda c, verb: c.statistics == "given" and verb in ("halves", "update_running"),
         "halves and `update_running` after `normalize`: no statistics were taken of the batch",
+    ),
+    (
+        lambda c, verb: c.shares == "groups" and verb == "update_running",
+        "`update_running` after `group_norm`: running statistics are those of channels",
     ),
 )
 

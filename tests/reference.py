@@ -192,7 +192,8 @@ class Composed(NamedTuple):
     """A combination of options as the composition of its steps, for arrays (N, C, L) of float64 or complex128.
 
     weights : (N, L). sets : row slices, each with statistics of its own. given : (mean, var) or None. r, d : (C,) of each
-    set, or None. passes : where ReLU lets through, or None to tell it from s; relu : whether it follows.
+    set, or None. passes : where ReLU lets through, or None to tell it from s; relu : whether it follows. width :
+    neighbouring channels that share statistics.
     """
 
     weights: object
@@ -204,6 +205,7 @@ class Composed(NamedTuple):
     d: object = None
     relu: bool = False
     passes: object = None
+    width: int = 1
 
     @property
     def counted(self):
@@ -217,11 +219,15 @@ class Composed(NamedTuple):
         of_sets = []
         for rows in self.sets:
             w, values = self.weights[rows][:, None], x[rows]
-            count = w.sum()
-            mean = (w * values).sum((0, 2)) / (count or 1)
-            var = (w * (values - mean[:, None]) ** 2).sum((0, 2)) / (count or 1)
+            count = w.sum() * self.width
+            mean = self._of_group((w * values).sum((0, 2))) / (count or 1)
+            var = self._of_group((w * (values - mean[:, None]) ** 2).sum((0, 2))) / (count or 1)
             of_sets.append((count, mean, var))
         return of_sets
+
+    def _of_group(self, sums):
+        """Give each channel the sum over those that share statistics with it."""
+        return np.repeat(sums.reshape(-1, self.width).sum(1), self.width)
 
     def __call__(self, x, gamma, beta, residual):
         """Give s, before ReLU and padding, and y."""

@@ -23,7 +23,7 @@ def called(case):
     settings = {name: options.pop(name) for name in OF_LAYER if name in options}
     if options.pop("renorm", None) is not None:
         settings["renorm"] = SCHEDULE
-    if case.shares == "instances":
+    if case.shares in ("instances", "groups"):
         settings["ghost_size"] = 1  # a sample is a ghost of one
     if case.counts == "weights":
         settings["weights_are"] = "counts"

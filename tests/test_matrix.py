@@ -11,16 +11,18 @@ import matrix
 import reference
 
 EPS = 1e-3
-ROWS, CHANNELS, STEPS = SHAPE = (7, 3, 4)
+ROWS, CHANNELS, STEPS = SHAPE = (7, 4, 4)
 IDS = np.array([0, 0, 1, 1, 1, 3, 3])
 GHOST = 4
+GROUPS = 2
 # Of composed float64 sums of 28 values near 1, whose own oracle rounds as often; second derivatives by differences of
 # 1e-5 are known to about 1e-9.
 CLOSE, BY_DIFFERENCES = 1e-11, 1e-7
 
-rng = np.random.default_rng(7)
+# By which the two values of samples of that length lie far enough apart for differences.
+rng = np.random.default_rng(9)
 X, DY, V, RESIDUAL, X_DOT, RESIDUAL_DOT, V_RESIDUAL = (rng.normal(0.5, 1, SHAPE) for _ in range(7))
-GAMMA = np.array([1.5, -0.7, 0.4])
+GAMMA = np.array([1.5, -0.7, 0.4, 2.1])
 BETA, GAMMA_DOT, BETA_DOT, V_GAMMA, V_BETA, MEAN, MEAN_DOT = (rng.normal(size=CHANNELS) for _ in range(7))
 VAR, VAR_DOT = rng.uniform(0.5, 2, (2, CHANNELS))
 LENGTHS = np.array([4, 0, 2, 3, 4, 2, 4])
@@ -62,8 +64,14 @@ def run(case, x=X, residual=RESIDUAL, laid=np.copy):
         options["residual"] = residual.astype(x.dtype)
     if case.statistics == "given":
         return bn.normalize(x, MEAN, VAR, GAMMA, BETA, save=True, **options)
+    if case.shares == "groups":
+        return bn.group_norm(x, GROUPS, GAMMA, BETA, **options)
     function = bn.instance_norm if case.shares == "instances" else bn.batch_norm
     return function(x, GAMMA, BETA, **options)
+
+
+def width_of(case):
+    return CHANNELS // GROUPS if case.shares == "groups" else 1
 
 
 def composed(case):
@@ -79,9 +87,10 @@ def composed(case):
         "segments": [slice(0, 2), slice(2, 5), slice(5, 5), slice(5, 7)],
         "ghosts": [slice(0, 4), slice(4, 7)],
         "instances": [slice(n, n + 1) for n in range(ROWS)],
+        "groups": [slice(n, n + 1) for n in range(ROWS)],
     }[case.shares]
     given = (MEAN, VAR) if case.statistics == "given" else None
-    of = reference.Composed(weights, case.padding, sets, EPS, given, relu="relu" in case.follows)
+    of = reference.Composed(weights, case.padding, sets, EPS, given, relu="relu" in case.follows, width=width_of(case))
     if case.statistics == "renorm":
         sigma = np.sqrt(VAR + EPS)
         r = [
@@ -122,10 +131,11 @@ def test_the_forward_call_is_the_composition_of_its_steps(case):
     assert_close(y, of(X, GAMMA, BETA, residual)[1])
     if case.statistics != "given":
         count, mean, var = (np.array(values) for values in zip(*of.statistics(X), strict=True))
-        assert_close(saved.moments.count, np.repeat(count, CHANNELS))
-        assert_close(saved.moments.mean, mean.ravel())
-        nothing = np.repeat(count, CHANNELS) == 0
-        assert_close(np.where(nothing, 0, saved.moments.var()), var.ravel())
+        width = width_of(case)
+        assert_close(saved.moments.count, np.repeat(count, CHANNELS // width))
+        assert_close(saved.moments.mean, mean[:, ::width].ravel())
+        nothing = np.repeat(count, CHANNELS // width) == 0
+        assert_close(np.where(nothing, 0, saved.moments.var()), var[:, ::width].ravel())
 
 
 @with_verb("backward")
@@ -183,6 +193,8 @@ def test_halves_have_the_bits_of_the_whole(case):
     }
     if case.shares == "instances":
         counted["ghost_size"] = 1
+    if case.shares == "groups":
+        counted["num_groups"] = GROUPS
     assert bn.moments(X, **counted) == saved.moments
     sums = bn.grad_sums(DY, saved)
     whole = bn.backward(DY, saved)

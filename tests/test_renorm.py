@@ -358,7 +358,7 @@ MISTAKES = [
     (lambda a: backward(a, {"renorm": 1}), TypeError, "saved.renorm must be a Renorm or None, got int"),
     (lambda a: backward(a, needs=["w"]), ValueError, "needs must name some of 'x', 'gamma', 'beta', 'residual', got 'w'"),
     (lambda a: bn.backward(a.dy, None), TypeError,
-     "saved must be what batch_norm, normalize or instance_norm saved, got None"),
+     "saved must be what a forward call saved, got None"),
     (lambda a: bn.update_running(a.mean, a.var, a.saved, ddof=1), ValueError,
      "ddof must be None after a call with renorm, whose parity says it, got 1"),
     (lambda a: bn.update_running(a.mean, -a.var, a.saved), ValueError,

@@ -511,7 +511,7 @@ def of_the_halves():
         "grad_input": lambda a, saved: bn.grad_input(a.dy, saved, bn.grad_sums(a.dy, a.saved)),
     }
     for function, call in calls.items():
-        text = "saved must be what batch_norm, normalize or instance_norm saved, got tuple"
+        text = "saved must be what a forward call saved, got tuple"
         yield Mistake(f"{function}-saved-tuple", lambda a, c=call: c(a, (a.x, a.gamma)), TypeError, text)
         for name, change, error, text in REPLACED:
             yield Mistake(

@@ -32,7 +32,7 @@ class Kept:
     """
 
     def __init__(self, saved: Saved, num_threads: int | None) -> None:
-        _validate.instance("saved", saved, Saved, "what batch_norm, normalize or instance_norm saved")
+        _validate.instance("saved", saved, Saved, "what a forward call saved")
         part, renorm = saved.part, saved.renorm
         if saved.x is None and saved.y is None:
             raise ValueError(
@@ -70,7 +70,7 @@ class Kept:
         if saved.given is not None:
             return _validate.statistics(*saved.given, self.channels)
         _validate.instance("saved.moments", saved.moments, Moments, "Moments")
-        needed = self.channels * saved.part.sets
+        needed = self.channels // saved.part.width * saved.part.sets
         if saved.moments.channels != needed:
             raise ValueError(f"saved.moments must have {needed} channels, got {saved.moments.channels}")
         table: PerChannel = saved.moments._table
@@ -109,7 +109,9 @@ class Kept:
 
     def standard(self) -> Standard:
         """Give what makes x̂ of what was kept."""
-        rstd, given = self._saved.rstd, self.statistics
+        given, width = self.statistics, self._saved.part.width
+        rstd = np.repeat(self._saved.rstd, width)
+        given = given if isinstance(given, tuple) else np.repeat(given, width, 0)
         count = None if isinstance(given, tuple) else given[:, 0]
         rest = np.zeros_like(rstd)
         if self._saved.y is not None:

@@ -29,6 +29,7 @@ class Part(NamedTuple):
     source : "mask", "weights" or "lengths": the argument that told the weights.
     weights_are : "counts", "importance" or None: what they are, where that was said.
     offsets : (S + 1,) int64 or None: segment s is rows offsets[s] to offsets[s + 1] - 1. None: all rows are one.
+    width : neighbouring channels that share statistics.
     table : the moments of the call, whose count is the sum of the weights once the core has filled them.
     """
 
@@ -38,6 +39,7 @@ class Part(NamedTuple):
     weights_are: WeightsAre | None = None
     offsets: NDArray[np.int64] | None = None
     table: PerChannel | None = None
+    width: int = 1
 
     def __repr__(self) -> str:
         return _validate.summary(self)
@@ -53,8 +55,10 @@ class Part(NamedTuple):
             return None
         if ((self.weights == 0) | (self.weights == 1)).all():
             return None
-        of_sets = [importance_dof(w) for w in self.of_each_set(layout)]
-        return np.repeat(np.array(of_sets, np.float64), layout.sizes[1])
+        # Each weight is there once for each channel that shares it.
+        again = self.width - 1
+        of_sets = [importance_dof(w) + again * float(w.sum(dtype=np.float64)) for w in self.of_each_set(layout)]
+        return np.repeat(np.array(of_sets, np.float64), layout.sizes[1] // self.width)
 
     def of_each_set(self, layout: Layout) -> list[Array]:
         """Give the weights of each set."""
@@ -86,17 +90,17 @@ class Part(NamedTuple):
         """Give the sum of the weights of each set and channel."""
         outer, channels, inner = layout.sizes
         if self.table is not None:
-            return self.table[:, 0]
+            return np.repeat(self.table[:, 0], self.width)
         assert self.weights is None
         rows = np.array([outer]) if self.offsets is None else np.diff(self.in_outer(layout))
-        return np.repeat(rows * float(inner), channels)
+        return np.repeat(rows * float(inner * self.width), channels)
 
     def call(self, layout: Layout, scale: Array | None, shift: Array | None, eps: float, given: bool = False) -> Call:
         """Give the call that counts so; `given`: by statistics that are given."""
         offsets = None if self.offsets is None else self.in_outer(layout)
         # By given statistics weights say no more than where there is padding.
         weights = None if given and self.padding == "normalize" else self.weights
-        return Call(layout.sizes, offsets, weights, PADDINGS.index(self.padding), scale, shift, eps)
+        return Call(layout.sizes, offsets, self.width, weights, PADDINGS.index(self.padding), scale, shift, eps)
 
     def in_outer(self, layout: Layout) -> NDArray[np.int64]:
         """Give the offsets in steps of the core's outer size, which may take several to a row."""
@@ -130,7 +134,8 @@ def importance_dof(weights: Array) -> float:
 def parts(x: Array, axis: int, given: Mapping[str, Any]) -> tuple[Layout, Part]:
     """Give how `x` lies, and what the options of a call count of it, checked.
 
-    given : mask, weights, lengths, segments, ghost_size, padding, weights_are, where a call has them; `axis` is >= 0.
+    given : mask, weights, lengths, segments, ghost_size, num_groups, padding, weights_are, where a call has them; `axis`
+        is >= 0.
     """
     told = [name for name in ("mask", "weights", "lengths") if given.get(name) is not None]
     if len(told) > 1:
@@ -148,15 +153,19 @@ def parts(x: Array, axis: int, given: Mapping[str, Any]) -> tuple[Layout, Part]:
         _validate.choice("weights_are", weights_are, WEIGHTS_ARE)
         if told != ["weights"]:
             raise ValueError(f"weights_are must be None without weights, got {weights_are!r}")
-    offsets = _offsets(x, axis, given.get("segments"), given.get("ghost_size"))
+    offsets, width = _offsets(x, axis, given.get("segments"), given.get("ghost_size")), 1
+    if given.get("num_groups") is not None:
+        if offsets is not None:
+            raise ValueError("segments and ghost_size must be None beside num_groups, which are of each sample")
+        offsets, width = np.arange(len(x) + 1, dtype=np.int64), width_of_groups(x, axis, given["num_groups"])
     layout = Layout.of(x, axis, by_rows=offsets is not None)
     if not told:
-        return layout, ALL if offsets is None else Part(offsets=offsets)
+        return layout, ALL if offsets is None else Part(offsets=offsets, width=width)
     source = told[0]
     values = _positions(source, given[source], x, axis)
     weights = layout.positions(values, axis, np.dtype(np.float64 if x.dtype == np.float64 else np.float32))
     otherwise: Padding = "normalize" if source == "weights" else "zero"
-    return layout, Part(weights, padding or otherwise, source, weights_are, offsets)
+    return layout, Part(weights, padding or otherwise, source, weights_are, offsets, width=width)
 
 
 def require_values(x: Array, axis: int, layout: Layout, part: Part, given: Mapping[str, Any]) -> None:
@@ -170,15 +179,21 @@ def require_values(x: Array, axis: int, layout: Layout, part: Part, given: Mappi
             _validate.several_positions(part.source, weights)
 
 
-def of_samples(x: Array, axis: int) -> int:
-    """Give the size of ghosts that are one sample each, after refusing samples of one value a channel."""
+def width_of_groups(x: Array, axis: int, num_groups: object) -> int:
+    """Give how many channels each of so many groups of a sample has."""
     if axis == 0:
         raise ValueError("axis must not be 0, which holds the samples, got 0")
-    if x.size and x.size == x.shape[0] * x.shape[axis]:
-        raise ValueError(
-            f"x must have at least 2 values in each sample and channel for their statistics, got shape {x.shape}"
-        )
-    return 1
+    groups, channels = _validate.int_at_least("num_groups", num_groups, 1), x.shape[axis]
+    if channels % groups:
+        raise ValueError(f"num_groups must divide the channels of x, {channels}, got {groups}")
+    return channels // groups or 1
+
+
+def require_values_of_samples(x: Array, axis: int, width: int) -> None:
+    """Refuse samples of which `width` channels have one value alone."""
+    if x.size and x.size * width == x.shape[0] * x.shape[axis]:
+        of = "channel" if width == 1 else "group"
+        raise ValueError(f"x must have at least 2 values in each sample and {of} for their statistics, got shape {x.shape}")
 
 
 def _offsets(x: Array, axis: int, segments: Any, ghost_size: Any) -> NDArray[np.int64] | None:

@@ -1,7 +1,7 @@
 """What the core is asked: a call, of which each pass of the core (``_core.calls``) is one; and what it has no pass for.
 
-With S sets of statistics (segments, ghosts; else 1), what belongs to a set and channel is (S·C,), set first: moments,
-sums, and scale and shift where they differ from set to set. y = x̂·scale + shift; scale and shift are gamma and beta but
+With S sets of statistics (segments, ghosts; else 1), what belongs to a set and channel is (S·C,), set first: sums, and
+scale and shift where they differ from set to set. Moments are of each set and group of `width` channels, (S·C/width,). y = x̂·scale + shift; scale and shift are gamma and beta but
 for renormalization and kept outputs.
 """
 
@@ -70,6 +70,7 @@ class Call(NamedTuple):
     ----------
     sizes : (outer, channels, inner).
     offsets : (S + 1,) steps of outer, or None for one set.
+    width : neighbouring channels that share statistics.
     weights : (outer·inner,) or None.
     padding : what y is where a weight is 0, by its place in `PADDINGS`.
     scale, shift : (C,) or (S·C,) or None, what y = x̂·scale + shift has.
@@ -80,6 +81,7 @@ class Call(NamedTuple):
 
     sizes: Sizes
     offsets: NDArray[np.int64] | None
+    width: int
     weights: Array | None
     padding: int
     scale: Array | None
@@ -163,9 +165,9 @@ def double_backward_by_formula(
 ) -> PerChannel:
     """Write the gradients of gradients, computed in float64, and give that of scale, (S·C,).
 
-    `stopped` tells where ReLU let no gradient through. Of sum(v·dx) with dx = k·(g - p·(S + D·x̂)), k = scale·rstd,
-    p = w/W, S = sum(g), D = sum(g·x̂), V = sum(p·v), A = sum(p·v·x̂) that is k·(sum(v·g) - V·S - A·D); differentiated by
-    g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)).
+    `stopped` tells where ReLU let no gradient through. With h = scale·g, p = w/W, S = sum(h), D = sum(h·x̂), V = sum(p·v),
+    A = sum(p·v·x̂) over what shares statistics, dx = rstd·(h - p·(S + D·x̂)) and sum(v·dx) = rstd·(sum(v·h) - V·S - A·D);
+    differentiated by g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)).
     """
     outer, channels, inner = call.sizes
     x, v, g, *to = tensors
@@ -187,7 +189,7 @@ def double_backward_by_formula(
             share = np.where(count[at] > 0, 1 / count[at], 0.0).reshape(-1, 1) * weights[a:b]
         rows = Second(*(None if t is None else t[a:b] for t in (x, v, g, ddy, dx)))  # type: ignore[arg-type]
         of_set = [values[at].reshape(-1, 1) for values in others]
-        by_scale[at] = _of_set(rows, None if counted is None else counted[a:b], share, *of_set)
+        by_scale[at] = _of_set(rows, call.width, None if counted is None else counted[a:b], share, *of_set)
     if ddy is not None:
         if v_dresidual is not None:
             ddy += v_dresidual
@@ -202,7 +204,7 @@ def double_backward_by_formula(
 
 
 def _of_set(
-    tensors: Second, counted: NDArray[np.bool] | None, share: Any,
+    tensors: Second, width: int, counted: NDArray[np.bool] | None, share: Any,
     center: PerChannel, rest: PerChannel, factor: PerChannel, scale: PerChannel, rstd: PerChannel, w: Array, lift: Array,
 ) -> PerChannel:  # fmt: skip
     v, g = tensors.v.astype(np.float64), tensors.g.astype(np.float64)
@@ -211,18 +213,20 @@ def _of_set(
         xhat, v, g = (np.where(counted, a, 0.0) for a in (xhat, v, g))
 
     def total(values: Array) -> Array:
-        summed: Array = np.sum(values, (0, 2))
-        return summed.reshape(-1, 1)
+        """Of each channel, those of its group added up."""
+        of_groups = np.sum(values, (0, 2)).reshape(-1, width).sum(1)
+        return np.repeat(of_groups, width).reshape(-1, 1)
 
+    h = scale * g
     by_v, along_v = total(share * v + 0 * v), total(share * v * xhat)
-    by_g, along_g = total(g), total(g * xhat)
-    inner = total(v * g) - by_v * by_g - along_v * along_g
+    by_h, along_h = total(h), total(h * xhat)
     turned_v = v - by_v - along_v * xhat
     if tensors.ddy is not None:
         tensors.ddy[...] = scale * rstd * turned_v + w * xhat + lift
     if tensors.dx is not None:
-        pulled = g - share * (by_g + along_g * xhat)
-        turned = share * (inner * xhat + along_g * turned_v) + along_v * pulled
-        tensors.dx[...] = w * rstd * pulled - scale * rstd * rstd * turned
-    by_scale: PerChannel = rstd * inner
+        inner = total(v * h) - by_v * by_h - along_v * along_h
+        of_xhat = w * g - rstd * (along_v * h + along_h * share * v)  # the gradient by x̂
+        pulled = of_xhat - share * (total(of_xhat) + total(of_xhat * xhat) * xhat)
+        tensors.dx[...] = rstd * (pulled - share * rstd * inner * xhat)
+    by_scale: PerChannel = rstd * np.sum(g * turned_v, (0, 2)).reshape(-1, 1)
     return by_scale.reshape(-1)

@@ -145,7 +145,7 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     of = Kept(saved, num_threads)
     moments = of.moments("grad_sums")
     dy = _validate.array_like("dy", dy, of.x)
-    table = np.empty((len(moments), 4))
+    table = np.empty((len(moments) * saved.part.width, 4))
     _core.grad_sums(of.layout.block(dy), of.block, of.call, moments, table, of.threads)
     return GradSums(saved.part.counts(of.layout), table)
 
@@ -183,7 +183,7 @@ def grad_input(
     dy = _validate.array_like("dy", dy, of.x)
     if out is not None:
         _validate.output(out, of.x, {"dy": dy, "x": of.x}, of.apart)
-    if not np.array_equal(sums.count, moments[:, 0]):
+    if not np.array_equal(sums.count, np.repeat(moments[:, 0], saved.part.width)):
         raise ValueError("sums must count the values that saved.moments count, got others")
     dx = Target(of.layout, of.x, out)
     _core.grad_input(of.layout.block(dy), of.block, of.call, moments, sums._table, dx.block, None, of.threads)
@@ -341,7 +341,7 @@ def double_backward(
         to_dy = np.empty(layout.sizes, of.x.dtype)
     second = _passes.Second(of.block, v, layout.block(dy), to_dy, dx.block)
     by_channel = of.tangents(v_scale, v_shift, of.r)
-    if call.weights is None and call.offsets is None and not call.relu and saved.y is None and added is None:
+    if call.weights is None and call.offsets is None and call.width == 1 and not call.relu and saved.y is None and added is None:
         dscale = np.empty(of.channels)
         to = *by_channel, to_dy, dx.block, dscale, of.threads
         _core.double_backward(v, second.g, of.block, call, of.statistics, *to)

@@ -280,6 +280,7 @@ class Counts(_keywords.Counts, total=False):
     """What of x counts, and what shares statistics."""
 
     ghost_size: int | None
+    num_groups: int | None
     weights_are: WeightsAre | None
 
 
@@ -301,6 +302,8 @@ def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts:
         `batch_norm`. With weights w: count = sum(w), mean = sum(w·x)/count, m2 = sum(w·(x - mean)²); the unbiased
         variance needs ``.var(1, weights_are=...)``, which says what they are. With segments and ghosts, one entry for
         each and channel, segment first: ``.split(C)``.
+    num_groups : int that divides C, or None: of each sample (index of axis 0) and group of C/num_groups neighbouring
+        channels, sample first, as in `group_norm`.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
 
     Returns
@@ -323,6 +326,6 @@ def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts:
     axis = _validate.axis(axis, x.ndim)
     threads = _validate.num_threads(num_threads)
     layout, part = _parts.parts(x, axis, parts)
-    table = np.zeros((part.sets * layout.sizes[1], _FIELDS))
+    table = np.zeros((part.sets * (layout.sizes[1] // part.width), _FIELDS))
     _core.moments(layout.block(x), part.call(layout, None, None, 0.0), table, threads)
     return Moments._from_table(table, part.importance_dof(layout))

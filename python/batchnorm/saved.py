@@ -98,7 +98,7 @@ class Saved:
         if self.moments is not None and self.renorm is not None:
             return self.renorm.correction(self.moments, self.eps)
         of = len(self.given[0]) if self.given is not None else 0
-        of = of if self.moments is None else self.moments.channels
+        of = of if self.moments is None else self.moments.channels * self.part.width
         return np.ones(of), np.zeros(of)
 
     def affine(self) -> tuple[PerChannel, PerChannel]:

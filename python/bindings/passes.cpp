@@ -1,6 +1,6 @@
 // The passes, each as one function of a call. As module.cpp: views in, GIL released, core called.
 //
-// A call comes as a tuple (sizes, offsets, weights, padding, gamma, beta, eps, residual, relu, bits); what is absent is
+// A call comes as a tuple (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits); what is absent is
 // None.
 #include <pybind11/stl.h>
 
@@ -38,18 +38,19 @@ std::span<const T> plain_values(const py::object& a, const char* name) {
 class GivenCall {
  public:
   explicit GivenCall(const py::tuple& call) : call_(call) {
-    if (call.size() != 10) throw py::value_error("a call must have 10 entries");
+    if (call.size() != 11) throw py::value_error("a call must have 11 entries");
     const auto sizes = call[0].cast<Sizes>();
     problem_ = problem_of(sizes);
     offsets_ = plain_values<std::int64_t>(call[1], "offsets");
-    gamma_ = channel_values(call[4], "gamma");
-    beta_ = channel_values(call[5], "beta");
-    eps_ = call[6].cast<double>();
-    const int padding = call[3].cast<int>();
+    width_ = call[2].cast<std::int64_t>();
+    gamma_ = channel_values(call[5], "gamma");
+    beta_ = channel_values(call[6], "beta");
+    eps_ = call[7].cast<double>();
+    const int padding = call[4].cast<int>();
     if (padding < 0 || padding > 2) throw py::value_error("padding must be 0 (zero), 1 (keep) or 2 (normalize)");
     padding_ = static_cast<Padding>(padding);
-    relu_ = call[8].cast<bool>();
-    const auto bits = plain_values<std::uint8_t>(call[9], "bits");
+    relu_ = call[9].cast<bool>();
+    const auto bits = plain_values<std::uint8_t>(call[10], "bits");
     // Made for the call by Python, which may not write to them itself.
     bits_ = {const_cast<std::uint8_t*>(bits.data()), bits.size()};
   }
@@ -58,18 +59,19 @@ class GivenCall {
   [[nodiscard]] Call<T> as() const {
     using W = typename detail::WeightType<T>::type;
     return {.problem = problem_,
-            .groups = {offsets_},
-            .counted = {plain_values<W>(call_[2], "weights"), padding_},
+            .groups = {offsets_, width_},
+            .counted = {plain_values<W>(call_[3], "weights"), padding_},
             .gamma = gamma_,
             .beta = beta_,
             .eps = eps_,
-            .tail = {tensor_or_none<T>(call_[7], "residual"), relu_, bits_}};
+            .tail = {tensor_or_none<T>(call_[8], "residual"), relu_, bits_}};
   }
 
  private:
   py::tuple call_;
   Problem problem_;
   std::span<const std::int64_t> offsets_;
+  std::int64_t width_;
   ChannelValues gamma_, beta_;
   double eps_;
   Padding padding_;
