@@ -235,7 +235,7 @@ def test_an_array_computes_as_its_contiguous_copy_does(call, make):
 @pytest.mark.parametrize("make", REFUSED.values(), ids=REFUSED.keys())
 @pytest.mark.parametrize(
     "call",
-    [bn.moments, bn.batch_norm, bn.instance_norm, bn.BatchNorm(C)],
+    [bn.moments, bn.batch_norm, bn.instance_norm, lambda x: bn.group_norm(x, 1), bn.BatchNorm(C)],
     ids=lambda call: getattr(call, "__name__", "layer"),
 )
 def test_what_is_no_array_of_floats_is_refused_by_name(call, make):

@@ -14,7 +14,7 @@ from test_matrix import BETA, CHANNELS, DY, GAMMA, MEAN, VAR, X, options_of
 SCHEDULE = bn.RenormSchedule.constant(1.3, 0.4)
 OF_LAYER = ("ghost_size", "activation")
 
-cases = pytest.mark.parametrize("case", matrix.CASES, ids=lambda case: case.id)
+cases = pytest.mark.parametrize("case", matrix.OF_LAYER, ids=lambda case: case.id)
 
 
 def called(case):
@@ -23,7 +23,7 @@ def called(case):
     settings = {name: options.pop(name) for name in OF_LAYER if name in options}
     if options.pop("renorm", None) is not None:
         settings["renorm"] = SCHEDULE
-    if case.shares in ("instances", "groups"):
+    if case.shares == "instances":
         settings["ghost_size"] = 1  # a sample is a ghost of one
     if case.counts == "weights":
         settings["weights_are"] = "counts"

@@ -1072,6 +1072,7 @@ X_AXIS = {"axis": 1, "eps": 1e-5}
 DEFAULTS = {
     bn.batch_norm: X_AXIS | {"keep": "x"},
     bn.instance_norm: X_AXIS | {"keep": "x"},
+    bn.group_norm: X_AXIS | {"keep": "x"},
     bn.normalize: X_AXIS | {"keep": "x", "save": False},
     bn.backward: {"needs": ("x", "gamma", "beta", "residual")},
     bn.double_backward: {"needs": ("dy", "x", "gamma")},

@@ -66,6 +66,8 @@ struct Arguments {
     add(" with a ReLU", with(plain, {}, {}, relu));
     add(" by segments", with(plain, {offsets}, {}, {}));
     add(" by segments with weights and a ReLU", with(plain, {offsets}, by_weights, relu));
+    add(" by groups of channels", with(plain, {offsets, p.channels}, {}, {}));
+    add(" by groups of channels with weights and a ReLU", with(plain, {offsets, p.channels}, by_weights, relu));
     add(" with a mask and a residual", with(plain, {}, {mask, Padding::keep}, {.residual = residual}));
   }
   Arguments(const Arguments&) = delete;  // calls refer to what they are made of
@@ -93,7 +95,8 @@ struct Arguments {
   }
   void add(const char* name, const Call<T>& call) {
     const std::size_t entries = call.groups.offsets.empty() ? gamma.size() : moments_out.size();
-    Way<T> way{name, call, std::vector<Moments>(entries), std::vector<GradSums>(entries)};
+    const auto groups = entries / static_cast<std::size_t>(call.groups.width);
+    Way<T> way{name, call, std::vector<Moments>(groups), std::vector<GradSums>(entries)};
     batch_norm<T>(x, call, y, way.saved);
     grad_sums<T>(dy, x, call, way.saved, way.sums);
     ways.push_back(std::move(way));
