@@ -12,8 +12,10 @@ bool is_masked(Pass pass) {
   return pass == Pass::train_masked || pass == Pass::infer_masked || pass == Pass::backward_masked;
 }
 bool is_segmented(Pass pass) { return pass == Pass::train_segments || pass == Pass::backward_segments; }
+bool is_grouped(Pass pass) { return pass == Pass::train_groups || pass == Pass::backward_groups; }
 bool is_backward(Pass pass) {
-  return pass == Pass::backward_masked || pass == Pass::backward_weighted || pass == Pass::backward_segments;
+  return pass == Pass::backward_groups || pass == Pass::backward_masked || pass == Pass::backward_weighted ||
+         pass == Pass::backward_segments;
 }
 
 // Bits in no order that anybody could foresee.
@@ -21,7 +23,7 @@ std::size_t scrambled(std::size_t n) { return (n + 1) * 0x9e3779b97f4a7c15u >> 4
 
 }  // namespace
 
-// Three of four positions count; weights from 0.25 to 2; segments of 1 to 127 rows.
+// Three of four positions count; weights from 0.25 to 2; segments of 1 to 127 rows; 32 groups of a sample, or one.
 template <class T>
 void Tensors<T>::count_parts() {
   counted_ = std::make_unique<Counted>();
@@ -37,6 +39,18 @@ void Tensors<T>::count_parts() {
   }
   k.moments.resize(channels);
   k.of_segments.resize(channels * (k.offsets.size() - 1));
+  constexpr std::int64_t kGroups = 32;
+  const std::int64_t rows = problem_.outer / samples_;
+  for (std::int64_t n = 1; n <= samples_; ++n) k.samples.push_back(n * rows);
+  k.width = problem_.channels % kGroups == 0 ? problem_.channels / kGroups : problem_.channels;
+  k.of_groups.resize(static_cast<std::size_t>(samples_ * (problem_.channels / k.width)));
+}
+
+template <class T>
+batchnorm::Groups Tensors<T>::groups_of(Pass pass) const {
+  if (is_segmented(pass)) return {counted_->offsets};
+  if (is_grouped(pass)) return {counted_->samples, counted_->width};
+  return {};
 }
 
 template <class T>
@@ -44,14 +58,17 @@ void Tensors<T>::run_counted(Pass pass) {
   const std::span<const T> x = x_.values(), dy = dy_.values();
   Counted& k = *counted_;
   batchnorm::Call<T> call{.problem = problem_, .gamma = gamma_, .beta = beta_, .eps = kEps};
-  if (is_segmented(pass)) {
-    call.groups = {k.offsets};
+  call.groups = groups_of(pass);
+  if (is_segmented(pass) || is_grouped(pass)) {
+    // all of it counts
   } else if (is_masked(pass)) {
     call.counted = {k.mask, batchnorm::Padding::zero};
   } else {
     call.counted = {k.weights, batchnorm::Padding::normalize};
   }
-  const std::span<batchnorm::Moments> moments = is_segmented(pass) ? k.of_segments : k.moments;
+  const std::span<batchnorm::Moments> moments = is_segmented(pass) ? k.of_segments
+                                                : is_grouped(pass) ? k.of_groups
+                                                                   : k.moments;
   if (is_backward(pass)) {
     const batchnorm::Gradients<T> gradients{.dx = new_if_fresh(dx_).values(), .dgamma = dgamma_, .dbeta = dbeta_};
     return batchnorm::batch_norm_backward<T>(dy, x, call, moments, gradients, options_);
@@ -71,38 +88,42 @@ void Tensors<T>::prepare_counted(Pass pass) {
   const std::span<const T> x = x_.values();
   const auto& weights = is_masked(pass) ? k.mask : k.weights;
   batchnorm::moments<T>(x, batchnorm::Call<T>{.problem = problem_, .counted = {weights}}, k.moments, options_);
-  if (!is_segmented(pass)) return;
-  batchnorm::moments<T>(x, batchnorm::Call<T>{.problem = problem_, .groups = {k.offsets}}, k.of_segments, options_);
+  const batchnorm::Call<T> of_groups{.problem = problem_, .groups = groups_of(pass)};
+  if (is_segmented(pass)) batchnorm::moments<T>(x, of_groups, k.of_segments, options_);
+  if (is_grouped(pass)) batchnorm::moments<T>(x, of_groups, k.of_groups, options_);
 }
 
-// A value belongs to the group of its segment and channel, and has a weight there.
+// A value belongs to the group of its segment and channel, or some channels, and has a weight there.
 template <class T>
 void Tensors<T>::verify_counted(Pass pass, const char* name) const {
   const Counted& k = *counted_;
   const auto channels = static_cast<std::size_t>(problem_.channels), inner = static_cast<std::size_t>(problem_.inner);
   const T *x = x_.values().data(), *dy = dy_.values().data(), *y = y_.values().data(), *dx = dx_.values().data();
+  const batchnorm::Groups how = groups_of(pass);
+  const auto width = static_cast<std::size_t>(how.width), groups_a_segment = channels / width;
   const auto each = [&](const auto& f) {  // f(group, channel, weight, place)
     std::size_t segment = 0, at = 0;
     for (std::size_t o = 0; o < static_cast<std::size_t>(problem_.outer); ++o) {
-      while (is_segmented(pass) && k.offsets[segment + 1] <= static_cast<std::int64_t>(o)) ++segment;
+      while (!how.offsets.empty() && how.offsets[segment + 1] <= static_cast<std::int64_t>(o)) ++segment;
       for (std::size_t c = 0; c < channels; ++c) {
         for (std::size_t i = 0; i < inner; ++i) {
           const std::size_t position = o * inner + i;
-          const double w = is_segmented(pass) ? 1 : double{is_masked(pass) ? k.mask[position] : k.weights[position]};
-          f(segment * channels + c, c, w, at++);
+          const bool all = !how.offsets.empty();
+          const double w = all ? 1 : double{is_masked(pass) ? k.mask[position] : k.weights[position]};
+          f(segment * groups_a_segment + c / width, c, w, at++);
         }
       }
     }
   };
-  const std::size_t groups = is_segmented(pass) ? k.of_segments.size() : channels;
+  const std::size_t groups = groups_a_segment * (how.offsets.empty() ? 1 : how.offsets.size() - 1);
   std::vector<double> total(groups), mean(groups), var(groups), sum(groups), dot(groups);
   const auto used = [&](double w) { return w != 0 || !is_masked(pass); };
   each([&](std::size_t g, std::size_t, double w, std::size_t at) { total[g] += w, mean[g] += w * double{x[at]}; });
   for (std::size_t g = 0; g < groups; ++g) mean[g] /= total[g];
-  each([&](std::size_t g, std::size_t, double w, std::size_t at) {
-    const double xmu = double{x[at]} - mean[g];
+  each([&](std::size_t g, std::size_t c, double w, std::size_t at) {
+    const double xmu = double{x[at]} - mean[g], of_dy = double{gamma_[c]} * double{dy[at]};
     var[g] += w * xmu * xmu / total[g];
-    if (used(w)) sum[g] += double{dy[at]}, dot[g] += double{dy[at]} * xmu;
+    if (used(w)) sum[g] += of_dy, dot[g] += of_dy * xmu;
   });
   each([&](std::size_t g, std::size_t c, double w, std::size_t at) {
     const bool given = pass == Pass::infer_masked;
@@ -113,16 +134,17 @@ void Tensors<T>::verify_counted(Pass pass, const char* name) const {
       return require(name, "y", at, double{y[at]}, expected, kRounding<T> * (4 * std::abs(gain) * (1 + rstd) + shift));
     }
     const double share = w / total[g], along = share * xhat * rstd * dot[g];
-    const double expected = used(w) ? gain * rstd * (double{dy[at]} - share * sum[g] - along) : 0;
-    const double scale = std::abs(gain) * rstd * (4 + share * std::abs(sum[g]) + std::abs(along));
+    const double expected = used(w) ? rstd * (gain * double{dy[at]} - share * sum[g] - along) : 0;
+    const double scale = rstd * (4 * std::abs(gain) + share * std::abs(sum[g]) + std::abs(along));
     require(name, "dx", at, double{dx[at]}, expected, 2 * kRounding<T> * scale);
   });
 }
 
-#define BENCH_INSTANTIATE(T)                       \
-  template void Tensors<T>::run_counted(Pass);     \
-  template void Tensors<T>::prepare_counted(Pass); \
-  template void Tensors<T>::count_parts();         \
+#define BENCH_INSTANTIATE(T)                                    \
+  template void Tensors<T>::run_counted(Pass);                  \
+  template void Tensors<T>::prepare_counted(Pass);              \
+  template void Tensors<T>::count_parts();                      \
+  template batchnorm::Groups Tensors<T>::groups_of(Pass) const; \
   template void Tensors<T>::verify_counted(Pass, const char*) const;
 BENCH_INSTANTIATE(batchnorm::Float16)
 BENCH_INSTANTIATE(batchnorm::BFloat16)

@@ -58,7 +58,7 @@ Row row_of(const char* pass, double bytes, const Samples& seconds, const Form& b
 
 template <class T>
 Measured measure(const Case& shape, Layout layout, const Request& request, Team& team) {
-  Tensors<T> tensors(problem_of(shape.shape, layout), request.threads, request.out);
+  Tensors<T> tensors(problem_of(shape.shape, layout), shape.shape[0], request.threads, request.out);
   for (const PassFacts& p : request.passes) tensors.verify(p.pass, request.spoil == p.name);
 
   auto forms = forms_of(request.passes, request.threads, tensors.megabytes());

@@ -23,6 +23,8 @@ enum class Pass {
   backward_weighted,
   train_segments,
   backward_segments,
+  train_groups,
+  backward_groups,
   // With a ReLU behind, or the addition of a residual and a ReLU.
   train_relu,
   infer_relu,
@@ -61,6 +63,8 @@ inline constexpr std::array kPasses = {
     PassFacts{Pass::backward_weighted, "backward_weighted", 3, Yardstick::stream, 2, true},
     PassFacts{Pass::train_segments, "train_segments", 2, Yardstick::copy, 2, true},
     PassFacts{Pass::backward_segments, "backward_segments", 3, Yardstick::stream, 2, true},
+    PassFacts{Pass::train_groups, "train_groups", 2, Yardstick::copy, 2, true},
+    PassFacts{Pass::backward_groups, "backward_groups", 3, Yardstick::stream, 2, true},
     PassFacts{Pass::train_relu, "train_relu", 2, Yardstick::copy, 2, true},            // x -> y, mask
     PassFacts{Pass::infer_relu, "infer_relu", 2, Yardstick::copy, 1, true},            // x -> y
     PassFacts{Pass::backward_relu, "backward_relu", 3, Yardstick::stream, 2, true},    // dy, x, mask -> dx

@@ -23,8 +23,9 @@ class NearlyNormal {
 }  // namespace
 
 template <class T>
-Tensors<T>::Tensors(const batchnorm::Problem& problem, int threads, Out out)
+Tensors<T>::Tensors(const batchnorm::Problem& problem, std::int64_t samples, int threads, Out out)
     : problem_(problem),
+      samples_(samples),
       options_{threads},
       out_(out),
       x_(static_cast<std::size_t>(problem.size())),

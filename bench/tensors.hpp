@@ -51,7 +51,7 @@ class Buffer {
 template <class T>
 class Tensors {
  public:
-  Tensors(const batchnorm::Problem& problem, int threads, Out out);
+  Tensors(const batchnorm::Problem& problem, std::int64_t samples, int threads, Out out);
 
   // One call of the library. Those of backward type need what moments and grad_sums left; the constructor calls both.
   void run(Pass pass);
@@ -78,9 +78,11 @@ class Tensors {
   // What is counted of the tensor where not all of it is, and what is known of that.
   struct Counted {
     std::vector<PerChannel> mask, weights;  // one per position
-    std::vector<std::int64_t> offsets = {0};
-    std::vector<batchnorm::Moments> moments, of_segments;
+    std::vector<std::int64_t> offsets = {0}, samples = {0};
+    std::int64_t width = 1;  // channels of a group of a sample
+    std::vector<batchnorm::Moments> moments, of_segments, of_groups;
   };
+  [[nodiscard]] batchnorm::Groups groups_of(Pass pass) const;
   void count_parts();
   void prepare_counted(Pass pass);
   void run_counted(Pass pass);
@@ -108,6 +110,7 @@ class Tensors {
   Buffer<T>& new_if_fresh(Buffer<T>& output);
 
   batchnorm::Problem problem_;
+  std::int64_t samples_;
   batchnorm::Options options_;
   Out out_;
   Buffer<T> x_, y_, dy_, dx_;

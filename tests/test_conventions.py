@@ -809,7 +809,7 @@ OF_LIBRARIES = (
     "batchrenorm (PyTorch package)",
     "torchrl BatchRenorm1d",
 )
-ABILITIES = 21
+ABILITIES = 22
 COLUMNS = ("kind", "row", "shown by")
 
 
