@@ -36,19 +36,55 @@ void Grouped<T>::share(const Moments* of_groups) {
 
 namespace {
 
-// A sum of products, and the same in float64 where that leaves the range of two parts on the way.
-struct WideSum {
+// Cells of a group have the same count. Of float32 and narrower, float64 is enough between the sums of cells, but for
+// the mean, whose low part says where float64 values lie: merged one after another in two parts, cells of 14 x 14
+// values took a third of the time of training.
+template <class A>
+Moments merged(const Moments* cells, std::int64_t width) {
+  Moments all;
+  if constexpr (sizeof(A) == sizeof(double)) {
+    for (std::int64_t c = 0; c < width; ++c) all = merge_moments(all, cells[c]);
+    return all;
+  }
+  const double count = cells[0].count;
+  if (count == 0) return all;
+  DoubleDouble sum{};
+  for (std::int64_t c = 0; c < width; ++c) {
+    const DoubleDouble next = two_sum(sum.hi, cells[c].mean);
+    sum = {next.hi, sum.lo + next.lo + cells[c].mean_lo};
+  }
+  const DoubleDouble mean = two_sum(sum.hi, sum.lo) / DoubleDouble{static_cast<double>(width), 0};
+  double within = 0, between = 0;
+  for (std::int64_t c = 0; c < width; ++c) {
+    const double apart = (cells[c].mean - mean.hi) + (cells[c].mean_lo - mean.lo);
+    within += cells[c].m2;
+    between += apart * apart;
+  }
+  return {count * static_cast<double>(width), mean.hi, mean.lo, within + count * between, 0};
+}
+
+// A sum of products. Of float64 tensors in two parts, and in one where two leave the range on the way.
+template <class A>
+struct SumOfProducts {
   DoubleDouble exact;
   double plain = 0;
 
   void add(double factor, const DoubleDouble& value) {
-    exact = exact + DoubleDouble{factor, 0} * value;
-    plain += factor * value.hi;
+    plain += factor * (value.hi + value.lo);
+    if constexpr (sizeof(A) == sizeof(double)) exact = exact + DoubleDouble{factor, 0} * value;
+  }
+  // times the powers of rstd, one after the other: rstd^2 alone may overflow where this does not.
+  [[nodiscard]] double mean(double n, const DoubleDouble& rstd, int powers) const {
+    double value = plain / n;
+    for (int k = 0; k < powers; ++k) value *= rstd.hi;
+    if constexpr (sizeof(A) == sizeof(double)) {
+      DoubleDouble wide = exact / DoubleDouble{n, 0};
+      for (int k = 0; k < powers; ++k) wide = wide * rstd;
+      if (std::isfinite(wide.lo)) return wide.hi + wide.lo;
+    }
+    return value;
   }
 };
-double value_of(const DoubleDouble& exact, double plain) {
-  return std::isfinite(exact.lo) ? exact.hi + exact.lo : plain;
-}
 
 }  // namespace
 
@@ -58,7 +94,7 @@ void Grouped<T>::set_terms(const GradSums* of_cells) {
   for (std::int64_t g = 0; !measures() && g < groups(); ++g) {
     const std::int64_t first = g * call_.width;
     const auto m = MomentsOf<double>::at(moments_ + first);
-    WideSum dy, dy_xmu;
+    SumOfProducts<A> dy, dy_xmu;
     for (std::int64_t c = first; c < first + call_.width; ++c) {
       const auto s = GradSumsOf<double>::at(of_cells + c);
       const double gamma = call_.gamma.value_or(c, 1);
@@ -67,11 +103,9 @@ void Grouped<T>::set_terms(const GradSums* of_cells) {
     }
     GradSums terms;
     if (m.count > 0) {
-      const DoubleDouble n{m.count, 0}, rstd = rstd_for<A>(m, call_.eps);
-      terms.sum_dy = -value_of(rstd * (dy.exact / n), rstd.hi * (dy.plain / m.count));
-      // rstd^2 alone is never formed: it may overflow where this does not.
-      terms.sum_dy_xmu = -value_of(rstd * (rstd * (rstd * (dy_xmu.exact / n))),
-                                   rstd.hi * (rstd.hi * (rstd.hi * (dy_xmu.plain / m.count))));
+      const DoubleDouble rstd = rstd_for<A>(m, call_.eps);
+      terms.sum_dy = -dy.mean(m.count, rstd, 1);
+      terms.sum_dy_xmu = -dy_xmu.mean(m.count, rstd, 3);
     }
     std::fill_n(sums_ + first, call_.width, terms);
   }
@@ -93,10 +127,12 @@ void Grouped<T>::add_up_sums() {
 template <class T>
 void Grouped<T>::put_parameters(const FirstOutputs<T>& out) const {
   using A = Arithmetic<T>;
+  DoubleDouble rstd{};
   for (std::int64_t c = 0; !measures() && c < cells_.problem.channels; ++c) {
     const auto m = MomentsOf<double>::at(moments_ + c);
     const auto s = GradSumsOf<double>::at(sums_ + c);
-    out.dgamma.set(c, m.count == 0 ? 0 : dgamma_of<A>(m, s, rstd_for<A>(m, call_.eps)));
+    if (c % call_.width == 0) rstd = m.count == 0 ? DoubleDouble{} : rstd_for<A>(m, call_.eps);
+    out.dgamma.set(c, dgamma_of<A>(m, s, rstd));
     out.dbeta.set(c, dbeta_of(s));
   }
 }
@@ -107,9 +143,7 @@ template <class T>
 void Grouped<T>::moments(const T* x, Moments* out) {
   Forward<T>{cells_}.moments(x, moments_);
   for (std::int64_t g = 0; !measures() && g < groups(); ++g) {
-    Moments all;
-    for (std::int64_t c = g * call_.width; c < (g + 1) * call_.width; ++c) all = merge_moments(all, moments_[c]);
-    out[g] = all;
+    out[g] = merged<Arithmetic<T>>(moments_ + g * call_.width, call_.width);
   }
 }
 template <class T>
