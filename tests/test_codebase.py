@@ -134,3 +134,10 @@ def test_a_table_has_at_most_twenty_entries_a_type():
     entries = re.findall(r"\(\*(\w+)\)\(", of_a_type)
     assert {"runs_moments", "rows_grad_input"} <= set(entries), "the contract is written in another way"
     assert len(entries) <= 20
+
+
+def test_no_file_is_longer_than_five_hundred_lines():
+    files = [*(ROOT / "cpp").rglob("*.[hc]pp"), *(ROOT / "python").rglob("*.py"), *(ROOT / "python").rglob("*.[hc]pp")]
+    assert len(files) > 100
+    lengths = {str(f.relative_to(ROOT)): len(f.read_text(encoding="utf-8").splitlines()) for f in files}
+    assert {name: length for name, length in lengths.items() if length > 500} == {}

@@ -5,7 +5,7 @@
 #include <atomic>
 #include <cstring>
 
-#include "channel_math.hpp"
+#include "gradient_math.hpp"
 #include "parallel.hpp"
 #include "plan.hpp"
 #include "workspace.hpp"

@@ -4,7 +4,7 @@
 #include <optional>
 #include <vector>
 
-#include "channel_math.hpp"
+#include "gradient_math.hpp"
 #include "coefficients.hpp"
 #include "parallel.hpp"
 #include "passes.hpp"

@@ -4,7 +4,7 @@
 #include <cmath>
 
 #include "arithmetic.hpp"
-#include "channel_math.hpp"
+#include "gradient_math.hpp"
 
 namespace batchnorm {
 

@@ -7,8 +7,8 @@
 #include <vector>
 
 #include "all_passes.hpp"
-#include "channel_math.hpp"
 #include "expect.hpp"
+#include "gradient_math.hpp"
 #include "guarded.hpp"
 #include "plan.hpp"
 #include "tables.hpp"

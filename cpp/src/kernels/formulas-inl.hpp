@@ -1,9 +1,9 @@
-// What is between the passes, for many channels at once, by the formulas of channel_math.hpp on the machine's
+// What is between the passes, for many channels at once, by the formulas of gradient_math.hpp on the machine's
 // vectors.
 #pragma once
 
 #define BN_FORMULA BN_INLINE
-#include "channel_math.hpp"
+#include "gradient_math.hpp"
 #include "kernels/lanes-inl.hpp"
 #include "kernels/table.hpp"
 

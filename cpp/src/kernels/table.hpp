@@ -235,7 +235,7 @@ struct GradAffineOut {
   float *dy_center, *dy_scale, *x_center, *x_scale, *offset;
 };
 
-// The formulas between the passes (channel_math.hpp) for n channels of float32 or narrower, from plain sums about 0.
+// The formulas between the passes (gradient_math.hpp) for n channels of float32 or narrower, from plain sums about 0.
 // They return whether all is as usual. Else some channel is badly conditioned or may leave float32's range, or they do
 // not all count the same integer below 2^31: what was written is then not to be used.
 struct Formulas {
