@@ -40,23 +40,33 @@ BN_INLINE GradInputMap<T> join(std::int64_t n, const GradInputMap<T>& a, const G
 
 // A weight of 1 gives the bits of the map without; where it is 0, x is not looked at, nor dy where that gives 0. The
 // weight of value i of a run lies `begin` values before that of the piece's value.
-template <class T, bool kZeros>
+template <class T>
 struct WeightedGradInputMap {
+  using Native = typename Lanes<T>::Native;
+  using Bits = decltype(Native{} < Native{});
+
   GradInputMap<T> map;
   std::int64_t begin;
+  bool zeros;
 
-  BN_INLINE Lanes<T> operator()(const T* dy, const T* x, const T* weights, std::int64_t n) const {
+  BN_RARE Lanes<T> operator()(const T* dy, const T* x, const T* weights, std::int64_t n) const {
     const Lanes<T> w = load_upto<T>(weights - begin, n, T(0)), g = load_upto<T>(dy, n, T(0)), zero = broadcast(T(0));
     const Lanes<T> counted = where_counted(w, load_upto<T>(x, n, T(0)), zero);
     const Lanes<T> from_x = (counted - map.x_center) * map.x_scale;
     const Lanes<T> dx = (g - w * map.dy_center) * map.dy_scale + w * from_x + w * map.offset;
-    return kZeros ? where_counted(w, dx, zero) : dx;
+    return where_counted(w, dx, others(dx));
+  }
+  // What is where the weight is 0: no branch, and no second loop.
+  BN_INLINE Lanes<T> others(Lanes<T> dx) const {
+    const Bits stay = (zeros ? 0 : -1) - Bits{};
+    BN_UNROLL for (int k = 0; k < Lanes<T>::kVectors; ++k) dx.v[k] = (Native)((Bits)dx.v[k] & stay);
+    return dx;
   }
 };
-template <class T, bool kZeros>
-BN_INLINE WeightedGradInputMap<T, kZeros> join(std::int64_t n, const WeightedGradInputMap<T, kZeros>& a,
-                                               const WeightedGradInputMap<T, kZeros>& b) {
-  return {join(n, a.map, b.map), a.begin};
+template <class T>
+BN_INLINE WeightedGradInputMap<T> join(std::int64_t n, const WeightedGradInputMap<T>& a,
+                                       const WeightedGradInputMap<T>& b) {
+  return {join(n, a.map, b.map), a.begin, a.zeros};
 }
 
 template <class T>
@@ -86,12 +96,6 @@ BN_INLINE ReluGradInputMap<T> join(std::int64_t n, const ReluGradInputMap<T>& a,
   return {join(n, a.map, b.map)};
 }
 
-template <class F>
-BN_INLINE void with_zeros(bool zeros, const F& f) {
-  if (zeros) return f.template operator()<true>();
-  f.template operator()<false>();
-}
-
 // dresidual goes around the caches with dx alone.
 template <class T>
 BN_INLINE GradInputs<T> streaming_with_dx(GradInputs<T> in, bool dx_streams) {
@@ -109,12 +113,10 @@ void runs_grad_input(const GradInputs<T>& in, const WeightsAlong<WeightOf<T>>& w
                         [&](const auto& parts) { apply_runs(make, runs, dx, parts); });
     }
     if (weights.values != nullptr) {
-      return with_zeros(weights.zeros, [&]<bool kZeros>() {
-        const auto make = [k, &runs](std::int64_t c) {
-          return WeightedGradInputMap<T, kZeros>{grad_input_map<T>(k[c]), c * runs.length};
-        };
-        apply_runs(make, runs, dx, in.dy + in.at, in.x + in.at, weights.values);
-      });
+      const auto make = [k, &runs, &weights](std::int64_t c) {
+        return WeightedGradInputMap<T>{grad_input_map<T>(k[c]), c * runs.length, weights.zeros};
+      };
+      return apply_runs(make, runs, dx, in.dy + in.at, in.x + in.at, weights.values);
     }
   }
   const auto make = [k](std::int64_t c) { return grad_input_map<T>(k[c]); };
@@ -133,12 +135,10 @@ void rows_grad_input(const GradInputs<T>& in, const WeightsAlong<WeightOf<T>>& w
                         [&](const auto& parts) { apply_rows(make, rows, dx, parts); });
     }
     if (weights.values != nullptr) {
-      return with_zeros(weights.zeros, [&]<bool kZeros>() {
-        const auto make = [&k](std::int64_t c, std::int64_t n) {
-          return WeightedGradInputMap<T, kZeros>{grad_input_map<T>(k, c, n), 0};
-        };
-        apply_rows(make, rows, dx, in.dy + in.at, in.x + in.at, weights.values);
-      });
+      const auto make = [&k, &weights](std::int64_t c, std::int64_t n) {
+        return WeightedGradInputMap<T>{grad_input_map<T>(k, c, n), 0, weights.zeros};
+      };
+      return apply_rows(make, rows, dx, in.dy + in.at, in.x + in.at, weights.values);
     }
   }
   const auto make = [&k](std::int64_t c, std::int64_t n) { return grad_input_map<T>(k, c, n); };

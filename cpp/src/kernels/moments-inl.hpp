@@ -105,7 +105,7 @@ struct WeightedMomentTerms {
       second.add(k, term * d);
     }
   }
-  BN_INLINE void add_compensated(int k, NativeDouble w, NativeDouble x) {
+  BN_RARE void add_compensated(int k, NativeDouble w, NativeDouble x) {
     const NativeDouble d = x - shift.v[k], d_lo = sum_error(x, NativeDouble{} - shift.v[k], d);
     const NativeDouble term = w * d, term_lo = normal_product_error(w, d, term) + w * d_lo;
     const NativeDouble square = term * d;

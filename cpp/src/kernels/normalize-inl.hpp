@@ -67,7 +67,7 @@ struct CountedMap {
   NormalizeMap<T> map;
   std::int64_t begin;
 
-  BN_INLINE Lanes<T> operator()(const T* x, const T* weights, std::int64_t n) const {
+  BN_RARE Lanes<T> operator()(const T* x, const T* weights, std::int64_t n) const {
     return where_counted(load_upto<T>(weights - begin, n, T(0)), map(x, n), broadcast(T(0)));
   }
 };

@@ -12,13 +12,15 @@
 // For loops that want the registers for themselves.
 #define BN_NOINLINE [[maybe_unused]] __attribute__((noinline))
 
-// For what handles the first few lanes: a function of its own in the tables that take these one by one and are not made
-// to be fast, which took 21 instead of 52 s to compile so, and 0.65 instead of 1.15 MB (x86-64-v2). A mask is less than
-// a call.
+// For what handles the first few lanes, and for weights: a function of its own in the tables that take lanes one by one
+// and are not made to be fast, which took 21 instead of 52 s to compile so, and 0.65 instead of 1.15 MB (x86-64-v2). A
+// mask is less than a call.
 #if defined(BN_TAILS_OUT_OF_LINE)
 #define BN_TAIL BN_NOINLINE
+#define BN_RARE BN_NOINLINE
 #else
 #define BN_TAIL BN_INLINE
+#define BN_RARE BN_INLINE
 #endif
 
 // Before a loop over the native vectors of 16 lanes. Unless it is unrolled early, GCC 12 keeps the vectors on the
