@@ -26,7 +26,7 @@ def samples_and_groups(a, num_groups):
 def expected(name, dtype, num_groups):
     """Give the case and the exact y, (N, C, H, W), and moments, with the scales of y."""
     case = adversarial.make(name, dtype)
-    n, channels, *places = case.x.shape
+    channels = case.x.shape[1]
     groups = samples_and_groups(case.x, num_groups)
     y, scale, at = (np.empty(case.x.shape) for _ in range(3))
     low = np.empty(case.x.shape)
@@ -61,7 +61,6 @@ def test_y_and_statistics_keep_the_contract(name, dtype, num_groups, axis):
 @pytest.mark.parametrize("name", [name for name, dtype in CASES if dtype == "float32"])
 def test_dx_keeps_the_contract(name, axis):
     case, _, exact, _, _ = expected(name, "float32", 1)
-    n, channels, *places = case.x.shape
     wide = case.dy.astype(np.float64) * case.gamma.astype(np.float64).reshape(-1, 1, 1)  # exact
     groups, dy = samples_and_groups(case.x, 1), samples_and_groups(wide, 1)
     gradients = reference.exact_backward(dy, groups, axis=1, eps=case.eps)
@@ -139,6 +138,14 @@ def test_float64_results_equal_those_of_torch(shape, num_groups):
     theirs = [t.detach().numpy() for t in (ty, tx.grad, tgamma.grad, tbeta.grad)]
     for got, wanted in zip((y, *bn.backward(dy, saved)[:3]), theirs, strict=True):
         assert_within("torch", "float64", got, wanted, scale=np.abs(wanted).max())
+
+
+def test_one_position_that_counts_is_enough_for_several_channels():
+    x = np.random.default_rng(4).normal(size=(2, 6, 3))
+    y, saved = bn.group_norm(x, 3, lengths=[1, 3])
+    assert saved.moments.count.tolist() == [2, 2, 2, 6, 6, 6]
+    expected_y, _ = bn.group_norm(x[:1, :, :1], 3)
+    np.testing.assert_array_equal(y[:1, :, :1], expected_y)
 
 
 X = np.ones((2, 6, 3))

@@ -1,6 +1,7 @@
 """Every combination of options and every verb equals the composition of its steps (tests/matrix.py lists them)."""
 
 import dataclasses
+import pickle
 
 import ml_dtypes
 import numpy as np
@@ -243,6 +244,29 @@ def test_out_takes_results_and_what_was_saved_can_be_replaced(case):
             assert getattr(got, name).tobytes() == getattr(whole, name).tobytes()
         if whole.dresidual is not None:
             assert got.dresidual.tobytes() == whole.dresidual.tobytes()
+
+
+@cases
+def test_what_is_asked_for_has_the_same_bits_without_the_rest(case):
+    _, saved = run(case)
+    whole = bn.backward(DY, saved)
+    for needs in (("residual",), ("x",), ("gamma", "residual"), ("beta",), ()):
+        got = bn.backward(DY, saved, needs=needs)
+        for name in ("x", "gamma", "beta", "residual"):
+            wanted, found = getattr(whole, f"d{name}"), getattr(got, f"d{name}")
+            assert (found is None) == (wanted is None or name not in needs)
+            if found is not None:
+                assert found.tobytes() == wanted.tobytes(), (needs, name)
+
+
+@cases
+def test_what_was_saved_may_be_pickled(case):
+    _, saved = run(case)
+    other = pickle.loads(pickle.dumps(saved))
+    for name in ("dx", "dgamma", "dbeta"):
+        assert getattr(bn.backward(DY, other), name).tobytes() == getattr(bn.backward(DY, saved), name).tobytes()
+    assert bn.jvp(X_DOT, other).tobytes() == bn.jvp(X_DOT, saved).tobytes()
+    assert bn.double_backward(V, DY, other).dx.tobytes() == bn.double_backward(V, DY, saved).dx.tobytes()
 
 
 @pytest.mark.parametrize(

@@ -280,3 +280,18 @@ def test_halves_and_whole_agree_where_nothing_counts(dtype, eps):
     assert saved.rstd.tolist() == [0, 0, 0]
     assert m.var().tolist() == [np.inf] * 3
     assert np.isnan(m.var(1)).all()
+
+
+@pytest.mark.parametrize("padding", ["normalize", "zero"])
+def test_gradients_through_weights_of_hardly_anything_are_those_of_ordinary_ones(padding):
+    """A sum of weights below 1 leaves no more room for what is formed before a weight is applied."""
+    x, dy = np.float32([[5], [6], [-1]]), np.full((3, 1), 2, np.float32)
+    gamma = np.array([1e7])
+
+    def dx(dtype, tiny):
+        weights = np.array([2, 2, 0], dtype) * dtype(tiny)
+        _, saved = bn.batch_norm(x.astype(dtype), gamma, weights=weights, padding=padding)
+        return bn.backward(dy.astype(dtype), saved).dx
+
+    wanted = dx(np.float64, 1)
+    assert_within("weighted dx", "float32", dx(np.float32, 1e-30), wanted, scale=np.abs(wanted).max())

@@ -59,7 +59,7 @@ struct BackwardPass {
                                .in = {dy, x, call.tail.bits, call.tail.first_bit, dresidual, dresidual_streams},
                                .dx = dx,
                                .positions = {call.positions.values, call.positions.is_mask, plan.problem},
-                               .padding = call.padding,
+                               .padding = padding(),
                                .around_cache = around_cache,
                                .forward_mode = tangents != nullptr,
                                .residual_dot = call.tail.residual};
@@ -101,7 +101,7 @@ struct BackwardPass {
   }
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     if (coefficients->any_wide()) return grad_input_staged(applied(), offset, rows, *coefficients);
-    if (!staged) return apply_counted_rows(offset, rows);
+    if (!staged) return apply_all_rows(offset, rows);
     const bool is_masked_alone = call.positions.is_mask && call.padding != Padding::normalize &&
                                  call.tail.bits == nullptr && call.tail.residual == nullptr && dresidual == nullptr &&
                                  constant_scale == nullptr;
@@ -109,7 +109,7 @@ struct BackwardPass {
       return grad_input_staged(applied(), offset, rows, *coefficients);
     }
     apply_where_rows_count(operands.positions, call.padding, dy, dx, offset, rows,
-                           [this](std::int64_t at, const Rows& some) { apply_counted_rows(at, some); });
+                           [this](std::int64_t at, const Rows& some) { apply_all_rows(at, some); });
   }
 
  private:
@@ -117,7 +117,11 @@ struct BackwardPass {
   [[nodiscard]] bool without_kernel() const {
     const bool gates = call.tail.bits != nullptr;
     if (tangents != nullptr) return gates || call.tail.residual != nullptr;
-    return gates ? sizeof(T) == 2 : dresidual != nullptr;
+    return gates ? sizeof(T) == 2 : dresidual != nullptr || gates_alone;
+  }
+  // dresidual is 0 where dx is kept.
+  [[nodiscard]] Padding padding() const {
+    return gates_alone && call.padding == Padding::keep ? Padding::zero : call.padding;
   }
   [[nodiscard]] GradInputs<T> inputs(std::int64_t offset) const {
     GradInputs<T> in = operands.in;
@@ -130,7 +134,7 @@ struct BackwardPass {
     if (constant_scale != nullptr) in.in.x = nullptr;
     return in;
   }
-  void apply_counted_rows(std::int64_t offset, Rows rows) const {
+  void apply_all_rows(std::int64_t offset, Rows rows) const {
     const Table& k = *coefficients;
     if (around_cache && rows.columns == plan.apply_rows.columns) rows.walk = RowWalk::around_cache;
     GradInputs<T> in = inputs(offset);
@@ -249,6 +253,7 @@ void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, co
   if (has_short_runs(call.problem)) return run_short_grad_input(dy, x, call, moments, sums, out);
   BackwardPass<T> pass{
       .reduces = false, .call = call, .dy = dy, .x = x, .out = out, .moments = moments, .sums_in = sums};
+  if (pass.gates_alone) pass.constant_scale = &kUnchanged;
   run_pass(pass, call.options);
 }
 

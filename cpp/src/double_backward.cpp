@@ -4,8 +4,8 @@
 #include <optional>
 #include <vector>
 
-#include "gradient_math.hpp"
 #include "coefficients.hpp"
+#include "gradient_math.hpp"
 #include "parallel.hpp"
 #include "passes.hpp"
 #include "traverse.hpp"

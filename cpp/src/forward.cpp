@@ -84,12 +84,12 @@ struct ForwardPass {
   }
   void apply_rows(std::int64_t offset, const Rows& rows) const {
     if (coefficients->any_wide()) return normalize_staged(applied, offset, rows, *coefficients);
-    if (!staged) return apply_counted_rows(offset, rows);
+    if (!staged) return apply_all_rows(offset, rows);
     if (sizeof(T) == 2 || around_cache || !applied.positions.are_rows(rows.stride)) {
       return normalize_staged(applied, offset, rows, *coefficients);
     }
     apply_where_rows_count(applied.positions, call.padding, x, y, offset, rows,
-                           [this](std::int64_t at, const Rows& some) { apply_counted_rows(at, some); });
+                           [this](std::int64_t at, const Rows& some) { apply_all_rows(at, some); });
   }
 
  private:
@@ -98,7 +98,7 @@ struct ForwardPass {
     at.at = offset;
     return at;
   }
-  void apply_counted_rows(std::int64_t offset, Rows rows) const {
+  void apply_all_rows(std::int64_t offset, Rows rows) const {
     const Table& k = *coefficients;
     if (rows.columns == plan.apply_rows.columns && rows.columns >= kernels::kVectorColumns) rows.walk = walk;
     const AffineColumns<A> columns{k.narrow_columns(0), k.narrow_columns(1), k.narrow_columns(2)};

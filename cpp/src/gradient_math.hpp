@@ -80,7 +80,8 @@ struct WeightSizes {
 template <class V>
 auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const WeightSizes& weights, bool is_shared) {
   constexpr double kMost = 0x1p100;
-  const double least = 0x1p-100 / std::fmin(1, weights.least), total = weights.total;
+  // What is formed before a weight is applied counts once, too.
+  const double least = 0x1p-100 / std::fmin(1, weights.least), total = std::fmax(1, weights.total);
   const V g = absolute(exact.dy_center), ag = absolute(exact.dy_scale) * g, p = absolute(exact.x_scale);
   const auto keeps_digits = ((g == 0) | ((g >= least) & (ag >= least))) & ((p == 0) | (p >= least * rstd));
   const V offset = absolute(exact.offset);

@@ -1,7 +1,8 @@
-// What no kernel does in one go, in steps on tiles that lie in the first-level cache: positions that do not count are
-// left out of sums and written afterwards; tensors of 16 bits become float32 for all but the plain passes; sums of
-// float32 that need it are compensated as those of float64; channels whose coefficients leave float32's range are
-// applied in float64. Each feature is one step here, and they compose: what is read, let through, kept, mapped, put.
+// What no kernel does in one go, in steps on tiles that lie in the first-level cache: weights are laid out as kernels
+// take them; positions that do not count keep their input, or are written beside a tail; tensors of 16 bits become
+// float32 for all but the plain passes; sums of float32 that need it are compensated as those of float64; channels
+// whose coefficients leave float32's range are applied in float64. Each feature is one step here, and they compose:
+// what is read, let through, kept, mapped, put.
 //
 // The bits are those of the same kernels on the whole tensor: values are summed in the order of table.hpp, by chunks
 // that a tile holds, and rows continue the sums of those before.

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from batchnorm import _passes, _validate
+from batchnorm import _core, _passes, _validate
 from batchnorm._arrays import Array, Layout, PerChannel
 from batchnorm._parts import Part
 from batchnorm._passes import ReluMask, Standard, Statistics
@@ -45,6 +45,7 @@ class Kept:
         self.channels = self.x.shape[saved.axis]
         _validate.instance("saved.part", part, Part, "a Part")
         _validate.instance("saved.relu", saved.relu, (ReluMask, NoneType), "a ReluMask or None")
+        _validate.instance("saved.layout", saved.layout, (Layout, NoneType), "a Layout or None")
         _validate.instance("saved.renorm", renorm, (Renorm, NoneType), "a Renorm or None")
         if renorm is not None:
             _validate.channel_values("saved.renorm.mean", renorm.mean, self.channels)
@@ -52,6 +53,10 @@ class Kept:
         self.layout = saved.layout or Layout.of(self.x, saved.axis, by_rows=part.offsets is not None)
         if self.layout.shape != self.x.shape:
             raise ValueError(f"saved.x must have shape {self.layout.shape}, got {self.x.shape}")
+        part.require(self.layout)
+        needed = 0 if saved.relu is None else _core.relu_mask_bytes(self.layout.sizes)
+        if saved.relu is not None and saved.relu.data.size != needed:
+            raise ValueError(f"saved.relu must have {needed} bytes, got {saved.relu.data.size}")
         self.statistics: Statistics = self._statistics_of(saved)
         gamma = _validate.optional_channel_values("gamma", saved.gamma, self.channels)
         self.apart: dict[str, Array | None] = {"gamma": gamma}

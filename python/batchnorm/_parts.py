@@ -68,6 +68,21 @@ class Part(NamedTuple):
         of_row = self.weights.size // max(layout.shape[0], 1)
         return np.split(self.weights, self.offsets[1:-1] * of_row) if self.sets else []
 
+    def require(self, layout: Layout) -> None:
+        """Refuse what does not fit x: of a Saved whose fields may have been replaced."""
+        (outer, channels, inner), rows, width = layout.sizes, layout.shape[0], self.width
+        if type(width) is not int or width < 1 or channels % width:
+            raise ValueError(f"saved.part.width must be an int >= 1 that divides {channels} channels, got {width!r}")
+        _validate.choice("saved.part.padding", self.padding, PADDINGS)
+        offsets = self.offsets
+        if offsets is not None and not (
+            offsets.dtype == np.int64 and offsets.ndim == 1 and offsets.size > 0
+            and offsets[0] == 0 and offsets[-1] == rows and (offsets[1:] >= offsets[:-1]).all()
+        ):  # fmt: skip
+            raise ValueError(f"saved.part.offsets must begin with 0, never fall and end with {rows}, the rows of x")
+        if self.weights is not None and self.weights.shape != (outer * inner,):
+            raise ValueError(f"saved.part.weights must have shape ({outer * inner},), got {self.weights.shape}")
+
     def has_one(self) -> bool:
         """Tell whether just one position has a weight, and all are what weights may be."""
         assert self.weights is not None
@@ -175,7 +190,8 @@ def require_values(x: Array, axis: int, layout: Layout, part: Part, given: Mappi
             raise ValueError(f"x must have at least 2 values per channel for batch statistics, got shape {x.shape}")
     elif part.offsets is not None:  # else the core looks before it writes
         part.require_weights()
-        for weights in part.of_each_set(layout) if given.get("segments") is None else ():
+        one_is_enough = given.get("segments") is not None or part.width > 1
+        for weights in () if one_is_enough else part.of_each_set(layout):
             _validate.several_positions(part.source, weights)
 
 
@@ -185,7 +201,7 @@ def width_of_groups(x: Array, axis: int, num_groups: object) -> int:
         raise ValueError("axis must not be 0, which holds the samples, got 0")
     groups, channels = _validate.int_at_least("num_groups", num_groups, 1), x.shape[axis]
     if channels % groups:
-        raise ValueError(f"num_groups must divide the channels of x, {channels}, got {groups}")
+        raise ValueError(f"num_groups must divide the channels of x, {channels}, got {num_groups}")
     return channels // groups or 1
 
 
@@ -193,7 +209,9 @@ def require_values_of_samples(x: Array, axis: int, width: int) -> None:
     """Refuse samples of which `width` channels have one value alone."""
     if x.size and x.size * width == x.shape[0] * x.shape[axis]:
         of = "channel" if width == 1 else "group"
-        raise ValueError(f"x must have at least 2 values in each sample and {of} for their statistics, got shape {x.shape}")
+        raise ValueError(
+            f"x must have at least 2 values in each sample and {of} for their statistics, got shape {x.shape}"
+        )
 
 
 def _offsets(x: Array, axis: int, segments: Any, ghost_size: Any) -> NDArray[np.int64] | None:

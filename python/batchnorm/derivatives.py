@@ -18,9 +18,11 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _passes, _validate
-from batchnorm._arrays import ORDERS, Array, Target
+from batchnorm._arrays import ORDERS, Array, Layout, Target
 from batchnorm._kept import Kept
 from batchnorm._keywords import NoOptions
+from batchnorm._parts import Part
+from batchnorm._passes import ReluMask
 from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
 from batchnorm.saved import Gradients, GradSums, Saved, SecondGradients
@@ -30,6 +32,7 @@ Gradient = Literal["x", "gamma", "beta", "residual"]
 SecondGradient = Literal["dy", "x", "gamma"]
 NEEDS: tuple[Gradient, ...] = get_args(Gradient)
 _SECOND: tuple[SecondGradient, ...] = get_args(SecondGradient)
+_PADDING = {padding: k for k, padding in enumerate(PADDINGS)}  # as the core takes them
 
 
 @_keywords.options(NoOptions)
@@ -86,12 +89,12 @@ def backward(
     """
     if others:
         _keywords.no_options("backward", others)
-    if type(saved) is Saved and (saved.layout is None or saved.layout.order == ORDERS[len(saved.layout.order)]):
+    if type(saved) is Saved and _is_ordinary(saved):
         part, rest, done = saved.part, (saved.gamma, saved.axis, saved.eps, needs, out, num_threads), None
         if isinstance(saved.moments, Moments):
             if part.offsets is None and saved.renorm is None:
                 bits = None if saved.relu is None else saved.relu.data
-                how = (part.weights, PADDINGS.index(part.padding), bits, saved.has_residual)
+                how = (part.weights, _PADDING[part.padding], bits, saved.has_residual)
                 done = _core.try_batch_norm_backward(Gradients, dy, saved.x, saved.moments._table, *rest, *how)
         elif saved.given is not None and saved.layout is None:
             done = _core.try_normalize_backward(Gradients, dy, saved.x, *saved.given, *rest)
@@ -132,7 +135,8 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
 
     Returns
     -------
-    GradSums: sum(dy) and sum(dy·(x - mean)), float64, one for each entry of ``saved.moments``; of the dy that ReLU lets
+    GradSums: sum(dy) and sum(dy·(x - mean)), float64, one for each entry of ``saved.moments``, of `group_norm` for each
+    sample and channel; of the dy that ReLU lets
     through, where a position counts.
 
     Examples
@@ -341,7 +345,14 @@ def double_backward(
         to_dy = np.empty(layout.sizes, of.x.dtype)
     second = _passes.Second(of.block, v, layout.block(dy), to_dy, dx.block)
     by_channel = of.tangents(v_scale, v_shift, of.r)
-    if call.weights is None and call.offsets is None and call.width == 1 and not call.relu and saved.y is None and added is None:
+    if (
+        call.weights is None
+        and call.offsets is None
+        and call.width == 1
+        and not call.relu
+        and saved.y is None
+        and added is None
+    ):
         dscale = np.empty(of.channels)
         to = *by_channel, to_dy, dx.block, dscale, of.threads
         _core.double_backward(v, second.g, of.block, call, of.statistics, *to)
@@ -354,6 +365,16 @@ def double_backward(
     ddy.deliver()
     dx.deliver()
     return of.rounded(results)
+
+
+def _is_ordinary(saved: Saved) -> bool:
+    """Tell whether the core may look at what was saved, whose fields may have been replaced, before it is checked."""
+    layout, relu, part = saved.layout, saved.relu, saved.part
+    return (
+        type(part) is Part and part.padding in _PADDING
+        and (relu is None or type(relu) is ReluMask)
+        and (layout is None or (type(layout) is Layout and layout.order == ORDERS[len(layout.order)]))
+    )  # fmt: skip
 
 
 def _refuse_third_order(**arguments: object) -> None:

@@ -28,7 +28,8 @@ class Saved:
     x : the input, by reference (not copied): it must be unchanged when a derivative reads it. None where y is kept
         instead, or nothing (``keep=None``, or ``out=x``, which has overwritten it): there is no derivative then.
     moments : Moments of the batch: an entry for each channel; with segments and ghosts for each of these and channel,
-        segment first (``moments.split(C)``). None where statistics were given (`normalize`).
+        segment first (``moments.split(C)``); of `group_norm` for each sample and group. None where statistics were given
+        (`normalize`).
     gamma : (C,) or None, by reference; a copy where y is kept.
     axis : int >= 0, the channel axis.
     eps : float.
@@ -85,12 +86,12 @@ class Saved:
 
     @property
     def r(self) -> PerChannel:
-        """The correction of the spread by `renorm`, after clipping: float64, of the shape of `rstd`."""
+        """The correction of the spread by `renorm`, after clipping: float64, of each set and channel; 1 without."""
         return self._correction[0]
 
     @property
     def d(self) -> PerChannel:
-        """The correction of the mean by `renorm`, after clipping: float64, of the shape of `rstd`."""
+        """The correction of the mean by `renorm`, after clipping: float64, of each set and channel; 0 without."""
         return self._correction[1]
 
     @cached_property
@@ -142,7 +143,7 @@ class GradSums:
 
     Attributes
     ----------
-    count : float64, values that were summed (or the sum of their weights): one for each entry of the moments.
+    count : float64, values that share the statistics (or the sum of their weights): one for each sum.
     sum_dy : float64, sum(dy).
     sum_dy_xmu : float64, sum(dy·(x - mean)), about the mean of the moments they were computed with. Where y is kept
         instead of x, sum(dy·(y - beta)), about what y has in the place of a mean.

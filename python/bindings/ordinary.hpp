@@ -224,7 +224,7 @@ class Arguments {
     if (!need(Py_IS_TYPE(o, py::detail::npy_api::get().PyArray_Type_))) return {};
     const auto* fields = py::detail::array_proxy(o);
     const auto* type = py::detail::array_descriptor_proxy(fields->descr);
-    if (!need(type->type_num == py::detail::npy_api::NPY_UBYTE_ && fields->nd == 1 &&
+    if (!need(type->type_num == py::detail::npy_api::NPY_UBYTE_ && fields->nd == 1 && fields->dimensions[0] > 0 &&
               (fields->flags & py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_) != 0)) {
       return {};
     }

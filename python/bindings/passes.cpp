@@ -1,7 +1,7 @@
 // The passes, each as one function of a call. As module.cpp: views in, GIL released, core called.
 //
-// A call comes as a tuple (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits); what is absent is
-// None.
+// A call comes as a tuple (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits); what is
+// absent is None.
 #include <pybind11/stl.h>
 
 #include <optional>
@@ -28,8 +28,10 @@ template <class T>
 std::span<const T> plain_values(const py::object& a, const char* name) {
   if (a.is_none()) return {};
   const auto array = checked_array(a, name);
-  if (!py::dtype::of<T>().is(array.dtype()) || (array.flags() & py::array::c_style) == 0) {
-    throw py::type_error(std::string(name) + " must be a contiguous array of its dtype");
+  // An unpickled array has a dtype of its own, which is equal.
+  const py::dtype wanted = py::dtype::of<T>();
+  if (!wanted.equal(array.dtype()) || (array.flags() & py::array::c_style) == 0) {
+    throw py::type_error(std::string(name) + " must be a contiguous array of " + py::str(wanted).cast<std::string>());
   }
   return {static_cast<const T*>(array.data()), static_cast<std::size_t>(array.size())};
 }

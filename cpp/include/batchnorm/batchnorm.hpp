@@ -33,8 +33,8 @@ namespace batchnorm {
 // ---- moments ---------------------------------------------------------------------------------------------------
 
 // Moments of each channel of x; of each segment's.
-// x: problem.size() values, not modified. out: one entry per channel, or per segment and channel. count is the sum of
-// the weights; of nothing all fields are 0.
+// x: problem.size() values, not modified. out: one entry per channel, or per segment and channel (or `width` of these).
+// count is the sum of the weights; of nothing all fields are 0.
 template <class T>
 void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, const Options& options = {});
 

@@ -50,8 +50,9 @@ struct WeightedGradInputMap {
   bool zeros;
 
   BN_RARE Lanes<T> operator()(const T* dy, const T* x, const T* weights, std::int64_t n) const {
-    const Lanes<T> w = load_upto<T>(weights - begin, n, T(0)), g = load_upto<T>(dy, n, T(0)), zero = broadcast(T(0));
-    const Lanes<T> counted = where_counted(w, load_upto<T>(x, n, T(0)), zero);
+    const Lanes<T> w = load_upto<T>(weights - begin, n, T(0)), g = load_upto<T>(dy, n, T(0));
+    // 0 where x is not looked at: 0 times what is far from the center might be NaN.
+    const Lanes<T> counted = where_counted(w, load_upto<T>(x, n, T(0)), map.x_center);
     const Lanes<T> from_x = (counted - map.x_center) * map.x_scale;
     const Lanes<T> dx = (g - w * map.dy_center) * map.dy_scale + w * from_x + w * map.offset;
     return where_counted(w, dx, others(dx));

@@ -8,7 +8,8 @@
 //   rows  (interleaved)  many channels: `count` rows of `columns` contiguous values, `stride` values apart; arguments
 //                        are arrays with one entry per column.
 // What no kernel does in one go is done in steps on tiles that lie in the first-level cache (staged.hpp): tensors of
-// float16 and bfloat16 with anything beside the plain passes, positions that do not count, coefficients in float64.
+// float16 and bfloat16 with anything beside the plain passes, positions that do not count beside a tail or that keep
+// their input, coefficients in float64.
 //
 // A tensor's storage type T may be narrower than Arithmetic<T>, in which its elements are computed (float16, bfloat16
 // in float32): lanes are widened as they are loaded, which is exact, and rounded once, to nearest even, as they are
