@@ -1,8 +1,8 @@
 """What the core is asked: a call, of which each pass of the core (``_core.calls``) is one; and what it has no pass for.
 
 With S sets of statistics (segments, ghosts; else 1), what belongs to a set and channel is (S·C,), set first: sums, and
-scale and shift where they differ from set to set. Moments are of each set and group of `width` channels, (S·C/width,). y = x̂·scale + shift; scale and shift are gamma and beta but
-for renormalization and kept outputs.
+scale and shift where they differ from set to set. Moments are of each set and group of `width` channels, (S·C/width,).
+y = x̂·scale + shift; scale and shift are gamma and beta but for renormalization and kept outputs.
 """
 
 from __future__ import annotations
