@@ -22,11 +22,11 @@ struct GradTerms {
   }
   // Of the values that count.
   template <class Weights>
-  BN_INLINE void add_vector(int k, const T* dy, const T* x, const Weights& w) {
+  BN_RARE void add_vector(int k, const T* dy, const T* x, const Weights& w) {
     add_value(k, load_counted(dy, w, k), load_counted(x, w, k));
   }
   template <class Weights>
-  BN_INLINE void add_part(int k, std::int64_t n, const T* dy, const T* x, const Weights& w) {
+  BN_RARE void add_part(int k, std::int64_t n, const T* dy, const T* x, const Weights& w) {
     add_value(k, load_counted_of_first(dy, w, k, n), load_counted_of_first(x, w, k, n));
   }
   BN_INLINE void add_vector(int k, const SummedInputs<T>& in) {

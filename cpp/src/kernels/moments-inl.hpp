@@ -22,11 +22,11 @@ struct MomentTerms {
 
   // Of the values that count.
   template <class Weights>
-  BN_INLINE void add_vector(int k, const T* p, const Weights& w) {
+  BN_RARE void add_vector(int k, const T* p, const Weights& w) {
     add_value(k, load_counted(p, w, k));
   }
   template <class Weights>
-  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
+  BN_RARE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
     add_value(k, load_counted_of_first(p, w, k, n));
   }
 
@@ -80,11 +80,11 @@ struct WeightedMomentTerms {
   Lanes<double> shift;
 
   template <class Weights>
-  BN_INLINE void add_vector(int k, const T* p, const Weights& w) {
+  BN_RARE void add_vector(int k, const T* p, const Weights& w) {
     add_value(k, load_weights(w, k), load_counted(p, w, k));
   }
   template <class Weights>
-  BN_INLINE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
+  BN_RARE void add_part(int k, std::int64_t n, const T* p, const Weights& w) {
     add_value(k, load_weights_of_first(w, k, n), load_counted_of_first(p, w, k, n));
   }
 
@@ -105,7 +105,7 @@ struct WeightedMomentTerms {
       second.add(k, term * d);
     }
   }
-  BN_RARE void add_compensated(int k, NativeDouble w, NativeDouble x) {
+  BN_INLINE void add_compensated(int k, NativeDouble w, NativeDouble x) {
     const NativeDouble d = x - shift.v[k], d_lo = sum_error(x, NativeDouble{} - shift.v[k], d);
     const NativeDouble term = w * d, term_lo = normal_product_error(w, d, term) + w * d_lo;
     const NativeDouble square = term * d;
