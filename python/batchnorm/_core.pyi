@@ -17,7 +17,7 @@ _Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, ...])
 __version__: str
 
 # (sizes, offsets, weights, padding, gamma, beta, eps, residual, relu, bits)
-_Call: TypeAlias = tuple[_Sizes, _Maybe, _Maybe, int, _Maybe, _Maybe, float, _Maybe, bool, _Maybe]
+_Call: TypeAlias = tuple[_Sizes, _Maybe, int, _Maybe, int, _Maybe, _Maybe, float, _Maybe, bool, _Maybe]
 
 def relu_mask_bytes(sizes: _Sizes) -> int: ...
 def moments(x: _Array, call: _Call, out: _Table, threads: int) -> None: ...
@@ -40,14 +40,30 @@ def double_backward(
     v_dgamma: _Maybe, v_dbeta: _Maybe, ddy: _Maybe, dx: _Maybe, dgamma: _Maybe, threads: int,
 ) -> None: ...  # fmt: skip
 
-# Ordinary calls, which look at what they are given: None where it is not ordinary. Their arguments, which may be any
-# objects, are named by their signatures.
-def try_moments(*arguments: object) -> _Table | None: ...
-def try_batch_norm(keep: Callable[..., _Kept], /, *arguments: object) -> tuple[_Array, _Kept] | None: ...
-def try_normalize(*arguments: object) -> _Array | None: ...
-def try_batch_norm_backward(type: type[_Gradients], /, *arguments: object) -> _Gradients | None: ...
-def try_normalize_backward(type: type[_Gradients], /, *arguments: object) -> _Gradients | None: ...
-def try_update_running(*arguments: object) -> Any: ...  # (mean, var) or None; where `into` is given a bool or None
+# Ordinary calls, which look at what they are given, of any kind: None where it is not ordinary. try_update_running gives
+# (mean, var), or where `into` is given a bool.
+def try_moments(x: object, axis: object, threads: object, /) -> _Table | None: ...
+def try_batch_norm(
+    keep: Callable[..., _Kept], x: object, gamma: object, beta: object, axis: object, eps: object, out: object,
+    threads: object, options: object, /,
+) -> tuple[_Array, _Kept] | None: ...  # fmt: skip
+def try_normalize(
+    x: object, mean: object, var: object, gamma: object, beta: object, axis: object, eps: object, out: object,
+    threads: object, options: object, /,
+) -> _Array | None: ...  # fmt: skip
+def try_batch_norm_backward(
+    type: type[_Gradients], dy: object, x: object, moments: object, gamma: object, axis: object, eps: object,
+    needs: object, out: object, threads: object, weights: object, padding: object, bits: object,
+    has_residual: object, /,
+) -> _Gradients | None: ...  # fmt: skip
+def try_normalize_backward(
+    type: type[_Gradients], dy: object, x: object, mean: object, var: object, gamma: object, axis: object,
+    eps: object, needs: object, out: object, threads: object, /,
+) -> _Gradients | None: ...  # fmt: skip
+def try_update_running(
+    mean: object, var: object, moments: object, update_rate: object, ddof: object, into: object,
+    finite: object, /,
+) -> Any: ...  # fmt: skip
 def pool(pooled: object, moments: object, ddof: object, into: tuple[_Table, ...], finite: bool, /) -> bool | None: ...
 def room(gamma: object, mean: object, /) -> tuple[_Array, _Table, _Table] | None: ...
 def combine(to: _Maybe, a: _Table | None, x: _Maybe, b: _Table | None, y: _Maybe, /) -> None: ...
