@@ -42,13 +42,14 @@ struct BackwardPass {
   FirstOutputs<T> out = {};
   const Moments* moments = nullptr;  // null where only a constant scale is applied
   GradSums* sums_out = nullptr;
-  const GradSums* sums_in = nullptr;              // where it applies but does not reduce
-  const Tangents* tangents = nullptr;             // forward-mode: dy is a tangent of x, and dx becomes that of y
-  const ConstantScale* constant_scale = nullptr;  // of dx, whatever else is computed
+  const GradSums* sums_in = nullptr;           // where it applies but does not reduce
+  const Tangents* tangents = nullptr;          // forward-mode: dy is a tangent of x, and dx becomes that of y
+  const ConstantScale* given_scale = nullptr;  // of dx, whatever else is computed
 
   // What follows from these. Without dx, dresidual takes its place, with coefficients that change nothing.
   bool gates_alone = out.dx == nullptr && out.dresidual != nullptr;
   T *dx = gates_alone ? out.dresidual : out.dx, *dresidual = gates_alone ? nullptr : out.dresidual;
+  const ConstantScale* constant_scale = gates_alone ? &kUnchanged : given_scale;
   bool applies = dx != nullptr;
   Plan plan = make_plan(call.problem, work(), call.options.threads);
   const kernels::KernelTable& table = *active_implementation().table;
@@ -253,7 +254,6 @@ void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, co
   if (has_short_runs(call.problem)) return run_short_grad_input(dy, x, call, moments, sums, out);
   BackwardPass<T> pass{
       .reduces = false, .call = call, .dy = dy, .x = x, .out = out, .moments = moments, .sums_in = sums};
-  if (pass.gates_alone) pass.constant_scale = &kUnchanged;
   run_pass(pass, call.options);
 }
 
@@ -263,7 +263,6 @@ void Backward<T>::batch_norm(const T* dy, const T* x, const Moments* saved, cons
   if (has_short_runs(call.problem)) return run_short_backward(dy, x, call, saved, out);
   if (run_small_backward(dy, x, call, saved, out)) return;
   BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .out = out, .moments = saved};
-  if (pass.gates_alone) pass.constant_scale = &kUnchanged;
   run_pass(pass, call.options);
 }
 
@@ -281,8 +280,8 @@ void Backward<T>::normalize(const T* dy, const T* x, const GivenStatistics& give
     Forward<T>{call}.normalize(dy, only_scale, out.dx);
   } else if (out.dx != nullptr || out.dresidual != nullptr) {
     const ConstantScale scale{given.var, call.gamma, call.eps};
-    BackwardPass<T> pass{.reduces = false, .call = call, .dy = dy, .x = x, .out = {out.dx, out.dresidual}};
-    pass.constant_scale = pass.gates_alone ? &kUnchanged : &scale;
+    BackwardPass<T> pass{
+        .reduces = false, .call = call, .dy = dy, .x = x, .out = {out.dx, out.dresidual}, .given_scale = &scale};
     run_pass(pass, call.options);
   }
   run_here([&] {

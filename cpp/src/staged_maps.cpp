@@ -71,7 +71,9 @@ void for_portions(std::int64_t offset, const Rows& all, std::int64_t tensor_row,
     f(Portion{some.offset, some.count * some.width, some.column, {}, portion});
   });
 }
-// One weight per value; the memory has kMargin more than a portion.
+
+// The weights of a portion, where they lie if one run's; the memory has kMargin more than a portion. Of rows one per
+// value; of runs once for all channels, and the first ones again.
 template <class A, class T>
 const A* weights_of(const KernelTable& table, const Positions<T>& positions, const Portion& portion, A* memory) {
   if (portion.runs.count == 0) {
@@ -80,17 +82,8 @@ const A* weights_of(const KernelTable& table, const Positions<T>& positions, con
   }
   const A* w = positions.of_runs(portion.offset, portion.first);
   if (portion.runs.channels == 1) return w;
-  table.of<A>().repeat_weights(w, 1, portion.runs.channels, portion.runs.length, memory);
-  return memory;
-}
-// Those of runs once for all channels, and the first ones again.
-template <class A, class T>
-const A* weights_once(const KernelTable& table, const Positions<T>& positions, const Portion& portion, A* memory) {
-  const std::int64_t n = portion.runs.length;
-  if (portion.runs.channels == 1 || portion.runs.count == 0) return weights_of(table, positions, portion, memory);
-  const A* w = positions.of_runs(portion.offset, portion.first);
-  std::copy_n(w, n, memory);
-  std::copy_n(w, kernels::kVectorColumns, memory + n);
+  std::copy_n(w, portion.runs.length, memory);
+  std::copy_n(w, kernels::kVectorColumns, memory + portion.runs.length);
   return memory;
 }
 // `tile` where a position counts, else `input` (null: 0), to a tile or a tensor.
@@ -98,7 +91,7 @@ template <class A, class T>
 void put(const KernelTable& table, const Positions<T>& positions, const Portion& portion, const A* tile, const A* input,
          bool around_cache, A* to) {
   A memory[kApplied + kMargin];
-  const A* w = weights_once(table, positions, portion, memory);
+  const A* w = weights_of(table, positions, portion, memory);
   const std::int64_t times = portion.runs.count == 0 ? 1 : portion.runs.channels;
   table.of<A>().put_counted(tile, w, input, portion.size / times, times, around_cache, to);
 }
@@ -194,7 +187,7 @@ void normalize_in_float64(const KernelTable& table, const A* x, A* y, const Port
 template <class T, class Table>
 void normalize_at_once(const NormalizeOperands<T>& in, Portion portion, const Table& k) {
   alignas(64) T memory[kApplied + kMargin];
-  const Tail<T> tail{.weights = weights_once(in.table, in.positions, portion, memory)};
+  const Tail<T> tail{.weights = weights_of(in.table, in.positions, portion, memory)};
   const bool planar = portion.runs.count > 0;
   portion.runs.around_cache = in.around_cache;
   map_portion<T>(
@@ -292,7 +285,7 @@ void follow_along(const GradientOperands<T>& in, std::int64_t at, std::int64_t n
 template <class T, class Table>
 void grad_input_at_once(const GradientOperands<T>& in, Portion portion, const Table& k) {
   alignas(64) T memory[kApplied + kMargin];
-  const WeightsAlong<T> weights{weights_once(in.table, in.positions, portion, memory), in.padding == Padding::zero};
+  const WeightsAlong<T> weights{weights_of(in.table, in.positions, portion, memory), in.padding == Padding::zero};
   const bool planar = portion.runs.count > 0;
   portion.runs.around_cache = in.around_cache;
   portion.rows.walk = walk_of(Tail<T>{}, portion, in.around_cache);
@@ -328,7 +321,7 @@ void grad_input_portion(const GradientOperands<T>& in, const Portion& portion, c
   // A mask changes nothing where a position counts; weights and padding that is normalized are in the formula.
   const A* weights = nullptr;
   if (in.positions && x != nullptr && !in.forward_mode && !(puts && in.positions.is_mask)) {
-    weights = weights_once(in.table, in.positions, portion, weights_memory);
+    weights = weights_of(in.table, in.positions, portion, weights_memory);
   }
   if (!(planar && wide)) {
     map_portion<A>(in.table, {let_through, x}, {weights}, dx, portion, planar ? k.narrow(portion.first) : nullptr,
