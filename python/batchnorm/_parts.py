@@ -55,9 +55,7 @@ class Part(NamedTuple):
             return None
         if ((self.weights == 0) | (self.weights == 1)).all():
             return None
-        # Each weight is there once for each channel that shares it.
-        again = self.width - 1
-        of_sets = [importance_dof(w) + again * float(w.sum(dtype=np.float64)) for w in self.of_each_set(layout)]
+        of_sets = [importance_dof(w, self.width) for w in self.of_each_set(layout)]
         return np.repeat(np.array(of_sets, np.float64), layout.sizes[1] // self.width)
 
     def of_each_set(self, layout: Layout) -> list[Array]:
@@ -127,10 +125,11 @@ class Part(NamedTuple):
 ALL = Part()
 
 
-def importance_dof(weights: Array) -> float:
+def importance_dof(weights: Array, times: int) -> float:
     """Give sum(w) - sum(w²)/sum(w), what the variance of importance weights divides by, to float64's digits.
 
-    What no weight may be gives some number or NaN; no weight at all gives 0.
+    Each of `weights` is there `times` times, once for each channel that shares it. What no weight may be gives some
+    number or NaN; no weight at all gives 0.
     """
     if not weights.any():
         return 0.0
@@ -143,7 +142,7 @@ def importance_dof(weights: Array) -> float:
         shares = w / largest
         others, share = float(w.sum()), float(shares.sum())
         squares = float(np.multiply(w, shares, out=shares).sum())
-        return others + (others - squares) / (1.0 + share)
+        return others + (others - squares) / (1.0 + share) + (times - 1) * (largest + others)
 
 
 def parts(x: Array, axis: int, given: Mapping[str, Any]) -> tuple[Layout, Part]:
