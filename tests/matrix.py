@@ -10,7 +10,7 @@ from typing import NamedTuple
 AXES = {
     "counts": ("all", "mask", "weights", "lengths"),
     "padding": ("zero", "keep", "normalize"),
-    "shares": ("batch", "segments", "ghosts", "instances", "groups"),
+    "shares": ("batch", "segments", "ghosts", "instances", "groups", "lines", "lines about 0"),
     "statistics": ("batch", "renorm", "given"),
     "follows": ("nothing", "residual", "relu", "residual and relu"),
     "kept": ("x", "y", "y in place"),
@@ -31,6 +31,8 @@ WRITTEN = {
     ("shares", "ghosts"): "`ghost_size=`",
     ("shares", "instances"): "`instance_norm`",
     ("shares", "groups"): "`group_norm`",
+    ("shares", "lines"): "`layer_norm`",
+    ("shares", "lines about 0"): "`rms_norm`",
     ("statistics", "batch"): "`batch_norm`",
     ("statistics", "renorm"): "`renorm=`",
     ("statistics", "given"): "`normalize`",
@@ -59,6 +61,10 @@ class Case(NamedTuple):
         return "-".join(word.replace(" ", "_") for word in self)
 
 
+LINES = ("lines", "lines about 0")
+OF_SAMPLES = ("instances", "groups", *LINES)  # which know no batch
+TOGETHER = ("groups", *LINES)  # channels that share statistics
+
 # What has no meaning, and why: in one sentence each.
 REFUSED = (
     (
@@ -67,19 +73,21 @@ REFUSED = (
     ),
     (
         lambda c: c.statistics == "given" and c.shares != "batch",
-        "`normalize` with segments, ghosts, instances or groups: the statistics are given, one for each channel",
+        "`normalize` with segments, ghosts or what has statistics of its own: they are given, one for each channel",
     ),
     (
-        lambda c: c.statistics == "renorm" and c.shares in ("instances", "groups"),
-        "`instance_norm` and `group_norm` with renorm: they have no running statistics to be corrected towards",
+        lambda c: c.statistics == "renorm" and c.shares in OF_SAMPLES,
+        "`instance_norm`, `group_norm`, `layer_norm` and `rms_norm` with renorm: they have no running statistics to be "
+        "corrected towards",
     ),
     (
         lambda c: c.kept != "x" and c.follows != "nothing",
         '`keep="y"` with a residual or ReLU: y does not tell what was normalized',
     ),
     (
-        lambda c: c.kept != "x" and c.shares == "groups",
-        '`group_norm` with `keep="y"`: y of a channel does not tell the statistics that it shares',
+        lambda c: c.kept != "x" and c.shares in TOGETHER,
+        '`group_norm`, `layer_norm` and `rms_norm` with `keep="y"`: y of a channel does not tell the statistics that it '
+        "shares",
     ),
 )
 REFUSED_VERBS = (
@@ -88,8 +96,8 @@ REFUSED_VERBS = (
         "halves and `update_running` after `normalize`: no statistics were taken of the batch",
     ),
     (
-        lambda c, verb: c.shares == "groups" and verb == "update_running",
-        "`update_running` after `group_norm`: running statistics are those of channels",
+        lambda c, verb: c.shares in TOGETHER and verb == "update_running",
+        "`update_running` after `group_norm`, `layer_norm` and `rms_norm`: running statistics are those of channels",
     ),
 )
 
@@ -103,7 +111,7 @@ def refusal(case, verb="forward"):
 
 
 CASES = [case for case in (Case(*words) for words in product(*AXES.values())) if refusal(case) is None]
-OF_LAYER = [case for case in CASES if case.shares != "groups"]  # which no BatchNorm has
+OF_LAYER = [case for case in CASES if case.shares not in TOGETHER]  # which no BatchNorm has
 COMBINATIONS = [(case, verb) for case in CASES for verb in VERBS if refusal(case, verb) is None]
 
 
@@ -117,7 +125,8 @@ def table():
         "residual; where a position counts y = relu(s), elsewhere what `padding` says. Each combination and each verb is",
         f"tested against that composition: {len(CASES)} forward calls, {len(COMBINATIONS)} combinations with what follows",
         "them (`backward`, `jvp`, `double_backward`, the halves, `update_running`). A `BatchNorm` that is told the same gives",
-        "the same bits of y, of its gradients and of its running statistics, in each of the forward calls but `group_norm`.",
+        "the same bits of y, of its gradients and of its running statistics, in each of the forward calls but `group_norm`,",
+        "`layer_norm` and `rms_norm`, for which weights are a mask.",
         "",
         "| | |",
         "|---|---|",

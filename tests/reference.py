@@ -191,7 +191,8 @@ def ghost_backward(dy, x, gamma, *, ghost_size, axis, eps):
 class Composed(NamedTuple):
     """A combination of options as the composition of its steps, for arrays (N, C, L) of float64 or complex128.
 
-    weights : (N, L). sets : row slices, each with statistics of its own. given : (mean, var) or None. r, d : (C,) of each
+    weights : (N, L). sets : row slices, or indices of (N, C, L), each with statistics of its own. about_zero : whether
+    these are taken about 0. given : (mean, var) or None. r, d : (C,) of each
     set, or None. passes : where ReLU lets through, or None to tell it from s; relu : whether it follows. width :
     neighbouring channels that share statistics.
     """
@@ -206,6 +207,7 @@ class Composed(NamedTuple):
     relu: bool = False
     passes: object = None
     width: int = 1
+    about_zero: bool = False
 
     @property
     def counted(self):
@@ -217,8 +219,9 @@ class Composed(NamedTuple):
         if self.given is not None:
             return [(None, *self.given)]
         of_sets = []
-        for rows in self.sets:
-            w, values = self.weights[rows][:, None], x[rows]
+        for at in self.sets:
+            w, values = np.broadcast_to(self.weights[:, None], x.shape)[at], x[at]
+            w = w[:, :1]
             count = w.sum() * self.width
             mean = self._of_group((w * values).sum((0, 2))) / (count or 1)
             var = self._of_group((w * (values - mean[:, None]) ** 2).sum((0, 2))) / (count or 1)
@@ -233,6 +236,8 @@ class Composed(NamedTuple):
         """Give s, before ReLU and padding, and y."""
         s = np.zeros(x.shape, np.result_type(x, gamma, beta, residual))
         for k, (rows, (count, mean, var)) in enumerate(zip(self.sets, self.statistics(x), strict=True)):
+            if self.about_zero:
+                mean, var = 0 * mean, var + mean**2
             rstd = 1 / np.sqrt(var + self.eps)
             rstd = np.zeros_like(rstd) if count == 0 else rstd
             xhat = (x[rows] - mean[:, None]) * rstd[:, None]

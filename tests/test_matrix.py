@@ -67,12 +67,15 @@ def run(case, x=X, residual=RESIDUAL, laid=np.copy):
         return bn.normalize(x, MEAN, VAR, GAMMA, BETA, save=True, **options)
     if case.shares == "groups":
         return bn.group_norm(x, GROUPS, GAMMA, BETA, **options)
+    if case.shares in matrix.LINES:
+        function = bn.layer_norm if case.shares == "lines" else bn.rms_norm
+        return function(x, GAMMA, BETA, axes=1, **options)
     function = bn.instance_norm if case.shares == "instances" else bn.batch_norm
     return function(x, GAMMA, BETA, **options)
 
 
 def width_of(case):
-    return CHANNELS // GROUPS if case.shares == "groups" else 1
+    return {"groups": CHANNELS // GROUPS, "lines": CHANNELS, "lines about 0": CHANNELS}.get(case.shares, 1)
 
 
 def composed(case):
@@ -83,15 +86,21 @@ def composed(case):
         "weights": WEIGHTS,
         "lengths": (np.arange(STEPS) < LENGTHS[:, None]).astype(float),
     }[case.counts]
+    lines = [np.s_[n : n + 1, :, i : i + 1] for n in range(ROWS) for i in range(STEPS)]
+    if case.shares in matrix.LINES:
+        weights = (weights > 0).astype(float)
     sets = {
         "batch": [slice(0, ROWS)],
         "segments": [slice(0, 2), slice(2, 5), slice(5, 5), slice(5, 7)],
         "ghosts": [slice(0, 4), slice(4, 7)],
         "instances": [slice(n, n + 1) for n in range(ROWS)],
         "groups": [slice(n, n + 1) for n in range(ROWS)],
+        "lines": lines,
+        "lines about 0": lines,
     }[case.shares]
     given = (MEAN, VAR) if case.statistics == "given" else None
     of = reference.Composed(weights, case.padding, sets, EPS, given, relu="relu" in case.follows, width=width_of(case))
+    of = of._replace(about_zero=case.shares == "lines about 0")
     if case.statistics == "renorm":
         sigma = np.sqrt(VAR + EPS)
         r = [
@@ -196,11 +205,18 @@ def test_halves_have_the_bits_of_the_whole(case):
         counted["ghost_size"] = 1
     if case.shares == "groups":
         counted["num_groups"] = GROUPS
+    if case.shares in matrix.LINES:
+        counted["axes"] = 1
     assert bn.moments(X, **counted) == saved.moments
     sums = bn.grad_sums(DY, saved)
     whole = bn.backward(DY, saved)
     assert bn.grad_input(DY, saved, sums).tobytes() == whole.dx.tobytes()
-    assert_close(sums.sum_dy.reshape(-1, CHANNELS).sum(0), whole.dbeta)
+    if case.shares in matrix.LINES:  # of gamma·dy, as ReLU lets it through, where a position counts
+        of, residual = composed(case)
+        passes = of.counted & (of.passes if of.relu else True)
+        assert_close(sums.sum_dy, np.where(passes, DY * GAMMA[:, None], 0).sum(1).ravel())
+    else:
+        assert_close(sums.sum_dy.reshape(-1, CHANNELS).sum(0), whole.dbeta)
     twice = sum([sums, sums])
     assert (twice.sum_dy == 2 * sums.sum_dy).all()
 

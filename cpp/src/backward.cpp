@@ -6,6 +6,7 @@
 #include "coefficients.hpp"
 #include "grouped.hpp"
 #include "passes.hpp"
+#include "positionwise.hpp"
 #include "short_runs.hpp"
 #include "small.hpp"
 #include "staged.hpp"
@@ -241,7 +242,8 @@ struct BackwardPass {
 
 template <class T>
 void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
-  if (call.width > 1) return Grouped<T>(call).grad_sums(dy, x, moments, out);
+  if (call.each_position) return Positionwise<T>(call).grad_sums(dy, x, moments, out);
+  if (call.is_grouped()) return Grouped<T>(call).grad_sums(dy, x, moments, out);
   if (has_short_runs(call.problem)) return run_short_grad_sums(dy, x, call, moments, out);
   BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .moments = moments, .sums_out = out};
   run_pass(pass, call.options);
@@ -250,7 +252,8 @@ void Backward<T>::grad_sums(const T* dy, const T* x, const Moments* moments, Gra
 template <class T>
 void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, const GradSums* sums,
                              const FirstOutputs<T>& out) const {
-  if (call.width > 1) return Grouped<T>(call).grad_input(dy, x, moments, sums, out);
+  if (call.each_position) return Positionwise<T>(call).grad_input(dy, x, moments, sums, out);
+  if (call.is_grouped()) return Grouped<T>(call).grad_input(dy, x, moments, sums, out);
   if (has_short_runs(call.problem)) return run_short_grad_input(dy, x, call, moments, sums, out);
   BackwardPass<T> pass{
       .reduces = false, .call = call, .dy = dy, .x = x, .out = out, .moments = moments, .sums_in = sums};
@@ -259,7 +262,8 @@ void Backward<T>::grad_input(const T* dy, const T* x, const Moments* moments, co
 
 template <class T>
 void Backward<T>::batch_norm(const T* dy, const T* x, const Moments* saved, const FirstOutputs<T>& out) const {
-  if (call.width > 1) return Grouped<T>(call).batch_norm_backward(dy, x, saved, out);
+  if (call.each_position) return Positionwise<T>(call).batch_norm_backward(dy, x, saved, out);
+  if (call.is_grouped()) return Grouped<T>(call).batch_norm_backward(dy, x, saved, out);
   if (has_short_runs(call.problem)) return run_short_backward(dy, x, call, saved, out);
   if (run_small_backward(dy, x, call, saved, out)) return;
   BackwardPass<T> pass{.reduces = true, .call = call, .dy = dy, .x = x, .out = out, .moments = saved};
@@ -306,7 +310,8 @@ void Backward<T>::tangent_sums(const T* x_dot, const T* x, const Moments* saved,
 template <class T>
 void Backward<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* saved, const GradSums* sums,
                                  const Tangents& tangents, T* y_dot) const {
-  if (call.width > 1) return Grouped<T>(call).batch_norm_jvp(x_dot, x, saved, tangents, y_dot);
+  if (call.each_position) return Positionwise<T>(call).batch_norm_jvp(x_dot, x, saved, tangents, y_dot);
+  if (call.is_grouped()) return Grouped<T>(call).batch_norm_jvp(x_dot, x, saved, tangents, y_dot);
   if (has_short_runs(call.problem) && call.tail.empty() && call.tail.bits == nullptr) {
     return run_short_jvp(x_dot, x, call, saved, sums, tangents, y_dot);
   }

@@ -201,6 +201,17 @@ BN_FORMULA TwoParts<V> rstd_for(const MomentsOf<V>& m, double eps) {
   }
 }
 
+// About 0 instead of the mean: of the mean square m2/n + mean^2.
+template <class T>
+DoubleDouble rstd_about_zero(const MomentsOf<double>& m, double eps) {
+  if constexpr (sizeof(T) == sizeof(double)) {
+    const DoubleDouble mean{m.mean, m.mean_lo};
+    const DoubleDouble square = variance_of(Moments{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}, 0) + mean * mean;
+    if (std::isfinite(square.lo)) return rstd_of(square, eps);
+  }
+  return rstd_for<T, double>(m.m2 / m.count + m.mean * m.mean, eps);
+}
+
 // The rstd of y: 0, so that y = beta, where nothing counted, and where a channel without spread has a rstd whose
 // product with gamma is beyond float64.
 template <class T, class V>

@@ -74,6 +74,10 @@ inline void entries(const char* name, std::size_t got, std::size_t needed, std::
   fail(name, " must have ", needed, " values (one per segment and ",
        width == 1 ? "channel" : "group of " + std::to_string(width) + " channels", "), got ", got);
 }
+inline void lines(const char* name, std::size_t got, std::int64_t needed) {
+  if (got == static_cast<std::size_t>(needed)) return;
+  fail(name, " must have ", needed, " values (one per position and group of channels), got ", got);
+}
 inline void positions(const char* name, std::size_t got, const Problem& p) {
   if (got != static_cast<std::size_t>(p.count())) {
     fail(name, " must have ", p.count(), " values (one per position), got ", got);
@@ -107,6 +111,10 @@ inline void offsets(std::span<const std::int64_t> offsets, const Problem& p) {
       fail("offsets must never fall, got ", offsets[s], " after ", offsets[s - 1], " at ", s);
     }
   }
+}
+
+inline void no_segments(std::size_t offsets) {
+  fail("offsets must be empty where each position has statistics of its own, got ", offsets);
 }
 
 // ---- statistics --------------------------------------------------------------------------------------------------
@@ -185,6 +193,8 @@ inline void one_group(const Call<T>& call) {
   const std::size_t offsets = call.groups.offsets.size();
   if (offsets != 0) fail("offsets must be empty where mean and var are given, got ", offsets);
   if (call.groups.width != 1) fail("width must be 1 where mean and var are given, got ", call.groups.width);
+  if (call.groups.each_position) fail("each_position must be false where mean and var are given, got true");
+  if (call.groups.about != About::mean) fail("about must be mean where mean and var are given, got zero");
   if (!call.counted.weights.empty() && call.counted.padding == Padding::normalize) {
     fail("padding must be zero or keep where statistics are given, got normalize, which needs no weights");
   }
@@ -195,6 +205,8 @@ inline void second_order(const Call<T>& call) {
   const std::size_t offsets = call.groups.offsets.size(), weights = call.counted.weights.size();
   if (offsets != 0) fail("offsets must be empty for gradients of gradients, got ", offsets);
   if (call.groups.width != 1) fail("width must be 1 for gradients of gradients, got ", call.groups.width);
+  if (call.groups.each_position) fail("each_position must be false for gradients of gradients, got true");
+  if (call.groups.about != About::mean) fail("about must be mean for gradients of gradients, got zero");
   if (weights != 0) fail("weights must be empty for gradients of gradients, got ", weights);
   if (call.tail.relu) fail("relu must be false for gradients of gradients, got true");
 }

@@ -23,6 +23,8 @@ class CheckedCall {
       : call_(call),
         whole_{.problem = call.problem,
                .width = call.groups.width,
+               .each_position = call.groups.each_position,
+               .about_zero = call.groups.about == About::zero,
                .padding = call.counted.padding,
                .gamma = call.gamma,
                .beta = call.beta,
@@ -32,6 +34,7 @@ class CheckedCall {
     check::width(call.groups.width, call.problem);
     check::threads(options.threads);
     if (by_segments()) check::offsets(call.groups.offsets, call.problem);
+    if (by_segments() && call.groups.each_position) check::no_segments(call.groups.offsets.size());
     memories_.reads("offsets", std::as_bytes(call.groups.offsets));
     reads("gamma", call.gamma);
     reads("beta", call.beta);
@@ -131,7 +134,7 @@ class CheckedCall {
 
   // A variance is wanted of every group; those of segments may be 0.
   void check_batch() const {
-    if (by_segments() || call_.groups.width > 1) return;
+    if (by_segments() || call_.groups.width > 1 || call_.groups.each_position) return;
     if (call_.counted.weights.empty()) return check::batch_values(call_.problem);
     check::counted_positions(whole_.summary.counted, call_.problem);
   }
@@ -170,6 +173,9 @@ class CheckedCall {
   [[nodiscard]] bool by_segments() const { return !call_.groups.offsets.empty(); }
   template <class Entry>
   void check_entries(const char* name, std::size_t got) const {
+    if (call_.groups.each_position) {
+      return check::lines(name, got, call_.problem.count() * (call_.problem.channels / call_.groups.width));
+    }
     const std::int64_t width = std::is_same_v<Entry, Moments> ? call_.groups.width : 1;
     if (!by_segments() && width == 1) return check::channels(name, got, call_.problem.channels);
     check::entries(name, got, entries() / static_cast<std::size_t>(width), width);

@@ -4,6 +4,7 @@
 #include "coefficients.hpp"
 #include "grouped.hpp"
 #include "passes.hpp"
+#include "positionwise.hpp"
 #include "settle.hpp"
 #include "short_runs.hpp"
 #include "small.hpp"
@@ -184,7 +185,8 @@ bool normalize_short_runs(const PassCall<T>& call, T* y, const Normalize& normal
 
 template <class T>
 void Forward<T>::moments(const T* x, Moments* out) const {
-  if (call.width > 1) return Grouped<T>(call).moments(x, out);
+  if (call.each_position) return Positionwise<T>(call).moments(x, out);
+  if (call.is_grouped()) return Grouped<T>(call).moments(x, out);
   if (has_short_runs(call.problem)) return run_short_moments(x, call, out);
   if (run_small_moments(x, call, out)) return;
   ForwardPass<T> pass{.reduces = true, .applies = false, .call = call, .x = x, .saved = out};
@@ -193,7 +195,8 @@ void Forward<T>::moments(const T* x, Moments* out) const {
 
 template <class T>
 void Forward<T>::batch_norm(const T* x, T* y, Moments* saved) const {
-  if (call.width > 1) return Grouped<T>(call).batch_norm(x, y, saved);
+  if (call.each_position) return Positionwise<T>(call).batch_norm(x, y, saved);
+  if (call.is_grouped()) return Grouped<T>(call).batch_norm(x, y, saved);
   const auto turned = [&](const PassCall<T>& alone) { run_short_batch_norm(x, alone, y, saved); };
   if (normalize_short_runs(call, y, turned)) return;
   if (has_short_runs(call.problem)) {
@@ -207,7 +210,8 @@ void Forward<T>::batch_norm(const T* x, T* y, Moments* saved) const {
 
 template <class T>
 void Forward<T>::normalize(const T* x, const GivenStatistics& given, T* y) const {
-  if (call.width > 1) return Grouped<T>(call).normalize(x, given.moments, y);
+  if (call.each_position) return Positionwise<T>(call).normalize(x, given.moments, y);
+  if (call.is_grouped()) return Grouped<T>(call).normalize(x, given.moments, y);
   const auto turned = [&](const PassCall<T>& alone) { run_short_normalize(x, alone, given, y); };
   if (normalize_short_runs(call, y, turned)) return;
   ForwardPass<T> pass{.reduces = false, .applies = true, .call = call, .x = x, .y = y, .given = given};

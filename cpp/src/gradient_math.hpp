@@ -115,6 +115,47 @@ BN_FORMULA Coefficients<V, kernels::GradAffine> backward_coefficients(const Mome
   return grad_affine<T, V>(m, mean_of<T>(s.dy, count), factor<T>(gamma, rstd), p, -V{});
 }
 
+// ---- lines -----------------------------------------------------------------------------------------------------
+
+// dx = rstd*h + x_scale*(x - mean) + shift of a line, from the sums of h = gamma*dy, or about 0 (RMS norm).
+struct LineTerms {
+  double x_scale = 0, shift = 0;
+};
+template <class A>
+LineTerms line_terms(const MomentsOf<double>& m, const GradSums& of_h, const DoubleDouble& rstd, bool about_zero) {
+  if (m.count == 0) return {};
+  const auto s = GradSumsOf<double>::at(&of_h);
+  const DoubleDouble dot = about_zero ? s.dy_xmu : centered_dot(m, s), n{m.count, 0};
+  // By one rstd after the other: rstd^2 alone may overflow where this does not.
+  LineTerms terms{-(dot.hi + dot.lo) / m.count * rstd.hi * rstd.hi * rstd.hi,
+                  about_zero ? 0 : -(s.dy.hi + s.dy.lo) / m.count * rstd.hi};
+  if constexpr (sizeof(A) == sizeof(double)) {
+    const DoubleDouble p = dot / n * rstd * rstd * rstd, shift = s.dy / n * rstd;
+    if (std::isfinite(p.lo)) terms.x_scale = -(p.hi + p.lo);
+    if (std::isfinite(shift.lo) && !about_zero) terms.shift = -(shift.hi + shift.lo);
+  } else if (!about_zero) {
+    terms.shift -= terms.x_scale * m.mean_lo;  // whose kernels know the high part alone
+  }
+  return terms;
+}
+
+// The tangent of y of one element, from those of x, gamma and beta and the terms of x' in the place of h. N:
+// DoubleDouble or double.
+struct LineElement {
+  double x_dot, x, mean, mean_lo, rstd, rstd_lo, gamma, gamma_dot, beta_dot;
+};
+inline double line_tangent(const LineElement& e, const LineTerms& terms) {
+  const double xmu = e.x - e.mean, xhat = (xmu - e.mean_lo) * e.rstd;
+  return e.gamma * (e.rstd * e.x_dot + (terms.x_scale * xmu + terms.shift)) + (e.gamma_dot * xhat + e.beta_dot);
+}
+inline double exact_line_tangent(const LineElement& e, const LineTerms& terms) {
+  const auto one = [](double v) { return DoubleDouble{v, 0}; };
+  const DoubleDouble rstd{e.rstd, e.rstd_lo}, xmu = two_sum(e.x, -e.mean) + one(-e.mean_lo);
+  const DoubleDouble along = rstd * one(e.x_dot) + (one(terms.x_scale) * xmu + one(terms.shift));
+  const DoubleDouble all = one(e.gamma) * along + (one(e.gamma_dot) * (xmu * rstd) + one(e.beta_dot));
+  return std::isfinite(all.lo) ? all.hi + all.lo : line_tangent(e, terms);
+}
+
 // ---- derivatives -----------------------------------------------------------------------------------------------
 
 // `s` are the sums of x' in the place of dy.

@@ -29,9 +29,24 @@ Grouped<T>::~Grouped() {
 
 // ---- between cells and groups ----
 
+namespace {
+
+// The moments about 0: m2 is the sum of the squares.
+Moments about_zero(const Moments& m) {
+  const DoubleDouble mean{m.mean, m.mean_lo};
+  const DoubleDouble squares = DoubleDouble{m.m2, m.m2_lo} + mean * mean * DoubleDouble{m.count, 0};
+  if (std::isfinite(squares.lo)) return {m.count, 0, 0, squares.hi, squares.lo};
+  return {m.count, 0, 0, m.m2 + m.mean * m.mean * m.count, 0};
+}
+
+}  // namespace
+
 template <class T>
 void Grouped<T>::share(const Moments* of_groups) {
-  for (std::int64_t c = 0; !measures() && c < cells_.problem.channels; ++c) moments_[c] = of_groups[c / call_.width];
+  for (std::int64_t c = 0; !measures() && c < cells_.problem.channels; ++c) {
+    moments_[c] = of_groups[c / call_.width];
+    if (call_.about_zero) moments_[c] = about_zero(moments_[c]);
+  }
 }
 
 namespace {
@@ -104,7 +119,7 @@ void Grouped<T>::set_terms(const GradSums* of_cells) {
     GradSums terms;
     if (m.count > 0) {
       const DoubleDouble rstd = rstd_for<A>(m, call_.eps);
-      terms.sum_dy = -dy.mean(m.count, rstd, 1);
+      terms.sum_dy = call_.about_zero ? -0.0 : -dy.mean(m.count, rstd, 1);
       terms.sum_dy_xmu = -dy_xmu.mean(m.count, rstd, 3);
     }
     std::fill_n(sums_ + first, call_.width, terms);
@@ -120,6 +135,7 @@ void Grouped<T>::add_up_sums() {
       dy = dy + DoubleDouble{of_group[c].sum_dy, of_group[c].sum_dy_lo};
       dy_xmu = dy_xmu + DoubleDouble{of_group[c].sum_dy_xmu, of_group[c].sum_dy_xmu_lo};
     }
+    if (call_.about_zero) dy = {};
     std::fill_n(of_group, call_.width, GradSums{dy.hi, dy.lo, dy_xmu.hi, dy_xmu.lo});
   }
 }

@@ -59,6 +59,13 @@ constexpr std::int64_t kLeastStripe = 256;
 // Groups of channels that each thread should have, so that none waits long for the last.
 constexpr std::int64_t kGroupsAThread = 4;
 
+// Positions with statistics of their own: those of a block of 64 KB are summed and then applied from the caches. Where
+// sums of columns are taken too, dy and x of a block take a quarter of a core's own cache, and at least so many positions
+// share a visit to the sums of their columns.
+constexpr std::int64_t kLineBlockBytes = 64 * 1024, kLeastSummedLines = 4, kMostLines = 512;
+// Sums of a chunk are 16 bytes a column, against 4 of each position: a 16th of x at 64 positions, a 64th at 256.
+constexpr std::int64_t kLeastChunkLines = 32, kMostChunkLines = 256, kMostChunks = 1024;
+
 std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
 // One channel is one run; one run per channel stays planar; runs of 1 are interleaved.
@@ -289,6 +296,31 @@ Plan make_plan(const Problem& problem, const Work& work, const Machine& machine,
 
 Plan make_plan(const Problem& problem, const Work& work, int threads) {
   return make_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
+}
+
+LinePlan make_line_plan(const Problem& p, const Work& work, const Machine& machine, int threads) {
+  LinePlan plan;
+  const std::int64_t positions = p.count();
+  if (p.size() == 0) return plan;
+  const bool is_turned = p.inner > 1, sums = work.streams >= 3;
+  const std::int64_t row = p.channels * std::max<std::int64_t>(work.item_size, 4);
+  const std::int64_t fit = sums ? machine.l2_bytes / 4 / (2 * row) : kLineBlockBytes / row;
+  const std::int64_t least = is_turned ? kernels::kVectorColumns : sums ? kLeastSummedLines : 1;
+  plan.positions_a_block = std::clamp(fit, least, kMostLines);
+  if (is_turned) plan.positions_a_block -= plan.positions_a_block % kernels::kVectorColumns;
+  plan.positions_a_chunk =
+      std::max(std::clamp(positions / kWantedBlocks, kLeastChunkLines, kMostChunkLines), ceil_divide(positions, kMostChunks));
+  plan.chunks = ceil_divide(positions, plan.positions_a_chunk);
+  const std::int64_t bytes = p.size() * work.item_size;
+  plan.around_cache = work.applies && !is_turned && p.channels >= kShortRow &&
+                      bytes > kAroundCacheAboveL2 * machine.l2_bytes && bytes > shared_cache(machine);
+  if (threads > 1 && is_serial(p, work)) threads = 1;
+  if (threads > 1) plan.positions_a_block = std::min(plan.positions_a_block, ceil_divide(positions, kGroupsAThread * threads));
+  plan.threads = static_cast<int>(std::clamp<std::int64_t>(positions, 1, threads));
+  return plan;
+}
+LinePlan make_line_plan(const Problem& problem, const Work& work, int threads) {
+  return make_line_plan(problem, work, machine(), is_serial(problem, work) ? 1 : available_threads(threads));
 }
 
 std::string to_string(const Plan& plan) {

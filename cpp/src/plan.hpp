@@ -105,6 +105,16 @@ std::int64_t runs_of_tile(const Problem& problem, std::int64_t item_size);
 // Whether one thread does it whatever is allowed: asking how many are allowed costs more than a tiny call.
 bool is_serial(const Problem& problem, const Work& work);
 
+// How positions that have statistics of their own are visited (positionwise.hpp): some at a time, which stay in a core's
+// own cache, and for sums over positions in chunks, which are a function of the Problem alone.
+struct LinePlan {
+  std::int64_t positions_a_block = 1, positions_a_chunk = 1, chunks = 0;
+  bool around_cache = false;
+  int threads = 1;
+};
+LinePlan make_line_plan(const Problem& problem, const Work& work, const Machine& machine, int threads);
+LinePlan make_line_plan(const Problem& problem, const Work& work, int threads);
+
 Plan make_plan(const Problem& problem, const Work& work, const Machine& machine, int threads);
 // On this machine, for a call that asks for so many threads.
 Plan make_plan(const Problem& problem, const Work& work, int threads);

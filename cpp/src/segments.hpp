@@ -2,10 +2,8 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
-#include <bit>
 #include <cmath>
-#include <new>
+#include <optional>
 #include <span>
 #include <vector>
 
@@ -37,12 +35,7 @@ class EachSegment {
     shared_ = count() >= kSegmentsAThread * threads_;
     threads_each_ = shared_ ? 1 : threads_;
     const std::size_t bytes = memory_of_one();
-    if (bytes <= PassWorkspace::kOnStack) return;
-    const int at_once = shared_ ? threads_ : 1;
-    if (__builtin_mul_overflow(bytes, static_cast<std::size_t>(at_once), &bytes_)) throw std::bad_alloc();
-    memory_ = Workspace::allocate(bytes_);
-    bytes_ = bytes;
-    free_.store(~std::uint64_t{0} >> (64 - at_once), std::memory_order_relaxed);
+    memory_.emplace(bytes <= PassWorkspace::kOnStack ? 0 : bytes, shared_ ? threads_ : 1);
   }
 
   void run() {
@@ -75,21 +68,9 @@ class EachSegment {
 
   void run(Range segments) {
     const DefaultFloatingPoint environment(DefaultFloatingPoint::ForManyCalls{});
-    const int place = memory_ == nullptr ? 0 : take_place();
-    const PassOptions options{
-        .threads = threads_each_,
-        .whole_size = whole_,
-        .memory = memory_ == nullptr ? nullptr : memory_.get() + static_cast<std::size_t>(place) * bytes_};
+    const ThreadMemory::Place place(*memory_);
+    const PassOptions options{.threads = threads_each_, .whole_size = whole_, .memory = place.begin()};
     for (std::int64_t s = segments.begin; s < segments.end; ++s) f_(s, segment(s), options);
-    if (memory_ != nullptr) free_.fetch_or(std::uint64_t{1} << place, std::memory_order_release);
-  }
-  // There are as many places as threads, so that one is free.
-  int take_place() {
-    std::uint64_t free = free_.load(std::memory_order_relaxed);
-    while (
-        !free_.compare_exchange_weak(free, free & (free - 1), std::memory_order_acquire, std::memory_order_relaxed)) {
-    }
-    return std::countr_zero(free);
   }
 
   std::span<const std::int64_t> offsets_;
@@ -97,9 +78,7 @@ class EachSegment {
   const F& f_;
   int threads_, threads_each_ = 1;
   bool shared_ = false;
-  std::size_t bytes_ = 0;  // of one place
-  Workspace::Heap memory_;
-  std::atomic<std::uint64_t> free_{0};  // bits of places
+  std::optional<ThreadMemory> memory_;
 };
 
 // Sums over segments of one value per segment and channel, first segment first, errors kept.

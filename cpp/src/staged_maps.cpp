@@ -163,13 +163,6 @@ kernels::RowWalk walk_of(const Tail<A>& tail, const Portion& portion, bool aroun
   return tail.empty() ? kernels::RowWalk::columns : kernels::RowWalk::in_line;
 }
 
-// The tail alone: -0 as the offset leaves every value as it is.
-template <class A>
-void follow(const KernelTable& table, const A* in, A* out, const Tail<A>& tail, std::int64_t n) {
-  const Affine<A> same{A(0), A(1), A(-0.0)};
-  table.of<A>().runs_normalize(in, out, tail, {.length = n, .count = 1, .stride = 0}, &same);
-}
-
 template <class A, class Table>
 void normalize_in_float64(const KernelTable& table, const A* x, A* y, const Portion& portion, const Table& k) {
   if constexpr (sizeof(A) < sizeof(double)) {

@@ -73,6 +73,13 @@ void for_row_tiles(std::int64_t offset, std::int64_t column, const kernels::Rows
   }
 }
 
+// The tail alone: -0 as the offset leaves every value as it is.
+template <class A>
+void follow(const kernels::KernelTable& table, const A* in, A* out, const kernels::Tail<A>& tail, std::int64_t n) {
+  const kernels::Affine<A> same{A(0), A(1), A(-0.0)};
+  table.of<A>().runs_normalize(in, out, tail, {.length = n, .count = 1, .stride = 0}, &same);
+}
+
 // ---- weights ----
 
 // n weights in the type V of a tile, where they lie if they have it.

@@ -2,6 +2,8 @@
 // parts.
 #pragma once
 
+#include <atomic>
+#include <bit>
 #include <cstddef>
 #include <cstdint>
 #include <memory>
@@ -60,6 +62,53 @@ class PassWorkspace : public Workspace {
  private:
   alignas(64) std::byte stack_[kOnStack];
   Heap heap_;
+};
+
+// That of each of the threads that work on a call, at most 64: as much for each, asked for before any begins.
+class ThreadMemory {
+ public:
+  // Throws std::bad_alloc. Of no bytes there is none.
+  ThreadMemory(std::size_t bytes, int threads) : bytes_(Workspace::bytes_for<std::byte>(bytes_of(bytes))) {
+    if (bytes == 0) return;
+    std::size_t all = 0;
+    if (__builtin_mul_overflow(bytes_, static_cast<std::size_t>(threads), &all)) throw std::bad_alloc();
+    memory_ = Workspace::allocate(all);
+    free_.store(~std::uint64_t{0} >> (64 - threads), std::memory_order_relaxed);
+  }
+
+  // A thread's, from here to the end of the block. There are as many as threads, so that one is free.
+  class Place {
+   public:
+    explicit Place(ThreadMemory& memory) : memory_(memory), at_(memory.memory_ == nullptr ? 0 : memory.take()) {}
+    ~Place() {
+      if (memory_.memory_ != nullptr) memory_.free_.fetch_or(std::uint64_t{1} << at_, std::memory_order_release);
+    }
+    Place(const Place&) = delete;
+    Place& operator=(const Place&) = delete;
+    // Begins with a cache line; null where there is none.
+    [[nodiscard]] std::byte* begin() const {
+      return memory_.memory_ == nullptr ? nullptr
+                                        : memory_.memory_.get() + static_cast<std::size_t>(at_) * memory_.bytes_;
+    }
+
+   private:
+    ThreadMemory& memory_;
+    int at_;
+  };
+
+ private:
+  static std::int64_t bytes_of(std::size_t bytes) { return static_cast<std::int64_t>(bytes); }
+  int take() {
+    std::uint64_t free = free_.load(std::memory_order_relaxed);
+    while (
+        !free_.compare_exchange_weak(free, free & (free - 1), std::memory_order_acquire, std::memory_order_relaxed)) {
+    }
+    return std::countr_zero(free);
+  }
+
+  std::size_t bytes_;
+  Workspace::Heap memory_;
+  std::atomic<std::uint64_t> free_{0};  // bits of places
 };
 
 }  // namespace batchnorm

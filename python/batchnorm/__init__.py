@@ -4,8 +4,9 @@ from batchnorm._core import __version__  # before NumPy, whose error would not t
 
 # isort: split
 from batchnorm import convert
+from batchnorm.by_sample import group_norm, instance_norm, layer_norm, rms_norm
 from batchnorm.derivatives import backward, double_backward, grad_input, grad_sums, jvp
-from batchnorm.forward import batch_norm, group_norm, instance_norm, normalize
+from batchnorm.forward import batch_norm, normalize
 from batchnorm.info import active_isa, available_isas, explain, get_num_threads, set_num_threads, show_config
 from batchnorm.layers import BatchNorm
 from batchnorm.moments import Moments, merge
@@ -18,5 +19,5 @@ __all__ = [
     "BatchNorm", "Finding", "GradSums", "Gradients", "Moments", "Renorm", "RenormSchedule", "Report", "Saved",
     "SecondGradients", "__version__", "active_isa", "available_isas", "backward", "batch_norm", "convert",
     "double_backward", "explain", "get_num_threads", "grad_input", "grad_sums", "group_norm", "instance_norm",
-    "jvp", "merge", "moments", "normalize", "set_num_threads", "show_config", "update_running",
+    "jvp", "layer_norm", "merge", "moments", "normalize", "rms_norm", "set_num_threads", "show_config", "update_running",
 ]  # fmt: skip

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 Array = NDArray[Any]
 PerChannel = NDArray[np.float64]  # one or several values for each channel, or set and channel
 Sizes = tuple[int, int, int]
+Axis = int | tuple[int, ...]  # the channel axis, or the axes that are normalized: >= 0, rising
 ORDERS = [tuple(range(dimensions)) for dimensions in range(9)]  # of the axes of a C-contiguous array
 
 
@@ -34,11 +35,14 @@ class Layout(NamedTuple):
     sizes: Sizes
 
     @classmethod
-    def of(cls, x: Array, axis: int, *, by_rows: bool = False) -> Self:
+    def of(cls, x: Array, axis: Axis, *, by_rows: bool = False) -> Self:
         """Tell how `x` lies from its channel axis `axis` (>= 0), or how a copy would.
 
-        With `by_rows`, axis 0 is outermost of all: the outer size is whole steps of it.
+        With `by_rows`, axis 0 is outermost of all: the outer size is whole steps of it. Several axes are one, of all their
+        indices, if they lie side by side in their order: else a copy does, where they are last if need be.
         """
+        if isinstance(axis, tuple):
+            return cls._of_several(x, axis)
         order = tuple(range(x.ndim)) if x.flags.c_contiguous else _order(x)
         if by_rows and not x.flags.c_contiguous:
             long = [d for d in order if x.shape[d] > 1]
@@ -47,6 +51,16 @@ class Layout(NamedTuple):
         at = order.index(axis)
         outer, inner = (prod(x.shape[d] for d in part) for part in (order[:at], order[at + 1 :]))
         return cls(x.shape, order, (outer, x.shape[axis], inner))
+
+    @classmethod
+    def _of_several(cls, x: Array, axes: tuple[int, ...]) -> Self:
+        others = tuple(d for d in range(x.ndim) if d not in axes)
+        orders = [_order(x), tuple(range(x.ndim)), others + axes]
+        order = next(o for o in orders if any(o[at : at + len(axes)] == axes for at in range(x.ndim)))
+        at = order.index(axes[0])
+        parts = order[:at], axes, order[at + len(axes) :]
+        outer, channels, inner = (prod(x.shape[d] for d in part) for part in parts)
+        return cls(x.shape, order, (outer, channels, inner))
 
     def block(self, a: Array) -> Array:
         """Give `a`, of that shape, as (outer, channels, inner): a view where it lies so, else a copy."""
@@ -57,11 +71,18 @@ class Layout(NamedTuple):
         in_memory = block.reshape([self.shape[d] for d in self.order])
         return in_memory.transpose(np.argsort(self.order))
 
-    def positions(self, values: Array, axis: int, dtype: np.dtype[Any]) -> Array:
+    def positions(self, values: Array, axis: Axis, dtype: np.dtype[Any]) -> Array:
         """Give one value for each index of all axes but `axis`, flat, in the order of memory."""
-        without = [d - (d > axis) for d in self.order if d != axis]
+        others = others_than(axis, len(self.shape))
+        without = [others.index(d) for d in self.order if d in others]
         with np.errstate(all="ignore"):  # a weight beyond float32 is refused by the core, as an infinity
             return np.ascontiguousarray(values.transpose(without)).astype(dtype, copy=False).reshape(-1)
+
+
+def others_than(axis: Axis, ndim: int) -> list[int]:
+    """Give the axes that are not the channel's."""
+    axes = (axis,) if isinstance(axis, int) else axis
+    return [d for d in range(ndim) if d not in axes]
 
 
 class Target:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import prod
 from types import NoneType
 from typing import Any, TypeVar
 
@@ -33,6 +34,7 @@ class Kept:
 
     def __init__(self, saved: Saved, num_threads: int | None) -> None:
         _validate.instance("saved", saved, Saved, "what a forward call saved")
+        self._saved = saved
         part, renorm = saved.part, saved.renorm
         if saved.x is None and saved.y is None:
             raise ValueError(
@@ -40,10 +42,9 @@ class Kept:
             )
         self.x = _validate.array("saved.x", saved.x if saved.y is None else saved.y)
         eps = _validate.eps(saved.eps)
-        if _validate.axis(saved.axis, self.x.ndim) != saved.axis:
-            raise ValueError(f"saved.axis must be >= 0, got {saved.axis}")
-        self.channels = self.x.shape[saved.axis]
         _validate.instance("saved.part", part, Part, "a Part")
+        self.shape = self._shape_of_channels(saved)
+        self.channels = prod(self.shape)
         _validate.instance("saved.relu", saved.relu, (ReluMask, NoneType), "a ReluMask or None")
         _validate.instance("saved.layout", saved.layout, (Layout, NoneType), "a Layout or None")
         _validate.instance("saved.renorm", renorm, (Renorm, NoneType), "a Renorm or None")
@@ -58,12 +59,12 @@ class Kept:
         if saved.relu is not None and saved.relu.data.size != needed:
             raise ValueError(f"saved.relu must have {needed} bytes, got {saved.relu.data.size}")
         self.statistics: Statistics = self._statistics_of(saved)
-        gamma = _validate.optional_channel_values("gamma", saved.gamma, self.channels)
+        gamma = self.channel_values("gamma", saved.gamma)
         self.apart: dict[str, Array | None] = {"gamma": gamma}
         self.r: PerChannel | None = None if renorm is None else saved.r
         self.d: PerChannel | None = None if renorm is None else saved.d
         self.turn, self.scale = self.r, of_sets(gamma, self.r)
-        self._saved, self._dtype, self._rounds = saved, _validate.float_dtype(saved.gamma), False
+        self._dtype, self._rounds = _validate.float_dtype(saved.gamma), False
         self.block = self.layout.block(self.x)
         self.call = part.call(self.layout, self.scale, None, eps, saved.given is not None)
         if saved.relu is not None:
@@ -71,11 +72,26 @@ class Kept:
         if saved.y is not None:
             self._as_if_input()
 
+    def _shape_of_channels(self, saved: Saved) -> tuple[int, ...]:
+        """Give (C,), or the shape of the axes that were normalized."""
+        axis, ndim = saved.axis, self.x.ndim
+        if saved.part.each_position != isinstance(axis, tuple):
+            raise ValueError(f"saved.axis must be {'a tuple' if saved.part.each_position else 'an int'}, got {axis!r}")
+        if (_validate.axes(axis, ndim) if isinstance(axis, tuple) else _validate.axis(axis, ndim)) != axis:
+            raise ValueError(f"saved.axis must be >= 0, got {axis}")
+        return tuple(self.x.shape[d] for d in axis) if isinstance(axis, tuple) else (self.x.shape[axis],)
+
+    def channel_values(self, name: str, values: Any) -> Array | None:
+        """Give a value for each channel, flat; None through."""
+        if isinstance(self._saved.axis, tuple):
+            return _validate.optional_values_of_axes(name, values, self.shape)
+        return _validate.optional_channel_values(name, values, self.channels)
+
     def _statistics_of(self, saved: Saved) -> Statistics:
         if saved.given is not None:
             return _validate.statistics(*saved.given, self.channels)
         _validate.instance("saved.moments", saved.moments, Moments, "Moments")
-        needed = self.channels // saved.part.width * saved.part.sets
+        needed = saved.part.entries(self.layout)
         if saved.moments.channels != needed:
             raise ValueError(f"saved.moments must have {needed} channels, got {saved.moments.channels}")
         table: PerChannel = saved.moments._table
@@ -114,16 +130,19 @@ class Kept:
 
     def standard(self) -> Standard:
         """Give what makes x̂ of what was kept."""
-        given, width = self.statistics, self._saved.part.width
-        rstd = np.repeat(self._saved.rstd, width)
-        given = given if isinstance(given, tuple) else np.repeat(given, width, 0)
+        given, times = self.statistics, self._saved.part.sums_an_entry
+        rstd = np.repeat(self._saved.rstd, times)
+        given = given if isinstance(given, tuple) else np.repeat(given, times, 0)
         count = None if isinstance(given, tuple) else given[:, 0]
         rest = np.zeros_like(rstd)
         if self._saved.y is not None:
             with np.errstate(all="ignore"):
                 return Standard(count, self.shift, rest, 1 / self.true_scale, self.true_scale, rstd)
-        scale = np.ones_like(rstd) if self.scale is None else np.resize(self.scale, rstd.shape).astype(np.float64)
+        of = self.channels if self._saved.part.each_position else len(rstd)
+        scale = np.ones(of) if self.scale is None else np.resize(self.scale, of).astype(np.float64)
         center, rest = (given[0], rest) if isinstance(given, tuple) else (given[:, 1], given[:, 2])
+        if self._saved.part.about == "zero":
+            center = rest = np.zeros_like(rstd)
         return Standard(count, center, rest, rstd, scale, rstd)
 
     def like_residual(self, name: str, a: Array | None) -> Array | None:
@@ -154,7 +173,7 @@ class Kept:
         """Make room for one gradient a channel: in its own dtype, where what writes it knows that."""
         known = self._dtype in (np.float32, np.float64) or (by_core and _validate.is_of_core(self._dtype))
         self._rounds = not known
-        return np.empty(self.channels, self._dtype if known else np.float64) if needed else None
+        return np.empty(self.shape, self._dtype if known else np.float64) if needed else None
 
     def wide(self, needed: bool) -> PerChannel | None:
         """Make room for what such a gradient is made of, for each set."""
@@ -164,7 +183,7 @@ class Kept:
         """Write dgamma = turn·dscale + d·dshift and dbeta = dshift, summed over the sets, to gradients that have room."""
         dgamma, dbeta = results.dgamma, getattr(results, "dbeta", None)
         if dgamma is not None and dscale is not None and dgamma is not dscale:
-            _passes.combine(dgamma, turn, dscale, self.d if dshift is not None else None, dshift)
+            _passes.combine(dgamma.reshape(-1), turn, dscale, self.d if dshift is not None else None, dshift)
         if dbeta is not None and dshift is not None and dbeta is not dshift:
             _passes.combine(dbeta, None, dshift, None, None)
 

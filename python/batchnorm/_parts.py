@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _validate
-from batchnorm._arrays import Array, Layout, PerChannel
+from batchnorm._arrays import Array, Axis, Layout, PerChannel, others_than
 from batchnorm._passes import Call
 from batchnorm._validate import PADDINGS, WEIGHTS_ARE, Padding, WeightsAre
 
 # Ids that no row has cost as much memory as others. There may be some (graphs without nodes), in any small batch, and
 # several to a row in a large one; beyond that they are names of something else.
 _MOST_IDS, _MOST_IDS_A_ROW = 1024, 8
+
+About = Literal["mean", "zero"]
+ABOUTS: tuple[About, ...] = get_args(About)
 
 
 class Part(NamedTuple):
@@ -31,6 +34,9 @@ class Part(NamedTuple):
     offsets : (S + 1,) int64 or None: segment s is rows offsets[s] to offsets[s + 1] - 1. None: all rows are one.
     width : neighbouring channels that share statistics.
     table : the moments of the call, whose count is the sum of the weights once the core has filled them.
+    each_position : whether `width` channels of each position share statistics, and no two positions: of `layer_norm` and
+        `rms_norm`, whose weights are 0 and 1.
+    about : "mean" or "zero": what values are taken from, 0 in `rms_norm`.
     """
 
     weights: Array | None = None
@@ -40,6 +46,8 @@ class Part(NamedTuple):
     offsets: NDArray[np.int64] | None = None
     table: PerChannel | None = None
     width: int = 1
+    each_position: bool = False
+    about: About = "mean"
 
     def __repr__(self) -> str:
         return _validate.summary(self)
@@ -48,6 +56,21 @@ class Part(NamedTuple):
     def sets(self) -> int:
         """How many sets of statistics there are."""
         return 1 if self.offsets is None else len(self.offsets) - 1
+
+    @property
+    def is_of_channels(self) -> bool:
+        """Tell whether statistics are those of a channel, about its mean."""
+        return self.width == 1 and not self.each_position and self.about == "mean"
+
+    @property
+    def sums_an_entry(self) -> int:
+        """How many sums of gradients there are to an entry of the moments."""
+        return 1 if self.each_position else self.width
+
+    def entries(self, layout: Layout) -> int:
+        """How many entries moments have."""
+        outer, channels, inner = layout.sizes
+        return (outer * inner if self.each_position else self.sets) * (channels // self.width)
 
     def importance_dof(self, layout: Layout) -> PerChannel | None:
         """Give that of the weights for each set and channel; None where each weight is 0 or 1, or counts."""
@@ -72,6 +95,9 @@ class Part(NamedTuple):
         if type(width) is not int or width < 1 or channels % width:
             raise ValueError(f"saved.part.width must be an int >= 1 that divides {channels} channels, got {width!r}")
         _validate.choice("saved.part.padding", self.padding, PADDINGS)
+        _validate.choice("saved.part.about", self.about, ABOUTS)
+        if self.each_position and self.offsets is not None:
+            raise ValueError("saved.part.offsets must be None where each position has statistics of its own")
         offsets = self.offsets
         if offsets is not None and not (
             offsets.dtype == np.int64 and offsets.ndim == 1 and offsets.size > 0
@@ -103,8 +129,10 @@ class Part(NamedTuple):
         """Give the sum of the weights of each set and channel."""
         outer, channels, inner = layout.sizes
         if self.table is not None:
-            return np.repeat(self.table[:, 0], self.width)
+            return np.repeat(self.table[:, 0], self.sums_an_entry)
         assert self.weights is None
+        if self.each_position:
+            return np.full(self.entries(layout), float(self.width))
         rows = np.array([outer]) if self.offsets is None else np.diff(self.in_outer(layout))
         return np.repeat(rows * float(inner * self.width), channels)
 
@@ -113,7 +141,8 @@ class Part(NamedTuple):
         offsets = None if self.offsets is None else self.in_outer(layout)
         # By given statistics weights say no more than where there is padding.
         weights = None if given and self.padding == "normalize" else self.weights
-        return Call(layout.sizes, offsets, self.width, weights, PADDINGS.index(self.padding), scale, shift, eps)
+        call = Call(layout.sizes, offsets, self.width, weights, PADDINGS.index(self.padding), scale, shift, eps)
+        return call._replace(each_position=self.each_position, about_zero=self.about == "zero")
 
     def in_outer(self, layout: Layout) -> NDArray[np.int64]:
         """Give the offsets in steps of the core's outer size, which may take several to a row."""
@@ -145,11 +174,11 @@ def importance_dof(weights: Array, times: int) -> float:
         return others + (others - squares) / (1.0 + share) + (times - 1) * (largest + others)
 
 
-def parts(x: Array, axis: int, given: Mapping[str, Any]) -> tuple[Layout, Part]:
+def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]:
     """Give how `x` lies, and what the options of a call count of it, checked.
 
-    given : mask, weights, lengths, segments, ghost_size, num_groups, padding, weights_are, where a call has them; `axis`
-        is >= 0.
+    given : mask, weights, lengths, segments, ghost_size, num_groups, padding, weights_are, about, where a call has them;
+        `axis` is >= 0; of several axes each position, of the others, has statistics of its own.
     """
     told = [name for name in ("mask", "weights", "lengths") if given.get(name) is not None]
     if len(told) > 1:
@@ -167,23 +196,35 @@ def parts(x: Array, axis: int, given: Mapping[str, Any]) -> tuple[Layout, Part]:
         _validate.choice("weights_are", weights_are, WEIGHTS_ARE)
         if told != ["weights"]:
             raise ValueError(f"weights_are must be None without weights, got {weights_are!r}")
-    offsets, width = _offsets(x, axis, given.get("segments"), given.get("ghost_size")), 1
-    if given.get("num_groups") is not None:
+    offsets, width = None, 1
+    if isinstance(axis, int):
+        offsets = _offsets(x, axis, given.get("segments"), given.get("ghost_size"))
+    if given.get("num_groups") is not None and isinstance(axis, int):
         if offsets is not None:
             raise ValueError("segments and ghost_size must be None beside num_groups, which are of each sample")
         offsets, width = np.arange(len(x) + 1, dtype=np.int64), width_of_groups(x, axis, given["num_groups"])
     layout = Layout.of(x, axis, by_rows=offsets is not None)
+    each = isinstance(axis, tuple)
+    if each:
+        width = max(layout.sizes[1], 1)
+    shared: dict[str, Any] = {"offsets": offsets, "width": width, "each_position": each, "about": given.get("about", "mean")}
     if not told:
-        return layout, ALL if offsets is None else Part(offsets=offsets, width=width)
+        return layout, ALL if offsets is None and not each else Part(**shared)
     source = told[0]
     values = _positions(source, given[source], x, axis)
     weights = layout.positions(values, axis, np.dtype(np.float64 if x.dtype == np.float64 else np.float32))
     otherwise: Padding = "normalize" if source == "weights" else "zero"
-    return layout, Part(weights, padding or otherwise, source, weights_are, offsets, width=width)
+    part = Part(weights, padding or otherwise, source, weights_are, **shared)
+    if each:  # of a position by itself a weight says no more than whether it counts
+        part.require_weights()
+        part = part._replace(weights=(weights != 0).astype(weights.dtype))
+    return layout, part
 
 
-def require_values(x: Array, axis: int, layout: Layout, part: Part, given: Mapping[str, Any]) -> None:
+def require_values(x: Array, axis: Axis, layout: Layout, part: Part, given: Mapping[str, Any]) -> None:
     """Refuse a batch, or a ghost of one, of a single value a channel, which has no variance. An empty one passes."""
+    if isinstance(axis, tuple):
+        return  # of one value y is beta
     if part.weights is None:
         if part.offsets is None and x.size and x.size == x.shape[axis]:
             raise ValueError(f"x must have at least 2 values per channel for batch statistics, got shape {x.shape}")
@@ -225,7 +266,7 @@ def _offsets(x: Array, axis: int, segments: Any, ghost_size: Any) -> NDArray[np.
     return np.append(np.arange(0, len(x), size, dtype=np.int64), np.int64(len(x)))
 
 
-def _positions(source: str, values: Any, x: Array, axis: int) -> Array:
+def _positions(source: str, values: Any, x: Array, axis: Axis) -> Array:
     """Give the weight of each position, as `x` without its channel axis."""
     if source == "mask":
         return _spread("mask", _flags(values), x, axis)
@@ -257,24 +298,31 @@ def _flags(mask: Any) -> Array:
     return a.astype(np.bool)
 
 
-def _spread(name: str, a: Array, x: Array, axis: int) -> Array:
+def _spread(name: str, a: Array, x: Array, axis: Axis) -> Array:
     """Give `a` for every position: as `x` without its channel axis."""
-    positions = x.shape[:axis] + x.shape[axis + 1 :]
-    values = a
-    if a.ndim == x.ndim and a.shape[axis] == 1:
-        values = a.reshape(a.shape[:axis] + a.shape[axis + 1 :])
-    elif a.ndim != x.ndim - 1:
+    others = others_than(axis, x.ndim)
+    positions = tuple(x.shape[d] for d in others)
+    values, named = a, "its channel axis" if isinstance(axis, int) else "the axes that are normalized"
+    if a.ndim == x.ndim and all(a.shape[d] == 1 for d in range(x.ndim) if d not in others):
+        values = a.reshape([a.shape[d] for d in others])
+    elif a.ndim != len(others):
         values = np.empty((0,) * (x.ndim + 1), np.bool)  # fits nothing
     if values.ndim == len(positions) and all(n in (1, m) for n, m in zip(values.shape, positions, strict=True)):
         return np.broadcast_to(values, positions)
     raise ValueError(
-        f"{name} must have the shape of x without its channel axis, {positions}, or with 1 there "
+        f"{name} must have the shape of x without {named}, {positions}, or with 1 there "
         f"(and 1 wherever it is the same along an axis), got {a.shape}"
     )
 
 
-def _before_lengths(x: Array, axis: int, lengths: Any) -> Array:
+def _before_lengths(x: Array, axis: Axis, lengths: Any) -> Array:
     """Tell for every position whether it lies within its sample's length."""
+    others = others_than(axis, x.ndim)
+    if isinstance(axis, tuple) and (len(others) < 2 or others[0] != 0):
+        raise ValueError(
+            "lengths must come with an x of samples (axis 0) and steps, on axes that are not normalized, "
+            f"got shape {x.shape} with axes {axis}"
+        )
     if x.ndim < 3 or axis == 0:
         raise ValueError(
             "lengths must come with an x of samples (axis 0), steps and channels on other axes, "
@@ -283,7 +331,7 @@ def _before_lengths(x: Array, axis: int, lengths: Any) -> Array:
     counts = _numbers("lengths", lengths, "iu", "an integer")
     if counts.shape != (x.shape[0],):
         raise ValueError(f"lengths must have shape ({x.shape[0]},), one per sample, got {counts.shape}")
-    step_axis = 2 if axis == 1 else 1
+    step_axis = others[1]
     steps = x.shape[step_axis]
     good = (counts >= 0) & (counts <= steps)
     if not good.all():
@@ -292,7 +340,7 @@ def _before_lengths(x: Array, axis: int, lengths: Any) -> Array:
             f"lengths must be from 0 to {steps}, the size of axis {step_axis} of x, got {counts[n]} for sample {n}"
         )
     within = np.arange(steps) < counts.reshape(-1, 1)
-    positions = x.shape[:axis] + x.shape[axis + 1 :]
+    positions = tuple(x.shape[d] for d in others)
     return np.broadcast_to(within.reshape(within.shape + (1,) * (len(positions) - 2)), positions)
 
 

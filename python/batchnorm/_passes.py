@@ -77,6 +77,8 @@ class Call(NamedTuple):
     eps : float.
     residual : (outer, channels, inner) or None; a tangent of it in `jvp`.
     relu, bits : whether ReLU follows, and its mask or None.
+    each_position : whether `width` channels of each position share statistics, and no two positions.
+    about_zero : whether the mean is taken to be 0.
     """
 
     sizes: Sizes
@@ -90,6 +92,8 @@ class Call(NamedTuple):
     residual: Array | None = None
     relu: bool = False
     bits: NDArray[np.uint8] | None = None
+    each_position: bool = False
+    about_zero: bool = False
 
     def counted(self) -> NDArray[np.bool] | None:
         """Tell where y comes from the formula, (outer, 1, inner); None where it does everywhere."""
@@ -177,19 +181,28 @@ def double_backward_by_formula(
     if call.weights is not None:
         weights = call.weights.reshape(outer, 1, inner)
     offsets = np.array([0, outer]) if call.offsets is None else call.offsets
-    count, *others = standard
-    by_scale, size = np.zeros(len(standard.rstd)), len(standard.rstd)
-    others += [np.zeros(size) if a is None else np.resize(a, size) for a in (v_scale, v_shift)]
+    count, center, rest, factor, scale, rstd = standard
+    of_scale = [np.zeros(len(scale)) if a is None else np.resize(a, len(scale)) for a in (v_scale, v_shift)]
+    by_scale = np.zeros(len(scale))
     for s, (a, b) in enumerate(pairwise(offsets)):
         if a == b:
             continue
         at = slice(s * channels, (s + 1) * channels)
+
+        def laid(values: PerChannel, at: slice = at) -> Array:
+            """Give what each entry of the moments has, to broadcast."""
+            if not call.each_position:
+                return values[at].reshape(-1, 1)
+            of_lines = values.reshape(outer, inner, channels // call.width).transpose(0, 2, 1)
+            return np.repeat(of_lines, call.width, 1)
+
         share: Any = 0.0
         if count is not None:
-            share = np.where(count[at] > 0, 1 / count[at], 0.0).reshape(-1, 1) * weights[a:b]
+            share = laid(np.where(count > 0, 1 / count, 0.0)) * weights[a:b]
         rows = Second(*(None if t is None else t[a:b] for t in (x, v, g, ddy, dx)))  # type: ignore[arg-type]
-        of_set = [values[at].reshape(-1, 1) for values in others]
-        by_scale[at] = _of_set(rows, call.width, None if counted is None else counted[a:b], share, *of_set)
+        of_set = [laid(values) for values in (center, rest, factor, rstd)]
+        of_set += [values[at].reshape(-1, 1) for values in (scale, *of_scale)]
+        by_scale[at] = _of_set(rows, call, None if counted is None else counted[a:b], share, *of_set)
     if ddy is not None:
         if v_dresidual is not None:
             ddy += v_dresidual
@@ -204,8 +217,8 @@ def double_backward_by_formula(
 
 
 def _of_set(
-    tensors: Second, width: int, counted: NDArray[np.bool] | None, share: Any,
-    center: PerChannel, rest: PerChannel, factor: PerChannel, scale: PerChannel, rstd: PerChannel, w: Array, lift: Array,
+    tensors: Second, call: Call, counted: NDArray[np.bool] | None, share: Any,
+    center: PerChannel, rest: PerChannel, factor: PerChannel, rstd: PerChannel, scale: PerChannel, w: Array, lift: Array,
 ) -> PerChannel:  # fmt: skip
     v, g = tensors.v.astype(np.float64), tensors.g.astype(np.float64)
     xhat = ((tensors.x.astype(np.float64) - center) - rest) * factor
@@ -214,19 +227,25 @@ def _of_set(
 
     def total(values: Array) -> Array:
         """Of each channel, those of its group added up."""
-        of_groups = np.sum(values, (0, 2)).reshape(-1, width).sum(1)
-        return np.repeat(of_groups, width).reshape(-1, 1)
+        outer, channels, inner = values.shape
+        of_groups = values.reshape(outer, channels // call.width, call.width, inner)
+        axes = (2,) if call.each_position else (0, 2, 3)
+        return np.repeat(np.sum(of_groups, axes, keepdims=True)[:, :, 0], call.width, 1)
+
+    def shift(values: Array) -> Array:
+        """Of what the mean follows: nothing about 0."""
+        return 0 * values if call.about_zero else total(values)
 
     h = scale * g
-    by_v, along_v = total(share * v + 0 * v), total(share * v * xhat)
-    by_h, along_h = total(h), total(h * xhat)
+    by_v, along_v = shift(share * v + 0 * v), total(share * v * xhat)
+    by_h, along_h = shift(h), total(h * xhat)
     turned_v = v - by_v - along_v * xhat
     if tensors.ddy is not None:
         tensors.ddy[...] = scale * rstd * turned_v + w * xhat + lift
     if tensors.dx is not None:
         inner = total(v * h) - by_v * by_h - along_v * along_h
         of_xhat = w * g - rstd * (along_v * h + along_h * share * v)  # the gradient by x̂
-        pulled = of_xhat - share * (total(of_xhat) + total(of_xhat * xhat) * xhat)
+        pulled = of_xhat - share * (shift(of_xhat) + total(of_xhat * xhat) * xhat)
         tensors.dx[...] = rstd * (pulled - share * rstd * inner * xhat)
-    by_scale: PerChannel = rstd * np.sum(g * turned_v, (0, 2)).reshape(-1, 1)
-    return by_scale.reshape(-1)
+    by_scale: PerChannel = np.sum(rstd * g * turned_v, (0, 2))
+    return by_scale

@@ -126,6 +126,21 @@ def axis(value: object, ndim: int) -> int:
     return index % ndim
 
 
+def axes(value: object, ndim: int) -> tuple[int, ...]:
+    """Give the axes that are normalized as rising indices from 0."""
+    try:
+        given = [operator.index(value)]  # type: ignore[arg-type]
+    except TypeError:
+        if not isinstance(value, tuple | list) or not value:
+            raise TypeError(f"axes must be an int or a tuple of some, got {kind(value) if value != () else '()'}") from None
+        given = [axis(one, ndim) for one in value]
+    else:
+        given = [axis(given[0], ndim)]
+    if len(set(given)) != len(given):
+        raise ValueError(f"axes must name each axis once, got {value}")
+    return tuple(sorted(given))
+
+
 def choice(name: str, value: object, choices: tuple[Choice, ...]) -> Choice:
     """Give one of the words that are allowed."""
     for word in choices:
@@ -222,6 +237,16 @@ def float_dtype(values: ArrayLike | None) -> np.dtype[Any]:
 def optional_channel_values(name: str, values: Any, channels: int) -> Array | None:
     """Let None through."""
     return None if values is None else channel_values(name, values, channels)
+
+
+def optional_values_of_axes(name: str, values: Any, shape: tuple[int, ...]) -> Array | None:
+    """Give one value for each index of the axes that are normalized, flat; None through."""
+    if values is None:
+        return None
+    a = numbers(name, values)
+    if a.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, that of the axes of x that are normalized, got {a.shape}")
+    return channel_values(name, a.reshape(-1), a.size)
 
 
 def statistics(mean: Any, var: Any, channels: int) -> tuple[Array, Array]:

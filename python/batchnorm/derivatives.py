@@ -136,8 +136,8 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     Returns
     -------
     GradSums: sum(dy) and sum(dy·(x - mean)), float64, one for each entry of ``saved.moments``, of `group_norm` for each
-    sample and channel; of the dy that ReLU lets
-    through, where a position counts.
+    sample and channel; of the dy that ReLU lets through, where a position counts. Of `layer_norm` and `rms_norm`, whose
+    dgamma and dbeta are no such sums, they are those of gamma·dy (about 0 in `rms_norm`).
 
     Examples
     --------
@@ -149,7 +149,7 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     of = Kept(saved, num_threads)
     moments = of.moments("grad_sums")
     dy = _validate.array_like("dy", dy, of.x)
-    table = np.empty((len(moments) * saved.part.width, 4))
+    table = np.empty((len(moments) * saved.part.sums_an_entry, 4))
     _core.grad_sums(of.layout.block(dy), of.block, of.call, moments, table, of.threads)
     return GradSums(saved.part.counts(of.layout), table)
 
@@ -187,7 +187,7 @@ def grad_input(
     dy = _validate.array_like("dy", dy, of.x)
     if out is not None:
         _validate.output(out, of.x, {"dy": dy, "x": of.x}, of.apart)
-    if not np.array_equal(sums.count, np.repeat(moments[:, 0], saved.part.width)):
+    if not np.array_equal(sums.count, np.repeat(moments[:, 0], saved.part.sums_an_entry)):
         raise ValueError("sums must count the values that saved.moments count, got others")
     dx = Target(of.layout, of.x, out)
     _core.grad_input(of.layout.block(dy), of.block, of.call, moments, sums._table, dx.block, None, of.threads)
@@ -249,7 +249,7 @@ def jvp(
     of = Kept(saved, num_threads)
     x_dot = _validate.array_like("x_dot", x_dot, of.x)
     given = {"gamma_dot": gamma_dot, "beta_dot": beta_dot, "mean_dot": mean_dot, "var_dot": var_dot}
-    dots = {name: _validate.optional_channel_values(name, a, of.channels) for name, a in given.items()}
+    dots = {name: of.channel_values(name, a) for name, a in given.items()}
     if saved.given is None and (mean_dot is not None or var_dot is not None):
         raise ValueError("mean_dot and var_dot must be None where the statistics are those of the batch")
     added = of.like_residual("residual_dot", residual_dot)
@@ -328,8 +328,7 @@ def double_backward(
     dy = _validate.array_like("dy", dy, of.x)
     v_dx = None if v_dx is None else _validate.array_like("v_dx", v_dx, of.x)
     need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)
-    v_scale = _validate.optional_channel_values("v_dgamma", v_dgamma, of.channels)
-    v_shift = _validate.optional_channel_values("v_dbeta", v_dbeta, of.channels)
+    v_scale, v_shift = of.channel_values("v_dgamma", v_dgamma), of.channel_values("v_dbeta", v_dbeta)
     added = of.like_residual("v_dresidual", v_dresidual)
     inputs = {name: a for name, a in (("v_dx", v_dx), ("dy", dy), ("x", of.x)) if a is not None}
     apart = of.apart | {"v_dgamma": v_scale, "v_dbeta": v_shift}
@@ -348,7 +347,7 @@ def double_backward(
     if (
         call.weights is None
         and call.offsets is None
-        and call.width == 1
+        and saved.part.is_of_channels
         and not call.relu
         and saved.y is None
         and added is None
@@ -371,7 +370,7 @@ def _is_ordinary(saved: Saved) -> bool:
     """Tell whether the core may look at what was saved, whose fields may have been replaced, before it is checked."""
     layout, relu, part = saved.layout, saved.relu, saved.part
     return (
-        type(part) is Part and part.padding in _PADDING
+        type(part) is Part and part.padding in _PADDING and part.is_of_channels
         and (relu is None or type(relu) is ReluMask)
         and (layout is None or (type(layout) is Layout and layout.order == ORDERS[len(layout.order)]))
     )  # fmt: skip

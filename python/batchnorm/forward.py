@@ -10,14 +10,15 @@ y = relu(s), and elsewhere what `padding` says.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from math import prod
 from typing import Any, Literal, TypeVar, Unpack, overload
 
 import numpy as np
 from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate
-from batchnorm._arrays import ORDERS, Array, Layout, PerChannel, Target
-from batchnorm._parts import ALL, Part, parts, require_values, require_values_of_samples, width_of_groups
+from batchnorm._arrays import ORDERS, Array, Axis, Layout, PerChannel, Target
+from batchnorm._parts import ALL, Part, parts, require_values
 from batchnorm._passes import Call, ReluMask
 from batchnorm._validate import Activation, Keep, MaybeNone, Padding, WeightsAre
 from batchnorm.moments import Moments
@@ -230,109 +231,6 @@ def normalize(
     return results
 
 
-@_keywords.options(Options, keep="x")
-def instance_norm(
-    x: Array,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    out: Array | None = None,
-    num_threads: int | None = None,
-    **options: Unpack[Options],
-) -> tuple[Array, Saved]:
-    """Normalize each channel of each sample of `x` by its own statistics.
-
-    y = (x - mean)/√(var + eps)·gamma + beta, with the mean and biased variance of a sample's m values of a channel: that is
-    `batch_norm` with each sample (index of axis 0) as a segment. Source: Ulyanov, Vedaldi & Lempitsky (2016), "Instance
-    Normalization", equation 3.
-
-    Parameters
-    ----------
-    x, gamma, beta, axis, eps, out, num_threads : as in `batch_norm`; the channel axis is not axis 0.
-    mask, weights, lengths, padding, residual, activation, keep : as in `batch_norm`.
-
-    Returns
-    -------
-    y : shape, dtype and memory order of `x`; `out` where given. The bounds of `batch_norm`, sample by sample.
-    saved : Saved, as of `batch_norm`; ``saved.moments`` has an entry for each sample and channel, sample first.
-
-    Errors, memory and threads are those of `batch_norm` with segments; ValueError for one value in a sample and channel.
-
-    Examples
-    --------
-    >>> y, _ = instance_norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]]), eps=0.0)
-    >>> y.ravel()
-    array([-1.,  1., -1.,  1.])
-    """
-    if options:
-        _keywords.no_options("instance_norm", options)
-    x = _validate.array("x", x)
-    each = max(x.shape[_validate.axis(axis, x.ndim)], 1)
-    return _normalized_by_groups(x, each, gamma, beta, axis, eps, options, out, num_threads)
-
-
-@_keywords.options(Options, keep="x")
-def group_norm(
-    x: Array,
-    num_groups: int,
-    gamma: ArrayLike | None = None,
-    beta: ArrayLike | None = None,
-    *,
-    axis: int = 1,
-    eps: float = 1e-5,
-    out: Array | None = None,
-    num_threads: int | None = None,
-    **options: Unpack[Options],
-) -> tuple[Array, Saved]:
-    """Normalize groups of neighbouring channels of each sample of `x` by their own statistics.
-
-    y = (x - mean)/√(var + eps)·gamma + beta, with the mean and biased variance of the m values of a sample's C/num_groups
-    channels, and gamma and beta of each channel. With ``num_groups=1`` that is layer normalization over channels and
-    places, with C of them `instance_norm`. It depends on no other sample, so that training and inference are the same.
-    Source: Wu & He (2018), "Group Normalization", equation 7.
-
-    Parameters
-    ----------
-    x, gamma, beta, axis, eps, out, num_threads : as in `batch_norm`; the channel axis is not axis 0.
-    num_groups : int >= 1 that divides C: group g holds channels g·C/num_groups to (g + 1)·C/num_groups - 1.
-    mask, weights, lengths, padding, residual, activation : as in `batch_norm`.
-    keep : "x" or None, as in `batch_norm`; "y" only where each channel is a group.
-
-    Returns
-    -------
-    y : shape, dtype and memory order of `x`; `out` where given. The bounds of `batch_norm`, for each channel of each
-        sample.
-    saved : Saved, as of `batch_norm`; ``saved.moments`` has an entry for each sample and group, sample first.
-
-    Errors, memory and threads are those of `batch_norm` with segments; ValueError for one value in a sample and group.
-
-    Examples
-    --------
-    >>> x = np.array([[[1.0, 3.0], [5.0, 7.0]], [[10.0, 30.0], [50.0, 70.0]]])
-    >>> y, saved = group_norm(x, 1, eps=0.0)
-    >>> saved.moments.mean, saved.moments.var()
-    (array([ 4., 40.]), array([  5., 500.]))
-    """
-    if options:
-        _keywords.no_options("group_norm", options)
-    x = _validate.array("x", x)
-    return _normalized_by_groups(x, num_groups, gamma, beta, axis, eps, options, out, num_threads)
-
-
-def _normalized_by_groups(
-    x: Array, num_groups: int, gamma: ArrayLike | None, beta: ArrayLike | None, axis: int, eps: float,
-    options: Options, *rest: Any,
-) -> tuple[Array, Saved]:  # fmt: skip
-    at = _validate.axis(axis, x.ndim)
-    width = width_of_groups(x, at, num_groups)
-    require_values_of_samples(x, at, width)
-    if width > 1 and options.get("keep") == "y":
-        raise ValueError("keep must be 'x' or None where channels share statistics, which y does not tell, got 'y'")
-    return normalized_by_batch(same, x, gamma, beta, axis, eps, {**options, "num_groups": num_groups}, *rest)
-
-
 def ordinary_saved(x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float, *rest: Any) -> Saved:
     """Give what an ordinary call saves; of one with options the core tells more."""
     if not rest:
@@ -372,7 +270,7 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
     if renorm is not None:
         _validate.renorm_samples(renorm.parity, renorm.samples, x, of.axis, part.offsets)
     call, block, y = of.call(True), of.layout.block(x), Target(of.layout, x, of.out)
-    table = np.zeros((part.sets * (of.channels // part.width), 5))
+    table = np.zeros((part.entries(of.layout), 5))
     shown = table.view()
     shown.flags.writeable = False
     moments = Moments._from_core(shown, part.importance_dof(of.layout))
@@ -408,7 +306,7 @@ class _Forward:
         x: Array,
         gamma: ArrayLike | None,
         beta: ArrayLike | None,
-        axis: int,
+        axis: Axis,
         eps: float,
         options: Mapping[str, Any],
         out: Array | None,
@@ -416,14 +314,22 @@ class _Forward:
         given: tuple[ArrayLike, ArrayLike] | None = None,
     ) -> None:
         self.x, self.options, self.out = _validate.array("x", x), options, out
-        self.axis = _validate.axis(axis, self.x.ndim)
-        self.channels = self.x.shape[self.axis]
         apart: dict[str, Array | None] = {}
+        self.axis: Axis
+        if isinstance(axis, tuple):
+            self.axis, shape = axis, tuple(self.x.shape[d] for d in axis)
+            self.channels = prod(shape)
+            self.gamma = _validate.optional_values_of_axes("gamma", gamma, shape)
+            self.beta = _validate.optional_values_of_axes("beta", beta, shape)
+        else:
+            self.axis = _validate.axis(axis, self.x.ndim)
+            self.channels = self.x.shape[self.axis]
+            self.gamma = _validate.optional_channel_values("gamma", gamma, self.channels)
+            self.beta = _validate.optional_channel_values("beta", beta, self.channels)
+        apart |= {"gamma": self.gamma, "beta": self.beta}
         if given is not None:
             self.given = apart["mean"], apart["var"] = _validate.statistics(*given, self.channels)
         self.eps, self.threads = _validate.eps(eps), _validate.num_threads(num_threads)
-        self.gamma = apart["gamma"] = _validate.optional_channel_values("gamma", gamma, self.channels)
-        self.beta = apart["beta"] = _validate.optional_channel_values("beta", beta, self.channels)
         self._given_gamma, self._given_beta = gamma, beta
         activation, residual = options.get("activation"), options.get("residual")
         if activation is not None:

@@ -281,6 +281,7 @@ class Counts(_keywords.Counts, total=False):
 
     ghost_size: int | None
     num_groups: int | None
+    axes: int | tuple[int, ...] | None
     weights_are: WeightsAre | None
 
 
@@ -304,6 +305,8 @@ def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts:
         each and channel, segment first: ``.split(C)``.
     num_groups : int that divides C, or None: of each sample (index of axis 0) and group of C/num_groups neighbouring
         channels, sample first, as in `group_norm`.
+    axes : in the place of `axis` the axes to sum over, or None: an entry for each index of the others, in the order of
+        memory, as in `layer_norm`.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
 
     Returns
@@ -323,9 +326,12 @@ def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts:
             return Moments._from_core(done)
 
     x = _validate.array("x", x)
-    axis = _validate.axis(axis, x.ndim)
-    threads = _validate.num_threads(num_threads)
-    layout, part = _parts.parts(x, axis, parts)
-    table = np.zeros((part.sets * (layout.sizes[1] // part.width), _FIELDS))
+    threads, axes = _validate.num_threads(num_threads), parts.get("axes")
+    shared = [n for n in ("segments", "ghost_size", "num_groups") if parts.get(n) is not None]
+    if axes is not None and shared:
+        raise ValueError(f"{shared[0]} must be None beside axes, of which each index of the others is by itself")
+    at = _validate.axis(axis, x.ndim) if axes is None else _validate.axes(axes, x.ndim)
+    layout, part = _parts.parts(x, at, parts)
+    table = np.zeros((part.entries(layout), _FIELDS))
     _core.moments(layout.block(x), part.call(layout, None, None, 0.0), table, threads)
     return Moments._from_table(table, part.importance_dof(layout))

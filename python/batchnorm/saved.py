@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 from batchnorm import _core, _validate
-from batchnorm._arrays import Array, Layout, PerChannel
+from batchnorm._arrays import Array, Axis, Layout, PerChannel
 from batchnorm._parts import ALL, Part
 from batchnorm._passes import ReluMask, two_sum
 from batchnorm._validate import MaybeNone
@@ -28,10 +28,10 @@ class Saved:
     x : the input, by reference (not copied): it must be unchanged when a derivative reads it. None where y is kept
         instead, or nothing (``keep=None``, or ``out=x``, which has overwritten it): there is no derivative then.
     moments : Moments of the batch: an entry for each channel; with segments and ghosts for each of these and channel,
-        segment first (``moments.split(C)``); of `group_norm` for each sample and group. None where statistics were given
-        (`normalize`).
+        segment first (``moments.split(C)``); of `group_norm` for each sample and group, of `layer_norm` for each index of
+        the axes that were not normalized. None where statistics were given (`normalize`).
     gamma : (C,) or None, by reference; a copy where y is kept.
-    axis : int >= 0, the channel axis.
+    axis : int >= 0, the channel axis; of `layer_norm` and `rms_norm` a tuple, the axes that were normalized.
     eps : float.
     y : the output, by reference, where it is kept instead of x: it must be unchanged when a derivative reads it.
     beta : (C,) or None, a copy; only where y is kept.
@@ -50,7 +50,7 @@ class Saved:
     x: Array | None
     moments: Moments | MaybeNone
     gamma: Array | None
-    axis: int
+    axis: Axis
     eps: float
     y: Array | None = None
     beta: Array | None = None
@@ -62,7 +62,7 @@ class Saved:
     layout: Layout | None = None
 
     def __init__(
-        self, x: Array | None, moments: Moments | None, gamma: Array | None, axis: int, eps: float, **others: Any
+        self, x: Array | None, moments: Moments | None, gamma: Array | None, axis: Axis, eps: float, **others: Any
     ) -> None:
         # A frozen dataclass's own __init__, which assigns past its own refusal, takes twice as long; what is not
         # assigned here is the default of the class.
@@ -76,7 +76,14 @@ class Saved:
 
     @cached_property
     def rstd(self) -> PerChannel:
-        """1/√(var + eps) with the biased variance of `moments`, or the one given: float64, of their shape."""
+        """1/√(var + eps) with the biased variance of `moments`, or the one given: float64, of their shape.
+
+        Of `rms_norm` 1/√(mean(x²) + eps).
+        """
+        if self.moments is not None and self.part.about == "zero":
+            with np.errstate(all="ignore"):
+                total = self.moments.var() + self.moments.mean**2 + self.eps
+                return np.where(total == 0, 0.0, 1.0 / np.sqrt(total))
         if self.moments is not None:
             return _core.rstd(self.moments._table, self.eps)
         assert self.given is not None
@@ -99,7 +106,7 @@ class Saved:
         if self.moments is not None and self.renorm is not None:
             return self.renorm.correction(self.moments, self.eps)
         of = len(self.given[0]) if self.given is not None else 0
-        of = of if self.moments is None else self.moments.channels * self.part.width
+        of = of if self.moments is None else self.moments.channels * self.part.sums_an_entry
         return np.ones(of), np.zeros(of)
 
     def affine(self) -> tuple[PerChannel, PerChannel]:

@@ -21,6 +21,16 @@ namespace batchnorm {
 // 0); one with a single value a channel has a variance of 0, and its y is beta. Gamma and beta are those of the
 // channel, or, where so many are given, of the segment and channel; so are their tangents and gradients. Results of a
 // segment have the bits that a call on the segment alone would give.
+//
+// Or each position by itself (`each_position`): its channels, `width` at a time, share statistics, that is layer norm (Ba,
+// Kiros and Hinton 2016) where the width is all of them. There are no segments then. Moments, and sums of gradients, have
+// one entry per position and `width` channels, position first; the sums are those of gamma*dy. A weight says no more than
+// whether the position counts.
+//
+// About 0 the mean is taken to be 0, that is RMS norm (Zhang and Sennrich 2019) where it is of each position:
+//     y = x*rstd*gamma + beta,  rstd = 1/sqrt(mean(x^2) + eps).
+// Moments stay those of the values: mean(x^2) = m2/count + mean^2. There is no double backward.
+enum class About { mean, zero };
 struct Groups {
   // One more than there are segments, from 0 to problem.outer, never falling. Empty: everything is one segment.
   std::span<const std::int64_t> offsets = {};
@@ -28,6 +38,8 @@ struct Groups {
   // values (or weights) of all of them; sums of gradients still have one per segment and channel, about the mean that
   // is shared. mean and var cannot be given then, and there is no double backward.
   std::int64_t width = 1;
+  bool each_position = false;
+  About about = About::mean;
 };
 
 // What the output is where a position does not count: 0, the input as it is (x of y, dy of dx), or what the formula

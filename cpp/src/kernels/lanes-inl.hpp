@@ -229,6 +229,14 @@ BN_INLINE NativeDouble square_error(NativeDouble a, NativeDouble square) {
   return square >= 0x1p-960 ? error : NativeDouble{};
 }
 
+BN_INLINE NativeDouble absolute(NativeDouble v) { return v < 0 ? -v : v; }
+// What rounding took from product = a*b; taken as 0 where square_error is, and where splitting a or b (vec/native.hpp)
+// would overflow.
+BN_INLINE NativeDouble normal_product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
+  const auto is_normal = (absolute(product) >= 0x1p-960) & (absolute(a) < 0x1p995) & (absolute(b) < 0x1p995);
+  return is_normal ? product_error(a, b, product) : NativeDouble{};
+}
+
 // What rounding took from sum = a + b, exactly (Knuth's TwoSum), half of it on each kind of unit.
 BN_INLINE double sum_error(double a, double b, double sum) {
   const double b_part = sum - a;

@@ -65,14 +65,6 @@ struct MomentTerms {
   }
 };
 
-BN_INLINE NativeDouble absolute(NativeDouble v) { return v < 0 ? -v : v; }
-// What rounding took from product = a*b; taken as 0 where square_error is (lanes-inl.hpp), and where splitting a or b
-// (vec/native.hpp) would overflow.
-BN_INLINE NativeDouble normal_product_error(NativeDouble a, NativeDouble b, NativeDouble product) {
-  const auto is_normal = (absolute(product) >= 0x1p-960) & (absolute(a) < 0x1p995) & (absolute(b) < 0x1p995);
-  return is_normal ? product_error(a, b, product) : NativeDouble{};
-}
-
 // The same with weights. Without a shift, weight times value is exact for float32.
 template <class T, class Accumulator, Shift kShift>
 struct WeightedMomentTerms {

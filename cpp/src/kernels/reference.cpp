@@ -228,6 +228,90 @@ void second_grad(const double* v, const double* dy, const double* x, double* dx,
   });
 }
 
+// ---- lines ----
+
+// f(line, place along it, place in memory) for all values.
+template <class F>
+void for_each(const Lines& lines, F f) {
+  for (std::int64_t l = 0; l < lines.count; ++l) {
+    for (std::int64_t i = 0; i < lines.length; ++i) f(l, i, l * lines.stride + i);
+  }
+}
+
+// (hi + lo) times b, added to, rounded at the end alone: of double tensors.
+struct Exactly {
+  double hi, lo = 0;
+
+  explicit Exactly(double a) : hi(a) {}
+  Exactly(double a, double b, double b_lo) {
+    const Difference d(a, b);
+    hi = d.hi, lo = d.lo - b_lo;
+  }
+  [[nodiscard]] Exactly times(double b, double b_lo = 0) const {
+    Exactly r(hi * b);
+    r.lo = __builtin_fma(hi, b, -r.hi) + (lo * b + hi * b_lo);
+    return r;
+  }
+  [[nodiscard]] Exactly plus(const Exactly& b) const {
+    Exactly r(hi);
+    r.lo = lo;
+    Sum{r.hi, r.lo}.add(b.hi, b.lo);
+    return r;
+  }
+  [[nodiscard]] double rounded() const { return lo - lo == 0 ? hi + lo : hi; }
+};
+// x - mean of a line; low parts are those of double tensors.
+template <class T>
+Exactly centered(T x, const LineStatistics& s, std::int64_t l) {
+  return {x, s.mean[l], sizeof(T) == sizeof(double) ? s.mean_lo[l] : 0};
+}
+template <class T>
+double rstd_lo(const LineStatistics& s, std::int64_t l) {
+  return sizeof(T) == sizeof(double) ? s.rstd_lo[l] : 0;
+}
+
+template <class T>
+void lines_normalize(const T* x, T* y, const Lines& lines, const LineStatistics& s, const double* gamma,
+                     const double* beta) {
+  for_each(lines, [&](std::int64_t l, std::int64_t i, std::int64_t at) {
+    const Exactly xhat = centered(x[at], s, l).times(s.rstd[l], rstd_lo<T>(s, l));
+    y[at] = static_cast<T>(xhat.times(gamma[i]).plus(Exactly(beta[i])).rounded());
+  });
+}
+template <class T>
+void lines_grad_sums(const T* dy, const T* x, const Lines& lines, const LineStatistics& s, const double* gamma,
+                     Sums* out) {
+  for (std::int64_t l = 0; l < lines.count; ++l) out[l] = {};
+  for_each(lines, [&](std::int64_t l, std::int64_t i, std::int64_t at) {
+    const SumPair sums = kernels::at(out, l);
+    const double h = gamma[i] * dy[at];
+    const Difference d(x[at], s.mean[l]);
+    sums.first.add(h);
+    sums.second.add_product(h, d.hi, 0, d.lo);
+  });
+  for (std::int64_t l = 0; l < lines.count; ++l) {
+    const auto [first, second] = kernels::at(out, l);
+    first.finish(sizeof(T) == sizeof(double));
+    second.finish(sizeof(T) == sizeof(double));
+  }
+}
+template <class T>
+void lines_grad_input(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& s,
+                      const LineTermsOf& terms, const double* gamma, const ColumnSums& out) {
+  const Rows columns{.count = 0, .columns = lines.length, .stride = 0, .continues = lines.continues};
+  sum<T>(columns, out, [](const SumPair&, std::int64_t, std::int64_t) {});
+  for_each(lines, [&](std::int64_t l, std::int64_t i, std::int64_t at) {
+    const SumPair sums = kernels::at(out, i);
+    const Exactly xmu = centered(x[at], s, l), scaled = Exactly(dy[at]).times(s.rstd[l], rstd_lo<T>(s, l));
+    sums.first.add(dy[at]);
+    sums.second.add_product(scaled.hi, xmu.hi, scaled.lo, xmu.lo);
+    const Exactly all = scaled.times(gamma[i]).plus(xmu.times(terms.x_scale[l])).plus(Exactly(terms.shift[l]));
+    if (dx != nullptr) dx[at] = static_cast<T>(all.rounded());
+  });
+  sum<T>(Rows{.count = 0, .columns = lines.length, .stride = 0, .continues = true}, out,
+         [](const SumPair&, std::int64_t, std::int64_t) {});
+}
+
 // ---- steps on tiles ----
 
 template <class From, class To>
@@ -280,6 +364,9 @@ constexpr Kernels<T> make_kernels() {
   k.rows_grad_input = grad_input<T, Rows, const GradAffineColumns<A>&>;
   k.add_blocks = add_blocks<T>;
   if constexpr (std::is_same_v<T, A>) {
+    k.lines_normalize = lines_normalize<T>;
+    k.lines_grad_sums = lines_grad_sums<T>;
+    k.lines_grad_input = lines_grad_input<T>;
     k.keep_bits = keep_bits<T>;
     k.put_counted = put_counted<T>;
     k.repeat_weights = repeat_weights<T>;

@@ -4,6 +4,7 @@
 #include "kernels/formulas-inl.hpp"
 #include "kernels/grad_input-inl.hpp"
 #include "kernels/grad_sums-inl.hpp"
+#include "kernels/lines-inl.hpp"
 #include "kernels/moments-inl.hpp"
 #include "kernels/normalize-inl.hpp"
 #include "kernels/second_grad-inl.hpp"
@@ -29,6 +30,9 @@ constexpr Kernels<T> make_kernels() {
     k.widen = widen<T>;
     k.narrow = narrow<T>;
   } else {
+    k.lines_normalize = lines_normalize<T>;
+    k.lines_grad_sums = lines_grad_sums<T, Accumulator>;
+    k.lines_grad_input = lines_grad_input<T, Accumulator>;
     k.keep_bits = keep_bits<T>;
     k.put_counted = put_counted<T>;
     k.repeat_weights = repeat_weights<T>;

@@ -7,6 +7,7 @@
 //                        run of `length` values per channel, side by side; arguments have one entry per channel;
 //   rows  (interleaved)  many channels: `count` rows of `columns` contiguous values, `stride` values apart; arguments
 //                        are arrays with one entry per column.
+// and for groups along which gamma moves a third, lines.
 // What no kernel does in one go is done in steps on tiles that lie in the first-level cache (staged.hpp): tensors of
 // float16 and bfloat16 with anything beside the plain passes, positions that do not count beside a tail or that keep
 // their input, coefficients in float64.
@@ -68,6 +69,21 @@ struct Rows {
   std::int64_t count, columns, stride, ahead = 0;
   RowWalk walk = RowWalk::columns;
   bool continues = false;
+};
+
+// Lines of memory that share gamma and beta, which move along them: `count` lines of `length` values, `stride` values
+// apart, each a group with statistics of its own (layer and RMS norm). `ahead`, `around_cache`: as of runs; then dx
+// begins a line of memory alike in all. `continues`: as of rows.
+struct Lines {
+  std::int64_t count, length, stride, ahead = 0;
+  bool around_cache = false, continues = false;
+};
+// What belongs to a line, one entry each. Low parts are read for double alone.
+struct LineStatistics {
+  const double *mean, *mean_lo, *rstd, *rstd_lo;
+};
+struct LineTermsOf {
+  const double *x_scale, *shift;
 };
 
 // Two sums of one channel, each as high and low part (plain sums have a low part of 0):
@@ -204,6 +220,18 @@ struct Kernels {
   void (*add_blocks)(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                      const ColumnSums& total);
 
+  // Lines, of float and double alone: in float64 whatever T is, rounded once; of double products and sums keep what
+  // they round off. gamma and beta are `length` values.
+  //     normalize: y = ((x - mean)*rstd)*gamma + beta; y may be exactly x.
+  //     grad_sums: per line sum(gamma*dy) and sum(gamma*dy*(x - mean)), without mean_lo.
+  //     grad_input: dx = dy*rstd*gamma + (x_scale*(x - mean) + shift), which may be exactly dy or x; null: not wanted.
+  //                 Per column sum(dy) and sum(dy*rstd*(x - mean)), lines in order.
+  void (*lines_normalize)(const T* x, T* y, const Lines&, const LineStatistics&, const double* gamma,
+                          const double* beta);
+  void (*lines_grad_sums)(const T* dy, const T* x, const Lines&, const LineStatistics&, const double* gamma, Sums*);
+  void (*lines_grad_input)(const T* dy, const T* x, T* dx, const Lines&, const LineStatistics&, const LineTermsOf&,
+                           const double* gamma, const ColumnSums&);
+
   // ---- steps on tiles ----
 
   // n values in the arithmetic type, and back, rounded to nearest even. Null where that is T.
@@ -226,7 +254,8 @@ struct Kernels {
   void (*runs_second_grad)(const T* v, const T* dy, const T* x, T* dx, Runs, const SecondAffine*);
   void (*rows_second_grad)(const T* v, const T* dy, const T* x, T* dx, Rows, const SecondAffineColumns&);
 };
-// float16 and bfloat16 have the plain passes alone: no weights, no tail, no bits, and of the steps widen and narrow.
+// float16 and bfloat16 have the plain passes alone: no weights, no tail, no bits, no lines, and of the steps widen and
+// narrow.
 
 // Arrays of coefficients to be written, one entry per channel.
 struct AffineOut {

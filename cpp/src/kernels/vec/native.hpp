@@ -45,6 +45,18 @@ BN_INLINE V product_error_by_splitting(V a, V b, V product) {
   return ((a_hi * b_hi - product) + a_hi * b_lo + a_lo * b_hi) + a_lo * b_lo;
 }
 
+// 0, 1, ..., as arguments of a template.
+template <unsigned... kNumber>
+struct Numbered {};
+template <unsigned kLast, unsigned... kNumber>
+struct Numbers : Numbers<kLast - 1, kLast - 1, kNumber...> {};
+template <unsigned... kNumber>
+struct Numbers<0, kNumber...> {
+  using Type = Numbered<kNumber...>;
+};
+template <unsigned kCount>
+using NumbersBelow = typename Numbers<kCount>::Type;
+
 // Lane l: table[number[l]], numbers below the number of lanes.
 template <class V, class Numbers>
 BN_INLINE V lanes_by_number(V table, Numbers number) {
