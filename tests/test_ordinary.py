@@ -67,7 +67,7 @@ def tuple_of(*items):
 TRIES = {
     "moments": lambda a: _core.try_moments(a.x, a.axis, a.num_threads),
     "batch_norm": lambda a: _core.try_batch_norm(
-        tuple_of, a.x, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads, a.options
+        tuple_of, a.x, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads, a.options, None
     ),
     "normalize": lambda a: _core.try_normalize(
         a.x, a.mean, a.var, a.gamma, a.beta, a.axis, a.eps, a.out, a.num_threads, a.options

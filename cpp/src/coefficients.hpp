@@ -21,7 +21,7 @@ inline void read_channels(const ChannelValues& from, Range channels, double abse
   if (!from.present()) std::fill_n(to, channels.end - channels.begin, absent);
   for (std::int64_t c = channels.begin; from.present() && c < channels.end;) {
     const std::int64_t first = c < size ? c : c % size, n = std::min(channels.end - c, size - first);
-    for (std::int64_t k = 0; k < n; ++k) to[k] = from[first + k];
+    from.copy_to(first, n, to);
     to += n;
     c += n;
   }

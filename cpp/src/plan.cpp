@@ -60,11 +60,13 @@ constexpr std::int64_t kLeastStripe = 256;
 constexpr std::int64_t kGroupsAThread = 4;
 
 // Positions with statistics of their own: those of a block of 64 KB are summed and then applied from the caches. Where
-// sums of columns are taken too, dy and x of a block take a quarter of a core's own cache, and at least so many positions
-// share a visit to the sums of their columns.
-constexpr std::int64_t kLineBlockBytes = 64 * 1024, kLeastSummedLines = 4, kMostLines = 512;
-// Sums of a chunk are 16 bytes a column, against 4 of each position: a 16th of x at 64 positions, a 64th at 256.
-constexpr std::int64_t kLeastChunkLines = 32, kMostChunkLines = 256, kMostChunks = 1024;
+// sums of columns are taken too, dy and x of a block take a quarter of a core's own cache at most; at least so many positions
+// share a visit to the sums of their columns, and no more than the machine knows pages: backward of 8192 x 1024 values took
+// 17 ms with 64 rows of a page each, 10 with 16 (Sapphire Rapids, one thread).
+constexpr std::int64_t kLineBlockBytes = 64 * 1024, kLeastSummedLines = 4, kSummedLines = 16, kMostLines = 512;
+// Sums of a chunk are 16 bytes a column, against 12 of each position: a tenth at 16 positions, where all is in cache, a
+// 200th at 256.
+constexpr std::int64_t kLeastChunkLines = 8, kMostChunkLines = 256, kMostChunks = 1024;
 
 std::int64_t ceil_divide(std::int64_t a, std::int64_t b) { return (a + b - 1) / b; }
 
@@ -304,7 +306,8 @@ LinePlan make_line_plan(const Problem& p, const Work& work, const Machine& machi
   if (p.size() == 0) return plan;
   const bool is_turned = p.inner > 1, sums = work.streams >= 3;
   const std::int64_t row = p.channels * std::max<std::int64_t>(work.item_size, 4);
-  const std::int64_t fit = sums ? machine.l2_bytes / 4 / (2 * row) : kLineBlockBytes / row;
+  const std::int64_t fit = sums ? std::min(std::max(kSummedLines, kLineBlockBytes / row), machine.l2_bytes / 8 / row)
+                                : kLineBlockBytes / row;
   const std::int64_t least = is_turned ? kernels::kVectorColumns : sums ? kLeastSummedLines : 1;
   plan.positions_a_block = std::clamp(fit, least, kMostLines);
   if (is_turned) plan.positions_a_block -= plan.positions_a_block % kernels::kVectorColumns;

@@ -45,7 +45,7 @@ def double_backward(
 def try_moments(x: object, axis: object, threads: object, /) -> _Table | None: ...
 def try_batch_norm(
     keep: Callable[..., _Kept], x: object, gamma: object, beta: object, axis: object, eps: object, out: object,
-    threads: object, options: object, /,
+    threads: object, options: object, shares: object, /,
 ) -> tuple[_Array, _Kept] | None: ...  # fmt: skip
 def try_normalize(
     x: object, mean: object, var: object, gamma: object, beta: object, axis: object, eps: object, out: object,
@@ -54,7 +54,7 @@ def try_normalize(
 def try_batch_norm_backward(
     type: type[_Gradients], dy: object, x: object, moments: object, gamma: object, axis: object, eps: object,
     needs: object, out: object, threads: object, weights: object, padding: object, bits: object,
-    has_residual: object, /,
+    has_residual: object, offsets: object, width: object, about: object, /,
 ) -> _Gradients | None: ...  # fmt: skip
 def try_normalize_backward(
     type: type[_Gradients], dy: object, x: object, mean: object, var: object, gamma: object, axis: object,

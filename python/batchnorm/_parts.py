@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Mapping
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -152,6 +153,14 @@ class Part(NamedTuple):
 
 
 ALL = Part()
+
+
+@functools.lru_cache(256)
+def shared_by(shares: int, channels: int) -> Part:
+    """Give the part of which so many channels share statistics, as the core is told it (`try_batch_norm`)."""
+    if shares < 0:
+        return Part(width=channels, each_position=True, about="mean" if shares == -1 else "zero")
+    return Part(width=channels // (shares or channels))
 
 
 def importance_dof(weights: Array, times: int) -> float:

@@ -12,10 +12,10 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _keywords, _validate
+from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import Array
 from batchnorm._parts import About, require_values_of_samples, width_of_groups
-from batchnorm.forward import Options, normalized_by_batch, same
+from batchnorm.forward import Options, normalized_by_batch, ordinary_saved, same
 from batchnorm.saved import Saved
 
 
@@ -57,6 +57,9 @@ def instance_norm(
     """
     if options:
         _keywords.no_options("instance_norm", options)
+    done = _core.try_batch_norm(ordinary_saved, x, gamma, beta, axis, eps, out, num_threads, options or None, 0)
+    if done is not None:
+        return done
     x = _validate.array("x", x)
     each = max(x.shape[_validate.axis(axis, x.ndim)], 1)
     return _normalized_by_groups(x, each, gamma, beta, axis, eps, options, out, num_threads)
@@ -106,6 +109,12 @@ def group_norm(
     """
     if options:
         _keywords.no_options("group_norm", options)
+    if type(num_groups) is int and num_groups > 0:
+        done = _core.try_batch_norm(
+            ordinary_saved, x, gamma, beta, axis, eps, out, num_threads, options or None, num_groups
+        )
+        if done is not None:
+            return done
     x = _validate.array("x", x)
     return _normalized_by_groups(x, num_groups, gamma, beta, axis, eps, options, out, num_threads)
 
@@ -179,7 +188,8 @@ def layer_norm(
     """
     if options:
         _keywords.no_options("layer_norm", options)
-    return _normalized_along(x, axes, "mean", gamma, beta, eps, options, out, num_threads)
+    done = _core.try_batch_norm(ordinary_saved, x, gamma, beta, axes, eps, out, num_threads, options or None, -1)
+    return done or _normalized_along(x, axes, "mean", gamma, beta, eps, options, out, num_threads)
 
 
 @_keywords.options(Options, keep="x")
@@ -222,7 +232,8 @@ def rms_norm(
     """
     if options:
         _keywords.no_options("rms_norm", options)
-    return _normalized_along(x, axes, "zero", gamma, beta, eps, options, out, num_threads)
+    done = _core.try_batch_norm(ordinary_saved, x, gamma, beta, axes, eps, out, num_threads, options or None, -2)
+    return done or _normalized_along(x, axes, "zero", gamma, beta, eps, options, out, num_threads)
 
 
 def _normalized_along(

@@ -21,7 +21,7 @@ from batchnorm import _core, _keywords, _passes, _validate
 from batchnorm._arrays import ORDERS, Array, Layout, Target
 from batchnorm._kept import Kept
 from batchnorm._keywords import NoOptions
-from batchnorm._parts import Part
+from batchnorm._parts import ABOUTS, Part
 from batchnorm._passes import ReluMask
 from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
@@ -90,11 +90,13 @@ def backward(
     if others:
         _keywords.no_options("backward", others)
     if type(saved) is Saved and _is_ordinary(saved):
-        part, rest, done = saved.part, (saved.gamma, saved.axis, saved.eps, needs, out, num_threads), None
+        part, axis = saved.part, saved.axis[0] if isinstance(saved.axis, tuple) else saved.axis
+        rest, done = (saved.gamma, axis, saved.eps, needs, out, num_threads), None
         if isinstance(saved.moments, Moments):
-            if part.offsets is None and saved.renorm is None:
+            if saved.renorm is None:
                 bits = None if saved.relu is None else saved.relu.data
-                how = (part.weights, _PADDING[part.padding], bits, saved.has_residual)
+                about = 0 if not part.each_position else 1 if part.about == "mean" else 2
+                how = (part.weights, _PADDING[part.padding], bits, saved.has_residual, part.offsets, part.width, about)
                 done = _core.try_batch_norm_backward(Gradients, dy, saved.x, saved.moments._table, *rest, *how)
         elif saved.given is not None and saved.layout is None:
             done = _core.try_normalize_backward(Gradients, dy, saved.x, *saved.given, *rest)
@@ -368,9 +370,10 @@ def double_backward(
 
 def _is_ordinary(saved: Saved) -> bool:
     """Tell whether the core may look at what was saved, whose fields may have been replaced, before it is checked."""
-    layout, relu, part = saved.layout, saved.relu, saved.part
+    layout, relu, part, axis = saved.layout, saved.relu, saved.part, saved.axis
     return (
-        type(part) is Part and part.padding in _PADDING and part.is_of_channels
+        type(part) is Part and part.padding in _PADDING and part.about in ABOUTS
+        and (part.each_position == isinstance(axis, tuple)) and (isinstance(axis, int) or len(axis) == 1)
         and (relu is None or type(relu) is ReluMask)
         and (layout is None or (type(layout) is Layout and layout.order == ORDERS[len(layout.order)]))
     )  # fmt: skip

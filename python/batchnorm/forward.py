@@ -18,7 +18,7 @@ from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import ORDERS, Array, Axis, Layout, PerChannel, Target
-from batchnorm._parts import ALL, Part, parts, require_values
+from batchnorm._parts import ALL, Part, parts, require_values, shared_by
 from batchnorm._passes import Call, ReluMask
 from batchnorm._validate import Activation, Keep, MaybeNone, Padding, WeightsAre
 from batchnorm.moments import Moments
@@ -128,7 +128,7 @@ def batch_norm(
     >>> saved.moments.mean, saved.moments.var()
     (array([2., 5.]), array([1., 0.]))
     """
-    done = _core.try_batch_norm(ordinary_saved, x, gamma, beta, axis, eps, out, num_threads, options or None)
+    done = _core.try_batch_norm(ordinary_saved, x, gamma, beta, axis, eps, out, num_threads, options or None, None)
     if done is not None:
         return done
     if options:
@@ -235,14 +235,22 @@ def ordinary_saved(x: Array | None, table: PerChannel, gamma: Array | None, axis
     """Give what an ordinary call saves; of one with options the core tells more."""
     if not rest:
         return Saved(x, Moments._from_core(table), gamma, axis, eps)
-    given, sizes, weights, offsets, bits, options = rest
-    has_mask, shape, part = options.get("mask") is not None, given.shape, ALL
+    given, sizes, weights, offsets, bits, options, shares = rest
+    shape, options = given.shape, options or {}
     layout = Layout(shape, ORDERS[len(shape)], sizes)
-    if weights is not None or offsets is not None:
-        source, counts = "mask" if has_mask else "weights", None if weights is None else table
+    part, saved_axis = ALL if shares is None else shared_by(shares, sizes[1]), axis if shares is None or shares >= 0 else (axis,)
+    if weights is not None:
+        has_mask = options.get("mask") is not None
         otherwise: Padding = "zero" if has_mask else "normalize"
-        part = Part(weights, options.get("padding") or otherwise, source, options.get("weights_are"), offsets, counts)
-    saved = Saved(x, Moments._from_core(table, part.importance_dof(layout)), gamma, axis, eps)
+        padding, source = options.get("padding") or otherwise, "mask" if has_mask else "weights"
+        part = part._replace(
+            weights=weights, padding=padding, source=source, weights_are=options.get("weights_are"), table=table
+        )
+    if offsets is not None:
+        if sizes[0] != shape[0]:  # in rows, where one takes several steps
+            offsets = offsets // (sizes[0] // shape[0])
+        part = part._replace(offsets=offsets)
+    saved = Saved(x, Moments._from_core(table, part.importance_dof(layout)), gamma, saved_axis, eps)
     others = saved.__dict__
     others["layout"], others["part"], others["has_residual"] = layout, part, options.get("residual") is not None
     if bits is not None:

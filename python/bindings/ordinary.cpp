@@ -154,11 +154,11 @@ std::span<std::uint8_t> bits_of(const py::object& bits) {
   return {static_cast<std::uint8_t*>(const_cast<void*>(a.data())), static_cast<std::size_t>(a.size())};
 }
 
-// (y, keep(x or None where y overwrites it, moments, gamma, axis from 0, eps)); with options, keep is told more: x, its
-// sizes, weights, offsets and the bits of ReLU or None for each, and the options. keep is called before what it is
-// given is filled.
-PyObject* try_batch_norm(PyObject* const (&arguments)[9]) {
-  const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads, py_options] = arguments;
+// (y, keep(x or None where y overwrites it, moments, gamma, axis from 0, eps)); with options, or what shares statistics
+// (Shares), keep is told more: x, its sizes, weights, offsets and the bits of ReLU or None for each, the options, and what
+// shares. keep is called before what it is given is filled.
+PyObject* try_batch_norm(PyObject* const (&arguments)[10]) {
+  const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads, py_options, py_shares] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x);
   const int axis = a.axis(py_axis, x);
@@ -169,25 +169,31 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[9]) {
   const Options options = a.options(py_options, x, axis);
   const Array out = a.out(py_out, {x, options.residual.present() ? options.residual : x}, {gamma, beta});
   const int threads = a.threads(py_threads);
-  if (!a.ordinary() || problem.count() < 2 || !fits_ghosts(problem, axis, options.ghost_size)) return not_ordinary();
+  const Shares shares = a.shares(py_shares, x, axis, problem);
+  // Of a position a weight says no more than whether it counts.
+  a.need(!shares.present() || (options.ghost_size == 0 && !(shares.groups.each_position && options.weights.present())));
+  a.need(shares.present() || problem.count() >= 2);
+  if (!a.ordinary() || !fits_ghosts(problem, axis, options.ghost_size)) return not_ordinary();
+  const std::int64_t rows_a_set = shares.of_samples ? problem.outer / x.shape[0] : options.ghost_size;
 
   const py::object y = target(out, x);
-  const py::object weights = weights_of(options, problem, x), offsets = offsets_of(options.ghost_size, problem.outer);
+  const py::object weights = weights_of(options, problem, x), offsets = offsets_of(rows_a_set, problem.outer);
   const py::object bits = options.relu ? new_bits(problem) : py::none();
   const auto groups = values_or_none<const std::int64_t>(offsets);
   const std::int64_t sets = groups.empty() ? 1 : static_cast<std::int64_t>(groups.size()) - 1;
-  py::array moments = new_table<Moments>(sets * problem.channels);
+  py::array moments = new_table<Moments>(shares.entries(problem, sets));
   const bool overwritten = out.data == x.data;
   const py::object axis_from_0 = owned(PyLong_FromLong(axis));
   PyObject* const kept = overwritten ? Py_None : x.object;
-  const py::object saved = !options.present()
+  const py::object saved = !options.present() && !shares.present()
                                ? called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps)
                                : called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps, x.object,
-                                        sizes_of(problem).ptr(), weights.ptr(), offsets.ptr(), bits.ptr(), py_options);
+                                        sizes_of(problem).ptr(), weights.ptr(), offsets.ptr(), bits.ptr(), py_options,
+                                        py_shares);
   py::object result = owned(PyTuple_Pack(2, y.ptr(), saved.ptr()));
   if (!done(x, [&]<class T>(T) {
         const Call<T> call{.problem = problem,
-                           .groups = {groups},
+                           .groups = {groups, shares.groups.width, shares.groups.each_position, shares.groups.about},
                            .counted = {values_or_none<T>(weights), static_cast<Padding>(options.padding)},
                            .gamma = gamma.channel_values(),
                            .beta = beta.channel_values(),
@@ -236,13 +242,18 @@ PyObject* try_normalize(PyObject* const (&arguments)[10]) {
 }
 
 // A tuple of that type of (dx, dgamma, dbeta, dresidual), None where not asked for.
-PyObject* try_batch_norm_backward(PyObject* const (&arguments)[14]) {
+PyObject* try_batch_norm_backward(PyObject* const (&arguments)[17]) {
   const auto& [type, py_dy, py_x, py_moments, py_gamma, py_axis, py_eps, py_needs, py_out, py_threads, py_weights,
-               py_padding, py_bits, has_residual] = arguments;
+               py_padding, py_bits, has_residual, py_offsets, py_width, py_about] = arguments;
   Arguments a;
   const Array x = a.tensor(py_x), dy = a.tensor_like(x, py_dy);
   const Problem problem = a.problem(x, a.integer(py_axis, 0, x.dimensions - 1));
-  const auto moments = a.table<Moments>(py_moments, problem.channels);
+  const std::vector<std::int64_t> offsets = a.offsets(py_offsets, x, problem);
+  const int width = a.integer(py_width, 1, INT_MAX), about = a.integer(py_about, 0, 2);  // 1, 2: of each position
+  if (!a.need(problem.channels % std::max(width, 1) == 0)) return not_ordinary();
+  const Shares shares{.groups = {offsets, width, about > 0, about == 2 ? About::zero : About::mean}};
+  const std::int64_t sets = offsets.empty() ? 1 : static_cast<std::int64_t>(offsets.size()) - 1;
+  const auto moments = a.table<Moments>(py_moments, a.ordinary() ? shares.entries(problem, sets) : 0);
   const Array gamma = a.channel_values_or_none(py_gamma, problem.channels);
   const double eps = a.eps(py_eps);
   const Needs needs = a.needs(py_needs);
@@ -259,6 +270,7 @@ PyObject* try_batch_norm_backward(PyObject* const (&arguments)[14]) {
   py::object result = tuple_of(type, dx.ptr(), dgamma.object(), dbeta.object(), dresidual.ptr());
   if (!done(x, [&]<class T>(T) {
         const Call<T> call{.problem = problem,
+                           .groups = shares.groups,
                            .counted = {weights.values<const T>(), padding},
                            .gamma = gamma.channel_values(),
                            .eps = eps,
@@ -442,18 +454,18 @@ void add_ordinary_calls(py::module_& m) {
       method<3, try_moments>("try_moments",
                              "try_moments($module, x, axis, threads, /)\n--\n\n"
                              "moments if all arguments are ordinary."),
-      method<9, try_batch_norm>(
+      method<10, try_batch_norm>(
           "try_batch_norm",
-          "try_batch_norm($module, keep, x, gamma, beta, axis, eps, out, threads, options, /)\n--\n\n"
+          "try_batch_norm($module, keep, x, gamma, beta, axis, eps, out, threads, options, shares, /)\n--\n\n"
           "batch_norm if all arguments are ordinary: y, keep(x, moments, gamma, axis, eps, ...)."),
       method<10, try_normalize>(
           "try_normalize",
           "try_normalize($module, x, mean, var, gamma, beta, axis, eps, out, threads, options, /)\n--\n\n"
           "normalize if all arguments are ordinary: y."),
-      method<14, try_batch_norm_backward>(
+      method<17, try_batch_norm_backward>(
           "try_batch_norm_backward",
           "try_batch_norm_backward($module, type, dy, x, moments, gamma, axis, eps, needs, out, threads, weights, "
-          "padding, bits, has_residual, /)\n--\n\n"
+          "padding, bits, has_residual, offsets, width, about, /)\n--\n\n"
           "batch_norm_backward if all arguments are ordinary: type(dx, dgamma, dbeta, dresidual)."),
       method<11, try_normalize_backward>(
           "try_normalize_backward",

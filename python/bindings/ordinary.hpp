@@ -14,8 +14,9 @@
 #include <initializer_list>
 #include <limits>
 #include <span>
+#include <vector>
 
-#include "batchnorm/types.hpp"
+#include "batchnorm/call.hpp"
 
 namespace batchnorm::bindings {
 
@@ -60,6 +61,18 @@ struct Options {
 
   [[nodiscard]] bool counts() const { return mask != nullptr || weights.present(); }
   [[nodiscard]] bool present() const { return counts() || ghost_size > 0 || residual.present() || relu; }
+};
+
+// What shares statistics, as Python tells: None: the batch, or ghosts; a number above 0: so many groups of channels of
+// each sample; 0: each channel of each sample; -1, -2: all channels of each position, about their mean or about 0.
+struct Shares {
+  bool of_samples = false;
+  Groups groups;  // but for its offsets
+
+  [[nodiscard]] bool present() const { return of_samples || groups.each_position; }
+  [[nodiscard]] std::int64_t entries(const Problem& problem, std::int64_t sets) const {
+    return (groups.each_position ? problem.count() : sets) * (problem.channels / groups.width);
+  }
 };
 
 struct Needs {
@@ -208,6 +221,40 @@ class Arguments {
     need(given.weights.present() || !says_weights);
     if (given.padding < 0) given.padding = given.weights.present() ? 2 : 0;
     return given;
+  }
+
+  Shares shares(PyObject* o, const Array& x, int axis, const Problem& problem) {
+    Shares given;
+    if (o == Py_None || !ordinary_) return given;
+    const int number = integer(o, -2, INT_MAX);
+    if (!ordinary_) return given;
+    if (number < 0) {
+      given.groups = {.width = problem.channels, .each_position = true, .about = number == -1 ? About::mean : About::zero};
+      return given;
+    }
+    const std::int64_t groups = number == 0 ? problem.channels : number;
+    if (!need(axis != 0 && problem.channels % groups == 0)) return given;
+    given.of_samples = true;
+    given.groups.width = problem.channels / groups;
+    need(x.size() / x.shape[0] / groups >= 2);
+    return given;
+  }
+
+  // Offsets of rows (indices of axis 0) in steps of the outer size, or none.
+  std::vector<std::int64_t> offsets(PyObject* o, const Array& x, const Problem& problem) {
+    if (o == Py_None || !need(Py_IS_TYPE(o, py::detail::npy_api::get().PyArray_Type_) && ordinary_)) return {};
+    const auto* fields = py::detail::array_proxy(o);
+    const auto* type = py::detail::array_descriptor_proxy(fields->descr);
+    constexpr int kPlain = py::detail::npy_api::NPY_ARRAY_C_CONTIGUOUS_ | py::detail::npy_api::NPY_ARRAY_ALIGNED_;
+    if (!need(type->byteorder == '=' && type->type_num == py::detail::npy_api::NPY_LONG_ && fields->nd == 1 &&
+              fields->dimensions[0] > 0 && (fields->flags & kPlain) == kPlain && problem.outer % x.shape[0] == 0)) {
+      return {};
+    }
+    const auto* from = reinterpret_cast<const std::int64_t*>(fields->data);
+    std::vector<std::int64_t> to(from, from + fields->dimensions[0]);
+    const std::int64_t steps = problem.outer / x.shape[0];
+    for (std::int64_t& offset : to) need(!__builtin_mul_overflow(offset, steps, &offset));
+    return to;
   }
 
   // A weight of each position in the type of x, flat, or none.

@@ -8,41 +8,86 @@
 namespace batchnorm::kernels {
 namespace {
 
-// ---- float64 to float32 ----
+// ---- lanes of float64 ----
 
-template <unsigned kBytes>
-struct FloatsIn {
-  typedef float Type __attribute__((vector_size(kBytes)));
-};
-// Two vectors as one, the lanes of a first.
 template <class V, unsigned... kLane>
-BN_INLINE auto side_by_side(V a, V b, Numbered<kLane...>) -> typename FloatsIn<2 * sizeof(V)>::Type {
+BN_INLINE auto side_by_side(V a, V b, Numbered<kLane...>) {
   return __builtin_shufflevector(a, b, kLane...);
 }
+#ifndef BN_HAS_WIDE_DOUBLES
+using WideDouble = NativeDouble;
+BN_INLINE WideDouble wide_load(const float* p) { return widen_load(p); }
+BN_INLINE WideDouble wide_load(const double* p) { return load_whole(p); }
+BN_INLINE WideDouble wide_vector(const NativeDouble* v) { return *v; }
 
-// A vector of float32, of as many of float64 as that takes.
-template <int kVectors>
-BN_INLINE auto narrowed(const NativeDouble* v) {
-  if constexpr (kVectors == 1) {
-    return __builtin_convertvector(*v, FloatsIn<sizeof(NativeDouble) / 2>::Type);
-  } else {
-    const auto low = narrowed<kVectors / 2>(v), high = narrowed<kVectors / 2>(v + kVectors / 2);
-    return side_by_side(low, high, NumbersBelow<2 * sizeof(low) / sizeof(float)>{});
-  }
+// A vector of float32, of as many of float64 as that takes: two on all machines that have no wider ones.
+static_assert(sizeof(NativeFloat) == sizeof(NativeDouble));
+BN_INLINE NativeFloat narrowed(WideDouble a, WideDouble b) {
+  typedef float Half __attribute__((vector_size(sizeof(NativeDouble) / 2)));
+  return (NativeFloat)side_by_side(__builtin_convertvector(a, Half), __builtin_convertvector(b, Half),
+                                   NumbersBelow<sizeof(NativeFloat) / sizeof(float)>{});
 }
-BN_INLINE Lanes<float> rounded(const Lanes<double>& a, const float*) {
-  constexpr int kParts = Lanes<double>::kVectors / Lanes<float>::kVectors;
-  Lanes<float> r;
-  BN_UNROLL for (int k = 0; k < Lanes<float>::kVectors; ++k) {
-    r.v[k] = (NativeFloat)narrowed<kParts>(a.v + k * kParts);
-  }
+#endif
+
+// What 16 values of T are computed in: of float32 in the widest vectors there are, which changes no bit where lanes are
+// columns or elements. With AVX-512 the passes of 512 x 768 values took 0.8 of the time that they take in NativeDouble.
+template <class T>
+struct LineVector {
+  using Type = WideDouble;
+};
+template <>
+struct LineVector<double> {
+  using Type = NativeDouble;
+};
+template <class T>
+struct LineLanes {
+  using V = typename LineVector<T>::Type;
+  static constexpr int kWidth = static_cast<int>(sizeof(V) / sizeof(double)), kVectors = kLanes / kWidth;
+  V v[kVectors];
+};
+
+BN_INLINE LineLanes<float> line_lanes(const Lanes<double>& a, const float*) {
+  constexpr int kParts = LineLanes<float>::kWidth / Lanes<double>::kWidth;
+  LineLanes<float> r;
+  BN_UNROLL for (int k = 0; k < LineLanes<float>::kVectors; ++k) r.v[k] = wide_vector(a.v + k * kParts);
   return r;
 }
-BN_INLINE Lanes<double> rounded(const Lanes<double>& a, const double*) { return a; }
+BN_INLINE LineLanes<double> line_lanes(const Lanes<double>& a, const double*) {
+  LineLanes<double> r;
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = a.v[k];
+  return r;
+}
+// 16 values at p, or the n there are, the others 0.
+template <class T, class From>
+BN_INLINE LineLanes<T> load_line_lanes(const From* p, std::int64_t n) {
+  constexpr const T* kType = nullptr;
+  if (n < kLanes) return line_lanes(load_first<double>(p, n, From(0)), kType);
+  if constexpr (sizeof(T) == sizeof(double)) {
+    return line_lanes(load_as<double>(p), kType);
+  } else {
+    LineLanes<T> r;
+    BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) r.v[k] = wide_load(p + k * LineLanes<T>::kWidth);
+    return r;
+  }
+}
+
+BN_INLINE Lanes<float> rounded(const LineLanes<float>& a) {
+  Lanes<float> r;
+  BN_UNROLL for (int k = 0; k < Lanes<float>::kVectors; ++k) r.v[k] = narrowed(a.v[2 * k], a.v[2 * k + 1]);
+  return r;
+}
+BN_INLINE Lanes<double> rounded(const LineLanes<double>& a) {
+  Lanes<double> r;
+  BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = a.v[k];
+  return r;
+}
+template <class V>
+BN_INLINE V all_lanes(double value) {
+  return value - V{};
+}
 
 // ---- what is kept of products and sums in float64 tensors ----
 
-BN_INLINE NativeDouble all_lanes(double value) { return value - NativeDouble{}; }
 // What is left out where it is none: of infinity, and of a sum beyond float64.
 BN_INLINE NativeDouble finite_or_zero(NativeDouble v) { return v - v == 0 ? v : NativeDouble{}; }
 
@@ -74,20 +119,22 @@ BN_INLINE NativeDouble rounded(const Exact& a) { return a.hi + finite_or_zero(a.
 
 // ---- the statistics of a line ----
 
+template <class T>
 struct OfLine {
-  NativeDouble mean, mean_lo, rstd, rstd_lo;
+  using V = typename LineLanes<T>::V;
+  V mean, mean_lo, rstd, rstd_lo;
 
   BN_INLINE OfLine(const LineStatistics& s, std::int64_t l)
-      : mean(all_lanes(s.mean[l])),
-        mean_lo(all_lanes(s.mean_lo[l])),
-        rstd(all_lanes(s.rstd[l])),
-        rstd_lo(all_lanes(s.rstd_lo[l])) {}
+      : mean(all_lanes<V>(s.mean[l])),
+        mean_lo(all_lanes<V>(s.mean_lo[l])),
+        rstd(all_lanes<V>(s.rstd[l])),
+        rstd_lo(all_lanes<V>(s.rstd_lo[l])) {}
 };
 
 // ---- normalize: y = ((x - mean)*rstd)*gamma + beta ----
 
-template <class T>
-BN_INLINE NativeDouble normalized(const OfLine& of, NativeDouble x, NativeDouble gamma, NativeDouble beta) {
+template <class T, class V>
+BN_INLINE V normalized(const OfLine<T>& of, V x, V gamma, V beta) {
   if constexpr (sizeof(T) == sizeof(double)) {
     const Exact xhat = times(less(x, of.mean, of.mean_lo), of.rstd, of.rstd_lo);
     return rounded(plus(times(xhat, gamma), beta));
@@ -95,16 +142,17 @@ BN_INLINE NativeDouble normalized(const OfLine& of, NativeDouble x, NativeDouble
     return ((x - of.mean) * of.rstd) * gamma + beta;
   }
 }
+// gamma and beta may be read up to 16 values from the last one on.
 template <class T>
 struct LineMap {
-  OfLine of;
+  OfLine<T> of;
 
   BN_INLINE Lanes<T> operator()(const T* x, const double* gamma, const double* beta, std::int64_t n) const {
-    const auto v = load_upto<double>(x, n, T(0));
-    const auto g = load_upto<double>(gamma, n, 0.0), b = load_upto<double>(beta, n, 0.0);
-    Lanes<double> y;
-    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) y.v[k] = normalized<T>(of, v.v[k], g.v[k], b.v[k]);
-    return rounded(y, x);
+    const auto v = load_line_lanes<T>(x, n);
+    const auto g = load_line_lanes<T>(gamma, kLanes), b = load_line_lanes<T>(beta, kLanes);
+    LineLanes<T> y;
+    BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) y.v[k] = normalized<T>(of, v.v[k], g.v[k], b.v[k]);
+    return rounded(y);
   }
 };
 
@@ -123,7 +171,7 @@ template <class T>
 void lines_normalize(const T* x, T* y, const Lines& lines, const LineStatistics& statistics, const double* gamma,
                      const double* beta) {
   for (std::int64_t l = 0; l < lines.count; ++l, x += lines.stride, y += lines.stride) {
-    const LineMap<T> map{OfLine(statistics, l)};
+    const LineMap<T> map{OfLine<T>(statistics, l)};
     if (lines.around_cache) {
       normalize_line<Stores::around_cache>(map, lines, x, y, gamma, beta);
     } else {
@@ -159,14 +207,45 @@ struct LineTerms {
     second.other_add(k, h * other_subtract(x, mean));
   }
 };
+// Vectors of float32 that are whole, in the widest vectors there are: the lanes are the same.
+template <class T, class Accumulator>
+BN_INLINE std::int64_t sum_whole(LineTerms<T, Accumulator>& pair, std::int64_t length, const InStretch& in, const T* dy,
+                                 const T* x, const double* gamma) {
+  if constexpr (Accumulator::kHasLow) {
+    return 0;
+  } else {
+    using L = LineLanes<T>;
+    const std::int64_t whole = length / kLanes * kLanes;
+    const auto mean = all_lanes<typename L::V>(pair.mean[0]);
+    L first{}, second{};
+    for (std::int64_t i = 0; i < whole; i += kLanes) {
+      const std::int64_t ahead = i + in.ahead + (i + in.ahead < in.left ? 0 : in.jump);
+      fetch_at(dy, ahead);
+      fetch_at(x, ahead);
+      const auto g = load_line_lanes<T>(gamma + i, kLanes), d = load_line_lanes<T>(dy + i, kLanes);
+      const auto v = load_line_lanes<T>(x + i, kLanes);
+      BN_UNROLL for (int k = 0; k < L::kVectors; ++k) {
+        const auto h = g.v[k] * d.v[k];
+        first.v[k] = first.v[k] + h;
+        second.v[k] = second.v[k] + h * (v.v[k] - mean);
+      }
+    }
+    __builtin_memcpy(&pair.first.sum, &first, sizeof first);
+    __builtin_memcpy(&pair.second.sum, &second, sizeof second);
+    return whole;
+  }
+}
 template <class T, class Accumulator>
 void lines_grad_sums(const T* dy, const T* x, const Lines& lines, const LineStatistics& statistics, const double* gamma,
                      Sums* out) {
   constexpr std::int64_t kAhead = kAheadBytes / static_cast<std::int64_t>(2 * sizeof(T));
   const InStretch in{lines.length, lines.stride - lines.length, lines.length < kAhead ? lines.length : kAhead};
   for (std::int64_t l = 0; l < lines.count; ++l, dy += lines.stride, x += lines.stride) {
-    LineTerms<T, Accumulator> pair{{}, {}, all_lanes(statistics.mean[l])};
-    sum_run<Accumulator>(pair, lines.length, in, dy, x, AlongLine{gamma});
+    LineTerms<T, Accumulator> pair{{}, {}, all_lanes<NativeDouble>(statistics.mean[l])};
+    const std::int64_t done = sum_whole(pair, lines.length, in, dy, x, gamma);
+    if (done < lines.length) {
+      sum_run<Accumulator>(pair, lines.length - done, in, dy + done, x + done, AlongLine{gamma + done});
+    }
     fold(pair.first, &out[l].first, &out[l].first_lo);
     fold(pair.second, &out[l].second, &out[l].second_lo);
   }
@@ -174,70 +253,96 @@ void lines_grad_sums(const T* dy, const T* x, const Lines& lines, const LineStat
 
 // ---- grad_input: dx = gamma*rstd*dy + x_scale*(x - mean) + shift; by columns sum(dy), sum(dy*xhat) ----
 
-template <class T, class Accumulator>
+// The sums of 16 columns: of float32 float64 alone.
+template <class T>
 struct LineColumns {
-  Accumulator first, second;
-  Lanes<double> gamma;
+  LineLanes<T> first, second, gamma;
 
-  // Of the 16 (or n < 16) columns at dy and x; the lanes of missing ones hold zeros.
-  BN_INLINE Lanes<double> operator()(const OfLine& of, NativeDouble x_scale, NativeDouble shift, const Lanes<double>& dy,
-                                     const Lanes<double>& x) {
-    Lanes<double> dx;
-    BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) {
-      dx.v[k] = of_vector(k, of, x_scale, shift, dy.v[k], x.v[k]);
-    }
-    return dx;
+  BN_INLINE void restore(const ColumnSums& sums, std::int64_t n) {
+    first = load_line_lanes<T>(sums.first, n);
+    second = load_line_lanes<T>(sums.second, n);
   }
-  BN_INLINE NativeDouble of_vector(int k, const OfLine& of, NativeDouble x_scale, NativeDouble shift, NativeDouble dy,
-                                   NativeDouble x) {
-    first.add(k, dy);
-    if constexpr (sizeof(T) == sizeof(double)) {
-      const Exact xmu = less(x, of.mean, of.mean_lo), scaled = times({dy, NativeDouble{}}, of.rstd, of.rstd_lo);
-      const NativeDouble term = scaled.hi * xmu.hi;
-      second.add(k, term);
-      second.low.v[k] = second.low.v[k] + finite_or_zero(normal_product_error(scaled.hi, xmu.hi, term) +
-                                                         (scaled.hi * xmu.lo + scaled.lo * xmu.hi));
-      return rounded(plus(plus(times(scaled, gamma.v[k]), times(xmu, x_scale)), shift));
+  BN_INLINE void keep(const ColumnSums& sums, std::int64_t n) const {
+    store_columns(sums.first, n, first);
+    store_columns(sums.second, n, second);
+  }
+  template <class V>
+  BN_INLINE V add(int k, const OfLine<T>& of, V x_scale, V shift, V dy, V x) {
+    const V xmu = x - of.mean, scaled = dy * of.rstd;
+    first.v[k] = first.v[k] + dy;
+    second.v[k] = second.v[k] + scaled * xmu;
+    return scaled * gamma.v[k] + (x_scale * xmu + shift);
+  }
+  BN_INLINE static void store_columns(double* p, std::int64_t n, const LineLanes<T>& a) {
+    if (n >= kLanes) {
+      BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) {
+        __builtin_memcpy(p + k * LineLanes<T>::kWidth, &a.v[k], sizeof a.v[k]);
+      }
     } else {
-      const NativeDouble xmu = x - of.mean, scaled = dy * of.rstd;
-      second.other_add(k, scaled * xmu);
-      return scaled * gamma.v[k] + (x_scale * xmu + shift);
+      double some[kLanes];
+      __builtin_memcpy(some, &a, sizeof some);
+      for (std::int64_t i = 0; i < n; ++i) p[i] = some[i];
     }
+  }
+};
+template <>
+struct LineColumns<double> {
+  Compensated first, second;
+  LineLanes<double> gamma;
+
+  BN_INLINE void restore(const ColumnSums& sums, std::int64_t n) {
+    kernels::restore(first, sums.first, sums.first_lo, n);
+    kernels::restore(second, sums.second, sums.second_lo, n);
+  }
+  BN_INLINE void keep(const ColumnSums& sums, std::int64_t n) const {
+    kernels::keep(first, sums.first, sums.first_lo, n);
+    kernels::keep(second, sums.second, sums.second_lo, n);
+  }
+  BN_INLINE NativeDouble add(int k, const OfLine<double>& of, NativeDouble x_scale, NativeDouble shift, NativeDouble dy,
+                             NativeDouble x) {
+    const Exact xmu = less(x, of.mean, of.mean_lo), scaled = times({dy, NativeDouble{}}, of.rstd, of.rstd_lo);
+    const NativeDouble term = scaled.hi * xmu.hi;
+    first.add(k, dy);
+    second.add(k, term);
+    second.low.v[k] = second.low.v[k] + finite_or_zero(normal_product_error(scaled.hi, xmu.hi, term) +
+                                                       (scaled.hi * xmu.lo + scaled.lo * xmu.hi));
+    return rounded(plus(plus(times(scaled, gamma.v[k]), times(xmu, x_scale)), shift));
   }
 };
 
 // Some rows of the n <= 16 columns from c on: their sums stay in registers.
-template <Stores kStores, class Accumulator, class T>
+template <Stores kStores, class T>
 BN_INLINE void lines_down(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                           const LineTermsOf& terms, const double* gamma, std::int64_t n, const ColumnSums& sums) {
-  LineColumns<T, Accumulator> columns{{}, {}, load_upto<double>(gamma, n, 0.0)};
-  if (lines.continues) {
-    restore(columns.first, sums.first, sums.first_lo, n);
-    restore(columns.second, sums.second, sums.second_lo, n);
-  }
+  using V = typename LineLanes<T>::V;
+  LineColumns<T> columns{{}, {}, load_line_lanes<T>(gamma, kLanes)};
+  if (lines.continues) columns.restore(sums, n);
   for (std::int64_t l = 0; l < lines.count; ++l) {
     const std::int64_t at = l * lines.stride;
-    const Lanes<double> out =
-        columns(OfLine(statistics, l), all_lanes(terms.x_scale[l]), all_lanes(terms.shift[l]),
-                load_upto<double>(dy + at, n, T(0)), load_upto<double>(x + at, n, T(0)));
+    const OfLine<T> of(statistics, l);
+    const V x_scale = all_lanes<V>(terms.x_scale[l]), shift = all_lanes<V>(terms.shift[l]);
+    const auto g = load_line_lanes<T>(dy + at, n), v = load_line_lanes<T>(x + at, n);
+    LineLanes<T> out;
+    BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) {
+      out.v[k] = columns.add(k, of, x_scale, shift, g.v[k], v.v[k]);
+    }
     if (dx == nullptr) continue;
     if (n < kLanes) {
-      store_first(dx + at, n, rounded(out, x));
+      store_first(dx + at, n, rounded(out));
     } else {
-      put<kStores>(dx + at, rounded(out, x), lines.ahead, dy + at, x + at);
+      put<kStores>(dx + at, rounded(out), lines.ahead, dy + at, x + at);
     }
   }
-  keep(columns.first, sums.first, sums.first_lo, n);
-  keep(columns.second, sums.second, sums.second_lo, n);
+  columns.keep(sums, n);
 }
 BN_INLINE ColumnSums from_column(const ColumnSums& sums, std::int64_t c) {
   return {sums.first + c, sums.first_lo + c, sums.second + c, sums.second_lo + c};
 }
-template <Stores kStores, class T, class Accumulator>
+template <Stores kStores, class T>
 BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                                 const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
   const auto down = [&](std::int64_t c, std::int64_t n) {
-    lines_down<kStores, Accumulator>(dy + c, x + c, dx == nullptr ? nullptr : dx + c, lines, statistics, terms,
+    lines_down<kStores>(dy + c, x + c, dx == nullptr ? nullptr : dx + c, lines, statistics, terms,
                                      gamma + c, n, from_column(sums, c));
   };
   std::int64_t c = dx == nullptr ? 0 : values_to_line(dx);
@@ -246,13 +351,13 @@ BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lin
   for (; c + kLanes <= lines.length; c += kLanes) down(c, kLanes);
   if (c < lines.length) down(c, lines.length - c);
 }
-template <class T, class Accumulator>
+template <class T>
 void lines_grad_input(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                       const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
   if (lines.around_cache) {
-    return lines_by_columns<Stores::around_cache, T, Accumulator>(dy, x, dx, lines, statistics, terms, gamma, sums);
+    return lines_by_columns<Stores::around_cache, T>(dy, x, dx, lines, statistics, terms, gamma, sums);
   }
-  lines_by_columns<Stores::ordinary, T, Accumulator>(dy, x, dx, lines, statistics, terms, gamma, sums);
+  lines_by_columns<Stores::ordinary, T>(dy, x, dx, lines, statistics, terms, gamma, sums);
 }
 
 }  // namespace

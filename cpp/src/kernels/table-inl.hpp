@@ -32,7 +32,7 @@ constexpr Kernels<T> make_kernels() {
   } else {
     k.lines_normalize = lines_normalize<T>;
     k.lines_grad_sums = lines_grad_sums<T, Accumulator>;
-    k.lines_grad_input = lines_grad_input<T, Accumulator>;
+    k.lines_grad_input = lines_grad_input<T>;
     k.keep_bits = keep_bits<T>;
     k.put_counted = put_counted<T>;
     k.repeat_weights = repeat_weights<T>;

@@ -221,7 +221,7 @@ struct Kernels {
                      const ColumnSums& total);
 
   // Lines, of float and double alone: in float64 whatever T is, rounded once; of double products and sums keep what
-  // they round off. gamma and beta are `length` values.
+  // they round off. gamma and beta are `length` values, behind which kVectorColumns more may be read.
   //     normalize: y = ((x - mean)*rstd)*gamma + beta; y may be exactly x.
   //     grad_sums: per line sum(gamma*dy) and sum(gamma*dy*(x - mean)), without mean_lo.
   //     grad_input: dx = dy*rstd*gamma + (x_scale*(x - mean) + shift), which may be exactly dy or x; null: not wanted.

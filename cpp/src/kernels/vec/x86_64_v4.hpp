@@ -23,6 +23,18 @@ template <class Numbers>
 BN_INLINE NativeDouble load_by_number(const double* p, Numbers number) {
   return _mm256_permutexvar_pd((__m256i)number, _mm256_loadu_pd(p));
 }
+// Vectors of float64 as wide as those of float32, for what is computed element by element (kernels/lines-inl.hpp).
+#define BN_HAS_WIDE_DOUBLES
+using WideDouble = __m512d;
+BN_INLINE WideDouble wide_load(const float* p) { return _mm512_maskz_cvtps_pd(0xff, _mm256_loadu_ps(p)); }
+BN_INLINE WideDouble wide_load(const double* p) { return _mm512_loadu_pd(p); }
+BN_INLINE WideDouble wide_vector(const NativeDouble* v) {
+  return __builtin_shufflevector(v[0], v[1], 0, 1, 2, 3, 4, 5, 6, 7);
+}
+BN_INLINE NativeFloat narrowed(WideDouble a, WideDouble b) {
+  const __m256 low = _mm512_maskz_cvtpd_ps(0xff, a), high = _mm512_maskz_cvtpd_ps(0xff, b);
+  return __builtin_shufflevector(low, high, 0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15);
+}
 BN_INLINE void narrow_store(float* p, NativeDouble v) { _mm_storeu_ps(p, _mm256_cvtpd_ps(v)); }
 // float16 and bfloat16: by float32, which holds them exactly; to nearest even. Vectors of the compiler and zero masks,
 // since GCC 12 takes what the plain intrinsics leave undefined for a mistake.
