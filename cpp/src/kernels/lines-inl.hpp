@@ -147,37 +147,74 @@ template <class T>
 struct LineMap {
   OfLine<T> of;
 
-  BN_INLINE Lanes<T> operator()(const T* x, const double* gamma, const double* beta, std::int64_t n) const {
-    const auto v = load_line_lanes<T>(x, n);
-    const auto g = load_line_lanes<T>(gamma, kLanes), b = load_line_lanes<T>(beta, kLanes);
+  BN_INLINE Lanes<T> operator()(const LineLanes<T>& x, const LineLanes<T>& gamma, const LineLanes<T>& beta) const {
     LineLanes<T> y;
-    BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) y.v[k] = normalized<T>(of, v.v[k], g.v[k], b.v[k]);
+    BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) {
+      y.v[k] = normalized<T>(of, x.v[k], gamma.v[k], beta.v[k]);
+    }
     return rounded(y);
   }
 };
 
+// From here on vectors begin at lines of memory; where stores are ordinary that is worth a part of a vector at both ends of
+// a line that is long.
+constexpr std::int64_t kLongLine = 512;
 template <Stores kStores, class T>
-BN_INLINE void normalize_line(const LineMap<T>& map, const Lines& lines, const T* x, T* y, const double* gamma,
-                              const double* beta) {
-  std::int64_t at = values_to_line(y);
-  if (at > lines.length) at = lines.length;
-  if (at > 0) store_first(y, at, map(x, gamma, beta, at));
+BN_INLINE std::int64_t first_vector(const T* y, std::int64_t length) {
+  if (kStores == Stores::ordinary && length < kLongLine) return 0;
+  const std::int64_t at = values_to_line(y);
+  return at < length ? at : length;
+}
+
+// kLines lines, of which vectors begin alike where there are several.
+template <Stores kStores, int kLines, class T>
+BN_INLINE void normalize_lines(const LineMap<T>* maps, const Lines& lines, const T* x, T* y, const double* gamma,
+                               const double* beta) {
+  const auto part = [&](std::int64_t at, std::int64_t n) {
+    const auto g = load_line_lanes<T>(gamma + at, kLanes), b = load_line_lanes<T>(beta + at, kLanes);
+    for (int l = 0; l < kLines; ++l) {
+      const std::int64_t p = l * lines.stride + at;
+      store_first(y + p, n, maps[l](load_line_lanes<T>(x + p, n), g, b));
+    }
+  };
+  std::int64_t at = first_vector<kStores>(y, lines.length);
+  if (at > 0) part(0, at);
   for (; at + kLanes <= lines.length; at += kLanes) {
-    put<kStores>(y + at, map(x + at, gamma + at, beta + at, kLanes), lines.ahead, x + at);
+    const auto g = load_line_lanes<T>(gamma + at, kLanes), b = load_line_lanes<T>(beta + at, kLanes);
+    BN_UNROLL for (int l = 0; l < kLines; ++l) {
+      const std::int64_t p = l * lines.stride + at;
+      put<kStores>(y + p, maps[l](load_line_lanes<T>(x + p, kLanes), g, b), lines.ahead, x + p);
+    }
   }
-  if (const std::int64_t n = lines.length - at; n > 0) store_first(y + at, n, map(x + at, gamma + at, beta + at, n));
+  if (at < lines.length) part(at, lines.length - at);
+}
+
+// Lines that are visited together, so that gamma and beta are loaded once for them, where they do not stay in the
+// first-level cache: 16 bytes for each value of a line.
+constexpr int kLinesAVisit = 4;
+constexpr std::int64_t kVisitedTogether = 1024;
+template <Stores kStores, class T>
+BN_INLINE void lines_normalize(const T* x, T* y, const Lines& lines, const LineStatistics& statistics,
+                               const double* gamma, const double* beta) {
+  const auto map = [&](std::int64_t l) { return LineMap<T>{OfLine<T>(statistics, l)}; };
+  std::int64_t l = 0;
+  if (sizeof(T) < sizeof(double) && lines.length >= kVisitedTogether && lines.stride % kLanes == 0) {
+    for (; l + kLinesAVisit <= lines.count; l += kLinesAVisit) {
+      const LineMap<T> maps[kLinesAVisit] = {map(l), map(l + 1), map(l + 2), map(l + 3)};
+      const std::int64_t at = l * lines.stride;
+      normalize_lines<kStores, kLinesAVisit>(maps, lines, x + at, y + at, gamma, beta);
+    }
+  }
+  for (; l < lines.count; ++l) {
+    const LineMap<T> one = map(l);
+    normalize_lines<kStores, 1>(&one, lines, x + l * lines.stride, y + l * lines.stride, gamma, beta);
+  }
 }
 template <class T>
 void lines_normalize(const T* x, T* y, const Lines& lines, const LineStatistics& statistics, const double* gamma,
                      const double* beta) {
-  for (std::int64_t l = 0; l < lines.count; ++l, x += lines.stride, y += lines.stride) {
-    const LineMap<T> map{OfLine<T>(statistics, l)};
-    if (lines.around_cache) {
-      normalize_line<Stores::around_cache>(map, lines, x, y, gamma, beta);
-    } else {
-      normalize_line<Stores::ordinary>(map, lines, x, y, gamma, beta);
-    }
-  }
+  if (lines.around_cache) return lines_normalize<Stores::around_cache>(x, y, lines, statistics, gamma, beta);
+  lines_normalize<Stores::ordinary>(x, y, lines, statistics, gamma, beta);
 }
 
 // ---- grad_sums: sum(gamma*dy), sum(gamma*dy*(x - mean)) ----
@@ -345,8 +382,8 @@ BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lin
     lines_down<kStores>(dy + c, x + c, dx == nullptr ? nullptr : dx + c, lines, statistics, terms,
                                      gamma + c, n, from_column(sums, c));
   };
-  std::int64_t c = dx == nullptr ? 0 : values_to_line(dx);
-  if (c > lines.length) c = lines.length;
+  // A part of a vector at both ends costs as much as a whole one.
+  std::int64_t c = dx == nullptr || kStores == Stores::ordinary ? 0 : first_vector<kStores>(dx, lines.length);
   if (c > 0) down(0, c);
   for (; c + kLanes <= lines.length; c += kLanes) down(c, kLanes);
   if (c < lines.length) down(c, lines.length - c);
