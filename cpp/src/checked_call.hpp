@@ -150,6 +150,7 @@ class CheckedCall {
   // the first begins.
   template <class F>
   void run(const F& f) const {
+    if (!by_segments() && whole_.is_grouped() && !whole_.each_position) return run_in_memory(f);
     if (!by_segments()) return f(whole_, std::int64_t{0}, std::int64_t{0});
     const Problem& p = call_.problem;
     const auto of_segment = [&](std::int64_t s, const Segment& segment, const PassOptions& options) {
@@ -169,6 +170,19 @@ class CheckedCall {
 
  private:
   using W = kernels::WeightOf<T>;
+
+  // Of several passes one after the other: with the memory that any of them needs, asked for before the first writes.
+  template <class F>
+  void run_in_memory(const F& f) const {
+    std::size_t needed = 0;
+    PassCall<T> all = whole_;
+    all.options.needed = &needed;
+    f(all, std::int64_t{0}, std::int64_t{0});
+    const Workspace::Heap memory = Workspace::allocate(needed);
+    all.options = whole_.options;
+    all.options.memory = memory.get();
+    f(all, std::int64_t{0}, std::int64_t{0});
+  }
 
   [[nodiscard]] bool by_segments() const { return !call_.groups.offsets.empty(); }
   template <class Entry>

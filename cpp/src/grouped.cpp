@@ -19,6 +19,7 @@ Grouped<T>::Grouped(const PassCall<T>& call)
       sums_(measures() ? nullptr : workspace_.take<GradSums>(call.problem.channels)) {
   cells_.width = 1;
   cells_.is_shared = true;
+  cells_.about_zero = false;
   if (measures()) cells_.options.needed = &needed_by_cells_;
   if (call.options.memory != nullptr) cells_.options.memory += own_;
 }

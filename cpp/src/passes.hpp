@@ -36,7 +36,7 @@ struct PassOptions {
 template <class T>
 struct PassCall {
   Problem problem;
-  std::int64_t width = 1;  // neighbouring channels that share their statistics (grouped.hpp)
+  std::int64_t width = 1;      // neighbouring channels that share their statistics (grouped.hpp)
   bool each_position = false;  // whether these are of each position by itself (positionwise.hpp)
   bool about_zero = false;     // whether the mean is taken to be 0
   // Channels of such a group, each by itself: the moments are the group's, about which y may hardly be spread, and the

@@ -60,9 +60,9 @@ constexpr std::int64_t kLeastStripe = 256;
 constexpr std::int64_t kGroupsAThread = 4;
 
 // Positions with statistics of their own: those of a block of 64 KB are summed and then applied from the caches. Where
-// sums of columns are taken too, dy and x of a block take a quarter of a core's own cache at most; at least so many positions
-// share a visit to the sums of their columns, and no more than the machine knows pages: backward of 8192 x 1024 values took
-// 17 ms with 64 rows of a page each, 10 with 16 (Sapphire Rapids, one thread).
+// sums of columns are taken too, dy and x of a block take a quarter of a core's own cache at most; at least so many
+// positions share a visit to the sums of their columns, and no more than the machine knows pages: backward of 8192 x
+// 1024 values took 17 ms with 64 rows of a page each, 10 with 16 (Sapphire Rapids, one thread).
 constexpr std::int64_t kLineBlockBytes = 64 * 1024, kLeastSummedLines = 4, kSummedLines = 16, kMostLines = 512;
 // Sums of a chunk are 16 bytes a column, against 12 of each position: a tenth at 16 positions, where all is in cache, a
 // 200th at 256.
@@ -311,14 +311,15 @@ LinePlan make_line_plan(const Problem& p, const Work& work, const Machine& machi
   const std::int64_t least = is_turned ? kernels::kVectorColumns : sums ? kLeastSummedLines : 1;
   plan.positions_a_block = std::clamp(fit, least, kMostLines);
   if (is_turned) plan.positions_a_block -= plan.positions_a_block % kernels::kVectorColumns;
-  plan.positions_a_chunk =
-      std::max(std::clamp(positions / kWantedBlocks, kLeastChunkLines, kMostChunkLines), ceil_divide(positions, kMostChunks));
+  plan.positions_a_chunk = std::max(std::clamp(positions / kWantedBlocks, kLeastChunkLines, kMostChunkLines),
+                                    ceil_divide(positions, kMostChunks));
   plan.chunks = ceil_divide(positions, plan.positions_a_chunk);
   const std::int64_t bytes = p.size() * work.item_size;
   plan.around_cache = work.applies && !is_turned && p.channels >= kShortRow &&
                       bytes > kAroundCacheAboveL2 * machine.l2_bytes && bytes > shared_cache(machine);
   if (threads > 1 && is_serial(p, work)) threads = 1;
-  if (threads > 1) plan.positions_a_block = std::min(plan.positions_a_block, ceil_divide(positions, kGroupsAThread * threads));
+  if (threads > 1)
+    plan.positions_a_block = std::min(plan.positions_a_block, ceil_divide(positions, kGroupsAThread * threads));
   plan.threads = static_cast<int>(std::clamp<std::int64_t>(positions, 1, threads));
   return plan;
 }

@@ -105,8 +105,8 @@ std::int64_t runs_of_tile(const Problem& problem, std::int64_t item_size);
 // Whether one thread does it whatever is allowed: asking how many are allowed costs more than a tiny call.
 bool is_serial(const Problem& problem, const Work& work);
 
-// How positions that have statistics of their own are visited (positionwise.hpp): some at a time, which stay in a core's
-// own cache, and for sums over positions in chunks, which are a function of the Problem alone.
+// How positions that have statistics of their own are visited (positionwise.hpp): some at a time, which stay in a
+// core's own cache, and for sums over positions in chunks, which are a function of the Problem alone.
 struct LinePlan {
   std::int64_t positions_a_block = 1, positions_a_chunk = 1, chunks = 0;
   bool around_cache = false;

@@ -72,7 +72,9 @@ class Visits {
     return position / problem.inner * channels * problem.inner + position % problem.inner;
   }
   [[nodiscard]] bool pads() const { return call.positions && call.padding != Padding::normalize; }
-  [[nodiscard]] bool counts(std::int64_t position) const { return !call.positions || call.positions.values[position] != 0; }
+  [[nodiscard]] bool counts(std::int64_t position) const {
+    return !call.positions || call.positions.values[position] != 0;
+  }
   [[nodiscard]] std::int64_t lines_of(const Block& block) const { return block.count * groups; }
 
   // f(Block) for the positions of a range, some at a time and none across two outer indices that lie apart.
@@ -151,8 +153,8 @@ class Visits {
       __builtin_prefetch(run + at, 0, 2);
     }
   }
-  // n values that lie side by side, `stride` of which (or, turned, one) are a position's. Where one does not count, dy is
-  // wanted as it is: that is its padding.
+  // n values that lie side by side, `stride` of which (or, turned, one) are a position's. Where one does not count, dy
+  // is wanted as it is: that is its padding.
   const A* values(const T* tensor, std::int64_t at, std::int64_t n, A* memory, const std::uint8_t* bits,
                   const Block& block, std::int64_t stride) const {
     const A* v = in_tile(table, tensor + at, n, memory);
@@ -310,19 +312,38 @@ class Task {
   std::byte* rest_;
 };
 
-// f(Task, Block) for all positions, `a_task` of them in a task.
-template <class T, class F>
-void for_tasks(const Visits<T>& v, std::int64_t a_task, bool staged, bool reduces, const F& f) {
-  ThreadMemory memory(Task<T>::bytes(v, staged, reduces), v.plan.threads);
-  const std::int64_t tasks = (v.positions + a_task - 1) / a_task;
-  run_tasks(v.plan.threads, tasks, [&](Range range) {
-    const ThreadMemory::Place place(memory);
-    Task<T> task(v, place.begin(), staged);
-    for (std::int64_t t = range.begin; t < range.end; ++t) {
-      f(task, t, Range{t * a_task, std::min((t + 1) * a_task, v.positions)});
-    }
-  });
-}
+// All positions, in tasks. What can fail is done when there is one of these.
+template <class T>
+class Tasks {
+ public:
+  Tasks(const Visits<T>& v, bool staged, bool reduces)
+      : v_(v), staged_(staged), memory_(Task<T>::bytes(v, staged, reduces), v.plan.threads) {}
+
+  // f(Task, number of the task, Range), `a_task` positions in each.
+  template <class F>
+  void run(std::int64_t a_task, const F& f) {
+    const std::int64_t tasks = (v_.positions + a_task - 1) / a_task;
+    run_tasks(v_.plan.threads, tasks, [&](Range range) {
+      const ThreadMemory::Place place(memory_);
+      Task<T> task(v_, place.begin(), staged_);
+      for (std::int64_t t = range.begin; t < range.end; ++t) {
+        f(task, t, Range{t * a_task, std::min((t + 1) * a_task, v_.positions)});
+      }
+    });
+  }
+  // f(Task, Block) for all blocks.
+  template <class F>
+  void run_blocks(const F& f) {
+    run(v_.plan.positions_a_block, [&](Task<T>& task, std::int64_t, Range range) {
+      v_.for_blocks(range, [&](const Block& block) { f(task, block); });
+    });
+  }
+
+ private:
+  const Visits<T>& v_;
+  bool staged_;
+  ThreadMemory memory_;
+};
 
 // ---- forward ----
 
@@ -343,8 +364,11 @@ void forward(const PassCall<T>& call, const T* x, T* y, const Moments* given, Mo
     const auto map = [&](std::int64_t r, std::int64_t n, A* to, bool around_cache) {
       for (std::int64_t g = 0; g < v.groups; ++g) {
         const std::int64_t at = r * v.channels + g * call.width;
-        const Lines lines{.count = n, .length = call.width, .stride = v.channels,
-                          .ahead = around_cache ? block.count * v.channels : 0, .around_cache = around_cache};
+        const Lines lines{.count = n,
+                          .length = call.width,
+                          .stride = v.channels,
+                          .ahead = around_cache ? block.count * v.channels : 0,
+                          .around_cache = around_cache};
         v.table.template of<A>().lines_normalize(rows + at, to + at, lines, task.statistics(g, block.count, r),
                                                  gamma.get() + g * call.width, beta.get() + g * call.width);
       }
@@ -361,10 +385,9 @@ void forward(const PassCall<T>& call, const T* x, T* y, const Moments* given, Mo
       });
     }
   };
+  Tasks<T> tasks(v, staged, given == nullptr);
   call.write_head(tail.first_bit);
-  for_tasks(v, v.plan.positions_a_block, staged, given == nullptr, [&](Task<T>& task, std::int64_t, Range range) {
-    v.for_blocks(range, [&](const Block& block) { run_block(task, block); });
-  });
+  tasks.run_blocks(run_block);
 }
 
 // ---- backward ----
@@ -417,7 +440,8 @@ class ChunkSums {
   [[nodiscard]] ColumnSums of(std::int64_t k, std::int64_t c = 0) const {
     double* first = array(k * kArrays) + c;
     const std::int64_t n = v_.channels;
-    return kHasLow ? ColumnSums{first, first + n, first + 2 * n, first + 3 * n} : ColumnSums{first, first, first + n, first + n};
+    return kHasLow ? ColumnSums{first, first + n, first + 2 * n, first + 3 * n}
+                   : ColumnSums{first, first, first + n, first + n};
   }
 
   const Visits<T>& v_;
@@ -446,16 +470,20 @@ void backward(const PassCall<T>& call, const T* dy, const T* x, const Moments* m
   using A = Arithmetic<T>;
   const Visits<T> v(call, 3, true);
   const auto gamma = along(call.gamma, v.channels, 1);
-  const bool staged =
-      !v.in_rows() || !std::is_same_v<A, T> || call.tail.bits != nullptr || out.dresidual != nullptr;
+  const bool staged = !v.in_rows() || !std::is_same_v<A, T> || call.tail.bits != nullptr || out.dresidual != nullptr;
   const ChunkSums<T> chunks(v, v.plan.chunks);
   // A line of memory of dx begins where that of the first position does.
-  const bool around_cache = v.plan.around_cache && v.channels % kernels::kVectorColumns == 0 && out.dx != dy && out.dx != x;
+  const bool around_cache =
+      v.plan.around_cache && v.channels % kernels::kVectorColumns == 0 && out.dx != dy && out.dx != x;
   const Padded<A> zeros{v.pads() ? Padding::zero : Padding::normalize};
   const auto run_block = [&](Task<T>& task, const Block& block, const ColumnSums& columns) {
     A* const* tile = task.tile;
     const A* g_rows = v.rows(dy, block, tile[0], tile[3], call.tail.bits);
     const A* x_rows = v.rows(x, block, tile[1], tile[3]);
+    // dx may be written to dy, before dresidual.
+    if (out.dresidual != nullptr && g_rows != tile[0]) {
+      g_rows = std::copy_n(g_rows, block.count * v.channels, tile[0]) - block.count * v.channels;
+    }
     const Moments* of_block = moments + block.first * v.groups;
     task.set_statistics(of_block, block);
     if (given == nullptr) sum_lines(v, task, block, g_rows, x_rows, gamma.get());
@@ -474,9 +502,12 @@ void backward(const PassCall<T>& call, const T* dy, const T* x, const Moments* m
       }
       for (std::int64_t g = 0; g < v.groups; ++g) {
         const std::int64_t c = g * call.width, at = r * v.channels + c;
-        const Lines lines{.count = n, .length = call.width, .stride = v.channels,
+        const Lines lines{.count = n,
+                          .length = call.width,
+                          .stride = v.channels,
                           .ahead = !staged && around_cache ? block.count * v.channels : 0,
-                          .around_cache = !staged && around_cache, .continues = true};
+                          .around_cache = !staged && around_cache,
+                          .continues = true};
         const ColumnSums sums{columns.first + c, columns.first_lo + c, columns.second + c, columns.second_lo + c};
         v.table.template of<A>().lines_grad_input(g_rows + at, x_rows + at, to == nullptr ? nullptr : to + at, lines,
                                                   task.statistics(g, block.count, r), task.terms(g, block.count, r),
@@ -486,7 +517,7 @@ void backward(const PassCall<T>& call, const T* dy, const T* x, const Moments* m
     if (staged && out.dx != nullptr) v.put(to, block, {call.padding, g_rows}, {}, tile[3], out.dx);
     if (out.dresidual != nullptr) v.put(g_rows, block, zeros, {}, tile[3], out.dresidual);
   };
-  for_tasks(v, v.plan.positions_a_chunk, staged, false, [&](Task<T>& task, std::int64_t chunk, Range range) {
+  Tasks<T>(v, staged, false).run(v.plan.positions_a_chunk, [&](Task<T>& task, std::int64_t chunk, Range range) {
     const ColumnSums columns = chunks.begin(chunk);
     v.for_blocks(range, [&](const Block& block) { run_block(task, block, columns); });
   });
@@ -504,11 +535,9 @@ template <class T>
 void Positionwise<T>::moments(const T* x, Moments* out) const {
   const Visits<T> v(call_, 1, false);
   const bool staged = !v.in_rows();
-  for_tasks(v, v.plan.positions_a_block, staged, true, [&](Task<T>& task, std::int64_t, Range range) {
-    v.for_blocks(range, [&](const Block& block) {
-      if (!staged) return task.take_moments(x + block.first * v.channels, block, out + block.first * v.groups);
-      task.take_moments(v.rows(x, block, task.tile[0], task.tile[1]), block, out + block.first * v.groups);
-    });
+  Tasks<T>(v, staged, true).run_blocks([&](Task<T>& task, const Block& block) {
+    if (!staged) return task.take_moments(x + block.first * v.channels, block, out + block.first * v.groups);
+    task.take_moments(v.rows(x, block, task.tile[0], task.tile[1]), block, out + block.first * v.groups);
   });
 }
 template <class T>
@@ -524,19 +553,17 @@ template <class T>
 void Positionwise<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
   const Visits<T> v(call_, 2, false);
   const auto gamma = along(call_.gamma, v.channels, 1);
-  for_tasks(v, v.plan.positions_a_block, true, false, [&](Task<T>& task, std::int64_t, Range range) {
-    v.for_blocks(range, [&](const Block& block) {
-      const auto* g_rows = v.rows(dy, block, task.tile[0], task.tile[3], call_.tail.bits);
-      const auto* x_rows = v.rows(x, block, task.tile[1], task.tile[3]);
-      task.set_statistics(moments + block.first * v.groups, block);
-      sum_lines(v, task, block, g_rows, x_rows, gamma.get());
-      for (std::int64_t r = 0; r < block.count; ++r) {
-        const bool counted = v.counts(block.first + r) || !v.pads();
-        for (std::int64_t g = 0; g < v.groups; ++g) {
-          out[(block.first + r) * v.groups + g] = counted ? grad_sums_of(task.sums[g * block.count + r]) : GradSums{};
-        }
+  Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {
+    const auto* g_rows = v.rows(dy, block, task.tile[0], task.tile[3], call_.tail.bits);
+    const auto* x_rows = v.rows(x, block, task.tile[1], task.tile[3]);
+    task.set_statistics(moments + block.first * v.groups, block);
+    sum_lines(v, task, block, g_rows, x_rows, gamma.get());
+    for (std::int64_t r = 0; r < block.count; ++r) {
+      const bool counted = v.counts(block.first + r) || !v.pads();
+      for (std::int64_t g = 0; g < v.groups; ++g) {
+        out[(block.first + r) * v.groups + g] = counted ? grad_sums_of(task.sums[g * block.count + r]) : GradSums{};
       }
-    });
+    }
   });
 }
 template <class T>
@@ -559,28 +586,26 @@ void Positionwise<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* 
   const Visits<T> v(call_, 3, true);
   const auto gamma = along(call_.gamma, v.channels, 1), ones = along({}, v.channels, 1);
   const auto gamma_dot = along(tangents.gamma, v.channels, 0), beta_dot = along(tangents.beta, v.channels, 0);
-  for_tasks(v, v.plan.positions_a_block, true, false, [&](Task<T>& task, std::int64_t, Range range) {
-    v.for_blocks(range, [&](const Block& block) {
-      A* const* tile = task.tile;
-      const A* dots = v.rows(x_dot, block, tile[0], tile[3]);
-      const A* x_rows = v.rows(x, block, tile[1], tile[3]);
-      const Moments* moments = saved + block.first * v.groups;
-      task.set_statistics(moments, block);
-      sum_lines(v, task, block, dots, x_rows, ones.get());
-      task.set_terms(moments, block, [&](std::int64_t, std::int64_t at) { return grad_sums_of(task.sums[at]); });
-      for (std::int64_t r = 0; r < block.count; ++r) {
-        for (std::int64_t c = 0; c < v.channels; ++c) {
-          const auto s = task.statistics(c / call_.width, block.count, r);
-          const auto terms = task.terms(c / call_.width, block.count, r);
-          const std::int64_t at = r * v.channels + c;
-          const LineElement e{dots[at], x_rows[at], *s.mean, *s.mean_lo, *s.rstd, *s.rstd_lo,
-                              gamma[c], gamma_dot[c], beta_dot[c]};
-          const LineTerms of_x_dot{*terms.x_scale, *terms.shift};
-          tile[2][at] = static_cast<A>(kExact ? exact_line_tangent(e, of_x_dot) : line_tangent(e, of_x_dot));
-        }
+  Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {
+    A* const* tile = task.tile;
+    const A* dots = v.rows(x_dot, block, tile[0], tile[3]);
+    const A* x_rows = v.rows(x, block, tile[1], tile[3]);
+    const Moments* moments = saved + block.first * v.groups;
+    task.set_statistics(moments, block);
+    sum_lines(v, task, block, dots, x_rows, ones.get());
+    task.set_terms(moments, block, [&](std::int64_t, std::int64_t at) { return grad_sums_of(task.sums[at]); });
+    for (std::int64_t r = 0; r < block.count; ++r) {
+      for (std::int64_t c = 0; c < v.channels; ++c) {
+        const auto s = task.statistics(c / call_.width, block.count, r);
+        const auto terms = task.terms(c / call_.width, block.count, r);
+        const std::int64_t at = r * v.channels + c;
+        const LineElement e{dots[at],   x_rows[at], *s.mean,      *s.mean_lo, *s.rstd,
+                            *s.rstd_lo, gamma[c],   gamma_dot[c], beta_dot[c]};
+        const LineTerms of_x_dot{*terms.x_scale, *terms.shift};
+        tile[2][at] = static_cast<A>(kExact ? exact_line_tangent(e, of_x_dot) : line_tangent(e, of_x_dot));
       }
-      v.put_tangent(tile[2], block, {call_.padding, dots}, tile[3], y_dot);
-    });
+    }
+    v.put_tangent(tile[2], block, {call_.padding, dots}, tile[3], y_dot);
   });
 }
 

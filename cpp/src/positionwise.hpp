@@ -4,8 +4,8 @@
 //
 // With n values a line, xmu = x - mean and h = gamma*dy:
 //     dx = rstd*h + p*xmu + shift,  p = -rstd^3*sum(h*xmu)/n,  shift = -rstd*sum(h)/n,
-// and about 0 instead of the mean xmu = x and shift = 0. dgamma and dbeta are sums over positions: chunks of them, which
-// depend on the problem alone, position after position; then the chunks in their order.
+// and about 0 instead of the mean xmu = x and shift = 0. dgamma and dbeta are sums over positions: chunks of them,
+// which depend on the problem alone, position after position; then the chunks in their order.
 #pragma once
 
 #include "passes.hpp"

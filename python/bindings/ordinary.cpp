@@ -155,10 +155,11 @@ std::span<std::uint8_t> bits_of(const py::object& bits) {
 }
 
 // (y, keep(x or None where y overwrites it, moments, gamma, axis from 0, eps)); with options, or what shares statistics
-// (Shares), keep is told more: x, its sizes, weights, offsets and the bits of ReLU or None for each, the options, and what
-// shares. keep is called before what it is given is filled.
+// (Shares), keep is told more: x, its sizes, weights, offsets and the bits of ReLU or None for each, the options, and
+// what shares. keep is called before what it is given is filled.
 PyObject* try_batch_norm(PyObject* const (&arguments)[10]) {
-  const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads, py_options, py_shares] = arguments;
+  const auto& [py_keep, py_x, py_gamma, py_beta, py_axis, py_eps, py_out, py_threads, py_options, py_shares] =
+      arguments;
   Arguments a;
   const Array x = a.tensor(py_x);
   const int axis = a.axis(py_axis, x);
@@ -185,11 +186,11 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[10]) {
   const bool overwritten = out.data == x.data;
   const py::object axis_from_0 = owned(PyLong_FromLong(axis));
   PyObject* const kept = overwritten ? Py_None : x.object;
-  const py::object saved = !options.present() && !shares.present()
-                               ? called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps)
-                               : called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps, x.object,
-                                        sizes_of(problem).ptr(), weights.ptr(), offsets.ptr(), bits.ptr(), py_options,
-                                        py_shares);
+  const py::object saved =
+      !options.present() && !shares.present()
+          ? called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps)
+          : called(py_keep, kept, moments.ptr(), py_gamma, axis_from_0.ptr(), py_eps, x.object, sizes_of(problem).ptr(),
+                   weights.ptr(), offsets.ptr(), bits.ptr(), py_options, py_shares);
   py::object result = owned(PyTuple_Pack(2, y.ptr(), saved.ptr()));
   if (!done(x, [&]<class T>(T) {
         const Call<T> call{.problem = problem,

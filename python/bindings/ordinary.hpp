@@ -229,7 +229,8 @@ class Arguments {
     const int number = integer(o, -2, INT_MAX);
     if (!ordinary_) return given;
     if (number < 0) {
-      given.groups = {.width = problem.channels, .each_position = true, .about = number == -1 ? About::mean : About::zero};
+      given.groups = {
+          .width = problem.channels, .each_position = true, .about = number == -1 ? About::mean : About::zero};
       return given;
     }
     const std::int64_t groups = number == 0 ? problem.channels : number;

@@ -1,7 +1,7 @@
 // The passes, each as one function of a call. As module.cpp: views in, GIL released, core called.
 //
-// A call comes as a tuple (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits, each_position,
-// about_zero); what is absent is None.
+// A call comes as a tuple (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits,
+// each_position, about_zero); what is absent is None.
 #include <pybind11/stl.h>
 
 #include <optional>

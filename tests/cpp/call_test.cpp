@@ -27,7 +27,7 @@ using Real = std::conditional_t<sizeof(T) == sizeof(double), long double, double
 // ---- what a call can say ---------------------------------------------------------------------------------------
 
 enum class Counting { none, mask, weights };
-enum class Statistics { batch, segments, groups, given };
+enum class Statistics { batch, segments, groups, given, lines, lines_about_zero, batch_about_zero };
 struct Combination {
   Counting counting;
   Padding padding;
@@ -42,7 +42,8 @@ std::vector<Combination> combinations() {
       for (const bool residual : {false, true}) {
         for (const bool relu : {false, true}) {
           for (const Statistics statistics :
-               {Statistics::batch, Statistics::segments, Statistics::groups, Statistics::given}) {
+               {Statistics::batch, Statistics::segments, Statistics::groups, Statistics::given, Statistics::lines,
+                Statistics::lines_about_zero, Statistics::batch_about_zero}) {
             const bool is_refused = statistics == Statistics::given && counting != Counting::none;
             if (is_refused && padding == Padding::normalize) continue;
             list.push_back({counting, padding, residual, relu, statistics});
@@ -57,7 +58,9 @@ std::vector<Combination> combinations() {
 std::string text(const Combination& c) {
   constexpr const char* kCounting[] = {"no weights", "a mask", "weights"};
   constexpr const char* kPadding[] = {"zero", "keep", "normalize"};
-  constexpr const char* kStatistics[] = {"one group", "segments", "groups of channels", "given statistics"};
+  constexpr const char* kStatistics[] = {"one group",        "segments",      "groups of channels",
+                                         "given statistics", "each position", "each position about 0",
+                                         "one group about 0"};
   return expect::text(kCounting[static_cast<int>(c.counting)], ", padding ", kPadding[static_cast<int>(c.padding)],
                       c.residual ? ", residual" : "", c.relu ? ", ReLU" : "", ", ",
                       kStatistics[static_cast<int>(c.statistics)]);
@@ -104,8 +107,12 @@ struct Inputs {
   Padding padding;
   bool relu, given;
   std::int64_t width = 1;  // channels that share statistics
+  bool each_position = false, about_zero = false;
 
-  [[nodiscard]] std::size_t groups() const { return offsets.empty() ? 1 : offsets.size() - 1; }
+  [[nodiscard]] std::size_t groups() const {
+    if (each_position) return static_cast<std::size_t>(problem.count());
+    return offsets.empty() ? 1 : offsets.size() - 1;
+  }
   [[nodiscard]] std::size_t channels() const { return static_cast<std::size_t>(problem.channels); }
   // Entries of statistics.
   [[nodiscard]] std::size_t entries() const { return groups() * channels() / static_cast<std::size_t>(width); }
@@ -113,6 +120,7 @@ struct Inputs {
   [[nodiscard]] std::size_t of_gamma(std::size_t group, std::size_t c) const {
     return gamma.size() == channels() ? c : group * channels() + c;
   }
+  [[nodiscard]] std::size_t sums() const { return each_position ? entries() : groups() * channels(); }
   [[nodiscard]] bool counts(std::size_t position) const { return weights.empty() || weights[position] > 0; }
   // The position of an element.
   [[nodiscard]] std::size_t position(std::size_t e) const {
@@ -133,11 +141,15 @@ Inputs<T> inputs_of(const Tensors<T>& t, const Combination& c) {
   if (c.counting != Counting::none) in.weights = c.counting == Counting::mask ? t.mask : t.weights;
   const std::int64_t channels = b.problem.channels;
   if (c.statistics == Statistics::groups) in.width = channels % 2 == 0 ? channels / 2 : channels;
-  if (c.statistics == Statistics::segments || in.width > 1) {
+  if (c.statistics == Statistics::segments || c.statistics == Statistics::groups) {
     in.offsets = t.offsets;
     if (c.residual) in.gamma = t.gamma, in.beta = t.beta;
   }
   in.given = c.statistics == Statistics::given;
+  in.each_position = c.statistics == Statistics::lines || c.statistics == Statistics::lines_about_zero;
+  in.about_zero = c.statistics == Statistics::lines_about_zero || c.statistics == Statistics::batch_about_zero;
+  // All channels of a position, or beside a residual half of them, where that can be.
+  if (in.each_position) in.width = c.residual && channels % 2 == 0 ? channels / 2 : channels;
   return in;
 }
 template <class T>
@@ -208,7 +220,7 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   Tensor<T> y_dot = how.in_place ? dy : nothing;
   std::vector<std::uint8_t> bits(in.relu ? static_cast<std::size_t>(relu_mask_bytes(in.problem)) : 0, 0xa5);
   const Call<T> call{.problem = in.problem,
-                     .groups = {in.offsets, in.width},
+                     .groups = {in.offsets, in.width, in.each_position, in.about_zero ? About::zero : About::mean},
                      .counted = {in.weights, in.padding},
                      .gamma = in.gamma,
                      .beta = in.beta,
@@ -234,7 +246,7 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   if (in.given) {
     normalize_backward<T>(dy_backward, x_backward, call, in.mean, in.var, out, options);
   } else if (how.halves) {
-    std::vector<GradSums> sums(in.groups() * in.channels());
+    std::vector<GradSums> sums(in.sums());
     grad_sums<T>(dy_backward, x_backward, call, f.saved, sums, options);
     grad_input<T>(dy_backward, x_backward, call, f.saved, sums, out.dx, out.dresidual, options);
   } else {
@@ -301,6 +313,34 @@ void expect_segments_alone(const Inputs<T>& in, const Found<T>& whole, const std
     append(all.saved, one.saved);
   }
   expect_same(in, all, whole, kAll, false, "segments alone, " + what);
+}
+
+// Some positions that have statistics of their own, each by itself.
+template <class T>
+void expect_positions_alone(const Inputs<T>& in, const Found<T>& whole, const std::string& what) {
+  const auto inner = static_cast<std::size_t>(in.problem.inner), channels = in.channels();
+  const std::size_t entries = channels / static_cast<std::size_t>(in.width);
+  for (std::size_t at = 0; at < in.groups(); at += 1 + in.groups() / 5) {
+    const auto gather = [&](const auto& of_all) {
+      std::vector<T> row;
+      for (std::size_t c = 0; c < channels && !of_all.empty(); ++c) {
+        row.push_back(of_all[(at / inner * channels + c) * inner + at % inner]);
+      }
+      return row;
+    };
+    const std::vector<T> x = gather(in.x), dy = gather(in.dy), residual = gather(in.residual);
+    Inputs<T> one = in;
+    one.problem = {1, in.problem.channels, 1};
+    one.x = x, one.dy = dy, one.residual = residual;
+    if (!in.weights.empty()) one.weights = in.weights.subspan(at, 1);
+    const Found<T> got = run(one);
+    EXPECT(data::same_bits(got.y, gather(whole.y)) && data::same_bits(got.dx, gather(whole.dx)) &&
+               data::same_bits(got.y_dot, gather(whole.y_dot)),
+           "position ", at, " alone, ", what);
+    const auto first = whole.saved.begin() + static_cast<std::ptrdiff_t>(at * entries);
+    const std::vector<Moments> saved(first, first + static_cast<std::ptrdiff_t>(entries));
+    EXPECT(all_passes::bits_of(got.saved) == all_passes::bits_of(saved), "moments of ", at, " alone, ", what);
+  }
 }
 
 // NaN where nothing counts. With padding that is normalized the sums of backward cannot do without those values, and
@@ -373,8 +413,9 @@ class Line {
         entry_((group * in.channels() + first) / static_cast<std::size_t>(in.width)),
         what_(what) {
     const Problem& p = in.problem;
+    if (in.each_position) add_position(group, first);
     const std::int64_t begin = in.offsets.empty() ? 0 : in.offsets[group];
-    const std::int64_t end = in.offsets.empty() ? p.outer : in.offsets[group + 1];
+    const std::int64_t end = in.each_position ? begin : in.offsets.empty() ? p.outer : in.offsets[group + 1];
     for (std::size_t c = first; c < first + static_cast<std::size_t>(in.width); ++c) {
       for (std::int64_t o = begin; o < end; ++o) {
         for (std::int64_t i = 0; i < p.inner; ++i)
@@ -392,6 +433,12 @@ class Line {
   }
 
  private:
+  void add_position(std::size_t position, std::size_t first) {
+    const auto inner = static_cast<std::size_t>(in_.problem.inner);
+    for (std::size_t c = first; c < first + static_cast<std::size_t>(in_.width); ++c) {
+      add((position / inner * in_.channels() + c) * inner + position % inner, c);
+    }
+  }
   void add(std::size_t e, std::size_t of_gamma) {
     parameter_.push_back(of_gamma);
     gamma_.push_back(in_.gamma[of_gamma]);
@@ -400,7 +447,8 @@ class Line {
     at_.push_back(e);
     x_.push_back(static_cast<R>(in_.x[e]));
     dy_.push_back(lets_through ? static_cast<R>(in_.dy[e]) : R(0));
-    w_.push_back(in_.weights.empty() ? R(1) : static_cast<R>(in_.weights[in_.position(e)]));
+    const R w = in_.weights.empty() ? R(1) : static_cast<R>(in_.weights[in_.position(e)]);
+    w_.push_back(in_.each_position && w > 0 ? R(1) : w);
   }
   void find_statistics(std::vector<std::array<R, 5>>& parameters) {
     R total = 0, sum = 0, squares = 0;
@@ -419,7 +467,8 @@ class Line {
       squares -= rest * rest / total;
       expect_moments(f_.saved[entry_], squares);
     }
-    const R var = in_.given ? R(in_.var[c_]) : total > 0 ? squares / total : R(0);
+    R var = in_.given ? R(in_.var[c_]) : total > 0 ? squares / total : R(0);
+    if (in_.about_zero) var += mean_ * mean_, mean_ = 0;
     const R plus = var + R(1e-5);
     rstd_ = total > 0 || in_.given ? 1 / std::sqrt(plus) : R(0);
     for (std::size_t k = 0; k < at_.size(); ++k) {
@@ -478,7 +527,8 @@ class Line {
       return;
     }
     const R part = in_.given || count_ == 0 ? R(0) : w_[k] / count_, of_k = gamma_[k] * dy_[k];
-    const R wanted = rstd_ * (of_k - part * sums_[1] - part * xhat_[k] * sums_[0]);
+    const R of_mean = in_.about_zero ? R(0) : part * sums_[1];
+    const R wanted = rstd_ * (of_k - of_mean - part * xhat_[k] * sums_[0]);
     // What double rounds dy and x - mean to before they are summed.
     const bool is_double = sizeof(T) == sizeof(double);
     const R of_dy = std::abs(sums_[is_double ? 3 : 1]), of_xhat = std::abs(sums_[is_double ? 2 : 0]);
@@ -495,7 +545,8 @@ class Line {
     R sums[4] = {};
     for (std::size_t k = 0; k < at_.size() && count_ > 0; ++k) {
       const R first = w_[k] / count_ * x_dot(k), second = first * xhat_[k];
-      sums[0] += first, sums[1] += second, sums[2] += std::abs(first), sums[3] += std::abs(second);
+      sums[0] += in_.about_zero ? R(0) : first, sums[1] += second, sums[2] += std::abs(first),
+          sums[3] += std::abs(second);
     }
     if (in_.given) {
       sums[0] = in_.beta[c_], sums[1] = rstd_ * in_.gamma[c_] / 2;
@@ -562,6 +613,7 @@ void expect_combination(const Tensors<T>& tensors, const Combination& c, const s
   expect_same(in, run(in, {.threads = 2, .halves = true, .place = 5}), whole, kAll, in.given, "halves, " + what);
   expect_same(in, run(in, {.threads = 2, .in_place = true, .place = 1}), whole, kAll, true, "in place, " + what);
   if (!in.offsets.empty()) expect_segments_alone(in, whole, what);
+  if (in.each_position) expect_positions_alone(in, whole, what);
   if (!in.weights.empty()) expect_nan_unread(in, whole, what);
   expect_definition(in, whole, what);
   if (c.counting == Counting::none) {

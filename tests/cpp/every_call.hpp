@@ -55,6 +55,8 @@ struct Arguments {
     dbeta.resize(channels);
     moments_out.resize(entries);
     sums_out.resize(entries);
+    moments_of_positions.resize(static_cast<std::size_t>(p.count()));
+    sums_of_positions.resize(moments_of_positions.size());
     bits_out.resize(bits.size());
 
     const Call<T> plain{.problem = p, .gamma = gamma, .beta = beta};
@@ -68,6 +70,10 @@ struct Arguments {
     add(" by segments with weights and a ReLU", with(plain, {offsets}, by_weights, relu));
     add(" by groups of channels", with(plain, {offsets, p.channels}, {}, {}));
     add(" by groups of channels with weights and a ReLU", with(plain, {offsets, p.channels}, by_weights, relu));
+    add(" of each position", with(plain, {{}, p.channels, true}, {}, {}));
+    add(" of each position with a mask and a ReLU", with(plain, {{}, p.channels, true}, by_mask, relu));
+    add(" of each position about 0", with(plain, {{}, p.channels, true, About::zero}, {}, {}));
+    add(" about 0", with(plain, {{}, 1, false, About::zero}, {}, {}));
     add(" with a mask and a residual", with(plain, {}, {mask, Padding::keep}, {.residual = residual}));
   }
   Arguments(const Arguments&) = delete;  // calls refer to what they are made of
@@ -81,8 +87,8 @@ struct Arguments {
   std::vector<std::uint8_t> bits;
   std::vector<T> y, y2;
   std::vector<double> dgamma, dbeta;
-  std::vector<Moments> moments_out;
-  std::vector<GradSums> sums_out;
+  std::vector<Moments> moments_out, moments_of_positions;
+  std::vector<GradSums> sums_out, sums_of_positions;
   std::vector<std::uint8_t> bits_out;
   std::vector<Way<T>> ways;
 
@@ -97,6 +103,10 @@ struct Arguments {
     const std::size_t entries = call.groups.offsets.empty() ? gamma.size() : moments_out.size();
     const auto groups = entries / static_cast<std::size_t>(call.groups.width);
     Way<T> way{name, call, std::vector<Moments>(groups), std::vector<GradSums>(entries)};
+    if (call.groups.each_position) {
+      way.saved.resize(static_cast<std::size_t>(p.count()) * groups);
+      way.sums.resize(way.saved.size());
+    }
     batch_norm<T>(x, call, y, way.saved);
     grad_sums<T>(dy, x, call, way.saved, way.sums);
     ways.push_back(std::move(way));
@@ -110,8 +120,9 @@ void add_way(std::vector<NamedCall>& calls, Arguments<T>& a, const Way<T>& way, 
   const auto bits = bytes(a.bits_out);
   const std::span<const T> x(a.x), dy(a.dy), v(a.v);
   const std::span<const double> mean(a.mean), var(a.var), tangent(a.tangent);
-  const std::span<Moments> table = std::span(a.moments_out).first(way.saved.size());
-  const std::span<GradSums> sums = std::span(a.sums_out).first(way.sums.size());
+  const bool each = way.call.groups.each_position;
+  const std::span<Moments> table = std::span(each ? a.moments_of_positions : a.moments_out).first(way.saved.size());
+  const std::span<GradSums> sums = std::span(each ? a.sums_of_positions : a.sums_out).first(way.sums.size());
   const std::span<const Moments> saved(way.saved);
   const std::span<const GradSums> of_saved(way.sums);
   const Call<T> backward = way.call;
@@ -128,7 +139,8 @@ void add_way(std::vector<NamedCall>& calls, Arguments<T>& a, const Way<T>& way, 
   add("batch_norm_backward", {y, y2, dgamma, dbeta},
       [=, &a] { batch_norm_backward<T>(dy, x, backward, saved, {a.y, a.y2, a.dgamma, a.dbeta}, options); });
   add("batch_norm_jvp", {y}, [=, &a] { batch_norm_jvp<T>(v, x, backward, saved, tangent, tangent, a.y, options); });
-  if (way.call.groups.offsets.empty()) {  // given statistics are of one group
+  // Given statistics are of one group.
+  if (way.call.groups.offsets.empty() && !way.call.groups.each_position && way.call.groups.about == About::mean) {
     Call<T> given = forward, given_backward = backward;
     given.counted.padding = given_backward.counted.padding = Padding::keep;
     add("normalize", {y, bits}, [=, &a] { normalize<T>(x, given, mean, var, a.y, options); });

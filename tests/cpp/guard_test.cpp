@@ -93,8 +93,7 @@ class Calls {
     var = values_at(a.var, each_of(p.channels, 2.0));
     dgamma = values_at(a.dgamma, values<double>(p.channels));
     dbeta = values_at(a.dbeta, values<double>(p.channels));
-    saved = values_at(a.saved, each_of(p.channels, Moments{}));
-    sums = values_at(a.sums, each_of(p.channels, GradSums{}));
+    set_entries(p.channels);
     current.item_size = sizeof(T);
   }
 
@@ -125,6 +124,21 @@ class Calls {
     const auto bytes = static_cast<std::int64_t>(mask.size());
     EXPECT(a.mask.untouched_outside({bytes, 1, bytes}), described());
   }
+  void positions() {
+    set_entries(p.count());
+    const Groups groups{{}, p.channels, true};
+    run("calls of each position", {.problem = p, .groups = groups, .gamma = gamma, .beta = beta});
+    run("calls of each position with a ReLU", {.problem = p,
+                                               .groups = groups,
+                                               .gamma = gamma,
+                                               .beta = beta,
+                                               .tail = {.residual = residual, .relu = true, .bits = mask}});
+    const batchnorm::Call<T> call{.problem = p, .groups = groups, .gamma = gamma};
+    moments<T>(x, call, saved);
+    batch_norm_jvp<T>(residual, x, call, saved, mean, beta, y);
+    expect_inside();
+    set_entries(p.channels);
+  }
   void segments() {
     const std::vector<std::int64_t> ends{0, p.outer};
     const std::span<const std::int64_t> offsets(a.offsets.place(ends, current.place), 2);
@@ -133,6 +147,11 @@ class Calls {
   }
 
  private:
+  // Of moments and sums.
+  void set_entries(std::int64_t count) {
+    saved = std::span(a.saved.place(each_of(count, Moments{}), current.place), static_cast<std::size_t>(count));
+    sums = std::span(a.sums.place(each_of(count, GradSums{}), current.place), static_cast<std::size_t>(count));
+  }
   static CallArrays<T>& arrays() {
     static CallArrays<T> all;
     return all;
@@ -147,7 +166,8 @@ class Calls {
     batch_norm_backward<T>(dy, x, call, saved, out);
     grad_sums<T>(dy, x, call, saved, sums);
     grad_input<T>(dy, x, call, saved, sums, dx, dresidual);
-    if (call.groups.offsets.empty() && (call.counted.weights.empty() || call.counted.padding != Padding::normalize)) {
+    if (call.groups.offsets.empty() && !call.groups.each_position &&
+        (call.counted.weights.empty() || call.counted.padding != Padding::normalize)) {
       normalize<T>(x, call, mean, var, y);
       normalize_backward<T>(dy, x, call, mean, var, out);
     }
@@ -159,7 +179,9 @@ class Calls {
     EXPECT(a.gamma.untouched() && a.beta.untouched() && a.mean.untouched() && a.var.untouched(), described());
     for (auto* written : {&a.y, &a.dx, &a.dresidual}) EXPECT(written->untouched_outside({n, 1, n}), described());
     for (auto* written : {&a.dgamma, &a.dbeta}) EXPECT(written->untouched_outside({c, 1, c}), described());
-    EXPECT(a.saved.untouched_outside({c, 1, c}) && a.sums.untouched_outside({c, 1, c}), described());
+    const auto entries = static_cast<std::int64_t>(saved.size());
+    const guarded::Strided table{entries, 1, entries};
+    EXPECT(a.saved.untouched_outside(table) && a.sums.untouched_outside(table), described());
   }
 
   CallArrays<T>& a = arrays();
@@ -182,6 +204,7 @@ void try_calls(const Problem& p) {
     for (const bool is_mask : {false, true}) calls.weighted(is_mask);
     calls.tails();
     calls.segments();
+    calls.positions();
     calls.derivatives();
   }
 }

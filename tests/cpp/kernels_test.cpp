@@ -344,7 +344,8 @@ TEST(every_table_has_every_kernel) {
       EXPECT(k.runs_moments && k.rows_moments && k.runs_normalize && k.rows_normalize && k.runs_grad_sums &&
                  k.rows_grad_sums && k.runs_grad_input && k.rows_grad_input && k.add_blocks,
              implementation.name, " ", sizeof(T));
-      const bool has_steps = k.keep_bits && k.put_counted && k.repeat_weights && k.count_weights;
+      const bool has_steps = k.lines_normalize && k.lines_grad_sums && k.lines_grad_input && k.keep_bits &&
+                             k.put_counted && k.repeat_weights && k.count_weights;
       EXPECT(kIsNarrow<T> ? k.widen && k.narrow : has_steps, implementation.name, " ", sizeof(T));
       EXPECT(sizeof(T) < sizeof(double) || (k.runs_second_grad && k.rows_second_grad), implementation.name);
     });

@@ -22,10 +22,10 @@ namespace batchnorm {
 // channel, or, where so many are given, of the segment and channel; so are their tangents and gradients. Results of a
 // segment have the bits that a call on the segment alone would give.
 //
-// Or each position by itself (`each_position`): its channels, `width` at a time, share statistics, that is layer norm (Ba,
-// Kiros and Hinton 2016) where the width is all of them. There are no segments then. Moments, and sums of gradients, have
-// one entry per position and `width` channels, position first; the sums are those of gamma*dy. A weight says no more than
-// whether the position counts.
+// Or each position by itself (`each_position`): its channels, `width` at a time, share statistics, that is layer norm
+// (Ba, Kiros and Hinton 2016) where the width is all of them. There are no segments then. Moments, and sums of
+// gradients, have one entry per position and `width` channels, position first; the sums are those of gamma*dy. A weight
+// says no more than whether the position counts.
 //
 // About 0 the mean is taken to be 0, that is RMS norm (Zhang and Sennrich 2019) where it is of each position:
 //     y = x*rstd*gamma + beta,  rstd = 1/sqrt(mean(x^2) + eps).

@@ -156,8 +156,8 @@ struct LineMap {
   }
 };
 
-// From here on vectors begin at lines of memory; where stores are ordinary that is worth a part of a vector at both ends of
-// a line that is long.
+// From here on vectors begin at lines of memory; where stores are ordinary that is worth a part of a vector at both
+// ends of a line that is long.
 constexpr std::int64_t kLongLine = 512;
 template <Stores kStores, class T>
 BN_INLINE std::int64_t first_vector(const T* y, std::int64_t length) {
@@ -379,8 +379,8 @@ template <Stores kStores, class T>
 BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                                 const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
   const auto down = [&](std::int64_t c, std::int64_t n) {
-    lines_down<kStores>(dy + c, x + c, dx == nullptr ? nullptr : dx + c, lines, statistics, terms,
-                                     gamma + c, n, from_column(sums, c));
+    lines_down<kStores>(dy + c, x + c, dx == nullptr ? nullptr : dx + c, lines, statistics, terms, gamma + c, n,
+                        from_column(sums, c));
   };
   // A part of a vector at both ends costs as much as a whole one.
   std::int64_t c = dx == nullptr || kStores == Stores::ordinary ? 0 : first_vector<kStores>(dx, lines.length);
