@@ -1,4 +1,5 @@
-// The passes over parts of a tensor: masks, weights and segments, and the definition of their results.
+// The passes over parts of a tensor: masks, weights, segments, groups and positions, and the definition of their
+// results.
 #include <algorithm>
 #include <cmath>
 
@@ -13,9 +14,13 @@ bool is_masked(Pass pass) {
 }
 bool is_segmented(Pass pass) { return pass == Pass::train_segments || pass == Pass::backward_segments; }
 bool is_grouped(Pass pass) { return pass == Pass::train_groups || pass == Pass::backward_groups; }
+bool is_about_zero(Pass pass) { return pass == Pass::train_rms || pass == Pass::backward_rms; }
+bool is_line(Pass pass) { return pass == Pass::train_lines || pass == Pass::backward_lines || is_about_zero(pass); }
+// Whether all counts, and something else than the batch shares statistics.
+bool is_shared(Pass pass) { return is_segmented(pass) || is_grouped(pass) || is_line(pass); }
 bool is_backward(Pass pass) {
-  return pass == Pass::backward_groups || pass == Pass::backward_masked || pass == Pass::backward_weighted ||
-         pass == Pass::backward_segments;
+  return pass == Pass::backward_lines || pass == Pass::backward_rms || pass == Pass::backward_groups ||
+         pass == Pass::backward_masked || pass == Pass::backward_weighted || pass == Pass::backward_segments;
 }
 
 // Bits in no order that anybody could foresee.
@@ -44,12 +49,18 @@ void Tensors<T>::count_parts() {
   for (std::int64_t n = 1; n <= samples_; ++n) k.samples.push_back(n * rows);
   k.width = problem_.channels % kGroups == 0 ? problem_.channels / kGroups : problem_.channels;
   k.of_groups.resize(static_cast<std::size_t>(samples_ * (problem_.channels / k.width)));
+  k.of_lines.resize(positions);
 }
 
 template <class T>
 batchnorm::Groups Tensors<T>::groups_of(Pass pass) const {
   if (is_segmented(pass)) return {counted_->offsets};
   if (is_grouped(pass)) return {counted_->samples, counted_->width};
+  if (is_line(pass)) {
+    return {.width = problem_.channels,
+            .each_position = true,
+            .about = is_about_zero(pass) ? batchnorm::About::zero : batchnorm::About::mean};
+  }
   return {};
 }
 
@@ -59,7 +70,7 @@ void Tensors<T>::run_counted(Pass pass) {
   Counted& k = *counted_;
   batchnorm::Call<T> call{.problem = problem_, .gamma = gamma_, .beta = beta_, .eps = kEps};
   call.groups = groups_of(pass);
-  if (is_segmented(pass) || is_grouped(pass)) {
+  if (is_shared(pass)) {
     // all of it counts
   } else if (is_masked(pass)) {
     call.counted = {k.mask, batchnorm::Padding::zero};
@@ -68,6 +79,7 @@ void Tensors<T>::run_counted(Pass pass) {
   }
   const std::span<batchnorm::Moments> moments = is_segmented(pass) ? k.of_segments
                                                 : is_grouped(pass) ? k.of_groups
+                                                : is_line(pass)    ? k.of_lines
                                                                    : k.moments;
   if (is_backward(pass)) {
     const batchnorm::Gradients<T> gradients{.dx = new_if_fresh(dx_).values(), .dgamma = dgamma_, .dbeta = dbeta_};
@@ -91,6 +103,7 @@ void Tensors<T>::prepare_counted(Pass pass) {
   const batchnorm::Call<T> of_groups{.problem = problem_, .groups = groups_of(pass)};
   if (is_segmented(pass)) batchnorm::moments<T>(x, of_groups, k.of_segments, options_);
   if (is_grouped(pass)) batchnorm::moments<T>(x, of_groups, k.of_groups, options_);
+  if (is_line(pass)) batchnorm::moments<T>(x, of_groups, k.of_lines, options_);
 }
 
 // A value belongs to the group of its segment and channel, or some channels, and has a weight there.
@@ -98,28 +111,29 @@ template <class T>
 void Tensors<T>::verify_counted(Pass pass, const char* name) const {
   const Counted& k = *counted_;
   const auto channels = static_cast<std::size_t>(problem_.channels), inner = static_cast<std::size_t>(problem_.inner);
+  const auto outer = static_cast<std::size_t>(problem_.outer);
   const T *x = x_.values().data(), *dy = dy_.values().data(), *y = y_.values().data(), *dx = dx_.values().data();
   const batchnorm::Groups how = groups_of(pass);
   const auto width = static_cast<std::size_t>(how.width), groups_a_segment = channels / width;
   const auto each = [&](const auto& f) {  // f(group, channel, weight, place)
     std::size_t segment = 0, at = 0;
-    for (std::size_t o = 0; o < static_cast<std::size_t>(problem_.outer); ++o) {
+    for (std::size_t o = 0; o < outer; ++o) {
       while (!how.offsets.empty() && how.offsets[segment + 1] <= static_cast<std::int64_t>(o)) ++segment;
       for (std::size_t c = 0; c < channels; ++c) {
         for (std::size_t i = 0; i < inner; ++i) {
           const std::size_t position = o * inner + i;
-          const bool all = !how.offsets.empty();
-          const double w = all ? 1 : double{is_masked(pass) ? k.mask[position] : k.weights[position]};
-          f(segment * groups_a_segment + c / width, c, w, at++);
+          const double w = is_shared(pass) ? 1 : double{is_masked(pass) ? k.mask[position] : k.weights[position]};
+          f((how.each_position ? position : segment) * groups_a_segment + c / width, c, w, at++);
         }
       }
     }
   };
-  const std::size_t groups = groups_a_segment * (how.offsets.empty() ? 1 : how.offsets.size() - 1);
+  const std::size_t segments = how.offsets.empty() ? 1 : how.offsets.size() - 1;
+  const std::size_t groups = groups_a_segment * (how.each_position ? outer * inner : segments);
   std::vector<double> total(groups), mean(groups), var(groups), sum(groups), dot(groups);
   const auto used = [&](double w) { return w != 0 || !is_masked(pass); };
   each([&](std::size_t g, std::size_t, double w, std::size_t at) { total[g] += w, mean[g] += w * double{x[at]}; });
-  for (std::size_t g = 0; g < groups; ++g) mean[g] /= total[g];
+  for (std::size_t g = 0; g < groups; ++g) mean[g] = is_about_zero(pass) ? 0 : mean[g] / total[g];
   each([&](std::size_t g, std::size_t c, double w, std::size_t at) {
     const double xmu = double{x[at]} - mean[g], of_dy = double{gamma_[c]} * double{dy[at]};
     var[g] += w * xmu * xmu / total[g];
@@ -133,6 +147,7 @@ void Tensors<T>::verify_counted(Pass pass, const char* name) const {
       const double expected = used(w) ? gain * xhat + double{beta_[c]} : 0, shift = std::abs(double{beta_[c]});
       return require(name, "y", at, double{y[at]}, expected, kRounding<T> * (4 * std::abs(gain) * (1 + rstd) + shift));
     }
+    if (is_about_zero(pass)) sum[g] = 0;
     const double share = w / total[g], along = share * xhat * rstd * dot[g];
     const double expected = used(w) ? rstd * (gain * double{dy[at]} - share * sum[g] - along) : 0;
     const double scale = rstd * (4 * std::abs(gain) + share * std::abs(sum[g]) + std::abs(along));

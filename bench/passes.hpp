@@ -25,6 +25,11 @@ enum class Pass {
   backward_segments,
   train_groups,
   backward_groups,
+  // Of each position by itself: layer and RMS norm over the channels.
+  train_lines,
+  backward_lines,
+  train_rms,
+  backward_rms,
   // With a ReLU behind, or the addition of a residual and a ReLU.
   train_relu,
   infer_relu,
@@ -65,6 +70,10 @@ inline constexpr std::array kPasses = {
     PassFacts{Pass::backward_segments, "backward_segments", 3, Yardstick::stream, 2, true},
     PassFacts{Pass::train_groups, "train_groups", 2, Yardstick::copy, 2, true},
     PassFacts{Pass::backward_groups, "backward_groups", 3, Yardstick::stream, 2, true},
+    PassFacts{Pass::train_lines, "train_lines", 2, Yardstick::copy, 1, true},
+    PassFacts{Pass::backward_lines, "backward_lines", 3, Yardstick::stream, 1, true},
+    PassFacts{Pass::train_rms, "train_rms", 2, Yardstick::copy, 1, true},
+    PassFacts{Pass::backward_rms, "backward_rms", 3, Yardstick::stream, 1, true},
     PassFacts{Pass::train_relu, "train_relu", 2, Yardstick::copy, 2, true},            // x -> y, mask
     PassFacts{Pass::infer_relu, "infer_relu", 2, Yardstick::copy, 1, true},            // x -> y
     PassFacts{Pass::backward_relu, "backward_relu", 3, Yardstick::stream, 2, true},    // dy, x, mask -> dx

@@ -80,7 +80,7 @@ class Tensors {
     std::vector<PerChannel> mask, weights;  // one per position
     std::vector<std::int64_t> offsets = {0}, samples = {0};
     std::int64_t width = 1;  // channels of a group of a sample
-    std::vector<batchnorm::Moments> moments, of_segments, of_groups;
+    std::vector<batchnorm::Moments> moments, of_segments, of_groups, of_lines;
   };
   [[nodiscard]] batchnorm::Groups groups_of(Pass pass) const;
   void count_parts();

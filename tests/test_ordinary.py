@@ -30,7 +30,7 @@ class Arguments:
         self.axis, self.eps, self.num_threads, self.needs = axis, 1e-3, None, NEEDS
         self.moments = bn.moments(self.x, axis=axis)
         self.update_rate, self.ddof, self.options = 0.1, 1, None
-        self.how = None, 2, None, False  # weights, padding, bits, whether there is a residual
+        self.how = None, 2, None, False, None, 1, 0  # weights, padding, bits, has_residual, offsets, width, about
 
     def saved(self):
         return bn.Saved(self.x, self.moments, self.gamma, self.axis % 4, self.eps)
@@ -229,7 +229,7 @@ def test_both_ways_do_the_same_with_options(name, out, dtype, general_calls):
         general_calls.clear()
         if out != "x":
             gradients = bn.backward(np.ones_like(a.x), saved, num_threads=num_threads)
-            assert bool(general_calls) == (num_threads is not None or "ghost_size" in options)
+            assert bool(general_calls) == (num_threads is not None)
             results[-1] += (bits(gradients),)
             general_calls.clear()
     assert results[0] == results[1]
@@ -247,6 +247,34 @@ def test_both_ways_normalize_the_same_with_options(name, out, dtype, general_cal
         assert bool(general_calls) == (num_threads is not None)
         general_calls.clear()
     assert results[0] == results[1]
+
+
+OF_SAMPLES = {
+    "instance_norm": lambda a, axis, **options: bn.instance_norm(a.x, a.gamma, a.beta, axis=axis, **options),
+    "group_norm": lambda a, axis, **options: bn.group_norm(a.x, 1, a.gamma, a.beta, axis=axis, **options),
+    "layer_norm": lambda a, axis, **options: bn.layer_norm(a.x, a.gamma, a.beta, axes=axis, **options),
+    "rms_norm": lambda a, axis, **options: bn.rms_norm(a.x, a.gamma, a.beta, axes=axis, **options),
+}
+
+
+@pytest.mark.parametrize("axis", [1, 2, 3, -1])
+@pytest.mark.parametrize("name", ["nothing", "mask", "padding", "relu", "residual", "all"])
+@pytest.mark.parametrize("function", OF_SAMPLES)
+def test_both_ways_do_the_same_for_norms_of_samples(function, name, axis, dtype, general_calls):
+    results = []
+    for num_threads in (None, np.int64(1)):
+        a = Arguments(dtype, axis=axis)
+        options = dict(options_of(a)[name])
+        if options.get("mask") is not None:
+            options["mask"] = np.random.default_rng(6).random(np.delete(SHAPE, axis)) < 0.7
+        options = {n: v for n, v in options.items() if n not in ("segments", "renorm")}
+        y, saved = OF_SAMPLES[function](a, axis, eps=a.eps, num_threads=num_threads, **options)
+        gradients = bn.backward(a.dy, saved, num_threads=num_threads)
+        # instance_norm looks at x before all else where it is not ordinary.
+        assert bool(general_calls) == (num_threads is not None)
+        results.append((bits(y), bits(saved), bits(gradients), saved.part[3:5], saved.part[6:]))
+        general_calls.clear()
+    assert repr(results[0]) == repr(results[1])
 
 
 # ---- what it leaves to the general way ----------------------------------------------------------------------
@@ -373,15 +401,23 @@ def put_into_out(name):
     return change
 
 
+ALONE = None, 1, 0  # offsets, width, about
 UNUSUAL_HOW = {
-    "weights_dtype": (np.ones(40), 2, None, False),
-    "weights_shape": (np.ones((4, 10), np.float32), 2, None, False),
-    "weights_size": (np.ones(39, np.float32), 2, None, False),
-    "weights_list": ([1.0] * 40, 2, None, False),
-    "padding": (np.ones(40, np.float32), 3, None, False),
-    "bits_dtype": (None, 2, np.zeros(30, np.int8), False),
-    "bits_size": (None, 2, np.zeros(7, np.uint8), False),
-    "bits_gaps": (None, 2, np.zeros(200, np.uint8)[::2], False),
+    "weights_dtype": (np.ones(40), 2, None, False, *ALONE),
+    "weights_shape": (np.ones((4, 10), np.float32), 2, None, False, *ALONE),
+    "weights_size": (np.ones(39, np.float32), 2, None, False, *ALONE),
+    "weights_list": ([1.0] * 40, 2, None, False, *ALONE),
+    "padding": (np.ones(40, np.float32), 3, None, False, *ALONE),
+    "bits_dtype": (None, 2, np.zeros(30, np.int8), False, *ALONE),
+    "bits_size": (None, 2, np.zeros(7, np.uint8), False, *ALONE),
+    "bits_gaps": (None, 2, np.zeros(200, np.uint8)[::2], False, *ALONE),
+    "offsets_dtype": (None, 2, None, False, np.array([0, 4], np.int32), 1, 0),
+    "offsets_end": (None, 2, None, False, np.array([0, 3]), 1, 0),
+    "offsets_gaps": (None, 2, None, False, np.array([0, 1, 4])[::2], 1, 0),
+    "offsets_of_positions": (None, 2, None, False, np.array([0, 4]), 1, 1),
+    "width": (None, 2, None, False, None, 2, 0),
+    "width_0": (None, 2, None, False, None, 0, 0),
+    "about": (None, 2, None, False, None, 1, 3),
 }
 
 

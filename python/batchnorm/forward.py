@@ -324,7 +324,7 @@ class _Forward:
         self.x, self.options, self.out = _validate.array("x", x), options, out
         apart: dict[str, Array | None] = {}
         self.axis: Axis
-        if isinstance(axis, tuple):
+        if "about" in options and isinstance(axis, tuple):  # of layer_norm and its like
             self.axis, shape = axis, tuple(self.x.shape[d] for d in axis)
             self.channels = prod(shape)
             self.gamma = _validate.optional_values_of_axes("gamma", gamma, shape)

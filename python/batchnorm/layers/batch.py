@@ -287,7 +287,7 @@ class BatchNorm(Layer):
             made = partial(self._made, given=given, is_before=True)
             keep, keep_of = made, lambda *kept: made(ordinary_saved(*kept))
         rest = (room[0], state.beta, settings.axis, settings.eps)
-        done = ordinary_batch_norm(keep_of, x, *rest, out, settings.num_threads, told or None)
+        done = ordinary_batch_norm(keep_of, x, *rest, out, settings.num_threads, told or None, None)
         if done is None:
             x = calls.x_channels(x, settings.axis, settings.channels)
             done = normalized_by_batch(keep, x, *rest, told, out, settings.num_threads)
