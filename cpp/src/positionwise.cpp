@@ -8,26 +8,19 @@
 #include "coefficients.hpp"
 #include "gradient_math.hpp"
 #include "parallel.hpp"
+#include "position_rows.hpp"
 #include "short_runs.hpp"
-#include "tiles.hpp"
-#include "turn.hpp"
 #include "workspace.hpp"
 
 namespace batchnorm {
 namespace {
 
 using kernels::ColumnSums;
-using kernels::KernelTable;
 using kernels::Lines;
 using kernels::LineStatistics;
 using kernels::LineTermsOf;
 using kernels::Sums;
 using kernels::Tail;
-
-// Neighbouring positions, in the order of (outer, inner).
-struct Block {
-  std::int64_t first, count;
-};
 
 // Gamma, beta and their like along the channels of a position, in float64, with what kernels may read behind.
 std::unique_ptr<double[]> along(const ChannelValues& values, std::int64_t channels, double absent) {
@@ -36,180 +29,6 @@ std::unique_ptr<double[]> along(const ChannelValues& values, std::int64_t channe
   read_channels(values, {0, channels}, absent, to.get());
   return to;
 }
-
-// What is written where a position does not count: 0, or the rows of the input.
-template <class A>
-struct Padded {
-  Padding padding = Padding::normalize;
-  const A* input = nullptr;
-};
-
-// What the positions of a call are, and how they are visited.
-template <class T>
-class Visits {
- public:
-  using A = Arithmetic<T>;
-
-  // Of a pass that goes through `streams` tensors, `sums` of which have statistics taken in a task.
-  Visits(const PassCall<T>& call, int streams, bool applies)
-      : call(call),
-        problem(call.problem),
-        channels(problem.channels),
-        groups(channels / std::max<std::int64_t>(call.width, 1)),
-        positions(problem.count()),
-        plan(make_line_plan(problem, call.work(true, applies, streams), call.options.threads)) {}
-
-  const PassCall<T>& call;
-  const Problem problem;
-  const std::int64_t channels, groups, positions;
-  const LinePlan plan;
-  const KernelTable& table = *active_implementation().table;
-
-  // Whether the channels of a position lie side by side.
-  [[nodiscard]] bool in_rows() const { return problem.inner == 1; }
-  // Where value c of a position lies, and the next one behind it.
-  [[nodiscard]] std::int64_t place(std::int64_t position) const {
-    return position / problem.inner * channels * problem.inner + position % problem.inner;
-  }
-  [[nodiscard]] bool pads() const { return call.positions && call.padding != Padding::normalize; }
-  [[nodiscard]] bool counts(std::int64_t position) const {
-    return !call.positions || call.positions.values[position] != 0;
-  }
-  [[nodiscard]] std::int64_t lines_of(const Block& block) const { return block.count * groups; }
-
-  // f(Block) for the positions of a range, some at a time and none across two outer indices that lie apart.
-  template <class F>
-  void for_blocks(Range range, const F& f) const {
-    const std::int64_t row = in_rows() ? std::max<std::int64_t>(positions, 1) : problem.inner;
-    for (std::int64_t p = range.begin, n = 0; p < range.end; p += n) {
-      n = std::min({plan.positions_a_block, row - p % row, range.end - p});
-      f(Block{p, n});
-    }
-  }
-  // f(first of the block, how many, whether they count) for positions that are alike.
-  template <class F>
-  void for_alike(const Block& block, const F& f) const {
-    for (std::int64_t r = 0, end = 0; r < block.count; r = end) {
-      const bool counted = counts(block.first + r);
-      while (end < block.count && counts(block.first + end) == counted) ++end;
-      f(r, end - r, counted);
-    }
-  }
-
-  // ---- tiles ----
-
-  [[nodiscard]] std::int64_t tile_values() const { return plan.positions_a_block * channels + kMargin; }
-
-  // The positions of a block as rows: where they lie, or in `tile`. `flat` is a tile to work in. Through bits, if any.
-  const A* rows(const T* tensor, const Block& block, A* tile, A* flat, const std::uint8_t* bits = nullptr) const {
-    const std::int64_t at = place(block.first), n = block.count;
-    if (in_rows()) return values(tensor, at, n * channels, tile, bits, block, channels);
-    const bool reads_in_place = std::is_same_v<A, T> && bits == nullptr;
-    if (!reads_in_place) {
-      for (std::int64_t c = 0; c < channels; ++c) {
-        fetch_ahead_of_run(tensor + at + c * problem.inner, n);
-        const A* run = values(tensor, at + c * problem.inner, n, flat + c * n, bits, block, 1);
-        if (run != flat + c * n) std::copy_n(run, n, flat + c * n);
-      }
-      turn(flat, n, channels, n, tile, channels);
-    } else if constexpr (std::is_same_v<A, T>) {
-      for (std::int64_t c = 0; c < channels; ++c) fetch_ahead_of_run(tensor + at + c * problem.inner, n);
-      turn(tensor + at, problem.inner, channels, n, tile, channels);
-    }
-    return tile;
-  }
-
-  // Rows of a tile to a tensor, and what follows; at positions that do not count 0, or the rows of `input`.
-  void put(const A* tile, const Block& block, const Padded<A>& padded, const Tail<T>& tail, A* flat, T* to) const {
-    put_runs(tile, block, padded, flat, to,
-             [&](const A* run, std::int64_t n, std::int64_t at) { put_run(run, n, at, tail, to); });
-  }
-  // The same of a tangent: that of the residual is added, and the bits stop what comes out.
-  void put_tangent(const A* tile, const Block& block, const Padded<A>& padded, A* flat, T* to) const {
-    const Tail<T>& tail = call.tail;
-    put_runs(tile, block, padded, flat, to, [&](const A* run, std::int64_t n, std::int64_t at) {
-      for_portions(run, n, at, [&](const A* some, std::int64_t m, std::int64_t from) {
-        A memory[kPortion], residual[kPortion];
-        std::copy_n(some, m, memory);
-        if (tail.residual != nullptr) {
-          const A* added = in_tile(table, tail.residual + from, m, residual);
-          for (std::int64_t i = 0; i < m; ++i) memory[i] += added[i];
-        }
-        if (tail.bits != nullptr) table.template of<A>().keep_bits(memory, tail.bits, tail.first_bit + from, m, memory);
-        write(table, memory, m, to + from);
-      });
-    });
-  }
-  void put_padding(std::int64_t at, std::int64_t n, const A* input, Padding padding, T* to) const {
-    if (padding == Padding::zero) std::fill_n(to + at, n, T(0));
-    if (padding == Padding::keep) write(table, input, n, to + at);
-  }
-
- private:
-  static constexpr std::int64_t kPortion = 1024;  // on the stack, up to 16 KB with what is beside it
-
-  static void fetch_ahead_of_run(const T* run, std::int64_t n) {
-    for (std::int64_t at = n; at < 2 * n; at += kernels::kStreamBytes / static_cast<std::int64_t>(sizeof(T))) {
-      __builtin_prefetch(run + at, 0, 2);
-    }
-  }
-  // n values that lie side by side, `stride` of which (or, turned, one) are a position's. Where one does not count, dy
-  // is wanted as it is: that is its padding.
-  const A* values(const T* tensor, std::int64_t at, std::int64_t n, A* memory, const std::uint8_t* bits,
-                  const Block& block, std::int64_t stride) const {
-    const A* v = in_tile(table, tensor + at, n, memory);
-    if (bits == nullptr) return v;
-    table.template of<A>().keep_bits(v, bits, call.tail.first_bit + at, n, memory);
-    for (std::int64_t r = 0; pads() && r < block.count; ++r) {
-      if (!counts(block.first + r)) std::copy_n(tensor + at + r * stride, stride, memory + r * stride);
-    }
-    return memory;
-  }
-  template <class Put>
-  void put_runs(const A* tile, const Block& block, const Padded<A>& padded, A* flat, T* to, const Put& put) const {
-    const std::int64_t at = place(block.first), n = block.count;
-    const bool has_padding = call.positions && padded.padding != Padding::normalize;
-    if (in_rows() && !has_padding) return put(tile, n * channels, at);
-    if (in_rows()) {
-      return for_alike(block, [&](std::int64_t r, std::int64_t some, bool counted) {
-        const std::int64_t from = r * channels, m = some * channels;
-        counted ? put(tile + from, m, at + from) : put_padding(at + from, m, padded.input + from, padded.padding, to);
-      });
-    }
-    turn(tile, channels, n, channels, flat, n);
-    for (std::int64_t c = 0; c < channels; ++c) put(flat + c * n, n, at + c * problem.inner);
-    for (std::int64_t r = 0; has_padding && r < n; ++r) {
-      if (counts(block.first + r)) continue;
-      for (std::int64_t c = 0; c < channels; ++c) {
-        put_padding(at + c * problem.inner + r, 1, padded.input + r * channels + c, padded.padding, to);
-      }
-    }
-  }
-  template <class F>
-  static void for_portions(const A* run, std::int64_t n, std::int64_t at, const F& f) {
-    for (std::int64_t i = 0; i < n; i += kPortion) f(run + i, std::min(kPortion, n - i), at + i);
-  }
-  void put_run(const A* run, std::int64_t n, std::int64_t at, const Tail<T>& tail, T* to) const {
-    if (tail.empty()) return write(table, run, n, to + at);
-    if constexpr (std::is_same_v<A, T>) {
-      Tail<A> here = tail;
-      here.at = at;
-      return follow(table, run, to + at, here, n);
-    } else {
-      for_portions(run, n, at, [&](const A* some, std::int64_t m, std::int64_t from) {
-        alignas(64) A memory[kPortion + kMargin];
-        A residual[kPortion];
-        // The bits of vectors that begin at a line are to be whole bytes.
-        const std::int64_t bit = tail.first_bit + from;
-        A* y = memory + bit % kernels::kVectorColumns;
-        Tail<A> here{.relu = tail.relu, .bits = tail.bits, .first_bit = bit};
-        if (tail.residual != nullptr) here.residual = in_tile(table, tail.residual + from, m, residual);
-        follow(table, some, y, here, m);
-        write(table, y, m, to + from);
-      });
-    }
-  }
-};
 
 // ---- the memory of a task ----
 
@@ -222,14 +41,14 @@ class Task {
   static constexpr int kTiles = 4;
 
   // Tiles are made where `staged`; moments of a block are taken where `reduces`.
-  static std::size_t bytes(const Visits<T>& v, bool staged, bool reduces) {
+  static std::size_t bytes(const PositionRows<T>& v, bool staged, bool reduces) {
     const std::int64_t lines = v.plan.positions_a_block * v.groups;
     std::size_t all = 6 * Workspace::bytes_for<double>(lines) + Workspace::bytes_for<Sums>(lines);
     if (staged) all += kTiles * Workspace::bytes_for<A>(v.tile_values());
     if (reduces) all += bytes_of_moments(v, lines);
     return all;
   }
-  Task(const Visits<T>& v, std::byte* memory, bool staged) : v_(v) {
+  Task(const PositionRows<T>& v, std::byte* memory, bool staged) : v_(v) {
     Workspace workspace(memory);
     const std::int64_t lines = v.plan.positions_a_block * v.groups;
     for (double*& of : columns_) of = workspace.take<double>(lines);
@@ -290,7 +109,7 @@ class Task {
  private:
   // Lines that are turned, whatever their number: the order in which they are summed is that of their length.
   static bool is_short(std::int64_t width) { return has_short_runs({1, 2, width}); }
-  static std::size_t bytes_of_moments(const Visits<T>& v, std::int64_t lines) {
+  static std::size_t bytes_of_moments(const PositionRows<T>& v, std::int64_t lines) {
     std::size_t needed = 0;
     if (is_short(v.call.width) || lines == 0) return 0;
     for (const std::int64_t n : {std::int64_t{1}, lines}) {
@@ -307,7 +126,7 @@ class Task {
     columns_[2][at] = rstd.hi, columns_[3][at] = rstd.lo;
   }
 
-  const Visits<T>& v_;
+  const PositionRows<T>& v_;
   double* columns_[6];  // mean, mean_lo, rstd, rstd_lo, x_scale, shift
   std::byte* rest_;
 };
@@ -316,7 +135,7 @@ class Task {
 template <class T>
 class Tasks {
  public:
-  Tasks(const Visits<T>& v, bool staged, bool reduces)
+  Tasks(const PositionRows<T>& v, bool staged, bool reduces)
       : v_(v), staged_(staged), memory_(Task<T>::bytes(v, staged, reduces), v.plan.threads) {}
 
   // f(Task, number of the task, Range), `a_task` positions in each.
@@ -340,7 +159,7 @@ class Tasks {
   }
 
  private:
-  const Visits<T>& v_;
+  const PositionRows<T>& v_;
   bool staged_;
   ThreadMemory memory_;
 };
@@ -351,7 +170,7 @@ class Tasks {
 template <class T>
 void forward(const PassCall<T>& call, const T* x, T* y, const Moments* given, Moments* saved) {
   using A = Arithmetic<T>;
-  const Visits<T> v(call, call.tail.residual == nullptr ? 2 : 3, true);
+  const PositionRows<T> v(call, call.tail.residual == nullptr ? 2 : 3, true);
   Tail<T> tail = call.tail;
   if (call.bits_head != nullptr) tail.first_bit = values_past_line(y);
   const auto gamma = along(call.gamma, v.channels, 1), beta = along(call.beta, v.channels, 0);
@@ -399,7 +218,7 @@ class ChunkSums {
   static constexpr std::int64_t kArrays = kHasLow ? 4 : 2;
 
  public:
-  ChunkSums(const Visits<T>& v, std::int64_t chunks)
+  ChunkSums(const PositionRows<T>& v, std::int64_t chunks)
       : v_(v), chunks_(chunks), memory_(Workspace::allocate(bytes(v.channels, chunks))) {}
 
   // Of chunk k, zeros at first.
@@ -411,21 +230,27 @@ class ChunkSums {
   void put(const FirstOutputs<T>& out) const {
     constexpr std::int64_t kStripe = 64;
     const std::int64_t channels = v_.channels;
+    if (chunks_ == 1) return put_sums(of(0), {0, channels}, out);
     double* total = array(chunks_ * kArrays);
     run_tasks(v_.plan.threads, (channels + kStripe - 1) / kStripe, [&](Range stripes) {
       for (std::int64_t s = stripes.begin; s < stripes.end; ++s) {
         const std::int64_t c = s * kStripe, n = std::min(kStripe, channels - c);
         const ColumnSums to{total + c, total + channels + c, total + 2 * channels + c, total + 3 * channels + c};
         v_.table.template of<Arithmetic<T>>().add_blocks(of(0, c), chunks_, kArrays * channels, n, to);
-        for (std::int64_t i = 0; i < n; ++i) {
-          out.dbeta.set(c + i, sum_of(to.first[i], to.first_lo[i]));
-          out.dgamma.set(c + i, sum_of(to.second[i], to.second_lo[i]));
-        }
+        put_sums(to, {c, c + n}, out);
       }
     });
   }
 
  private:
+  // Of float32 the low parts of one chunk are no one's.
+  void put_sums(const ColumnSums& sums, Range columns, const FirstOutputs<T>& out) const {
+    const bool has_low = kHasLow || chunks_ != 1;
+    for (std::int64_t i = 0; i < columns.end - columns.begin; ++i) {
+      out.dbeta.set(columns.begin + i, has_low ? sum_of(sums.first[i], sums.first_lo[i]) : sums.first[i]);
+      out.dgamma.set(columns.begin + i, has_low ? sum_of(sums.second[i], sums.second_lo[i]) : sums.second[i]);
+    }
+  }
   static double sum_of(double sum, double low) { return std::isfinite(low) ? sum + low : sum; }
   static std::size_t bytes(std::int64_t channels, std::int64_t chunks) {
     std::int64_t values = 0;
@@ -444,7 +269,7 @@ class ChunkSums {
                    : ColumnSums{first, first, first + n, first + n};
   }
 
-  const Visits<T>& v_;
+  const PositionRows<T>& v_;
   std::int64_t chunks_;
   Workspace::Heap memory_;
 };
@@ -453,8 +278,8 @@ GradSums grad_sums_of(const Sums& s) { return {s.first, s.first_lo, s.second, s.
 
 // The sums of a block's lines, to its memory.
 template <class T>
-void sum_lines(const Visits<T>& v, Task<T>& task, const Block& block, const Arithmetic<T>* dy, const Arithmetic<T>* x,
-               const double* gamma) {
+void sum_lines(const PositionRows<T>& v, Task<T>& task, const Block& block, const Arithmetic<T>* dy,
+               const Arithmetic<T>* x, const double* gamma) {
   for (std::int64_t g = 0; g < v.groups; ++g) {
     const std::int64_t at = g * v.call.width;
     const Lines lines{.count = block.count, .length = v.call.width, .stride = v.channels};
@@ -468,7 +293,7 @@ template <class T>
 void backward(const PassCall<T>& call, const T* dy, const T* x, const Moments* moments, const GradSums* given,
               const FirstOutputs<T>& out) {
   using A = Arithmetic<T>;
-  const Visits<T> v(call, 3, true);
+  const PositionRows<T> v(call, 3, true);
   const auto gamma = along(call.gamma, v.channels, 1);
   const bool staged = !v.in_rows() || !std::is_same_v<A, T> || call.tail.bits != nullptr || out.dresidual != nullptr;
   const ChunkSums<T> chunks(v, v.plan.chunks);
@@ -533,7 +358,7 @@ Positionwise<T>::Positionwise(const PassCall<T>& call) : call_(call) {}
 
 template <class T>
 void Positionwise<T>::moments(const T* x, Moments* out) const {
-  const Visits<T> v(call_, 1, false);
+  const PositionRows<T> v(call_, 1, false);
   const bool staged = !v.in_rows();
   Tasks<T>(v, staged, true).run_blocks([&](Task<T>& task, const Block& block) {
     if (!staged) return task.take_moments(x + block.first * v.channels, block, out + block.first * v.groups);
@@ -551,7 +376,7 @@ void Positionwise<T>::normalize(const T* x, const Moments* moments, T* y) const 
 
 template <class T>
 void Positionwise<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
-  const Visits<T> v(call_, 2, false);
+  const PositionRows<T> v(call_, 2, false);
   const auto gamma = along(call_.gamma, v.channels, 1);
   Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {
     const auto* g_rows = v.rows(dy, block, task.tile[0], task.tile[3], call_.tail.bits);
@@ -583,7 +408,7 @@ void Positionwise<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* 
                                      T* y_dot) const {
   using A = Arithmetic<T>;
   constexpr bool kExact = sizeof(A) == sizeof(double);
-  const Visits<T> v(call_, 3, true);
+  const PositionRows<T> v(call_, 3, true);
   const auto gamma = along(call_.gamma, v.channels, 1), ones = along({}, v.channels, 1);
   const auto gamma_dot = along(tangents.gamma, v.channels, 0), beta_dot = along(tangents.beta, v.channels, 0);
   Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {

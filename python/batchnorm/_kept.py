@@ -183,7 +183,7 @@ class Kept:
         """Write dgamma = turn·dscale + d·dshift and dbeta = dshift, summed over the sets, to gradients that have room."""
         dgamma, dbeta = results.dgamma, getattr(results, "dbeta", None)
         if dgamma is not None and dscale is not None and dgamma is not dscale:
-            _passes.combine(dgamma.reshape(-1), turn, dscale, self.d if dshift is not None else None, dshift)
+            _passes.combine(dgamma, turn, dscale, self.d if dshift is not None else None, dshift)
         if dbeta is not None and dshift is not None and dbeta is not dshift:
             _passes.combine(dbeta, None, dshift, None, None)
 

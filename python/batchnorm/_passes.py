@@ -117,7 +117,7 @@ def combine(to: Array, a: PerChannel | None, x: PerChannel, b: PerChannel | None
     a may be None for 1, b and y for 0. Where there is one set no memory is asked for, so that it may follow a call that
     has written.
     """
-    if len(x) == len(to):
+    if len(x) == to.size:
         _core.combine(to, a, x, b, y if b is not None else None)
         return
     total, rest = np.zeros(len(to)), np.zeros(len(to))
