@@ -16,7 +16,7 @@ from batchnorm.moments import Moments
 
 if TYPE_CHECKING:
     from batchnorm.layers.layer import State
-    from batchnorm.layers.settings import Settings
+    from batchnorm.layers.settings import BatchSettings
     from batchnorm.layers.statistics import Statistics
 
 __all__ = ["Finding", "Report"]
@@ -126,7 +126,7 @@ _Found = tuple[str, str, Flags | None]  # kind, text, and the channels; None whe
 
 
 @np.errstate(all="ignore")  # what leaves float64 is beyond every threshold
-def findings(state: State, settings: Settings, seen: Moments | None, *, evaluates: bool) -> tuple[Finding, ...]:
+def findings(state: State, settings: BatchSettings, seen: Moments | None, *, evaluates: bool) -> tuple[Finding, ...]:
     """Find what is wrong in a layer, of whose last batch `seen` are the moments; `evaluates`: by running statistics."""
     gamma, beta = state.gamma, state.beta
     scale = np.ones(settings.channels) if gamma is None else gamma.astype(np.float64)
@@ -192,7 +192,7 @@ def _of_statistics(s: Statistics, gamma: PerChannel, beta: PerChannel, eps: floa
     yield "float16", "scale is subnormal in float16", low
 
 
-def _of_batch(m: Moments, s: Statistics, settings: Settings) -> Iterator[_Found]:
+def _of_batch(m: Moments, s: Statistics, settings: BatchSettings) -> Iterator[_Found]:
     """Find what the last batch tells beside the running statistics of its domain."""
     mean, var, are = s.mean, s.var, settings.weights_are
     finite = np.isfinite(m.mean) & np.isfinite(m.m2)

@@ -20,7 +20,7 @@ from batchnorm.layers import calls
 from batchnorm.layers.apart import COUNTS, of_one_value
 from batchnorm.layers.calls import CallOptions, Options
 from batchnorm.layers.layer import Call, Default, Layer, State, is_x, snapshot
-from batchnorm.layers.settings import Nonfinite, Setting, Settings, SingleValue, flag
+from batchnorm.layers.settings import Nonfinite, Setting, BatchSettings, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
 from batchnorm.moments import Moments, moments
 from batchnorm.report import Report, findings
@@ -101,7 +101,7 @@ class BatchNorm(Layer):
     >>> z = layer.eval()(x)                       # running statistics; nothing is learned
     """
 
-    settings: Settings
+    settings: BatchSettings
     axis, update_rate, ddof = Setting[int](), Setting[float | None](), Setting[int]()
     debias, domains = Setting[bool](), Setting[int | None]()
     nonfinite, single_value = Setting[Nonfinite](), Setting[SingleValue]()
@@ -137,7 +137,7 @@ class BatchNorm(Layer):
         eps = whose.eps if eps is _BY_CONVENTION else eps
         update_rate = whose.update_rate if update_rate is _BY_CONVENTION else update_rate
         ddof = whose.ddof if ddof is _BY_CONVENTION else ddof
-        settings = Settings(
+        settings = BatchSettings(
             channels, axis, eps, update_rate, ddof, gamma, beta, cast("np.dtype[Any]", dtype), debias, domains,
             ghost_size, renorm, parity, activation, weights_are, nonfinite, single_value, num_threads,
         )  # fmt: skip

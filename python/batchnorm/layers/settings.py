@@ -11,7 +11,7 @@ from functools import cached_property
 from math import inf
 from numbers import Real
 from operator import index
-from typing import Any, Generic, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -33,79 +33,47 @@ _LATER = {"later": True}
 
 @dataclass(frozen=True)
 class Settings:
-    """Those of a `BatchNorm`, which says what they mean; the first is given to it by place. Checked as they are made.
+    """What the settings of all layers have in common. Checked as they are made; the first are given by place.
 
     A field marked as unsaved only says how a call behaves, and changes neither y nor running statistics of an ordinary
     batch: it is not in a state. One marked as later came when there were states: its default is what layers did before,
     and what a state without it means.
     """
 
-    channels: int
-    axis: int
-    eps: float
-    update_rate: float | None
-    ddof: int
-    gamma: bool = True
-    beta: bool = True
-    dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
-    debias: bool = False
-    domains: int | None = None
-    ghost_size: int | None = None
-    renorm: RenormSchedule | None = None
-    parity: Parity = "paper"
-    activation: Activation | None = None
-    weights_are: WeightsAre | None = field(default=None, metadata=_LATER)
-    nonfinite: Nonfinite = field(default="warn", metadata=_UNSAVED)
-    single_value: SingleValue = field(default="raise", metadata=_UNSAVED)
-    num_threads: int | None = field(default=None, metadata=_UNSAVED)
+    by_place: ClassVar[int] = 1  # fields that a call gives by place
+    if TYPE_CHECKING:
+        eps: float
+        gamma: bool
+        beta: bool
+        dtype: np.dtype[Any]
+        activation: Activation | None
+        num_threads: int | None
 
-    def __post_init__(self) -> None:
-        are = self.weights_are
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of gamma and beta."""
+        raise NotImplementedError
+
+    def _check_common(self) -> None:
         vars(self).update(
-            channels=int_within("channels", self.channels, ">= 0", 0),
-            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),  # whether x has it is only known when x comes
             eps=_validate.eps(self.eps),
-            update_rate=_update_rate(self.update_rate),
-            ddof=int_within("ddof", self.ddof, "0 (biased) or 1 (unbiased)", 0, 1),
             gamma=flag("gamma", self.gamma),
             beta=flag("beta", self.beta),
             dtype=parameter_dtype(self.dtype),
-            debias=flag("debias", self.debias),
-            nonfinite=_validate.choice("nonfinite", self.nonfinite, get_args(Nonfinite)),
-            single_value=_validate.choice("single_value", self.single_value, get_args(SingleValue)),
-            parity=_validate.choice("parity", self.parity, _validate.PARITIES),
             activation=_activation(self.activation),
-            domains=None if self.domains is None else int_within("domains", self.domains, ">= 1 or None", 1),
-            ghost_size=None if self.ghost_size is None else _validate.int_at_least("ghost_size", self.ghost_size, 1),
-            weights_are=None if are is None else _validate.choice("weights_are", are, _validate.WEIGHTS_ARE),
             num_threads=_validate.num_threads(self.num_threads) or None,
         )
-        if self.renorm is not None and not isinstance(self.renorm, RenormSchedule):
-            raise TypeError(f"renorm must be a RenormSchedule or None, got {kind(self.renorm)}")
-        if self.update_rate is None and self.debias:
-            raise ValueError("debias must be False where update_rate is None, whose statistics have no bias")
-        if self.update_rate is None and self.renorm is not None:
-            raise ValueError(
-                "renorm must be None where update_rate is None: it corrects towards an exponential average"
-            )
-
-    @cached_property
-    def follows_plainly(self) -> bool:
-        """Whether running statistics follow each batch at `update_rate`, and in no other way."""
-        return self.update_rate is not None and not self.debias and self.renorm is None
 
     def saved(self) -> dict[str, Any]:
-        """Give what the numbers of a state depend on, in types that JSON has; no parity without a schedule."""
+        """Give what the numbers of a state depend on, in types that JSON has."""
         values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
-        schedule = None if self.renorm is None else {n: getattr(self.renorm, n) for n in ("r_max", "d_max", "weight")}
-        parity = None if schedule is None else self.parity
-        return values | {"dtype": self.dtype.name, "renorm": schedule, "parity": parity}
+        return values | {"dtype": self.dtype.name}
 
     def shown(self) -> Iterator[str]:
         """Give what a call that makes such a layer has to say."""
-        first, *others = fields(self)
-        yield f"{getattr(self, first.name)}"
-        for f in others:
+        for f in fields(self)[: self.by_place]:
+            yield f"{getattr(self, f.name)}"
+        for f in fields(self)[self.by_place :]:
             value = getattr(self, f.name)
             if f.default is MISSING or value != f.default:
                 yield f"{f.name}={(value.name if isinstance(value, np.dtype) else value)!r}"
@@ -150,6 +118,71 @@ class Settings:
                 f"state must have the settings of this layer, {_listed(here, names)}, got {_listed(there, names)}: make "
                 "the layer with those, or pass strict=False to take the arrays as those of this layer"
             )
+
+
+@dataclass(frozen=True)
+class BatchSettings(Settings):
+    """Those of a `BatchNorm`, which says what they mean."""
+
+    channels: int
+    axis: int
+    eps: float
+    update_rate: float | None
+    ddof: int
+    gamma: bool = True
+    beta: bool = True
+    dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
+    debias: bool = False
+    domains: int | None = None
+    ghost_size: int | None = None
+    renorm: RenormSchedule | None = None
+    parity: Parity = "paper"
+    activation: Activation | None = None
+    weights_are: WeightsAre | None = field(default=None, metadata=_LATER)
+    nonfinite: Nonfinite = field(default="warn", metadata=_UNSAVED)
+    single_value: SingleValue = field(default="raise", metadata=_UNSAVED)
+    num_threads: int | None = field(default=None, metadata=_UNSAVED)
+
+    def __post_init__(self) -> None:
+        are = self.weights_are
+        vars(self).update(
+            channels=int_within("channels", self.channels, ">= 0", 0),
+            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),  # whether x has it is only known when x comes
+            update_rate=_update_rate(self.update_rate),
+            ddof=int_within("ddof", self.ddof, "0 (biased) or 1 (unbiased)", 0, 1),
+            debias=flag("debias", self.debias),
+            nonfinite=_validate.choice("nonfinite", self.nonfinite, get_args(Nonfinite)),
+            single_value=_validate.choice("single_value", self.single_value, get_args(SingleValue)),
+            parity=_validate.choice("parity", self.parity, _validate.PARITIES),
+            domains=None if self.domains is None else int_within("domains", self.domains, ">= 1 or None", 1),
+            ghost_size=None if self.ghost_size is None else _validate.int_at_least("ghost_size", self.ghost_size, 1),
+            weights_are=None if are is None else _validate.choice("weights_are", are, _validate.WEIGHTS_ARE),
+        )
+        self._check_common()
+        if self.renorm is not None and not isinstance(self.renorm, RenormSchedule):
+            raise TypeError(f"renorm must be a RenormSchedule or None, got {kind(self.renorm)}")
+        if self.update_rate is None and self.debias:
+            raise ValueError("debias must be False where update_rate is None, whose statistics have no bias")
+        if self.update_rate is None and self.renorm is not None:
+            raise ValueError(
+                "renorm must be None where update_rate is None: it corrects towards an exponential average"
+            )
+
+    @cached_property
+    def follows_plainly(self) -> bool:
+        """Whether running statistics follow each batch at `update_rate`, and in no other way."""
+        return self.update_rate is not None and not self.debias and self.renorm is None
+
+    @property
+    def parameter_shape(self) -> tuple[int, ...]:
+        """The shape of gamma and beta."""
+        return (self.channels,)
+
+    def saved(self) -> dict[str, Any]:
+        """Give what the numbers of a state depend on, in types that JSON has; no parity without a schedule."""
+        schedule = None if self.renorm is None else {n: getattr(self.renorm, n) for n in ("r_max", "d_max", "weight")}
+        parity = None if schedule is None else self.parity
+        return super().saved() | {"renorm": schedule, "parity": parity}
 
 
 class Setting(Generic[T_co]):

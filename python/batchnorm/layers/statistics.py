@@ -14,7 +14,7 @@ from batchnorm._arrays import Array, PerChannel
 from batchnorm._parts import Part
 from batchnorm._validate import WeightsAre
 from batchnorm.layers import entries
-from batchnorm.layers.settings import Settings
+from batchnorm.layers.settings import BatchSettings
 from batchnorm.moments import Moments, merge
 from batchnorm.running import pool_into, update_into, update_running
 from batchnorm.saved import Saved
@@ -38,14 +38,14 @@ class Statistics:
     set_count: int = 0  # batches, ghosts and segments that updated: the t of debiasing
 
     @classmethod
-    def initial(cls, settings: Settings) -> Self:
+    def initial(cls, settings: BatchSettings) -> Self:
         """Give those of no batch."""
         zeros, ones = np.zeros(settings.channels), np.ones(settings.channels)
         return cls(zeros, ones, 0, Moments.empty(settings.channels) if settings.update_rate is None else None)
 
     # ---- as a state ----
 
-    def arrays(self, settings: Settings) -> dict[str, Array]:
+    def arrays(self, settings: BatchSettings) -> dict[str, Array]:
         """Give what a layer of these settings needs to go on, in fresh arrays."""
         state: dict[str, Array] = {
             "running_mean": self.mean.copy(),
@@ -61,7 +61,7 @@ class Statistics:
         return state
 
     @classmethod
-    def of_arrays(cls, state: Mapping[str, Array], settings: Settings, strict: bool) -> Self:
+    def of_arrays(cls, state: Mapping[str, Array], settings: BatchSettings, strict: bool) -> Self:
         """Give the statistics of such arrays, after refusing values that no training can have left."""
         for name, values in state.items():
             if values.dtype != entries.COUNT:
@@ -114,7 +114,7 @@ def _check_derived(name: str, given: PerChannel, expected: PerChannel) -> None:
 Following = tuple[Statistics, Sequence[tuple[PerChannel, float | None]], Any]
 
 
-def following(now: Statistics, seen: Moments, settings: Settings, room: Any) -> Following | None:
+def following(now: Statistics, seen: Moments, settings: BatchSettings, room: Any) -> Following | None:
     """Give those after `now` and moments that are still to be known; None where more is to be done than the core does.
 
     `room` is anything, and arrays for mean and var.
@@ -141,7 +141,7 @@ def following(now: Statistics, seen: Moments, settings: Settings, room: Any) -> 
     return new, list(zip(tables, rates, strict=True)), room
 
 
-def fill(now: Statistics, after: Following, settings: Settings) -> bool:
+def fill(now: Statistics, after: Following, settings: BatchSettings) -> bool:
     """Fill the statistics after `now`; false where there is nothing to learn, or nothing that may be."""
     new, sets, into = after
     finite, ddof, t = settings.nonfinite != "propagate", settings.ddof, 0
@@ -168,7 +168,7 @@ def merged(seen: Moments, channels: int) -> Moments:
     return seen if seen.channels == channels else merge(Moments.empty(channels), *seen.split(channels))
 
 
-def first_nonfinite(now: Statistics, batch: Saved | Moments, settings: Settings) -> int:
+def first_nonfinite(now: Statistics, batch: Saved | Moments, settings: BatchSettings) -> int:
     """Give the first channel that keeps statistics from learning of a batch; -1 where none does.
 
     Each set that an average takes in must be finite; where all are pooled, the union with all that has been seen,
@@ -181,7 +181,7 @@ def first_nonfinite(now: Statistics, batch: Saved | Moments, settings: Settings)
     return at % settings.channels if at >= 0 else at
 
 
-def updated(now: Statistics, batch: Saved | Moments, settings: Settings) -> Statistics:
+def updated(now: Statistics, batch: Saved | Moments, settings: BatchSettings) -> Statistics:
     """Return the statistics after one more batch. Changes none of its arguments."""
     count, are, seen = min(now.update_count + 1, MOST_UPDATES), settings.weights_are, _moments_of(batch)
     if now.pooled is not None:
@@ -213,7 +213,7 @@ def _moments_of(batch: Saved | Moments) -> Moments:
     return seen
 
 
-def _sets(batch: Saved | Moments, settings: Settings) -> Iterator[Saved | Moments]:
+def _sets(batch: Saved | Moments, settings: BatchSettings) -> Iterator[Saved | Moments]:
     """Give each set of a batch that is an update of its own: those of one value only where that is an error."""
     seen, channels = _moments_of(batch), settings.channels
     for at, one in enumerate(seen.split(channels) if seen.channels != channels else [seen]):
