@@ -71,7 +71,22 @@ def ordinary_calls(a):
         ),
         "normalize": lambda out: _core.try_normalize(a.x, *given, a.beta, *tail, out, None, a.options),
         "batch_norm_backward": lambda out: _core.try_batch_norm_backward(
-            tuple, a.dy, saved.x, table, a.gamma, *tail, needs, out, None, a.counts, 0, saved.relu.data, True, None, 1, 0
+            tuple,
+            a.dy,
+            saved.x,
+            table,
+            a.gamma,
+            *tail,
+            needs,
+            out,
+            None,
+            a.counts,
+            0,
+            saved.relu.data,
+            True,
+            None,
+            1,
+            0,
         ),
         "normalize_backward": lambda out: _core.try_normalize_backward(
             tuple, a.dy, a.x, *given, *tail, needs, out, None

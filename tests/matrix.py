@@ -77,8 +77,7 @@ REFUSED = (
     ),
     (
         lambda c: c.statistics == "renorm" and c.shares in OF_SAMPLES,
-        "`instance_norm`, `group_norm`, `layer_norm` and `rms_norm` with renorm: they have no running statistics to be "
-        "corrected towards",
+        "`renorm=` of `instance_norm`, `group_norm`, `layer_norm` and `rms_norm`, which have no running statistics",
     ),
     (
         lambda c: c.kept != "x" and c.follows != "nothing",
@@ -86,8 +85,7 @@ REFUSED = (
     ),
     (
         lambda c: c.kept != "x" and c.shares in TOGETHER,
-        '`group_norm`, `layer_norm` and `rms_norm` with `keep="y"`: y of a channel does not tell the statistics that it '
-        "shares",
+        '`keep="y"` of `group_norm`, `layer_norm` and `rms_norm`: y does not tell statistics that channels share',
     ),
 )
 REFUSED_VERBS = (

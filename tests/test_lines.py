@@ -225,7 +225,9 @@ def test_results_are_those_of_torch_on_its_own_samples_of_layer_norm():
         given = [sample.input, *sample.args[1:3], *(sample.kwargs.get(n) for n in ("weight", "bias"))][:3]
         axes = tuple(range(-len(shape), 0))
         check_against_torch(
-            lambda x, w=None, b=None, shape=shape, options=options: torch.nn.functional.layer_norm(x, shape, w, b, **options),
+            lambda x, w=None, b=None, shape=shape, options=options: torch.nn.functional.layer_norm(
+                x, shape, w, b, **options
+            ),
             lambda x, w=None, b=None, axes=axes, options=options: bn.layer_norm(x, w, b, axes=axes, **options),
             given,
         )
@@ -299,14 +301,18 @@ X = np.ones((2, 6, 3))
         (
             lambda: bn.layer_norm(X, mask=np.ones((2, 6, 3), bool)),
             ValueError,
-            "mask must have the shape of x without the axes that are normalized, (2, 6), or with 1 there (and 1 wherever it "
-            "is the same along an axis), got (2, 6, 3)",
+            (
+                "mask must have the shape of x without the axes that are normalized, (2, 6), or with 1 there (and 1 "
+                "wherever it is the same along an axis), got (2, 6, 3)"
+            ),
         ),
         (
             lambda: bn.layer_norm(X, axes=(1, 2), lengths=[1, 2]),
             ValueError,
-            "lengths must come with an x of samples (axis 0) and steps, on axes that are not normalized, got shape (2, 6, 3) "
-            "with axes (1, 2)",
+            (
+                "lengths must come with an x of samples (axis 0) and steps, on axes that are not normalized, got shape "
+                "(2, 6, 3) with axes (1, 2)"
+            ),
         ),
         (
             lambda: bn.rms_norm(X, weights=np.full((2, 6), -1.0)),
@@ -344,7 +350,9 @@ def test_an_empty_array_gives_an_empty_one_and_gradients_of_0(shape, axes, norm)
 @pytest.mark.parametrize("order", ["C", "F", "last first"])
 def test_y_lies_as_x_does(order):
     x = np.random.default_rng(7).normal(size=(4, 5, 6))
-    laid = {"C": x, "F": x.copy("F"), "last first": np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)}[order]
+    laid = {"C": x, "F": x.copy("F"), "last first": np.moveaxis(np.ascontiguousarray(np.moveaxis(x, 1, -1)), -1, 1)}[
+        order
+    ]
     for axes in (1, 2, (1, 2)):
         y, saved = bn.layer_norm(laid, axes=axes)
         wanted, _ = bn.layer_norm(x, axes=axes)

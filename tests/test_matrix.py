@@ -212,7 +212,7 @@ def test_halves_have_the_bits_of_the_whole(case):
     whole = bn.backward(DY, saved)
     assert bn.grad_input(DY, saved, sums).tobytes() == whole.dx.tobytes()
     if case.shares in matrix.LINES:  # of gamma·dy, as ReLU lets it through, where a position counts
-        of, residual = composed(case)
+        of, _ = composed(case)
         passes = of.counted & (of.passes if of.relu else True)
         assert_close(sums.sum_dy, np.where(passes, DY * GAMMA[:, None], 0).sum(1).ravel())
     else:

@@ -16,8 +16,10 @@ _Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, ...])
 
 __version__: str
 
-# (sizes, offsets, weights, padding, gamma, beta, eps, residual, relu, bits)
-_Call: TypeAlias = tuple[_Sizes, _Maybe, int, _Maybe, int, _Maybe, _Maybe, float, _Maybe, bool, _Maybe]
+# (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits, each_position, about_zero)
+_Call: TypeAlias = tuple[
+    _Sizes, _Maybe, int, _Maybe, int, _Maybe, _Maybe, float, _Maybe, bool, _Maybe, bool, bool
+]  # fmt: skip
 
 def relu_mask_bytes(sizes: _Sizes) -> int: ...
 def moments(x: _Array, call: _Call, out: _Table, threads: int) -> None: ...

@@ -216,7 +216,12 @@ def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]
     each = isinstance(axis, tuple)
     if each:
         width = max(layout.sizes[1], 1)
-    shared: dict[str, Any] = {"offsets": offsets, "width": width, "each_position": each, "about": given.get("about", "mean")}
+    shared: dict[str, Any] = {
+        "offsets": offsets,
+        "width": width,
+        "each_position": each,
+        "about": given.get("about", "mean"),
+    }
     if not told:
         return layout, ALL if offsets is None and not each else Part(**shared)
     source = told[0]

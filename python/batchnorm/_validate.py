@@ -132,7 +132,9 @@ def axes(value: object, ndim: int) -> tuple[int, ...]:
         given = [operator.index(value)]  # type: ignore[arg-type]
     except TypeError:
         if not isinstance(value, tuple | list) or not value:
-            raise TypeError(f"axes must be an int or a tuple of some, got {kind(value) if value != () else '()'}") from None
+            raise TypeError(
+                f"axes must be an int or a tuple of some, got {kind(value) if value != () else '()'}"
+            ) from None
         given = [axis(one, ndim) for one in value]
     else:
         given = [axis(given[0], ndim)]

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
-import numpy as np
 from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate

@@ -15,6 +15,8 @@ from typing import Literal
 
 from batchnorm import _validate
 
+Library = Literal["torch", "keras", "flax", "onnx"]
+
 
 @dataclass(frozen=True)
 class Convention:
@@ -26,13 +28,32 @@ class Convention:
     axis: int
 
 
-CONVENTIONS = {
+CONVENTIONS: dict[Library, Convention] = {
     "torch": Convention(1e-5, 0.1, 1, 1),
     "keras": Convention(1e-3, 0.01, 0, -1),
     "flax": Convention(1e-5, 0.01, 0, -1),
     "onnx": Convention(1e-5, 0.1, 0, 1),
 }
-Library = Literal["torch", "keras", "flax", "onnx"]
+
+
+# eps and the channel axis of the norms of samples. PyTorch's RMS norm has that of float32 where its eps is None; Keras'
+# instance norm is GroupNormalization(groups=-1).
+SampleNorm = Literal["layer", "rms", "group", "instance"]
+_EPS: dict[Library, dict[SampleNorm, float]] = {
+    "torch": {"layer": 1e-5, "rms": 2.0**-23, "group": 1e-5, "instance": 1e-5},
+    "keras": {"layer": 1e-3, "rms": 1e-6, "group": 1e-3, "instance": 1e-3},
+    "flax": {"layer": 1e-6, "rms": 1e-6, "group": 1e-6, "instance": 1e-6},
+    "onnx": {"layer": 1e-5, "rms": 1e-5, "group": 1e-5, "instance": 1e-5},
+}
+_DEFAULT_EPS: dict[SampleNorm, float] = {"layer": 1e-5, "rms": 1e-6, "group": 1e-5, "instance": 1e-5}
+
+
+def of_samples(name: object, norm: SampleNorm) -> tuple[float, int]:
+    """Give eps and the channel axis of a norm of samples by the convention of that name; the function's for None."""
+    if name is None:
+        return _DEFAULT_EPS[norm], 1
+    library: Library = _validate.choice("convention", name, tuple(CONVENTIONS))
+    return _EPS[library][norm], CONVENTIONS[library].axis
 
 
 def convention(name: object) -> Convention:

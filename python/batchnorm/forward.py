@@ -238,7 +238,10 @@ def ordinary_saved(x: Array | None, table: PerChannel, gamma: Array | None, axis
     given, sizes, weights, offsets, bits, options, shares = rest
     shape, options = given.shape, options or {}
     layout = Layout(shape, ORDERS[len(shape)], sizes)
-    part, saved_axis = ALL if shares is None else shared_by(shares, sizes[1]), axis if shares is None or shares >= 0 else (axis,)
+    part, saved_axis = (
+        ALL if shares is None else shared_by(shares, sizes[1]),
+        axis if shares is None or shares >= 0 else (axis,),
+    )
     if weights is not None:
         has_mask = options.get("mask") is not None
         otherwise: Padding = "zero" if has_mask else "normalize"
@@ -276,6 +279,7 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
         _validate.channel_values("renorm.mean", renorm.mean, of.channels)
     require_values(x, of.axis, of.layout, part, of.options)
     if renorm is not None:
+        assert isinstance(of.axis, int)
         _validate.renorm_samples(renorm.parity, renorm.samples, x, of.axis, part.offsets)
     call, block, y = of.call(True), of.layout.block(x), Target(of.layout, x, of.out)
     table = np.zeros((part.entries(of.layout), 5))

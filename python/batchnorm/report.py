@@ -10,7 +10,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm import _validate
-from batchnorm._arrays import PerChannel
+from batchnorm._arrays import Array, PerChannel
 from batchnorm._validate import WeightsAre
 from batchnorm.moments import Moments
 
@@ -71,7 +71,9 @@ class Finding:
 
 @dataclass(frozen=True)
 class Report:
-    """What `BatchNorm.report` found; empty, and false, for a healthy layer.
+    """What ``layer.report()`` found; empty, and false, for a healthy layer.
+
+    Of layers without running statistics: nonfinite, dead and dead_relu.
 
     ======================  ========================================================================================
     kind                    found where
@@ -120,6 +122,15 @@ class Report:
 
     def __str__(self) -> str:
         return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
+
+
+def parameter_findings(gamma: Array | None, beta: Array | None) -> tuple[Finding, ...]:
+    """Find what is wrong in a layer that learns of no batches."""
+    shape = next((a.shape for a in (gamma, beta) if a is not None), (0,))
+    scale = np.ones(shape) if gamma is None else gamma.astype(np.float64)
+    shift = np.zeros(shape) if beta is None else beta.astype(np.float64)
+    found = [_finding(None, *one) for one in _of_parameters(scale.ravel(), shift.ravel())]
+    return tuple(f for f in found if f is not None)
 
 
 _Found = tuple[str, str, Flags | None]  # kind, text, and the channels; None where it concerns them all

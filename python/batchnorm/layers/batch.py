@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import Any, Self, Unpack, cast
@@ -20,7 +20,7 @@ from batchnorm.layers import calls
 from batchnorm.layers.apart import COUNTS, of_one_value
 from batchnorm.layers.calls import CallOptions, Options
 from batchnorm.layers.layer import Call, Default, Layer, State, is_x, snapshot
-from batchnorm.layers.settings import Nonfinite, Setting, BatchSettings, SingleValue, flag
+from batchnorm.layers.settings import BatchSettings, Nonfinite, Setting, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
 from batchnorm.moments import Moments, moments
 from batchnorm.report import Report, findings
@@ -102,6 +102,7 @@ class BatchNorm(Layer):
     """
 
     settings: BatchSettings
+    channels = Setting[int]()
     axis, update_rate, ddof = Setting[int](), Setting[float | None](), Setting[int]()
     debias, domains = Setting[bool](), Setting[int | None]()
     nonfinite, single_value = Setting[Nonfinite](), Setting[SingleValue]()
@@ -185,11 +186,8 @@ class BatchNorm(Layer):
         """Undo `freeze` for what is True; return the layer. TypeError if not bools."""
         return self._set_frozen(False, statistics, affine)
 
-    def _set_frozen(self, frozen: bool, statistics: bool, affine: bool) -> Self:
-        which = flag("statistics", statistics), flag("affine", affine)
-        before = self._frozen
-        self._frozen = frozen if which[0] else before[0], frozen if which[1] else before[1]
-        return self
+    def _shown_frozen(self) -> str:
+        return {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}[self._frozen]
 
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""
@@ -407,6 +405,21 @@ class BatchNorm(Layer):
         return {"statistics": statistics, "batch": (k, seen, size), "largest_size": max(state.largest_size, size)}
 
     # ---- learning ----
+
+    def _initial_statistics(self) -> tuple[Statistics, ...]:
+        return tuple(Statistics.initial(self.settings) for _ in range(self.settings.domains or 1))
+
+    def _statistics_arrays(self) -> dict[str, Array]:
+        parts = [s.arrays(self.settings) for s in self._state.statistics]
+        if self.settings.domains is None:
+            return parts[0]
+        return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+
+    def _statistics_of(self, arrays: Mapping[str, Array], strict: bool) -> tuple[Statistics, ...]:
+        parts, count = [arrays], self.settings.domains
+        if count is not None:
+            parts = [{name: a[k] for name, a in arrays.items()} for k in range(count)]
+        return tuple(Statistics.of_arrays(part, self.settings, strict) for part in parts)
 
     def _moments(self, x: Array, told: Options) -> Moments:
         counted = {name: told[name] for name in (*COUNTS, *_SHARES) if name in told}

@@ -80,19 +80,21 @@ class _Parameter:
 
 
 class Layer:
-    """What `BatchNorm` has beside its forward pass."""
+    """What a layer has beside its forward pass, and what is learned of batches."""
 
     settings: Settings
-    channels, num_threads = Setting[int](), Setting[int | None]()
+    num_threads = Setting[int | None]()
     eps, dtype = Setting[float](), Setting[np.dtype[Any]]()
     activation = Setting[_validate.Activation | None]()
-    gamma = _Parameter("Scale of each channel, (C,) of `dtype`, or None. ``gamma -= g`` works in place.")
-    beta = _Parameter("Shift of each channel, as `gamma`.")
+    gamma = _Parameter(
+        "Scale, of `dtype`, or None: (C,), or of the shape that is normalized. ``gamma -= g`` works in place."
+    )
+    beta = _Parameter("Shift, as `gamma`.")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
-        gamma = np.ones(settings.channels, settings.dtype) if settings.gamma else None
-        beta = np.zeros(settings.channels, settings.dtype) if settings.beta else None
+        gamma = np.ones(settings.parameter_shape, settings.dtype) if settings.gamma else None
+        beta = np.zeros(settings.parameter_shape, settings.dtype) if settings.beta else None
         # Each of these is replaced by one assignment. Evaluation calls write _evaluation alone, so that those of other
         # threads never take back what a training call has learned meanwhile.
         self._state = State(gamma, beta, self._initial_statistics(), [], None, 0)
@@ -106,7 +108,7 @@ class Layer:
 
     @property
     def dgamma(self) -> Array | MaybeNone:
-        """Gradient of gamma from the last backward, (C,) of `dtype`; None before it or if not asked for."""
+        """Gradient of gamma from the last backward, like it; None before it or if not asked for."""
         return self._results[0]
 
     @property
@@ -121,7 +123,7 @@ class Layer:
 
     @property
     def training(self) -> bool:
-        """True: batch statistics, and updates. False: running statistics."""
+        """True: batch statistics, and updates. False: running statistics. Without these it changes nothing."""
         return self._training
 
     def train(self, mode: bool = True) -> Self:
@@ -137,6 +139,12 @@ class Layer:
     def frozen_affine(self) -> bool:
         """Whether backward leaves out the gradients of gamma and beta."""
         return self._frozen[1]
+
+    def _set_frozen(self, frozen: bool, statistics: bool, affine: bool) -> Self:
+        which = flag("statistics", statistics), flag("affine", affine)
+        before = self._frozen
+        self._frozen = frozen if which[0] else before[0], frozen if which[1] else before[1]
+        return self
 
     # ---- backward ----
 
@@ -215,25 +223,24 @@ class Layer:
     # ---- saved state ----
 
     def _initial_statistics(self) -> tuple[Statistics, ...]:
-        return tuple(Statistics.initial(self.settings) for _ in range(self.settings.domains or 1))
+        return ()
+
+    def _statistics_arrays(self) -> dict[str, Array]:
+        return {}
+
+    def _statistics_of(self, arrays: Mapping[str, Array], strict: bool) -> tuple[Statistics, ...]:
+        return ()
 
     def _arrays(self) -> dict[str, Array]:
         """Give the state without its settings, in fresh arrays."""
         given = {"gamma": self._state.gamma, "beta": self._state.beta}
-        parameters = {name: value.copy() for name, value in given.items() if value is not None}
-        parts = [s.arrays(self.settings) for s in self._state.statistics]
-        if self.settings.domains is None:
-            return parameters | parts[0]
-        return parameters | {name: np.stack([part[name] for part in parts]) for name in parts[0]}
+        return {name: value.copy() for name, value in given.items() if value is not None} | self._statistics_arrays()
 
     def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
         """Give the state of such arrays, which fit, after refusing values that cannot be."""
         own = dict(arrays)
         gamma, beta = own.pop("gamma", None), own.pop("beta", None)
-        parts, count = [own], self.settings.domains
-        if count is not None:
-            parts = [{name: a[k] for name, a in own.items()} for k in range(count)]
-        statistics = tuple(Statistics.of_arrays(part, self.settings, strict) for part in parts)
+        statistics = self._statistics_of(own, strict)
         for name, a in (("gamma", gamma), ("beta", beta)):
             if a is not None:
                 _validate.each_channel(name, a, np.isfinite(a), "be finite")
@@ -242,13 +249,14 @@ class Layer:
     def state_dict(self) -> dict[str, Array]:
         """Return what a layer of the same settings needs to go on bit for bit, in fresh arrays.
 
-        gamma, beta : (C,) of `dtype`, where the layer has them.
+        gamma, beta : of `dtype`, where the layer has them.
+        settings : str, JSON: those that y and the statistics depend on, all but nonfinite, single_value, num_threads.
+        Mode and gradients are not state. Of `BatchNorm` also what it has learned:
         running_mean, running_var : float64 (C,); update_count : int64.
         running_moments : float64 (C, 5), only with ``update_rate=None``: count, mean and m2 = Σ(x - mean)² of all that has
             been seen, the latter in two parts each; with weights_are="importance" also running_importance_dof, (C,).
         set_count : int64, only with `debias`: the batches, ghosts and segments that updated.
-        settings : str, JSON: those that y and the statistics depend on, all but nonfinite, single_value, num_threads.
-        With K domains all that is learned has a first axis of K. Mode and gradients are not state.
+        With K domains all that is learned has a first axis of K.
 
         >>> from batchnorm import BatchNorm
         >>> sorted(BatchNorm(2, beta=False).state_dict())
@@ -314,10 +322,12 @@ class Layer:
     # ---- as a Python object ----
 
     def __repr__(self) -> str:
-        others = {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}
-        frozen = f".freeze({others[self._frozen]})" if any(self._frozen) else ""
+        frozen = f".freeze({self._shown_frozen()})" if any(self._frozen) else ""
         mode = "" if self._training else ".eval()"
         return f"{type(self).__name__}({', '.join(self.settings.shown())}){frozen}{mode}"
+
+    def _shown_frozen(self) -> str:
+        return ""
 
     def __copy__(self) -> Self:
         return copy.deepcopy(self)  # layers that share gamma but not running statistics would help nobody

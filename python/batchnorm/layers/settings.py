@@ -6,7 +6,7 @@ In a state they are one text, a JSON object of name and value, under the name ``
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from dataclasses import MISSING, Field, dataclass, field, fields
 from functools import cached_property
 from math import inf
 from numbers import Real
@@ -31,9 +31,8 @@ _UNSAVED = {"saved": False}
 _LATER = {"later": True}
 
 
-@dataclass(frozen=True)
 class Settings:
-    """What the settings of all layers have in common. Checked as they are made; the first are given by place.
+    """What the settings of all layers, frozen dataclasses, have in common. Checked as they are made; the first are given by place.
 
     A field marked as unsaved only says how a call behaves, and changes neither y nor running statistics of an ordinary
     batch: it is not in a state. One marked as later came when there were states: its default is what layers did before,
@@ -66,17 +65,20 @@ class Settings:
 
     def saved(self) -> dict[str, Any]:
         """Give what the numbers of a state depend on, in types that JSON has."""
-        values = {f.name: getattr(self, f.name) for f in fields(self) if f.metadata.get("saved", True)}
+        values = {f.name: getattr(self, f.name) for f in self._fields() if f.metadata.get("saved", True)}
         return values | {"dtype": self.dtype.name}
 
     def shown(self) -> Iterator[str]:
         """Give what a call that makes such a layer has to say."""
-        for f in fields(self)[: self.by_place]:
+        for f in self._fields()[: self.by_place]:
             yield f"{getattr(self, f.name)}"
-        for f in fields(self)[self.by_place :]:
+        for f in self._fields()[self.by_place :]:
             value = getattr(self, f.name)
             if f.default is MISSING or value != f.default:
                 yield f"{f.name}={(value.name if isinstance(value, np.dtype) else value)!r}"
+
+    def _fields(self) -> tuple[Field[Any], ...]:
+        return fields(self)  # type: ignore[arg-type]  # which every settings that there are is
 
     def text(self) -> str:
         """Give them as they are saved. Equal settings give equal text."""
@@ -107,7 +109,7 @@ class Settings:
             there, here = (
                 {repr(name)[1:-1]: repr(value) for name, value in json.loads(t).items()} for t in (text, self.text())
             )
-            there = {f.name: repr(f.default) for f in fields(self) if "later" in f.metadata} | there
+            there = {f.name: repr(f.default) for f in self._fields() if "later" in f.metadata} | there
         except (ValueError, AttributeError, RecursionError):
             raise ValueError(
                 f"settings must be a JSON object of them, as state_dict gives it, got {_cut(repr(text))}"
