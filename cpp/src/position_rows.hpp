@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <memory>
 #include <type_traits>
 
 #include "arithmetic.hpp"
@@ -11,6 +12,9 @@
 #include "turn.hpp"
 
 namespace batchnorm {
+
+// Gamma, beta and their like along the channels of a position, in float64, with what kernels may read behind.
+std::unique_ptr<double[]> along(const ChannelValues& values, std::int64_t channels, double absent);
 
 // Neighbouring positions, in the order of (outer, inner).
 struct Block {

@@ -22,14 +22,6 @@ using kernels::LineTermsOf;
 using kernels::Sums;
 using kernels::Tail;
 
-// Gamma, beta and their like along the channels of a position, in float64, with what kernels may read behind.
-std::unique_ptr<double[]> along(const ChannelValues& values, std::int64_t channels, double absent) {
-  std::unique_ptr<double[]> to(new double[static_cast<std::size_t>(channels + kernels::kVectorColumns)]);
-  std::fill_n(to.get() + channels, kernels::kVectorColumns, 0.0);
-  read_channels(values, {0, channels}, absent, to.get());
-  return to;
-}
-
 // ---- the memory of a task ----
 
 // What the lines of a block have: those of a group one behind the other.

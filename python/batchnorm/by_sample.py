@@ -50,6 +50,7 @@ def instance_norm(
 
     Examples
     --------
+    >>> import numpy as np
     >>> y, _ = instance_norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]]), eps=0.0)
     >>> y.ravel()
     array([-1.,  1., -1.,  1.])
@@ -101,6 +102,7 @@ def group_norm(
 
     Examples
     --------
+    >>> import numpy as np
     >>> x = np.array([[[1.0, 3.0], [5.0, 7.0]], [[10.0, 30.0], [50.0, 70.0]]])
     >>> y, saved = group_norm(x, 1, eps=0.0)
     >>> saved.moments.mean, saved.moments.var()
@@ -177,6 +179,7 @@ def layer_norm(
 
     Examples
     --------
+    >>> import numpy as np
     >>> x = np.array([[1.0, 3.0, 5.0], [10.0, 10.0, 10.0]])
     >>> y, saved = layer_norm(x, np.array([1.0, 1.0, 2.0]), eps=0.0)
     >>> y.round(4)
@@ -225,6 +228,7 @@ def rms_norm(
 
     Examples
     --------
+    >>> import numpy as np
     >>> y, saved = rms_norm(np.array([[3.0, 4.0]]), eps=0.0)
     >>> y.round(4), saved.rstd.round(4)
     (array([[0.8485, 1.1314]]), array([0.2828]))

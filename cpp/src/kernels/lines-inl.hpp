@@ -133,14 +133,13 @@ struct OfLine {
 
 // ---- normalize: y = ((x - mean)*rstd)*gamma + beta ----
 
-template <class T, class V>
-BN_INLINE V normalized(const OfLine<T>& of, V x, V gamma, V beta) {
-  if constexpr (sizeof(T) == sizeof(double)) {
-    const Exact xhat = times(less(x, of.mean, of.mean_lo), of.rstd, of.rstd_lo);
-    return rounded(plus(times(xhat, gamma), beta));
-  } else {
-    return ((x - of.mean) * of.rstd) * gamma + beta;
-  }
+template <class V>
+BN_INLINE V normalized(const OfLine<float>& of, V x, V gamma, V beta) {
+  return ((x - of.mean) * of.rstd) * gamma + beta;
+}
+BN_RARE NativeDouble normalized(const OfLine<double>& of, NativeDouble x, NativeDouble gamma, NativeDouble beta) {
+  const Exact xhat = times(less(x, of.mean, of.mean_lo), of.rstd, of.rstd_lo);
+  return rounded(plus(times(xhat, gamma), beta));
 }
 // gamma and beta may be read up to 16 values from the last one on.
 template <class T>
@@ -150,7 +149,7 @@ struct LineMap {
   BN_INLINE Lanes<T> operator()(const LineLanes<T>& x, const LineLanes<T>& gamma, const LineLanes<T>& beta) const {
     LineLanes<T> y;
     BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) {
-      y.v[k] = normalized<T>(of, x.v[k], gamma.v[k], beta.v[k]);
+      y.v[k] = normalized(of, x.v[k], gamma.v[k], beta.v[k]);
     }
     return rounded(y);
   }
@@ -335,8 +334,8 @@ struct LineColumns<double> {
     kernels::keep(first, sums.first, sums.first_lo, n);
     kernels::keep(second, sums.second, sums.second_lo, n);
   }
-  BN_INLINE NativeDouble add(int k, const OfLine<double>& of, NativeDouble x_scale, NativeDouble shift, NativeDouble dy,
-                             NativeDouble x) {
+  BN_RARE NativeDouble add(int k, const OfLine<double>& of, NativeDouble x_scale, NativeDouble shift, NativeDouble dy,
+                           NativeDouble x) {
     const Exact xmu = less(x, of.mean, of.mean_lo), scaled = times({dy, NativeDouble{}}, of.rstd, of.rstd_lo);
     const NativeDouble term = scaled.hi * xmu.hi;
     first.add(k, dy);
