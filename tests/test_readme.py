@@ -50,7 +50,7 @@ def test_the_cpp_block_of_the_readme_is_part_of_the_example_that_is_compiled():
 
 FIGURE = re.compile(r"\d[\d.]* ?(?:[KMG]B|[mnuµ]?s)\b|\w+ (?:seconds|minutes?|hours?)\b|\b(?:milli|micro)seconds?")
 # What is promised, rather than measured on a day that stands beside it, and held by tests of this file.
-HELD = ["1.5 MB", "5 MB"]
+HELD = ["1.7 MB", "5 MB"]
 
 
 def test_every_size_and_time_is_held_by_a_test_or_dated():
