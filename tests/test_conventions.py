@@ -809,7 +809,7 @@ OF_LIBRARIES = (
     "batchrenorm (PyTorch package)",
     "torchrl BatchRenorm1d",
 )
-ABILITIES = 22
+ABILITIES = 23
 COLUMNS = ("kind", "row", "shown by")
 
 

@@ -46,7 +46,7 @@ NAMES: dict[Library, Names] = {
 
 
 class AnySettings(TypedDict, total=False):
-    """The settings of a `BatchNorm` that no source of another library decides."""
+    """The settings of a layer that no source of another library decides, or that bare arrays do not tell."""
 
     ddof: int
     nonfinite: Nonfinite
@@ -57,6 +57,11 @@ class AnySettings(TypedDict, total=False):
     activation: Activation | None
     weights_are: WeightsAre | None
     num_threads: int | None
+    # Of the other kinds of layers.
+    shape: int | tuple[int, ...]
+    axes: int | tuple[int, ...]
+    channels: int
+    num_groups: int
 
 
 class MoreSettings(AnySettings, total=False):

@@ -3,39 +3,66 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 from numpy.typing import DTypeLike
 
 from batchnorm import _keywords, _validate
 from batchnorm._arrays import Array
 from batchnorm.convert.carried import AS_EVER, NAMES, Carried, MoreSettings, exported, layer_of, only, read, settings_of
+from batchnorm.convert.of_samples import L, of_kind, refuse
+from batchnorm.convert.of_samples import exported as exported_of_samples
 from batchnorm.layers import BatchNorm
+from batchnorm.layers.by_sample import SampleLayer
 
 
-@_keywords.options(MoreSettings, AS_EVER)
+@overload
 def from_flax(
     variables: Any,
     *,
+    kind: type[L],
+    epsilon: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MoreSettings],
+) -> L: ...
+@overload
+def from_flax(
+    variables: Any,
+    *,
+    kind: type[BatchNorm] = BatchNorm,
     epsilon: float | None = None,
     momentum: float | None = None,
     axis: int | None = None,
     dtype: DTypeLike | None = None,
     **settings: Unpack[MoreSettings],
-) -> BatchNorm:
-    """Make a layer that goes on where a BatchNorm of Flax (nnx or linen) is.
+) -> BatchNorm: ...
+@_keywords.options(MoreSettings, AS_EVER)
+def from_flax(
+    variables: Any,
+    *,
+    kind: Any = BatchNorm,
+    epsilon: float | None = None,
+    momentum: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MoreSettings],
+) -> Any:
+    """Make a layer that goes on where a BatchNorm of Flax (nnx or linen) is, or another norm.
 
     Parameters
     ----------
     variables : an nnx.BatchNorm; its state, a mapping of mean, var, scale and bias; or the variables of one of
         linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
         used.
+    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, which are made of a
+        module, or of a mapping of its scale and bias (of linen its "params") and of the settings that these do not tell (num_groups, axes, epsilon).
     epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
     dtype, **settings : as in `from_torch`, and so are the errors.
 
     Returns
     -------
-    BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In evaluation for an
+    A layer of that kind. BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In evaluation for an
     nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its use_fast_variance
     is a way of rounding, which nothing here needs.
 
@@ -45,12 +72,18 @@ def from_flax(
     >>> from_flax({"batch_stats": stats}, epsilon=0.0).eval()(np.array([[5.0]]))
     array([[1.]])
     """
+    if kind is not BatchNorm:
+        refuse(kind, momentum=momentum)
+        given = {"eps": epsilon, "axis": axis, **settings}
+        return of_kind("flax", kind, _params(variables), dtype, given)
     source = _read(variables, {"epsilon": epsilon, "momentum": momentum, "axis": axis})
     return layer_of(source, dtype, settings)
 
 
-def to_flax(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, dict[str, Array]]:
-    """Give the variables of a BatchNorm of Flax that goes on where the layer is.
+def to_flax(
+    layer: BatchNorm | SampleLayer, *, dtype: DTypeLike | None = None, any_ddof: bool = False
+) -> dict[str, dict[str, Array]]:
+    """Give the variables of a BatchNorm of Flax, or another norm, that goes on where the layer is.
 
     Its epsilon is `eps`, its momentum ``1 - update_rate``, its axis `axis`; its use_running_average is
     ``not layer.training``. They are those of linen; for nnx, with ``v = to_flax(layer)``,
@@ -62,14 +95,22 @@ def to_flax(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool 
 
     Returns
     -------
-    {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}; scale and bias only where the layer has them.
+    {"params": {"scale", "bias"}, "batch_stats": {"mean", "var"}}; scale and bias only where the layer has them; of
+    other kinds "params" alone.
 
     >>> to_flax(BatchNorm(1, convention="flax"))["batch_stats"]
     {'mean': array([0.], dtype=float32), 'var': array([1.], dtype=float32)}
     """
+    if isinstance(layer, SampleLayer):
+        return {"params": exported_of_samples(layer, "flax", dtype)}
     arrays = exported(layer, "flax", dtype, any_ddof)
     stats = {name: arrays.pop(name) for name in ("mean", "var")}
     return {"params": arrays, "batch_stats": stats}
+
+
+def _params(variables: Any) -> Any:
+    """Give what linen keeps of a norm without statistics: scale and bias, maybe under "params"."""
+    return variables["params"] if isinstance(variables, Mapping) and set(variables) == {"params"} else variables
 
 
 def _read(variables: Any, given: Mapping[str, Any]) -> Carried:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any, Unpack
+from typing import Any, Unpack, overload
 
 import numpy as np
 from numpy.typing import DTypeLike
@@ -11,36 +11,64 @@ from numpy.typing import DTypeLike
 from batchnorm import _keywords, _validate
 from batchnorm._arrays import Array
 from batchnorm.convert.carried import AS_EVER, NAMES, AnySettings, Carried, exported, layer_of, numpy_of, only, read
+from batchnorm.convert.of_samples import L, of_kind, refuse
+from batchnorm.convert.of_samples import exported as exported_of_samples
 from batchnorm.layers import BatchNorm
+from batchnorm.layers.by_sample import SampleLayer
 
 
+@overload
+def from_torch(
+    source: Any,
+    *,
+    kind: type[L],
+    eps: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[AnySettings],
+) -> L: ...
+@overload
+def from_torch(
+    source: Any,
+    *,
+    kind: type[BatchNorm] = BatchNorm,
+    eps: float | None = None,
+    momentum: float | None = None,
+    update_rate: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[AnySettings],
+) -> BatchNorm: ...
 @_keywords.options(AnySettings, AS_EVER)
 def from_torch(
     source: Any,
     *,
+    kind: Any = BatchNorm,
     eps: float | None = None,
     momentum: float | None = None,
     update_rate: float | None = None,
-    axis: int = 1,
+    axis: int | None = None,
     dtype: DTypeLike | None = None,
     **settings: Unpack[AnySettings],
-) -> BatchNorm:
-    """Make a layer that goes on where a batch norm of PyTorch is.
+) -> Any:
+    """Make a layer that goes on where a batch norm of PyTorch is, or another norm.
 
     Parameters
     ----------
     source : a module (BatchNorm1d, 2d, 3d, SyncBatchNorm, or one whose class or base class is named a BatchNorm) or
         its state_dict: weight, bias, running_mean, running_var and num_batches_tracked (absent in old ones), as
         tensors or arrays. (The state_dict of an instance norm has the same names and is not told from it.)
+    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, which are made of a
+        module, or of a mapping of its weight and bias and of the settings that these do not tell (num_groups, axes, eps).
     eps, momentum : of PyTorch; None for the module's, and for PyTorch's defaults with a state_dict.
     update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
-    axis : the channel axis of x; PyTorch's is 1.
+    axis : the channel axis of x; None for PyTorch's 1.
     dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
     **settings : others of `BatchNorm`, but convention, gamma, beta, domains and debias.
 
     Returns
     -------
-    BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module, training for a
+    A layer of that kind. BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module, training for a
     state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d). TypeError or
     ValueError for what is no such source: no running statistics, values that are not finite, a negative variance.
 
@@ -49,11 +77,16 @@ def from_torch(
     >>> from_torch(state, eps=0.0).eval()(np.array([[5.0]]))
     array([[2.]])
     """
-    return layer_of(_read(source, eps, momentum, update_rate, axis), dtype, settings)
+    if kind is not BatchNorm:
+        refuse(kind, momentum=momentum, update_rate=update_rate)
+        return of_kind("torch", kind, source, dtype, {"eps": eps, "axis": axis, **settings})
+    return layer_of(_read(source, eps, momentum, update_rate, 1 if axis is None else axis), dtype, settings)
 
 
-def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool = False) -> dict[str, Array]:
-    """Give the state_dict of a batch norm of PyTorch that goes on where the layer is, as arrays.
+def to_torch(
+    layer: BatchNorm | SampleLayer, *, dtype: DTypeLike | None = None, any_ddof: bool = False
+) -> dict[str, Array]:
+    """Give the state_dict of a norm of PyTorch that goes on where the layer is, as arrays.
 
     Its eps is `eps` and its momentum `update_rate`: give them to the module. A parameter that the layer is without
     is ones or zeros. ``{k: torch.from_numpy(v) for k, v in to_torch(layer).items()}`` loads. The mode is not in it:
@@ -67,12 +100,15 @@ def to_torch(layer: BatchNorm, *, dtype: DTypeLike | None = None, any_ddof: bool
 
     Returns
     -------
-    dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes. ValueError for
+    dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes; of other kinds
+    weight and bias, where the layer has them. ValueError for
     ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
 
     >>> sorted(to_torch(BatchNorm(2)))
     ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
     """
+    if isinstance(layer, SampleLayer):
+        return exported_of_samples(layer, "torch", dtype)
     count = np.array(layer.update_count, np.int64)
     return exported(layer, "torch", dtype, any_ddof) | {"num_batches_tracked": count}
 

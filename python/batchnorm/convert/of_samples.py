@@ -1,0 +1,213 @@
+"""Norms of each sample by itself from other libraries, and back: what a module says of itself, and its scale and bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from math import prod
+from typing import Any, TypeVar
+
+import numpy as np
+from numpy.typing import DTypeLike
+
+from batchnorm import _validate
+from batchnorm._arrays import Array
+from batchnorm.conventions import Library
+from batchnorm.convert.carried import numpy_of, only
+from batchnorm.layers import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from batchnorm.layers.by_sample import SampleLayer
+from batchnorm.layers.settings import parameter_dtype
+
+L = TypeVar("L", bound=SampleLayer)
+
+# What each library calls gamma and beta, and its classes, of each kind; "" where it has none.
+_Names = tuple[str, str, str]
+_NAMES: dict[Library, dict[type[SampleLayer], _Names]] = {
+    "torch": {
+        LayerNorm: ("weight", "bias", "LayerNorm"),
+        RMSNorm: ("weight", "", "RMSNorm"),
+        GroupNorm: ("weight", "bias", "GroupNorm"),
+        InstanceNorm: ("weight", "bias", "InstanceNorm"),
+    },
+    "keras": {
+        LayerNorm: ("gamma", "beta", "LayerNormalization"),
+        RMSNorm: ("scale", "", "RMSNormalization"),
+        GroupNorm: ("gamma", "beta", "GroupNormalization"),
+        InstanceNorm: ("gamma", "beta", "GroupNormalization"),
+    },
+    "flax": {
+        LayerNorm: ("scale", "bias", "LayerNorm"),
+        RMSNorm: ("scale", "", "RMSNorm"),
+        GroupNorm: ("scale", "bias", "GroupNorm"),
+        InstanceNorm: ("scale", "bias", "InstanceNorm"),
+    },
+    "onnx": {
+        LayerNorm: ("Scale", "B", "LayerNormalization"),
+        RMSNorm: ("scale", "", "RMSNormalization"),
+        GroupNorm: ("scale", "bias", "GroupNormalization"),
+        InstanceNorm: ("scale", "B", "InstanceNormalization"),
+    },
+}
+
+
+def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | None, settings: Mapping[str, Any]) -> L:
+    """Make a layer of that kind that goes on where a module, or a mapping of its arrays, is.
+
+    settings : what the caller gives, None for what it does not: eps, axis, axes, shape, num_groups, opset, and those of any
+        layer.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, SampleLayer) and kind in _NAMES[library]):
+        raise TypeError(f"kind must be BatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, got {kind!r}")
+    gamma_name, beta_name, _ = names = _NAMES[library][kind]
+    if isinstance(source, Mapping):
+        only(source, [n for n in names[:2] if n], "of such a layer")
+        found, state = {}, source
+    else:
+        _require_class(library, kind, source)
+        found = _settings_of(library, kind, source)
+        state = {name: getattr(source, name, None) for name in names[:2] if name}
+    parameters = [state.get(name) if name else None for name in (gamma_name, beta_name)]
+    gamma, beta = (
+        None if value is None else _finite(name, value) for name, value in zip(names, parameters, strict=False)
+    )
+    told = {"convention": library} | found | {name: value for name, value in settings.items() if value is not None}
+    gamma, beta = _of_channels(kind, gamma, beta, told)
+    known = next((a for a in (gamma, beta) if a is not None), None)
+    if known is not None:
+        told.setdefault("shape", known.shape)
+    layer = _made(kind, told, {"gamma": gamma is not None, "beta": beta is not None}, dtype or _dtype_of(gamma, beta))
+    for name, value in (("gamma", gamma), ("beta", beta)):
+        if value is not None:
+            setattr(layer, name, value.astype(layer.dtype))
+    return layer
+
+
+def refuse(kind: Any, **of_batch_norm: object) -> None:
+    """Refuse what says something of a batch norm alone."""
+    for name, value in of_batch_norm.items():
+        if value is not None:
+            raise TypeError(f"{name} must be left out for a {getattr(kind, '__name__', kind)}, got {value!r}")
+
+
+def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> dict[str, Array]:
+    """Give gamma and beta as fresh arrays by their names in a library, where the layer has them."""
+    names = _NAMES[library][type(layer)]
+    if layer.beta is not None and not names[1]:
+        raise ValueError(f"the layer must have beta=False for {names[2]}, which has no shift, got beta=True")
+    wanted = np.result_type(layer.dtype, np.float32) if dtype is None else parameter_dtype(dtype)
+    with np.errstate(all="ignore"):
+        named = zip(names, (layer.gamma, layer.beta), strict=False)
+        return {name: a.astype(wanted) for name, a in named if a is not None}
+
+
+# ---- what a module says ----
+
+
+def _require_class(library: Library, kind: type[SampleLayer], source: Any) -> None:
+    wanted = _NAMES[library][kind][2]
+    names = [c.__name__ for c in type(source).__mro__]
+    if not any(wanted in name for name in names):
+        raise TypeError(f"source must be a {wanted} or a mapping of its arrays, got {_validate.kind(source)}")
+
+
+def _settings_of(library: Library, kind: type[SampleLayer], source: Any) -> dict[str, Any]:
+    """Give the settings that a module tells, by our names."""
+    if library == "torch":
+        return _of_torch(kind, source)
+    epsilon = _validate.number("epsilon", source.epsilon)
+    if library == "keras":
+        if getattr(source, "rms_scaling", False):
+            raise ValueError(
+                "source must have rms_scaling=False, got True: that divides by the spread about the mean, which it does not "
+                "take away; neither layer nor RMS norm does"
+            )
+        axis = source.axis if isinstance(source.axis, int) else tuple(source.axis)
+        if kind in (LayerNorm, RMSNorm):
+            return {"eps": epsilon, "axes": axis}
+        return {"eps": epsilon, "axis": axis, "num_groups": source.groups}
+    if kind in (GroupNorm, InstanceNorm):
+        groups = {"num_groups": source.num_groups} if kind is GroupNorm else {}
+        return {"eps": epsilon, "axis": -1, **groups}
+    reduction, features = (_tuple(getattr(source, name, -1)) for name in ("reduction_axes", "feature_axes"))
+    if reduction != features:
+        raise ValueError(
+            f"source must have a scale of the axes that it normalizes, {reduction}, got one of {features}: of one value for "
+            "each channel GroupNorm(1, channels) has it"
+        )
+    return {"eps": epsilon, "axes": reduction}
+
+
+def _of_torch(kind: type[SampleLayer], source: Any) -> dict[str, Any]:
+    eps = source.eps
+    if kind in (LayerNorm, RMSNorm):
+        shape = tuple(source.normalized_shape)
+        if eps is None:  # of what PyTorch computes in
+            wide = source.weight is not None and str(source.weight.dtype) == "torch.float64"
+            eps = 2.0**-52 if wide else 2.0**-23
+        return {"eps": eps, "shape": shape}
+    if kind is GroupNorm:
+        return {"eps": eps, "num_groups": source.num_groups, "shape": (source.num_channels,)}
+    if getattr(source, "track_running_stats", False):
+        raise ValueError(
+            "source must have track_running_stats=False, got True: an instance norm that evaluates by running statistics is "
+            "a BatchNorm then, of running_mean and running_var"
+        )
+    return {"eps": eps, "shape": (source.num_features,)}
+
+
+def _tuple(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
+
+
+# ---- the layer ----
+
+
+def _of_channels(
+    kind: type[SampleLayer], gamma: Array | None, beta: Array | None, told: dict[str, Any]
+) -> tuple[Array | None, Array | None]:
+    """Give gamma and beta of each channel: those of ONNX's GroupNormalization 18 are of each group."""
+    opset = told.pop("opset", None)
+    if kind is not GroupNorm or opset is None or opset >= 21:
+        return gamma, beta
+    groups, channels = told.get("num_groups"), told.get("channels")
+    if groups is None or channels is None or channels % groups:
+        raise ValueError(
+            "channels and num_groups must be given for GroupNormalization before opset 21, whose scale and bias are of each "
+            f"group, got channels={channels} and num_groups={groups}"
+        )
+    told["shape"] = (channels,)
+    return tuple(None if a is None else np.repeat(a, channels // groups) for a in (gamma, beta))  # type: ignore[return-value]
+
+
+def _made(kind: type[L], told: dict[str, Any], has: dict[str, bool], dtype: DTypeLike) -> L:
+    shape, channels, groups = told.pop("shape", None), told.pop("channels", None), told.pop("num_groups", None)
+    options = told | has | {"dtype": dtype}
+    if kind in (LayerNorm, RMSNorm):
+        if shape is None:
+            raise ValueError("shape must be given where source has neither scale nor bias, got none")
+        return kind(shape, **options)
+    channels = prod(shape) if channels is None and shape is not None else channels
+    if channels is None:
+        raise ValueError("channels must be given where source has neither scale nor bias, got none")
+    if kind is InstanceNorm:
+        if groups not in (None, -1, channels):
+            raise ValueError(f"source must have groups=-1 for an InstanceNorm, got {groups}")
+        return kind(channels, **options)
+    if groups is None:
+        raise ValueError("num_groups must be given where source does not tell it, got none")
+    return kind(channels if groups == -1 else groups, channels, **options)  # type: ignore[call-arg]
+
+
+def _finite(name: str, value: Any) -> Array:
+    array = numpy_of(getattr(value, "value", value) if not hasattr(value, "shape") else value)
+    if array.dtype.kind != "f":
+        raise ValueError(f"source must have a {name} of floats, got {array.dtype}")
+    if not np.isfinite(array).all():
+        raise ValueError(f"source must have a finite {name}, got infinity or NaN")
+    return array
+
+
+def _dtype_of(*parameters: Array | None) -> np.dtype[Any]:
+    """Tell the narrowest of a layer's that holds gamma and beta."""
+    there = [a for a in parameters if a is not None]
+    found = np.result_type(*there) if there else np.dtype(np.float32)
+    return min(found, np.dtype(np.float64), key=lambda dtype: dtype.itemsize)
