@@ -157,6 +157,9 @@ def test_a_strict_type_checker_finds_each_mistake(errors):
 
 def test_an_unknown_keyword_is_called_one(errors):
     lines = (HEAD + WRONG).splitlines()
-    said = [text for line, text in errors["wrong.py"] if "banana" in lines[line - 1]]
-    assert len(said) == WRONG.count("banana")
-    assert all(text.startswith('Unexpected keyword argument "banana"') for text in said)
+    first = {}  # of overloaded functions more is said
+    for line, text in errors["wrong.py"]:
+        if "banana" in lines[line - 1]:
+            first.setdefault(line, text)
+    assert len(first) == WRONG.count("banana")
+    assert all(text.startswith('Unexpected keyword argument "banana"') for text in first.values())

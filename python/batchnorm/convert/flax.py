@@ -20,16 +20,6 @@ from batchnorm.layers.by_sample import SampleLayer
 def from_flax(
     variables: Any,
     *,
-    kind: type[L],
-    epsilon: float | None = None,
-    axis: int | None = None,
-    dtype: DTypeLike | None = None,
-    **settings: Unpack[MoreSettings],
-) -> L: ...
-@overload
-def from_flax(
-    variables: Any,
-    *,
     kind: type[BatchNorm] = BatchNorm,
     epsilon: float | None = None,
     momentum: float | None = None,
@@ -37,6 +27,16 @@ def from_flax(
     dtype: DTypeLike | None = None,
     **settings: Unpack[MoreSettings],
 ) -> BatchNorm: ...
+@overload
+def from_flax(
+    variables: Any,
+    *,
+    kind: type[L],
+    epsilon: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MoreSettings],
+) -> L: ...
 @_keywords.options(MoreSettings, AS_EVER)
 def from_flax(
     variables: Any,

@@ -21,16 +21,6 @@ from batchnorm.layers.settings import flag
 def from_keras(
     source: Any,
     *,
-    kind: type[L],
-    epsilon: float | None = None,
-    axis: int | None = None,
-    dtype: DTypeLike | None = None,
-    **settings: Unpack[MoreSettings],
-) -> L: ...
-@overload
-def from_keras(
-    source: Any,
-    *,
     kind: type[BatchNorm] = BatchNorm,
     epsilon: float | None = None,
     momentum: float | None = None,
@@ -40,6 +30,16 @@ def from_keras(
     dtype: DTypeLike | None = None,
     **settings: Unpack[MoreSettings],
 ) -> BatchNorm: ...
+@overload
+def from_keras(
+    source: Any,
+    *,
+    kind: type[L],
+    epsilon: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MoreSettings],
+) -> L: ...
 @_keywords.options(MoreSettings, AS_EVER)
 def from_keras(
     source: Any,

@@ -21,22 +21,22 @@ from batchnorm.layers.by_sample import SampleLayer
 def from_onnx(
     inputs: Mapping[str, Any],
     *,
-    kind: type[L],
-    epsilon: float = 1e-5,
-    opset: int | None = None,
-    dtype: DTypeLike | None = None,
-    **settings: Unpack[MostSettings],
-) -> L: ...
-@overload
-def from_onnx(
-    inputs: Mapping[str, Any],
-    *,
     kind: type[BatchNorm] = BatchNorm,
     epsilon: float = 1e-5,
     momentum: float = 0.9,
     dtype: DTypeLike | None = None,
     **settings: Unpack[MostSettings],
 ) -> BatchNorm: ...
+@overload
+def from_onnx(
+    inputs: Mapping[str, Any],
+    *,
+    kind: type[L],
+    epsilon: float = 1e-5,
+    opset: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[MostSettings],
+) -> L: ...
 @_keywords.options(MostSettings, AS_EVER)
 def from_onnx(
     inputs: Mapping[str, Any],

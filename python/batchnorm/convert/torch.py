@@ -21,16 +21,6 @@ from batchnorm.layers.by_sample import SampleLayer
 def from_torch(
     source: Any,
     *,
-    kind: type[L],
-    eps: float | None = None,
-    axis: int | None = None,
-    dtype: DTypeLike | None = None,
-    **settings: Unpack[AnySettings],
-) -> L: ...
-@overload
-def from_torch(
-    source: Any,
-    *,
     kind: type[BatchNorm] = BatchNorm,
     eps: float | None = None,
     momentum: float | None = None,
@@ -39,6 +29,16 @@ def from_torch(
     dtype: DTypeLike | None = None,
     **settings: Unpack[AnySettings],
 ) -> BatchNorm: ...
+@overload
+def from_torch(
+    source: Any,
+    *,
+    kind: type[L],
+    eps: float | None = None,
+    axis: int | None = None,
+    dtype: DTypeLike | None = None,
+    **settings: Unpack[AnySettings],
+) -> L: ...
 @_keywords.options(AnySettings, AS_EVER)
 def from_torch(
     source: Any,
