@@ -98,6 +98,14 @@ inline void width(std::int64_t width, const Problem& p) {
   }
 }
 
+// What the mean is times: of each channel by itself.
+inline void alpha(const Groups& groups, const Problem& p) {
+  channels("alpha", groups.alpha.size(), p.channels);
+  if (groups.width != 1) fail("width must be 1 beside alpha, got ", groups.width);
+  if (groups.each_position) fail("each_position must be false beside alpha, got true");
+  if (groups.about != About::mean) fail("about must be mean beside alpha, got zero");
+}
+
 // ---- segments ----------------------------------------------------------------------------------------------------
 
 // From 0 to problem.outer, never falling.
@@ -195,6 +203,7 @@ inline void one_group(const Call<T>& call) {
   if (call.groups.width != 1) fail("width must be 1 where mean and var are given, got ", call.groups.width);
   if (call.groups.each_position) fail("each_position must be false where mean and var are given, got true");
   if (call.groups.about != About::mean) fail("about must be mean where mean and var are given, got zero");
+  if (call.groups.alpha.present()) fail("alpha must be empty where mean and var are given");
   if (!call.counted.weights.empty() && call.counted.padding == Padding::normalize) {
     fail("padding must be zero or keep where statistics are given, got normalize, which needs no weights");
   }
@@ -207,6 +216,7 @@ inline void second_order(const Call<T>& call) {
   if (call.groups.width != 1) fail("width must be 1 for gradients of gradients, got ", call.groups.width);
   if (call.groups.each_position) fail("each_position must be false for gradients of gradients, got true");
   if (call.groups.about != About::mean) fail("about must be mean for gradients of gradients, got zero");
+  if (call.groups.alpha.present()) fail("alpha must be empty for gradients of gradients");
   if (weights != 0) fail("weights must be empty for gradients of gradients, got ", weights);
   if (call.tail.relu) fail("relu must be false for gradients of gradients, got true");
 }

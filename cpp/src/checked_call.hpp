@@ -25,6 +25,7 @@ class CheckedCall {
                .width = call.groups.width,
                .each_position = call.groups.each_position,
                .about_zero = call.groups.about == About::zero,
+               .alpha = call.groups.alpha,
                .padding = call.counted.padding,
                .gamma = call.gamma,
                .beta = call.beta,
@@ -35,7 +36,9 @@ class CheckedCall {
     check::threads(options.threads);
     if (by_segments()) check::offsets(call.groups.offsets, call.problem);
     if (by_segments() && call.groups.each_position) check::no_segments(call.groups.offsets.size());
+    if (call.groups.alpha.present()) check::alpha(call.groups, call.problem);
     memories_.reads("offsets", std::as_bytes(call.groups.offsets));
+    memories_.reads("alpha", call.groups.alpha.bytes());
     reads("gamma", call.gamma);
     reads("beta", call.beta);
     check::eps(call.eps);

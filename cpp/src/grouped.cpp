@@ -20,6 +20,7 @@ Grouped<T>::Grouped(const PassCall<T>& call)
   cells_.width = 1;
   cells_.is_shared = true;
   cells_.about_zero = false;
+  cells_.alpha = {};
   if (measures()) cells_.options.needed = &needed_by_cells_;
   if (call.options.memory != nullptr) cells_.options.memory += own_;
 }
@@ -32,25 +33,14 @@ Grouped<T>::~Grouped() {
 
 namespace {
 
-// The moments about 0: m2 is the sum of the squares.
-Moments about_zero(const Moments& m) {
-  const DoubleDouble mean{m.mean, m.mean_lo};
-  const DoubleDouble squares = DoubleDouble{m.m2, m.m2_lo} + mean * mean * DoubleDouble{m.count, 0};
-  if (std::isfinite(squares.lo)) return {m.count, 0, 0, squares.hi, squares.lo};
-  return {m.count, 0, 0, m.m2 + m.mean * m.mean * m.count, 0};
+// The moments about alpha times the mean: m2 is the sum of the squares of what is left.
+Moments about(const Moments& m, double alpha) {
+  const DoubleDouble mean{m.mean, m.mean_lo}, center = mean * DoubleDouble{alpha, 0}, apart = mean - center;
+  const DoubleDouble squares = DoubleDouble{m.m2, m.m2_lo} + apart * apart * DoubleDouble{m.count, 0};
+  if (std::isfinite(squares.lo)) return {m.count, center.hi, center.lo, squares.hi, squares.lo};
+  const double far = m.mean - alpha * m.mean;
+  return {m.count, alpha * m.mean, 0, m.m2 + far * far * m.count, 0};
 }
-
-}  // namespace
-
-template <class T>
-void Grouped<T>::share(const Moments* of_groups) {
-  for (std::int64_t c = 0; !measures() && c < cells_.problem.channels; ++c) {
-    moments_[c] = of_groups[c / call_.width];
-    if (call_.about_zero) moments_[c] = about_zero(moments_[c]);
-  }
-}
-
-namespace {
 
 // Cells of a group have the same count. Of float32 and narrower, float64 is enough between the sums of cells, but for
 // the mean, whose low part says where float64 values lie: merged one after another in two parts, cells of 14 x 14
@@ -104,6 +94,21 @@ struct SumOfProducts {
 
 }  // namespace
 
+// What of the mean is taken from the values of a channel.
+template <class T>
+double Grouped<T>::alpha_of(std::int64_t c) const {
+  return call_.about_zero ? 0 : call_.alpha.value_or(c, 1);
+}
+template <class T>
+void Grouped<T>::share(const Moments* of_groups) {
+  of_groups_ = of_groups;
+  for (std::int64_t c = 0; !measures() && c < cells_.problem.channels; ++c) {
+    const double alpha = alpha_of(c);
+    moments_[c] = of_groups[c / call_.width];
+    if (alpha != 1 && moments_[c].count > 0) moments_[c] = about(moments_[c], alpha);
+  }
+}
+
 template <class T>
 void Grouped<T>::set_terms(const GradSums* of_cells) {
   using A = Arithmetic<T>;
@@ -120,8 +125,11 @@ void Grouped<T>::set_terms(const GradSums* of_cells) {
     GradSums terms;
     if (m.count > 0) {
       const DoubleDouble rstd = rstd_for<A>(m, call_.eps);
-      terms.sum_dy = call_.about_zero ? -0.0 : -dy.mean(m.count, rstd, 1);
       terms.sum_dy_xmu = -dy_xmu.mean(m.count, rstd, 3);
+      // The mean of what dx is without it, times alpha: that of x - alpha*mean is (1 - alpha)*mean.
+      const double alpha = alpha_of(first), apart = (1 - alpha) * of_groups_[g].mean;
+      terms.sum_dy = -dy.mean(m.count, rstd, 1);
+      if (alpha != 1) terms.sum_dy = alpha * (terms.sum_dy - terms.sum_dy_xmu * apart);
     }
     std::fill_n(sums_ + first, call_.width, terms);
   }
@@ -136,7 +144,12 @@ void Grouped<T>::add_up_sums() {
       dy = dy + DoubleDouble{of_group[c].sum_dy, of_group[c].sum_dy_lo};
       dy_xmu = dy_xmu + DoubleDouble{of_group[c].sum_dy_xmu, of_group[c].sum_dy_xmu_lo};
     }
-    if (call_.about_zero) dy = {};
+    const double alpha = alpha_of(g * call_.width);
+    if (alpha != 1) {
+      const DoubleDouble apart = DoubleDouble{1 - alpha, 0} * DoubleDouble{of_groups_[g].mean, of_groups_[g].mean_lo};
+      dy = dy * DoubleDouble{alpha, 0};
+      dy_xmu = dy_xmu - dy * apart;
+    }
     std::fill_n(of_group, call_.width, GradSums{dy.hi, dy.lo, dy_xmu.hi, dy_xmu.lo});
   }
 }

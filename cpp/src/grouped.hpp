@@ -6,6 +6,11 @@
 //     dx = gamma*rstd*dy + p*xmu + shift,  p = -rstd^3*sum(gamma*dy*xmu)/n,  shift = -rstd*sum(gamma*dy)/n
 // where the sums are over the group: gamma times the sums of each cell, added. dgamma and dbeta are those of cells.
 // Forward-mode takes sum(x_dot) and sum(x_dot*xmu) of the group in the place of a channel's.
+//
+// Groups may be taken about alpha times their mean, o = x - alpha*mean in the place of xmu (0: RMS norm; alpha of each
+// channel, of width 1: graph norm). With do = gamma*rstd*dy + p*o the gradient by o, whose mean is that of
+// gamma*rstd*dy and p*(1 - alpha)*mean,
+//     dx = do - alpha*mean(do),  y' = gamma*rstd*(o' - xhat*mean(o'*xhat)),  o' = x' - alpha*mean(x').
 #pragma once
 
 #include "passes.hpp"
@@ -35,6 +40,7 @@ class Grouped {
   [[nodiscard]] bool measures() const { return call_.options.needed != nullptr; }
   [[nodiscard]] std::int64_t groups() const { return cells_.problem.channels / call_.width; }
 
+  [[nodiscard]] double alpha_of(std::int64_t c) const;
   void share(const Moments* of_groups);
   void set_terms(const GradSums* of_cells);
   void add_up_sums();
@@ -46,6 +52,7 @@ class Grouped {
   PassWorkspace workspace_;
   Moments* moments_;  // one a channel: those of its group
   GradSums* sums_;    // one a channel: of the cell, then what it is given
+  const Moments* of_groups_ = nullptr;
 };
 
 }  // namespace batchnorm

@@ -39,6 +39,7 @@ struct PassCall {
   std::int64_t width = 1;      // neighbouring channels that share their statistics (grouped.hpp)
   bool each_position = false;  // whether these are of each position by itself (positionwise.hpp)
   bool about_zero = false;     // whether the mean is taken to be 0
+  ChannelValues alpha = {};    // or times this
   // Channels of such a group, each by itself: the moments are the group's, about which y may hardly be spread, and the
   // sums that grad_input is given are its terms: sum_dy the shift, sum_dy_xmu the factor of x - mean.
   bool is_shared = false;
@@ -53,7 +54,7 @@ struct PassCall {
   PassOptions options = {};
 
   // Whether statistics are other than those of a channel (grouped.hpp).
-  [[nodiscard]] bool is_grouped() const { return width > 1 || about_zero; }
+  [[nodiscard]] bool is_grouped() const { return width > 1 || about_zero || alpha.present(); }
   // What the values of a channel weigh together.
   [[nodiscard]] DoubleDouble count() const {
     return positions ? summary.total : DoubleDouble{static_cast<double>(problem.count()), 0};

@@ -27,7 +27,7 @@ using Real = std::conditional_t<sizeof(T) == sizeof(double), long double, double
 // ---- what a call can say ---------------------------------------------------------------------------------------
 
 enum class Counting { none, mask, weights };
-enum class Statistics { batch, segments, groups, given, lines, lines_about_zero, batch_about_zero };
+enum class Statistics { batch, segments, groups, given, lines, lines_about_zero, batch_about_zero, graphs };
 struct Combination {
   Counting counting;
   Padding padding;
@@ -43,7 +43,7 @@ std::vector<Combination> combinations() {
         for (const bool relu : {false, true}) {
           for (const Statistics statistics :
                {Statistics::batch, Statistics::segments, Statistics::groups, Statistics::given, Statistics::lines,
-                Statistics::lines_about_zero, Statistics::batch_about_zero}) {
+                Statistics::lines_about_zero, Statistics::batch_about_zero, Statistics::graphs}) {
             const bool is_refused = statistics == Statistics::given && counting != Counting::none;
             if (is_refused && padding == Padding::normalize) continue;
             list.push_back({counting, padding, residual, relu, statistics});
@@ -58,9 +58,10 @@ std::vector<Combination> combinations() {
 std::string text(const Combination& c) {
   constexpr const char* kCounting[] = {"no weights", "a mask", "weights"};
   constexpr const char* kPadding[] = {"zero", "keep", "normalize"};
-  constexpr const char* kStatistics[] = {"one group",        "segments",      "groups of channels",
-                                         "given statistics", "each position", "each position about 0",
-                                         "one group about 0"};
+  constexpr const char* kStatistics[] = {"one group",          "segments",
+                                         "groups of channels", "given statistics",
+                                         "each position",      "each position about 0",
+                                         "one group about 0",  "segments about alpha times their mean"};
   return expect::text(kCounting[static_cast<int>(c.counting)], ", padding ", kPadding[static_cast<int>(c.padding)],
                       c.residual ? ", residual" : "", c.relu ? ", ReLU" : "", ", ",
                       kStatistics[static_cast<int>(c.statistics)]);
@@ -108,6 +109,7 @@ struct Inputs {
   bool relu, given;
   std::int64_t width = 1;  // channels that share statistics
   bool each_position = false, about_zero = false;
+  std::span<const double> alpha = {};  // per channel
 
   [[nodiscard]] std::size_t groups() const {
     if (each_position) return static_cast<std::size_t>(problem.count());
@@ -141,7 +143,9 @@ Inputs<T> inputs_of(const Tensors<T>& t, const Combination& c) {
   if (c.counting != Counting::none) in.weights = c.counting == Counting::mask ? t.mask : t.weights;
   const std::int64_t channels = b.problem.channels;
   if (c.statistics == Statistics::groups) in.width = channels % 2 == 0 ? channels / 2 : channels;
-  if (c.statistics == Statistics::segments || c.statistics == Statistics::groups) {
+  if (c.statistics == Statistics::graphs) in.alpha = b.mean;
+  if (c.statistics == Statistics::segments || c.statistics == Statistics::groups ||
+      c.statistics == Statistics::graphs) {
     in.offsets = t.offsets;
     if (c.residual) in.gamma = t.gamma, in.beta = t.beta;
   }
@@ -220,7 +224,8 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   Tensor<T> y_dot = how.in_place ? dy : nothing;
   std::vector<std::uint8_t> bits(in.relu ? static_cast<std::size_t>(relu_mask_bytes(in.problem)) : 0, 0xa5);
   const Call<T> call{.problem = in.problem,
-                     .groups = {in.offsets, in.width, in.each_position, in.about_zero ? About::zero : About::mean},
+                     .groups = {in.offsets, in.width, in.each_position, in.about_zero ? About::zero : About::mean,
+                                in.alpha.empty() ? ChannelValues{} : ChannelValues(in.alpha)},
                      .counted = {in.weights, in.padding},
                      .gamma = in.gamma,
                      .beta = in.beta,
@@ -468,9 +473,13 @@ class Line {
       expect_moments(f_.saved[entry_], squares);
     }
     R var = in_.given ? R(in_.var[c_]) : total > 0 ? squares / total : R(0);
-    if (in_.about_zero) var += mean_ * mean_, mean_ = 0;
+    alpha_ = in_.about_zero ? R(0) : in_.alpha.empty() ? R(1) : R(in_.alpha[c_]);
+    const R apart = in_.given ? R(0) : (1 - alpha_) * mean_;
+    var += apart * apart;
+    mean_ -= apart;
     const R plus = var + R(1e-5);
     rstd_ = total > 0 || in_.given ? 1 / std::sqrt(plus) : R(0);
+    mean_of_xhat_ = apart * rstd_;
     for (std::size_t k = 0; k < at_.size(); ++k) {
       xhat_.push_back((x_[k] - mean_) * rstd_);
       scale_ = std::max(scale_, std::abs(gamma_[k] * xhat_[k]));
@@ -492,8 +501,9 @@ class Line {
   }
   // A segment of equal values that count, beside large ones that do not.
   static bool is_beyond(T got, R wanted) {
-    constexpr R kLargest =
-        std::is_same_v<T, double> ? R(std::numeric_limits<double>::max()) : R(std::numeric_limits<float>::max());
+    constexpr R kLargest = std::is_same_v<T, double>    ? R(std::numeric_limits<double>::max())
+                           : std::is_same_v<T, Float16> ? R(65504)
+                                                        : R(std::numeric_limits<float>::max());
     return std::isinf(static_cast<double>(got)) && std::abs(wanted) > kLargest && (got > 0) == (wanted > 0);
   }
   // 3u of the channel's largest |y - beta| and a rounding each of beta and y (README); one each for what is added, and
@@ -527,12 +537,13 @@ class Line {
       return;
     }
     const R part = in_.given || count_ == 0 ? R(0) : w_[k] / count_, of_k = gamma_[k] * dy_[k];
-    const R of_mean = in_.about_zero ? R(0) : part * sums_[1];
+    const R of_mean = part * alpha_ * (sums_[1] - sums_[0] * mean_of_xhat_);
     const R wanted = rstd_ * (of_k - of_mean - part * xhat_[k] * sums_[0]);
     // What double rounds dy and x - mean to before they are summed.
     const bool is_double = sizeof(T) == sizeof(double);
     const R of_dy = std::abs(sums_[is_double ? 3 : 1]), of_xhat = std::abs(sums_[is_double ? 2 : 0]);
-    const R terms = rstd_ * (std::abs(of_k) + part * of_dy + part * std::abs(xhat_[k]) * of_xhat);
+    const R along_mean = part * std::abs(alpha_) * (of_dy + of_xhat * std::abs(mean_of_xhat_));
+    const R terms = rstd_ * (std::abs(of_k) + along_mean + part * std::abs(xhat_[k]) * of_xhat);
     const R bound = ((in_.weights.empty() ? 4 : 6) * kU<T> + R(kOracle<T>)) * terms + kRounding<T> * std::abs(wanted) +
                     R(kSmallest<T>) + R(kOracle<T>) * part * rstd_ * (sums_[3] + std::abs(xhat_[k]) * sums_[2]);
     const bool is_close = std::abs(static_cast<R>(got) - wanted) <= bound || is_beyond(got, wanted);
@@ -545,9 +556,10 @@ class Line {
     R sums[4] = {};
     for (std::size_t k = 0; k < at_.size() && count_ > 0; ++k) {
       const R first = w_[k] / count_ * x_dot(k), second = first * xhat_[k];
-      sums[0] += in_.about_zero ? R(0) : first, sums[1] += second, sums[2] += std::abs(first),
-          sums[3] += std::abs(second);
+      sums[0] += alpha_ * first, sums[1] += second, sums[2] += std::abs(first), sums[3] += std::abs(second);
     }
+    sums[2] *= std::abs(alpha_);
+    sums[1] -= sums[0] * mean_of_xhat_, sums[3] += sums[2] * std::abs(mean_of_xhat_);
     if (in_.given) {
       sums[0] = in_.beta[c_], sums[1] = rstd_ * in_.gamma[c_] / 2;
       sums[2] = std::abs(sums[0]), sums[3] = std::abs(sums[1]);
@@ -580,7 +592,7 @@ class Line {
   std::vector<std::size_t> at_;
   std::vector<std::size_t> parameter_;
   std::vector<R> x_, dy_, w_, xhat_, gamma_, beta_;
-  R count_ = 0, mean_ = 0, rstd_ = 0, scale_ = 0;
+  R count_ = 0, mean_ = 0, rstd_ = 0, scale_ = 0, alpha_ = 1, mean_of_xhat_ = 0;
   R sums_[4] = {};  // of gamma*dy*xhat and gamma*dy, and of their absolute values
 };
 

@@ -30,6 +30,11 @@ namespace batchnorm {
 // About 0 the mean is taken to be 0, that is RMS norm (Zhang and Sennrich 2019) where it is of each position:
 //     y = x*rstd*gamma + beta,  rstd = 1/sqrt(mean(x^2) + eps).
 // Moments stay those of the values: mean(x^2) = m2/count + mean^2. There is no double backward.
+//
+// Or about alpha times the mean, alpha of each channel (width 1, not of each position): graph norm (Cai et al. 2021),
+//     y = (x - alpha*mean)*rstd*gamma + beta,  rstd = 1/sqrt(var + (1 - alpha)^2*mean^2 + eps).
+// Its gradient is -sum over segments of mean*gamma*rstd*(dbeta - (1 - alpha)*mean*rstd*dgamma), with those of each
+// segment; its tangent is one of gamma, gamma*rstd^2*(1 - alpha)*mean^2*alpha', and of beta, -gamma*rstd*mean*alpha'.
 enum class About { mean, zero };
 struct Groups {
   // One more than there are segments, from 0 to problem.outer, never falling. Empty: everything is one segment.
@@ -40,6 +45,7 @@ struct Groups {
   std::int64_t width = 1;
   bool each_position = false;
   About about = About::mean;
+  ChannelValues alpha = {};  // problem.channels values, or none (1)
 };
 
 // What the output is where a position does not count: 0, the input as it is (x of y, dy of dx), or what the formula
