@@ -10,7 +10,7 @@ from typing import NamedTuple
 AXES = {
     "counts": ("all", "mask", "weights", "lengths"),
     "padding": ("zero", "keep", "normalize"),
-    "shares": ("batch", "segments", "ghosts", "instances", "groups", "lines", "lines about 0"),
+    "shares": ("batch", "segments", "ghosts", "instances", "groups", "lines", "lines about 0", "graphs"),
     "statistics": ("batch", "renorm", "given"),
     "follows": ("nothing", "residual", "relu", "residual and relu"),
     "kept": ("x", "y", "y in place"),
@@ -33,6 +33,7 @@ WRITTEN = {
     ("shares", "groups"): "`group_norm`",
     ("shares", "lines"): "`layer_norm`",
     ("shares", "lines about 0"): "`rms_norm`",
+    ("shares", "graphs"): "`graph_norm`",
     ("statistics", "batch"): "`batch_norm`",
     ("statistics", "renorm"): "`renorm=`",
     ("statistics", "given"): "`normalize`",
@@ -62,7 +63,7 @@ class Case(NamedTuple):
 
 
 LINES = ("lines", "lines about 0")
-OF_SAMPLES = ("instances", "groups", *LINES)  # which know no batch
+OF_SAMPLES = ("instances", "groups", "graphs", *LINES)  # which know no batch
 TOGETHER = ("groups", *LINES)  # channels that share statistics
 
 # What has no meaning, and why: in one sentence each.
@@ -77,15 +78,15 @@ REFUSED = (
     ),
     (
         lambda c: c.statistics == "renorm" and c.shares in OF_SAMPLES,
-        "`renorm=` of `instance_norm`, `group_norm`, `layer_norm` and `rms_norm`, which have no running statistics",
+        "`renorm=` of `instance_norm`, `group_norm`, `layer_norm`, `rms_norm` and `graph_norm`, which have no running statistics",
     ),
     (
         lambda c: c.kept != "x" and c.follows != "nothing",
         '`keep="y"` with a residual or ReLU: y does not tell what was normalized',
     ),
     (
-        lambda c: c.kept != "x" and c.shares in TOGETHER,
-        '`keep="y"` of `group_norm`, `layer_norm` and `rms_norm`: y does not tell statistics that channels share',
+        lambda c: c.kept != "x" and c.shares in (*TOGETHER, "graphs"),
+        '`keep="y"` of `group_norm`, `layer_norm`, `rms_norm` and `graph_norm`: y does not tell what was taken away',
     ),
 )
 REFUSED_VERBS = (
@@ -109,7 +110,7 @@ def refusal(case, verb="forward"):
 
 
 CASES = [case for case in (Case(*words) for words in product(*AXES.values())) if refusal(case) is None]
-OF_LAYER = [case for case in CASES if case.shares not in TOGETHER]  # which no BatchNorm has
+OF_LAYER = [case for case in CASES if case.shares not in (*TOGETHER, "graphs")]  # which no BatchNorm has
 COMBINATIONS = [(case, verb) for case in CASES for verb in VERBS if refusal(case, verb) is None]
 
 
@@ -124,7 +125,7 @@ def table():
         f"tested against that composition: {len(CASES)} forward calls, {len(COMBINATIONS)} combinations with what follows",
         "them (`backward`, `jvp`, `double_backward`, the halves, `update_running`). A `BatchNorm` that is told the same gives",
         "the same bits of y, of its gradients and of its running statistics, in each of the forward calls but `group_norm`,",
-        "`layer_norm` and `rms_norm`, for which weights are a mask.",
+        "`layer_norm`, `rms_norm` (for both of which weights are a mask) and `graph_norm`.",
         "",
         "| | |",
         "|---|---|",

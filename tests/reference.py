@@ -192,7 +192,7 @@ class Composed(NamedTuple):
     """A combination of options as the composition of its steps, for arrays (N, C, L) of float64 or complex128.
 
     weights : (N, L). sets : row slices, or indices of (N, C, L), each with statistics of its own. about_zero : whether
-    these are taken about 0. given : (mean, var) or None. r, d : (C,) of each
+    these are taken about 0; alpha : (C,) or None, about what share of the mean. given : (mean, var) or None. r, d : (C,) of each
     set, or None. passes : where ReLU lets through, or None to tell it from s; relu : whether it follows. width :
     neighbouring channels that share statistics.
     """
@@ -208,6 +208,7 @@ class Composed(NamedTuple):
     passes: object = None
     width: int = 1
     about_zero: bool = False
+    alpha: object = None
 
     @property
     def counted(self):
@@ -236,8 +237,9 @@ class Composed(NamedTuple):
         """Give s, before ReLU and padding, and y."""
         s = np.zeros(x.shape, np.result_type(x, gamma, beta, residual))
         for k, (rows, (count, mean, var)) in enumerate(zip(self.sets, self.statistics(x), strict=True)):
-            if self.about_zero:
-                mean, var = 0 * mean, var + mean**2
+            if self.about_zero or self.alpha is not None:
+                alpha = 0 if self.alpha is None else self.alpha
+                mean, var = alpha * mean, var + ((1 - alpha) * mean) ** 2
             rstd = 1 / np.sqrt(var + self.eps)
             rstd = np.zeros_like(rstd) if count == 0 else rstd
             xhat = (x[rows] - mean[:, None]) * rstd[:, None]

@@ -25,6 +25,7 @@ rng = np.random.default_rng(9)
 X, DY, V, RESIDUAL, X_DOT, RESIDUAL_DOT, V_RESIDUAL = (rng.normal(0.5, 1, SHAPE) for _ in range(7))
 GAMMA = np.array([1.5, -0.7, 0.4, 2.1])
 BETA, GAMMA_DOT, BETA_DOT, V_GAMMA, V_BETA, MEAN, MEAN_DOT = (rng.normal(size=CHANNELS) for _ in range(7))
+ALPHA, ALPHA_DOT = np.array([0.3, 1.0, -0.5, 1.7]), np.array([0.2, -1.0, 0.4, 0.7])
 VAR, VAR_DOT = rng.uniform(0.5, 2, (2, CHANNELS))
 LENGTHS = np.array([4, 0, 2, 3, 4, 2, 4])
 MASK = rng.random((ROWS, STEPS)) < 0.7
@@ -67,6 +68,8 @@ def run(case, x=X, residual=RESIDUAL, laid=np.copy):
         return bn.normalize(x, MEAN, VAR, GAMMA, BETA, save=True, **options)
     if case.shares == "groups":
         return bn.group_norm(x, GROUPS, GAMMA, BETA, **options)
+    if case.shares == "graphs":
+        return bn.graph_norm(x, GAMMA, BETA, ALPHA, segments=IDS, **options)
     if case.shares in matrix.LINES:
         function = bn.layer_norm if case.shares == "lines" else bn.rms_norm
         return function(x, GAMMA, BETA, axes=1, **options)
@@ -92,6 +95,7 @@ def composed(case):
     sets = {
         "batch": [slice(0, ROWS)],
         "segments": [slice(0, 2), slice(2, 5), slice(5, 5), slice(5, 7)],
+        "graphs": [slice(0, 2), slice(2, 5), slice(5, 5), slice(5, 7)],
         "ghosts": [slice(0, 4), slice(4, 7)],
         "instances": [slice(n, n + 1) for n in range(ROWS)],
         "groups": [slice(n, n + 1) for n in range(ROWS)],
@@ -100,7 +104,7 @@ def composed(case):
     }[case.shares]
     given = (MEAN, VAR) if case.statistics == "given" else None
     of = reference.Composed(weights, case.padding, sets, EPS, given, relu="relu" in case.follows, width=width_of(case))
-    of = of._replace(about_zero=case.shares == "lines about 0")
+    of = of._replace(about_zero=case.shares == "lines about 0", alpha=ALPHA if case.shares == "graphs" else None)
     if case.statistics == "renorm":
         sigma = np.sqrt(VAR + EPS)
         r = [
@@ -113,10 +117,14 @@ def composed(case):
     return of._replace(passes=of(X, GAMMA, BETA, residual)[0] > 0), residual
 
 
-def along(case, x=X, gamma=GAMMA, *, x_dot=0, gamma_dot=0, beta_dot=0, residual_dot=0, mean_dot=0, var_dot=0):
+def along(
+    case, x=X, gamma=GAMMA, *, x_dot=0, gamma_dot=0, beta_dot=0, residual_dot=0, mean_dot=0, var_dot=0, alpha_dot=0
+):
     """Give the derivative of y along tangents, by a complex step."""
     of, residual = composed(case)
     h = 1e-100
+    if of.alpha is not None:
+        of = of._replace(alpha=of.alpha + 1j * h * alpha_dot)
     if of.given is not None:
         of = of._replace(given=(MEAN + 1j * h * mean_dot, VAR + 1j * h * var_dot))
     if case.follows in ("nothing", "relu"):
@@ -154,6 +162,8 @@ def test_backward_is_the_transpose_of_the_derivative(case):
     got = bn.backward(DY, saved)
     assert_close((got.dgamma * GAMMA_DOT).sum(), (DY * along(case, gamma_dot=GAMMA_DOT)).sum())
     assert_close((got.dbeta * BETA_DOT).sum(), (DY * along(case, beta_dot=BETA_DOT)).sum())
+    if case.shares == "graphs":
+        assert_close((got.dalpha * ALPHA_DOT).sum(), (DY * along(case, alpha_dot=ALPHA_DOT)).sum())
     for tangent in (X_DOT, V):
         assert_close((got.dx * tangent).sum(), (DY * along(case, x_dot=tangent)).sum())
     if "residual" in case.follows:
@@ -170,6 +180,8 @@ def test_jvp_is_the_derivative_along_tangents(case):
         dots |= {"mean_dot": MEAN_DOT, "var_dot": VAR_DOT}
     if "residual" in case.follows:
         dots["residual_dot"] = RESIDUAL_DOT
+    if case.shares == "graphs":
+        dots["alpha_dot"] = ALPHA_DOT
     assert_close(bn.jvp(X_DOT, saved, **dots), along(case, x_dot=X_DOT, **dots))
 
 
@@ -207,6 +219,8 @@ def test_halves_have_the_bits_of_the_whole(case):
         counted["num_groups"] = GROUPS
     if case.shares in matrix.LINES:
         counted["axes"] = 1
+    if case.shares == "graphs":
+        counted["segments"] = IDS
     assert bn.moments(X, **counted) == saved.moments
     sums = bn.grad_sums(DY, saved)
     whole = bn.backward(DY, saved)

@@ -60,7 +60,7 @@ class Kept:
             raise ValueError(f"saved.relu must have {needed} bytes, got {saved.relu.data.size}")
         self.statistics: Statistics = self._statistics_of(saved)
         gamma = self.channel_values("gamma", saved.gamma)
-        self.apart: dict[str, Array | None] = {"gamma": gamma}
+        self.apart: dict[str, Array | None] = {"gamma": gamma, "alpha": part.alpha}
         self.r: PerChannel | None = None if renorm is None else saved.r
         self.d: PerChannel | None = None if renorm is None else saved.d
         self.turn, self.scale = self.r, of_sets(gamma, self.r)
@@ -71,6 +71,20 @@ class Kept:
             self.call = self.call._replace(relu=True, bits=saved.relu.data)
         if saved.y is not None:
             self._as_if_input()
+        # Of each set and channel; what alpha's tangent is to those of gamma and beta (cpp/include/batchnorm/call.hpp).
+        self.alpha: PerChannel | None = None
+        if part.alpha is not None and not isinstance(self.statistics, tuple):
+            mean, rstd = self.statistics[:, 1], saved.rstd
+            self.alpha = np.resize(part.alpha, rstd.shape).astype(np.float64)
+            with np.errstate(all="ignore"):
+                scale = 1.0 if self.scale is None else np.resize(self.scale, rstd.shape)
+                lift: PerChannel = -scale * rstd * mean
+                self.alpha_turn, self.alpha_lift = -lift * rstd * (1 - self.alpha) * mean, lift
+
+    @property
+    def in_sets(self) -> bool:
+        """Tell whether gradients of channels are made of those of each set."""
+        return self.turn is not None or self.alpha is not None
 
     def _shape_of_channels(self, saved: Saved) -> tuple[int, ...]:
         """Give (C,), or the shape of the axes that were normalized."""
@@ -143,6 +157,8 @@ class Kept:
         center, rest = (given[0], rest) if isinstance(given, tuple) else (given[:, 1], given[:, 2])
         if self._saved.part.about == "zero":
             center = rest = np.zeros_like(rstd)
+        if self.alpha is not None:
+            center, rest = self.alpha * center, self.alpha * rest
         return Standard(count, center, rest, rstd, scale, rstd)
 
     def like_residual(self, name: str, a: Array | None) -> Array | None:
@@ -161,6 +177,15 @@ class Kept:
         if of_d is not None and gamma_dot is not None:
             shift_dot = of_d if beta_dot is None else of_d + np.resize(beta_dot, of_d.shape)
         return None if gamma_dot is None else of_sets(gamma_dot, turn), shift_dot
+
+    def along_alpha(self, dot: Array, scale_dot: Array | None, shift_dot: Array | None) -> tuple[Array, Array]:
+        """Add what a tangent of alpha is to those of scale and shift, of each set and channel."""
+        of_sets = np.resize(dot, self.alpha_turn.shape).astype(np.float64)
+        added = [of_sets * self.alpha_turn, of_sets * self.alpha_lift]
+        for a, given in zip(added, (scale_dot, shift_dot), strict=True):
+            if given is not None:
+                a += np.resize(given, a.shape)
+        return added[0], added[1]
 
     def of_var(self, var_dot: Array | None) -> Array | None:
         """Give the tangent of the variance that was given, where y stands for x: that is times rstd·scale."""

@@ -38,6 +38,7 @@ class Part(NamedTuple):
     each_position : whether `width` channels of each position share statistics, and no two positions: of `layer_norm` and
         `rms_norm`, whose weights are 0 and 1.
     about : "mean" or "zero": what values are taken from, 0 in `rms_norm`.
+    alpha : (C,) or None, what of the mean they are taken from, in `graph_norm`.
     """
 
     weights: Array | None = None
@@ -49,6 +50,7 @@ class Part(NamedTuple):
     width: int = 1
     each_position: bool = False
     about: About = "mean"
+    alpha: Array | None = None
 
     def __repr__(self) -> str:
         return _validate.summary(self)
@@ -61,7 +63,12 @@ class Part(NamedTuple):
     @property
     def is_of_channels(self) -> bool:
         """Tell whether statistics are those of a channel, about its mean."""
-        return self.width == 1 and not self.each_position and self.about == "mean"
+        return self.has_own_statistics and self.about == "mean" and self.alpha is None
+
+    @property
+    def has_own_statistics(self) -> bool:
+        """Tell whether a channel shares its statistics with no other."""
+        return self.width == 1 and not self.each_position
 
     @property
     def sums_an_entry(self) -> int:
@@ -97,6 +104,8 @@ class Part(NamedTuple):
             raise ValueError(f"saved.part.width must be an int >= 1 that divides {channels} channels, got {width!r}")
         _validate.choice("saved.part.padding", self.padding, PADDINGS)
         _validate.choice("saved.part.about", self.about, ABOUTS)
+        if self.alpha is not None:
+            _validate.channel_values("saved.part.alpha", self.alpha, channels)
         if self.each_position and self.offsets is not None:
             raise ValueError("saved.part.offsets must be None where each position has statistics of its own")
         offsets = self.offsets
@@ -143,7 +152,7 @@ class Part(NamedTuple):
         # By given statistics weights say no more than where there is padding.
         weights = None if given and self.padding == "normalize" else self.weights
         call = Call(layout.sizes, offsets, self.width, weights, PADDINGS.index(self.padding), scale, shift, eps)
-        return call._replace(each_position=self.each_position, about_zero=self.about == "zero")
+        return call._replace(each_position=self.each_position, about_zero=self.about == "zero", alpha=self.alpha)
 
     def in_outer(self, layout: Layout) -> NDArray[np.int64]:
         """Give the offsets in steps of the core's outer size, which may take several to a row."""
@@ -221,9 +230,11 @@ def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]
         "width": width,
         "each_position": each,
         "about": given.get("about", "mean"),
+        "alpha": given.get("alpha"),
     }
     if not told:
-        return layout, ALL if offsets is None and not each else Part(**shared)
+        is_all = offsets is None and not each and shared["alpha"] is None
+        return layout, ALL if is_all else Part(**shared)
     source = told[0]
     values = _positions(source, given[source], x, axis)
     weights = layout.positions(values, axis, np.dtype(np.float64 if x.dtype == np.float64 else np.float32))

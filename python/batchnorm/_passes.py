@@ -79,6 +79,7 @@ class Call(NamedTuple):
     relu, bits : whether ReLU follows, and its mask or None.
     each_position : whether `width` channels of each position share statistics, and no two positions.
     about_zero : whether the mean is taken to be 0.
+    alpha : (C,) or None, what the mean is times.
     """
 
     sizes: Sizes
@@ -94,6 +95,7 @@ class Call(NamedTuple):
     bits: NDArray[np.uint8] | None = None
     each_position: bool = False
     about_zero: bool = False
+    alpha: Array | None = None
 
     def counted(self) -> NDArray[np.bool] | None:
         """Tell where y comes from the formula, (outer, 1, inner); None where it does everywhere."""
@@ -171,7 +173,8 @@ def double_backward_by_formula(
 
     `stopped` tells where ReLU let no gradient through. With h = scale·g, p = w/W, S = sum(h), D = sum(h·x̂), V = sum(p·v),
     A = sum(p·v·x̂) over what shares statistics, dx = rstd·(h - p·(S + D·x̂)) and sum(v·dx) = rstd·(sum(v·h) - V·S - A·D);
-    differentiated by g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)).
+    differentiated by g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)). About alpha times the mean, v - alpha·V
+    stands for v, and what is had by x - alpha·mean is that by x less alpha·p times its sum.
     """
     outer, channels, inner = call.sizes
     x, v, g, *to = tensors
@@ -232,20 +235,18 @@ def _of_set(
         axes = (2,) if call.each_position else (0, 2, 3)
         return np.repeat(np.sum(of_groups, axes, keepdims=True)[:, :, 0], call.width, 1)
 
-    def shift(values: Array) -> Array:
-        """Of what the mean follows: nothing about 0."""
-        return 0 * values if call.about_zero else total(values)
-
+    alpha: Any = 0.0 if call.about_zero else 1.0 if call.alpha is None else call.alpha.reshape(-1, 1)
     h = scale * g
-    by_v, along_v = shift(share * v + 0 * v), total(share * v * xhat)
-    by_h, along_h = shift(h), total(h * xhat)
-    turned_v = v - by_v - along_v * xhat
+    v = v - alpha * total(share * v + 0 * v)
+    along_v, along_h = total(share * v * xhat), total(h * xhat)
+    turned_v = v - along_v * xhat
     if tensors.ddy is not None:
         tensors.ddy[...] = scale * rstd * turned_v + w * xhat + lift
     if tensors.dx is not None:
-        inner = total(v * h) - by_v * by_h - along_v * along_h
+        inner = total(v * h) - along_v * along_h
         of_xhat = w * g - rstd * (along_v * h + along_h * share * v)  # the gradient by x̂
-        pulled = of_xhat - share * (shift(of_xhat) + total(of_xhat * xhat) * xhat)
-        tensors.dx[...] = rstd * (pulled - share * rstd * inner * xhat)
+        pulled = of_xhat - share * total(of_xhat * xhat) * xhat
+        of_centered = rstd * (pulled - share * rstd * inner * xhat)
+        tensors.dx[...] = of_centered - alpha * share * total(of_centered)
     by_scale: PerChannel = np.sum(rstd * g * turned_v, (0, 2))
     return by_scale

@@ -9,13 +9,21 @@ from __future__ import annotations
 
 from typing import Any, Unpack
 
+import numpy as np
 from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import Array
 from batchnorm._parts import About, require_values_of_samples, width_of_groups
+from batchnorm._validate import WeightsAre
 from batchnorm.forward import Options, normalized_by_batch, ordinary_saved, same
 from batchnorm.saved import Saved
+
+
+class GraphOptions(Options, total=False):
+    """What else `graph_norm` may be told."""
+
+    weights_are: WeightsAre | None
 
 
 @_keywords.options(Options, keep="x")
@@ -50,7 +58,6 @@ def instance_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> y, _ = instance_norm(np.array([[[1.0, 3.0]], [[10.0, 30.0]]]), eps=0.0)
     >>> y.ravel()
     array([-1.,  1., -1.,  1.])
@@ -102,7 +109,6 @@ def group_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> x = np.array([[[1.0, 3.0], [5.0, 7.0]], [[10.0, 30.0], [50.0, 70.0]]])
     >>> y, saved = group_norm(x, 1, eps=0.0)
     >>> saved.moments.mean, saved.moments.var()
@@ -118,6 +124,62 @@ def group_norm(
             return done
     x = _validate.array("x", x)
     return _normalized_by_groups(x, num_groups, gamma, beta, axis, eps, options, out, num_threads)
+
+
+@_keywords.options(GraphOptions, keep="x")
+def graph_norm(
+    x: Array,
+    gamma: ArrayLike | None = None,
+    beta: ArrayLike | None = None,
+    alpha: ArrayLike | None = None,
+    *,
+    segments: ArrayLike | None = None,
+    axis: int = 1,
+    eps: float = 1e-5,
+    out: Array | None = None,
+    num_threads: int | None = None,
+    **options: Unpack[GraphOptions],
+) -> tuple[Array, Saved]:
+    """Normalize each channel of each graph about a share of its mean.
+
+    y = o/√(mean(o²) + eps)·gamma + beta, o = x - alpha·mean, with means over the m nodes of a graph. With alpha = 1 that is
+    `batch_norm` with segments. Where all nodes of a graph look alike, their mean tells its structure: alpha, which is
+    learned, leaves some of it. mean(o²) = var + (1 - alpha)²·mean². Source: Cai, Luo, Xu, He, Liu & Wang (2021), "GraphNorm",
+    equation 6.
+
+    Parameters
+    ----------
+    x, gamma, beta, axis, eps, out, num_threads : as in `batch_norm`.
+    alpha : (C,) of any floating or integer dtype, or None for 1.
+    segments : (N,) of int, ids from 0 that never fall: which graph a row (axis 0) belongs to. None: all rows are one.
+    mask, weights, lengths, weights_are, padding, residual, activation : as in `batch_norm`.
+    keep : "x" or None, as in `batch_norm`.
+
+    Returns
+    -------
+    y : shape, dtype and memory order of `x`; `out` where given. The bounds of `batch_norm`, of o in the place of x - mean.
+    saved : Saved, as of `batch_norm`; ``saved.moments`` are those of the values, about their mean. `backward` gives dalpha
+        too, and `jvp` takes alpha_dot; `double_backward` takes alpha as a constant.
+
+    Errors, memory and threads are those of `batch_norm` with segments.
+
+    Examples
+    --------
+    >>> y, _ = graph_norm(np.array([[1.0], [3.0], [5.0]]), alpha=[0.5], segments=[0, 0, 1], eps=0.0)
+    >>> y.round(4).ravel()
+    array([0.    , 1.4142, 1.    ])
+    """
+    if options:
+        _keywords.no_options("graph_norm", options)
+    x = _validate.array("x", x)
+    if options.get("keep") == "y":
+        raise ValueError("keep must be 'x' or None beside alpha, of which y does not tell the mean, got 'y'")
+    channels = x.shape[_validate.axis(axis, x.ndim)]
+    shares = np.ones(channels) if alpha is None else _validate.channel_values("alpha", alpha, channels)
+    # A single node has the variance 0, as in a segment of one.
+    ids = np.zeros(len(x), np.int64) if segments is None else segments
+    told = {**options, "segments": ids, "alpha": np.array(shares)}
+    return normalized_by_batch(same, x, gamma, beta, axis, eps, told, out, num_threads)
 
 
 def _normalized_by_groups(
@@ -179,7 +241,6 @@ def layer_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> x = np.array([[1.0, 3.0, 5.0], [10.0, 10.0, 10.0]])
     >>> y, saved = layer_norm(x, np.array([1.0, 1.0, 2.0]), eps=0.0)
     >>> y.round(4)
@@ -228,7 +289,6 @@ def rms_norm(
 
     Examples
     --------
-    >>> import numpy as np
     >>> y, saved = rms_norm(np.array([[3.0, 4.0]]), eps=0.0)
     >>> y.round(4), saved.rstd.round(4)
     (array([[0.8485, 1.1314]]), array([0.2828]))

@@ -25,7 +25,7 @@ from batchnorm._parts import ABOUTS, Part
 from batchnorm._passes import ReluMask
 from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
-from batchnorm.saved import Gradients, GradSums, Saved, SecondGradients
+from batchnorm.saved import Gradients, GradSums, GraphGradients, Saved, SecondGradients
 
 Outputs = tuple[Array | None, Array | None]
 Gradient = Literal["x", "gamma", "beta", "residual"]
@@ -73,7 +73,7 @@ def backward(
 
     Returns
     -------
-    Gradients(dx, dgamma, dbeta, dresidual): dx and dresidual like x; dgamma and dbeta (C,) in the dtype of gamma
+    Gradients(dx, dgamma, dbeta, dresidual), of `graph_norm` GraphGradients, which has dalpha too: dx and dresidual like x; dgamma and dbeta (C,) in the dtype of gamma
     (float64 where that is None or integers); None where not asked for, as dresidual is where no residual was added. Each
     within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴ with weights other than 0 and 1.
 
@@ -110,17 +110,25 @@ def backward(
     to_x, to_residual = _validate.two_outputs(outputs, of.x, {"dy": dy, "x": of.x}, of.apart, "dx, dresidual")
     dx = Target(of.layout, of.x, to_x, need_x)
     residual = Target(of.layout, of.x, to_residual, need_residual and saved.has_residual)
-    dgamma, dbeta = of.room(need_gamma, by_core=of.turn is None), of.room(need_beta, by_core=of.turn is None)
+    dgamma, dbeta = of.room(need_gamma, by_core=not of.in_sets), of.room(need_beta, by_core=not of.in_sets)
     results = Gradients(dx.array, dgamma, dbeta, residual.array)
-    dscale, dshift = dgamma, dbeta
-    if of.turn is not None:
+    dscale, dshift, dalpha = dgamma, dbeta, None
+    if of.in_sets:
         dscale, dshift = of.wide(need_gamma), of.wide(need_gamma or need_beta)
+    if of.alpha is not None:
+        results = GraphGradients(*results)
+        dalpha = np.empty(of.channels, _validate.float_dtype(saved.part.alpha)) if need_gamma else None
     to = dx.block, residual.block, dscale, dshift, of.threads
     _core.backward(of.layout.block(dy), of.block, of.call, of.statistics, *to)
     of.sum_up(results, of.turn, dscale, dshift)
+    if dalpha is not None and dscale is not None:
+        _passes.combine(dalpha, of.alpha_turn, dscale, of.alpha_lift, dshift)
     dx.deliver()
     residual.deliver()
-    return of.rounded(results)
+    given = of.rounded(results)
+    if isinstance(given, GraphGradients):
+        given.dalpha = dalpha
+    return given
 
 
 @_keywords.keywords
@@ -204,6 +212,7 @@ def jvp(
     gamma_dot: ArrayLike | None = None,
     beta_dot: ArrayLike | None = None,
     residual_dot: Array | None = None,
+    alpha_dot: ArrayLike | None = None,
     mean_dot: ArrayLike | None = None,
     var_dot: ArrayLike | None = None,
     out: Array | None = None,
@@ -230,6 +239,7 @@ def jvp(
     saved : what the forward call returned. Its x (or y) must be unchanged.
     gamma_dot, beta_dot : tangents of gamma and beta, (C,) of any floating or integer dtype, or None for 0.
     residual_dot : tangent of the residual: shape and dtype of x, or None for 0.
+    alpha_dot : tangent of alpha in `graph_norm`, (C,), or None for 0.
     mean_dot, var_dot : tangents of statistics that were given, (C,), or None for 0.
     out : where to put y': shape and dtype of x; may be `x_dot` or x itself, must not overlap them otherwise.
     num_threads : as in `batch_norm`.
@@ -255,10 +265,15 @@ def jvp(
     if saved.given is None and (mean_dot is not None or var_dot is not None):
         raise ValueError("mean_dot and var_dot must be None where the statistics are those of the batch")
     added = of.like_residual("residual_dot", residual_dot)
+    of_alpha = of.channel_values("alpha_dot", alpha_dot)
+    if of_alpha is not None and of.alpha is None:
+        raise ValueError("alpha_dot must be None where there was no alpha, as graph_norm has")
     if out is not None:
         _validate.output(out, of.x, {"x_dot": x_dot, "x": of.x}, of.apart | dots)
     y_dot, tangent = Target(of.layout, of.x, out), of.layout.block(x_dot)
     by_channel = of.tangents(dots["gamma_dot"], dots["beta_dot"], of.turn)
+    if of_alpha is not None:
+        by_channel = of.along_alpha(of_alpha, *by_channel)
     of_statistics = dots["mean_dot"], of.of_var(dots["var_dot"])
     to = *of_statistics, *by_channel, y_dot.block, of.threads
     _core.jvp(tangent, of.block, of.call._replace(residual=added), of.statistics, *to)
@@ -372,7 +387,7 @@ def _is_ordinary(saved: Saved) -> bool:
     """Tell whether the core may look at what was saved, whose fields may have been replaced, before it is checked."""
     layout, relu, part, axis = saved.layout, saved.relu, saved.part, saved.axis
     return (
-        type(part) is Part and part.padding in _PADDING and part.about in ABOUTS
+        type(part) is Part and part.padding in _PADDING and part.about in ABOUTS and part.alpha is None
         and (part.each_position == isinstance(axis, tuple)) and (isinstance(axis, int) or len(axis) == 1)
         and (relu is None or type(relu) is ReluMask)
         and (layout is None or (type(layout) is Layout and layout.order == ORDERS[len(layout.order)]))

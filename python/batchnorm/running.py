@@ -236,7 +236,7 @@ def update_running(
         return _updated(now, batch, update_rate, ddof, weights_are)  # type: ignore[arg-type]  # of a subclass
     if batch.moments is None:
         raise ValueError("batch must have statistics of a batch, got those of a call that they were given to")
-    if not batch.part.is_of_channels:
+    if not batch.part.has_own_statistics:
         raise ValueError("batch must have statistics of channels, got those of groups of channels")
     if batch.renorm is not None and ddof is not None:
         raise ValueError(f"ddof must be None after a call with renorm, whose parity says it, got {ddof}")

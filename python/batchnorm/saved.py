@@ -78,11 +78,14 @@ class Saved:
     def rstd(self) -> PerChannel:
         """1/√(var + eps) with the biased variance of `moments`, or the one given: float64, of their shape.
 
-        Of `rms_norm` 1/√(mean(x²) + eps).
+        Of `rms_norm` 1/√(mean(x²) + eps), of `graph_norm` 1/√(mean((x - alpha·mean)²) + eps).
         """
-        if self.moments is not None and self.part.about == "zero":
+        alpha: PerChannel | float = 0.0
+        if self.part.alpha is not None and self.moments is not None:
+            alpha = np.resize(self.part.alpha, self.moments.channels).astype(np.float64)
+        if self.moments is not None and (self.part.about == "zero" or self.part.alpha is not None):
             with np.errstate(all="ignore"):
-                total = self.moments.var() + self.moments.mean**2 + self.eps
+                total = self.moments.var() + ((1 - alpha) * self.moments.mean) ** 2 + self.eps
                 return np.where(total == 0, 0.0, 1.0 / np.sqrt(total))
         if self.moments is not None:
             return _core.rstd(self.moments._table, self.eps)
@@ -129,6 +132,12 @@ class Gradients(NamedTuple):
 
     def __repr__(self) -> str:
         return _validate.summary(self)
+
+
+class GraphGradients(Gradients):
+    """Those of `graph_norm`: the same, and `dalpha`, (C,), or None where that of gamma is not asked for."""
+
+    dalpha: Array | MaybeNone
 
 
 class SecondGradients(NamedTuple):

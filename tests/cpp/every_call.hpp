@@ -74,6 +74,7 @@ struct Arguments {
     add(" of each position with a mask and a ReLU", with(plain, {{}, p.channels, true}, by_mask, relu));
     add(" of each position about 0", with(plain, {{}, p.channels, true, About::zero}, {}, {}));
     add(" about 0", with(plain, {{}, 1, false, About::zero}, {}, {}));
+    add(" about alpha times the mean", with(plain, {offsets, 1, false, About::mean, tangent}, {}, {}));
     add(" with a mask and a residual", with(plain, {}, {mask, Padding::keep}, {.residual = residual}));
   }
   Arguments(const Arguments&) = delete;  // calls refer to what they are made of
