@@ -249,7 +249,7 @@ def _vectors_of(case, numpy_helper):
         (
             lambda: convert.from_torch({}, kind=int),
             TypeError,
-            "kind must be BatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, got <class 'int'>",
+            "kind must be one of BatchNorm, LayerNorm, RMSNorm, GroupNorm, InstanceNorm, GraphNorm, got <class 'int'>",
         ),
         (
             lambda: convert.from_torch({"weight": SCALE}, kind=bn.LayerNorm, momentum=0.1),

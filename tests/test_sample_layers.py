@@ -1,4 +1,4 @@
-"""LayerNorm, RMSNorm, GroupNorm and InstanceNorm: the functions with parameters, a state and a backward pass."""
+"""LayerNorm, RMSNorm, GroupNorm, InstanceNorm and GraphNorm: the functions with parameters, a state and a backward pass."""
 
 import copy
 import pickle
@@ -17,6 +17,7 @@ LAYERS = {
     "rms": (lambda **o: bn.RMSNorm(4, **o), lambda x, g, b, **o: bn.rms_norm(x, g, b, **o), {"eps": 1e-6}),
     "group": (lambda **o: bn.GroupNorm(2, 6, **o), lambda x, g, b, **o: bn.group_norm(x, 2, g, b, **o), {"num_groups": 2, "channels": 6}),
     "instance": (lambda **o: bn.InstanceNorm(6, **o), lambda x, g, b, **o: bn.instance_norm(x, g, b, **o), {"channels": 6, "axis": 1}),
+    "graph": (lambda **o: bn.GraphNorm(6, **{"alpha": False} | o), lambda x, g, b, **o: bn.graph_norm(x, g, b, **o), {"channels": 6, "axis": 1}),
 }  # fmt: skip
 each_layer = pytest.mark.parametrize("name", LAYERS)
 rng = np.random.default_rng(0)

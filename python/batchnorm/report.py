@@ -124,12 +124,14 @@ class Report:
         return "\n".join(f"{f.severity} {f.kind}: {f.text}" for f in self.findings) or "nothing found"
 
 
-def parameter_findings(gamma: Array | None, beta: Array | None) -> tuple[Finding, ...]:
+def parameter_findings(gamma: Array | None, beta: Array | None, alpha: Array | None) -> tuple[Finding, ...]:
     """Find what is wrong in a layer that learns of no batches."""
     shape = next((a.shape for a in (gamma, beta) if a is not None), (0,))
     scale = np.ones(shape) if gamma is None else gamma.astype(np.float64)
     shift = np.zeros(shape) if beta is None else beta.astype(np.float64)
     found = [_finding(None, *one) for one in _of_parameters(scale.ravel(), shift.ravel())]
+    if alpha is not None:
+        found.append(_finding(None, "nonfinite", "alpha is not finite", ~np.isfinite(alpha)))
     return tuple(f for f in found if f is not None)
 
 

@@ -13,20 +13,22 @@ from batchnorm import _validate
 from batchnorm._arrays import Array
 from batchnorm.conventions import Library
 from batchnorm.convert.carried import numpy_of, only
-from batchnorm.layers import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from batchnorm.layers import GraphNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from batchnorm.layers.by_sample import SampleLayer
 from batchnorm.layers.settings import parameter_dtype
 
 L = TypeVar("L", bound=SampleLayer)
 
-# What each library calls gamma and beta, and its classes, of each kind; "" where it has none.
-_Names = tuple[str, str, str]
+# What each library calls gamma and beta, and its classes, of each kind; "" where it has none. PyTorch's GraphNorm is that of
+# PyTorch Geometric, whose name of alpha is the last.
+_Names = tuple[str, ...]
 _NAMES: dict[Library, dict[type[SampleLayer], _Names]] = {
     "torch": {
         LayerNorm: ("weight", "bias", "LayerNorm"),
         RMSNorm: ("weight", "", "RMSNorm"),
         GroupNorm: ("weight", "bias", "GroupNorm"),
         InstanceNorm: ("weight", "bias", "InstanceNorm"),
+        GraphNorm: ("weight", "bias", "GraphNorm", "mean_scale"),
     },
     "keras": {
         LayerNorm: ("gamma", "beta", "LayerNormalization"),
@@ -56,29 +58,31 @@ def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | Non
         layer.
     """
     if not (isinstance(kind, type) and issubclass(kind, SampleLayer) and kind in _NAMES[library]):
-        raise TypeError(f"kind must be BatchNorm, LayerNorm, RMSNorm, GroupNorm or InstanceNorm, got {kind!r}")
-    gamma_name, beta_name, _ = names = _NAMES[library][kind]
+        kinds = ", ".join(["BatchNorm", *(k.__name__ for k in _NAMES[library])])
+        raise TypeError(f"kind must be one of {kinds}, got {kind!r}")
+    named = _parameters(library, kind)
     if isinstance(source, Mapping):
-        only(source, [n for n in names[:2] if n], "of such a layer")
+        only(source, list(named.values()), "of such a layer")
         found, state = {}, source
     else:
         _require_class(library, kind, source)
         found = _settings_of(library, kind, source)
-        state = {name: getattr(source, name, None) for name in names[:2] if name}
-    parameters = [state.get(name) if name else None for name in (gamma_name, beta_name)]
-    gamma, beta = (
-        None if value is None else _finite(name, value) for name, value in zip(names, parameters, strict=False)
-    )
+        state = {name: getattr(source, name, None) for name in named.values()}
+    values = {ours: _finite(name, state[name]) for ours, name in named.items() if state.get(name) is not None}
     told = {"convention": library} | found | {name: value for name, value in settings.items() if value is not None}
-    gamma, beta = _of_channels(kind, gamma, beta, told)
-    known = next((a for a in (gamma, beta) if a is not None), None)
-    if known is not None:
-        told.setdefault("shape", known.shape)
-    layer = _made(kind, told, {"gamma": gamma is not None, "beta": beta is not None}, dtype or _dtype_of(gamma, beta))
-    for name, value in (("gamma", gamma), ("beta", beta)):
-        if value is not None:
-            setattr(layer, name, value.astype(layer.dtype))
+    values = _of_channels(kind, values, told)
+    for a in values.values():
+        told.setdefault("shape", a.shape)
+    layer = _made(kind, told, {ours: ours in values for ours in named}, dtype or _dtype_of(*values.values()))
+    for ours, value in values.items():
+        setattr(layer, ours, value.astype(layer.dtype))
     return layer
+
+
+def _parameters(library: Library, kind: type[SampleLayer]) -> dict[str, str]:
+    """Give what a library calls the parameters of a kind that it has, by our names."""
+    gamma, beta, _, *alpha = _NAMES[library][kind]
+    return {ours: name for ours, name in zip(("gamma", "beta", "alpha"), (gamma, beta, *alpha), strict=False) if name}
 
 
 def refuse(kind: Any, **of_batch_norm: object) -> None:
@@ -89,14 +93,17 @@ def refuse(kind: Any, **of_batch_norm: object) -> None:
 
 
 def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> dict[str, Array]:
-    """Give gamma and beta as fresh arrays by their names in a library, where the layer has them."""
-    names = _NAMES[library][type(layer)]
-    if layer.beta is not None and not names[1]:
-        raise ValueError(f"the layer must have beta=False for {names[2]}, which has no shift, got beta=True")
+    """Give the parameters as fresh arrays by their names in a library, where the layer has them."""
+    if type(layer) not in _NAMES[library]:
+        raise TypeError(f"the layer must be of a kind that {library} has, got a {type(layer).__name__}")
+    named = _parameters(library, type(layer))
+    if layer.beta is not None and "beta" not in named:
+        name = _NAMES[library][type(layer)][2]
+        raise ValueError(f"the layer must have beta=False for {name}, which has no shift, got beta=True")
     wanted = np.result_type(layer.dtype, np.float32) if dtype is None else parameter_dtype(dtype)
     with np.errstate(all="ignore"):
-        named = zip(names, (layer.gamma, layer.beta), strict=False)
-        return {name: a.astype(wanted) for name, a in named if a is not None}
+        values = {name: getattr(layer, ours) for ours, name in named.items()}
+        return {name: a.astype(wanted) for name, a in values.items() if a is not None}
 
 
 # ---- what a module says ----
@@ -146,6 +153,8 @@ def _of_torch(kind: type[SampleLayer], source: Any) -> dict[str, Any]:
         return {"eps": eps, "shape": shape}
     if kind is GroupNorm:
         return {"eps": eps, "num_groups": source.num_groups, "shape": (source.num_channels,)}
+    if kind is GraphNorm:
+        return {"eps": eps, "shape": (source.in_channels,)}
     if getattr(source, "track_running_stats", False):
         raise ValueError(
             "source must have track_running_stats=False, got True: an instance norm that evaluates by running statistics is "
@@ -161,13 +170,11 @@ def _tuple(value: Any) -> tuple[int, ...]:
 # ---- the layer ----
 
 
-def _of_channels(
-    kind: type[SampleLayer], gamma: Array | None, beta: Array | None, told: dict[str, Any]
-) -> tuple[Array | None, Array | None]:
-    """Give gamma and beta of each channel: those of ONNX's GroupNormalization 18 are of each group."""
+def _of_channels(kind: type[SampleLayer], values: dict[str, Array], told: dict[str, Any]) -> dict[str, Array]:
+    """Give parameters of each channel: those of ONNX's GroupNormalization 18 are of each group."""
     opset = told.pop("opset", None)
     if kind is not GroupNorm or opset is None or opset >= 21:
-        return gamma, beta
+        return values
     groups, channels = told.get("num_groups"), told.get("channels")
     if groups is None or channels is None or channels % groups:
         raise ValueError(
@@ -175,7 +182,7 @@ def _of_channels(
             f"group, got channels={channels} and num_groups={groups}"
         )
     told["shape"] = (channels,)
-    return tuple(None if a is None else np.repeat(a, channels // groups) for a in (gamma, beta))  # type: ignore[return-value]
+    return {ours: np.repeat(a, channels // groups) for ours, a in values.items()}
 
 
 def _made(kind: type[L], told: dict[str, Any], has: dict[str, bool], dtype: DTypeLike) -> L:
@@ -188,6 +195,9 @@ def _made(kind: type[L], told: dict[str, Any], has: dict[str, bool], dtype: DTyp
     channels = prod(shape) if channels is None and shape is not None else channels
     if channels is None:
         raise ValueError("channels must be given where source has neither scale nor bias, got none")
+    if kind is GraphNorm:
+        options.pop("convention")
+        return kind(channels, **options)
     if kind is InstanceNorm:
         if groups not in (None, -1, channels):
             raise ValueError(f"source must have groups=-1 for an InstanceNorm, got {groups}")
@@ -206,8 +216,7 @@ def _finite(name: str, value: Any) -> Array:
     return array
 
 
-def _dtype_of(*parameters: Array | None) -> np.dtype[Any]:
-    """Tell the narrowest of a layer's that holds gamma and beta."""
-    there = [a for a in parameters if a is not None]
-    found = np.result_type(*there) if there else np.dtype(np.float32)
+def _dtype_of(*parameters: Array) -> np.dtype[Any]:
+    """Tell the narrowest of a layer's that holds them all."""
+    found = np.result_type(*parameters) if parameters else np.dtype(np.float32)
     return min(found, np.dtype(np.float64), key=lambda dtype: dtype.itemsize)

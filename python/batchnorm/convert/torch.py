@@ -58,8 +58,9 @@ def from_torch(
     source : a module (BatchNorm1d, 2d, 3d, SyncBatchNorm, or one whose class or base class is named a BatchNorm) or
         its state_dict: weight, bias, running_mean, running_var and num_batches_tracked (absent in old ones), as
         tensors or arrays. (The state_dict of an instance norm has the same names and is not told from it.)
-    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, which are made of a
-        module, or of a mapping of its weight and bias and of the settings that these do not tell (num_groups, axes, eps).
+    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, `GraphNorm` (that of
+        PyTorch Geometric, whose mean_scale is alpha), which are made of a module, or of a mapping of its weight and bias
+        and of the settings that these do not tell (num_groups, axes, eps).
     eps, momentum : of PyTorch; None for the module's, and for PyTorch's defaults with a state_dict.
     update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
     axis : the channel axis of x; None for PyTorch's 1.

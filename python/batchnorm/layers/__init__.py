@@ -2,5 +2,6 @@
 
 from batchnorm.layers.batch import BatchNorm
 from batchnorm.layers.by_sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from batchnorm.layers.graph import GraphNorm
 
-__all__ = ["BatchNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GraphNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]

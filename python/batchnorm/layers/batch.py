@@ -304,7 +304,7 @@ class BatchNorm(Layer):
     def _made(self, saved: Saved, given: _Given, is_before: bool) -> _Made:
         """Make the state after a call: with statistics to be filled, or, before it writes, with what it learns."""
         state, x, told, k, update, room = given
-        gamma, beta, statistics, _, batch, largest = state
+        gamma, beta, statistics, _, batch, largest, alpha = state
         nexts, size, seen = None, x.size, saved.moments
         assert seen is not None
         call: Call = [] if saved.x is None and saved.y is None else [x, saved]
@@ -320,7 +320,7 @@ class BatchNorm(Layer):
             elif update and is_before:
                 known = replace(saved, moments=self._moments(x, told))
                 statistics = self._learned(statistics, k, known)
-        return saved, _new_state((gamma, beta, statistics, call, batch, largest)), nexts
+        return saved, _new_state((gamma, beta, statistics, call, batch, largest, alpha)), nexts
 
     def _after(self, after: State, before: State, k: int, saved: Saved, update: bool) -> State:
         """Give the state after a call that is not known to have been a batch, and what it learns."""

@@ -56,6 +56,9 @@ class SampleLayer(Layer):
         """
         if options and not options.keys() <= SampleOptions.__annotations__.keys():
             raise _keywords.unknown_keywords(SampleLayer.__call__, options)
+        return self._called(x, out, options)
+
+    def _called(self, x: Array, out: Array | None, options: Mapping[str, Any]) -> Array:
         state, settings = self._state, self.settings
         keep = options.get("keep", "x")
         gamma = state.gamma if keep is None else snapshot(state.gamma)
@@ -72,7 +75,7 @@ class SampleLayer(Layer):
         raise NotImplementedError
 
     def freeze(self, *, affine: bool = True) -> Self:
-        """Freeze gamma and beta until `unfreeze`: backward gives dx alone. Returns the layer; TypeError if not a bool."""
+        """Freeze gamma, beta and alpha until `unfreeze`: backward gives dx alone. Returns the layer; TypeError if not a bool."""
         return self._set_frozen(True, False, affine)
 
     def unfreeze(self, *, affine: bool = True) -> Self:
@@ -80,7 +83,7 @@ class SampleLayer(Layer):
         return self._set_frozen(False, False, affine)
 
     def report(self) -> Report:
-        """Return what is wrong, or may be, in gamma and beta; changes nothing. What is looked for is told by `Report`.
+        """Return what is wrong, or may be, in gamma, beta and alpha; changes nothing. What is looked for is told by `Report`.
 
         >>> layer = GroupNorm(1, 3)
         >>> layer.gamma[1] = 0
@@ -88,7 +91,7 @@ class SampleLayer(Layer):
         warning dead: gamma is 0 or below 0.001 of the median abs(gamma), 0.0 at the least, in channel 1
         """
         with np.errstate(all="ignore"):
-            return Report(parameter_findings(self._state.gamma, self._state.beta))
+            return Report(parameter_findings(self._state.gamma, self._state.beta, self._state.alpha))
 
 
 _keywords.options(SampleOptions, keep="x")(SampleLayer.__call__)

@@ -24,7 +24,7 @@ from batchnorm.state_file import Entry
 # no backward (any more). Each call makes one, so that it also tells calls apart. A class of its own takes four times as
 # long to make.
 Call = list[Any]
-# What backward has given: dgamma, dbeta and dresidual. Replaced by one assignment.
+# What backward has given: dgamma, dbeta, dresidual and dalpha. Replaced by one assignment.
 Results = list[Array | None]
 
 
@@ -41,6 +41,7 @@ class State(NamedTuple):
     # The last that normalized or updated: domain, moments (of each ghost), size of x. Never changed once it is here.
     batch: Any
     largest_size: int  # of an x that did
+    alpha: Array | None = None  # of `GraphNorm`
 
 
 class Default:
@@ -56,8 +57,8 @@ class Default:
 _ALL: Any = Default("all")
 
 
-class _Parameter:
-    """Gamma or beta of a layer. Assigning copies and checks."""
+class Parameter:
+    """Gamma, beta or alpha of a layer. Assigning copies and checks."""
 
     def __init__(self, text: str) -> None:
         self.__doc__ = text
@@ -86,10 +87,10 @@ class Layer:
     num_threads = Setting[int | None]()
     eps, dtype = Setting[float](), Setting[np.dtype[Any]]()
     activation = Setting[_validate.Activation | None]()
-    gamma = _Parameter(
+    gamma = Parameter(
         "Scale, of `dtype`, or None: (C,), or of the shape that is normalized. ``gamma -= g`` works in place."
     )
-    beta = _Parameter("Shift, as `gamma`.")
+    beta = Parameter("Shift, as `gamma`.")
 
     def __init__(self, settings: Settings) -> None:
         self.settings = settings
@@ -100,7 +101,7 @@ class Layer:
         self._state = State(gamma, beta, self._initial_statistics(), [], None, 0)
         # The last, and the call of _state that it came after.
         self._evaluation: tuple[Call, Call] | None = None
-        self._results: Results = [None, None, None]
+        self._results: Results = [None, None, None, None]
         self._training = True
         self._frozen = False, False  # statistics, affine
 
@@ -194,7 +195,7 @@ class Layer:
             asked = zip(NEEDS, _validate.needs_among(NEEDS, NEEDS if needs is _ALL else needs), strict=True)
             left_out = ("gamma", "beta") if self._frozen[1] else ()
             names = tuple(n for n, wanted in asked if wanted and n not in left_out)
-        results: Results = [None, None, None]  # before anything is written, as `out` may be
+        results: Results = [None, None, None, None]  # before anything is written, as `out` may be
         if overwrites and "x" in names:
             call.clear()  # before its first value is gone: from there on a signal may end the call at any time
         try:
@@ -208,6 +209,8 @@ class Layer:
         results[0] = self._as_gradient(given[1], state.gamma)
         results[1] = self._as_gradient(given[2], state.beta)
         results[2] = given[3]
+        if state.alpha is not None:
+            results[3] = self._as_gradient(given.dalpha, state.alpha)
         self._results = results
         dx: Array | None = given[0]
         return dx
@@ -233,23 +236,23 @@ class Layer:
 
     def _arrays(self) -> dict[str, Array]:
         """Give the state without its settings, in fresh arrays."""
-        given = {"gamma": self._state.gamma, "beta": self._state.beta}
+        given = {"gamma": self._state.gamma, "beta": self._state.beta, "alpha": self._state.alpha}
         return {name: value.copy() for name, value in given.items() if value is not None} | self._statistics_arrays()
 
     def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
         """Give the state of such arrays, which fit, after refusing values that cannot be."""
         own = dict(arrays)
-        gamma, beta = own.pop("gamma", None), own.pop("beta", None)
+        parameters = {name: own.pop(name, None) for name in ("gamma", "beta", "alpha")}
         statistics = self._statistics_of(own, strict)
-        for name, a in (("gamma", gamma), ("beta", beta)):
+        for name, a in parameters.items():
             if a is not None:
                 _validate.each_channel(name, a, np.isfinite(a), "be finite")
-        return self._state._replace(gamma=gamma, beta=beta, statistics=statistics)
+        return self._state._replace(statistics=statistics, **parameters)
 
     def state_dict(self) -> dict[str, Array]:
         """Return what a layer of the same settings needs to go on bit for bit, in fresh arrays.
 
-        gamma, beta : of `dtype`, where the layer has them.
+        gamma, beta, alpha : of `dtype`, where the layer has them.
         settings : str, JSON: those that y and the statistics depend on, all but nonfinite, single_value, num_threads.
         Mode and gradients are not state. Of `BatchNorm` also what it has learned:
         running_mean, running_var : float64 (C,); update_count : int64.
