@@ -201,3 +201,36 @@ def test_an_error_changes_nothing(name):
     with pytest.raises(ValueError, match=r"^residual must have shape"):
         layer(X, residual=RESIDUAL[:, :, :1])
     assert layer.backward(DY).tobytes() == before.tobytes()
+
+
+@pytest.mark.parametrize(
+    ("call", "text"),
+    [
+        (lambda: bn.LayerNorm(normalized_shape=4), None),
+        (lambda: bn.LayerNorm(4, normalized_shape=4), "shape must be given instead of normalized_shape: write LayerNorm(4), got normalized_shape=4"),
+        (lambda: bn.GroupNorm(2, 4, affine=False), "gamma and beta must be given instead of affine: write gamma=False, beta=False, got affine=False"),
+        (lambda: bn.LayerNorm(4, elementwise_affine=False), "gamma and beta must be given instead of elementwise_affine: write gamma=False, beta=False, got elementwise_affine=False"),
+        (lambda: bn.InstanceNorm(4, momentum=0.1), "momentum must be left out: each sample is normalized by itself, in training and evaluation alike, got momentum=0.1"),
+        (lambda: bn.InstanceNorm(4)(X, training=True), "training must be left out: each sample is normalized by itself, in training and evaluation alike, got training=True"),
+        (lambda: bn.RMSNorm(4)(X, epsilon=1e-3), "eps must be given to the layer as it is made, not to its calls, got epsilon=0.001"),
+        (lambda: bn.GraphNorm(6)(X, bogus=1), "keywords of a layer's call must be of x, mask, weights, lengths, padding, residual, keep, segments, out, got bogus"),
+    ],
+)  # fmt: skip
+def test_keywords_of_other_libraries_are_answered_by_the_ones_here(call, text):
+    with pytest.raises(TypeError, match=None if text is None else f"^{re.escape(text)}$"):
+        call()
+
+
+@pytest.mark.parametrize("kind", [bn.LayerNorm, bn.RMSNorm, bn.GraphNorm], ids=lambda kind: kind.__name__)
+def test_settings_of_another_kind_are_refused_by_a_converter(kind):
+    state = {"weight": np.ones(4)}
+    with pytest.raises(TypeError, match=r"num_groups must be left out for a "):
+        bn.convert.from_torch(state, kind=kind, num_groups=2)
+
+
+def test_channels_are_not_given_beside_a_state_that_has_them():
+    state = dict.fromkeys(("weight", "bias", "running_mean", "running_var"), np.ones(2))
+    with pytest.raises(
+        TypeError, match=r"^channels must not be given for a layer from elsewhere, as source tells them"
+    ):
+        bn.convert.from_torch(state, channels=2)

@@ -763,7 +763,7 @@ def test_the_signature_of_a_call_that_names_few_keywords_shows_them_all():
 def test_a_layer_from_elsewhere_names_every_setting_that_its_source_does_not_decide(library):
     settings = set(inspect.signature(bn.BatchNorm).parameters)
     named = set(inspect.signature(getattr(bn.convert, f"from_{library}")).parameters)
-    assert settings - named == {"channels", "convention", "gamma", "beta", "domains", "debias"}
+    assert settings - named == {"convention", "gamma", "beta", "domains", "debias"}
 
 
 @pytest.mark.parametrize("f", [bn.batch_norm, bn.normalize, bn.moments], ids=lambda f: f.__name__)
@@ -1073,6 +1073,9 @@ DEFAULTS = {
     bn.batch_norm: X_AXIS | {"keep": "x"},
     bn.instance_norm: X_AXIS | {"keep": "x"},
     bn.group_norm: X_AXIS | {"keep": "x"},
+    bn.graph_norm: X_AXIS | {"keep": "x"},
+    bn.layer_norm: {"axes": -1, "eps": 1e-5, "keep": "x"},
+    bn.rms_norm: {"axes": -1, "eps": 1e-6, "keep": "x"},
     bn.normalize: X_AXIS | {"keep": "x", "save": False},
     bn.backward: {"needs": ("x", "gamma", "beta", "residual")},
     bn.double_backward: {"needs": ("dy", "x", "gamma")},
@@ -1086,7 +1089,7 @@ DEFAULTS = {
     bn.show_config: {"mode": "stdout"},
     bn.Moments.var: {"ddof": 0},
     bn.RenormSchedule.torchrl: {"warmup_steps": 10_000, "smooth": False, "r_max": 3.0, "d_max": 5.0},
-    bn.convert.from_onnx: {"epsilon": 1e-5, "momentum": 0.9},
+    bn.convert.from_onnx: {"kind": bn.BatchNorm, "epsilon": 1e-5, "momentum": 0.9},
     bn.BatchNorm.load_state_dict: {"strict": True},
 }
 

@@ -44,6 +44,11 @@ class Counted(TypedDict, total=False):
 _NAMES_ELSEWHERE = {
     "num_features": "channels",
     "features": "channels",
+    "num_channels": "channels",
+    "normalized_shape": "shape",
+    "groups": "num_groups",
+    "reduction_axes": "axes",
+    "elementwise_affine": "affine",
     "epsilon": "eps",
     "weight": "gamma",
     "scale": "gamma",
@@ -55,18 +60,22 @@ _NAMES_ELSEWHERE = {
     "running_var": "var",
 }
 _MODES = ("training", "train", "use_running_average")
+# What is said of running statistics, which norms of samples have not.
+_OF_STATISTICS = ("momentum", "update_rate", "ddof", "track_running_stats", "use_stats", "update_stats", *_MODES)
+_MODULES_OF_SAMPLES = ("batchnorm.by_sample", "batchnorm.layers.by_sample", "batchnorm.layers.graph")
 _SETTINGS_OF_SAVED = ("eps", "axis", "gamma")
-_MAKING, _CALL = "BatchNorm()", "a layer's call"
+# How what is called stands to a layer. "" is any function.
+_MAKING, _CALL = "making", "call"
 _TO_CALLS = (
     "use_stats must be given to the calls of a layer instead of track_running_stats: write "
     'layer(x, use_stats="batch") for track_running_stats=False'
 )
-# What to write instead of a keyword that nothing here has, by what is called; "" is any function.
+# What to write instead of a keyword that nothing here has, by what is called.
 _INSTEAD = {
     "affine": {
-        _MAKING: "gamma and beta must be given instead of affine: write gamma={shown}, beta={shown}",
-        _CALL: "gamma and beta must be given to BatchNorm() instead of affine",
-        "": "affine must be left out: {called} takes no gamma and beta",
+        _MAKING: "gamma and beta must be given instead of {name}: write gamma={shown}, beta={shown}",
+        _CALL: "gamma and beta must be given to {layer} instead of {name}",
+        "": "{name} must be left out: {called} takes no gamma and beta",
     },
     "track_running_stats": {
         _MAKING: _TO_CALLS,
@@ -137,37 +146,47 @@ def unknown_keywords(function: Callable[..., object], named: Mapping[str, object
     """Return the error for keywords that `function` has not: what to write instead, where other libraries tell."""
     known = [name for name in inspect.signature(function).parameters if name != "self"]
     others = {name: value for name, value in named.items() if name not in known}
-    names = {"BatchNorm.__init__": _MAKING, "BatchNorm.__call__": _CALL}
-    called = names.get(function.__qualname__, f"{function.__name__}()")
+    owner, _, own = function.__qualname__.rpartition(".")
+    kind = {"__init__": _MAKING, "__call__": _CALL}.get(own, "")
+    called = {_MAKING: f"{owner}()", _CALL: "a layer's call"}.get(kind, f"{function.__name__}()")
+    learns = function.__module__ not in _MODULES_OF_SAMPLES
+    layer = "BatchNorm()" if learns else "the layer as it is made"
     for name, value in others.items():
-        text = _instead(name, value, known, called)
+        if not learns and name in _OF_STATISTICS:
+            text = f"{name} must be left out: each sample is normalized by itself, in training and evaluation alike"
+        else:
+            text = _instead(name, value, known, kind, called=called, layer=layer)
         if text:
             return TypeError(f"{text}, got {name}={_shown(value)}")
     return TypeError(f"keywords of {called} must be of {', '.join(known)}, got {', '.join(others)}")
 
 
-def _instead(name: str, value: object, known: list[str], called: str) -> str:
-    """Say what to write instead of a keyword of other libraries; nothing where it is none."""
+def _instead(name: str, value: object, known: list[str], kind: str, *, called: str, layer: str) -> str:
+    """Say what to write instead of a keyword of other libraries; nothing where it is none.
+
+    kind, called, layer : how what is called stands to a layer, what it is called, and where a layer's settings are given.
+    """
     here, shown = _NAMES_ELSEWHERE.get(name, name), _shown(value)
     if here in known:
-        return f"{here} must be given instead of {name}: write {f'BatchNorm({shown})' if here == 'channels' else f'{here}={shown}'}"
+        write = f"{called.removesuffix('()')}({shown})" if known.index(here) == 0 else f"{here}={shown}"
+        return f"{here} must be given instead of {name}: write {write}"
     if here == "channels":
         return f"{name} must be left out: x tells its channels, along axis"
     if name == "momentum":
         return _instead_of_momentum(value, "update_rate" in known)
-    if name == "affine" and "gamma" in known and called != "BatchNorm()":
-        return "gamma must be given instead of affine: an array, or None for affine=False"
-    texts = _INSTEAD.get("training" if name in _MODES else name)
+    if here == "affine" and "gamma" in known and kind != _MAKING:
+        return f"gamma must be given instead of {name}: an array, or None for {name}=False"
+    texts = _INSTEAD.get("training" if name in _MODES else here)
     if texts is not None:
-        return texts.get(called, texts[""]).format(name=name, shown=shown, called=called)
+        return texts.get(kind, texts[""]).format(name=name, shown=shown, called=called, layer=layer)
     if here in _SETTINGS_OF_SAVED and "saved" in known:
         return f"{name} must be left out: it is that of the call that gave saved"
     if here in ("mean", "var"):
         return f"{name} must be left out: normalize(x, mean, var) normalizes by given statistics, batch_norm(x) by those of x"
-    if here == "eps" and called != _CALL:
+    if here == "eps" and kind != _CALL:
         return f"{name} must be left out: {called} adds nothing to a variance"
-    if called == _CALL and here in ("eps", "axis", "gamma", "beta", "update_rate", "num_threads"):
-        return f"{here} must be given to BatchNorm(), not to its calls"
+    if kind == _CALL and here in ("eps", "axis", "axes", "shape", "gamma", "beta", "update_rate", "num_threads"):
+        return f"{here} must be given to {layer}, not to its calls"
     return ""
 
 

@@ -202,6 +202,7 @@ def numpy_of(value: Any) -> Array:
 def _check_settings(settings: Mapping[str, Any]) -> None:
     """Refuse settings of a layer that what is carried over decides."""
     reasons = {
+        "channels": "source tells them",
         "convention": "source has one",
         "gamma": "source has it or not",
         "beta": "source has it or not",

@@ -189,12 +189,18 @@ def _made(kind: type[L], told: dict[str, Any], has: dict[str, bool], dtype: DTyp
     shape, channels, groups = told.pop("shape", None), told.pop("channels", None), told.pop("num_groups", None)
     options = told | has | {"dtype": dtype}
     if kind in (LayerNorm, RMSNorm):
+        if channels is not None or groups is not None:
+            raise TypeError(
+                f"channels and num_groups must be left out for a {kind.__name__}, got {channels} and {groups}"
+            )
         if shape is None:
             raise ValueError("shape must be given where source has neither scale nor bias, got none")
         return kind(shape, **options)
     channels = prod(shape) if channels is None and shape is not None else channels
     if channels is None:
         raise ValueError("channels must be given where source has neither scale nor bias, got none")
+    if groups is not None and kind is GraphNorm:
+        raise TypeError(f"num_groups must be left out for a GraphNorm, got {groups}")
     if kind is GraphNorm:
         options.pop("convention")
         return kind(channels, **options)
