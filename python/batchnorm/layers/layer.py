@@ -201,7 +201,7 @@ class Layer:
         try:
             how: Any = {"needs": names, "out": out, "num_threads": self.settings.num_threads}
             of = saved()[1] if callable(saved) else saved
-            given = backward(dy, of, **how) if isinstance(of, Saved) else of.backward(dy, **how)
+            given: Any = backward(dy, of, **how) if isinstance(of, Saved) else of.backward(dy, **how)
         except (TypeError, ValueError, MemoryError):  # which come before anything is written
             call[:] = x, saved
             raise
@@ -242,12 +242,13 @@ class Layer:
     def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
         """Give the state of such arrays, which fit, after refusing values that cannot be."""
         own = dict(arrays)
-        parameters = {name: own.pop(name, None) for name in ("gamma", "beta", "alpha")}
+        names = "gamma", "beta", "alpha"
+        gamma, beta, alpha = parameters = [own.pop(name, None) for name in names]
         statistics = self._statistics_of(own, strict)
-        for name, a in parameters.items():
+        for name, a in zip(names, parameters, strict=True):
             if a is not None:
                 _validate.each_channel(name, a, np.isfinite(a), "be finite")
-        return self._state._replace(statistics=statistics, **parameters)
+        return self._state._replace(gamma=gamma, beta=beta, alpha=alpha, statistics=statistics)
 
     def state_dict(self) -> dict[str, Array]:
         """Return what a layer of the same settings needs to go on bit for bit, in fresh arrays.
