@@ -1,7 +1,8 @@
 // batchnorm-peer-onednn: oneDNN's batch normalization, timed as batchnorm-bench times the library's.
 //
-// A server for `python -m batchnorm bench`: one line "32x64x112x112 15" (shape, rounds) in, one line of JSON out, with
-// a row for each pass in each memory layout that oneDNN has. Threads come from OMP_NUM_THREADS.
+// A server for `python -m batchnorm bench`: one line "32x64x112x112 15 batch" (shape, rounds, norm) in, one line of
+// JSON out, with a row for each pass in each memory layout that oneDNN has. Norms are batch, and lines: its layer norm.
+// It has no RMS norm and, as of 3.2, no group norm. Threads come from OMP_NUM_THREADS.
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
@@ -192,6 +193,93 @@ void Problem::verify(bool gradients) {
   }
 }
 
+// The same of layer norm, of (rows, D).
+class Lines {
+ public:
+  explicit Lines(const memory::dims& shape)
+      : features_(static_cast<std::size_t>(shape[1])),
+        desc_(shape, memory::data_type::f32, Tag::nc),
+        line_desc_({shape[1]}, memory::data_type::f32, Tag::x),
+        of_rows_({shape[0]}, memory::data_type::f32, Tag::x) {
+    fill(x_, 0.5f, 1);
+    fill(dy_, 0, 1);
+    fill(scale_, 1, 0.1f);
+    fill(shift_, 1, 0.1f);
+  }
+
+  [[nodiscard]] Call train() const {
+    return {dnnl::layer_normalization_forward(training_),
+            training_.impl_info_str(),
+            {{DNNL_ARG_SRC, x_},
+             {DNNL_ARG_SCALE, scale_},
+             {DNNL_ARG_SHIFT, shift_},
+             {DNNL_ARG_DST, y_},
+             {DNNL_ARG_MEAN, mean_},
+             {DNNL_ARG_VARIANCE, variance_}}};
+  }
+  [[nodiscard]] Call backward() const {
+    const dnnl::layer_normalization_backward::primitive_desc desc(engine_, dnnl::prop_kind::backward, desc_, desc_,
+                                                                  desc_, of_rows_, kEps, kScaleAndShift, training_);
+    return {dnnl::layer_normalization_backward(desc),
+            desc.impl_info_str(),
+            {{DNNL_ARG_SRC, x_},
+             {DNNL_ARG_SCALE, scale_},
+             {DNNL_ARG_SHIFT, shift_},  // not read, but asked for
+             {DNNL_ARG_MEAN, mean_},
+             {DNNL_ARG_VARIANCE, variance_},
+             {DNNL_ARG_DIFF_DST, dy_},
+             {DNNL_ARG_DIFF_SRC, dx_},
+             {DNNL_ARG_DIFF_SCALE, dscale_},
+             {DNNL_ARG_DIFF_SHIFT, dshift_}}};
+  }
+  dnnl::stream& stream() { return stream_; }
+
+  // Throws where the first or the last line differs from the definition by more than float32 sums may.
+  void verify() const;
+
+ private:
+  void fill(memory& m, float mean, float deviation) {
+    std::normal_distribution<float> normal(mean, deviation);
+    for (float& value : values_of(m)) value = normal(bits_);
+  }
+
+  std::size_t features_;
+  memory::desc desc_, line_desc_, of_rows_;
+  dnnl::engine engine_{dnnl::engine::kind::cpu, 0};
+  dnnl::stream stream_{engine_};
+  std::minstd_rand bits_{1};
+  dnnl::layer_normalization_forward::primitive_desc training_{
+      engine_, dnnl::prop_kind::forward_training, desc_, desc_, of_rows_, kEps, kScaleAndShift};
+  memory x_{desc_, engine_}, y_{desc_, engine_}, dy_{desc_, engine_}, dx_{desc_, engine_};
+  memory scale_{line_desc_, engine_}, shift_{line_desc_, engine_}, dscale_{line_desc_, engine_},
+      dshift_{line_desc_, engine_}, mean_{of_rows_, engine_}, variance_{of_rows_, engine_};
+};
+
+void Lines::verify() const {
+  const std::size_t d = features_, last = values_of(x_).size() - d;
+  const auto gamma = values_of(scale_), beta = values_of(shift_);
+  for (const std::size_t at : {std::size_t{0}, last}) {
+    const auto line = [&](const memory& m) { return values_of(m).subspan(at, d); };
+    const auto x = line(x_), dy = line(dy_), y = line(y_), dx = line(dx_);
+    const double n = static_cast<double>(d);
+    double mean = 0, var = 0, of_h = 0, of_xhat = 0;
+    for (const float v : x) mean += double{v} / n;
+    for (const float v : x) var += (double{v} - mean) * (double{v} - mean) / n;
+    const double rstd = 1 / std::sqrt(var + double{kEps});
+    for (std::size_t i = 0; i < d; ++i) {
+      const double h = double{dy[i]} * double{gamma[i]};
+      of_h += h / n;
+      of_xhat += h * (double{x[i]} - mean) * rstd / n;
+    }
+    for (std::size_t i = 0; i < d; ++i) {
+      const double xhat = (double{x[i]} - mean) * rstd, h = double{dy[i]} * double{gamma[i]};
+      const double y_off = std::abs(xhat * double{gamma[i]} + double{beta[i]} - double{y[i]});
+      const double dx_off = std::abs(rstd * (h - of_h - xhat * of_xhat) - double{dx[i]});
+      if (!(y_off < 1e-3 && dx_off < 1e-3 * (1 + rstd))) throw std::runtime_error("a result is wrong");
+    }
+  }
+}
+
 std::string row(const char* pass, const std::string& layout, const Call& call, const bench::Samples& seconds) {
   const auto [median, mad] = bench::spread_of(seconds);
   std::ostringstream text;
@@ -200,39 +288,58 @@ std::string row(const char* pass, const std::string& layout, const Call& call, c
   return text.str();
 }
 
+using Calls = std::vector<std::pair<const char*, Call>>;
+
+void time(const Calls& calls, dnnl::stream& stream, const std::string& layout, int rounds,
+          std::vector<std::string>& rows) {
+  std::vector<std::function<void()>> works;
+  for (const auto& [name, call] : calls) works.push_back([&stream, &run = call] { run.run(stream); });
+  bool disturbed = false;
+  const auto samples = bench::time_in_turns(works, rounds, disturbed);
+  for (std::size_t w = 0; w < works.size(); ++w)
+    rows.push_back(row(calls[w].first, layout, calls[w].second, samples[w]));
+}
+
 void measure(const memory::dims& shape, const LayoutOfPeer& layout, int rounds, std::vector<std::string>& rows) {
   Problem problem(shape, layout.tag);
   // The library refuses to train on one value a channel.
   const bool gradients =
       std::any_of(shape.begin(), shape.end(), [&](const auto& size) { return &size != &shape[1] && size > 1; });
-  std::vector<std::pair<const char*, Call>> calls = {{"infer", problem.infer()}, {"train", problem.train()}};
+  Calls calls = {{"infer", problem.infer()}, {"train", problem.train()}};
   if (gradients) calls.emplace_back("backward", problem.backward());
   for (const auto& [name, call] : calls) call.run(problem.stream());
   problem.verify(gradients);
   if (!gradients) calls.pop_back();
-
-  std::vector<std::function<void()>> works;
-  for (const auto& [name, call] : calls) works.push_back([&problem, &run = call] { run.run(problem.stream()); });
-  bool disturbed = false;
-  const auto samples = bench::time_in_turns(works, rounds, disturbed);
-  for (std::size_t w = 0; w < works.size(); ++w) {
-    rows.push_back(row(calls[w].first, layout.name, calls[w].second, samples[w]));
-  }
+  time(calls, problem.stream(), layout.name, rounds, rows);
 }
 
-// "32x64x112x112 15"
+void measure_lines(const memory::dims& shape, int rounds, std::vector<std::string>& rows) {
+  Lines lines(shape);
+  const Calls calls = {{"train_lines", lines.train()}, {"backward_lines", lines.backward()}};
+  for (const auto& [name, call] : calls) call.run(lines.stream());
+  lines.verify();
+  time(calls, lines.stream(), "nc", rounds, rows);
+}
+
+// "32x64x112x112 15 batch"
 std::string answer(const std::string& request) {
   std::istringstream words(request);
   memory::dims shape(1);
   int rounds = 0;
+  std::string norm;
   words >> shape[0];
   while (words.peek() == 'x') {
     words.ignore();
     words >> shape.emplace_back();
   }
-  if (!(words >> rounds) || shape.size() < 2) return R"({"error": "needs a shape and a number of rounds"})";
+  if (!(words >> rounds >> norm) || shape.size() < 2)
+    return R"({"error": "needs a shape, a number of rounds and a norm"})";
   std::vector<std::string> rows;
-  for (const LayoutOfPeer& layout : layouts_of(shape)) measure(shape, layout, rounds, rows);
+  if (norm == "batch") {
+    for (const LayoutOfPeer& layout : layouts_of(shape)) measure(shape, layout, rounds, rows);
+  } else if (norm == "lines" && shape.size() == 2) {
+    measure_lines(shape, rounds, rows);
+  }
   std::string result = R"({"rows": [)";
   for (const std::string& text : rows) result.append(&text == &rows.front() ? "" : ", ").append(text);
   return result + "]}";

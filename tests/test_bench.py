@@ -187,7 +187,7 @@ def test_a_run_writes_rows_of_every_library(tmp_path):
     written = json.loads(file.read_text(encoding="utf-8"))
     found = {(row["peer"], row["pass"]) for row in written["rows"] if row["pass"] in session.TENSORS}
     libraries = ("batchnorm", "batchnorm in Python", "NumPy")
-    assert found == {(library, name) for library in libraries for name in session.TENSORS}
+    assert found == {(library, name) for library in libraries for name in session.PASSES["batch"]}
     assert {row["turns"] for row in written["rows"]} == {2}
     assert written["peers"]["NumPy"] == np.__version__
     assert "geometric means" in done.stdout
@@ -232,14 +232,49 @@ def test_what_a_peer_computes_is_verified(library, shape):
     for layout in peer.layouts_of(shape):
         t = peer.Tensors(shape, layout)
         calls = list(one.calls(t))
-        assert {call.pass_name for call in calls} == ({"infer"} if t.count == 1 else set(session.TENSORS))
+        assert {call.pass_name for call in calls} == ({"infer"} if t.count == 1 else set(session.PASSES["batch"]))
         for call in calls:
             peer.verify(one, call, t)
 
 
+@pytest.mark.parametrize(("norm", "shape"), [("lines", (9, 33)), ("groups", (2, 64, 3, 5)), ("groups", (2, 64, 3))])
+def test_what_this_library_computes_of_other_norms_is_verified(norm, shape):
+    one = peer.Batchnorm(1)
+    for layout in peer.layouts_of(shape):
+        t = peer.Tensors(shape, layout)
+        calls = list(getattr(one, norm)(t))
+        assert {call.pass_name for call in calls} == set(session.PASSES[norm])
+        for call in calls:
+            peer.verify(one, call, t)
+
+
+@pytest.mark.parametrize(("norm", "shape"), [("lines", (9, 33)), ("groups", (2, 64, 3, 5))])
+def test_what_pytorch_computes_of_other_norms_is_verified(norm, shape):
+    torch = pytest.importorskip("torch", reason="torch is not installed; it is only a peer here")
+    threads, grad = torch.get_num_threads(), torch.is_grad_enabled()
+    try:
+        one = peer.Torch(1)
+        for layout in peer.layouts_of(shape):
+            t = peer.Tensors(shape, layout)
+            calls = list(getattr(one, norm)(t))
+            assert {call.pass_name for call in calls} == set(session.PASSES[norm])
+            for call in calls:
+                peer.verify(one, call, t)
+    finally:
+        torch.set_num_threads(threads)
+        torch.set_grad_enabled(grad)
+
+
+def test_a_case_is_of_the_norm_that_its_shape_comes_from(cases):
+    norms = {case["case"].partition("-")[0]: session.norm_of(case) for case in cases}
+    assert norms["tokens"] == "lines"
+    assert norms["diffusion"] == "groups"
+    assert norms["resnet50"] == norms["instance"] == "batch"
+
+
 @pytest.mark.parametrize("pass_name", session.TENSORS)
 def test_a_wrong_result_of_a_peer_is_refused(pass_name):
-    t = peer.Tensors((4, 3, 5, 6), "nchw")
+    t = peer.Tensors((4, 64, 5, 6), "nchw")
     with pytest.raises(AssertionError, match=pass_name):
         peer.verify(peer.Numpy(1), peer.Call(pass_name, "", lambda: np.zeros_like(t.x)), t)
 
@@ -281,7 +316,9 @@ def test_the_summary_names_where_a_peer_is_faster():
     ]
     lines = findings.summary(rows)
     assert any("JAX" in line and "1.41 x ours" in line for line in lines)
-    assert [line for line in lines if line.endswith(" b")] == ["   0.50 JAX                      train    nchw b"]
+    assert [line for line in lines if line.endswith(" b")] == [
+        "   0.50 JAX                      train           nchw b"
+    ]
 
 
 def test_a_change_within_the_spreads_is_none():

@@ -69,14 +69,14 @@ def table(rows: Sequence[Row]) -> list[str]:
     times = Times(rows)
     columns = times.columns()
     lines = [
-        f"{'case':34s} {'layout':6s} {'dtype':7s} {'MB':>8s} {'pass':8s} {'us':>10s} {'+-%':>5s} {'x copy':>7s}"
+        f"{'case':34s} {'layout':6s} {'dtype':7s} {'MB':>8s} {'pass':15s} {'us':>10s} {'+-%':>5s} {'x copy':>7s}"
         + "".join(f" {_short(name):>12s}" for name in columns)
     ]
     for place, row in times.ours.items():
         if place.pass_name not in TENSORS:
             continue
         megabytes = row["bytes"] / TENSORS[place.pass_name] / 1e6
-        line = f"{place.case:34s} {place.layout:6s} {place.dtype:7s} {megabytes:8.2f} {place.pass_name:8s}"
+        line = f"{place.case:34s} {place.layout:6s} {place.dtype:7s} {megabytes:8.2f} {place.pass_name:15s}"
         line += f" {1e6 * row['seconds']:10.1f} {100 * row['mad'] / row['seconds']:5.1f} {row['ratio']:7.2f}"
         lines.append(line + "".join(f" {_text(times.over_ours(name, place)):>12s}" for name in columns))
     return lines
@@ -94,7 +94,7 @@ def summary(rows: Sequence[Row]) -> list[str]:
         if not places:
             continue
         mean = geometric_mean([times.ours[place]["ratio"] for place in places])
-        lines.append(f"  {pass_name:9s} {mean:6.2f} x copy, {len(places)} rows")
+        lines.append(f"  {pass_name:15s} {mean:6.2f} x copy, {len(places)} rows")
         lines += [f"    {line}" for line in _peer_means(times, places)]
     lines += _not_alone(rows)
     slower = list(_slower(times))
@@ -128,7 +128,7 @@ def _slower(times: Times) -> Iterator[str]:
         if place.pass_name in TENSORS and (ratio := times.over_ours(peer, place)) and ratio < 1
     ]
     for ratio, peer, place in sorted(found):
-        yield f"{ratio:5.2f} {_long(peer):24s} {place.pass_name:8s} {place.layout:4s} {place.case}"
+        yield f"{ratio:5.2f} {_long(peer):24s} {place.pass_name:15s} {place.layout:4s} {place.case}"
 
 
 def changes(new: Sequence[Row], old: Sequence[Row]) -> list[str]:
@@ -145,9 +145,9 @@ def changes(new: Sequence[Row], old: Sequence[Row]) -> list[str]:
         spread = n["ratio_mad"] / n["ratio"] + o["ratio_mad"] / o["ratio"]
         verdict = "" if abs(quotient - 1) <= 2 * spread else " slower" if quotient > 1 else " faster"
         text = f"{o['ratio']:7.2f} +-{o['ratio_mad']:5.2f}  -> {n['ratio']:7.2f} +-{n['ratio_mad']:5.2f}"
-        lines.append(f"{place.case:34s} {place.layout:4s} {place.pass_name:10s} {text}  {quotient:5.2f}{verdict}")
+        lines.append(f"{place.case:34s} {place.layout:4s} {place.pass_name:15s} {text}  {quotient:5.2f}{verdict}")
     for pass_name, values in quotients.items():
-        lines.append(f"  {pass_name:10s} {geometric_mean(values):5.2f} x the baseline, {len(values)} rows")
+        lines.append(f"  {pass_name:15s} {geometric_mean(values):5.2f} x the baseline, {len(values)} rows")
     return lines if quotients else [*lines, "  no row in common"]
 
 

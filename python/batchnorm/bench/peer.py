@@ -1,8 +1,9 @@
-"""Time one library's batch normalization, as batchnorm-bench times this one's: a server in a process of its own.
+"""Time one library's normalization, as batchnorm-bench times this one's: a server in a process of its own.
 
-``python -P peer.py torch --threads 2`` reads lines such as ``32x64x112x112 15`` (shape, rounds) and answers each with a
-line of JSON: a row for each pass, layout and form of call. It imports nothing of this package, unless the package is what
-it times.
+``python -P peer.py torch --threads 2`` reads lines such as ``32x64x112x112 15 batch`` (shape, rounds, norm) and answers
+each with a line of JSON: a row for each pass, layout and form of call. Norms are batch; lines: layer and RMS norm of each
+position over its channels; groups: group norm of 32 groups. It imports nothing of this package, unless the package is
+what it times.
 """
 
 from __future__ import annotations
@@ -25,6 +26,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 EPS = 1e-5
+GROUPS = 32
 Array = NDArray[Any]
 
 
@@ -49,17 +51,43 @@ class Tensors:
         """Give all values of one channel of an array in this layout."""
         return np.asarray(np.take(array, c, axis=self.axis), np.float64)
 
-    def expected(self, pass_name: str, c: int) -> NDArray[np.float64]:
-        """Compute one channel of a pass's result from its definition, in float64."""
-        x, dy = self.channel(self.x, c), self.channel(self.dy, c)
+    def part(self, norm: str, array: Array, k: int) -> NDArray[np.float64]:
+        """Give all values that share statistics: of channel k, of position k, or of group k of the first sample."""
+        if norm == "":
+            return self.channel(array, k)
+        planes = np.moveaxis(array, self.axis, 1)  # (N, C, ...)
+        if norm == "groups":
+            return np.asarray(planes[0].reshape(GROUPS, -1)[k], np.float64)
+        return np.asarray(np.moveaxis(planes, 1, -1).reshape(-1, self.channels)[k], np.float64)
+
+    def parts(self, norm: str) -> int:
+        """Count what `part` may be asked for."""
+        return {"": self.channels, "groups": GROUPS}.get(norm, self.count)
+
+    def affine(self, norm: str, k: int) -> tuple[Array, Array]:
+        """Give gamma and beta of each value of a part."""
+        gamma, beta = self.gamma, self.beta
+        if norm == "groups":
+            size = self.x[0].size // self.channels
+            gamma, beta = (np.repeat(a.reshape(GROUPS, -1)[k], size) for a in (gamma, beta))
+        return (gamma, beta) if norm else (gamma[k], beta[k])
+
+    def expected(self, pass_name: str, k: int) -> NDArray[np.float64]:
+        """Compute one part of a pass's result from its definition, in float64."""
+        verb, _, norm = pass_name.partition("_")
+        x, dy = self.part(norm, self.x, k), self.part(norm, self.dy, k)
+        gamma, beta = self.affine(norm, k)
         mean, var = x.mean(), x.var()
-        if pass_name == "infer":
-            mean, var = np.float64(self.running_mean[c]), np.float64(self.running_var[c])
+        if verb == "infer":
+            mean, var = np.float64(self.running_mean[k]), np.float64(self.running_var[k])
+        if norm == "rms":
+            mean, var = np.float64(0), (x * x).mean()
         rstd = 1 / np.sqrt(var + EPS)
         xhat = (x - mean) * rstd
-        if pass_name == "backward":
-            return np.asarray(self.gamma[c] * rstd * (dy - dy.mean() - xhat * (dy * xhat).mean()))
-        return np.asarray(xhat * self.gamma[c] + self.beta[c])
+        if verb == "backward":
+            h = dy * gamma
+            return np.asarray(rstd * (h - (norm != "rms") * h.mean() - xhat * (h * xhat).mean()))
+        return np.asarray(xhat * gamma + (0 if norm == "rms" else beta))
 
 
 @dataclass
@@ -83,6 +111,14 @@ class Peer(ABC):
     @abstractmethod
     def calls(self, t: Tensors) -> Iterator[Call]:
         """Give the calls that are timed; the best form of a pass counts."""
+
+    def lines(self, t: Tensors) -> Iterator[Call]:
+        """Give the calls of layer norm and of RMS norm, which has no beta."""
+        yield from ()
+
+    def groups(self, t: Tensors) -> Iterator[Call]:
+        """Give the calls of group norm."""
+        yield from ()
 
     def to_numpy(self, result: Any, t: Tensors) -> Array:
         """Give a result as an array in the layout of `t`."""
@@ -109,6 +145,22 @@ class Batchnorm(Peer):
             yield Call("train", "out=", lambda: bn.batch_norm(t.x, *affine, axis=t.axis, out=out, **options)[0])
             backward = bn.backward
             yield Call("backward", "out=", lambda: backward(t.dy, saved, out=out, num_threads=self.threads).dx)
+
+    def lines(self, t: Tensors) -> Iterator[Call]:
+        """Give both passes of both, with ``out=``."""
+        yield from self._both("lines", self.bn.layer_norm, t, (t.gamma, t.beta), axes=t.axis)
+        yield from self._both("rms", self.bn.rms_norm, t, (t.gamma,), axes=t.axis)
+
+    def groups(self, t: Tensors) -> Iterator[Call]:
+        """Give both passes, with ``out=``."""
+        return self._both("groups", self.bn.group_norm, t, (GROUPS, t.gamma, t.beta), axis=t.axis)
+
+    def _both(self, name: str, norm: Any, t: Tensors, given: tuple[Any, ...], **options: Any) -> Iterator[Call]:
+        out, threads, backward = np.zeros_like(t.x), {"num_threads": self.threads}, self.bn.backward
+        options |= {"eps": EPS, **threads}
+        _, saved = norm(t.x, *given, **options)
+        yield Call(f"train_{name}", "out=", lambda: norm(t.x, *given, out=out, **options)[0])
+        yield Call(f"backward_{name}", "out=", lambda: backward(t.dy, saved, out=out, **threads).dx)
 
 
 class Numpy(Peer):
@@ -200,11 +252,41 @@ class Torch(Peer):
         yield Call("backward", "out=", lambda: backward.out(*arguments, out0=y, out1=dw, out2=db)[0])
         yield Call("backward", "function", lambda: backward(*arguments)[0])
 
+    def lines(self, t: Tensors) -> Iterator[Call]:
+        """Give layer norm in both forms; RMS norm as the function, and its backward by autograd: there is no other."""
+        torch, aten, sizes = self.torch, self.torch.ops.aten, (t.channels,)
+        x, dy, w, b = map(torch.from_numpy, (t.x, t.dy, t.gamma, t.beta))
+        given = (x, sizes, w, b, EPS)
+        _, *kept = aten.native_layer_norm(*given)
+        yield from self._both_forms("train_lines", aten.native_layer_norm, given)
+        given = (dy, x, sizes, *kept, w, b, [True, True, True])
+        yield from self._both_forms("backward_lines", aten.native_layer_norm_backward, given)
+        rms = torch.nn.functional.rms_norm
+        yield Call("train_rms", "function", lambda: rms(x, sizes, w, EPS))
+        with torch.enable_grad():
+            leaves = x.detach().requires_grad_(), w.detach().requires_grad_()
+            of = rms(leaves[0], sizes, leaves[1], EPS)
+        yield Call("backward_rms", "autograd", lambda: torch.autograd.grad(of, leaves, dy, retain_graph=True)[0])
+
+    def groups(self, t: Tensors) -> Iterator[Call]:
+        """Give both passes in both forms."""
+        aten, (x, dy) = self.torch.ops.aten, (self.tensor(a, t) for a in (t.x, t.dy))
+        w, b = map(self.torch.from_numpy, (t.gamma, t.beta))
+        sizes = (len(t.x), t.channels, t.x[0].size // t.channels, GROUPS)
+        given = (x, w, b, *sizes, EPS)
+        _, *kept = aten.native_group_norm(*given)
+        yield from self._both_forms("train_groups", aten.native_group_norm, given)
+        given = (dy, x, *kept, w, *sizes, [True, True, True])
+        yield from self._both_forms("backward_groups", aten.native_group_norm_backward, given)
+
+    def _both_forms(self, name: str, run: Any, given: tuple[Any, ...]) -> Iterator[Call]:
+        outs = {f"out{k}": self.torch.empty_like(a) for k, a in enumerate(run(*given))}
+        yield Call(name, "out=", lambda: run.out(*given, **outs)[0])
+        yield Call(name, "function", lambda: run(*given)[0])
+
     def to_numpy(self, result: Any, t: Tensors) -> Array:
         """Undo `tensor`."""
-        array = result.numpy()
-        if t.x.ndim == 3:
-            array = array[..., 0]
+        array = result.numpy()[..., 0] if t.x.ndim == 3 else result.numpy()
         return np.asarray(np.moveaxis(array, 1, -1) if t.layout == "nhwc" else array)
 
 
@@ -326,11 +408,11 @@ def layouts_of(shape: Sequence[int]) -> tuple[str, ...]:
 
 
 def verify(peer: Peer, call: Call, t: Tensors) -> None:
-    """Raise ValueError where the first or last channel is not what the pass is to compute, as float32 goes."""
-    result = peer.to_numpy(call.run(), t)
-    for c in {0, t.channels - 1}:
-        expected = t.expected(call.pass_name, c)
-        got = t.channel(result, c).reshape(expected.shape)
+    """Raise AssertionError where the first or last part is not what the pass is to compute, as float32 goes."""
+    result, norm = peer.to_numpy(call.run(), t), call.pass_name.partition("_")[2]
+    for k in {0, t.parts(norm) - 1}:
+        expected = t.expected(call.pass_name, k)
+        got = t.part(norm, result, k).reshape(expected.shape)
         # A channel of few values may have next to no spread, which multiplies what rounds.
         np.testing.assert_allclose(
             got, expected, rtol=1e-3, atol=1e-3 * max(1.0, np.abs(expected).max()), err_msg=call.pass_name
@@ -371,12 +453,12 @@ def time_in_turns(calls: Sequence[Call], rounds: int) -> list[list[float]]:
     return samples
 
 
-def measure(peer: Peer, shape: Sequence[int], rounds: int) -> list[dict[str, Any]]:
+def measure(peer: Peer, shape: Sequence[int], rounds: int, norm: str) -> list[dict[str, Any]]:
     """Verify and time one case in each of its layouts."""
     rows = []
     for layout in layouts_of(shape):
         t = Tensors(shape, layout)
-        calls = list(peer.calls(t))
+        calls = list({"batch": peer.calls, "lines": peer.lines, "groups": peer.groups}[norm](t))
         for call in calls:
             verify(peer, call, t)
         for call, seconds in zip(calls, time_in_turns(calls, rounds), strict=True):
@@ -390,8 +472,8 @@ def measure(peer: Peer, shape: Sequence[int], rounds: int) -> list[dict[str, Any
 def answer(peer: Peer, request: str) -> dict[str, Any]:
     """Do what one line asks for."""
     try:
-        shape, rounds = request.split()
-        return {"rows": measure(peer, [int(size) for size in shape.split("x")], int(rounds))}
+        shape, rounds, norm = request.split()
+        return {"rows": measure(peer, [int(size) for size in shape.split("x")], int(rounds), norm)}
     except Exception as error:  # noqa: BLE001 - of any library: the driver tells it, and goes on with the next case
         first_line = str(error).strip().partition("\n")[0]
         return {"error": f"{type(error).__name__}: {first_line}"}

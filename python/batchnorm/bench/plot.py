@@ -13,7 +13,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter
 
 from batchnorm.bench.findings import IN_PYTHON
-from batchnorm.bench.session import OURS, TENSORS
+from batchnorm.bench.session import OURS, PASSES, TENSORS
 
 Row = dict[str, Any]
 PLAIN_NUMBERS = FuncFormatter(lambda value, _position: f"{value:g}")
@@ -29,11 +29,11 @@ PEER_STYLES = {  # marker, color
 
 
 def draw(report: dict[str, Any], file: Path) -> None:
-    """Write a panel for each pass: GB/s of the bytes that must move, over the MB of a tensor."""
+    """Write a panel for each pass of batch norm: GB/s of the bytes that must move, over the MB of a tensor."""
     rows = [row for row in report["rows"] if row["dtype"] == "float32"]
     figure = Figure(figsize=(12, 4.6), layout="constrained")
-    panels = figure.subplots(1, len(TENSORS), sharey=True)
-    for ax, pass_name in zip(panels, TENSORS, strict=True):
+    panels = figure.subplots(1, len(PASSES["batch"]), sharey=True)
+    for ax, pass_name in zip(panels, PASSES["batch"], strict=True):
         _panel(ax, rows, pass_name)
     panels[0].set_ylabel("GB/s of the bytes that must move")
     handles, labels = panels[1].get_legend_handles_labels()

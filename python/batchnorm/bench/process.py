@@ -56,12 +56,12 @@ class Process:
         self.name, self.version = hello["peer"], hello["version"]
         return ""
 
-    def ask(self, shape: Sequence[int], rounds: int) -> list[dict[str, Any]]:
-        """Measure one case. Raises Failed; the next call starts a process that has ended."""
+    def ask(self, shape: Sequence[int], rounds: int, norm: str) -> list[dict[str, Any]]:
+        """Measure one case of a norm. Raises Failed; the next call starts a process that has ended."""
         if self._process is None and (reason := self.start()):
             raise Failed(reason)
         load = OthersLoad(self._pid())
-        answer = self._line(f"{'x'.join(map(str, shape))} {rounds}\n")
+        answer = self._line(f"{'x'.join(map(str, shape))} {rounds} {norm}\n")
         if "error" in answer:
             raise Failed(answer["error"])
         others = load.processors()

@@ -15,7 +15,14 @@ from batchnorm.bench.process import Failed, Process
 
 Row = dict[str, Any]
 OURS = "batchnorm"
-TENSORS = {"train": 2, "infer": 2, "backward": 3}  # that a pass must read or write at least once
+# What is timed of a case: the passes of a norm, and the tensors that each must read or write at least once.
+PASSES = {
+    "batch": {"train": 2, "infer": 2, "backward": 3},
+    "lines": {"train_lines": 2, "backward_lines": 3, "train_rms": 2, "backward_rms": 3},
+    "groups": {"train_groups": 2, "backward_groups": 3},
+}
+TENSORS = {name: tensors for passes in PASSES.values() for name, tensors in passes.items()}
+_NORM_OF_CASES = {"tokens": "lines", "diffusion": "groups"}
 
 
 @dataclass(frozen=True)
@@ -93,7 +100,7 @@ def measure_case(plan: Plan, case: Row, processes: Sequence[Process]) -> tuple[d
         samples += [{**row, "peer": OURS} for row in ours.pop("rows")]
         for process in processes:
             try:
-                answered = process.ask(case["shape"], plan.rounds)
+                answered = process.ask(case["shape"], plan.rounds, norm_of(case))
             except Failed as failed:
                 tell(f"  {process.name} failed: {failed}")
             else:
@@ -101,8 +108,13 @@ def measure_case(plan: Plan, case: Row, processes: Sequence[Process]) -> tuple[d
     return ours, merged(samples)
 
 
+def norm_of(case: Row) -> str:
+    """Tell which norm a case is of: batch, but for those of tokens and of diffusion models."""
+    return _NORM_OF_CASES.get(case["case"].partition("-")[0], "batch")
+
+
 def _arguments(plan: Plan, case: Row) -> list[str]:
-    passes = _repeated("--pass", tuple(TENSORS))
+    passes = _repeated("--pass", tuple(PASSES[norm_of(case)]))
     numbers = {"--threads": plan.threads, "--rounds": plan.rounds, "--max-mb": plan.max_mb}
     return ["--case", case["case"], *passes, *(str(word) for pair in numbers.items() for word in pair)]
 
