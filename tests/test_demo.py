@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm.demo import add_arguments, claims, data, run
-from batchnorm.demo.command import compare_small_batches, demonstrate
+from batchnorm.demo import add_arguments, batch_sizes, claims, data, run
+from batchnorm.demo.command import compare_batch_sizes, demonstrate
 from batchnorm.demo.experiment import FULL, QUICK, Settings, measure
 from batchnorm.demo.inspection import companion_noise, forward, population_moments
 from batchnorm.demo.networks import NETWORKS, Conv3x3, build, cross_entropy
@@ -339,9 +339,32 @@ def test_arguments_that_make_no_sense_are_refused(words, capsys):
     assert "error" in capsys.readouterr().err
 
 
-def test_small_batches_print_every_variant_of_every_network(capsys):
-    assert compare_small_batches(1, passes=1, small=16) == 0
-    printed = capsys.readouterr().out
-    for name in ("batch norm, batch 16", "batch renorm, batch 16", "batch norm, batch 64"):
-        assert printed.count(name) == len(NETWORKS)
-    assert printed.count("of 1") == len(NETWORKS)
+def test_batch_sizes_print_every_norm_and_write_a_plot(tmp_path, capsys):
+    sizes = (64, 256)
+    assert compare_batch_sizes(1, tmp_path / "new", 1, plots=True, passes=1, sizes=sizes) == 0
+    printed = [line.split() for line in capsys.readouterr().out.splitlines()[2:]]
+    norms = list(batch_sizes.NORMS)
+    assert [words[0] for words in printed] == ["MLP,", *norms, "conv", *norms]
+    words = [word for line in printed if line[0] in norms for word in line[1:]]
+    assert words.count("-") == len(sizes)  # the MLP has no instance norm
+    assert all(0 <= float(word) <= 100 for word in words if word != "-")
+    assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["batch_sizes.json", "batch_sizes.png"]
+    document = json.loads((tmp_path / "new" / "batch_sizes.json").read_text(encoding="utf-8"))
+    runs = {(run["norm"], run["batch"]) for run in document["runs"] if run["network"] == "conv net"}
+    assert runs == {(norm, size) for norm in norms for size in sizes}
+
+
+def test_running_statistics_average_over_as_many_samples_at_every_batch_size():
+    settings = batch_sizes.Settings()
+    assert settings.update_rate_of(64) == pytest.approx(0.1)
+    for size in settings.sizes:
+        assert (1 - settings.update_rate_of(size)) ** (64 / size) == pytest.approx(0.9)
+
+
+def test_ghosts_are_batch_norm_where_a_batch_is_one(digits):
+    settings = batch_sizes.Settings(seeds=1, passes=1, sizes=(16,))
+    found = batch_sizes.measure(settings, digits, lambda runs, **_: runs)
+    for network in NETWORKS:
+        ghosts, whole = (found[batch_sizes.Trial(network, norm, 16, 0)] for norm in ("ghost", "batch"))
+        assert ghosts == whole
+    assert len(set(found.values())) > 2

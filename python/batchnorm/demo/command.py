@@ -25,8 +25,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--quick", action="store_true", help="five seeds, under half a minute (the default)")
     size.add_argument("--full", action="store_true", help="ten seeds, more steps, finer sweeps; some minutes")
-    small = "only compare batches of 4, with and without Batch Renormalization, with batches of 64"
-    size.add_argument("--small-batches", action="store_true", help=small)
+    sizes = "only test accuracy over batch sizes 1 to 256: batch, ghost, renorm, group, layer and instance norm"
+    size.add_argument("--batch-sizes", action="store_true", help=sizes)
     parser.add_argument("--seeds", type=_at_least_one, metavar="N", help="seeds (5, or 10 with --full)")
     out = Path("batchnorm-demo")
     parser.add_argument("--out", type=Path, default=out, metavar="DIR", help="results folder (%(default)s)")
@@ -41,20 +41,21 @@ def run(args: argparse.Namespace) -> int:
     Returns the exit code: 0, whichever claims held, or 2 if a package is missing.
     """
     needed = {"scikit-learn": "sklearn", "tqdm": "tqdm"}
-    if not args.no_plots and not args.small_batches:
+    if not args.no_plots:
         needed["matplotlib"] = "matplotlib"
     missing = [name for name, module in needed.items() if importlib.util.find_spec(module) is None]
     if missing:
         print(f"batchnorm demo needs {' and '.join(missing)}: pip install 'batchnorm[demo]'", file=sys.stderr)
         return 2
 
-    if args.small_batches:
-        return compare_small_batches(args.seeds)
+    jobs = args.jobs or _processors()
+    if args.batch_sizes:
+        return compare_batch_sizes(args.seeds, args.out, jobs, plots=not args.no_plots)
 
     from batchnorm.demo import experiment
 
     settings = experiment.FULL if args.full else experiment.QUICK
-    settings = replace(settings, seeds=args.seeds or settings.seeds, jobs=args.jobs or _processors())
+    settings = replace(settings, seeds=args.seeds or settings.seeds, jobs=jobs)
     return demonstrate(settings, args.out, plots=not args.no_plots)
 
 
@@ -83,18 +84,25 @@ def demonstrate(settings: Settings, out: Path, *, plots: bool) -> int:
     return 0
 
 
-def compare_small_batches(seeds: int | None, **settings: Any) -> int:
-    """Print test accuracies with small batches; nothing is written. Returns 0."""
+def compare_batch_sizes(seeds: int | None, out: Path, jobs: int, *, plots: bool, **settings: Any) -> int:
+    """Print test accuracies over the batch size, and write them and a plot. Returns 0."""
     from functools import partial
 
     from tqdm import tqdm
 
-    from batchnorm.demo import data, small_batches
+    from batchnorm.demo import batch_sizes, data
 
-    chosen = small_batches.Settings(**settings)
+    out.mkdir(parents=True, exist_ok=True)
+    chosen = batch_sizes.Settings(**settings)
     chosen = replace(chosen, seeds=seeds or chosen.seeds)
     progress = partial(tqdm, unit="run", file=sys.stderr)
-    print(small_batches.table(chosen, small_batches.measure(chosen, data.load_digits(), progress)))
+    found = batch_sizes.measure(chosen, data.load_digits(), progress, jobs)
+    print(batch_sizes.table(chosen, found))
+    batch_sizes.write_json(out / "batch_sizes.json", chosen, found)
+    if plots:
+        from batchnorm.demo.plots import draw_batch_sizes
+
+        draw_batch_sizes(chosen, found, out / "batch_sizes.png")
     return 0
 
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import FuncFormatter, NullFormatter, PercentFormatter
 from numpy.typing import ArrayLike, NDArray
 
-from batchnorm.demo import claims
+from batchnorm.demo import batch_sizes, claims
 from batchnorm.demo.experiment import Results
 from batchnorm.demo.findings import Finding, on_test, on_validation
 from batchnorm.demo.networks import NETWORKS
@@ -187,6 +187,22 @@ def finish(ax: Axes, xlabel: str, ylabel: str, *, share: bool = True, legend: An
     ax.grid(alpha=0.25, linewidth=0.6)
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(loc=legend, frameon=False, fontsize=9)
+
+
+def draw_batch_sizes(settings: batch_sizes.Settings, found: dict[batch_sizes.Trial, float], file: Path) -> None:
+    """Draw test accuracy over the batch size: a panel for each network, a line for each norm."""
+    figure = Figure(figsize=(9.6, 4.2), layout="constrained")
+    colors = (NORMALIZED, "#7b2cbf", "#e09f3e", "#6a994e", PLAIN, NEUTRAL)
+    for ax, network in zip(figure.subplots(1, len(NETWORKS)), NETWORKS, strict=True):
+        for norm, color, marker in zip(batch_sizes.NORMS, colors, "so^Dvx", strict=True):
+            by_size = {size: batch_sizes.of(found, settings, network, norm, size) for size in settings.sizes}
+            sizes = [size for size, accuracies in by_size.items() if accuracies]
+            if sizes:
+                band(ax, sizes, np.transpose([by_size[size] for size in sizes]), f"{norm} norm", color, marker)
+        logarithmic(ax, settings.sizes)
+        ax.set_title(network, fontsize=10)
+        finish(ax, f"batch size, {settings.passes} passes over the data each", "test accuracy", legend="lower right")
+    figure.savefig(file, dpi=120)
 
 
 # The function that draws one network's panels, and how many rows of them.

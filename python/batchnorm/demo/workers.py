@@ -4,17 +4,19 @@ from __future__ import annotations
 
 import multiprocessing
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from contextlib import ExitStack
 from functools import cache
-from typing import Any, Self
+from typing import Any, Self, TypeVar
 
 from threadpoolctl import threadpool_limits
 
 from batchnorm.demo.data import Part, Split, split
 from batchnorm.demo.inspection import Inspection, inspect
 from batchnorm.demo.training import Record, Run, train
+
+T = TypeVar("T", bound=Hashable)
 
 # Shows how far an iterable of known length is and gives back its items: tqdm(iterable, total=..., desc=...).
 Progress = Callable[..., Iterable[Any]]
@@ -52,9 +54,15 @@ class Workers:
         self.cleanup.close()
 
     def do(self, name: str, work: Callable[[Run], Any], runs: Sequence[Run]) -> dict[Run, Any]:
-        """Return ``work`` of every run. The longest come first: no process ends long after the others."""
+        """Return ``work`` of every run."""
+        return self.do_all(name, work, runs, lambda run: run.batch * run.steps)
+
+    def do_all(
+        self, name: str, work: Callable[[T], Any], runs: Sequence[T], cost: Callable[[T], float]
+    ) -> dict[T, Any]:
+        """Return ``work`` of all. Those of the highest cost come first: no process ends long after the others."""
         started = time.perf_counter()
-        runs = sorted(runs, key=lambda run: run.batch * run.steps, reverse=True)
+        runs = sorted(runs, key=cost, reverse=True)
         done = dict(zip(runs, self.progress(self.map(work, runs), total=len(runs), desc=name), strict=True))
         self.seconds[name] = time.perf_counter() - started
         return done
@@ -62,12 +70,12 @@ class Workers:
 
 def train_one(run: Run) -> Record:
     """Train on this process's images."""
-    return train(run, _split(run.seed))[0]
+    return train(run, split_of(run.seed))[0]
 
 
 def look_inside(run: Run, batch_sizes: Sequence[int], shuffles: int) -> Inspection:
     """Inspect on this process's images."""
-    return inspect(run, _split(run.seed), batch_sizes, shuffles)
+    return inspect(run, split_of(run.seed), batch_sizes, shuffles)
 
 
 def _start(digits: Part) -> None:
@@ -78,9 +86,10 @@ def _start(digits: Part) -> None:
 def _receive(digits: Part) -> None:
     global _digits
     _digits = digits
-    _split.cache_clear()
+    split_of.cache_clear()
 
 
 @cache
-def _split(seed: int) -> Split:
+def split_of(seed: int) -> Split:
+    """Give this process's images, in the parts of a seed."""
     return split(_digits, seed)
