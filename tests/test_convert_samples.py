@@ -289,3 +289,64 @@ def _vectors_of(case, numpy_helper):
 def test_what_cannot_be_carried_over_is_named(call, error, text):
     with pytest.raises(error, match=f"^{re.escape(text)}$"):
         call()
+
+
+@pytest.mark.parametrize(
+    ("layer", "text"),
+    [
+        (bn.LayerNorm(3, axes=1), "the layer must have the last axes for PyTorch, got axes=(1,)"),
+        (bn.InstanceNorm(3, axis=-1), "the layer must have axis=1 for PyTorch, got axis=-1"),
+        (bn.GroupNorm(1, 3, axis=2), "the layer must have axis=1 for PyTorch, got axis=2"),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_axes_that_pytorch_has_not_are_refused(layer, text):
+    with pytest.raises(ValueError, match=f"^{re.escape(text)}$"):
+        convert.to_torch(layer)
+
+
+@pytest.mark.parametrize("option", ["convention", "gamma", "beta"])
+def test_what_the_source_decides_is_not_given(option):
+    with pytest.raises(TypeError, match=f"^{option} must not be given for a layer from elsewhere"):
+        convert.from_torch({"weight": LINE_SCALE}, kind=bn.LayerNorm, **{option: "keras"})
+
+
+def test_an_rms_norm_has_one_eps_however_pytorch_hands_it_over():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    for module in (torch.nn.RMSNorm(3), torch.nn.RMSNorm(3).double()):
+        by_state = convert.from_torch(module.state_dict(), kind=bn.RMSNorm)
+        assert by_state.eps == convert.from_torch(module, kind=bn.RMSNorm).eps
+
+
+@pytest.mark.parametrize("has", [{}, {"gamma": False}, {"beta": False}, {"gamma": False, "beta": False}], ids=str)
+def test_what_goes_to_pytorch_loads_there(has):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    affine = has != {"gamma": False, "beta": False}
+    for layer, module in (
+        (bn.GroupNorm(3, 6, **has), torch.nn.GroupNorm(3, 6, affine=affine)),
+        (bn.InstanceNorm(6, **has), torch.nn.InstanceNorm1d(6, affine=affine)),
+        (bn.LayerNorm(4, **has), torch.nn.LayerNorm(4, elementwise_affine=affine, bias=has.get("beta", True))),
+    ):
+        module.load_state_dict({name: torch.from_numpy(a) for name, a in convert.to_torch(layer).items()})
+        np.testing.assert_allclose(layer(X), module(torch.tensor(X).float()).detach().numpy(), atol=1e-5)
+    assert sorted(convert.to_torch(bn.GraphNorm(2, alpha=False, **has))) == ["bias", "mean_scale", "weight"]
+
+
+def test_a_class_derived_from_a_norm_is_refused_as_it_may_do_anything():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    derived = type("LayerNorm2d", (torch.nn.LayerNorm,), {})
+    with pytest.raises(TypeError, match=r"^source must be a LayerNorm or a mapping of its arrays, got"):
+        convert.from_torch(type("Mine", (torch.nn.LayerNorm,), {})(4), kind=bn.LayerNorm)
+    assert convert.from_torch(torch.nn.LayerNorm(4), kind=bn.LayerNorm).shape == (4,)
+    with pytest.raises(TypeError, match=r"^source must be a LayerNorm"):
+        convert.from_torch(derived(4), kind=bn.LayerNorm)
+    other = type("RMSNorm", (), {"weight": LINE_SCALE, "variance_epsilon": 1e-6})()
+    with pytest.raises(TypeError, match=r"^source must be the RMSNorm of torch, with its eps"):
+        convert.from_torch(other, kind=bn.RMSNorm)
+
+
+@pytest.mark.parametrize("options", [{"num_groups": 0}, {"num_groups": "3"}, {"opset": "18"}], ids=str)
+def test_settings_of_an_older_group_norm_of_onnx_are_looked_at(options):
+    given = {"num_groups": 3, "channels": 6, "opset": 18} | options
+    with pytest.raises((TypeError, ValueError), match=r"^(num_groups|opset) must be an int >= 1, got"):
+        convert.from_onnx({"scale": np.ones(3), "bias": np.ones(3)}, kind=bn.GroupNorm, **given)

@@ -169,6 +169,7 @@ def test_the_bits_are_those_of_any_number_of_threads_and_of_each_graph_alone(dty
             ValueError,
             "alpha_dot must be None where there was no alpha, as graph_norm has",
         ),
+        (lambda: bn.graph_norm(X, axis=0), ValueError, "axis must not be 0, which is that of the nodes, got 0 with shape (12, 3)"),
         (lambda: bn.GraphNorm(4)(X), ValueError, "x must have 4 channels on axis 1, got shape (12, 3)"),
         (lambda: bn.GraphNorm(3, alpha=1), TypeError, "alpha must be True or False, got int"),
         (lambda: convert.to_keras(bn.GraphNorm(3)), TypeError, "the layer must be of a kind that keras has, got a GraphNorm"),
@@ -177,6 +178,23 @@ def test_the_bits_are_those_of_any_number_of_threads_and_of_each_graph_alone(dty
 def test_what_does_not_fit_is_refused(call, error, text):
     with pytest.raises(error, match=f"^{re.escape(text)}$"):
         call()
+
+
+@pytest.mark.parametrize("name", ["graph", "batch", "instance", "group", "layer"])
+def test_gradients_are_of_the_weights_of_the_call(name):
+    x, dy = np.random.default_rng(3).normal(size=(2, 6, 4, 5))
+    weights = np.random.default_rng(4).uniform(0.1, 2, (6, 5))
+    gamma = [1.0, 2.0, 3.0, 4.0]  # no array: the call is none of the ordinary ones
+    _, saved = {
+        "graph": lambda: bn.graph_norm(x, gamma, weights=weights),
+        "batch": lambda: bn.batch_norm(x, gamma, weights=weights, segments=[0, 0, 0, 1, 1, 1]),
+        "instance": lambda: bn.instance_norm(x, gamma, weights=weights),
+        "group": lambda: bn.group_norm(x, 2, gamma, weights=weights),
+        "layer": lambda: bn.layer_norm(x, gamma, axes=1, weights=weights),
+    }[name]()
+    before = bn.backward(dy, saved).dx
+    weights[...] = 1
+    assert bn.backward(dy, saved).dx.tobytes() == before.tobytes()
 
 
 # ---- the layer ----

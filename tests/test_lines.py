@@ -1,7 +1,11 @@
 """layer_norm and rms_norm: the contract for what moves along a line, other libraries, bits, and what they become at their ends."""
 
+import ast
 import math
+import os
 import re
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -142,6 +146,51 @@ def test_parameter_gradients_of_16_bits_are_sums_of_float64(norm):
     np.testing.assert_allclose(got.dbeta, wide.sum(0), rtol=1e-14)
     terms = (wide * oracle.xhat).astype(np.float64)
     np.testing.assert_allclose(got.dgamma, terms.sum(0), atol=1e-13 * np.abs(terms).sum(0).max())
+
+
+@pytest.mark.parametrize(
+    ("x", "dy", "gamma"), [(1e-120, 1e200, 1e-200), (1e140, 1e-175, 1e300), (1.0, 1e-300, 1e290)], ids=str
+)
+def test_float64_far_from_1_keeps_what_batch_norm_keeps(x, dy, gamma):
+    values, gradients = (np.random.default_rng(k).normal(size=(8, 1)) for k in (0, 1))
+    y, saved = bn.layer_norm((x * values).T, np.full(8, gamma), eps=0.0)
+    of_batch, wanted = bn.batch_norm(x * values, [gamma], eps=0.0)
+    np.testing.assert_allclose(y.T, of_batch, rtol=1e-14)
+    got, exact = bn.backward((dy * gradients).T, saved), bn.backward(dy * gradients, wanted)
+    scale = np.abs(exact.dx).max()
+    np.testing.assert_allclose(got.dx.T / scale, exact.dx / scale, atol=1e-14)
+    np.testing.assert_allclose(got.dgamma.sum() / dy, exact.dgamma[0] / dy, rtol=1e-12)
+    dots, exact_dots = bn.jvp((dy * gradients).T, saved), bn.jvp(dy * gradients, wanted)
+    scale = np.abs(exact_dots).max()
+    np.testing.assert_allclose(dots.T / scale, exact_dots / scale, atol=1e-14)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
+def test_the_reference_instructions_give_parameter_gradients(dtype):
+    code = (
+        "import numpy as np, batchnorm as bn\n"
+        f"x, dy = np.random.default_rng(0).normal(size=(2, 16, 48)).astype('{dtype}')\n"
+        "given = bn.backward(dy, bn.layer_norm(x, np.ones(48))[1])\n"
+        "print((given.dgamma.tolist(), given.dbeta.tolist()))"
+    )
+    run = subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "BATCHNORM_ISA": "reference"},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    x, dy = np.random.default_rng(0).normal(size=(2, 16, 48)).astype(dtype)
+    given = bn.backward(dy, bn.layer_norm(x, np.ones(48))[1])
+    np.testing.assert_allclose(ast.literal_eval(run.stdout), [given.dgamma, given.dbeta], rtol=1e-12, atol=1e-12)
+
+
+@each_norm
+@pytest.mark.parametrize("shape", [(0, 5), (3, 0, 4), (2, 1, 1)], ids=str)
+def test_gradients_of_nothing_are_0(shape, norm):
+    _, saved = NORMS[norm](np.zeros(shape), np.ones(shape[-1]))
+    got = bn.backward(np.zeros(shape), saved)
+    assert got.dgamma.tolist() == got.dbeta.tolist() == [0.0] * shape[-1]
 
 
 # ---- bits ----
@@ -289,7 +338,13 @@ X = np.ones((2, 6, 3))
             ValueError,
             "beta must have shape (6, 3), that of the axes of x that are normalized, got (18,)",
         ),
-        (lambda: bn.layer_norm(X, axes=3), ValueError, "axis must be in [-3, 2] for an array of 3 dimensions, got 3"),
+        (lambda: bn.layer_norm(X, axes=3), ValueError, "axes must be in [-3, 2] for an array of 3 dimensions, got 3"),
+        (lambda: bn.layer_norm(X, axes=(1.0, 2)), TypeError, "axes must be an int, got float"),
+        (
+            lambda: bn.rms_norm(X, axes=np.array([1, 2])),
+            TypeError,
+            "axes must be an int or a tuple of some, got ndarray",
+        ),
         (lambda: bn.layer_norm(X, axes=(1, -2)), ValueError, "axes must name each axis once, got (1, -2)"),
         (lambda: bn.layer_norm(X, axes=()), TypeError, "axes must be an int or a tuple of some, got ()"),
         (lambda: bn.rms_norm(X, axes=1.0), TypeError, "axes must be an int or a tuple of some, got float"),

@@ -234,3 +234,41 @@ def test_channels_are_not_given_beside_a_state_that_has_them():
         TypeError, match=r"^channels must not be given for a layer from elsewhere, as source tells them"
     ):
         bn.convert.from_torch(state, channels=2)
+
+
+def test_a_state_of_a_layer_norm_is_none_of_an_rms_norm():
+    with pytest.raises(
+        ValueError, match=r"^state must have the settings of this layer, about='mean', got about='zero'"
+    ):
+        bn.LayerNorm(3, eps=1e-6, beta=False).load_state_dict(bn.RMSNorm(3).state_dict())
+
+
+@pytest.mark.parametrize("beta", [False, True])
+def test_the_repr_of_an_rms_norm_tells_beta_where_it_has_one(beta):
+    layer = bn.RMSNorm(3, beta=beta)
+    assert ("beta=True" in repr(layer)) == beta
+    assert (eval(repr(layer), vars(bn)).beta is None) == (not beta)
+
+
+@pytest.mark.parametrize("layer", [bn.InstanceNorm(6), bn.GroupNorm(6, 6)], ids=lambda layer: type(layer).__name__)
+def test_y_may_be_kept_where_each_channel_is_by_itself(layer):
+    layer(X)
+    wanted = layer.backward(DY)
+    layer(X, keep="y")
+    np.testing.assert_allclose(layer.backward(DY), wanted, atol=1e-5)
+
+
+def test_more_sizes_than_an_array_has_are_refused():
+    with pytest.raises(ValueError, match=r"^shape must have at most 8 sizes, got 9$"):
+        bn.LayerNorm((1,) * 9)
+
+
+@pytest.mark.parametrize("options", [{}, {"gamma": [1.0] * 6}], ids=["ordinary", "of a list"])
+@pytest.mark.parametrize("counted", ["mask", "weights"])
+def test_one_value_of_a_sample_that_counts_is_refused_however_it_is_called(counted, options):
+    mask = np.ones((5, 4), bool)
+    mask[0, 1:] = False
+    given = {counted: mask if counted == "mask" else mask.astype(np.float32)}
+    for call in (lambda: bn.instance_norm(X, **given, **options), lambda: bn.group_norm(X, 6, **given, **options)):
+        with pytest.raises(ValueError, match=f"^{counted} must be "):
+            call()

@@ -135,9 +135,10 @@ class CheckedCall {
 
   // ---- then ----
 
-  // A variance is wanted of every group; those of segments may be 0.
+  // A variance is wanted of every group; those of segments may be 0, and about 0 or a share of the mean one value has
+  // one.
   void check_batch() const {
-    if (by_segments() || call_.groups.width > 1 || call_.groups.each_position) return;
+    if (by_segments() || whole_.is_grouped() || whole_.each_position) return;
     if (call_.counted.weights.empty()) return check::batch_values(call_.problem);
     check::counted_positions(whole_.summary.counted, call_.problem);
   }
@@ -175,15 +176,16 @@ class CheckedCall {
   using W = kernels::WeightOf<T>;
 
   // Of several passes one after the other: with the memory that any of them needs, asked for before the first writes.
+  // The threads that are counted on are those that run, whatever becomes of the limit of the process meanwhile.
   template <class F>
   void run_in_memory(const F& f) const {
     std::size_t needed = 0;
     PassCall<T> all = whole_;
-    all.options.needed = &needed;
+    const int threads = available_threads(whole_.options.threads);
+    all.options = {.threads = threads, .needed = &needed};
     f(all, std::int64_t{0}, std::int64_t{0});
     const Workspace::Heap memory = Workspace::allocate(needed);
-    all.options = whole_.options;
-    all.options.memory = memory.get();
+    all.options = {.threads = threads, .memory = memory.get()};
     f(all, std::int64_t{0}, std::int64_t{0});
   }
 

@@ -139,20 +139,35 @@ LineTerms line_terms(const MomentsOf<double>& m, const GradSums& of_h, const Dou
   return terms;
 }
 
-// The tangent of y of one element, from those of x, gamma and beta and the terms of x' in the place of h. N:
-// DoubleDouble or double.
+// What is added to x' of a line, so that gamma*rstd times the sum is the tangent of y: x_scale*xhat + shift.
+template <class A>
+LineTerms tangent_terms(const MomentsOf<double>& m, const GradSums& of_x_dot, const DoubleDouble& rstd,
+                        bool about_zero) {
+  if (m.count == 0) return {};
+  const auto s = GradSumsOf<double>::at(&of_x_dot);
+  const DoubleDouble dot = about_zero ? s.dy_xmu : centered_dot(m, s), n{m.count, 0};
+  LineTerms terms{-(dot.hi + dot.lo) / m.count * rstd.hi, about_zero ? 0 : -(s.dy.hi + s.dy.lo) / m.count};
+  if constexpr (sizeof(A) == sizeof(double)) {
+    const DoubleDouble p = dot / n * rstd, shift = s.dy / n;
+    if (std::isfinite(p.lo)) terms.x_scale = -(p.hi + p.lo);
+    if (std::isfinite(shift.lo) && !about_zero) terms.shift = -(shift.hi + shift.lo);
+  }
+  return terms;
+}
+
+// The tangent of y of one element, from those of x, gamma and beta and the terms of x'.
 struct LineElement {
   double x_dot, x, mean, mean_lo, rstd, rstd_lo, gamma, gamma_dot, beta_dot;
 };
 inline double line_tangent(const LineElement& e, const LineTerms& terms) {
-  const double xmu = e.x - e.mean, xhat = (xmu - e.mean_lo) * e.rstd;
-  return e.gamma * (e.rstd * e.x_dot + (terms.x_scale * xmu + terms.shift)) + (e.gamma_dot * xhat + e.beta_dot);
+  const double xhat = (e.x - e.mean - e.mean_lo) * e.rstd;
+  return (e.gamma * e.rstd) * (e.x_dot + (terms.x_scale * xhat + terms.shift)) + (e.gamma_dot * xhat + e.beta_dot);
 }
 inline double exact_line_tangent(const LineElement& e, const LineTerms& terms) {
   const auto one = [](double v) { return DoubleDouble{v, 0}; };
-  const DoubleDouble rstd{e.rstd, e.rstd_lo}, xmu = two_sum(e.x, -e.mean) + one(-e.mean_lo);
-  const DoubleDouble along = rstd * one(e.x_dot) + (one(terms.x_scale) * xmu + one(terms.shift));
-  const DoubleDouble all = one(e.gamma) * along + (one(e.gamma_dot) * (xmu * rstd) + one(e.beta_dot));
+  const DoubleDouble rstd{e.rstd, e.rstd_lo}, xhat = (two_sum(e.x, -e.mean) + one(-e.mean_lo)) * rstd;
+  const DoubleDouble along = one(e.x_dot) + (one(terms.x_scale) * xhat + one(terms.shift));
+  const DoubleDouble all = (one(e.gamma) * rstd) * along + (one(e.gamma_dot) * xhat + one(e.beta_dot));
   return std::isfinite(all.lo) ? all.hi + all.lo : line_tangent(e, terms);
 }
 

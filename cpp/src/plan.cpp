@@ -320,6 +320,7 @@ LinePlan make_line_plan(const Problem& p, const Work& work, const Machine& machi
   if (threads > 1 && is_serial(p, work)) threads = 1;
   if (threads > 1)
     plan.positions_a_block = std::min(plan.positions_a_block, ceil_divide(positions, kGroupsAThread * threads));
+  plan.positions_a_block = std::min(plan.positions_a_block, positions);  // for which memory is asked
   plan.threads = static_cast<int>(std::clamp<std::int64_t>(positions, 1, threads));
   return plan;
 }

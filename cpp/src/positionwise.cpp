@@ -76,15 +76,16 @@ class Task {
       }
     }
   }
-  // From the moments, and sums of h of which `sum(line)` gives those of each.
-  template <class Sum>
+  // From the moments, and sums of h (of x' for tangents) of which `sum(line)` gives those of each.
+  template <bool kTangents, class Sum>
   void set_terms(const Moments* moments, const Block& block, const Sum& sum) {
     for (std::int64_t g = 0; g < v_.groups; ++g) {
       for (std::int64_t r = 0; r < block.count; ++r) {
         const std::int64_t line = r * v_.groups + g, at = g * block.count + r;
         const auto m = MomentsOf<double>::at(moments + line);
         const DoubleDouble rstd{columns_[2][at], columns_[3][at]};
-        const LineTerms terms = line_terms<A>(m, sum(line, at), rstd, v_.call.about_zero);
+        const LineTerms terms = kTangents ? tangent_terms<A>(m, sum(line, at), rstd, v_.call.about_zero)
+                                          : line_terms<A>(m, sum(line, at), rstd, v_.call.about_zero);
         columns_[4][at] = terms.x_scale, columns_[5][at] = terms.shift;
       }
     }
@@ -140,6 +141,7 @@ class Tasks {
       for (std::int64_t t = range.begin; t < range.end; ++t) {
         f(task, t, Range{t * a_task, std::min((t + 1) * a_task, v_.positions)});
       }
+      if (v_.plan.around_cache) fence_streams();
     });
   }
   // f(Task, Block) for all blocks.
@@ -165,6 +167,7 @@ void forward(const PassCall<T>& call, const T* x, T* y, const Moments* given, Mo
   const PositionRows<T> v(call, call.tail.residual == nullptr ? 2 : 3, true);
   Tail<T> tail = call.tail;
   if (call.bits_head != nullptr) tail.first_bit = values_past_line(y);
+  if (call.problem.size() == 0) return call.write_head(tail.first_bit);
   const auto gamma = along(call.gamma, v.channels, 1), beta = along(call.beta, v.channels, 0);
   const bool staged = !v.in_rows() || !std::is_same_v<A, T> || !tail.empty();
   const auto run_block = [&](Task<T>& task, const Block& block) {
@@ -286,6 +289,10 @@ void backward(const PassCall<T>& call, const T* dy, const T* x, const Moments* m
               const FirstOutputs<T>& out) {
   using A = Arithmetic<T>;
   const PositionRows<T> v(call, 3, true);
+  if (call.problem.size() == 0) {
+    for (std::int64_t c = 0; c < v.channels; ++c) out.dbeta.set(c, 0), out.dgamma.set(c, 0);
+    return;
+  }
   const auto gamma = along(call.gamma, v.channels, 1);
   const bool staged = !v.in_rows() || !std::is_same_v<A, T> || call.tail.bits != nullptr || out.dresidual != nullptr;
   const ChunkSums<T> chunks(v, v.plan.chunks);
@@ -304,7 +311,7 @@ void backward(const PassCall<T>& call, const T* dy, const T* x, const Moments* m
     const Moments* of_block = moments + block.first * v.groups;
     task.set_statistics(of_block, block);
     if (given == nullptr) sum_lines(v, task, block, g_rows, x_rows, gamma.get());
-    task.set_terms(of_block, block, [&](std::int64_t line, std::int64_t at) {
+    task.template set_terms<false>(of_block, block, [&](std::int64_t line, std::int64_t at) {
       return given == nullptr ? grad_sums_of(task.sums[at]) : given[block.first * v.groups + line];
     });
     A* to = staged ? tile[2] : nullptr;
@@ -369,6 +376,7 @@ void Positionwise<T>::normalize(const T* x, const Moments* moments, T* y) const 
 template <class T>
 void Positionwise<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
   const PositionRows<T> v(call_, 2, false);
+  if (call_.problem.size() == 0) return;
   const auto gamma = along(call_.gamma, v.channels, 1);
   Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {
     const auto* g_rows = v.rows(dy, block, task.tile[0], task.tile[3], call_.tail.bits);
@@ -394,13 +402,14 @@ void Positionwise<T>::batch_norm_backward(const T* dy, const T* x, const Moments
   backward<T>(call_, dy, x, saved, nullptr, out);
 }
 
-// y' = gamma*(rstd*x' + p*xmu + shift) + gamma'*xhat + beta', with x' for h: a plain loop, of which little is asked.
+// y' = gamma*rstd*(x' + p*xhat + shift) + gamma'*xhat + beta': a plain loop, of which little is asked.
 template <class T>
 void Positionwise<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* saved, const Tangents& tangents,
                                      T* y_dot) const {
   using A = Arithmetic<T>;
   constexpr bool kExact = sizeof(A) == sizeof(double);
   const PositionRows<T> v(call_, 3, true);
+  if (call_.problem.size() == 0) return;
   const auto gamma = along(call_.gamma, v.channels, 1), ones = along({}, v.channels, 1);
   const auto gamma_dot = along(tangents.gamma, v.channels, 0), beta_dot = along(tangents.beta, v.channels, 0);
   Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {
@@ -410,7 +419,8 @@ void Positionwise<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* 
     const Moments* moments = saved + block.first * v.groups;
     task.set_statistics(moments, block);
     sum_lines(v, task, block, dots, x_rows, ones.get());
-    task.set_terms(moments, block, [&](std::int64_t, std::int64_t at) { return grad_sums_of(task.sums[at]); });
+    task.template set_terms<true>(moments, block,
+                                  [&](std::int64_t, std::int64_t at) { return grad_sums_of(task.sums[at]); });
     for (std::int64_t r = 0; r < block.count; ++r) {
       for (std::int64_t c = 0; c < v.channels; ++c) {
         const auto s = task.statistics(c / call_.width, block.count, r);

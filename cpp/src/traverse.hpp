@@ -30,14 +30,6 @@
 
 namespace batchnorm {
 
-// Before a task ends that has stored around the caches: another thread may read next. Costs nothing where none is under
-// way; x86 alone has such stores.
-inline void fence_streams() {
-#if defined(__x86_64__)
-  __builtin_ia32_sfence();
-#endif
-}
-
 template <class Pass>
 class Traversal {
  public:

@@ -72,11 +72,11 @@ class Layout(NamedTuple):
         return in_memory.transpose(np.argsort(self.order))
 
     def positions(self, values: Array, axis: Axis, dtype: np.dtype[Any]) -> Array:
-        """Give one value for each index of all axes but `axis`, flat, in the order of memory."""
+        """Give one value for each index of all axes but `axis`, flat, in the order of memory: a copy, which stays as it is."""
         others = others_than(axis, len(self.shape))
         without = [others.index(d) for d in self.order if d in others]
         with np.errstate(all="ignore"):  # a weight beyond float32 is refused by the core, as an infinity
-            return np.ascontiguousarray(values.transpose(without)).astype(dtype, copy=False).reshape(-1)
+            return np.array(values.transpose(without), dtype, order="C").reshape(-1)
 
 
 def others_than(axis: Axis, ndim: int) -> list[int]:

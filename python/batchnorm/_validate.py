@@ -115,14 +115,14 @@ def array_like(name: str, a: object, x: Array) -> Array:
     return checked
 
 
-def axis(value: object, ndim: int) -> int:
-    """Give the channel axis as an index from 0."""
+def axis(value: object, ndim: int, name: str = "axis") -> int:
+    """Give an axis, that of the channels, as an index from 0."""
     try:
         index = operator.index(value)  # type: ignore[arg-type]
     except TypeError:
-        raise TypeError(f"axis must be an int, got {kind(value)}") from None
+        raise TypeError(f"{name} must be an int, got {kind(value)}") from None
     if not -ndim <= index < ndim:
-        raise ValueError(f"axis must be in [{-ndim}, {ndim - 1}] for an array of {ndim} dimensions, got {index}")
+        raise ValueError(f"{name} must be in [{-ndim}, {ndim - 1}] for an array of {ndim} dimensions, got {index}")
     return index % ndim
 
 
@@ -132,12 +132,11 @@ def axes(value: object, ndim: int) -> tuple[int, ...]:
         given = [operator.index(value)]  # type: ignore[arg-type]
     except TypeError:
         if not isinstance(value, tuple | list) or not value:
-            raise TypeError(
-                f"axes must be an int or a tuple of some, got {kind(value) if value != () else '()'}"
-            ) from None
-        given = [axis(one, ndim) for one in value]
+            shown = "()" if isinstance(value, tuple) else kind(value)
+            raise TypeError(f"axes must be an int or a tuple of some, got {shown}") from None
+        given = [axis(one, ndim, "axes") for one in value]
     else:
-        given = [axis(given[0], ndim)]
+        given = [axis(given[0], ndim, "axes")]
     if len(set(given)) != len(given):
         raise ValueError(f"axes must name each axis once, got {value}")
     return tuple(sorted(given))

@@ -149,7 +149,7 @@ def graph_norm(
 
     Parameters
     ----------
-    x, gamma, beta, axis, eps, out, num_threads : as in `batch_norm`.
+    x, gamma, beta, axis, eps, out, num_threads : as in `batch_norm`; the channel axis is not axis 0.
     alpha : (C,) of any floating or integer dtype, or None for 1.
     segments : (N,) of int, ids from 0 that never fall: which graph a row (axis 0) belongs to. None: all rows are one.
     mask, weights, lengths, weights_are, padding, residual, activation : as in `batch_norm`.
@@ -174,7 +174,10 @@ def graph_norm(
     x = _validate.array("x", x)
     if options.get("keep") == "y":
         raise ValueError("keep must be 'x' or None beside alpha, of which y does not tell the mean, got 'y'")
-    channels = x.shape[_validate.axis(axis, x.ndim)]
+    at = _validate.axis(axis, x.ndim)
+    if at == 0:
+        raise ValueError(f"axis must not be 0, which is that of the nodes, got {axis} with shape {x.shape}")
+    channels = x.shape[at]
     shares = np.ones(channels) if alpha is None else _validate.channel_values("alpha", alpha, channels)
     # A single node has the variance 0, as in a segment of one.
     ids = np.zeros(len(x), np.int64) if segments is None else segments
@@ -226,7 +229,8 @@ def layer_norm(
     eps : added to the variance; finite, >= 0. Frameworks differ: 1e-5 in PyTorch and ONNX, 1e-3 in Keras, 1e-6 in Flax.
     mask, weights, lengths : which indices of the other axes count: of the shape of `x` without `axes`, or with 1 there. Each
         has statistics of its own, so that they tell what y is (`padding`) and what dgamma and dbeta are sums over; of a
-        weight it counts whether it is 0. Steps of lengths are the first of the other axes behind axis 0.
+        weight it counts whether it is 0. Steps of lengths are the first of the other axes behind axis 0. Where one
+        does not count and padding is "normalize" (the default of weights) y is beta, to whose gradient its dy belongs.
     padding, residual, activation, num_threads : as in `batch_norm`.
     keep : "x" or None, as in `batch_norm`.
     out : as in `batch_norm`.

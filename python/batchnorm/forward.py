@@ -114,8 +114,8 @@ def batch_norm(
     Returns
     -------
     y : shape, dtype and memory order of `x`; `out` where given. Within 3·2⁻²⁴ (float32) of the channel's largest
-        abs(y) before beta is added, and one rounding; a constant channel gives exactly beta. A residual is added to the
-        rounded value. For float16 and bfloat16 the y of the same values in float32, rounded once more.
+        abs(y) before beta is added, and one rounding each of beta and of y; a constant channel gives exactly beta. A
+        residual is added to the rounded value. For float16 and bfloat16 the y of the same values in float32, rounded once more.
     saved : Saved, for `backward`, `jvp`, `double_backward`, `grad_sums` and `update_running`.
 
     Examples
@@ -204,7 +204,7 @@ def normalize(
     Returns
     -------
     y : shape, dtype and memory order of `x`; `out` where given. Each channel's y is within 3·2⁻²⁴ (float32) of its
-        largest abs(y) before beta is added, and one rounding, however large mean/std is.
+        largest abs(y) before beta is added, and one rounding each of beta and of y, however large mean/std is.
     saved : Saved, only with `save`.
 
     Examples

@@ -135,7 +135,10 @@ class Gradients(NamedTuple):
 
 
 class GraphGradients(Gradients):
-    """Those of `graph_norm`: the same, and `dalpha`, (C,), or None where that of gamma is not asked for."""
+    """Those of `graph_norm`: the same, and `dalpha`, (C,), float64 for an alpha of float64, else float32.
+
+    None where that of gamma is not asked for.
+    """
 
     dalpha: Array | MaybeNone
 
@@ -161,7 +164,8 @@ class GradSums:
     ----------
     count : float64, values that share the statistics (or the sum of their weights): one for each sum.
     sum_dy : float64, sum(dy).
-    sum_dy_xmu : float64, sum(dy·(x - mean)), about the mean of the moments they were computed with. Where y is kept
+    sum_dy_xmu : float64, sum(dy·(x - mean)), about the mean of the moments they were computed with (about
+        alpha times it in `graph_norm`, about 0 in `rms_norm`). Where y is kept
         instead of x, sum(dy·(y - beta)), about what y has in the place of a mean.
     """
 

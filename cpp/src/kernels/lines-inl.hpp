@@ -336,13 +336,14 @@ struct LineColumns<double> {
   }
   BN_RARE NativeDouble add(int k, const OfLine<double>& of, NativeDouble x_scale, NativeDouble shift, NativeDouble dy,
                            NativeDouble x) {
-    const Exact xmu = less(x, of.mean, of.mean_lo), scaled = times({dy, NativeDouble{}}, of.rstd, of.rstd_lo);
-    const NativeDouble term = scaled.hi * xmu.hi;
+    // Neither xhat nor gamma*rstd leaves float64 where the result does not, as dy*rstd may.
+    const Exact xmu = less(x, of.mean, of.mean_lo), xhat = times(xmu, of.rstd, of.rstd_lo);
+    const Exact factor = times({gamma.v[k], NativeDouble{}}, of.rstd, of.rstd_lo);
+    const NativeDouble term = dy * xhat.hi;
     first.add(k, dy);
     second.add(k, term);
-    second.low.v[k] = second.low.v[k] + finite_or_zero(normal_product_error(scaled.hi, xmu.hi, term) +
-                                                       (scaled.hi * xmu.lo + scaled.lo * xmu.hi));
-    return rounded(plus(plus(times(scaled, gamma.v[k]), times(xmu, x_scale)), shift));
+    second.low.v[k] = second.low.v[k] + finite_or_zero(normal_product_error(dy, xhat.hi, term) + dy * xhat.lo);
+    return rounded(plus(plus(times(factor, dy), times(xmu, x_scale)), shift));
   }
 };
 

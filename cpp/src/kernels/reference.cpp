@@ -298,18 +298,25 @@ void lines_grad_sums(const T* dy, const T* x, const Lines& lines, const LineStat
 template <class T>
 void lines_grad_input(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& s,
                       const LineTermsOf& terms, const double* gamma, const ColumnSums& out) {
-  const Rows columns{.count = 0, .columns = lines.length, .stride = 0, .continues = lines.continues};
-  sum<T>(columns, out, [](const SumPair&, std::int64_t, std::int64_t) {});
-  for_each(lines, [&](std::int64_t l, std::int64_t i, std::int64_t at) {
-    const SumPair sums = kernels::at(out, i);
-    const Exactly xmu = centered(x[at], s, l), scaled = Exactly(dy[at]).times(s.rstd[l], rstd_lo<T>(s, l));
-    sums.first.add(dy[at]);
-    sums.second.add_product(scaled.hi, xmu.hi, scaled.lo, xmu.lo);
-    const Exactly all = scaled.times(gamma[i]).plus(xmu.times(terms.x_scale[l])).plus(Exactly(terms.shift[l]));
-    if (dx != nullptr) dx[at] = static_cast<T>(all.rounded());
-  });
-  sum<T>(Rows{.count = 0, .columns = lines.length, .stride = 0, .continues = true}, out,
-         [](const SumPair&, std::int64_t, std::int64_t) {});
+  constexpr bool kHasLow = sizeof(T) == sizeof(double);  // else the low parts of `out` are no one's
+  for (std::int64_t i = 0; i < lines.length; ++i) {
+    double first = 0, first_lo = 0, second = 0, second_lo = 0;
+    if (lines.continues) first = out.first[i], second = out.second[i];
+    if (lines.continues && kHasLow) first_lo = out.first_lo[i], second_lo = out.second_lo[i];
+    const SumPair sums{{first, first_lo}, {second, second_lo}};
+    for (std::int64_t l = 0; l < lines.count; ++l) {
+      const std::int64_t at = l * lines.stride + i;
+      const Exactly xmu = centered(x[at], s, l), xhat = xmu.times(s.rstd[l], rstd_lo<T>(s, l));
+      const Exactly factor = Exactly(gamma[i]).times(s.rstd[l], rstd_lo<T>(s, l));
+      sums.first.add(dy[at]);
+      sums.second.add_product(dy[at], xhat.hi, 0, xhat.lo);
+      const Exactly all = factor.times(dy[at]).plus(xmu.times(terms.x_scale[l])).plus(Exactly(terms.shift[l]));
+      if (dx != nullptr) dx[at] = static_cast<T>(all.rounded());
+    }
+    sums.first.finish(kHasLow), sums.second.finish(kHasLow);
+    out.first[i] = first, out.second[i] = second;
+    if (kHasLow) out.first_lo[i] = first_lo, out.second_lo[i] = second_lo;
+  }
 }
 
 // ---- steps on tiles ----

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from math import prod
 from typing import Any, TypeVar
@@ -60,6 +61,11 @@ def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | Non
     if not (isinstance(kind, type) and issubclass(kind, SampleLayer) and kind in _NAMES[library]):
         kinds = ", ".join(["BatchNorm", *(k.__name__ for k in _NAMES[library])])
         raise TypeError(f"kind must be one of {kinds}, got {kind!r}")
+    for name in ("convention", "gamma", "beta", "alpha"):
+        if name in settings:
+            raise TypeError(
+                f"{name} must not be given for a layer from elsewhere, as source decides it, got {settings[name]!r}"
+            )
     named = _parameters(library, kind)
     if isinstance(source, Mapping):
         only(source, list(named.values()), "of such a layer")
@@ -69,6 +75,8 @@ def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | Non
         found = _settings_of(library, kind, source)
         state = {name: getattr(source, name, None) for name in named.values()}
     values = {ours: _finite(name, state[name]) for ours, name in named.items() if state.get(name) is not None}
+    if library == "torch" and kind is RMSNorm and "gamma" in values and not found:
+        found = {"eps": _eps_of_torch(values["gamma"].dtype == np.float64)}
     told = {"convention": library} | found | {name: value for name, value in settings.items() if value is not None}
     values = _of_channels(kind, values, told)
     for a in values.values():
@@ -97,13 +105,29 @@ def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> d
     if type(layer) not in _NAMES[library]:
         raise TypeError(f"the layer must be of a kind that {library} has, got a {type(layer).__name__}")
     named = _parameters(library, type(layer))
+    if library == "torch":
+        _require_axes_of_torch(layer)
     if layer.beta is not None and "beta" not in named:
         name = _NAMES[library][type(layer)][2]
         raise ValueError(f"the layer must have beta=False for {name}, which has no shift, got beta=True")
     wanted = np.result_type(layer.dtype, np.float32) if dtype is None else parameter_dtype(dtype)
     with np.errstate(all="ignore"):
         values = {name: getattr(layer, ours) for ours, name in named.items()}
-        return {name: a.astype(wanted) for name, a in values.items() if a is not None}
+        given = {name: a.astype(wanted) for name, a in values.items() if a is not None}
+    # A module of PyTorch has all parameters or none, but that LayerNorm may lack a bias.
+    has_all = isinstance(layer, GraphNorm) or (given and not isinstance(layer, LayerNorm)) or "bias" in given
+    if library == "torch" and has_all:
+        shape = layer.settings.parameter_shape
+        return {name: given.get(name, np.full(shape, float(ours != "beta"), wanted)) for ours, name in named.items()}
+    return given
+
+
+def _require_axes_of_torch(layer: SampleLayer) -> None:
+    if isinstance(layer, LayerNorm | RMSNorm):
+        if layer.axes != tuple(range(-len(layer.axes), 0)):
+            raise ValueError(f"the layer must have the last axes for PyTorch, got axes={layer.axes}")
+    elif not isinstance(layer, GraphNorm) and getattr(layer, "axis", 1) != 1:
+        raise ValueError(f"the layer must have axis=1 for PyTorch, got axis={getattr(layer, 'axis', 1)}")
 
 
 # ---- what a module says ----
@@ -111,9 +135,12 @@ def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> d
 
 def _require_class(library: Library, kind: type[SampleLayer], source: Any) -> None:
     wanted = _NAMES[library][kind][2]
-    names = [c.__name__ for c in type(source).__mro__]
-    if not any(wanted in name for name in names):
+    # A class derived from it may do anything: that of a LayerNorm2d, say, normalizes another axis.
+    places = "(?:[123]d)?" if kind is InstanceNorm and library == "torch" else ""
+    if not re.fullmatch(f"(?:Lazy)?{wanted}{places}", type(source).__name__):
         raise TypeError(f"source must be a {wanted} or a mapping of its arrays, got {_validate.kind(source)}")
+    if not hasattr(source, "eps" if library == "torch" else "epsilon"):
+        raise TypeError(f"source must be the {wanted} of {library}, with its eps, got another class of that name")
 
 
 def _settings_of(library: Library, kind: type[SampleLayer], source: Any) -> dict[str, Any]:
@@ -147,9 +174,8 @@ def _of_torch(kind: type[SampleLayer], source: Any) -> dict[str, Any]:
     eps = source.eps
     if kind in (LayerNorm, RMSNorm):
         shape = tuple(source.normalized_shape)
-        if eps is None:  # of what PyTorch computes in
-            wide = source.weight is not None and str(source.weight.dtype) == "torch.float64"
-            eps = 2.0**-52 if wide else 2.0**-23
+        if eps is None:
+            eps = _eps_of_torch(source.weight is not None and str(source.weight.dtype) == "torch.float64")
         return {"eps": eps, "shape": shape}
     if kind is GroupNorm:
         return {"eps": eps, "num_groups": source.num_groups, "shape": (source.num_channels,)}
@@ -163,6 +189,11 @@ def _of_torch(kind: type[SampleLayer], source: Any) -> dict[str, Any]:
     return {"eps": eps, "shape": (source.num_features,)}
 
 
+def _eps_of_torch(is_wide: bool) -> float:
+    """Give what an RMS norm of PyTorch adds where its eps is None: that of what it computes in."""
+    return 2.0**-52 if is_wide else 2.0**-23
+
+
 def _tuple(value: Any) -> tuple[int, ...]:
     return (value,) if isinstance(value, int) else tuple(value)
 
@@ -173,9 +204,14 @@ def _tuple(value: Any) -> tuple[int, ...]:
 def _of_channels(kind: type[SampleLayer], values: dict[str, Array], told: dict[str, Any]) -> dict[str, Array]:
     """Give parameters of each channel: those of ONNX's GroupNormalization 18 are of each group."""
     opset = told.pop("opset", None)
+    if opset is not None:
+        _validate.int_at_least("opset", opset, 1)
     if kind is not GroupNorm or opset is None or opset >= 21:
         return values
-    groups, channels = told.get("num_groups"), told.get("channels")
+    groups, channels = (
+        None if told.get(name) is None else _validate.int_at_least(name, told[name], 1)
+        for name in ("num_groups", "channels")
+    )
     if groups is None or channels is None or channels % groups:
         raise ValueError(
             "channels and num_groups must be given for GroupNormalization before opset 21, whose scale and bias are of each "

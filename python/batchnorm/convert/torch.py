@@ -102,7 +102,7 @@ def to_torch(
     Returns
     -------
     dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes; of other kinds
-    weight and bias, where the layer has them. ValueError for
+    weight and bias (and mean_scale of a GraphNorm), where such a module has them. ValueError for other axes than PyTorch's,
     ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
 
     >>> sorted(to_torch(BatchNorm(2)))

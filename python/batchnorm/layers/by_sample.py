@@ -12,6 +12,7 @@ from numpy.typing import DTypeLike
 
 from batchnorm import _keywords, by_sample, conventions
 from batchnorm._arrays import Array
+from batchnorm._parts import About
 from batchnorm._validate import Activation, Keep
 from batchnorm.conventions import Library
 from batchnorm.layers import calls
@@ -68,7 +69,7 @@ class SampleLayer(Layer):
         y: Array
         y, saved = self._normalized(x, gamma, state.beta, told)
         # One assignment once y is written; what backward has not is an empty call.
-        self._state = self._state._replace(call=[] if saved.x is None else [x, saved])
+        self._state = self._state._replace(call=[] if saved.x is None and saved.y is None else [x, saved])
         return y
 
     def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
@@ -102,7 +103,9 @@ _keywords.options(SampleOptions, keep="x")(SampleLayer.__call__)
 
 @dataclass(frozen=True)
 class LineSettings(Settings):
-    """Those of `LayerNorm` and `RMSNorm`."""
+    """Those of `LayerNorm`."""
+
+    about: ClassVar[About] = "mean"
 
     shape: tuple[int, ...]
     axes: tuple[int, ...]
@@ -126,7 +129,16 @@ class LineSettings(Settings):
 
     def saved(self) -> dict[str, Any]:
         """Give what the numbers of a state depend on, in types that JSON has."""
-        return super().saved() | {"shape": list(self.shape), "axes": list(self.axes)}
+        return super().saved() | {"shape": list(self.shape), "axes": list(self.axes), "about": self.about}
+
+
+@dataclass(frozen=True)
+class RMSSettings(LineSettings):
+    """Those of `RMSNorm`."""
+
+    about: ClassVar[About] = "zero"
+
+    beta: bool = False
 
 
 class _LineLayer(SampleLayer):
@@ -242,7 +254,7 @@ class RMSNorm(_LineLayer):
         whose, _ = conventions.of_samples(convention, "rms")
         eps = whose if eps is _BY_CONVENTION else eps
         given = cast("tuple[int, ...]", shape), cast("tuple[int, ...]", axes)
-        super().__init__(LineSettings(*given, eps, gamma, beta, cast("np.dtype[Any]", dtype), activation, num_threads))
+        super().__init__(RMSSettings(*given, eps, gamma, beta, cast("np.dtype[Any]", dtype), activation, num_threads))
 
     def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
         self._fits(x)
@@ -433,6 +445,8 @@ def _shape(value: Any) -> tuple[int, ...]:
     sizes = value if isinstance(value, tuple | list) else (value,)
     if not sizes:
         raise ValueError(f"shape must have at least 1 size, got {value!r}")
+    if len(sizes) > 8:
+        raise ValueError(f"shape must have at most 8 sizes, got {len(sizes)}")
     return tuple(int_within("shape", size, ">= 0", 0) for size in sizes)
 
 
