@@ -3,6 +3,7 @@
 #include <unistd.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstring>
 #include <limits>
@@ -710,6 +711,30 @@ TEST(the_thread_setting_limits_calls_that_name_no_number) {
   EXPECT_EQUAL(get_num_threads(), 1);
   set_num_threads(0);
   EXPECT_EQUAL(get_num_threads(), before);
+}
+
+// Calls of several passes ask for memory before the first: for as many threads as then run (AddressSanitizer tells).
+TEST(a_limit_that_changes_meanwhile_leaves_a_call_its_memory_and_its_bits) {
+  const Problem p{2, 4, 65536};
+  data::Generator generator(3);
+  const std::vector<float> x = data::values<float>(generator, p.size());
+  const auto run = [&] {
+    std::vector<float> y(x.size());
+    std::vector<Moments> saved(2);
+    batch_norm<float>(x, {.problem = p, .groups = {.width = 2}, .eps = 1e-5}, y, saved, {});
+    return y;
+  };
+  const std::vector<float> expected = run();
+  std::atomic<bool> ends = false;
+  std::thread other([&ends] {
+    for (int threads = 1; !ends; threads = 9 - threads) set_num_threads(threads), std::this_thread::yield();
+  });
+  bool same = true;
+  for (int k = 0; k < 40; ++k) same = same && run() == expected;
+  ends = true;
+  other.join();
+  set_num_threads(0);
+  EXPECT(same, "bits");
 }
 
 TEST(instruction_sets_in_use_are_available_and_available_ones_are_built) {
