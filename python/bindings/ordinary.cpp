@@ -132,16 +132,6 @@ py::object offsets_of(std::int64_t ghost_size, std::int64_t rows) {
   return offsets;
 }
 
-// Whether of some set of so many positions one alone counts: of a channel by itself that is an error.
-template <class T>
-bool has_lone_position(std::span<const T> weights, std::int64_t positions_a_set) {
-  for (std::size_t begin = 0; begin < weights.size(); begin += static_cast<std::size_t>(positions_a_set)) {
-    const auto set = weights.subspan(begin, static_cast<std::size_t>(positions_a_set));
-    if (set.size() - static_cast<std::size_t>(std::count(set.begin(), set.end(), T(0))) == 1) return true;
-  }
-  return false;
-}
-
 // Whether channels are the second axis, and each ghost has two values of each.
 bool fits_ghosts(const Problem& problem, int axis, std::int64_t ghost_size) {
   if (ghost_size == 0) return true;
@@ -189,11 +179,11 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[10]) {
 
   const py::object y = target(out, x);
   const py::object weights = weights_of(options, problem, x), offsets = offsets_of(rows_a_set, problem.outer);
-  if (shares.of_samples && shares.groups.width == 1 && !weights.is_none()) {
-    const std::int64_t positions = rows_a_set * problem.inner;
-    const bool is_lone = x.is_double ? has_lone_position<double>(values_of<double>(weights), positions)
-                                     : has_lone_position<float>(values_of<float>(weights), positions);
-    if (is_lone) return not_ordinary();
+  const std::int64_t positions = rows_a_set * problem.inner;
+  if (shares.of_samples && shares.groups.width == 1 &&
+      (x.is_double ? has_lone_position(values_or_none<double>(weights), positions)
+                   : has_lone_position(values_or_none<float>(weights), positions))) {
+    return not_ordinary();
   }
   const py::object bits = options.relu ? new_bits(problem) : py::none();
   const auto groups = values_or_none<const std::int64_t>(offsets);

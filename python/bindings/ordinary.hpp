@@ -63,6 +63,16 @@ struct Options {
   [[nodiscard]] bool present() const { return counts() || ghost_size > 0 || residual.present() || relu; }
 };
 
+// Whether of some set of so many positions one alone counts: of a channel by itself that is an error.
+template <class T>
+bool has_lone_position(std::span<T> weights, std::int64_t positions_a_set) {
+  for (std::size_t begin = 0; begin < weights.size(); begin += static_cast<std::size_t>(positions_a_set)) {
+    const auto set = weights.subspan(begin, static_cast<std::size_t>(positions_a_set));
+    if (set.size() - static_cast<std::size_t>(std::count(set.begin(), set.end(), T(0))) == 1) return true;
+  }
+  return false;
+}
+
 // What shares statistics, as Python tells: None: the batch, or ghosts; a number above 0: so many groups of channels of
 // each sample; 0: each channel of each sample; -1, -2: all channels of each position, about their mean or about 0.
 struct Shares {
