@@ -193,15 +193,16 @@ def draw_batch_sizes(settings: batch_sizes.Settings, found: dict[batch_sizes.Tri
     """Draw test accuracy over the batch size: a panel for each network, a line for each norm."""
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     colors = (NORMALIZED, "#7b2cbf", "#e09f3e", "#6a994e", PLAIN, NEUTRAL)
+    names = {"ghost": f"ghosts of {settings.ghost}", "renorm": "batch renorm"}
     for ax, network in zip(figure.subplots(1, len(NETWORKS)), NETWORKS, strict=True):
         for norm, color, marker in zip(batch_sizes.NORMS, colors, "so^Dvx", strict=True):
             by_size = {size: batch_sizes.of(found, settings, network, norm, size) for size in settings.sizes}
             sizes = [size for size, accuracies in by_size.items() if accuracies]
             if sizes:
-                band(ax, sizes, np.transpose([by_size[size] for size in sizes]), f"{norm} norm", color, marker)
+                band(ax, sizes, np.transpose([by_size[size] for size in sizes]), names.get(norm, f"{norm} norm"), color, marker)
         logarithmic(ax, settings.sizes)
         ax.set_title(network, fontsize=10)
-        finish(ax, f"batch size, {settings.passes} passes over the data each", "test accuracy", legend="lower right")
+        finish(ax, f"batch size, {settings.passes} passes over the data each", "test accuracy")
     figure.savefig(file, dpi=120)
 
 
