@@ -199,7 +199,14 @@ def draw_batch_sizes(settings: batch_sizes.Settings, found: dict[batch_sizes.Tri
             by_size = {size: batch_sizes.of(found, settings, network, norm, size) for size in settings.sizes}
             sizes = [size for size, accuracies in by_size.items() if accuracies]
             if sizes:
-                band(ax, sizes, np.transpose([by_size[size] for size in sizes]), names.get(norm, f"{norm} norm"), color, marker)
+                band(
+                    ax,
+                    sizes,
+                    np.transpose([by_size[size] for size in sizes]),
+                    names.get(norm, f"{norm} norm"),
+                    color,
+                    marker,
+                )
         logarithmic(ax, settings.sizes)
         ax.set_title(network, fontsize=10)
         finish(ax, f"batch size, {settings.passes} passes over the data each", "test accuracy")
