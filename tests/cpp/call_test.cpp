@@ -617,6 +617,14 @@ void expect_definition(const Inputs<T>& in, const Found<T>& found, const std::st
 
 // ---- all of it -------------------------------------------------------------------------------------------------
 
+// AddressSanitizer looks at what the library does, of which it takes tenfold the time: each combination on every third
+// problem, all of them on some, and not the loops of the definition.
+#ifdef __SANITIZE_ADDRESS__
+constexpr std::size_t kEvery = 3;
+#else
+constexpr std::size_t kEvery = 1;
+#endif
+
 template <class T>
 void expect_combination(const Tensors<T>& tensors, const Combination& c, const std::string& where) {
   const std::string what = where + text(c);
@@ -627,7 +635,7 @@ void expect_combination(const Tensors<T>& tensors, const Combination& c, const s
   if (!in.offsets.empty()) expect_segments_alone(in, whole, what);
   if (in.each_position) expect_positions_alone(in, whole, what);
   if (!in.weights.empty()) expect_nan_unread(in, whole, what);
-  expect_definition(in, whole, what);
+  if (kEvery == 1) expect_definition(in, whole, what);
   if (c.counting == Counting::none) {
     if (in.given && c.padding == Padding::normalize) return;
     in.weights = tensors.ones;
@@ -642,6 +650,8 @@ constexpr Problem kShapes[] = {{700, 3, 1}, {90, 10, 1}, {25, 700, 1}, {5, 4100,
 
 template <class T>
 void expect_all(const char* type) {
+  const std::vector<Combination> all = combinations();
+  std::size_t problem = 0;
   (void)threads_worked();
   for (const Problem& p : kShapes) {
     for (const Kind kind : {Kind::ordinary, Kind::wide}) {
@@ -651,7 +661,7 @@ void expect_all(const char* type) {
       const Tensors<T> tensors = make_tensors<T>(p, kind);
       const std::string where = expect::text(type, " {", p.outer, ", ", p.channels, ", ", p.inner, "} ",
                                              all_passes::kKindNames[static_cast<int>(kind)], ", ");
-      for (const Combination& c : combinations()) expect_combination(tensors, c, where);
+      for (std::size_t c = problem++ % kEvery; c < all.size(); c += kEvery) expect_combination(tensors, all[c], where);
     }
   }
   EXPECT_EQUAL(threads_worked(), 2, "no tensor was large enough to share");
