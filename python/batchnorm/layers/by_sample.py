@@ -282,19 +282,11 @@ class GroupSettings(Settings):
     num_threads: int | None = field(default=None, metadata=_UNSAVED)
 
     def __post_init__(self) -> None:
-        vars(self).update(
-            num_groups=int_within("num_groups", self.num_groups, ">= 1", 1),
-            channels=int_within("channels", self.channels, ">= 0", 0),
-            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),
-        )
+        vars(self).update(num_groups=int_within("num_groups", self.num_groups, ">= 1", 1))
+        self._check_channels()
         if self.channels % self.num_groups:
             raise ValueError(f"num_groups must divide the channels, {self.channels}, got {self.num_groups}")
         self._check_common()
-
-    @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        """The shape of gamma and beta."""
-        return (self.channels,)
 
 
 class GroupNorm(SampleLayer):
@@ -372,16 +364,8 @@ class InstanceSettings(Settings):
     num_threads: int | None = field(default=None, metadata=_UNSAVED)
 
     def __post_init__(self) -> None:
-        vars(self).update(
-            channels=int_within("channels", self.channels, ">= 0", 0),
-            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),
-        )
+        self._check_channels()
         self._check_common()
-
-    @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        """The shape of gamma and beta."""
-        return (self.channels,)
 
 
 class InstanceNorm(SampleLayer):

@@ -15,7 +15,7 @@ from batchnorm._validate import Activation, MaybeNone
 from batchnorm.layers import calls
 from batchnorm.layers.by_sample import SampleLayer, SampleOptions
 from batchnorm.layers.layer import Parameter
-from batchnorm.layers.settings import Setting, Settings, flag, int_within
+from batchnorm.layers.settings import Setting, Settings, flag
 
 
 class GraphCallOptions(SampleOptions, total=False):
@@ -39,17 +39,9 @@ class GraphSettings(Settings):
     num_threads: int | None = field(default=None, metadata={"saved": False})
 
     def __post_init__(self) -> None:
-        vars(self).update(
-            channels=int_within("channels", self.channels, ">= 0", 0),
-            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),
-            alpha=flag("alpha", self.alpha),
-        )
+        self._check_channels()
+        vars(self).update(alpha=flag("alpha", self.alpha))
         self._check_common()
-
-    @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        """The shape of alpha, gamma and beta."""
-        return (self.channels,)
 
 
 class GraphNorm(SampleLayer):

@@ -41,6 +41,8 @@ class Settings:
 
     by_place: ClassVar[int] = 1  # fields that a call gives by place
     if TYPE_CHECKING:
+        channels: int  # of most
+        axis: int
         eps: float
         gamma: bool
         beta: bool
@@ -50,8 +52,15 @@ class Settings:
 
     @property
     def parameter_shape(self) -> tuple[int, ...]:
-        """The shape of gamma and beta."""
-        raise NotImplementedError
+        """The shape of the parameters: a value for each channel, where there is no other."""
+        return (self.channels,)
+
+    def _check_channels(self) -> None:
+        # Whether x has that axis is only known when x comes.
+        vars(self).update(
+            channels=int_within("channels", self.channels, ">= 0", 0),
+            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),
+        )
 
     def _check_common(self) -> None:
         vars(self).update(
@@ -147,9 +156,8 @@ class BatchSettings(Settings):
 
     def __post_init__(self) -> None:
         are = self.weights_are
+        self._check_channels()
         vars(self).update(
-            channels=int_within("channels", self.channels, ">= 0", 0),
-            axis=int_within("axis", self.axis, "from -8 to 7", -8, 7),  # whether x has it is only known when x comes
             update_rate=_update_rate(self.update_rate),
             ddof=int_within("ddof", self.ddof, "0 (biased) or 1 (unbiased)", 0, 1),
             debias=flag("debias", self.debias),
@@ -174,11 +182,6 @@ class BatchSettings(Settings):
     def follows_plainly(self) -> bool:
         """Whether running statistics follow each batch at `update_rate`, and in no other way."""
         return self.update_rate is not None and not self.debias and self.renorm is None
-
-    @property
-    def parameter_shape(self) -> tuple[int, ...]:
-        """The shape of gamma and beta."""
-        return (self.channels,)
 
     def saved(self) -> dict[str, Any]:
         """Give what the numbers of a state depend on, in types that JSON has; no parity without a schedule."""
