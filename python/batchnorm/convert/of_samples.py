@@ -105,8 +105,8 @@ def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> d
     if type(layer) not in _NAMES[library]:
         raise TypeError(f"the layer must be of a kind that {library} has, got a {type(layer).__name__}")
     named = _parameters(library, type(layer))
-    if library == "torch":
-        _require_axes_of_torch(layer)
+    if library in ("torch", "onnx"):
+        _require_usual_axes(layer, "PyTorch" if library == "torch" else "ONNX")
     if layer.beta is not None and "beta" not in named:
         name = _NAMES[library][type(layer)][2]
         raise ValueError(f"the layer must have beta=False for {name}, which has no shift, got beta=True")
@@ -122,12 +122,12 @@ def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> d
     return given
 
 
-def _require_axes_of_torch(layer: SampleLayer) -> None:
+def _require_usual_axes(layer: SampleLayer, library: str) -> None:
     if isinstance(layer, LayerNorm | RMSNorm):
         if layer.axes != tuple(range(-len(layer.axes), 0)):
-            raise ValueError(f"the layer must have the last axes for PyTorch, got axes={layer.axes}")
+            raise ValueError(f"the layer must have the last axes for {library}, got axes={layer.axes}")
     elif not isinstance(layer, GraphNorm) and getattr(layer, "axis", 1) != 1:
-        raise ValueError(f"the layer must have axis=1 for PyTorch, got axis={getattr(layer, 'axis', 1)}")
+        raise ValueError(f"the layer must have axis=1 for {library}, got axis={getattr(layer, 'axis', 1)}")
 
 
 # ---- what a module says ----

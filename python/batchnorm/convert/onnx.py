@@ -111,12 +111,8 @@ def _of_samples(layer: SampleLayer, dtype: DTypeLike | None) -> tuple[dict[str, 
     shape, wanted = layer.settings.parameter_shape, np.result_type(layer.dtype, np.float32) if dtype is None else dtype
     attributes: dict[str, float] = {"epsilon": layer.eps}
     if isinstance(layer, LayerNorm | RMSNorm):
-        if layer.axes != tuple(range(-len(layer.axes), 0)):
-            raise ValueError(f"the layer must have the last axes for ONNX, got axes={layer.axes}")
         inputs.setdefault("Scale" if isinstance(layer, LayerNorm) else "scale", np.ones(shape, wanted))
         return inputs, attributes | {"axis": -len(layer.axes)}
-    if getattr(layer, "axis", 1) != 1:
-        raise ValueError(f"the layer must have axis=1 for ONNX, got axis={getattr(layer, 'axis', 1)}")
     inputs.setdefault("scale", np.ones(shape, wanted))
     inputs.setdefault("bias" if isinstance(layer, GroupNorm) else "B", np.zeros(shape, wanted))
     return inputs, attributes | ({"num_groups": layer.num_groups} if isinstance(layer, GroupNorm) else {})
