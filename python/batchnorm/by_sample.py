@@ -1,8 +1,8 @@
 """Norms of each sample by itself: what `batch_norm` is with other values sharing statistics.
 
-Instance and group norm take those of a sample's channels over all places, graph norm of a graph's; layer and RMS norm those
-of some axes, for each index of the others. They depend on no other sample, so that training and inference are the same, and every option and
-verb of `batch_norm` goes with them.
+Instance and group norm take those of a sample's channels over all places, graph norm of a graph's; layer and RMS norm
+those of some axes, for each index of the others. They depend on no other sample, so that training and inference are the
+same, and every option and verb of `batch_norm` goes with them.
 """
 
 from __future__ import annotations

@@ -73,9 +73,10 @@ def backward(
 
     Returns
     -------
-    Gradients(dx, dgamma, dbeta, dresidual), of `graph_norm` GraphGradients, which has dalpha too: dx and dresidual like x; dgamma and dbeta (C,) in the dtype of gamma
-    (float64 where that is None or integers); None where not asked for, as dresidual is where no residual was added. Each
-    within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴ with weights other than 0 and 1.
+    Gradients(dx, dgamma, dbeta, dresidual), of `graph_norm` GraphGradients, which has dalpha too: dx and dresidual like
+    x; dgamma and dbeta (C,) in the dtype of gamma (float64 where that is None or integers); None where not asked for,
+    as dresidual is where no residual was added. Each within 4·2⁻²⁴ (float32) of the sum of its absolute terms; 6·2⁻²⁴
+    with weights other than 0 and 1.
 
     Examples
     --------

@@ -164,9 +164,9 @@ class GradSums:
     ----------
     count : float64, values that share the statistics (or the sum of their weights): one for each sum.
     sum_dy : float64, sum(dy).
-    sum_dy_xmu : float64, sum(dy·(x - mean)), about the mean of the moments they were computed with (about
-        alpha times it in `graph_norm`, about 0 in `rms_norm`). Where y is kept
-        instead of x, sum(dy·(y - beta)), about what y has in the place of a mean.
+    sum_dy_xmu : float64, sum(dy·(x - mean)), about the mean of the moments they were computed with (about alpha times
+        it in `graph_norm`, about 0 in `rms_norm`). Where y is kept instead of x, sum(dy·(y - beta)), about what y has
+        in the place of a mean.
     """
 
     __slots__ = ("_table", "count")

@@ -55,16 +55,17 @@ def from_flax(
     variables : an nnx.BatchNorm; its state, a mapping of mean, var, scale and bias; or the variables of one of
         linen, a mapping of "batch_stats" (mean, var) and "params" (scale, bias). scale and bias absent where not
         used.
-    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, which are made of a
-        module, or of a mapping of its scale and bias (of linen its "params") and of the settings that these do not tell (num_groups, axes, epsilon).
+    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, which are made
+        of a module, or of a mapping of its scale and bias (of linen its "params") and of the settings that these do not
+        tell (num_groups, axes, epsilon).
     epsilon, momentum, axis : of Flax; None for those of an nnx.BatchNorm, else Flax's defaults: 1e-5, 0.99, -1.
     dtype, **settings : as in `from_torch`, and so are the errors.
 
     Returns
     -------
-    A layer of that kind. BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In evaluation for an
-    nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its use_fast_variance
-    is a way of rounding, which nothing here needs.
+    A layer of that kind. BatchNorm with update_rate = 1 - momentum and ddof=0: running variances of Flax are biased. In
+    evaluation for an nnx.BatchNorm with use_running_average=True (after its ``eval()``), else in training mode. Its
+    use_fast_variance is a way of rounding, which nothing here needs.
 
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)

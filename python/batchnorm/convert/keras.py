@@ -59,8 +59,9 @@ def from_keras(
     ----------
     source : a built layer, the list of its get_weights(), or a mapping of gamma, beta, moving_mean and
         moving_variance (gamma or beta absent with scale or center False).
-    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, which are made of a
-        module, or of a mapping of its gamma and beta (scale of an RMS norm) and of the settings that these do not tell (num_groups, axes, epsilon).
+    kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, which are made
+        of a module, or of a mapping of its gamma and beta (scale of an RMS norm) and of the settings that these do not
+        tell (num_groups, axes, epsilon).
     epsilon, momentum, axis : of Keras; None for the layer's, else Keras's defaults: 1e-3, 0.99, -1.
     scale, center : of Keras, for a list only: whether gamma and beta are in it. To be given for one of 3 arrays,
         which does not tell; one of 4 has both and one of 2 has neither.
@@ -68,9 +69,10 @@ def from_keras(
 
     Returns
     -------
-    A layer of that kind; of ``rms_scaling=True``, which neither layer nor RMS norm is, a ValueError. BatchNorm with update_rate = 1 - momentum and ddof=0: moving variances of Keras 3 are biased. (Those of the
-    fused kernels of TensorFlow were not: pass ddof=1 to go on with them.) In training mode, which Keras has by
-    call; with statistics and affine frozen for a layer of ``trainable=False``.
+    A layer of that kind; of ``rms_scaling=True``, which neither layer nor RMS norm is, a ValueError. BatchNorm with
+    update_rate = 1 - momentum and ddof=0: moving variances of Keras 3 are biased. (Those of the fused kernels of
+    TensorFlow were not: pass ddof=1 to go on with them.) In training mode, which Keras has by call; with statistics and
+    affine frozen for a layer of ``trainable=False``.
 
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)

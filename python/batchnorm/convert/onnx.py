@@ -62,8 +62,8 @@ def from_onnx(
 
     Returns
     -------
-    A layer of that kind. BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1. In training mode; a node without training_mode=1
-    evaluates.
+    A layer of that kind. BatchNorm with update_rate = 1 - momentum, ddof=0 and axis=1. In training mode; a node without
+    training_mode=1 evaluates.
 
     >>> import numpy as np
     >>> one = np.ones(1, np.float32)

@@ -69,9 +69,10 @@ def from_torch(
 
     Returns
     -------
-    A layer of that kind. BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module, training for a
-    state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d). TypeError or
-    ValueError for what is no such source: no running statistics, values that are not finite, a negative variance.
+    A layer of that kind. BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module,
+    training for a state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d).
+    TypeError or ValueError for what is no such source: no running statistics, values that are not finite, a negative
+    variance.
 
     >>> one = np.ones(1, np.float32)
     >>> state = {"weight": one, "bias": one, "running_mean": 3 * one, "running_var": 4 * one}
@@ -102,8 +103,8 @@ def to_torch(
     Returns
     -------
     dict of weight, bias, running_mean, running_var, (C,), and num_batches_tracked, int64 without axes; of other kinds
-    weight and bias (and mean_scale of a GraphNorm), where such a module has them. ValueError for other axes than PyTorch's,
-    ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
+    weight and bias (and mean_scale of a GraphNorm), where such a module has them. ValueError for other axes than
+    PyTorch's, ddof=0 (and renorm, but with parity="torchrl") without `any_ddof`, and for domains.
 
     >>> sorted(to_torch(BatchNorm(2)))
     ['bias', 'num_batches_tracked', 'running_mean', 'running_var', 'weight']
