@@ -145,6 +145,11 @@ class _LineLayer(SampleLayer):
     settings: LineSettings
     shape, axes = Setting[tuple[int, ...]](), Setting[tuple[int, ...]]()
 
+    def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
+        self._fits(x)
+        axes, norm = self.settings.axes, by_sample.layer_norm if self.settings.about == "mean" else by_sample.rms_norm
+        return norm(x, gamma, beta, axes=axes[0] if len(axes) == 1 else axes, **told)
+
     def _fits(self, x: Any) -> None:
         """Refuse an x whose axes are of other sizes; what else is wrong is the function's to say."""
         shape, axes = self.settings.shape, self.settings.axes
@@ -209,11 +214,6 @@ class LayerNorm(_LineLayer):
         given = cast("tuple[int, ...]", shape), cast("tuple[int, ...]", axes)
         super().__init__(LineSettings(*given, eps, gamma, beta, cast("np.dtype[Any]", dtype), activation, num_threads))
 
-    def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
-        self._fits(x)
-        axes = self.settings.axes
-        return by_sample.layer_norm(x, gamma, beta, axes=axes[0] if len(axes) == 1 else axes, **told)
-
 
 class RMSNorm(_LineLayer):
     """Divide by the root mean square over some axes, for each index of the others: `rms_norm` with parameters.
@@ -255,11 +255,6 @@ class RMSNorm(_LineLayer):
         eps = whose if eps is _BY_CONVENTION else eps
         given = cast("tuple[int, ...]", shape), cast("tuple[int, ...]", axes)
         super().__init__(RMSSettings(*given, eps, gamma, beta, cast("np.dtype[Any]", dtype), activation, num_threads))
-
-    def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
-        self._fits(x)
-        axes = self.settings.axes
-        return by_sample.rms_norm(x, gamma, beta, axes=axes[0] if len(axes) == 1 else axes, **told)
 
 
 # ---- group and instance norm ----
