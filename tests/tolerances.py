@@ -85,6 +85,20 @@ TABLE = {
         "a merge adds three float64 terms; 1e-12 is 4500 roundings, some hundred merges of random order; "
         "scale: max |x| for the mean, sum x^2 for m2",
     ),
+    ("pooled", "float64"): Bound(
+        1e-15,
+        0,
+        0,
+        "mean and m2 are held to twice float64's digits and rounded once, var divided and rounded once more: 3 roundings, "
+        "whatever the offset; scale: |mean|, for float32 x, whose sums are float64, |mean| + std; and var",
+    ),
+    ("exponential", "float64"): Bound(
+        4 * 2.0**-53,
+        0,
+        0,
+        "each fading rounds count and m2, by which all that is older errs, but for its share of the sum: a rate of r "
+        "leaves 1/r such errors; scale: |mean| + std, var, each divided by the rate",
+    ),
     ("complex step", "float64"): Bound(
         1e-12,
         0,

@@ -8,7 +8,7 @@ from batchnorm.by_sample import graph_norm, group_norm, instance_norm, layer_nor
 from batchnorm.derivatives import backward, double_backward, grad_input, grad_sums, jvp
 from batchnorm.forward import batch_norm, normalize
 from batchnorm.info import active_isa, available_isas, explain, get_num_threads, set_num_threads, show_config
-from batchnorm.layers import BatchNorm, GraphNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm
+from batchnorm.layers import BatchNorm, GraphNorm, GroupNorm, InstanceNorm, LayerNorm, RMSNorm, Standardizer
 from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
 from batchnorm.report import Finding, Report
@@ -17,7 +17,7 @@ from batchnorm.saved import Gradients, GradSums, GraphGradients, Saved, SecondGr
 
 __all__ = [
     "BatchNorm", "Finding", "GradSums", "Gradients", "GraphGradients", "GraphNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "Moments", "RMSNorm",
-    "Renorm", "RenormSchedule", "Report", "Saved", "SecondGradients", "__version__", "active_isa", "available_isas", "backward", "batch_norm", "convert",
+    "Renorm", "RenormSchedule", "Report", "Saved", "SecondGradients", "Standardizer", "__version__", "active_isa", "available_isas", "backward", "batch_norm", "convert",
     "double_backward", "explain", "get_num_threads", "grad_input", "grad_sums", "graph_norm", "group_norm", "instance_norm",
     "jvp", "layer_norm", "merge", "moments", "normalize", "rms_norm", "set_num_threads", "show_config", "update_running",
 ]  # fmt: skip

@@ -45,6 +45,7 @@ _SEGMENTS: tuple[Segments, ...] = get_args(Segments)
 
 # What a layer asks of the core: each is one call that asks for no memory.
 update_into, pool_into, new_room = _core.try_update_running, _core.pool, _core.room
+observe, standardizing = _core.try_observe, _core.standardizing
 
 
 class RenormLimits(NamedTuple):

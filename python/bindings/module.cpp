@@ -14,6 +14,7 @@ namespace batchnorm::bindings {
 
 void add_ordinary_calls(py::module_& m);  // ordinary.cpp
 void add_passes(py::module_& m);          // passes.cpp
+void add_observe(py::module_& m);         // observe.cpp
 
 namespace {
 
@@ -114,6 +115,7 @@ PYBIND11_MODULE(_core_of_main, m, pybind11::mod_gil_not_used()) {
 
   add_ordinary_calls(m);
   add_passes(m);
+  add_observe(m);
 
   m.def("built_isas", &batchnorm::built_isas, "Instruction sets compiled in, best first.");
   m.def("available_isas", &batchnorm::available_isas, "Those that run on this machine, best first.");

@@ -20,6 +20,7 @@
 // Spans may start at any address that is a multiple of alignof(T).
 #pragma once
 
+#include <limits>
 #include <span>
 
 #include "batchnorm/call.hpp"
@@ -54,6 +55,34 @@ void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, 
 // A channel of count 0 is left alone; one where ddof leaves less than 1 throws before anything changes.
 void update_running(std::span<double> running_mean, std::span<double> running_var, std::span<const Moments> batch,
                     double update_rate, int ddof);
+
+// ---- observations ----------------------------------------------------------------------------------------------
+
+// How observe() learns, and what y it gives.
+struct Observing {
+  // What has been seen counts for this much of what it did, from 0 to 1: 1 pools all, 1 - rate follows exponentially.
+  double keep = 1;
+  double eps = 0;                                             // finite, >= 0
+  double clip = std::numeric_limits<double>::infinity();      // y is from -clip to clip; > 0
+  bool center = true, scale = true;                           // without: y as of a mean of 0, of a variance of 1
+  double missing = std::numeric_limits<double>::quiet_NaN();  // y of a value that is missing
+  bool learn = true;                                          // else the moments stay as they are
+};
+
+// The moments by which normalize(), with an eps of 0, gives of what is known
+//     y = (x - mean)*rstd,  rstd = 1/sqrt(var + eps), var biased, and 1 where var + eps or the count is 0;
+// of a mean of 0 without `center`, a variance of 1 without `scale`. line: one entry a channel; may be exactly moments.
+void standardizing(std::span<const Moments> moments, const Observing& how, std::span<Moments> line);
+
+// One observation more of a stream, a value of each channel: it enters the moments, whose count and m2 are multiplied
+// with `keep` before; and y is what normalize() gives by the line of the moments that there are then, clipped. NaN is a
+// missing value: it changes nothing of its channel. Infinity throws, before anything is written. moments: one entry a
+// channel, of count 0 at the start. importance_dof: none, or one value of each channel beside them, count -
+// sum(w^2)/count of the weights w that values have by `keep`. y: like x, which it may be, or empty. For T = float and
+// double, by the calling thread alone. mean and m2 have twice the digits of float64.
+template <class T>
+void observe(std::span<const T> x, std::span<Moments> moments, std::span<double> importance_dof, std::span<T> y,
+             const Observing& how = {});
 
 // ---- forward ---------------------------------------------------------------------------------------------------
 

@@ -3,5 +3,6 @@
 from batchnorm.layers.batch import BatchNorm
 from batchnorm.layers.by_sample import GroupNorm, InstanceNorm, LayerNorm, RMSNorm
 from batchnorm.layers.graph import GraphNorm
+from batchnorm.layers.standardizer import Standardizer
 
-__all__ = ["BatchNorm", "GraphNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm"]
+__all__ = ["BatchNorm", "GraphNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "RMSNorm", "Standardizer"]
