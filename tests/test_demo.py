@@ -14,7 +14,7 @@ from batchnorm.demo import add_arguments, batch_sizes, claims, data, run
 from batchnorm.demo.command import compare_batch_sizes, demonstrate
 from batchnorm.demo.experiment import FULL, QUICK, Settings, measure
 from batchnorm.demo.inspection import companion_noise, forward, population_moments
-from batchnorm.demo.networks import NETWORKS, Conv3x3, build, cross_entropy
+from batchnorm.demo.networks import NETWORKS, SHALLOW, Conv3x3, build, cross_entropy
 from batchnorm.demo.training import CHANCE, Run, batches, evaluation_steps, train
 
 TINY = Settings(seeds=2, steps=12, batch=64, rates=(0.1, 30.0), init_scales=(1.0, 3.0), batch_sizes=(2, 64), shuffles=2)
@@ -43,6 +43,10 @@ def normalized(request):
 # ---- the networks ----
 
 
+def weight_layers(network_name):
+    return 12 if network_name == "deep net" else 3
+
+
 def test_gradients_are_central_differences(network_name, normalized):
     rng = np.random.default_rng(0)
     network = build(network_name, normalized, rng, dtype=np.float64)
@@ -50,7 +54,8 @@ def test_gradients_are_central_differences(network_name, normalized):
     loss, dlogits = cross_entropy(network(x), digits)
     network.backward(dlogits)
     parameters = [(value, gradient.copy()) for value, gradient in network.parameters()]
-    assert len(parameters) == (8 if normalized else 6)
+    depth = weight_layers(network_name)
+    assert len(parameters) == (3 * depth - 1 if normalized else 2 * depth)
     for value, gradient in parameters:
         direction = rng.normal(size=value.shape)
         direction /= np.linalg.norm(direction)
@@ -94,7 +99,7 @@ def test_batch_norm_changes_no_initial_weight(network_name):
 def test_layers_before_batch_norm_have_no_bias(network_name):
     layers = build(network_name, True, np.random.default_rng(0)).layers
     before = [layers[k - 1] for k, layer in enumerate(layers) if isinstance(layer, bn.BatchNorm)]
-    assert len(before) == 2
+    assert len(before) == weight_layers(network_name) - 1
     assert all(layer.bias is None for layer in before)
 
 
@@ -122,6 +127,14 @@ def test_a_pass_visits_every_training_sample_once(split):
     assert not np.array_equal(np.concatenate(seen[:4]), np.concatenate(seen[4:]))
 
 
+def test_the_deep_net_learns_with_batch_norm_alone(split):
+    plain, norm = (train(Run("deep net", n, 0.3, 1.0, 64, 160, seed=0), split)[0] for n in (False, True))
+    assert (plain.failed_at, norm.failed_at) == (None, None)
+    assert plain.test < 0.2
+    assert norm.test > 0.8
+
+
+@pytest.mark.parametrize("network_name", SHALLOW)
 def test_a_run_learns(network_name, normalized, split):
     record, _ = train(Run(network_name, normalized, 0.1, 1.0, 64, 60, seed=0), split)
     assert record.failed_at is None
@@ -129,6 +142,7 @@ def test_a_run_learns(network_name, normalized, split):
     assert len(record.validation_curve) == len(evaluation_steps(60))
 
 
+@pytest.mark.parametrize("network_name", SHALLOW)  # sigmoids saturate, and nothing overflows
 def test_a_run_that_diverges_is_a_failure_without_a_warning(network_name, split):
     record, _ = train(Run(network_name, False, 1e30, 1.0, 64, 30, seed=0), split)
     assert record.failed_at is not None
@@ -364,7 +378,7 @@ def test_running_statistics_average_over_as_many_samples_at_every_batch_size():
 def test_ghosts_are_batch_norm_where_a_batch_is_one(digits):
     settings = batch_sizes.Settings(seeds=1, passes=1, sizes=(16,))
     found = batch_sizes.measure(settings, digits, lambda runs, **_: runs)
-    for network in NETWORKS:
+    for network in SHALLOW:
         ghosts, whole = (found[batch_sizes.Trial(network, norm, 16, 0)] for norm in ("ghost", "batch"))
         assert ghosts == whole
     assert len(set(found.values())) > 2

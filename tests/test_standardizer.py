@@ -372,13 +372,13 @@ def test_it_agrees_with_standard_scaler():
     x[::4, 2] = np.nan
     constant = np.array(x)
     constant[:, 1] = 5.0
-    for x, given in ((constant, None), (x, weights)):  # StandardScaler has NaN for a constant with weights
-        scaler.fit(x, sample_weight=given)
-        ours = Standardizer().fit(x, sample_weight=given)
-        np.testing.assert_allclose(ours.transform(x), scaler.transform(x), rtol=1e-9, atol=1e-9)
+    for values, given in ((constant, None), (x, weights)):  # StandardScaler has NaN for a constant with weights
+        scaler.fit(values, sample_weight=given)
+        ours = Standardizer().fit(values, sample_weight=given)
+        np.testing.assert_allclose(ours.transform(values), scaler.transform(values), rtol=1e-9, atol=1e-9)
         np.testing.assert_allclose(ours.scale_, scaler.scale_, rtol=1e-12)
         np.testing.assert_allclose(ours.n_samples_seen_, scaler.n_samples_seen_, rtol=1e-12)
-        np.testing.assert_allclose(ours.inverse_transform(scaler.transform(x)), x, rtol=1e-9)
+        np.testing.assert_allclose(ours.inverse_transform(scaler.transform(values)), values, rtol=1e-9)
 
 
 def test_clone_pipeline_and_output_of_frames():

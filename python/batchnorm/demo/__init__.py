@@ -1,4 +1,4 @@
-"""``python -m batchnorm demo``: what batch norm does to two small networks, measured claim by claim."""
+"""``python -m batchnorm demo``: what batch norm does to three small networks, measured claim by claim."""
 
 from batchnorm.demo.command import add_arguments, run
 

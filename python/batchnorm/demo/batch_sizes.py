@@ -14,7 +14,7 @@ import numpy as np
 
 import batchnorm as bn
 from batchnorm.demo.data import Part
-from batchnorm.demo.networks import EPS, NETWORKS, Layer, Network, build, cross_entropy
+from batchnorm.demo.networks import EPS, SHALLOW, Layer, Network, build, cross_entropy
 from batchnorm.demo.training import CHANCE, Run, accuracy, batches
 from batchnorm.demo.workers import Progress, Workers, split_of
 
@@ -108,7 +108,7 @@ def is_possible(network: str, norm: str, batch: int) -> bool:
 
 def measure(settings: Settings, digits: Part, progress: Progress, jobs: int = 1) -> dict[Trial, float]:
     """Give the test accuracy of every network, norm, batch size and seed, where it is possible."""
-    places = [(w, n, b) for w in NETWORKS for n in NORMS for b in settings.sizes if is_possible(w, n, b)]
+    places = [(w, n, b) for w in SHALLOW for n in NORMS for b in settings.sizes if is_possible(w, n, b)]
     trials = [Trial(*place, seed) for place in places for seed in range(settings.seeds)]
     with Workers(jobs, digits, progress) as workers:
         tasks = [(settings, trial) for trial in trials]
@@ -130,7 +130,7 @@ def table(settings: Settings, found: dict[Trial, float]) -> str:
 def _lines(s: Settings, found: dict[Trial, float]) -> Iterator[str]:
     yield f"Test accuracy after {s.passes} passes over the digits: median over {s.seeds} seeds, in percent."
     yield f"SGD at rate {s.rate:g} for batches of 64 and more, times sqrt(batch / 64) below; ghosts of {s.ghost} samples."
-    for network in NETWORKS:
+    for network in SHALLOW:
         yield f"{network + ', batch size':>20}" + "".join(f"{size:>7}" for size in s.sizes)
         for norm in NORMS:
             accuracies = (of(found, s, network, norm, size) for size in s.sizes)

@@ -18,12 +18,12 @@ if TYPE_CHECKING:
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """Add the options of ``python -m batchnorm demo`` to its parser."""
     parser.description = (
-        "Train a small multilayer perceptron and a small convolutional network on 1797 real images of "
+        "Train a small multilayer perceptron, a small convolutional network and a deep one on 1797 real images of "
         "digits, with and without batch norm, and measure the claims made for it. The table goes to stdout, "
         "progress to stderr."
     )
     size = parser.add_mutually_exclusive_group()
-    size.add_argument("--quick", action="store_true", help="five seeds, under half a minute (the default)")
+    size.add_argument("--quick", action="store_true", help="five seeds, half a minute (the default)")
     size.add_argument("--full", action="store_true", help="ten seeds, more steps, finer sweeps; some minutes")
     sizes = "only test accuracy over batch sizes 1 to 256: batch, ghost, renorm, group, layer and instance norm"
     size.add_argument("--batch-sizes", action="store_true", help=sizes)

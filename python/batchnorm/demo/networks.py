@@ -1,4 +1,4 @@
-"""The two networks of the demonstration, forward and backward, with or without batch norm.
+"""The three networks of the demonstration, forward and backward, with or without batch norm.
 
 Every layer is called on a batch (first axis: samples), keeps what its ``backward`` needs, and gives back the
 gradient of its input. The gradient of a parameter ``weight`` is left beside it as ``dweight``, as
@@ -16,8 +16,10 @@ from numpy.typing import DTypeLike, NDArray
 
 import batchnorm as bn
 
-NETWORKS = ("MLP", "conv net")
+SHALLOW = ("MLP", "conv net")
+NETWORKS = (*SHALLOW, "deep net")
 CLASSES = 10
+DEPTH, WIDTH = 12, 48  # of the deep net: weight layers, and units of each but the last
 EPS = 1e-5
 
 Array = NDArray[Any]
@@ -120,6 +122,20 @@ class ReLU:
         return dx
 
 
+class Sigmoid:
+    """y = 1/(1 + exp(-x))."""
+
+    def __call__(self, x: Array) -> Array:
+        """Return y, of x's shape."""
+        self.y: Array = 1 / (1 + np.exp(-x))
+        return self.y
+
+    def backward(self, dy: Array) -> Array:
+        """Return dx = dy * y * (1 - y)."""
+        dx: Array = dy * self.y * (1 - self.y)
+        return dx
+
+
 class Flatten:
     """(N, H, W, C) to (N, H*W*C)."""
 
@@ -175,24 +191,28 @@ def build(
     init_scale: float = 1.0,
     dtype: DTypeLike = np.float32,
 ) -> Network:
-    """Build the MLP 64-96-96-10, or the conv net with 8 and then 16 channels; ReLU after each hidden layer.
+    """Build the MLP 64-96-96-10, the conv net with 8 and then 16 channels, or the deep net.
 
-    With ``normalized``, batch norm stands between each hidden layer and its ReLU, and takes over the bias: it
+    ReLU comes after each hidden layer. The deep net has 12 weight layers, 64-48-...-48-10, and sigmoids, as the
+    network of the article that does not train without batch norm (section 4.2.2).
+
+    With ``normalized``, batch norm stands between each hidden layer and what follows it, and takes over the bias: it
     subtracts the mean of the channel, so a bias before it would have no effect. Weights are normal with
-    deviation init_scale * sqrt(2 / fan_in) (He et al. 2015), biases and beta 0, gamma 1. The same ``rng``
-    state gives the same weights with and without batch norm.
+    deviation init_scale * sqrt(2 / fan_in) (He et al. 2015), in the deep net init_scale * sqrt(1 / fan_in) (LeCun et
+    al. 1998), biases and beta 0, gamma 1. The same ``rng`` state gives the same weights with and without batch norm.
     """
+    squared, activation = (1, Sigmoid) if network == "deep net" else (2, ReLU)
 
     def weight(*shape: int) -> Array:
-        deviation = init_scale * np.sqrt(2 / np.prod(shape[:-1]))
+        deviation = init_scale * np.sqrt(squared / np.prod(shape[:-1]))
         return np.asarray(deviation * rng.standard_normal(shape), dtype)
 
     def hidden(layer: type[Linear | Conv3x3], *shape: int, **options: Any) -> list[Layer]:
         channels = shape[-1]
         if not normalized:
-            return [layer(weight(*shape), np.zeros(channels, dtype), **options), ReLU()]
+            return [layer(weight(*shape), np.zeros(channels, dtype), **options), activation()]
         norm = bn.BatchNorm(channels, axis=-1, eps=EPS, dtype=dtype, num_threads=1)
-        return [layer(weight(*shape), None, **options), norm, ReLU()]
+        return [layer(weight(*shape), None, **options), norm, activation()]
 
     if network == "MLP":
         layers = [Flatten(), *hidden(Linear, 64, 96, needs_dx=False), *hidden(Linear, 96, 96)]
@@ -201,6 +221,11 @@ def build(
         first = hidden(Conv3x3, 3, 3, 1, 8, stride=2, needs_dx=False)
         layers = [*first, *hidden(Conv3x3, 3, 3, 8, 16), Flatten()]
         features = 4 * 4 * 16
+    elif network == "deep net":
+        layers = [Flatten(), *hidden(Linear, 64, WIDTH, needs_dx=False)]
+        for _ in range(DEPTH - 2):
+            layers += hidden(Linear, WIDTH, WIDTH)
+        features = WIDTH
     else:
         raise ValueError(f"network must be one of {NETWORKS}, got {network!r}")
     return Network([*layers, Linear(weight(features, CLASSES), np.zeros(CLASSES, dtype))])

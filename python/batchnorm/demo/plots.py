@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike, NDArray
 from batchnorm.demo import batch_sizes, claims
 from batchnorm.demo.experiment import Results
 from batchnorm.demo.findings import Finding, on_test, on_validation
-from batchnorm.demo.networks import NETWORKS
+from batchnorm.demo.networks import NETWORKS, SHALLOW
 from batchnorm.demo.training import Record, Run, evaluation_steps
 
 PLAIN, NORMALIZED, NEUTRAL = "#c8553d", "#2a6f97", "#8a8a8a"
@@ -69,7 +69,7 @@ def higher_rates(column: Column, results: Results, network: str) -> None:
 
     sweep(ax, results, rates, runs, on_validation)
     ax.axhline(claims.TRAINED_ACCURACY, color=NEUTRAL, linewidth=1, linestyle="--", label="counts as trained")
-    finish(ax, "learning rate", "validation accuracy at the end", legend="lower left")
+    finish(ax, "learning rate", "validation accuracy at the end", legend="center left")
 
 
 def init_scale(column: Column, results: Results, network: str) -> None:
@@ -81,7 +81,7 @@ def init_scale(column: Column, results: Results, network: str) -> None:
         return results.rescaled(network, normalized, scales[k])
 
     sweep(ax, results, scales, runs, on_test)
-    finish(ax, "scale of the initial weights (1: He et al.)", "test accuracy", legend="lower left")
+    finish(ax, "scale of the initial weights (1: as usual)", "test accuracy", legend="lower left")
 
 
 def regularizes(column: Column, results: Results, network: str) -> None:
@@ -194,7 +194,7 @@ def draw_batch_sizes(settings: batch_sizes.Settings, found: dict[batch_sizes.Tri
     figure = Figure(figsize=(9.6, 4.2), layout="constrained")
     colors = (NORMALIZED, "#7b2cbf", "#e09f3e", "#6a994e", PLAIN, NEUTRAL)
     names = {"ghost": f"ghosts of {settings.ghost}", "renorm": "batch renorm"}
-    for ax, network in zip(figure.subplots(1, len(NETWORKS)), NETWORKS, strict=True):
+    for ax, network in zip(figure.subplots(1, len(SHALLOW)), SHALLOW, strict=True):
         for norm, color, marker in zip(batch_sizes.NORMS, colors, "so^Dvx", strict=True):
             by_size = {size: batch_sizes.of(found, settings, network, norm, size) for size in settings.sizes}
             sizes = [size for size, accuracies in by_size.items() if accuracies]
