@@ -63,8 +63,45 @@ def test_a_module_of_another_kind_is_refused():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     with pytest.raises(TypeError, match=r"^source must be a RMSNorm or a mapping of its arrays, got LayerNorm$"):
         convert.from_torch(torch.nn.LayerNorm(4), kind=bn.RMSNorm)
-    with pytest.raises(ValueError, match=r"^source must have track_running_stats=False, got True"):
-        convert.from_torch(torch.nn.InstanceNorm1d(4, track_running_stats=True), kind=bn.InstanceNorm)
+    with pytest.raises(TypeError, match=r"^update_rate must be a number"):  # a cumulative average
+        convert.from_torch(torch.nn.InstanceNorm1d(4, momentum=None, track_running_stats=True), kind=bn.InstanceNorm)
+
+
+@pytest.mark.parametrize("affine", [False, True])
+def test_running_statistics_of_an_instance_norm_of_pytorch_go_on(affine):
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    module = torch.nn.InstanceNorm1d(4, momentum=0.3, affine=affine, track_running_stats=True, dtype=torch.float64)
+    data = np.random.default_rng(0)
+    x = [data.normal(3, 2, (5, 4, 7)) for _ in range(4)]
+    module(torch.from_numpy(x[0]))
+    layer = convert.from_torch(module, kind=bn.InstanceNorm)
+    assert (layer.running, layer.update_rate, layer.update_count) == (True, 0.3, 0)  # PyTorch's count stays 0
+    for batch in x[1:3]:
+        y = module(torch.from_numpy(batch)).detach().numpy()
+        np.testing.assert_allclose(layer(batch), y, rtol=1e-12, atol=1e-12)
+    np.testing.assert_allclose(layer.running_mean, module.running_mean, rtol=1e-12)
+    np.testing.assert_allclose(layer.running_var, module.running_var, rtol=1e-12)
+    module.eval(), layer.eval()
+    given = torch.from_numpy(x[3]).requires_grad_()
+    y = module(given)
+    np.testing.assert_allclose(layer(x[3]), y.detach().numpy(), rtol=1e-12, atol=1e-12)
+    y.backward(torch.from_numpy(x[0]))
+    np.testing.assert_allclose(layer.backward(x[0]), given.grad.numpy(), rtol=1e-12, atol=1e-12)
+    state = {name: torch.from_numpy(np.asarray(a)) for name, a in convert.to_torch(layer, dtype=np.float64).items()}
+    module.load_state_dict(state)
+    same = convert.from_torch(state, kind=bn.InstanceNorm)
+    np.testing.assert_array_equal(same.running_var, layer.running_var)
+    assert same.update_count == layer.update_count == 2
+
+
+def test_running_statistics_of_an_instance_norm_are_for_pytorch_alone():
+    layer = bn.InstanceNorm(4, running=True)
+    with pytest.raises(ValueError, match="the layer must have running=False for onnx, got True"):
+        convert.to_onnx(layer)
+    with pytest.raises(ValueError, match="the layer must have ddof=1 for PyTorch"):
+        convert.to_torch(bn.InstanceNorm(4, running=True, ddof=0))
+    with pytest.raises(ValueError, match="source must have running_mean, as PyTorch's track_running_stats=True has"):
+        convert.from_torch({"running_var": np.ones(4)}, kind=bn.InstanceNorm, channels=4)
 
 
 @pytest.mark.parametrize(("dtype", "eps"), [("float32", 2.0**-23), ("float16", 2.0**-23), ("float64", 2.0**-52)])

@@ -210,7 +210,7 @@ def test_an_error_changes_nothing(name):
         (lambda: bn.LayerNorm(4, normalized_shape=4), "shape must be given instead of normalized_shape: write LayerNorm(4), got normalized_shape=4"),
         (lambda: bn.GroupNorm(2, 4, affine=False), "gamma and beta must be given instead of affine: write gamma=False, beta=False, got affine=False"),
         (lambda: bn.LayerNorm(4, elementwise_affine=False), "gamma and beta must be given instead of elementwise_affine: write gamma=False, beta=False, got elementwise_affine=False"),
-        (lambda: bn.InstanceNorm(4, momentum=0.1), "momentum must be left out: each sample is normalized by itself, in training and evaluation alike, got momentum=0.1"),
+        (lambda: bn.GroupNorm(2, 4, momentum=0.1), "momentum must be left out: each sample is normalized by itself, in training and evaluation alike, got momentum=0.1"),
         (lambda: bn.InstanceNorm(4)(X, training=True), "training must be left out: each sample is normalized by itself, in training and evaluation alike, got training=True"),
         (lambda: bn.RMSNorm(4)(X, epsilon=1e-3), "eps must be given to the layer as it is made, not to its calls, got epsilon=0.001"),
         (lambda: bn.GraphNorm(6)(X, bogus=1), "keywords of a layer's call must be of x, mask, weights, lengths, padding, residual, keep, segments, out, got bogus"),

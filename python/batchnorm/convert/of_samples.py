@@ -52,6 +52,10 @@ _NAMES: dict[Library, dict[type[SampleLayer], _Names]] = {
 }
 
 
+# What PyTorch calls the running statistics of an InstanceNorm.
+_RUNNING = {"running_mean": "running_mean", "running_var": "running_var", "update_count": "num_batches_tracked"}
+
+
 def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | None, settings: Mapping[str, Any]) -> L:
     """Make a layer of that kind that goes on where a module, or a mapping of its arrays, is.
 
@@ -67,24 +71,40 @@ def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | Non
                 f"{name} must not be given for a layer from elsewhere, as source decides it, got {settings[name]!r}"
             )
     named = _parameters(library, kind)
+    running = _RUNNING if library == "torch" and kind is InstanceNorm else {}
     if isinstance(source, Mapping):
-        only(source, list(named.values()), "of such a layer")
-        found, state = {}, source
+        only(source, [*named.values(), *running.values()], "of such a layer")
+        state = source
+        found: dict[str, Any] = {"running": True} if running.keys() & source.keys() else {}
     else:
         _require_class(library, kind, source)
         found = _settings_of(library, kind, source)
-        state = {name: getattr(source, name, None) for name in named.values()}
+        state = {name: getattr(source, name, None) for name in (*named.values(), *running.values())}
     values = {ours: _finite(name, state[name]) for ours, name in named.items() if state.get(name) is not None}
     if library == "torch" and kind is RMSNorm and "gamma" in values and not found:
         found = {"eps": _eps_of_torch(values["gamma"].dtype == np.float64)}
     told = {"convention": library} | found | {name: value for name, value in settings.items() if value is not None}
     values = _of_channels(kind, values, told)
-    for a in values.values():
+    statistics = _running(state) if found.get("running") else {}
+    for a in (*values.values(), *statistics.values()):
         told.setdefault("shape", a.shape)
     layer = _made(kind, told, {ours: ours in values for ours in named}, dtype or _dtype_of(*values.values()))
     for ours, value in values.items():
         setattr(layer, ours, value.astype(layer.dtype))
+    if statistics:
+        layer.load_state_dict(layer.state_dict() | statistics)
     return layer
+
+
+def _running(state: Mapping[str, Any]) -> dict[str, Array]:
+    """Give the running statistics that are there, by our names."""
+    missing = [name for name in ("running_mean", "running_var") if state.get(name) is None]
+    if missing:
+        raise ValueError(f"source must have {missing[0]}, as PyTorch's track_running_stats=True has, got none")
+    given = {ours: state.get(name) for ours, name in _RUNNING.items()}
+    count = given.pop("update_count")
+    arrays = {name: _finite(name, value).astype(np.float64) for name, value in given.items()}
+    return arrays if count is None else arrays | {"update_count": numpy_of(count)}
 
 
 def _parameters(library: Library, kind: type[SampleLayer]) -> dict[str, str]:
@@ -114,12 +134,30 @@ def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> d
     with np.errstate(all="ignore"):
         values = {name: getattr(layer, ours) for ours, name in named.items()}
         given = {name: a.astype(wanted) for name, a in values.items() if a is not None}
+        kept = _kept(layer, library, wanted)
     # A module of PyTorch has all parameters or none, but that LayerNorm may lack a bias.
     has_all = isinstance(layer, GraphNorm) or (given and not isinstance(layer, LayerNorm)) or "bias" in given
     if library == "torch" and has_all:
         shape = layer.settings.parameter_shape
-        return {name: given.get(name, np.full(shape, float(ours != "beta"), wanted)) for ours, name in named.items()}
-    return given
+        filled = {ours: np.full(shape, float(ours != "beta"), wanted) for ours in named}
+        given = {name: given.get(name, filled[ours]) for ours, name in named.items()}
+    return given | kept
+
+
+def _kept(layer: SampleLayer, library: Library, dtype: np.dtype[Any]) -> dict[str, Array]:
+    """Give running statistics by PyTorch's names, after refusing what no other library has."""
+    if not isinstance(layer, InstanceNorm) or not layer.running:
+        return {}
+    if library != "torch":
+        raise ValueError(
+            f"the layer must have running=False for {library}, got True: by running statistics it is a BatchNorm"
+        )
+    if layer.ddof != 1:
+        raise ValueError(
+            f"the layer must have ddof=1 for PyTorch, whose running variances are unbiased, got {layer.ddof}"
+        )
+    values = {name: np.asarray(getattr(layer, name)).astype(dtype) for name in ("running_mean", "running_var")}
+    return values | {"num_batches_tracked": np.array(layer.update_count, np.int64)}
 
 
 def _require_usual_axes(layer: SampleLayer, library: str) -> None:
@@ -182,10 +220,7 @@ def _of_torch(kind: type[SampleLayer], source: Any) -> dict[str, Any]:
     if kind is GraphNorm:
         return {"eps": eps, "shape": (source.in_channels,)}
     if getattr(source, "track_running_stats", False):
-        raise ValueError(
-            "source must have track_running_stats=False, got True: an instance norm that evaluates by running statistics is "
-            "a BatchNorm then, of running_mean and running_var"
-        )
+        return {"eps": eps, "shape": (source.num_features,), "running": True, "update_rate": source.momentum}
     return {"eps": eps, "shape": (source.num_features,)}
 
 

@@ -19,6 +19,7 @@ from batchnorm.layers import calls
 from batchnorm.layers.layer import Default, Layer, snapshot
 from batchnorm.layers.settings import Setting, Settings, int_within
 from batchnorm.report import Report, parameter_findings
+from batchnorm.saved import Saved
 
 _BY_CONVENTION: Any = Default("by convention")
 _UNSAVED = {"saved": False}
@@ -60,17 +61,20 @@ class SampleLayer(Layer):
         return self._called(x, out, options)
 
     def _called(self, x: Array, out: Array | None, options: Mapping[str, Any]) -> Array:
+        y, saved = self._of_call(x, out, options)
+        # One assignment once y is written; what backward has not is an empty call.
+        self._state = self._state._replace(call=[] if saved.x is None and saved.y is None else [x, saved])
+        return y
+
+    def _of_call(self, x: Array, out: Array | None, options: Mapping[str, Any]) -> tuple[Array, Saved]:
+        """Give y and what is saved."""
         state, settings = self._state, self.settings
         keep = options.get("keep", "x")
         gamma = state.gamma if keep is None else snapshot(state.gamma)
         told: dict[str, Any] = {"eps": settings.eps, "num_threads": settings.num_threads, "out": out, **options}
         if settings.activation is not None:
             told["activation"] = settings.activation
-        y: Array
-        y, saved = self._normalized(x, gamma, state.beta, told)
-        # One assignment once y is written; what backward has not is an empty call.
-        self._state = self._state._replace(call=[] if saved.x is None and saved.y is None else [x, saved])
-        return y
+        return self._normalized(x, gamma, state.beta, told)  # type: ignore[no-any-return]
 
     def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
         raise NotImplementedError
@@ -257,7 +261,7 @@ class RMSNorm(_LineLayer):
         super().__init__(RMSSettings(*given, eps, gamma, beta, cast("np.dtype[Any]", dtype), activation, num_threads))
 
 
-# ---- group and instance norm ----
+# ---- group norm ----
 
 
 @dataclass(frozen=True)
@@ -343,78 +347,6 @@ class GroupNorm(SampleLayer):
         settings = self.settings
         x = calls.x_channels(x, settings.axis, settings.channels)
         return by_sample.group_norm(x, settings.num_groups, gamma, beta, axis=settings.axis, **told)
-
-
-@dataclass(frozen=True)
-class InstanceSettings(Settings):
-    """Those of `InstanceNorm`."""
-
-    channels: int
-    axis: int
-    eps: float
-    gamma: bool = True
-    beta: bool = True
-    dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
-    activation: Activation | None = None
-    num_threads: int | None = field(default=None, metadata=_UNSAVED)
-
-    def __post_init__(self) -> None:
-        self._check_channels()
-        self._check_common()
-
-
-class InstanceNorm(SampleLayer):
-    """Normalize each channel of each sample by its own statistics: `instance_norm` with parameters.
-
-    ``y = (x - mean)/√(var + eps)·gamma + beta``      (Ulyanov, Vedaldi & Lempitsky 2016), var biased
-
-    It keeps no running statistics: a `BatchNorm` is what has them. Options are keywords here, and attributes to be read:
-
-    ============== ========= ==================================================================================
-    channels                 C >= 0, the size of x along `axis`
-    axis           1         the channel axis of x, from -8 to 7, but not that of the samples
-    eps            1e-5      what is added to var, >= 0
-    convention     None      whose axis and eps these are where they are not given: "torch" and "onnx" (1, 1e-5), "keras"
-                             (-1, 1e-3), "flax" (-1, 1e-6)
-    gamma, beta, dtype, activation, num_threads: as in `LayerNorm`; gamma and beta are (C,). PyTorch's has neither
-    ============== ========= ==================================================================================
-
-    All else as of `LayerNorm`.
-
-    Examples
-    --------
-    >>> import numpy as np
-    >>> from batchnorm import InstanceNorm
-    >>> InstanceNorm(1, eps=0)(np.array([[[1.0, 3.0]], [[10.0, 30.0]]])).ravel()
-    array([-1.,  1., -1.,  1.])
-    """
-
-    settings: InstanceSettings
-    channels, axis = Setting[int](), Setting[int]()
-
-    @_keywords.keywords
-    def __init__(
-        self,
-        channels: int,
-        *,
-        axis: int = _BY_CONVENTION,
-        convention: Library | None = None,
-        eps: float = _BY_CONVENTION,
-        gamma: bool = True,
-        beta: bool = True,
-        dtype: DTypeLike = np.float32,
-        activation: Activation | None = None,
-        num_threads: int | None = None,
-    ) -> None:
-        whose = conventions.of_samples(convention, "instance")
-        eps = whose[0] if eps is _BY_CONVENTION else eps
-        axis = whose[1] if axis is _BY_CONVENTION else axis
-        dtypes = cast("np.dtype[Any]", dtype)
-        super().__init__(InstanceSettings(channels, axis, eps, gamma, beta, dtypes, activation, num_threads))
-
-    def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
-        x = calls.x_channels(x, self.settings.axis, self.settings.channels)
-        return by_sample.instance_norm(x, gamma, beta, axis=self.settings.axis, **told)
 
 
 # ---- checks ----

@@ -11,7 +11,7 @@ from functools import cached_property
 from math import inf
 from numbers import Real
 from operator import index
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, TypeVar, cast, get_args
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, Literal, Protocol, TypeVar, cast, get_args
 
 import numpy as np
 
@@ -129,6 +129,21 @@ class Settings:
                 f"state must have the settings of this layer, {_listed(here, names)}, got {_listed(there, names)}: make "
                 "the layer with those, or pass strict=False to take the arrays as those of this layer"
             )
+
+
+class LearningSettings(Protocol):
+    """What running statistics ask of settings."""
+
+    @property
+    def channels(self) -> int: ...  # noqa: D102
+    @property
+    def update_rate(self) -> float | None: ...  # noqa: D102
+    @property
+    def ddof(self) -> int: ...  # noqa: D102
+    @property
+    def debias(self) -> bool: ...  # noqa: D102
+    @property
+    def weights_are(self) -> WeightsAre | None: ...  # noqa: D102
 
 
 @dataclass(frozen=True)

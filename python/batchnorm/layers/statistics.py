@@ -14,7 +14,7 @@ from batchnorm._arrays import Array, PerChannel
 from batchnorm._parts import Part
 from batchnorm._validate import WeightsAre
 from batchnorm.layers import entries
-from batchnorm.layers.settings import BatchSettings
+from batchnorm.layers.settings import BatchSettings, LearningSettings
 from batchnorm.moments import Moments, merge
 from batchnorm.running import pool_into, update_into, update_running
 from batchnorm.saved import Saved
@@ -38,14 +38,14 @@ class Statistics:
     set_count: int = 0  # batches, ghosts and segments that updated: the t of debiasing
 
     @classmethod
-    def initial(cls, settings: BatchSettings) -> Self:
+    def initial(cls, settings: LearningSettings) -> Self:
         """Give those of no batch."""
         zeros, ones = np.zeros(settings.channels), np.ones(settings.channels)
         return cls(zeros, ones, 0, Moments.empty(settings.channels) if settings.update_rate is None else None)
 
     # ---- as a state ----
 
-    def arrays(self, settings: BatchSettings) -> dict[str, Array]:
+    def arrays(self, settings: LearningSettings) -> dict[str, Array]:
         """Give what a layer of these settings needs to go on, in fresh arrays."""
         state: dict[str, Array] = {
             "running_mean": self.mean.copy(),
@@ -61,7 +61,7 @@ class Statistics:
         return state
 
     @classmethod
-    def of_arrays(cls, state: Mapping[str, Array], settings: BatchSettings, strict: bool) -> Self:
+    def of_arrays(cls, state: Mapping[str, Array], settings: LearningSettings, strict: bool) -> Self:
         """Give the statistics of such arrays, after refusing values that no training can have left."""
         for name, values in state.items():
             if values.dtype != entries.COUNT:
