@@ -1,5 +1,7 @@
 """graph_norm and GraphNorm: the formula, its gradients by complex steps, the contract, bits, and what alpha becomes at its ends."""
 
+import copy
+import pickle
 import re
 
 import numpy as np
@@ -220,6 +222,15 @@ def test_a_layer_learns_alpha():
         assert getattr(layer, name).tobytes() == getattr(wanted, name).tobytes()
     layer.freeze().backward(DY)
     assert layer.dalpha is None
+
+
+def test_graph_gradients_keep_dalpha_in_all_that_is_made_of_them():
+    given = bn.backward(DY, saved_of()[1])
+    for same in (given._replace(dx=None), copy.copy(given), pickle.loads(pickle.dumps(given))):
+        assert same.dalpha.tobytes() == given.dalpha.tobytes()
+    assert given._replace(dalpha=None).dalpha is None
+    assert repr(given).startswith("GraphGradients(dx=")
+    assert ", dalpha=array([" in repr(given)
 
 
 def test_a_layer_without_alpha_is_batch_norm_of_segments():

@@ -98,6 +98,16 @@ inline void width(std::int64_t width, const Problem& p) {
   }
 }
 
+// Values of an enumeration, which a cast can make of any number.
+inline void named(const Groups& groups, Padding padding) {
+  if (groups.about != About::mean && groups.about != About::zero) {
+    fail("about must be mean or zero, got ", static_cast<int>(groups.about));
+  }
+  if (padding != Padding::zero && padding != Padding::keep && padding != Padding::normalize) {
+    fail("padding must be zero, keep or normalize, got ", static_cast<int>(padding));
+  }
+}
+
 // What the mean is times: of each channel by itself.
 inline void alpha(const Groups& groups, const Problem& p) {
   channels("alpha", groups.alpha.size(), p.channels);

@@ -32,6 +32,7 @@ class CheckedCall {
                .eps = call.eps,
                .options = {.threads = options.threads}} {
     check::problem(call.problem);
+    check::named(call.groups, call.counted.padding);
     check::width(call.groups.width, call.problem);
     check::threads(options.threads);
     if (by_segments()) check::offsets(call.groups.offsets, call.problem);

@@ -476,11 +476,12 @@ def summary(value: Any) -> str:
     else:
         fields = dataclasses.fields(value)
         names = [f.name for f in fields if f.repr and getattr(value, f.name) is not f.default]
-    shown = (f"{name}={_short(getattr(value, name))}" for name in names)
-    return f"{type(value).__name__}({', '.join(shown)})"
+    texts = (f"{name}={shown(getattr(value, name))}" for name in names)
+    return f"{type(value).__name__}({', '.join(texts)})"
 
 
-def _short(value: object) -> str:
+def shown(value: object) -> str:
+    """Show a value of a summary: of a long array its dtype and shape."""
     if isinstance(value, np.ndarray) and value.size > _SHOWN:
         return f"<{value.dtype} {value.shape}>"
     if isinstance(value, tuple) and len(value) > _SHOWN:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
@@ -137,10 +137,21 @@ class Gradients(NamedTuple):
 class GraphGradients(Gradients):
     """Those of `graph_norm`: the same, and `dalpha`, (C,), float64 for an alpha of float64, else float32.
 
-    None where that of gamma is not asked for.
+    None where that of gamma is not asked for. Beside the four, not among them: as a tuple it has four entries too.
     """
 
-    dalpha: Array | MaybeNone
+    dalpha: Array | MaybeNone = None
+
+    def _replace(self, **fields: Any) -> Self:
+        """Return one of which these fields, or dalpha, are others."""
+        dalpha = fields.pop("dalpha", self.dalpha)
+        new = super()._replace(**fields)
+        new.dalpha = dalpha
+        return new
+
+    def __repr__(self) -> str:
+        others = super().__repr__()
+        return f"{others[:-1]}, dalpha={_validate.shown(self.dalpha)})"
 
 
 class SecondGradients(NamedTuple):

@@ -117,6 +117,19 @@ TEST(gradients_of_gradients_refuse_what_they_would_ignore) {
   EXPECT(ddy == std::vector<float>(60, 9), "");
 }
 
+TEST(what_no_enumeration_names_is_refused) {
+  const std::vector<float> x(8);
+  std::vector<float> y(8, -77);
+  std::vector<Moments> saved(2);
+  Call<float> about{.problem = {4, 2, 1}}, padding = about;
+  about.groups.about = static_cast<About>(7);
+  padding.counted.padding = static_cast<Padding>(-1);
+  EXPECT_THROWS(std::invalid_argument, "about must be mean or zero, got 7", batch_norm<float>(x, about, y, saved));
+  EXPECT_THROWS(std::invalid_argument, "padding must be zero, keep or normalize, got -1",
+                batch_norm<float>(x, padding, y, saved));
+  EXPECT(y == std::vector<float>(8, -77), y[0]);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }

@@ -90,6 +90,8 @@ def to_flax(
     ``not layer.training``. They are those of linen; for nnx, with ``v = to_flax(layer)``,
     ``nnx.update(module, v["params"] | v["batch_stats"])`` loads.
 
+    What follows a norm (activation, residual) is not in it, and has a module of its own there.
+
     Parameters
     ----------
     dtype, any_ddof : as in `to_torch`, but that running variances are biased here, as in `to_keras`; so are the errors.

@@ -95,6 +95,8 @@ def to_keras(
     ``keras_layer.set_weights(list(to_keras(layer).values()))`` loads. What `freeze` has frozen is
     ``keras_layer.trainable = False`` there.
 
+    What follows a norm (activation, residual) is not in it, and has a module of its own there.
+
     Parameters
     ----------
     dtype, any_ddof : as in `to_torch`, but that running variances are biased here.

@@ -85,6 +85,8 @@ def to_onnx(
 ) -> tuple[dict[str, Array], dict[str, float]]:
     """Give the inputs and attributes of a BatchNormalization of ONNX, or another norm, that does what this layer does.
 
+    What follows a norm (activation, residual) is not in it, and has a module of its own there.
+
     Parameters
     ----------
     dtype, any_ddof : as in `to_torch`, but that running variances are biased here, as in `to_keras`; so are the errors.

@@ -94,6 +94,8 @@ def to_torch(
     is ones or zeros. ``{k: torch.from_numpy(v) for k, v in to_torch(layer).items()}`` loads. The mode is not in it:
     ``module.train(layer.training)``.
 
+    What follows a norm (activation, residual) is not in it, and has a module of its own there.
+
     Parameters
     ----------
     dtype : of all but num_batches_tracked: float16, float32 or float64; None for float64 in a layer of float64,
