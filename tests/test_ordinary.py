@@ -546,7 +546,9 @@ def test_another_number_of_arguments_is_an_error(name):
 
 
 def test_every_way_into_the_binding_is_tested_here():
-    assert sorted(f"try_{name}" for name in TRIES) == [name for name in dir(_core) if name.startswith("try_")]
+    elsewhere = {"try_observe"}  # test_standardizer.py
+    ways = {name for name in dir(_core) if name.startswith("try_")}
+    assert {f"try_{name}" for name in TRIES} == ways - elsewhere
 
 
 @pytest.mark.parametrize("update_rate", [0.1, None])

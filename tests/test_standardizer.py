@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm import Standardizer
+from batchnorm import Standardizer, _core
 from tolerances import TABLE, UNIT_ROUNDOFF
 
 OFFSETS = (0.0, 1.0, 1e3, 1e8)
@@ -235,6 +235,27 @@ def test_an_observation_that_lies_otherwise_in_memory_has_the_same_bits(rate):
         y = one(x[k])
         assert other(wide[k, ::2]).tobytes() == y.tobytes() == third(x[k], mask=np.ones(3, bool)).tobytes()
     assert one.moments == other.moments == third.moments
+
+
+def test_what_is_no_ordinary_observation_is_left_to_the_general_way():
+    known, how = (np.zeros((2, 5)), None), (1.0, 0.0, np.inf, True, True, np.nan, True)
+    assert _core.try_observe(known, np.ones(2), how) is not None
+    for x in (
+        None,
+        [1.0, 2.0],
+        np.ones(3),
+        np.ones((2, 1)),
+        np.ones((2, 2)),
+        np.ones(2, ">f8"),
+        np.array([1.0, np.inf]),
+    ):
+        assert _core.try_observe(known, x, how) is None
+    for bad in ((np.zeros((3, 5)), None), (np.zeros((2, 5)), np.zeros(3)), (np.zeros((2, 5)),), None):
+        assert _core.try_observe(bad, np.ones(2), how) is None
+    for at, value in ((0, 2.0), (0, 1), (1, -1.0), (2, 0.0), (2, "x"), (5, None)):
+        assert _core.try_observe(known, np.ones(2), (*how[:at], value, *how[at + 1 :])) is None
+    assert _core.try_observe(known, np.ones(2), how[:6]) is None
+    assert not known[0].any()
 
 
 @pytest.mark.parametrize("threads", [2, 5])

@@ -21,12 +21,14 @@ PyObject* try_observe(PyObject* const (&arguments)[3]) {
   }
   const auto before = a.table<Moments>(PyTuple_GET_ITEM(known, 0), channels);
   const Array dof = a.channel_values_or_none(PyTuple_GET_ITEM(known, 1), channels);
+  PyObject* const missing = PyTuple_GET_ITEM(how, 5);
+  a.need(PyFloat_CheckExact(missing));
   const Observing observing{.keep = a.number(PyTuple_GET_ITEM(how, 0), 0, 1),
                             .eps = a.eps(PyTuple_GET_ITEM(how, 1)),
-                            .clip = PyFloat_AsDouble(PyTuple_GET_ITEM(how, 2)),
+                            .clip = a.number(PyTuple_GET_ITEM(how, 2), 0, std::numeric_limits<double>::infinity()),
                             .center = PyTuple_GET_ITEM(how, 3) == Py_True,
                             .scale = PyTuple_GET_ITEM(how, 4) == Py_True,
-                            .missing = PyFloat_AsDouble(PyTuple_GET_ITEM(how, 5)),
+                            .missing = a.ordinary() ? PyFloat_AS_DOUBLE(missing) : 0,
                             .learn = PyTuple_GET_ITEM(how, 6) == Py_True};
   if (!a.ordinary()) Py_RETURN_NONE;
 

@@ -202,7 +202,7 @@ PyObject* try_batch_norm(PyObject* const (&arguments)[10]) {
   if (!done(x, [&]<class T>(T) {
         const Call<T> call{.problem = problem,
                            .groups = {groups, shares.groups.width, shares.groups.each_position, shares.groups.about},
-                           .counted = {values_or_none<T>(weights), static_cast<Padding>(options.padding)},
+                           .counted = {values_or_none<T>(weights), options.padding},
                            .gamma = gamma.channel_values(),
                            .beta = beta.channel_values(),
                            .eps = eps,
@@ -226,7 +226,8 @@ PyObject* try_normalize(PyObject* const (&arguments)[10]) {
   const double eps = a.eps(py_eps);
   Options options = a.options(py_options, x, axis);
   a.need(!options.weights.present() && options.ghost_size == 0);
-  if (options.padding == 2) options.mask = nullptr;  // by given statistics it says no more than where there is padding
+  if (options.padding == Padding::normalize)
+    options.mask = nullptr;  // by given statistics it says no more than where there is padding
   const Array& added = options.residual.present() ? options.residual : x;
   const Array out = a.out(py_out, {x, added}, {mean, var, gamma, beta});
   const int threads = a.threads(py_threads);
@@ -236,7 +237,7 @@ PyObject* try_normalize(PyObject* const (&arguments)[10]) {
   const py::object weights = weights_of(options, problem, x);
   if (!done(x, [&]<class T>(T) {
         const Call<T> call{.problem = problem,
-                           .counted = {values_or_none<T>(weights), static_cast<Padding>(options.padding)},
+                           .counted = {values_or_none<T>(weights), options.padding},
                            .gamma = gamma.channel_values(),
                            .beta = beta.channel_values(),
                            .eps = eps,

@@ -52,7 +52,7 @@ struct Array {
 
 // What follows and what counts, of the options of a call: all that is ordinary of them.
 struct Options {
-  int padding = -1;            // zero, keep, normalize
+  Padding padding = Padding::normalize;
   const bool* mask = nullptr;  // one for each position
   Array weights;               // the same
   std::int64_t ghost_size = 0;
@@ -197,7 +197,7 @@ class Arguments {
     if (o == Py_None || !need(PyDict_CheckExact(o) && ordinary_)) return given;
     PyObject *key = nullptr, *value = nullptr;
     Py_ssize_t at = 0;
-    bool says_weights = false;
+    bool says_weights = false, says_padding = false;
     while (ordinary_ && PyDict_Next(o, &at, &key, &value) != 0) {
       const auto is = [key](const char* text) { return PyUnicode_CompareWithASCIIString(key, text) == 0; };
       if (is("keep")) {
@@ -220,16 +220,19 @@ class Arguments {
       } else if (is("activation")) {
         given.relu = need(is_word(value, "relu"));
       } else if (is("padding")) {
-        given.padding = is_word(value, "zero") ? 0 : is_word(value, "keep") ? 1 : 2;
-        need(given.padding < 2 || is_word(value, "normalize"));
+        says_padding = true;
+        given.padding = is_word(value, "zero")   ? Padding::zero
+                        : is_word(value, "keep") ? Padding::keep
+                                                 : Padding::normalize;
+        need(given.padding != Padding::normalize || is_word(value, "normalize"));
       } else {
         need(false);
       }
     }
-    need(given.counts() || given.padding < 0);
+    need(given.counts() || !says_padding);
     need(given.mask == nullptr || !given.weights.present());
     need(given.weights.present() || !says_weights);
-    if (given.padding < 0) given.padding = given.weights.present() ? 2 : 0;
+    if (!says_padding && given.mask != nullptr) given.padding = Padding::zero;
     return given;
   }
 
