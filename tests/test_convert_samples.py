@@ -63,8 +63,18 @@ def test_a_module_of_another_kind_is_refused():
     torch = pytest.importorskip("torch", reason="torch is not installed")
     with pytest.raises(TypeError, match=r"^source must be a RMSNorm or a mapping of its arrays, got LayerNorm$"):
         convert.from_torch(torch.nn.LayerNorm(4), kind=bn.RMSNorm)
-    with pytest.raises(TypeError, match=r"^update_rate must be a number"):  # a cumulative average
-        convert.from_torch(torch.nn.InstanceNorm1d(4, momentum=None, track_running_stats=True), kind=bn.InstanceNorm)
+
+
+def test_an_instance_norm_of_pytorch_has_the_mode_and_rate_of_its_module():
+    torch = pytest.importorskip("torch", reason="torch is not installed")
+    module = torch.nn.InstanceNorm1d(4, momentum=None, track_running_stats=True).eval()
+    with pytest.raises(ValueError, match="update_rate must be given for a module with momentum=None"):
+        convert.from_torch(module, kind=bn.InstanceNorm)
+    layer = convert.from_torch(module, kind=bn.InstanceNorm, update_rate=0.25)
+    assert (layer.training, layer.update_rate, layer.running) == (False, 0.25, True)
+    assert convert.from_torch(module.state_dict(), kind=bn.InstanceNorm, momentum=0.3).update_rate == 0.3
+    weight = {"weight": SCALE, "running_mean": None, "running_var": None}
+    assert not convert.from_torch(weight, kind=bn.InstanceNorm).running
 
 
 @pytest.mark.parametrize("affine", [False, True])

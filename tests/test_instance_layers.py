@@ -101,6 +101,13 @@ def test_a_state_goes_on_bit_for_bit(tmp_path):
     np.testing.assert_array_equal([layer.running_mean, layer.running_var], [np.zeros(3), np.ones(3)])
 
 
+def test_updates_are_counted_as_far_as_a_state_can_hold():
+    layer = layers()
+    layer.load_state_dict(layer.state_dict() | {"update_count": np.array(2**63 - 1)})
+    layer(X)
+    assert int(layer.state_dict()["update_count"]) == 2**63 - 1
+
+
 def test_without_running_there_are_none():
     layer = bn.InstanceNorm(3)
     layer(X)

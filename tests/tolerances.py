@@ -97,7 +97,8 @@ TABLE = {
         0,
         0,
         "each fading rounds count and m2, by which all that is older errs, but for its share of the sum: a rate of r "
-        "leaves 1/r such errors; scale: |mean| + std, var, each divided by the rate",
+        "leaves 1/r such errors, and moves the mean by as much of a step, which is at most the largest |x|; "
+        "scale: |mean| + std, and var + std * max |x|, each divided by the rate",
     ),
     ("complex step", "float64"): Bound(
         1e-12,

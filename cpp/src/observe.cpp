@@ -47,7 +47,8 @@ void learn(double value, double keep, Moments& m, double* dof) {
   const double count = before.count + 1;
   const DoubleDouble mean{before.mean, before.mean_lo}, apart = DoubleDouble{value, 0} - mean;
   const DoubleDouble step = apart / DoubleDouble{count, 0}, new_mean = mean + step;
-  const DoubleDouble m2 = DoubleDouble{before.m2, before.m2_lo} + apart * (apart - step);
+  // Not apart*(apart - step), which loses the digits of a count that is far below 1.
+  const DoubleDouble m2 = DoubleDouble{before.m2, before.m2_lo} + apart * (step * DoubleDouble{before.count, 0});
   m = before.count > 0 && std::isfinite(m2.lo) ? Moments{count, new_mean.hi, new_mean.lo, m2.hi, m2.lo}
                                                : merge_moments(before, {1, value, 0, 0, 0});
   const double share = before.count / count;
@@ -62,7 +63,11 @@ void standardizing(std::span<const Moments> moments, const Observing& how, std::
   run_here([&] {
     for (std::size_t c = 0; c < moments.size(); ++c) {
       Moments m = moments[c];
-      m.m2 += how.eps * m.count;
+      if (const double shifted = m.m2 + how.eps * m.count; std::isfinite(shifted)) {
+        m.m2 = shifted;
+      } else {  // for a count of 1 it is within float64 where var + eps is
+        m = {1, m.mean, m.mean_lo, m.m2 / m.count + how.eps, 0};
+      }
       if (!how.scale || m.m2 == 0 || m.count == 0) m = {1, m.mean, m.mean_lo, 1, 0};
       if (!how.center) m.mean = m.mean_lo = 0;
       line[c] = m;

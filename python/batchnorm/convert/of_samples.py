@@ -75,7 +75,7 @@ def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | Non
     if isinstance(source, Mapping):
         only(source, [*named.values(), *running.values()], "of such a layer")
         state = source
-        found: dict[str, Any] = {"running": True} if running.keys() & source.keys() else {}
+        found: dict[str, Any] = {"running": True} if any(source.get(n) is not None for n in running.values()) else {}
     else:
         _require_class(library, kind, source)
         found = _settings_of(library, kind, source)
@@ -85,7 +85,12 @@ def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | Non
         found = {"eps": _eps_of_torch(values["gamma"].dtype == np.float64)}
     told = {"convention": library} | found | {name: value for name, value in settings.items() if value is not None}
     values = _of_channels(kind, values, told)
-    statistics = _running(state) if found.get("running") else {}
+    statistics = _running(state) if found.get("running") and told.get("running") else {}
+    if told.get("running") and told.get("update_rate", 0) is None:
+        raise ValueError(
+            "update_rate must be given for a module with momentum=None: PyTorch then averages all batches alike, which "
+            "nothing here continues"
+        )
     for a in (*values.values(), *statistics.values()):
         told.setdefault("shape", a.shape)
     layer = _made(kind, told, {ours: ours in values for ours in named}, dtype or _dtype_of(*values.values()))
@@ -93,6 +98,7 @@ def of_kind(library: Library, kind: type[L], source: Any, dtype: DTypeLike | Non
         setattr(layer, ours, value.astype(layer.dtype))
     if statistics:
         layer.load_state_dict(layer.state_dict() | statistics)
+        layer.train(bool(getattr(source, "training", True)))
     return layer
 
 

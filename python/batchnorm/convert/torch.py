@@ -13,7 +13,7 @@ from batchnorm._arrays import Array
 from batchnorm.convert.carried import AS_EVER, NAMES, AnySettings, Carried, exported, layer_of, numpy_of, only, read
 from batchnorm.convert.of_samples import L, of_kind, refuse
 from batchnorm.convert.of_samples import exported as exported_of_samples
-from batchnorm.layers import BatchNorm
+from batchnorm.layers import BatchNorm, InstanceNorm
 from batchnorm.layers.by_sample import SampleLayer
 
 
@@ -35,6 +35,8 @@ def from_torch(
     *,
     kind: type[L],
     eps: float | None = None,
+    momentum: float | None = None,
+    update_rate: float | None = None,
     axis: int | None = None,
     dtype: DTypeLike | None = None,
     **settings: Unpack[AnySettings],
@@ -60,8 +62,9 @@ def from_torch(
         tensors or arrays. (The state_dict of an instance norm has the same names and is not told from it.)
     kind : the layer that source is: `BatchNorm`, or `LayerNorm`, `RMSNorm`, `GroupNorm`, `InstanceNorm`, `GraphNorm` (that of
         PyTorch Geometric, whose mean_scale is alpha), which are made of a module, or of a mapping of its weight and bias
-        and of the settings that these do not tell (num_groups, axes, eps).
-    eps, momentum : of PyTorch; None for the module's, and for PyTorch's defaults with a state_dict.
+        and of the settings that these do not tell (num_groups, axes, eps). An `InstanceNorm` has the running statistics that
+        are there, too; PyTorch does not count its updates.
+    eps, momentum : of PyTorch (momentum of a BatchNorm or an InstanceNorm); None for the module's, and for PyTorch's defaults with a state_dict.
     update_rate : in place of momentum, for a module with momentum=None, whose averages nothing here continues.
     axis : the channel axis of x; None for PyTorch's 1.
     dtype : of gamma and beta; None for that of the source's, float32 where it is bfloat16.
@@ -69,8 +72,8 @@ def from_torch(
 
     Returns
     -------
-    A layer of that kind. BatchNorm with ddof=1: running variances of PyTorch are unbiased. In the mode of the module,
-    training for a state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d).
+    A layer of that kind. With ddof=1: running variances of PyTorch are unbiased. In the mode of the module, where there are
+    any, training for a state_dict; with statistics and affine frozen for a module that has no momentum (FrozenBatchNorm2d).
     TypeError or ValueError for what is no such source: no running statistics, values that are not finite, a negative
     variance.
 
@@ -80,8 +83,12 @@ def from_torch(
     array([[2.]])
     """
     if kind is not BatchNorm:
-        refuse(kind, momentum=momentum, update_rate=update_rate)
-        return of_kind("torch", kind, source, dtype, {"eps": eps, "axis": axis, **settings})
+        rate: dict[str, Any] = {}
+        if kind is InstanceNorm:
+            rate = {"update_rate": momentum if update_rate is None else update_rate}
+        else:
+            refuse(kind, momentum=momentum, update_rate=update_rate)
+        return of_kind("torch", kind, source, dtype, {"eps": eps, "axis": axis, **rate, **settings})
     return layer_of(_read(source, eps, momentum, update_rate, 1 if axis is None else axis), dtype, settings)
 
 

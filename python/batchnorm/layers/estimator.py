@@ -95,7 +95,10 @@ class Estimator:
     def inverse_transform(self, X: Any) -> Any:
         """Return the table that `transform` has made X of: mean + X·√(var + eps)."""
         self._require_fitted()
-        table, _ = _table(X, self)
+        table, names = _table(X, self)
+        own = self.__dict__.get("feature_names_in_")
+        if names is not None and own is not None:
+            self._check_names(names, own)
         self._of(*_of_features(table, self))
         return self._contained(self.inverse(table), X)
 
@@ -104,7 +107,7 @@ class Estimator:
         self._require_fitted()
         own, features = self.__dict__.get("feature_names_in_"), self.n_features_in_
         if input_features is None:
-            return np.array([f"x{c}" for c in range(features)], object) if own is None else own
+            return np.array([f"x{c}" for c in range(features)], object) if own is None else np.array(own)
         given = np.asarray(input_features, object)
         if own is not None and not np.array_equal(given, own):
             raise ValueError("input_features is not equal to feature_names_in_, the names that fit came with")
@@ -247,14 +250,10 @@ def _table(X: Any, to: Estimator) -> tuple[Array, Array | None]:
         if values.dtype == object and type(X).__module__.startswith("pandas"):
             values = X.to_numpy(dtype=np.float64, na_value=np.nan)
     else:
-        values = np.asarray(X)
+        values = np.asarray(X)  # of lists of unlike lengths it says so itself
     if isinstance(X, np.ma.MaskedArray):
         raise TypeError("X must have NaN where values are missing, got a MaskedArray (write X.filled(np.nan))")
-    if values.dtype.kind == "c":
-        raise ValueError(f"X must have real numbers, got {values.dtype}. Complex data not supported")
-    if not _validate.is_of_core(values.dtype):
-        native = values.dtype.newbyteorder("=")
-        values = values.astype(native if _validate.is_of_core(native) else np.float64)
+    values = _as_floats(values)
     if values.ndim != 2:
         raise ValueError(
             f"X must have 2 dimensions, observations and features, got {values.ndim}. Reshape your data: X.reshape(-1, 1) "
@@ -280,10 +279,40 @@ def _of_features(table: Array, to: Estimator) -> tuple[int, str]:
     return features, f"X has {features} features, but {type(to).__name__} is expecting {{}} features as input"
 
 
+def row_weights(name: str, weights: ArrayLike, shape: tuple[int, ...]) -> Array:
+    """Give a weight of each observation, of that shape, flat."""
+    given = _validate.numbers(name, weights)
+    if given.dtype.kind not in "biuf" and not _validate.is_bfloat16(given.dtype):
+        raise TypeError(f"{name} must be numbers, got dtype {given.dtype}")
+    if given.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, one of each observation, got {given.shape}")
+    checked = given.astype(np.float64).ravel()
+    good = (checked >= 0) & np.isfinite(checked)
+    if not good.all():
+        at = int(good.argmin())
+        raise ValueError(f"{name} must be finite and >= 0, got {checked[at]} of observation {at}")
+    return checked
+
+
 def _sample_weight(weights: ArrayLike, rows: int) -> Array:
-    given = np.asarray(weights, np.float64)
-    if given.shape != (rows,):
-        raise ValueError(f"sample_weight must have shape ({rows},), got {given.shape}")
+    given = row_weights("sample_weight", weights, (rows,))
     if not given.any():
-        raise ValueError("Sample weights must contain at least one non-zero number.")
+        raise ValueError(
+            "sample_weight must not be 0 throughout. Sample weights must contain at least one non-zero number."
+        )
     return given
+
+
+def _as_floats(values: Array) -> Array:
+    """Give a table of whatever numbers as one of a dtype that floats."""
+    if values.dtype.kind == "c":
+        raise ValueError(f"X must have real numbers, got {values.dtype}. Complex data not supported")
+    if values.dtype.kind in "SUMm":
+        raise ValueError(f"X must have numbers, got dtype {values.dtype}")
+    if _validate.is_of_core(values.dtype):
+        return values
+    native = values.dtype.newbyteorder("=")
+    try:
+        return values.astype(native if _validate.is_of_core(native) else np.float64)
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"X must have numbers, got a value that is none: {error}") from None

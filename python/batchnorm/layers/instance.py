@@ -19,7 +19,7 @@ from batchnorm.layers import calls
 from batchnorm.layers.by_sample import SampleLayer
 from batchnorm.layers.layer import Default, is_x
 from batchnorm.layers.settings import Setting, Settings, flag, int_within
-from batchnorm.layers.statistics import Statistics
+from batchnorm.layers.statistics import MOST_UPDATES, Statistics
 from batchnorm.saved import Saved
 
 _BY_CONVENTION: Any = Default("by convention")
@@ -236,7 +236,7 @@ class InstanceNorm(SampleLayer):
                 stacklevel=calls.stacklevel_of_caller(),
             )
             return now
-        return Statistics(new[0], new[1], now.update_count + 1, None)
+        return Statistics(new[0], new[1], min(now.update_count + 1, MOST_UPDATES), None)
 
 
 def _blend(old: PerChannel, values: Array, counts: Array, rate: float) -> PerChannel:

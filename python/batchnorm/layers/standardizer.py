@@ -15,8 +15,9 @@ from batchnorm import _keywords, _validate, state_file
 from batchnorm._arrays import Array, PerChannel
 from batchnorm.forward import given_moments, normalize
 from batchnorm.layers import entries
-from batchnorm.layers.estimator import Estimator
+from batchnorm.layers.estimator import Estimator, row_weights
 from batchnorm.layers.settings import Settings, flag, int_within
+from batchnorm.layers.statistics import check_parts
 from batchnorm.moments import Moments, merge, moments
 from batchnorm.running import observe, standardizing
 
@@ -78,21 +79,21 @@ class Standardizer(Estimator):
     ``y = (x - mean)/√(var + eps)``, var biased, and 1 in place of the root where that is 0 or nothing has been seen
 
     ``y = norm(x)`` learns of x and normalizes it then: one observation of shape (F,), or many, (..., F). In evaluation
-    (``norm.eval()``) it learns nothing. Statistics are float64 to twice its digits, so that no offset of the data is too
+    (``norm.eval()``) it learns nothing. Statistics are held to twice float64's digits, so that no offset of the data is too
     large; each value counts alike, or, with `update_rate`, each (1 - update_rate) times as much as the next one of its
-    feature: a stream gives the same statistics to within rounding however it is cut into calls. NaN is a missing
-    value: it changes nothing of its feature. Infinity is an error.
+    feature (to 2⁻⁵¹/update_rate then): a stream gives the same statistics however it is cut into calls. NaN is a missing
+    value: it changes nothing of its feature. Infinity cannot be learned: that is an error. In evaluation it is infinity.
 
     Follows scikit-learn's protocol for transformers too (``fit``, ``partial_fit``, ``transform``, ``Pipeline``, ``clone``,
-    DataFrames); that is not needed for it. Parameters, all but the first by keyword; they may be changed at any time,
-    and are checked as they are used:
+    DataFrames); that is not needed for it. Parameters, all but the first by keyword; they may be changed at any time (but
+    for features, once they are known), and are checked as they are used:
 
     ============== ========= ==================================================================================
     features       None      F >= 0, the size of the last axis of x; None: that of what comes first
     update_rate    None      None: pooled, all values count alike. From 0 to 1: exponential, the weight of the
                              newest value where many have been seen
     eps            0.0       what is added to var, >= 0. 1e-8 is usual for observations of an agent
-    clip           None      y is from -clip to clip, > 0: 10 and 5 are usual for an agent. NaN stays NaN
+    clip           None      y is from -clip to clip, > 0, where x is not missing: 10 and 5 are usual for an agent
     center         True      False: y = x/√(var + eps)
     scale          True      False: y = x - mean
     missing        "keep"    y where x is missing: "keep": NaN, or under a mask what x is; "zero": 0, the mean
@@ -102,7 +103,8 @@ class Standardizer(Estimator):
     Attributes
     ----------
     moments : Moments (F,) of what has been seen. Assigning sets them: ``norm.moments = a.moments | b.moments`` joins what
-        workers that began with nothing have seen. ``moments.var(1)`` is the unbiased variance.
+        workers that began with nothing have seen. ``moments.var(1)`` is the unbiased variance where all values count alike,
+        else ``moments.var(1, weights_are=...)``.
     training : bool. Whether a call learns (`train`, `eval`).
     n_features_in_, feature_names_in_, mean_, var_, scale_, n_samples_seen_ : as scikit-learn's StandardScaler has them;
         var_ is biased, scale_ = √(var_ + eps), or 1.
@@ -163,7 +165,8 @@ class Standardizer(Estimator):
         ----------
         x : (F,) or (..., F) of float16, bfloat16, float32 or float64; any memory order. NaN is missing.
         mask : bools of the shape of x, or None: False is missing, whatever x holds.
-        weights : (...) of float, >= 0, a weight of each observation, or None: 2 counts as two of the same.
+        weights : (...) of float, >= 0, a weight of each observation, or None: 2 counts as two of the same; with update_rate,
+            a factor of the weight that its age gives.
         out : where to put y, may be x, or None.
 
         Returns
@@ -176,8 +179,9 @@ class Standardizer(Estimator):
         if ready is not None and known is not None and mask is None and weights is None and out is None:
             done = observe(known, x, ready.learns if self._training else ready.applies)
             if done is not None:
-                self.__dict__["_known"], y = done
-                return y
+                if self._training:  # others may learn while one does not
+                    self.__dict__["_known"] = done[0]
+                return done[1]
         x = _validate.array("x", x)
         ready, known = self._of(x.shape[-1], f"x must have {{}} features on its last axis, got shape {x.shape}")
         if out is not None:
@@ -188,7 +192,9 @@ class Standardizer(Estimator):
         elif weights is not None:
             raise ValueError("weights must be None in evaluation, where nothing is learned, got some")
         y = self._applied(ready, known, x, there, out)
-        self.__dict__.update(_ready=ready, _known=known)
+        self.__dict__["_ready"] = ready
+        if self._training and x.size:
+            self.__dict__["_known"] = known
         return y
 
     def inverse(self, y: Array, *, out: Array | None = None) -> Array:
@@ -254,10 +260,10 @@ class Standardizer(Estimator):
         """Return what another one of the same parameters needs to go on bit for bit, in fresh arrays.
 
         moments : float64 (F, 5): count, mean and m2 = Σ(x - mean)², the latter in two parts each. importance_dof : float64
-        (F,), where values had weights, as with update_rate. settings : str, JSON, all but features and num_threads.
+        (F,), as of `Moments`. settings : str, JSON, all but features and num_threads. Names of features are not state.
 
         >>> sorted(Standardizer(3).state_dict())
-        ['moments', 'settings']
+        ['importance_dof', 'moments', 'settings']
         """
         known = self.moments
         return _arrays(known) | {"settings": np.array(self._checked().settings.text())}
@@ -281,7 +287,8 @@ class Standardizer(Estimator):
     def load(self, path: str | os.PathLike[str], *, strict: bool = True) -> None:
         """Read what `save` wrote, all or nothing; safe on files from anywhere. `features` must be known.
 
-        ValueError for other parameters, which ``strict=False`` ignores, and for what is no such file; OSError.
+        ValueError for other parameters, which ``strict=False`` ignores, and for what is no such file; OSError;
+        AttributeError where `features` is not known.
         """
         settings, moments_now = self._checked().settings, self.moments
         needed = entries.of(_arrays(moments_now))
@@ -291,16 +298,18 @@ class Standardizer(Estimator):
 
     def _take(self, arrays: Mapping[str, Any]) -> None:
         features = np.shape(arrays.get("moments", ()))[:1]
-        size = features[0] if features else 0
-        rows = _arrays(Moments._from_table(np.zeros((size, 5)), np.zeros(size) if "importance_dof" in arrays else None))
-        own = entries.checked(arrays, entries.of(rows))
+        shape = (features[0] if features else self.features or 0, 5)
+        own = entries.checked(arrays, entries.of(_arrays(Moments._from_table(np.zeros(shape)))))
+        table, dof = own["moments"], own["importance_dof"]
         for name, values in own.items():
             _validate.each_channel(name, values, np.isfinite(values), "be finite")
-        table, dof = own["moments"], own.get("importance_dof")
-        _validate.each_channel("moments", table, (table[:, 0] >= 0) & (table[:, 3] >= 0), "have count and m2 >= 0")
-        if dof is not None:
-            _validate.each_channel("importance_dof", dof, (dof >= 0) & (dof <= table[:, 0]), "be from 0 to the count")
-        self.moments = Moments._from_table(table, dof)
+        count = table[:, 0]
+        _validate.each_channel("moments", count, count >= 0, "have count >= 0")
+        _validate.each_channel("moments", table, (table == 0) | (count > 0)[:, None], "be 0 where count is 0")
+        check_parts("moments", table)
+        _validate.each_channel("importance_dof", dof, (dof >= 0) & (dof <= count), "be from 0 to the count")
+        plain = Moments._from_table(table)
+        self.moments = plain if (dof == plain.importance_dof).all() else Moments._from_table(table, dof)
 
     # ---- how ----
 
@@ -319,6 +328,11 @@ class Standardizer(Estimator):
         """Give the parameters, checked, and what is known of so many features, after refusing another number of them."""
         ready, known = self._checked(), None if anew else self._known
         wanted = ready.settings.features if known is None else len(known[0])
+        if ready.settings.features not in (None, wanted):
+            raise ValueError(
+                f"features must be {wanted}, of which something has been seen, got {ready.settings.features}: "
+                "write reset() to begin anew"
+            )
         if wanted is not None and features != wanted:
             raise ValueError(needed.format(wanted))
         if known is None:
@@ -327,7 +341,8 @@ class Standardizer(Estimator):
 
     def _learned(self, ready: _Ready, known: _Known, x: Array, mask: Array | None, weights: ArrayLike | None) -> _Known:
         """Give what is known after the observations of x."""
-        rows, features = x.reshape(-1, x.shape[-1]), x.shape[-1]
+        features = x.shape[-1]
+        rows = x.reshape(math.prod(x.shape[:-1]), features)
         there = None if mask is None else mask.reshape(rows.shape)
         if len(rows) == 1 and weights is None and features > 0:
             one = rows.astype(np.float64 if x.dtype == np.float64 else np.float32)
@@ -337,7 +352,7 @@ class Standardizer(Estimator):
             if done is not None:
                 return done[0]
         threads = ready.settings.num_threads
-        given = None if weights is None else _row_weights(weights, x)
+        given = None if weights is None else row_weights("weights", weights, x.shape[:-1])
         seen = _seen(rows, there, given, ready.keep, threads)
         fade = np.ones(features) if ready.keep == 1 else ready.keep**seen.values
         both = merge(_faded(Moments._from_core(*known), fade), seen.moments)
@@ -358,7 +373,9 @@ class Standardizer(Estimator):
         table = _line(ready, known[0])
         y = given_moments(rows, table, axis=-1, out=into, num_threads=settings.num_threads)
         if settings.clip is not None:
-            np.clip(y, -settings.clip, settings.clip, out=y)
+            with np.errstate(over="ignore"):  # a limit beyond the type of y is none
+                limit = np.asarray(settings.clip).astype(y.dtype)
+            np.clip(y, -limit, limit, out=y)
         y = y if x.ndim > 1 else y[0]
         if gone is not None:
             y[gone] = 0 if left is None else left
@@ -446,8 +463,7 @@ def _line(ready: _Ready, table: PerChannel) -> PerChannel:
 
 
 def _arrays(m: Moments) -> dict[str, Array]:
-    dof: dict[str, Array] = {} if m._dof is None else {"importance_dof": np.array(m._dof)}
-    return {"moments": np.array(m._table)} | dof
+    return {"moments": np.array(m._table), "importance_dof": np.array(m.importance_dof)}
 
 
 # ---- checks ----------------------------------------------------------------------------------------------
@@ -467,19 +483,9 @@ def _as_array(values: ArrayLike | None) -> Array | None:
 
 
 def _mask(mask: ArrayLike, x: Array) -> Array:
-    checked = np.asarray(mask)
+    checked = _validate.numbers("mask", mask)
     if checked.dtype != np.bool_:
         raise TypeError(f"mask must have bools, True where there is a value, got dtype {checked.dtype}")
     if checked.shape != x.shape:
         raise ValueError(f"mask must have shape {x.shape}, that of x, got {checked.shape}")
     return checked
-
-
-def _row_weights(weights: ArrayLike, x: Array) -> Array:
-    checked = _validate.numbers("weights", weights).astype(np.float64)
-    if checked.shape != x.shape[:-1]:
-        raise ValueError(f"weights must have shape {x.shape[:-1]}, that of x without features, got {checked.shape}")
-    _validate.each_channel(
-        "weights", checked.ravel(), ((checked >= 0) & np.isfinite(checked)).ravel(), "be finite and >= 0"
-    )
-    return checked.ravel()

@@ -89,16 +89,21 @@ class Statistics:
 
 def _check_table(table: PerChannel, update_count: int) -> None:
     """Refuse moments that `update_count` batches cannot have left; count, mean, mean_lo, m2, m2_lo."""
-    count, mean, mean_lo, m2, m2_lo = table.T
     if update_count == 0:
         _validate.each_channel("running_moments", table, table == 0, "be 0 where update_count is 0")
     else:
         needed = "have counts > 0 where update_count is not 0"
-        _validate.each_channel("running_moments", count, count > 0, needed)
-    _validate.each_channel("running_moments", m2, m2 >= 0, "have m2 >= 0")
+        _validate.each_channel("running_moments", table[:, 0], table[:, 0] > 0, needed)
+    check_parts("running_moments", table)
+
+
+def check_parts(name: str, table: PerChannel) -> None:
+    """Refuse a table of moments in whose rows are what no moments are: m2 below 0, low parts that are not low."""
+    _, mean, mean_lo, m2, m2_lo = table.T
+    _validate.each_channel(name, m2, m2 >= 0, "have m2 >= 0")
     for high, low in ((mean, mean_lo), (m2, m2_lo)):
         good = np.abs(low) <= _LOW_PART * np.abs(high)
-        _validate.each_channel("running_moments", low, good, "have low parts below 2**-48 of the high")
+        _validate.each_channel(name, low, good, "have low parts below 2**-48 of the high")
 
 
 def _check_derived(name: str, given: PerChannel, expected: PerChannel) -> None:
