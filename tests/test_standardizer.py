@@ -492,6 +492,15 @@ def test_it_agrees_with_standard_scaler():
         np.testing.assert_allclose(ours.inverse_transform(scaler.transform(values)), values, rtol=1e-9)
 
 
+def test_exponential_statistics_are_those_of_pandas():
+    pandas = pytest.importorskip("pandas")
+    x = table(50, 2)
+    norm, ewm = learned(x, update_rate=0.1), pandas.DataFrame(x).ewm(alpha=0.1)
+    np.testing.assert_allclose(norm.mean_, ewm.mean().iloc[-1], rtol=1e-12)
+    np.testing.assert_allclose(norm.var_, ewm.var(bias=True).iloc[-1], rtol=1e-12)
+    np.testing.assert_allclose(norm.moments.var(1, weights_are="importance"), ewm.var().iloc[-1], rtol=1e-12)
+
+
 def test_clone_pipeline_and_output_of_frames():
     base, pipeline = pytest.importorskip("sklearn.base"), pytest.importorskip("sklearn.pipeline")
     pandas = pytest.importorskip("pandas")
