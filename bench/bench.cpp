@@ -40,7 +40,7 @@ constexpr const char* kHelp =
     "three\n"
     "  --pass NAME       train, infer, backward, moments, normalize, grad_sums or grad_input; and, only by name,\n"
     "                    train_masked, infer_masked, backward_masked, train_weighted, backward_weighted,\n"
-    "                    train_segments, backward_segments, train_groups,\n"
+    "                    train_segments, backward_segments, train_graphs, backward_graphs (graph norm), train_groups,\n"
     "                    backward_groups, train_lines, backward_lines (layer norm over channels), train_rms,\n"
     "                    backward_rms, train_relu, infer_relu, backward_relu, train_add_relu,\n"
     "                    infer_add_relu, backward_add_relu\n"

@@ -12,7 +12,10 @@ namespace {
 bool is_masked(Pass pass) {
   return pass == Pass::train_masked || pass == Pass::infer_masked || pass == Pass::backward_masked;
 }
-bool is_segmented(Pass pass) { return pass == Pass::train_segments || pass == Pass::backward_segments; }
+bool is_graph(Pass pass) { return pass == Pass::train_graphs || pass == Pass::backward_graphs; }
+bool is_segmented(Pass pass) {
+  return pass == Pass::train_segments || pass == Pass::backward_segments || is_graph(pass);
+}
 bool is_grouped(Pass pass) { return pass == Pass::train_groups || pass == Pass::backward_groups; }
 bool is_about_zero(Pass pass) { return pass == Pass::train_rms || pass == Pass::backward_rms; }
 bool is_line(Pass pass) { return pass == Pass::train_lines || pass == Pass::backward_lines || is_about_zero(pass); }
@@ -20,7 +23,8 @@ bool is_line(Pass pass) { return pass == Pass::train_lines || pass == Pass::back
 bool is_shared(Pass pass) { return is_segmented(pass) || is_grouped(pass) || is_line(pass); }
 bool is_backward(Pass pass) {
   return pass == Pass::backward_lines || pass == Pass::backward_rms || pass == Pass::backward_groups ||
-         pass == Pass::backward_masked || pass == Pass::backward_weighted || pass == Pass::backward_segments;
+         pass == Pass::backward_masked || pass == Pass::backward_weighted || pass == Pass::backward_segments ||
+         pass == Pass::backward_graphs;
 }
 
 // Bits in no order that anybody could foresee.
@@ -28,7 +32,8 @@ std::size_t scrambled(std::size_t n) { return (n + 1) * 0x9e3779b97f4a7c15u >> 4
 
 }  // namespace
 
-// Three of four positions count; weights from 0.25 to 2; segments of 1 to 127 rows; 32 groups of a sample, or one.
+// Three of four positions count; weights from 0.25 to 2; segments of 1 to 127 rows; alpha from 0 to 1; 32 groups of a
+// sample, or one.
 template <class T>
 void Tensors<T>::count_parts() {
   counted_ = std::make_unique<Counted>();
@@ -42,6 +47,7 @@ void Tensors<T>::count_parts() {
     const std::int64_t rows = 1 + static_cast<std::int64_t>(scrambled(s) % 127);
     k.offsets.push_back(std::min(k.offsets.back() + rows, problem_.outer));
   }
+  for (std::size_t c = 0; c < channels; ++c) k.alpha.push_back(static_cast<PerChannel>(scrambled(c) % 5) / 4);
   k.moments.resize(channels);
   k.of_segments.resize(channels * (k.offsets.size() - 1));
   constexpr std::int64_t kGroups = 32;
@@ -54,6 +60,7 @@ void Tensors<T>::count_parts() {
 
 template <class T>
 batchnorm::Groups Tensors<T>::groups_of(Pass pass) const {
+  if (is_graph(pass)) return {.offsets = counted_->offsets, .alpha = counted_->alpha};
   if (is_segmented(pass)) return {counted_->offsets};
   if (is_grouped(pass)) return {counted_->samples, counted_->width};
   if (is_line(pass)) {
@@ -134,6 +141,12 @@ void Tensors<T>::verify_counted(Pass pass, const char* name) const {
   const auto used = [&](double w) { return w != 0 || !is_masked(pass); };
   each([&](std::size_t g, std::size_t, double w, std::size_t at) { total[g] += w, mean[g] += w * double{x[at]}; });
   for (std::size_t g = 0; g < groups; ++g) mean[g] = is_about_zero(pass) ? 0 : mean[g] / total[g];
+  // Of graph norm mean[g] becomes alpha times the mean, and what is left of the mean in x - mean[g].
+  std::vector<double> left(groups);
+  for (std::size_t g = 0; g < groups && is_graph(pass); ++g) {
+    const double alpha = double{k.alpha[g % channels]};
+    left[g] = (1 - alpha) * mean[g], mean[g] *= alpha;
+  }
   each([&](std::size_t g, std::size_t c, double w, std::size_t at) {
     const double xmu = double{x[at]} - mean[g], of_dy = double{gamma_[c]} * double{dy[at]};
     var[g] += w * xmu * xmu / total[g];
@@ -147,10 +160,12 @@ void Tensors<T>::verify_counted(Pass pass, const char* name) const {
       const double expected = used(w) ? gain * xhat + double{beta_[c]} : 0, shift = std::abs(double{beta_[c]});
       return require(name, "y", at, double{y[at]}, expected, kRounding<T> * (4 * std::abs(gain) * (1 + rstd) + shift));
     }
-    if (is_about_zero(pass)) sum[g] = 0;
     const double share = w / total[g], along = share * xhat * rstd * dot[g];
-    const double expected = used(w) ? rstd * (gain * double{dy[at]} - share * sum[g] - along) : 0;
-    const double scale = rstd * (4 * std::abs(gain) + share * std::abs(sum[g]) + std::abs(along));
+    const double alpha = is_about_zero(pass) ? 0 : is_graph(pass) ? double{k.alpha[c]} : 1;
+    const double through_mean = alpha * share * (sum[g] - rstd * rstd * dot[g] * left[g]);
+    const double expected = used(w) ? rstd * (gain * double{dy[at]} - through_mean - along) : 0;
+    const double parts = share * (std::abs(sum[g]) + std::abs(rstd * rstd * dot[g] * left[g])) + std::abs(along);
+    const double scale = rstd * (4 * std::abs(gain) + parts);
     require(name, "dx", at, double{dx[at]}, expected, 2 * kRounding<T> * scale);
   });
 }

@@ -23,6 +23,8 @@ enum class Pass {
   backward_weighted,
   train_segments,
   backward_segments,
+  train_graphs,  // graph norm: segments about alpha times their mean
+  backward_graphs,
   train_groups,
   backward_groups,
   // Of each position by itself: layer and RMS norm over the channels.
@@ -68,6 +70,8 @@ inline constexpr std::array kPasses = {
     PassFacts{Pass::backward_weighted, "backward_weighted", 3, Yardstick::stream, 2, true},
     PassFacts{Pass::train_segments, "train_segments", 2, Yardstick::copy, 2, true},
     PassFacts{Pass::backward_segments, "backward_segments", 3, Yardstick::stream, 2, true},
+    PassFacts{Pass::train_graphs, "train_graphs", 2, Yardstick::copy, 2, true},
+    PassFacts{Pass::backward_graphs, "backward_graphs", 3, Yardstick::stream, 2, true},
     PassFacts{Pass::train_groups, "train_groups", 2, Yardstick::copy, 2, true},
     PassFacts{Pass::backward_groups, "backward_groups", 3, Yardstick::stream, 2, true},
     PassFacts{Pass::train_lines, "train_lines", 2, Yardstick::copy, 1, true},

@@ -78,6 +78,7 @@ class Tensors {
   // What is counted of the tensor where not all of it is, and what is known of that.
   struct Counted {
     std::vector<PerChannel> mask, weights;  // one per position
+    std::vector<PerChannel> alpha;          // one per channel, of graph norm
     std::vector<std::int64_t> offsets = {0}, samples = {0};
     std::int64_t width = 1;  // channels of a group of a sample
     std::vector<batchnorm::Moments> moments, of_segments, of_groups, of_lines;

@@ -19,7 +19,7 @@ from batchnorm.bench.process import OthersLoad
 README = Path(__file__).parents[1] / "bench" / "README.md"
 PASSES = ("train", "infer", "backward", "moments", "normalize", "grad_sums", "grad_input")
 COUNTED = ("train_masked", "infer_masked", "backward_masked", "train_weighted", "backward_weighted")
-COUNTED += ("train_segments", "backward_segments")
+COUNTED += ("train_segments", "backward_segments", "train_graphs", "backward_graphs")
 DTYPES = {"float16": 2, "bfloat16": 2, "float32": 4, "float64": 8}  # bytes of a value
 TINY = "tiny-2x8x4x4"
 
