@@ -44,6 +44,21 @@ def test_training_is_by_samples_and_evaluation_by_running_statistics():
     assert layer.update_count == 2
 
 
+def test_evaluation_takes_nothing_back_of_what_training_learns_meanwhile():
+    layer = layers()
+    layer(X)
+
+    class Training:
+        def __array__(self, dtype=None, copy=None):
+            layer.train()(DY)
+            layer.eval()
+            return np.ones((4, 5), bool)
+
+    layer.eval()(X, mask=Training())
+    assert layer.update_count == 2
+    assert layer.backward(DY).shape == X.shape  # of the evaluation, which was the last to end
+
+
 def test_samples_of_which_nothing_counts_are_left_out():
     layer, other = layers(update_rate=0.5), layers(update_rate=0.5)
     layer(X, lengths=[5, 0, 3, 2])

@@ -60,7 +60,6 @@ _NAMES_ELSEWHERE = {
     "running_var": "var",
     "with_mean": "center",
     "with_std": "scale",
-    "alpha": "update_rate",
 }
 _MODES = ("training", "train", "use_running_average")
 # What is said of running statistics, which norms of samples have not.

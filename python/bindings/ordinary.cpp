@@ -8,7 +8,6 @@
 
 #include <algorithm>
 #include <exception>
-#include <new>
 
 #include "arrays.hpp"
 #include "batchnorm/batchnorm.hpp"
@@ -226,8 +225,8 @@ PyObject* try_normalize(PyObject* const (&arguments)[10]) {
   const double eps = a.eps(py_eps);
   Options options = a.options(py_options, x, axis);
   a.need(!options.weights.present() && options.ghost_size == 0);
-  if (options.padding == Padding::normalize)
-    options.mask = nullptr;  // by given statistics it says no more than where there is padding
+  // By given statistics a mask says no more than where there is padding.
+  if (options.padding == Padding::normalize) options.mask = nullptr;
   const Array& added = options.residual.present() ? options.residual : x;
   const Array out = a.out(py_out, {x, added}, {mean, var, gamma, beta});
   const int threads = a.threads(py_threads);

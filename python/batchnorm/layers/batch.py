@@ -19,7 +19,7 @@ from batchnorm.forward import normalize, normalized_by_batch, ordinary_batch_nor
 from batchnorm.layers import calls
 from batchnorm.layers.apart import COUNTS, of_one_value
 from batchnorm.layers.calls import CallOptions, Options
-from batchnorm.layers.layer import Call, Default, Layer, State, is_x, snapshot
+from batchnorm.layers.layer import SHOWN_FROZEN, Call, Default, Layer, State, is_x, snapshot
 from batchnorm.layers.settings import BatchSettings, Nonfinite, Setting, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
 from batchnorm.moments import Moments, moments
@@ -187,7 +187,7 @@ class BatchNorm(Layer):
         return self._set_frozen(False, statistics, affine)
 
     def _shown_frozen(self) -> str:
-        return {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}[self._frozen]
+        return SHOWN_FROZEN[self._frozen]
 
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""

@@ -17,7 +17,7 @@ from batchnorm.conventions import Library
 from batchnorm.forward import normalize
 from batchnorm.layers import calls
 from batchnorm.layers.by_sample import SampleLayer
-from batchnorm.layers.layer import Default, is_x
+from batchnorm.layers.layer import SHOWN_FROZEN, Default, is_x
 from batchnorm.layers.settings import Setting, Settings, flag, int_within
 from batchnorm.layers.statistics import MOST_UPDATES, Statistics
 from batchnorm.saved import Saved
@@ -166,9 +166,7 @@ class InstanceNorm(SampleLayer):
         return self._set_frozen(False, statistics, affine)
 
     def _shown_frozen(self) -> str:
-        if not self.settings.running:
-            return ""
-        return {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}[self._frozen]
+        return SHOWN_FROZEN[self._frozen] if self.settings.running else ""
 
     def _of_statistics(self, name: str) -> PerChannel | None:
         if not self.settings.running:
@@ -189,8 +187,16 @@ class InstanceNorm(SampleLayer):
     # ---- calls ----
 
     def _called(self, x: Array, out: Array | None, options: Mapping[str, Any]) -> Array:
-        if not self._learns():
+        if not self.settings.running:
             return super()._called(x, out, options)
+        if not self._learns():
+            y, saved = self._of_call(x, out, options)
+            before = (
+                self._state.call
+            )  # the state itself stays: training calls of other threads may have learned meanwhile
+            self._evaluation = [] if saved.x is None and saved.y is None else [x, saved], before
+            before.clear()  # backward does not look there any more
+            return y
         if out is not None:  # which is written last, as what comes before may fail
             x = _validate.array("x", x)
             others = {"x": x} if options.get("residual") is None else {"x": x, "residual": options["residual"]}
@@ -201,7 +207,7 @@ class InstanceNorm(SampleLayer):
         after = self._state._replace(call=[x, saved] if is_kept else [], statistics=(statistics,))
         if out is not None:
             np.copyto(out, y)
-        self._state = after
+        self._state, self._evaluation = after, None
         return y if out is None else out
 
     def _learns(self) -> bool:

@@ -80,6 +80,10 @@ class Parameter:
             layer._state = layer._state._replace(**{name: checked})
 
 
+# What a repr says of freeze() where anything is frozen: statistics, affine.
+SHOWN_FROZEN = {(True, True): "", (True, False): "affine=False", (False, True): "statistics=False"}
+
+
 class Layer:
     """What a layer has beside its forward pass, and what is learned of batches."""
 
