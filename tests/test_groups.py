@@ -121,6 +121,48 @@ def test_the_bits_are_those_of_any_number_of_threads_and_of_each_sample_alone(sh
             assert got.tobytes() == wanted[n : n + 1].tobytes()
 
 
+# Samples of 1.5 MB, of which some groups at a time are worked on.
+LARGE = (2, 24, 128, 128)
+OPTIONS = {
+    "plain": {},
+    "mask": {"mask": True},
+    "weights": {"weights": True},
+    "padding": {"mask": True, "padding": "zero"},
+    "relu": {"activation": "relu"},
+    "residual": {"residual": True, "activation": "relu"},
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_a_group_has_the_bits_that_it_has_alone(option, dtype):
+    rng = np.random.default_rng(7)
+    x, dy, residual, x_dot = (rng.normal(2, 1, LARGE).astype(dtype) for _ in range(4))
+    gamma, beta, gamma_dot, beta_dot = rng.normal(size=(4, LARGE[1]))
+    positions = rng.random((LARGE[0], 1, *LARGE[2:])) < 0.7
+    settings = {"mask": positions, "weights": positions * 1.5, "residual": residual}
+
+    def results(channels, num_groups):
+        some = {
+            key: (settings[key][:, channels] if key == "residual" else settings[key]) if value is True else value
+            for key, value in OPTIONS[option].items()
+        }
+        here = [a[:, channels].copy() for a in (x, dy, x_dot)]
+        y, saved = bn.group_norm(here[0], num_groups, gamma[channels], beta[channels], num_threads=2, **some)
+        gradients = bn.backward(here[1], saved, num_threads=2)
+        of_residual = here[1] if "residual" in some else None
+        tangents = {"gamma_dot": gamma_dot[channels], "beta_dot": beta_dot[channels], "residual_dot": of_residual}
+        y_dot = bn.jvp(here[2], saved, num_threads=2, **tangents)
+        return [y, gradients.dx, y_dot, saved.moments.mean.reshape(LARGE[0], -1), gradients.dgamma, gradients.dbeta]
+
+    whole = results(slice(None), 6)
+    for group in range(6):
+        channels = slice(4 * group, 4 * group + 4)
+        for k, (got, wanted) in enumerate(zip(results(channels, 1), whole, strict=True)):
+            of_group = wanted[:, channels] if k < 3 else wanted[:, group] if k == 3 else wanted[channels]
+            assert got.tobytes() == np.ascontiguousarray(of_group).tobytes()
+
+
 @pytest.mark.parametrize(
     ("shape", "num_groups"),
     [((3, 6, 4, 5), 1), ((3, 6, 4, 5), 2), ((3, 6, 4, 5), 6), ((4, 6, 7), 3), ((5, 6), 1), ((5, 6), 2)],

@@ -134,9 +134,11 @@ void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::
   checked.follow(y.data());
   checked.writes("y", y);
   checked.writes_entries("saved", saved);
-  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    Forward<T>{part}.batch_norm(x.data() + at, y.data() + at, saved.data() + entry / part.width);
-  });
+  checked.run(
+      [&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+        Forward<T>{part}.batch_norm(x.data() + at, y.data() + at, saved.data() + entry / part.width);
+      },
+      1);
 }
 
 template <class T>
@@ -212,20 +214,21 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   checked.let_through();
   write_gradients(checked, out);
   // Of segments dgamma and dbeta are sums, where those of each are not wanted.
-  const auto channels = static_cast<std::size_t>(call.problem.channels);
   const auto is_sum = [&](const ChannelOutput& to) { return to.wanted() && to.size() != checked.entries(); };
   std::vector<double> of_gamma(is_sum(out.dgamma) ? checked.entries() : 0),
       of_beta(is_sum(out.dbeta) ? checked.entries() : 0);
-  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    FirstOutputs<T> to = outputs(out, at);
-    const auto of_part = [&](std::vector<double>& all, const ChannelOutput& wanted) {
-      if (all.empty()) return checked.part_of(wanted, entry);
-      return ChannelOutput(std::span<double>(all).subspan(static_cast<std::size_t>(entry), channels));
-    };
-    to.dgamma = of_part(of_gamma, out.dgamma);
-    to.dbeta = of_part(of_beta, out.dbeta);
-    Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry / part.width, to);
-  });
+  checked.run(
+      [&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+        FirstOutputs<T> to = outputs(out, at);
+        const auto of_part = [&](std::vector<double>& all, const ChannelOutput& wanted) {
+          if (all.empty()) return checked.part_of(wanted, entry, part.problem);
+          return checked.part_of(ChannelOutput(std::span<double>(all)), entry, part.problem);
+        };
+        to.dgamma = of_part(of_gamma, out.dgamma);
+        to.dbeta = of_part(of_beta, out.dbeta);
+        Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry / part.width, to);
+      },
+      2);
   if (is_sum(out.dgamma)) sum_over_segments(of_gamma, call.problem.channels, options.threads, out.dgamma);
   if (is_sum(out.dbeta)) sum_over_segments(of_beta, call.problem.channels, options.threads, out.dbeta);
 }
@@ -250,11 +253,14 @@ void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T
   CheckedCall<T> checked(call, options);
   checked.reads_counts("saved", saved);
   check_jvp(checked, x_dot, x, {gamma_dot, beta_dot, {}, {}}, y_dot);
-  checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-    const Tangents along{checked.part_of(gamma_dot, entry), checked.part_of(beta_dot, entry), {}, {}};
-    Backward<T>{part}.batch_norm_jvp(x_dot.data() + at, x.data() + at, saved.data() + entry / part.width, nullptr,
-                                     along, y_dot.data() + at);
-  });
+  checked.run(
+      [&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
+        const Tangents along{
+            checked.part_of(gamma_dot, entry, part.problem), checked.part_of(beta_dot, entry, part.problem), {}, {}};
+        Backward<T>{part}.batch_norm_jvp(x_dot.data() + at, x.data() + at, saved.data() + entry / part.width, nullptr,
+                                         along, y_dot.data() + at);
+      },
+      2);
 }
 
 template <class T>

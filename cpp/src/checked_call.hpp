@@ -144,24 +144,27 @@ class CheckedCall {
     check::counted_positions(whole_.summary.counted, call_.problem);
   }
 
-  // Those of the entries from `first` on.
+  // Those of a part, whose entries begin at `entry`.
   template <class Values>
-  [[nodiscard]] Values part_of(const Values& values, std::int64_t first) const {
-    const auto channels = static_cast<std::size_t>(call_.problem.channels);
-    return values.size() == channels ? values : values.part(static_cast<std::size_t>(first), channels);
+  [[nodiscard]] Values part_of(const Values& values, std::int64_t entry, const Problem& part) const {
+    const std::int64_t channels = call_.problem.channels;
+    const bool again = entry > 0 && static_cast<std::int64_t>(values.size()) == channels;  // the same of each segment
+    const std::int64_t first = again ? entry % channels : entry;
+    return values.part(static_cast<std::size_t>(first), static_cast<std::size_t>(part.channels));
   }
 
-  // f(PassCall, its place in tensors, its place in tables), of all or of each segment. What can fail has been done when
-  // the first begins.
+  // f(PassCall, its place in tensors, its place in tables), of all or of each segment, or part of one. What can fail
+  // has been done when the first begins. `read_twice`: how many tensors are.
   template <class F>
-  void run(const F& f) const {
+  void run(const F& f, int read_twice = 0) const {
     if (!by_segments() && whole_.is_grouped() && !whole_.each_position) return run_in_memory(f);
     if (!by_segments()) return f(whole_, std::int64_t{0}, std::int64_t{0});
     const Problem& p = call_.problem;
-    const auto of_segment = [&](std::int64_t s, const Segment& segment, const PassOptions& options) {
-      f(part(s, segment, options), segment.first_row * p.channels * p.inner, s * p.channels);
+    const auto of_segment = [&](const Segment& segment, const PassOptions& options) {
+      const std::int64_t c = segment.channels.begin;
+      f(part(segment, options), (segment.first_row * p.channels + c) * p.inner, segment.number * p.channels + c);
     };
-    EachSegment each(call_.groups.offsets, p, whole_.options.threads, of_segment);
+    EachSegment each(call_.groups.offsets, p, channels_at_once(read_twice), whole_.options.threads, of_segment);
     whole_.write_head(whole_.tail.first_bit);
     each.run();
   }
@@ -188,6 +191,19 @@ class CheckedCall {
     const Workspace::Heap memory = Workspace::allocate(needed);
     all.options = {.threads = threads, .memory = memory.get()};
     f(all, std::int64_t{0}, std::int64_t{0});
+  }
+
+  // Groups of channels are summed and then applied while they are in cache, where they lie in one place.
+  [[nodiscard]] std::int64_t channels_at_once(int read_twice) const {
+    const Problem& p = call_.problem;
+    const auto segments = static_cast<std::int64_t>(call_.groups.offsets.size()) - 1;
+    if (read_twice == 0 || !whole_.is_grouped() || segments != p.outer || segments == 0) return p.channels;
+    for (std::int64_t s = 0; s < segments; ++s) {
+      if (call_.groups.offsets[static_cast<std::size_t>(s)] != s) return p.channels;
+    }
+    return channels_a_part({1, p.channels, p.inner}, whole_.width, segments,
+                           read_twice * static_cast<std::int64_t>(sizeof(T)), machine(),
+                           available_threads(whole_.options.threads));
   }
 
   [[nodiscard]] bool by_segments() const { return !call_.groups.offsets.empty(); }
@@ -237,15 +253,19 @@ class CheckedCall {
     return summary;
   }
 
-  [[nodiscard]] PassCall<T> part(std::int64_t s, const Segment& segment, const PassOptions& options) const {
+  [[nodiscard]] PassCall<T> part(const Segment& segment, const PassOptions& options) const {
     PassCall<T> part = whole_;
     part.options = options;
-    const std::int64_t position = segment.first_row * call_.problem.inner, at = position * call_.problem.channels;
-    part.problem.outer = segment.rows;
-    part.gamma = part_of(call_.gamma, s * call_.problem.channels);
-    part.beta = part_of(call_.beta, s * call_.problem.channels);
+    const Problem& p = call_.problem;
+    const Range channels = segment.channels;
+    const std::int64_t position = segment.first_row * p.inner, at = position * p.channels + channels.begin * p.inner;
+    part.problem = {segment.rows, channels.end - channels.begin, p.inner};
+    const auto of_part = [&](const ChannelValues& values) {
+      return part_of(values, segment.number * p.channels + channels.begin, part.problem);
+    };
+    part.gamma = of_part(call_.gamma), part.beta = of_part(call_.beta), part.alpha = of_part(whole_.alpha);
     if (part.positions) {
-      part.summary = summaries_[static_cast<std::size_t>(s)];
+      part.summary = summaries_[static_cast<std::size_t>(segment.number)];
       part.positions.values += position;
       part.positions.is_mask = part.summary.is_mask;
     }

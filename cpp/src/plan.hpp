@@ -105,6 +105,12 @@ std::int64_t runs_of_tile(const Problem& problem, std::int64_t item_size);
 // Whether one thread does it whatever is allowed: asking how many are allowed costs more than a tiny call.
 bool is_serial(const Problem& problem, const Work& work);
 
+// Channels of a planar problem of one outer index that are worked on at once, in whole groups of `width`: as many as a
+// core's own cache holds while they are read twice, and few enough for each thread to have some of them. All of them
+// where that gains nothing. `problems` such there are in the tensor, `bytes` of a value in all that is read.
+std::int64_t channels_a_part(const Problem& problem, std::int64_t width, std::int64_t problems, std::int64_t bytes,
+                             const Machine& machine, int threads);
+
 // How positions that have statistics of their own are visited (positionwise.hpp): some at a time, which stay in a
 // core's own cache, and for sums over positions in chunks, which are a function of the Problem alone.
 struct LinePlan {

@@ -1,4 +1,4 @@
-// The segments of a call, each of which is a Problem of its own in a place of its own.
+// The segments of a call, each of which is a Problem of its own in a place of its own; and parts of their channels.
 #pragma once
 
 #include <algorithm>
@@ -21,16 +21,23 @@ constexpr std::int64_t kSegmentsAThread = 4;
 constexpr std::int64_t kGrain = 4;
 
 struct Segment {
-  std::int64_t first_row, rows;
+  std::int64_t number, first_row, rows;
+  Range channels;
 };
 
-// f(s, Segment, PassOptions) for every segment. What can fail is done by the constructor: a task must not fail, and
-// outputs change when no other can any more.
+// f(Segment, PassOptions) for every segment, or for each part of its channels, of `a_part` of them. What can fail is
+// done by the constructor: a task must not fail, and outputs change when no other can any more.
 template <class F>
 class EachSegment {
  public:
-  EachSegment(std::span<const std::int64_t> offsets, const Problem& problem, int threads, const F& f)
-      : offsets_(offsets), whole_(problem.size()), f_(f), threads_(available_threads(threads)) {
+  EachSegment(std::span<const std::int64_t> offsets, const Problem& problem, std::int64_t a_part, int threads,
+              const F& f)
+      : offsets_(offsets),
+        problem_(problem),
+        a_part_(a_part),
+        parts_(a_part >= problem.channels ? 1 : (problem.channels + a_part - 1) / a_part),
+        f_(f),
+        threads_(available_threads(threads)) {
     active_implementation();  // throws where BATCHNORM_ISA names none
     shared_ = count() >= kSegmentsAThread * threads_;
     threads_each_ = shared_ ? 1 : threads_;
@@ -40,41 +47,43 @@ class EachSegment {
 
   void run() {
     if (!shared_) return run({0, count()});
-    run_tasks(threads_, count(), [this](Range segments) { run(segments); }, kGrain);
+    run_tasks(threads_, count(), [this](Range some) { run(some); }, kGrain);
   }
 
  private:
-  [[nodiscard]] std::int64_t count() const { return static_cast<std::int64_t>(offsets_.size()) - 1; }
-  [[nodiscard]] Segment segment(std::int64_t s) const {
-    const std::int64_t first = offsets_[static_cast<std::size_t>(s)];
-    return {first, offsets_[static_cast<std::size_t>(s) + 1] - first};
+  [[nodiscard]] std::int64_t count() const { return (static_cast<std::int64_t>(offsets_.size()) - 1) * parts_; }
+  [[nodiscard]] Segment segment(std::int64_t k) const {
+    const std::int64_t s = k / parts_, first = offsets_[static_cast<std::size_t>(s)], c = (k - s * parts_) * a_part_;
+    return {s, first, offsets_[static_cast<std::size_t>(s) + 1] - first, {c, std::min(c + a_part_, problem_.channels)}};
   }
 
-  // What the greediest segment needs. Segments of as many rows need the same, which a table of those seen last spares.
+  // What the greediest segment needs. Segments of as many rows need the same, which a table of those seen last spares;
+  // the first part of one has as many channels as any.
   [[nodiscard]] std::size_t memory_of_one() const {
     constexpr std::size_t kSeen = 128;
     std::int64_t seen[kSeen];
     std::fill_n(seen, kSeen, -1);
     std::size_t most = 0;
-    for (std::int64_t s = 0; s < count(); ++s) {
-      const Segment one = segment(s);
+    for (std::int64_t k = 0; k < count(); k += parts_) {
+      const Segment one = segment(k);
       std::int64_t& same = seen[static_cast<std::size_t>(one.rows) % kSeen];
       if (one.rows == same) continue;
       same = one.rows;
-      f_(s, one, PassOptions{.threads = threads_each_, .whole_size = whole_, .needed = &most});
+      f_(one, PassOptions{.threads = threads_each_, .whole_size = problem_.size(), .needed = &most});
     }
     return most;
   }
 
-  void run(Range segments) {
+  void run(Range some) {
     const DefaultFloatingPoint environment(DefaultFloatingPoint::ForManyCalls{});
     const ThreadMemory::Place place(*memory_);
-    const PassOptions options{.threads = threads_each_, .whole_size = whole_, .memory = place.begin()};
-    for (std::int64_t s = segments.begin; s < segments.end; ++s) f_(s, segment(s), options);
+    const PassOptions options{.threads = threads_each_, .whole_size = problem_.size(), .memory = place.begin()};
+    for (std::int64_t k = some.begin; k < some.end; ++k) f_(segment(k), options);
   }
 
   std::span<const std::int64_t> offsets_;
-  std::int64_t whole_;
+  Problem problem_;
+  std::int64_t a_part_, parts_;
   const F& f_;
   int threads_, threads_each_ = 1;
   bool shared_ = false;

@@ -231,6 +231,23 @@ TEST(a_channel_that_fits_the_cache_is_reduced_and_applied_by_one_task) {
          Path::chunk_tasks);  // nothing to reduce
 }
 
+TEST(as_many_whole_groups_are_worked_on_as_an_eighth_of_the_cache_holds) {
+  constexpr Machine kTwoMegabytes{2 << 20, 32 << 20};
+  const auto part = [&](const Problem& p, std::int64_t width, std::int64_t problems, std::int64_t bytes, int threads) {
+    return channels_a_part(p, width, problems, bytes, kTwoMegabytes, threads);
+  };
+  EXPECT_EQUAL(part({1, 640, 2304}, 20, 2, 4, 2), 20);   // a group has 184 KB
+  EXPECT_EQUAL(part({1, 1280, 576}, 40, 2, 4, 2), 80);   // 92 KB
+  EXPECT_EQUAL(part({1, 1280, 576}, 40, 2, 8, 2), 40);   // and as many of dy
+  EXPECT_EQUAL(part({1, 1280, 576}, 40, 2, 4, 32), 40);  // 128 parts for 32 threads
+  EXPECT_EQUAL(part({1, 256, 147'456}, 8, 1, 4, 2), 8);  // larger than the cache
+  EXPECT_EQUAL(part({1, 256, 147'456}, 256, 1, 4, 2), 256);
+  EXPECT_EQUAL(part({1, 64, 64}, 4, 9, 4, 2), 64);          // all of a sample fits
+  EXPECT_EQUAL(part({1, 65'536, 16}, 4, 1, 4, 2), 65'536);  // short runs are turned
+  EXPECT_EQUAL(part({2, 640, 2304}, 20, 1, 4, 2), 640);     // a group has two places
+  EXPECT_EQUAL(part({1, 0, 2304}, 1, 1, 4, 2), 0);
+}
+
 TEST(a_chunk_of_a_sum_is_what_a_block_of_a_gpu_can_hold) {
   for (const Problem& problem : all_problems()) {
     const RunCut& cut = make_plan(problem, kTraining, kMachine, 8).sum_runs;

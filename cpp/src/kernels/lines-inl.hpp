@@ -375,6 +375,9 @@ BN_INLINE void lines_down(const T* dy, const T* x, T* dx, const Lines& lines, co
 BN_INLINE ColumnSums from_column(const ColumnSums& sums, std::int64_t c) {
   return {sums.first + c, sums.first_lo + c, sums.second + c, sums.second_lo + c};
 }
+// Lines that are gone down together: with three streams each, all of a block took 1.1 to 1.25 times as long (8192 x 256
+// to 1024 and 32 x 4096 values, Sapphire Rapids), four as long as eight.
+constexpr std::int64_t kLinesDown = 8;
 template <Stores kStores, class T>
 BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                                 const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
@@ -388,13 +391,26 @@ BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lin
   for (; c + kLanes <= lines.length; c += kLanes) down(c, kLanes);
   if (c < lines.length) down(c, lines.length - c);
 }
+template <Stores kStores, class T>
+BN_INLINE void lines_by_visits(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
+                               const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
+  Lines visit = lines;
+  for (std::int64_t l = 0; l == 0 || l < lines.count; l += kLinesDown, visit.continues = true) {
+    const std::int64_t at = l * lines.stride;
+    visit.count = lines.count - l < kLinesDown ? lines.count - l : kLinesDown;
+    lines_by_columns<kStores, T>(
+        dy + at, x + at, dx == nullptr ? nullptr : dx + at, visit,
+        {statistics.mean + l, statistics.mean_lo + l, statistics.rstd + l, statistics.rstd_lo + l},
+        {terms.x_scale + l, terms.shift + l}, gamma, sums);
+  }
+}
 template <class T>
 void lines_grad_input(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                       const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
   if (lines.around_cache) {
-    return lines_by_columns<Stores::around_cache, T>(dy, x, dx, lines, statistics, terms, gamma, sums);
+    return lines_by_visits<Stores::around_cache, T>(dy, x, dx, lines, statistics, terms, gamma, sums);
   }
-  lines_by_columns<Stores::ordinary, T>(dy, x, dx, lines, statistics, terms, gamma, sums);
+  lines_by_visits<Stores::ordinary, T>(dy, x, dx, lines, statistics, terms, gamma, sums);
 }
 
 }  // namespace
