@@ -223,30 +223,36 @@ class ChunkSums {
     return sums;
   }
   void put(const FirstOutputs<T>& out) const {
-    constexpr std::int64_t kStripe = 64;
     const std::int64_t channels = v_.channels;
-    if (chunks_ == 1) return put_sums(of(0), {0, channels}, out);
     double* total = array(chunks_ * kArrays);
     run_tasks(v_.plan.threads, (channels + kStripe - 1) / kStripe, [&](Range stripes) {
       for (std::int64_t s = stripes.begin; s < stripes.end; ++s) {
         const std::int64_t c = s * kStripe, n = std::min(kStripe, channels - c);
+        if (chunks_ == 1) {
+          put_sums(of(0, c), kHasLow, c, n, out);
+          continue;
+        }
         const ColumnSums to{total + c, total + channels + c, total + 2 * channels + c, total + 3 * channels + c};
         v_.table.template of<Arithmetic<T>>().add_blocks(of(0, c), chunks_, kArrays * channels, n, to);
-        put_sums(to, {c, c + n}, out);
+        put_sums(to, true, c, n, out);
       }
     });
   }
 
  private:
-  // Of float32 the low parts of one chunk are no one's.
-  void put_sums(const ColumnSums& sums, Range columns, const FirstOutputs<T>& out) const {
-    const bool has_low = kHasLow || chunks_ != 1;
-    for (std::int64_t i = 0; i < columns.end - columns.begin; ++i) {
-      out.dbeta.set(columns.begin + i, has_low ? sum_of(sums.first[i], sums.first_lo[i]) : sums.first[i]);
-      out.dgamma.set(columns.begin + i, has_low ? sum_of(sums.second[i], sums.second_lo[i]) : sums.second[i]);
-    }
+  static constexpr std::int64_t kStripe = 64;
+
+  // Of n <= kStripe columns. Those of one chunk of float32 have no low parts.
+  static void put_sums(const ColumnSums& sums, bool has_low, std::int64_t first, std::int64_t n,
+                       const FirstOutputs<T>& out) {
+    double memory[kStripe];
+    const auto put = [&](const double* sum, const double* low, const ChannelOutput& to) {
+      for (std::int64_t i = 0; has_low && i < n; ++i) memory[i] = std::isfinite(low[i]) ? sum[i] + low[i] : sum[i];
+      to.set(first, n, has_low ? memory : sum);
+    };
+    put(sums.first, sums.first_lo, out.dbeta);
+    put(sums.second, sums.second_lo, out.dgamma);
   }
-  static double sum_of(double sum, double low) { return std::isfinite(low) ? sum + low : sum; }
   static std::size_t bytes(std::int64_t channels, std::int64_t chunks) {
     std::int64_t values = 0;
     if (__builtin_mul_overflow(channels, (chunks * kArrays + 4) * std::int64_t{sizeof(double)}, &values)) {

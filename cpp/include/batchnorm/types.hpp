@@ -119,6 +119,11 @@ class ChannelOutput {
     if (f32_ != nullptr) f32_[c] = static_cast<float>(value);
     if (f64_ != nullptr) f64_[c] = value;
   }
+  // `count` of them from channel `first` on.
+  constexpr void set(std::int64_t first, std::int64_t count, const double* values) const {
+    for (std::int64_t k = 0; f32_ != nullptr && k < count; ++k) f32_[first + k] = static_cast<float>(values[k]);
+    for (std::int64_t k = 0; f64_ != nullptr && k < count; ++k) f64_[first + k] = values[k];
+  }
 
  private:
   float* f32_ = nullptr;
