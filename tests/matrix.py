@@ -10,7 +10,17 @@ from typing import NamedTuple
 AXES = {
     "counts": ("all", "mask", "weights", "lengths"),
     "padding": ("zero", "keep", "normalize"),
-    "shares": ("batch", "segments", "ghosts", "instances", "groups", "lines", "lines about 0", "graphs"),
+    "shares": (
+        "batch",
+        "segments",
+        "ghosts",
+        "instances",
+        "groups",
+        "strided groups",
+        "lines",
+        "lines about 0",
+        "graphs",
+    ),
     "statistics": ("batch", "renorm", "given"),
     "follows": ("nothing", "residual", "relu", "residual and relu"),
     "kept": ("x", "y", "y in place"),
@@ -31,6 +41,7 @@ WRITTEN = {
     ("shares", "ghosts"): "`ghost_size=`",
     ("shares", "instances"): "`instance_norm`",
     ("shares", "groups"): "`group_norm`",
+    ("shares", "strided groups"): '`group_norm(grouping="strided")`',
     ("shares", "lines"): "`layer_norm`",
     ("shares", "lines about 0"): "`rms_norm`",
     ("shares", "graphs"): "`graph_norm`",
@@ -63,8 +74,9 @@ class Case(NamedTuple):
 
 
 LINES = ("lines", "lines about 0")
-OF_SAMPLES = ("instances", "groups", "graphs", *LINES)  # which know no batch
-TOGETHER = ("groups", *LINES)  # channels that share statistics
+GROUPS = ("groups", "strided groups")
+OF_SAMPLES = ("instances", "graphs", *GROUPS, *LINES)  # which know no batch
+TOGETHER = (*GROUPS, *LINES)  # channels that share statistics
 
 # What has no meaning, and why: in one sentence each.
 REFUSED = (

@@ -194,7 +194,7 @@ class Composed(NamedTuple):
     weights : (N, L). sets : row slices, or indices of (N, C, L), each with statistics of its own. about_zero : whether
     these are taken about 0; alpha : (C,) or None, about what share of the mean. given : (mean, var) or None. r, d : (C,) of each
     set, or None. passes : where ReLU lets through, or None to tell it from s; relu : whether it follows. width :
-    neighbouring channels that share statistics.
+    channels that share statistics, neighbours where they are not strided.
     """
 
     weights: object
@@ -209,6 +209,7 @@ class Composed(NamedTuple):
     width: int = 1
     about_zero: bool = False
     alpha: object = None
+    strided: bool = False
 
     @property
     def counted(self):
@@ -231,6 +232,8 @@ class Composed(NamedTuple):
 
     def _of_group(self, sums):
         """Give each channel the sum over those that share statistics with it."""
+        if self.strided:
+            return np.tile(sums.reshape(self.width, -1).sum(0), self.width)
         return np.repeat(sums.reshape(-1, self.width).sum(1), self.width)
 
     def __call__(self, x, gamma, beta, residual):

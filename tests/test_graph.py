@@ -67,23 +67,25 @@ def test_y_and_its_derivatives_are_those_of_the_formula(alpha):
 
 def test_second_gradients_are_those_of_the_gradients():
     _, saved = saved_of()
-    v, v_gamma, v_beta = rng.normal(size=(12, 3)), *rng.normal(size=(2, 3))
-    second = bn.double_backward(v, DY, saved, v_dgamma=v_gamma, v_dbeta=v_beta)
-    of_dy = step(formula, (X, GAMMA, BETA, ALPHA), (v, v_gamma, v_beta, np.zeros(3)))
+    v, (v_gamma, v_beta, v_alpha) = rng.normal(size=(12, 3)), rng.normal(size=(3, 3))
+    second = bn.double_backward(v, DY, saved, v_dgamma=v_gamma, v_dbeta=v_beta, v_dalpha=v_alpha)
+    of_dy = step(formula, (X, GAMMA, BETA, ALPHA), (v, v_gamma, v_beta, v_alpha))
     close(second.ddy, of_dy)
 
-    def inner(x, gamma):
-        """Give <v, gradients> from gradients that the package has, at another x and gamma: differences of it are compared."""
-        of = bn.graph_norm(x, gamma, BETA, ALPHA, segments=IDS, eps=EPS)[1]
+    def inner(x, gamma, alpha):
+        """Give <v, gradients> from gradients that the package has, at other arguments: differences of it are compared."""
+        of = bn.graph_norm(x, gamma, BETA, alpha, segments=IDS, eps=EPS)[1]
         got = bn.backward(DY, of)
-        return (v * got.dx).sum() + (v_gamma * got.dgamma).sum() + (v_beta * got.dbeta).sum()
+        of_channels = (v_gamma, got.dgamma), (v_beta, got.dbeta), (v_alpha, got.dalpha)
+        return (v * got.dx).sum() + sum((a * b).sum() for a, b in of_channels)
 
-    h = 1e-5
-    for along_x, along_gamma in ((rng.normal(size=(12, 3)), np.zeros(3)), (np.zeros((12, 3)), rng.normal(size=3))):
-        ends = [inner(X + s * h * along_x, GAMMA + s * h * along_gamma) for s in (-2, -1, 1, 2)]
+    h, arguments = 1e-5, (X, GAMMA, ALPHA)
+    for k, gradient in enumerate((second.dx, second.dgamma, second.dalpha)):
+        along = rng.normal(size=gradient.shape)
+        moved = [[a + s * h * along if i == k else a for i, a in enumerate(arguments)] for s in (-2, -1, 1, 2)]
+        ends = [inner(*at) for at in moved]
         slope = (8 * (ends[2] - ends[1]) - (ends[3] - ends[0])) / (12 * h)  # of fourth order
-        got = (second.dx * along_x).sum() + (second.dgamma * along_gamma).sum()
-        assert abs(got - slope) <= 1e-8 * (1 + abs(slope))
+        assert abs((gradient * along).sum() - slope) <= 1e-8 * (1 + abs(slope))
 
 
 def test_with_alpha_1_it_is_batch_norm_of_segments():
@@ -226,6 +228,10 @@ def test_a_layer_learns_alpha():
 
 def test_graph_gradients_keep_dalpha_in_all_that_is_made_of_them():
     given = bn.backward(DY, saved_of()[1])
+    second = bn.double_backward(X, DY, saved_of()[1])
+    assert pickle.loads(pickle.dumps(second)).dalpha.tobytes() == second.dalpha.tobytes()
+    assert repr(second).startswith("GraphSecondGradients(ddy=")
+    assert bn.double_backward(X, DY, saved_of()[1], needs=("x",)).dalpha is None
     for same in (given._replace(dx=None), copy.copy(given), pickle.loads(pickle.dumps(given))):
         assert same.dalpha.tobytes() == given.dalpha.tobytes()
     assert given._replace(dalpha=None).dalpha is None

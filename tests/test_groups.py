@@ -93,6 +93,55 @@ def test_groups_of_one_channel_are_instances(dtype, axis):
     assert bn.backward(dy, saved).dx.tobytes() == bn.backward(dy, instances).dx.tobytes()
 
 
+@every_layout
+@pytest.mark.parametrize("dtype", [np.float16, np.float32, np.float64])
+@pytest.mark.parametrize("shape", [(3, 12, 2, 2), (2, 12, 9, 11), (5, 12, 1, 1)], ids=str)
+def test_strided_groups_have_the_bits_of_neighbours_that_were_put_so(shape, dtype, axis):
+    rng = np.random.default_rng(5)
+    x, dy, x_dot = rng.normal(3, 1, (3, *shape)).astype(dtype)
+    gamma, beta = rng.normal(size=(2, 12))
+    order = np.arange(12).reshape(3, 4).T.ravel()  # of channels c, those of c mod 4 one after the other
+
+    def results(grouping, channels):
+        given = [np.ascontiguousarray(np.moveaxis(a[:, channels], 1, axis)) for a in (x, dy, x_dot)]
+        y, saved = bn.group_norm(
+            given[0], 4, gamma[channels], beta[channels], grouping=grouping, axis=axis, num_threads=2
+        )
+        dx, dgamma, dbeta, _ = bn.backward(given[1], saved)
+        assert bn.grad_input(given[1], saved, bn.grad_sums(given[1], saved)).tobytes() == dx.tobytes()
+        tensors = [np.moveaxis(a, axis, 1) for a in (y, dx, bn.jvp(given[2], saved))]
+        return saved.moments, tensors, [dgamma, dbeta]
+
+    moments, tensors, of_channels = results("strided", np.arange(12))
+    of_neighbours = results("contiguous", order)
+    assert moments == of_neighbours[0]
+    assert (moments.mean == bn.moments(x, num_groups=4, grouping="strided").mean).all() or axis == 3
+    for got, wanted in zip(tensors, of_neighbours[1], strict=True):
+        assert got[:, order].tobytes() == wanted.tobytes()
+    for got, wanted in zip(of_channels, of_neighbours[2], strict=True):
+        assert got[order].tobytes() == wanted.tobytes()
+
+
+def test_strided_groups_are_those_of_the_formula_of_mlx():
+    x = np.random.default_rng(6).normal(3, 1, (2, 5, 4, 6))  # channels last
+    y = bn.group_norm(x, 3, axis=-1, eps=1e-5, grouping="strided")[0]
+    groups = x.reshape(2, -1, 3)  # as MLX reshapes them
+    mean, var = groups.mean(1, keepdims=True), groups.var(1, keepdims=True)
+    assert_within("oracles", "float64", y, ((groups - mean) / np.sqrt(var + 1e-5)).reshape(x.shape), scale=3)
+
+
+def test_a_strided_layer_is_the_function_and_keeps_its_grouping():
+    x = np.random.default_rng(8).normal(1, 2, (3, 6, 5)).astype(np.float32)
+    layer = bn.GroupNorm(2, 6, grouping="strided")
+    assert repr(layer) == "GroupNorm(2, 6, axis=1, eps=1e-05, grouping='strided')"
+    assert layer(x).tobytes() == bn.group_norm(x, 2, layer.gamma, layer.beta, grouping="strided")[0].tobytes()
+    with pytest.raises(ValueError, match="grouping"):
+        bn.GroupNorm(2, 6).load_state_dict(layer.state_dict())
+    for convert in (bn.convert.to_torch, bn.convert.to_keras, bn.convert.to_flax, bn.convert.to_onnx):
+        with pytest.raises(ValueError, match=r"^the layer must have grouping='contiguous' for .*, got 'strided'$"):
+            convert(layer)
+
+
 def test_one_group_of_a_table_is_layer_normalization():
     x = np.random.default_rng(1).normal(5, 2, (6, 9))
     gamma, beta = np.linspace(-1, 2, 9), np.linspace(3, 4, 9)
@@ -221,6 +270,31 @@ X = np.ones((2, 6, 3))
             "batch must have statistics of channels, got those of groups of channels",
         ),
         (lambda: bn.group_norm(X, 2, np.ones(2)), ValueError, "gamma must have shape (6,), got (2,)"),
+        (
+            lambda: bn.group_norm(X, 2, grouping="mlx"),
+            ValueError,
+            "grouping must be 'contiguous' or 'strided', got 'mlx'",
+        ),
+        (
+            lambda: bn.GroupNorm(2, 6, grouping="mlx"),
+            ValueError,
+            "grouping must be 'contiguous' or 'strided', got 'mlx'",
+        ),
+        (
+            lambda: bn.moments(X, grouping="strided"),
+            ValueError,
+            "grouping must be None without num_groups, got 'strided'",
+        ),
+        (
+            lambda: bn.moments(X, axes=1, grouping="strided"),
+            ValueError,
+            "grouping must be None beside axes, of which each index of the others is by itself",
+        ),
+        (
+            lambda: bn.GroupNorm(2, 6, pytorch_compatible=False),
+            TypeError,
+            "grouping must be given instead of pytorch_compatible: write grouping='strided', got pytorch_compatible=False",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )

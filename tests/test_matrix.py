@@ -25,7 +25,7 @@ rng = np.random.default_rng(9)
 X, DY, V, RESIDUAL, X_DOT, RESIDUAL_DOT, V_RESIDUAL = (rng.normal(0.5, 1, SHAPE) for _ in range(7))
 GAMMA = np.array([1.5, -0.7, 0.4, 2.1])
 BETA, GAMMA_DOT, BETA_DOT, V_GAMMA, V_BETA, MEAN, MEAN_DOT = (rng.normal(size=CHANNELS) for _ in range(7))
-ALPHA, ALPHA_DOT = np.array([0.3, 1.0, -0.5, 1.7]), np.array([0.2, -1.0, 0.4, 0.7])
+ALPHA, ALPHA_DOT, V_ALPHA = np.array([[0.3, 1.0, -0.5, 1.7], [0.2, -1.0, 0.4, 0.7], [1.1, 0.6, -0.9, 0.3]])
 VAR, VAR_DOT = rng.uniform(0.5, 2, (2, CHANNELS))
 LENGTHS = np.array([4, 0, 2, 3, 4, 2, 4])
 MASK = rng.random((ROWS, STEPS)) < 0.7
@@ -66,8 +66,9 @@ def run(case, x=X, residual=RESIDUAL, laid=np.copy):
         options["residual"] = residual.astype(x.dtype)
     if case.statistics == "given":
         return bn.normalize(x, MEAN, VAR, GAMMA, BETA, save=True, **options)
-    if case.shares == "groups":
-        return bn.group_norm(x, GROUPS, GAMMA, BETA, **options)
+    if case.shares in matrix.GROUPS:
+        grouping = "contiguous" if case.shares == "groups" else "strided"
+        return bn.group_norm(x, GROUPS, GAMMA, BETA, grouping=grouping, **options)
     if case.shares == "graphs":
         return bn.graph_norm(x, GAMMA, BETA, ALPHA, segments=IDS, **options)
     if case.shares in matrix.LINES:
@@ -78,7 +79,7 @@ def run(case, x=X, residual=RESIDUAL, laid=np.copy):
 
 
 def width_of(case):
-    return {"groups": CHANNELS // GROUPS, "lines": CHANNELS, "lines about 0": CHANNELS}.get(case.shares, 1)
+    return CHANNELS // GROUPS if case.shares in matrix.GROUPS else CHANNELS if case.shares in matrix.LINES else 1
 
 
 def composed(case):
@@ -99,12 +100,14 @@ def composed(case):
         "ghosts": [slice(0, 4), slice(4, 7)],
         "instances": [slice(n, n + 1) for n in range(ROWS)],
         "groups": [slice(n, n + 1) for n in range(ROWS)],
+        "strided groups": [slice(n, n + 1) for n in range(ROWS)],
         "lines": lines,
         "lines about 0": lines,
     }[case.shares]
     given = (MEAN, VAR) if case.statistics == "given" else None
     of = reference.Composed(weights, case.padding, sets, EPS, given, relu="relu" in case.follows, width=width_of(case))
     of = of._replace(about_zero=case.shares == "lines about 0", alpha=ALPHA if case.shares == "graphs" else None)
+    of = of._replace(strided=case.shares == "strided groups")
     if case.statistics == "renorm":
         sigma = np.sqrt(VAR + EPS)
         r = [
@@ -118,13 +121,24 @@ def composed(case):
 
 
 def along(
-    case, x=X, gamma=GAMMA, *, x_dot=0, gamma_dot=0, beta_dot=0, residual_dot=0, mean_dot=0, var_dot=0, alpha_dot=0
+    case,
+    x=X,
+    gamma=GAMMA,
+    alpha=ALPHA,
+    *,
+    x_dot=0,
+    gamma_dot=0,
+    beta_dot=0,
+    residual_dot=0,
+    mean_dot=0,
+    var_dot=0,
+    alpha_dot=0,
 ):
     """Give the derivative of y along tangents, by a complex step."""
     of, residual = composed(case)
     h = 1e-100
     if of.alpha is not None:
-        of = of._replace(alpha=of.alpha + 1j * h * alpha_dot)
+        of = of._replace(alpha=alpha + 1j * h * alpha_dot)
     if of.given is not None:
         of = of._replace(given=(MEAN + 1j * h * mean_dot, VAR + 1j * h * var_dot))
     if case.follows in ("nothing", "relu"):
@@ -150,10 +164,11 @@ def test_the_forward_call_is_the_composition_of_its_steps(case):
     if case.statistics != "given":
         count, mean, var = (np.array(values) for values in zip(*of.statistics(X), strict=True))
         width = width_of(case)
+        first = slice(CHANNELS // width) if of.strided else slice(None, None, width)  # channels of groups
         assert_close(saved.moments.count, np.repeat(count, CHANNELS // width))
-        assert_close(saved.moments.mean, mean[:, ::width].ravel())
+        assert_close(saved.moments.mean, mean[:, first].ravel())
         nothing = np.repeat(count, CHANNELS // width) == 0
-        assert_close(np.where(nothing, 0, saved.moments.var()), var[:, ::width].ravel())
+        assert_close(np.where(nothing, 0, saved.moments.var()), var[:, first].ravel())
 
 
 @with_verb("backward")
@@ -193,6 +208,8 @@ def test_double_backward_differentiates_backward(case):
     tangents = {"x_dot": V, "gamma_dot": V_GAMMA, "beta_dot": V_BETA, "residual_dot": V_RESIDUAL}
     if "residual" in case.follows:
         vs["v_dresidual"] = V_RESIDUAL
+    if case.shares == "graphs":
+        vs["v_dalpha"] = tangents["alpha_dot"] = V_ALPHA
     got = bn.double_backward(V, DY, saved, **vs)
     assert_close(got.ddy, along(case, **tangents))
     h = 1e-5
@@ -205,6 +222,8 @@ def test_double_backward_differentiates_backward(case):
 
     assert_close((got.dx * X_DOT).sum(), difference(x=(X, X_DOT)), BY_DIFFERENCES)
     assert_close((got.dgamma * GAMMA_DOT).sum(), difference(gamma=(GAMMA, GAMMA_DOT)), BY_DIFFERENCES)
+    if case.shares == "graphs":
+        assert_close((got.dalpha * ALPHA_DOT).sum(), difference(alpha=(ALPHA, ALPHA_DOT)), BY_DIFFERENCES)
 
 
 @with_verb("halves")
@@ -215,8 +234,8 @@ def test_halves_have_the_bits_of_the_whole(case):
     }
     if case.shares == "instances":
         counted["ghost_size"] = 1
-    if case.shares == "groups":
-        counted["num_groups"] = GROUPS
+    if case.shares in matrix.GROUPS:
+        counted |= {"num_groups": GROUPS, "grouping": "contiguous" if case.shares == "groups" else "strided"}
     if case.shares in matrix.LINES:
         counted["axes"] = 1
     if case.shares == "graphs":

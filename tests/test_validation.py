@@ -1072,7 +1072,7 @@ X_AXIS = {"axis": 1, "eps": 1e-5}
 DEFAULTS = {
     bn.batch_norm: X_AXIS | {"keep": "x"},
     bn.instance_norm: X_AXIS | {"keep": "x"},
-    bn.group_norm: X_AXIS | {"keep": "x"},
+    bn.group_norm: X_AXIS | {"grouping": "contiguous", "keep": "x"},
     bn.graph_norm: X_AXIS | {"keep": "x"},
     bn.layer_norm: {"axes": -1, "eps": 1e-5, "keep": "x"},
     bn.rms_norm: {"axes": -1, "eps": 1e-6, "keep": "x"},

@@ -103,6 +103,7 @@ inline void named(const Groups& groups, Padding padding) {
   if (groups.about != About::mean && groups.about != About::zero) {
     fail("about must be mean or zero, got ", static_cast<int>(groups.about));
   }
+  if (groups.strided && groups.each_position) fail("strided must be false beside each_position, got true");
   if (padding != Padding::zero && padding != Padding::keep && padding != Padding::normalize) {
     fail("padding must be zero, keep or normalize, got ", static_cast<int>(padding));
   }

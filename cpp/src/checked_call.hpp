@@ -23,6 +23,7 @@ class CheckedCall {
       : call_(call),
         whole_{.problem = call.problem,
                .width = call.groups.width,
+               .strided = call.groups.strided,
                .each_position = call.groups.each_position,
                .about_zero = call.groups.about == About::zero,
                .alpha = call.groups.alpha,
@@ -197,7 +198,8 @@ class CheckedCall {
   [[nodiscard]] std::int64_t channels_at_once(int read_twice) const {
     const Problem& p = call_.problem;
     const auto segments = static_cast<std::int64_t>(call_.groups.offsets.size()) - 1;
-    if (read_twice == 0 || !whole_.is_grouped() || segments != p.outer || segments == 0) return p.channels;
+    if (read_twice == 0 || !whole_.is_grouped() || whole_.strided || segments != p.outer || segments == 0)
+      return p.channels;
     for (std::int64_t s = 0; s < segments; ++s) {
       if (call_.groups.offsets[static_cast<std::size_t>(s)] != s) return p.channels;
     }

@@ -46,22 +46,23 @@ Moments about(const Moments& m, double alpha) {
 // the mean, whose low part says where float64 values lie: merged one after another in two parts, cells of 14 x 14
 // values took a third of the time of training.
 template <class A>
-Moments merged(const Moments* cells, std::int64_t width) {
+Moments merged(const Moments* cells, std::int64_t width, std::int64_t step) {
   Moments all;
+  const std::int64_t end = width * step;
   if constexpr (sizeof(A) == sizeof(double)) {
-    for (std::int64_t c = 0; c < width; ++c) all = merge_moments(all, cells[c]);
+    for (std::int64_t c = 0; c < end; c += step) all = merge_moments(all, cells[c]);
     return all;
   }
   const double count = cells[0].count;
   if (count == 0) return all;
   DoubleDouble sum{};
-  for (std::int64_t c = 0; c < width; ++c) {
+  for (std::int64_t c = 0; c < end; c += step) {
     const DoubleDouble next = two_sum(sum.hi, cells[c].mean);
     sum = {next.hi, sum.lo + next.lo + cells[c].mean_lo};
   }
   const DoubleDouble mean = two_sum(sum.hi, sum.lo) / DoubleDouble{static_cast<double>(width), 0};
   double within = 0, between = 0;
-  for (std::int64_t c = 0; c < width; ++c) {
+  for (std::int64_t c = 0; c < end; c += step) {
     const double apart = (cells[c].mean - mean.hi) + (cells[c].mean_lo - mean.lo);
     within += cells[c].m2;
     between += apart * apart;
@@ -102,10 +103,12 @@ double Grouped<T>::alpha_of(std::int64_t c) const {
 template <class T>
 void Grouped<T>::share(const Moments* of_groups) {
   of_groups_ = of_groups;
-  for (std::int64_t c = 0; !measures() && c < cells_.problem.channels; ++c) {
-    const double alpha = alpha_of(c);
-    moments_[c] = of_groups[c / call_.width];
-    if (alpha != 1 && moments_[c].count > 0) moments_[c] = about(moments_[c], alpha);
+  for (std::int64_t g = 0; !measures() && g < groups(); ++g) {
+    for_channels_of(g, [&](std::int64_t c) {
+      const double alpha = alpha_of(c);
+      moments_[c] = of_groups[g];
+      if (alpha != 1 && moments_[c].count > 0) moments_[c] = about(moments_[c], alpha);
+    });
   }
 }
 
@@ -113,15 +116,15 @@ template <class T>
 void Grouped<T>::set_terms(const GradSums* of_cells) {
   using A = Arithmetic<T>;
   for (std::int64_t g = 0; !measures() && g < groups(); ++g) {
-    const std::int64_t first = g * call_.width;
+    const std::int64_t first = first_of(g);
     const auto m = MomentsOf<double>::at(moments_ + first);
     SumOfProducts<A> dy, dy_xmu;
-    for (std::int64_t c = first; c < first + call_.width; ++c) {
+    for_channels_of(g, [&](std::int64_t c) {
       const auto s = GradSumsOf<double>::at(of_cells + c);
       const double gamma = call_.gamma.value_or(c, 1);
       dy.add(gamma, s.dy);
       dy_xmu.add(gamma, centered_dot(m, s));
-    }
+    });
     GradSums terms;
     if (m.count > 0) {
       const DoubleDouble rstd = rstd_for<A>(m, call_.eps);
@@ -131,39 +134,39 @@ void Grouped<T>::set_terms(const GradSums* of_cells) {
       terms.sum_dy = -dy.mean(m.count, rstd, 1);
       if (alpha != 1) terms.sum_dy = alpha * (terms.sum_dy - terms.sum_dy_xmu * apart);
     }
-    std::fill_n(sums_ + first, call_.width, terms);
+    for_channels_of(g, [&](std::int64_t c) { sums_[c] = terms; });
   }
 }
 
 template <class T>
 void Grouped<T>::add_up_sums() {
   for (std::int64_t g = 0; !measures() && g < groups(); ++g) {
-    GradSums* of_group = sums_ + g * call_.width;
     DoubleDouble dy{}, dy_xmu{};
-    for (std::int64_t c = 0; c < call_.width; ++c) {
-      dy = dy + DoubleDouble{of_group[c].sum_dy, of_group[c].sum_dy_lo};
-      dy_xmu = dy_xmu + DoubleDouble{of_group[c].sum_dy_xmu, of_group[c].sum_dy_xmu_lo};
-    }
-    const double alpha = alpha_of(g * call_.width);
+    for_channels_of(g, [&](std::int64_t c) {
+      dy = dy + DoubleDouble{sums_[c].sum_dy, sums_[c].sum_dy_lo};
+      dy_xmu = dy_xmu + DoubleDouble{sums_[c].sum_dy_xmu, sums_[c].sum_dy_xmu_lo};
+    });
+    const double alpha = alpha_of(first_of(g));
     if (alpha != 1) {
       const DoubleDouble apart = DoubleDouble{1 - alpha, 0} * DoubleDouble{of_groups_[g].mean, of_groups_[g].mean_lo};
       dy = dy * DoubleDouble{alpha, 0};
       dy_xmu = dy_xmu - dy * apart;
     }
-    std::fill_n(of_group, call_.width, GradSums{dy.hi, dy.lo, dy_xmu.hi, dy_xmu.lo});
+    for_channels_of(g, [&](std::int64_t c) { sums_[c] = {dy.hi, dy.lo, dy_xmu.hi, dy_xmu.lo}; });
   }
 }
 
 template <class T>
 void Grouped<T>::put_parameters(const FirstOutputs<T>& out) const {
   using A = Arithmetic<T>;
-  DoubleDouble rstd{};
-  for (std::int64_t c = 0; !measures() && c < cells_.problem.channels; ++c) {
-    const auto m = MomentsOf<double>::at(moments_ + c);
-    const auto s = GradSumsOf<double>::at(sums_ + c);
-    if (c % call_.width == 0) rstd = m.count == 0 ? DoubleDouble{} : rstd_for<A>(m, call_.eps);
-    out.dgamma.set(c, dgamma_of<A>(m, s, rstd));
-    out.dbeta.set(c, dbeta_of(s));
+  for (std::int64_t g = 0; !measures() && g < groups(); ++g) {
+    const auto m = MomentsOf<double>::at(moments_ + first_of(g));
+    const DoubleDouble rstd = m.count == 0 ? DoubleDouble{} : rstd_for<A>(m, call_.eps);
+    for_channels_of(g, [&](std::int64_t c) {
+      const auto s = GradSumsOf<double>::at(sums_ + c);
+      out.dgamma.set(c, dgamma_of<A>(m, s, rstd));
+      out.dbeta.set(c, dbeta_of(s));
+    });
   }
 }
 
@@ -173,7 +176,7 @@ template <class T>
 void Grouped<T>::moments(const T* x, Moments* out) {
   Forward<T>{cells_}.moments(x, moments_);
   for (std::int64_t g = 0; !measures() && g < groups(); ++g) {
-    out[g] = merged<Arithmetic<T>>(moments_ + g * call_.width, call_.width);
+    out[g] = merged<Arithmetic<T>>(moments_ + first_of(g), call_.width, step());
   }
 }
 template <class T>

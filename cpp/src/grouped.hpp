@@ -1,5 +1,6 @@
-// Groups of neighbouring channels that share their statistics: what the passes give of channels is added up to groups,
-// and what a group has is given to each of its channels. Gamma, beta and their gradients stay those of the channels.
+// Groups of channels that share their statistics, neighbours or every so many: what the passes give of channels is
+// added up to groups, and what a group has is given to each of its channels. Gamma, beta and their gradients stay those
+// of the channels.
 //
 // With cells for the values of one channel (of a segment), n for those of a group, and xmu = x - mean:
 //     moments of the group = those of its cells, merged
@@ -39,6 +40,14 @@ class Grouped {
  private:
   [[nodiscard]] bool measures() const { return call_.options.needed != nullptr; }
   [[nodiscard]] std::int64_t groups() const { return cells_.problem.channels / call_.width; }
+  // Channels of group g: the first, then each `step` further on.
+  [[nodiscard]] std::int64_t first_of(std::int64_t g) const { return call_.strided ? g : g * call_.width; }
+  [[nodiscard]] std::int64_t step() const { return call_.strided ? groups() : 1; }
+  template <class F>
+  void for_channels_of(std::int64_t g, const F& f) const {
+    const std::int64_t first = first_of(g), by = step();
+    for (std::int64_t k = 0; k < call_.width; ++k) f(first + k * by);
+  }
 
   [[nodiscard]] double alpha_of(std::int64_t c) const;
   void share(const Moments* of_groups);

@@ -36,7 +36,8 @@ struct PassOptions {
 template <class T>
 struct PassCall {
   Problem problem;
-  std::int64_t width = 1;      // neighbouring channels that share their statistics (grouped.hpp)
+  std::int64_t width = 1;      // channels that share their statistics (grouped.hpp)
+  bool strided = false;        // whether these are not neighbours
   bool each_position = false;  // whether these are of each position by itself (positionwise.hpp)
   bool about_zero = false;     // whether the mean is taken to be 0
   ChannelValues alpha = {};    // or times this

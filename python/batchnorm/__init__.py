@@ -13,10 +13,10 @@ from batchnorm.moments import Moments, merge
 from batchnorm.moments import moments as moments
 from batchnorm.report import Finding, Report
 from batchnorm.running import Renorm, RenormSchedule, update_running
-from batchnorm.saved import Gradients, GradSums, GraphGradients, Saved, SecondGradients
+from batchnorm.saved import Gradients, GradSums, GraphGradients, GraphSecondGradients, Saved, SecondGradients
 
 __all__ = [
-    "BatchNorm", "Finding", "GradSums", "Gradients", "GraphGradients", "GraphNorm", "GroupNorm", "InstanceNorm", "LayerNorm", "Moments", "RMSNorm",
+    "BatchNorm", "Finding", "GradSums", "Gradients", "GraphGradients", "GraphNorm", "GraphSecondGradients", "GroupNorm", "InstanceNorm", "LayerNorm", "Moments", "RMSNorm",
     "Renorm", "RenormSchedule", "Report", "Saved", "SecondGradients", "Standardizer", "__version__", "active_isa", "available_isas", "backward", "batch_norm", "convert",
     "double_backward", "explain", "get_num_threads", "grad_input", "grad_sums", "graph_norm", "group_norm", "instance_norm",
     "jvp", "layer_norm", "merge", "moments", "normalize", "rms_norm", "set_num_threads", "show_config", "update_running",

@@ -17,9 +17,9 @@ _Gradients = TypeVar("_Gradients", bound=tuple[_Array | None, ...])
 __version__: str
 
 # (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits, each_position, about_zero,
-# alpha)
+# alpha, strided)
 _Call: TypeAlias = tuple[
-    _Sizes, _Maybe, int, _Maybe, int, _Maybe, _Maybe, float, _Maybe, bool, _Maybe, bool, bool, _Maybe
+    _Sizes, _Maybe, int, _Maybe, int, _Maybe, _Maybe, float, _Maybe, bool, _Maybe, bool, bool, _Maybe, bool
 ]  # fmt: skip
 
 def relu_mask_bytes(sizes: _Sizes) -> int: ...

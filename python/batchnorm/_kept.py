@@ -144,9 +144,9 @@ class Kept:
 
     def standard(self) -> Standard:
         """Give what makes x̂ of what was kept."""
-        given, times = self.statistics, self._saved.part.sums_an_entry
-        rstd = np.repeat(self._saved.rstd, times)
-        given = given if isinstance(given, tuple) else np.repeat(given, times, 0)
+        given, part = self.statistics, self._saved.part
+        rstd = part.spread(self._saved.rstd)
+        given = given if isinstance(given, tuple) else part.spread(given)
         count = None if isinstance(given, tuple) else given[:, 0]
         rest = np.zeros_like(rstd)
         if self._saved.y is not None:
@@ -157,9 +157,10 @@ class Kept:
         center, rest = (given[0], rest) if isinstance(given, tuple) else (given[:, 1], given[:, 2])
         if self._saved.part.about == "zero":
             center = rest = np.zeros_like(rstd)
+        mean = None
         if self.alpha is not None:
-            center, rest = self.alpha * center, self.alpha * rest
-        return Standard(count, center, rest, rstd, scale, rstd)
+            mean, center, rest = center, self.alpha * center, self.alpha * rest
+        return Standard(count, center, rest, rstd, scale, rstd, mean)
 
     def like_residual(self, name: str, a: Array | None) -> Array | None:
         """Give a tangent or gradient of the residual as a block; None for none."""

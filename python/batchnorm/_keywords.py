@@ -174,6 +174,8 @@ def _instead(name: str, value: object, known: list[str], kind: str, *, called: s
         return f"{here} must be given instead of {name}: write {write}"
     if here == "channels":
         return f"{name} must be left out: x tells its channels, along axis"
+    if name == "pytorch_compatible" and "grouping" in known:
+        return f"grouping must be given instead of {name}: write grouping={'contiguous' if value else 'strided'!r}"
     if name == "momentum":
         return _instead_of_momentum(value, "update_rate" in known)
     if here == "affine" and "gamma" in known and kind != _MAKING:

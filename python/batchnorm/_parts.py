@@ -20,6 +20,8 @@ _MOST_IDS, _MOST_IDS_A_ROW = 1024, 8
 
 About = Literal["mean", "zero"]
 ABOUTS: tuple[About, ...] = get_args(About)
+Grouping = Literal["contiguous", "strided"]
+GROUPINGS: tuple[Grouping, ...] = get_args(Grouping)
 
 
 class Part(NamedTuple):
@@ -33,12 +35,13 @@ class Part(NamedTuple):
     source : "mask", "weights" or "lengths": the argument that told the weights.
     weights_are : "counts", "importance" or None: what they are, where that was said.
     offsets : (S + 1,) int64 or None: segment s is rows offsets[s] to offsets[s + 1] - 1. None: all rows are one.
-    width : neighbouring channels that share statistics.
+    width : channels that share statistics.
     table : the moments of the call, whose count is the sum of the weights once the core has filled them.
     each_position : whether `width` channels of each position share statistics, and no two positions: of `layer_norm` and
         `rms_norm`, whose weights are 0 and 1.
     about : "mean" or "zero": what values are taken from, 0 in `rms_norm`.
     alpha : (C,) or None, what of the mean they are taken from, in `graph_norm`.
+    strided : whether channels that share statistics are not neighbours, but every (C/width)-th.
     """
 
     weights: Array | None = None
@@ -51,6 +54,7 @@ class Part(NamedTuple):
     each_position: bool = False
     about: About = "mean"
     alpha: Array | None = None
+    strided: bool = False
 
     def __repr__(self) -> str:
         return _validate.summary(self)
@@ -74,6 +78,13 @@ class Part(NamedTuple):
     def sums_an_entry(self) -> int:
         """How many sums of gradients there are to an entry of the moments."""
         return 1 if self.each_position else self.width
+
+    def spread(self, values: Array) -> Array:
+        """Give each channel, or sum of gradients, what its entry of the moments has: values (entries, ...)."""
+        if not self.strided:
+            return np.repeat(values, self.sums_an_entry, 0)
+        of_sets = values.reshape(self.sets, 1, -1, *values.shape[1:])
+        return np.repeat(of_sets, self.width, 1).reshape(-1, *values.shape[1:])
 
     def entries(self, layout: Layout) -> int:
         """How many entries moments have."""
@@ -108,6 +119,10 @@ class Part(NamedTuple):
             _validate.channel_values("saved.part.alpha", self.alpha, channels)
         if self.each_position and self.offsets is not None:
             raise ValueError("saved.part.offsets must be None where each position has statistics of its own")
+        if type(self.strided) is not bool or (self.strided and self.each_position):
+            raise ValueError(
+                f"saved.part.strided must be True or False, and False beside each_position, got {self.strided!r}"
+            )
         offsets = self.offsets
         if offsets is not None and not (
             offsets.dtype == np.int64 and offsets.ndim == 1 and offsets.size > 0
@@ -139,7 +154,7 @@ class Part(NamedTuple):
         """Give the sum of the weights of each set and channel."""
         outer, channels, inner = layout.sizes
         if self.table is not None:
-            return np.repeat(self.table[:, 0], self.sums_an_entry)
+            return self.spread(self.table[:, 0])
         assert self.weights is None
         if self.each_position:
             return np.full(self.entries(layout), float(self.width))
@@ -152,7 +167,8 @@ class Part(NamedTuple):
         # By given statistics weights say no more than where there is padding.
         weights = None if given and self.padding == "normalize" else self.weights
         call = Call(layout.sizes, offsets, self.width, weights, PADDINGS.index(self.padding), scale, shift, eps)
-        return call._replace(each_position=self.each_position, about_zero=self.about == "zero", alpha=self.alpha)
+        call = call._replace(each_position=self.each_position, about_zero=self.about == "zero")
+        return call._replace(alpha=self.alpha, strided=self.strided)
 
     def in_outer(self, layout: Layout) -> NDArray[np.int64]:
         """Give the offsets in steps of the core's outer size, which may take several to a row."""
@@ -195,7 +211,8 @@ def importance_dof(weights: Array, times: int) -> float:
 def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]:
     """Give how `x` lies, and what the options of a call count of it, checked.
 
-    given : mask, weights, lengths, segments, ghost_size, num_groups, padding, weights_are, about, where a call has them;
+    given : mask, weights, lengths, segments, ghost_size, num_groups, grouping, padding, weights_are, about, where a call
+        has them;
         `axis` is >= 0; of several axes each position, of the others, has statistics of its own.
     """
     told = [name for name in ("mask", "weights", "lengths") if given.get(name) is not None]
@@ -221,6 +238,11 @@ def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]
         if offsets is not None:
             raise ValueError("segments and ghost_size must be None beside num_groups, which are of each sample")
         offsets, width = np.arange(len(x) + 1, dtype=np.int64), width_of_groups(x, axis, given["num_groups"])
+    grouping = given.get("grouping")
+    if grouping is not None:
+        _validate.choice("grouping", grouping, GROUPINGS)
+        if given.get("num_groups") is None:
+            raise ValueError(f"grouping must be None without num_groups, got {grouping!r}")
     layout = Layout.of(x, axis, by_rows=offsets is not None)
     each = isinstance(axis, tuple)
     if each:
@@ -231,6 +253,7 @@ def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]
         "each_position": each,
         "about": given.get("about", "mean"),
         "alpha": given.get("alpha"),
+        "strided": grouping == "strided",
     }
     if not told:
         is_all = offsets is None and not each and shared["alpha"] is None

@@ -70,7 +70,7 @@ class Call(NamedTuple):
     ----------
     sizes : (outer, channels, inner).
     offsets : (S + 1,) steps of outer, or None for one set.
-    width : neighbouring channels that share statistics.
+    width : channels that share statistics, neighbours where they are not `strided`.
     weights : (outer·inner,) or None.
     padding : what y is where a weight is 0, by its place in `PADDINGS`.
     scale, shift : (C,) or (S·C,) or None, what y = x̂·scale + shift has.
@@ -80,6 +80,7 @@ class Call(NamedTuple):
     each_position : whether `width` channels of each position share statistics, and no two positions.
     about_zero : whether the mean is taken to be 0.
     alpha : (C,) or None, what the mean is times.
+    strided : whether group g of G = C/width is channels g, g + G, g + 2·G and so on.
     """
 
     sizes: Sizes
@@ -96,6 +97,7 @@ class Call(NamedTuple):
     each_position: bool = False
     about_zero: bool = False
     alpha: Array | None = None
+    strided: bool = False
 
     def counted(self) -> NDArray[np.bool] | None:
         """Tell where y comes from the formula, (outer, 1, inner); None where it does everywhere."""
@@ -138,7 +140,7 @@ def combine(to: Array, a: PerChannel | None, x: PerChannel, b: PerChannel | None
 class Standard(NamedTuple):
     """What makes x̂ of what was kept: ((x - center) - rest)·factor; and the scale and rstd of y. All (S·C,).
 
-    `total` is the sum of the weights, None where statistics were given.
+    `total` is the sum of the weights, None where statistics were given; `mean` that of the values, where alpha is times it.
     """
 
     total: PerChannel | None
@@ -147,6 +149,7 @@ class Standard(NamedTuple):
     factor: PerChannel
     scale: PerChannel
     rstd: PerChannel
+    mean: PerChannel | None = None
 
 
 class Second(NamedTuple):
@@ -168,13 +171,15 @@ def double_backward_by_formula(
     standard: Standard,
     v_scale: Array | None,
     v_shift: Array | None,
-) -> PerChannel:
-    """Write the gradients of gradients, computed in float64, and give that of scale, (S·C,).
+    v_alpha: Array | None = None,
+) -> tuple[PerChannel, PerChannel]:
+    """Write the gradients of gradients, computed in float64, and give those of scale and alpha, (S·C,).
 
     `stopped` tells where ReLU let no gradient through. With h = scale·g, p = w/W, S = sum(h), D = sum(h·x̂), V = sum(p·v),
     A = sum(p·v·x̂) over what shares statistics, dx = rstd·(h - p·(S + D·x̂)) and sum(v·dx) = rstd·(sum(v·h) - V·S - A·D);
-    differentiated by g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)). About alpha times the mean, v - alpha·V
-    stands for v, and what is had by x - alpha·mean is that by x less alpha·p times its sum.
+    differentiated by g and x, with drstd/dx = -rstd²·p·x̂ and dx̂ = rstd·(dx - p·(...)). About alpha times the mean, the
+    tangent o' = v - alpha·V - v_alpha·mean of o = x - alpha·mean stands for v; what is had by o is that by x less alpha·p times
+    its sum, and with the gradient by o', g' = rstd·(h - p·D·x̂), of alpha -mean·sum(by o) - V·sum(g').
     """
     outer, channels, inner = call.sizes
     x, v, g, *to = tensors
@@ -184,9 +189,11 @@ def double_backward_by_formula(
     if call.weights is not None:
         weights = call.weights.reshape(outer, 1, inner)
     offsets = np.array([0, outer]) if call.offsets is None else call.offsets
-    count, center, rest, factor, scale, rstd = standard
-    of_scale = [np.zeros(len(scale)) if a is None else np.resize(a, len(scale)) for a in (v_scale, v_shift)]
-    by_scale = np.zeros(len(scale))
+    count, center, rest, factor, scale, rstd, mean = standard
+    of_scale = [
+        np.zeros(len(scale)) if a is None else np.resize(a, len(scale)) for a in (v_scale, v_shift, v_alpha, mean)
+    ]
+    by_scale, by_alpha = np.zeros(len(scale)), np.zeros(len(scale))
     for s, (a, b) in enumerate(pairwise(offsets)):
         if a == b:
             continue
@@ -205,7 +212,8 @@ def double_backward_by_formula(
         rows = Second(*(None if t is None else t[a:b] for t in (x, v, g, ddy, dx)))  # type: ignore[arg-type]
         of_set = [laid(values) for values in (center, rest, factor, rstd)]
         of_set += [values[at].reshape(-1, 1) for values in (scale, *of_scale)]
-        by_scale[at] = _of_set(rows, call, None if counted is None else counted[a:b], share, *of_set)
+        here = None if counted is None else counted[a:b]
+        by_scale[at], by_alpha[at] = _of_set(rows, call, here, share, *of_set)
     if ddy is not None:
         if v_dresidual is not None:
             ddy += v_dresidual
@@ -216,13 +224,14 @@ def double_backward_by_formula(
     for block, values in zip(to, (ddy, dx), strict=True):
         if block is not None:
             block[...] = values
-    return by_scale
+    return by_scale, by_alpha
 
 
 def _of_set(
     tensors: Second, call: Call, counted: NDArray[np.bool] | None, share: Any,
     center: PerChannel, rest: PerChannel, factor: PerChannel, rstd: PerChannel, scale: PerChannel, w: Array, lift: Array,
-) -> PerChannel:  # fmt: skip
+    v_alpha: Array, mean: PerChannel,
+) -> tuple[PerChannel, PerChannel]:  # fmt: skip
     v, g = tensors.v.astype(np.float64), tensors.g.astype(np.float64)
     xhat = ((tensors.x.astype(np.float64) - center) - rest) * factor
     if counted is not None:
@@ -231,22 +240,34 @@ def _of_set(
     def total(values: Array) -> Array:
         """Of each channel, those of its group added up."""
         outer, channels, inner = values.shape
-        of_groups = values.reshape(outer, channels // call.width, call.width, inner)
-        axes = (2,) if call.each_position else (0, 2, 3)
-        return np.repeat(np.sum(of_groups, axes, keepdims=True)[:, :, 0], call.width, 1)
+        groups, members = channels // call.width, 1 if call.strided else 2
+        of_groups = values.reshape(outer, *((call.width, groups) if call.strided else (groups, call.width)), inner)
+        axes = (2,) if call.each_position else (0, members, 3)
+        sums = np.sum(of_groups, axes, keepdims=True)
+        ends = sums.shape[0], sums.shape[3]
+        return np.broadcast_to(sums, (ends[0], *of_groups.shape[1:3], ends[1])).reshape(ends[0], channels, ends[1])
 
     alpha: Any = 0.0 if call.about_zero else 1.0 if call.alpha is None else call.alpha.reshape(-1, 1)
     h = scale * g
-    v = v - alpha * total(share * v + 0 * v)
+    mean_v = total(share * v + 0 * v)
+    v = v - alpha * mean_v - v_alpha * mean
     along_v, along_h = total(share * v * xhat), total(h * xhat)
     turned_v = v - along_v * xhat
     if tensors.ddy is not None:
         tensors.ddy[...] = scale * rstd * turned_v + w * xhat + lift
-    if tensors.dx is not None:
+    by_scale: PerChannel = np.sum(rstd * g * turned_v, (0, 2))
+    by_alpha = np.zeros(len(by_scale))
+    if tensors.dx is not None or call.alpha is not None:
         inner = total(v * h) - along_v * along_h
         of_xhat = w * g - rstd * (along_v * h + along_h * share * v)  # the gradient by x̂
         pulled = of_xhat - share * total(of_xhat * xhat) * xhat
         of_centered = rstd * (pulled - share * rstd * inner * xhat)
-        tensors.dx[...] = of_centered - alpha * share * total(of_centered)
-    by_scale: PerChannel = np.sum(rstd * g * turned_v, (0, 2))
-    return by_scale
+        whole = total(of_centered)
+        if tensors.dx is not None:
+            tensors.dx[...] = of_centered - alpha * share * whole
+    if call.alpha is not None:
+        of_tangent = total(rstd * (h - share * along_h * xhat))
+        by_alpha = -(mean * whole + mean_v * of_tangent).ravel()
+        if tensors.dx is not None:
+            tensors.dx[...] -= v_alpha * share * of_tangent
+    return by_scale, by_alpha

@@ -7,6 +7,7 @@ same, and every option and verb of `batch_norm` goes with them.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Unpack
 
 import numpy as np
@@ -14,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import Array
-from batchnorm._parts import About, require_values_of_samples, width_of_groups
+from batchnorm._parts import GROUPINGS, About, Grouping, require_values_of_samples, width_of_groups
 from batchnorm._validate import WeightsAre
 from batchnorm.forward import Options, normalized_by_batch, ordinary_saved, same
 from batchnorm.saved import Saved
@@ -79,13 +80,14 @@ def group_norm(
     gamma: ArrayLike | None = None,
     beta: ArrayLike | None = None,
     *,
+    grouping: Grouping = "contiguous",
     axis: int = 1,
     eps: float = 1e-5,
     out: Array | None = None,
     num_threads: int | None = None,
     **options: Unpack[Options],
 ) -> tuple[Array, Saved]:
-    """Normalize groups of neighbouring channels of each sample of `x` by their own statistics.
+    """Normalize groups of channels of each sample of `x` by their own statistics.
 
     y = (x - mean)/√(var + eps)·gamma + beta, with the mean and biased variance of the m values of a sample's C/num_groups
     channels, and gamma and beta of each channel. With ``num_groups=1`` that is layer normalization over channels and
@@ -95,7 +97,10 @@ def group_norm(
     Parameters
     ----------
     x, gamma, beta, axis, eps, out, num_threads : as in `batch_norm`; the channel axis is not axis 0.
-    num_groups : int >= 1 that divides C: group g holds channels g·C/num_groups to (g + 1)·C/num_groups - 1.
+    num_groups : int >= 1 that divides C.
+    grouping : "contiguous": group g is the neighbours g·C/num_groups to (g + 1)·C/num_groups - 1, as nearly everywhere.
+        "strided": channels g, g + num_groups, g + 2·num_groups and so on, as in MLX where pytorch_compatible=False, its
+        default.
     mask, weights, lengths, padding, residual, activation : as in `batch_norm`.
     keep : "x" or None, as in `batch_norm`; "y" only where each channel is a group.
 
@@ -116,14 +121,16 @@ def group_norm(
     """
     if options:
         _keywords.no_options("group_norm", options)
-    if type(num_groups) is int and num_groups > 0:
+    _validate.choice("grouping", grouping, GROUPINGS)
+    if type(num_groups) is int and num_groups > 0 and grouping == "contiguous":
         done = _core.try_batch_norm(
             ordinary_saved, x, gamma, beta, axis, eps, out, num_threads, options or None, num_groups
         )
         if done is not None:
             return done
     x = _validate.array("x", x)
-    return _normalized_by_groups(x, num_groups, gamma, beta, axis, eps, options, out, num_threads)
+    told = {**options, "grouping": grouping}
+    return _normalized_by_groups(x, num_groups, gamma, beta, axis, eps, told, out, num_threads)
 
 
 @_keywords.options(GraphOptions, keep="x")
@@ -159,7 +166,7 @@ def graph_norm(
     -------
     y : shape, dtype and memory order of `x`; `out` where given. The bounds of `batch_norm`, of o in the place of x - mean.
     saved : Saved, as of `batch_norm`; ``saved.moments`` are those of the values, about their mean. `backward` gives dalpha
-        too, and `jvp` takes alpha_dot; `double_backward` takes alpha as a constant.
+        too, `jvp` takes alpha_dot, `double_backward` v_dalpha.
 
     Errors, memory and threads are those of `batch_norm` with segments.
 
@@ -187,7 +194,7 @@ def graph_norm(
 
 def _normalized_by_groups(
     x: Array, num_groups: int, gamma: ArrayLike | None, beta: ArrayLike | None, axis: int, eps: float,
-    options: Options, *rest: Any,
+    options: Mapping[str, Any], *rest: Any,
 ) -> tuple[Array, Saved]:  # fmt: skip
     at = _validate.axis(axis, x.ndim)
     width = width_of_groups(x, at, num_groups)

@@ -25,7 +25,7 @@ from batchnorm._parts import ABOUTS, Part
 from batchnorm._passes import ReluMask
 from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
-from batchnorm.saved import Gradients, GradSums, GraphGradients, Saved, SecondGradients
+from batchnorm.saved import Gradients, GradSums, GraphGradients, GraphSecondGradients, Saved, SecondGradients
 
 Outputs = tuple[Array | None, Array | None]
 Gradient = Literal["x", "gamma", "beta", "residual"]
@@ -94,7 +94,7 @@ def backward(
         part, axis = saved.part, saved.axis[0] if isinstance(saved.axis, tuple) else saved.axis
         rest, done = (saved.gamma, axis, saved.eps, needs, out, num_threads), None
         if isinstance(saved.moments, Moments):
-            if saved.renorm is None:
+            if saved.renorm is None and not part.strided:
                 bits = None if saved.relu is None else saved.relu.data
                 about = 0 if not part.each_position else 1 if part.about == "mean" else 2
                 how = (part.weights, _PADDING[part.padding], bits, saved.has_residual, part.offsets, part.width, about)
@@ -198,7 +198,7 @@ def grad_input(
     dy = _validate.array_like("dy", dy, of.x)
     if out is not None:
         _validate.output(out, of.x, {"dy": dy, "x": of.x}, of.apart)
-    if not np.array_equal(sums.count, np.repeat(moments[:, 0], saved.part.sums_an_entry)):
+    if not np.array_equal(sums.count, saved.part.spread(moments[:, 0])):
         raise ValueError("sums must count the values that saved.moments count, got others")
     dx = Target(of.layout, of.x, out)
     _core.grad_input(of.layout.block(dy), of.block, of.call, moments, sums._table, dx.block, None, of.threads)
@@ -290,11 +290,12 @@ def double_backward(
     v_dgamma: ArrayLike | None = None,
     v_dbeta: ArrayLike | None = None,
     v_dresidual: Array | None = None,
+    v_dalpha: ArrayLike | None = None,
     needs: Iterable[SecondGradient] = _SECOND,
     out: Outputs | None = None,
     num_threads: int | None = None,
 ) -> SecondGradients:
-    """Gradients of the gradients that `backward` gives, by dy, x and gamma.
+    """Gradients of the gradients that `backward` gives, by dy, x and gamma (and alpha).
 
     Of sum(v·dx) + sum(w·dgamma) + sum(v_dbeta·dbeta), v = v_dx and w = v_dgamma being the gradients of a loss by dx and
     dgamma. With v0 = v - mean(v), g0 = dy - mean(dy), a = mean(v·x̂), b = mean(dy·x̂), c = mean(v0·g0) and m values that
@@ -321,6 +322,7 @@ def double_backward(
     dy, saved : what `backward` was given.
     v_dgamma, v_dbeta : (C,) of any floating or integer dtype, or None for 0.
     v_dresidual : gradient by dresidual: shape and dtype of x, or None for 0.
+    v_dalpha : gradient by dalpha in `graph_norm`, (C,), or None for 0.
     needs : which of "dy", "x", "gamma" to compute.
     out : where to put (ddy, dx), either of which may be None. Each may be `v_dx`, `dy` or x itself, must not overlap
         them, or each other, otherwise.
@@ -328,7 +330,7 @@ def double_backward(
 
     Returns
     -------
-    SecondGradients(ddy, dx, dgamma): ddy and dx like x; dgamma (C,) in the dtype of gamma (float64 where that is
+    SecondGradients(ddy, dx, dgamma), of `graph_norm` GraphSecondGradients, which has dalpha too: ddy and dx like x; dgamma (C,) in the dtype of gamma (float64 where that is
     None); None where not asked for. Of the sum of its absolute terms, ddy is within 5·2⁻²⁴ (float32), dx and dgamma
     within 2·2⁻²⁴.
 
@@ -347,14 +349,20 @@ def double_backward(
     v_dx = None if v_dx is None else _validate.array_like("v_dx", v_dx, of.x)
     need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)
     v_scale, v_shift = of.channel_values("v_dgamma", v_dgamma), of.channel_values("v_dbeta", v_dbeta)
+    v_alpha = of.channel_values("v_dalpha", v_dalpha)
+    if v_alpha is not None and of.alpha is None:
+        raise ValueError("v_dalpha must be None where there was no alpha, as graph_norm has")
     added = of.like_residual("v_dresidual", v_dresidual)
     inputs = {name: a for name, a in (("v_dx", v_dx), ("dy", dy), ("x", of.x)) if a is not None}
-    apart = of.apart | {"v_dgamma": v_scale, "v_dbeta": v_shift}
+    apart = of.apart | {"v_dgamma": v_scale, "v_dbeta": v_shift, "v_dalpha": v_alpha}
     out_dy, out_x = _validate.two_outputs(out, of.x, inputs, apart, "ddy, dx")
     layout, call = of.layout, of.call
     ddy, dx = Target(layout, of.x, out_dy, need_dy), Target(layout, of.x, out_x, need_x)
     dgamma = of.room(need_gamma)
-    results = SecondGradients(ddy.array, dx.array, dgamma)
+    results, dalpha = SecondGradients(ddy.array, dx.array, dgamma), None
+    if of.alpha is not None:
+        results = GraphSecondGradients(*results)
+        dalpha = np.empty(of.channels, _validate.float_dtype(saved.part.alpha)) if need_gamma else None
     v = np.zeros(layout.sizes, of.x.dtype) if v_dx is None else layout.block(v_dx)
     to_dy = ddy.block
     if out_dy is not None and need_x and any(_validate.overlap(out_dy, a) for a in inputs.values()):
@@ -375,13 +383,19 @@ def double_backward(
         _core.double_backward(v, second.g, of.block, call, of.statistics, *to)
     else:
         stopped = None if saved.relu is None else ~saved.relu.block()
-        dscale = _passes.double_backward_by_formula(call, second, stopped, added, of.standard(), *by_channel)
+        of_sets = *by_channel, v_alpha
+        dscale, of_alpha = _passes.double_backward_by_formula(call, second, stopped, added, of.standard(), *of_sets)
+        if dalpha is not None:
+            _passes.combine(dalpha, None, of_alpha, None, None)
     if to_dy is not ddy.block:
         ddy.block[...] = to_dy
     of.sum_up(results, of.r, dscale, None)
     ddy.deliver()
     dx.deliver()
-    return of.rounded(results)
+    given = of.rounded(results)
+    if isinstance(given, GraphSecondGradients):
+        given.dalpha = dalpha
+    return given
 
 
 def _is_ordinary(saved: Saved) -> bool:

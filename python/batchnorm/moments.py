@@ -11,6 +11,7 @@ from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _parts, _validate
 from batchnorm._arrays import Array, PerChannel
+from batchnorm._parts import Grouping
 from batchnorm._validate import WeightsAre
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
@@ -281,6 +282,7 @@ class Counts(_keywords.Counts, total=False):
 
     ghost_size: int | None
     num_groups: int | None
+    grouping: Grouping | None
     axes: int | tuple[int, ...] | None
     weights_are: WeightsAre | None
 
@@ -303,8 +305,9 @@ def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts:
         `batch_norm`. With weights w: count = sum(w), mean = sum(w·x)/count, m2 = sum(w·(x - mean)²); the unbiased
         variance needs ``.var(1, weights_are=...)``, which says what they are. With segments and ghosts, one entry for
         each and channel, segment first: ``.split(C)``.
-    num_groups : int that divides C, or None: of each sample (index of axis 0) and group of C/num_groups neighbouring
-        channels, sample first, as in `group_norm`.
+    num_groups : int that divides C, or None: of each sample (index of axis 0) and group of C/num_groups channels, sample
+        first, as in `group_norm`.
+    grouping : "contiguous" (what None is), or "strided", of num_groups, as in `group_norm`.
     axes : in the place of `axis` the axes to sum over, or None: an entry for each index of the others, in the order of
         memory, as in `layer_norm`.
     num_threads : threads to use at most; None: `set_num_threads`, else OMP_NUM_THREADS, else all. Same bits for any.
@@ -327,7 +330,7 @@ def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts:
 
     x = _validate.array("x", x)
     threads, axes = _validate.num_threads(num_threads), parts.get("axes")
-    shared = [n for n in ("segments", "ghost_size", "num_groups") if parts.get(n) is not None]
+    shared = [n for n in ("segments", "ghost_size", "num_groups", "grouping") if parts.get(n) is not None]
     if axes is not None and shared:
         raise ValueError(f"{shared[0]} must be None beside axes, of which each index of the others is by itself")
     at = _validate.axis(axis, x.ndim) if axes is None else _validate.axes(axes, x.ndim)

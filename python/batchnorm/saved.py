@@ -134,24 +134,27 @@ class Gradients(NamedTuple):
         return _validate.summary(self)
 
 
-class GraphGradients(Gradients):
-    """Those of `graph_norm`: the same, and `dalpha`, (C,), float64 for an alpha of float64, else float32.
-
-    None where that of gamma is not asked for. Beside the four, not among them: as a tuple it has four entries too.
-    """
+class _BesideAlpha:
+    """What has dalpha beside the entries of a tuple."""
 
     dalpha: Array | MaybeNone = None
 
     def _replace(self, **fields: Any) -> Self:
         """Return one of which these fields, or dalpha, are others."""
         dalpha = fields.pop("dalpha", self.dalpha)
-        new = super()._replace(**fields)
+        new: Self = super()._replace(**fields)  # type: ignore[misc]
         new.dalpha = dalpha
         return new
 
     def __repr__(self) -> str:
-        others = super().__repr__()
-        return f"{others[:-1]}, dalpha={_validate.shown(self.dalpha)})"
+        return f"{super().__repr__()[:-1]}, dalpha={_validate.shown(self.dalpha)})"
+
+
+class GraphGradients(_BesideAlpha, Gradients):
+    """Those of `graph_norm`: the same, and `dalpha`, (C,), float64 for an alpha of float64, else float32.
+
+    None where that of gamma is not asked for. Beside the four, not among them: as a tuple it has four entries too.
+    """
 
 
 class SecondGradients(NamedTuple):
@@ -166,6 +169,10 @@ class SecondGradients(NamedTuple):
 
     def __repr__(self) -> str:
         return _validate.summary(self)
+
+
+class GraphSecondGradients(_BesideAlpha, SecondGradients):
+    """Those of `graph_norm`: the same, and `dalpha`, (C,), as in `GraphGradients`; as a tuple it has three entries too."""
 
 
 class GradSums:

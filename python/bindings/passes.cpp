@@ -1,7 +1,7 @@
 // The passes, each as one function of a call. As module.cpp: views in, GIL released, core called.
 //
 // A call comes as a tuple (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits,
-// each_position, about_zero, alpha); what is absent is None.
+// each_position, about_zero, alpha, strided); what is absent is None.
 #include <pybind11/stl.h>
 
 #include <optional>
@@ -40,7 +40,7 @@ std::span<const T> plain_values(const py::object& a, const char* name) {
 class GivenCall {
  public:
   explicit GivenCall(const py::tuple& call) : call_(call) {
-    if (call.size() != 14) throw py::value_error("a call must have 14 entries");
+    if (call.size() != 15) throw py::value_error("a call must have 15 entries");
     const auto sizes = call[0].cast<Sizes>();
     problem_ = problem_of(sizes);
     offsets_ = plain_values<std::int64_t>(call[1], "offsets");
@@ -55,6 +55,7 @@ class GivenCall {
     each_position_ = call[11].cast<bool>();
     about_ = call[12].cast<bool>() ? About::zero : About::mean;
     alpha_ = channel_values(call[13], "alpha");
+    strided_ = call[14].cast<bool>();
     const auto bits = plain_values<std::uint8_t>(call[10], "bits");
     // Made for the call by Python, which may not write to them itself.
     bits_ = {const_cast<std::uint8_t*>(bits.data()), bits.size()};
@@ -64,7 +65,7 @@ class GivenCall {
   [[nodiscard]] Call<T> as() const {
     using W = typename detail::WeightType<T>::type;
     return {.problem = problem_,
-            .groups = {offsets_, width_, each_position_, about_, alpha_},
+            .groups = {offsets_, width_, each_position_, about_, alpha_, strided_},
             .counted = {plain_values<W>(call_[3], "weights"), padding_},
             .gamma = gamma_,
             .beta = beta_,
@@ -80,7 +81,7 @@ class GivenCall {
   ChannelValues gamma_, beta_;
   double eps_;
   Padding padding_;
-  bool relu_, each_position_;
+  bool relu_, each_position_, strided_;
   About about_;
   ChannelValues alpha_;
   std::span<std::uint8_t> bits_;

@@ -110,6 +110,7 @@ struct Inputs {
   std::int64_t width = 1;  // channels that share statistics
   bool each_position = false, about_zero = false;
   std::span<const double> alpha = {};  // per channel
+  bool strided = false;                // whether these channels are not neighbours
 
   [[nodiscard]] std::size_t groups() const {
     if (each_position) return static_cast<std::size_t>(problem.count());
@@ -118,6 +119,12 @@ struct Inputs {
   [[nodiscard]] std::size_t channels() const { return static_cast<std::size_t>(problem.channels); }
   // Entries of statistics.
   [[nodiscard]] std::size_t entries() const { return groups() * channels() / static_cast<std::size_t>(width); }
+  // The channels of an entry of a group: the first, and from each to the next.
+  [[nodiscard]] std::size_t lines() const { return channels() / static_cast<std::size_t>(width); }
+  [[nodiscard]] std::size_t first_of(std::size_t line) const {
+    return strided ? line : line * static_cast<std::size_t>(width);
+  }
+  [[nodiscard]] std::size_t step() const { return strided ? lines() : 1; }
   // The place of gamma of a channel of a group.
   [[nodiscard]] std::size_t of_gamma(std::size_t group, std::size_t c) const {
     return gamma.size() == channels() ? c : group * channels() + c;
@@ -143,6 +150,7 @@ Inputs<T> inputs_of(const Tensors<T>& t, const Combination& c) {
   if (c.counting != Counting::none) in.weights = c.counting == Counting::mask ? t.mask : t.weights;
   const std::int64_t channels = b.problem.channels;
   if (c.statistics == Statistics::groups) in.width = channels % 2 == 0 ? channels / 2 : channels;
+  in.strided = in.width > 1 && c.relu;
   if (c.statistics == Statistics::graphs) in.alpha = b.mean;
   if (c.statistics == Statistics::segments || c.statistics == Statistics::groups ||
       c.statistics == Statistics::graphs) {
@@ -225,7 +233,7 @@ Found<T> run(const Inputs<T>& in, const How& how = {}) {
   std::vector<std::uint8_t> bits(in.relu ? static_cast<std::size_t>(relu_mask_bytes(in.problem)) : 0, 0xa5);
   const Call<T> call{.problem = in.problem,
                      .groups = {in.offsets, in.width, in.each_position, in.about_zero ? About::zero : About::mean,
-                                in.alpha.empty() ? ChannelValues{} : ChannelValues(in.alpha)},
+                                in.alpha.empty() ? ChannelValues{} : ChannelValues(in.alpha), in.strided},
                      .counted = {in.weights, in.padding},
                      .gamma = in.gamma,
                      .beta = in.beta,
@@ -411,17 +419,14 @@ class Line {
   using R = Real<T>;
 
  public:
-  Line(const Inputs<T>& in, const Found<T>& found, std::size_t group, std::size_t first, const std::string& what)
-      : in_(in),
-        f_(found),
-        c_(first),
-        entry_((group * in.channels() + first) / static_cast<std::size_t>(in.width)),
-        what_(what) {
+  Line(const Inputs<T>& in, const Found<T>& found, std::size_t group, std::size_t line, const std::string& what)
+      : in_(in), f_(found), c_(in.first_of(line)), entry_(group * in.lines() + line), what_(what) {
     const Problem& p = in.problem;
-    if (in.each_position) add_position(group, first);
+    if (in.each_position) add_position(group, c_);
     const std::int64_t begin = in.offsets.empty() ? 0 : in.offsets[group];
     const std::int64_t end = in.each_position ? begin : in.offsets.empty() ? p.outer : in.offsets[group + 1];
-    for (std::size_t c = first; c < first + static_cast<std::size_t>(in.width); ++c) {
+    for (std::size_t k = 0; k < static_cast<std::size_t>(in.width); ++k) {
+      const std::size_t c = c_ + k * in.step();
       for (std::int64_t o = begin; o < end; ++o) {
         for (std::int64_t i = 0; i < p.inner; ++i)
           add(static_cast<std::size_t>((o * p.channels) * p.inner + i) + c * static_cast<std::size_t>(p.inner),
@@ -489,7 +494,8 @@ class Line {
         parameters[parameter_[k]][s] += terms[s];
         sums_[s] += (s < 2 ? gamma_[k] : std::abs(gamma_[k])) * terms[s];
       }
-      parameters[parameter_[k]][4] += std::abs(dy_[k] * mean_ * rstd_);
+      // A mean that cancels between channels of unlike size is off by a part of std, whose product with rstd is 1.
+      parameters[parameter_[k]][4] += std::abs(dy_[k]) * (std::abs(mean_) * rstd_ + (in_.strided ? 1 : 0));
     }
   }
   // The mean may cancel: within std too.
@@ -600,9 +606,7 @@ template <class T>
 void expect_definition(const Inputs<T>& in, const Found<T>& found, const std::string& what) {
   std::vector<std::array<Real<T>, 5>> parameters(in.gamma.size());
   for (std::size_t group = 0; group < in.groups(); ++group) {
-    for (std::size_t c = 0; c < in.channels(); c += static_cast<std::size_t>(in.width)) {
-      Line<T>(in, found, group, c, what).expect(parameters);
-    }
+    for (std::size_t line = 0; line < in.lines(); ++line) Line<T>(in, found, group, line, what).expect(parameters);
   }
   for (std::size_t at = 0; at < parameters.size(); ++at) {
     for (const std::size_t k : {0u, 1u}) {

@@ -130,6 +130,17 @@ TEST(what_no_enumeration_names_is_refused) {
   EXPECT(y == std::vector<float>(8, -77), y[0]);
 }
 
+TEST(strided_channels_of_a_position_are_refused) {
+  const std::vector<float> x(8);
+  std::vector<float> y(8, -77);
+  std::vector<Moments> saved(4);
+  Call<float> call{.problem = {4, 2, 1}};
+  call.groups.width = 2, call.groups.each_position = true, call.groups.strided = true;
+  EXPECT_THROWS(std::invalid_argument, "strided must be false beside each_position, got true",
+                batch_norm<float>(x, call, y, saved));
+  EXPECT(y == std::vector<float>(8, -77), y[0]);
+}
+
 }  // namespace
 
 int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }

@@ -13,8 +13,9 @@
 namespace batchnorm {
 
 // What shares statistics: everything, or each segment on its own (graphs of a batch, packed sequences, ghost batches,
-// samples); of that each channel, or `width` neighbouring ones together. Segments of one sample and a width of 1 are
-// instance norm, of C/G group norm (Wu and He 2018), of all channels layer norm over channels and places.
+// samples); of that each channel, or `width` of them together, neighbours or strided. Segments of one sample and a
+// width of 1 are instance norm, of C/G group norm (Wu and He 2018), of all channels layer norm over channels and
+// places.
 //
 // Segment s of a Problem holds the outer indices [offsets[s], offsets[s + 1]); its channel c is a channel as
 // any other, in place s*channels + c of tables (moments, sums of gradients). Segments may be empty (moments of count
@@ -46,6 +47,9 @@ struct Groups {
   bool each_position = false;
   About about = About::mean;
   ChannelValues alpha = {};  // problem.channels values, or none (1)
+  // Whether it is not neighbouring channels that share statistics: with G = channels/width groups those of group g are
+  // then channels g, g + G, g + 2*G, ... Not with each_position.
+  bool strided = false;
 };
 
 // What the output is where a position does not count: 0, the input as it is (x of y, dy of dx), or what the formula

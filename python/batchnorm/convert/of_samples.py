@@ -131,6 +131,11 @@ def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> d
     if type(layer) not in _NAMES[library]:
         raise TypeError(f"the layer must be of a kind that {library} has, got a {type(layer).__name__}")
     named = _parameters(library, type(layer))
+    if isinstance(layer, GroupNorm) and layer.grouping != "contiguous":
+        raise ValueError(
+            f"the layer must have grouping='contiguous' for {library}, whose groups are neighbouring channels, got "
+            f"{layer.grouping!r}"
+        )
     if library in ("torch", "onnx"):
         _require_usual_axes(layer, "PyTorch" if library == "torch" else "ONNX")
     if layer.beta is not None and "beta" not in named:

@@ -10,9 +10,9 @@ from typing import Any, ClassVar, Self, Unpack, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from batchnorm import _keywords, by_sample, conventions
+from batchnorm import _keywords, _validate, by_sample, conventions
 from batchnorm._arrays import Array
-from batchnorm._parts import About
+from batchnorm._parts import GROUPINGS, About, Grouping
 from batchnorm._validate import Activation, Keep
 from batchnorm.conventions import Library
 from batchnorm.layers import calls
@@ -279,8 +279,10 @@ class GroupSettings(Settings):
     dtype: np.dtype[Any] = field(default=np.dtype(np.float32))
     activation: Activation | None = None
     num_threads: int | None = field(default=None, metadata=_UNSAVED)
+    grouping: Grouping = "contiguous"
 
     def __post_init__(self) -> None:
+        _validate.choice("grouping", self.grouping, GROUPINGS)
         vars(self).update(num_groups=int_within("num_groups", self.num_groups, ">= 1", 1))
         self._check_channels()
         if self.channels % self.num_groups:
@@ -289,7 +291,7 @@ class GroupSettings(Settings):
 
 
 class GroupNorm(SampleLayer):
-    """Normalize groups of neighbouring channels of each sample by their own statistics: `group_norm` with parameters.
+    """Normalize groups of channels of each sample by their own statistics: `group_norm` with parameters.
 
     ``y = (x - mean)/√(var + eps)·gamma + beta``      (Wu & He 2018), var biased
 
@@ -302,6 +304,8 @@ class GroupNorm(SampleLayer):
     eps            1e-5      what is added to var, >= 0
     convention     None      whose axis and eps these are where they are not given: "torch" and "onnx" (1, 1e-5), "keras"
                              (-1, 1e-3), "flax" (-1, 1e-6)
+    grouping       "contigu  whose channels make a group: "contiguous", neighbours, or "strided", every num_groups-th,
+                   ous"      as in MLX
     gamma, beta, dtype, activation, num_threads: as in `LayerNorm`; gamma and beta are (C,)
     ============== ========= ==================================================================================
 
@@ -321,6 +325,7 @@ class GroupNorm(SampleLayer):
 
     settings: GroupSettings
     num_groups, channels, axis = Setting[int](), Setting[int](), Setting[int]()
+    grouping = Setting[Grouping]()
 
     @_keywords.keywords
     def __init__(
@@ -331,6 +336,7 @@ class GroupNorm(SampleLayer):
         axis: int = _BY_CONVENTION,
         convention: Library | None = None,
         eps: float = _BY_CONVENTION,
+        grouping: Grouping = "contiguous",
         gamma: bool = True,
         beta: bool = True,
         dtype: DTypeLike = np.float32,
@@ -341,12 +347,14 @@ class GroupNorm(SampleLayer):
         eps = whose[0] if eps is _BY_CONVENTION else eps
         axis = whose[1] if axis is _BY_CONVENTION else axis
         dtypes = cast("np.dtype[Any]", dtype)
-        super().__init__(GroupSettings(num_groups, channels, axis, eps, gamma, beta, dtypes, activation, num_threads))
+        given = num_groups, channels, axis, eps, gamma, beta, dtypes, activation, num_threads, grouping
+        super().__init__(GroupSettings(*given))
 
     def _normalized(self, x: Array, gamma: Array | None, beta: Array | None, told: Mapping[str, Any]) -> Any:
         settings = self.settings
         x = calls.x_channels(x, settings.axis, settings.channels)
-        return by_sample.group_norm(x, settings.num_groups, gamma, beta, axis=settings.axis, **told)
+        whose: Any = {"grouping": settings.grouping, "axis": settings.axis}
+        return by_sample.group_norm(x, settings.num_groups, gamma, beta, **whose, **told)
 
 
 # ---- checks ----
