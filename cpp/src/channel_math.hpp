@@ -89,7 +89,7 @@ BN_FORMULA MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shif
   }
 }
 template <class T, class V>
-MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const kernels::Sums* s) {
+BN_BOTH MomentsOf<V> moments_from_sums(const DoubleDouble& count, double shift, const kernels::Sums* s) {
   using kernels::Sums;
   return moments_from_sums<T, V>(count, shift, {gather<V>(s, &Sums::first), gather<V>(s, &Sums::first_lo)},
                                  {gather<V>(s, &Sums::second), gather<V>(s, &Sums::second_lo)});
@@ -142,7 +142,7 @@ BN_FORMULA auto left_range(const MomentsOf<V>& m) {
 
 // Chan, Golub, LeVeque 1979: delta = mean_b - mean_a, n = n_a + n_b, mean = mean_a + delta*n_b/n,
 // m2 = m2_a + m2_b + delta^2*n_a*n_b/n. In double-double, so that merging many small parts adds no error of its own.
-inline Moments merge_moments(const Moments& a, const Moments& b) {
+BN_BOTH inline Moments merge_moments(const Moments& a, const Moments& b) {
   if (a.count == 0) return b;
   if (b.count == 0) return a;
   const double n = a.count + b.count;
@@ -160,7 +160,7 @@ inline Moments merge_moments(const Moments& a, const Moments& b) {
 
 // m2/(count - ddof) to about 100 bits; NaN where count - ddof is below 1, which is what the least of counts leaves, so
 // that no rounding of a sum of weights decides about a variance.
-inline DoubleDouble variance_of(const Moments& m, int ddof) {
+BN_BOTH inline DoubleDouble variance_of(const Moments& m, int ddof) {
   const double freedom = m.count - static_cast<double>(ddof);
   if (!(ddof == 0 ? freedom > 0 : freedom >= 1)) return {std::numeric_limits<double>::quiet_NaN(), 0};
   if (!std::isfinite(m.m2)) return {m.m2, 0};
@@ -168,7 +168,7 @@ inline DoubleDouble variance_of(const Moments& m, int ddof) {
 }
 
 // 1/sqrt(var + eps) to about 100 bits; 0 where var + eps is 0, so that a channel without spread gives exactly beta.
-inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
+BN_BOTH inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
   if (!std::isfinite(var.hi)) return {1 / std::sqrt(var.hi), 0};  // infinity gives 0, NaN itself
   const DoubleDouble v = var + DoubleDouble{eps, 0};
   if (v.hi == 0) return {0, 0};
@@ -180,7 +180,7 @@ inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
   // r*r overflows where v is near the smallest float64.
   return std::isfinite(refined.hi) ? refined : DoubleDouble{r, 0};
 }
-inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(variance_of(m, 0), eps); }
+BN_BOTH inline DoubleDouble rstd_of(const Moments& m, double eps) { return rstd_of(variance_of(m, 0), eps); }
 
 // The same as far as tensors of T need it: float64 is enough for float32, whose coefficients are rounded to 24 bits.
 template <class T, class V>
@@ -203,7 +203,7 @@ BN_FORMULA TwoParts<V> rstd_for(const MomentsOf<V>& m, double eps) {
 
 // About 0 instead of the mean: of the mean square m2/n + mean^2.
 template <class T>
-DoubleDouble rstd_about_zero(const MomentsOf<double>& m, double eps) {
+BN_BOTH DoubleDouble rstd_about_zero(const MomentsOf<double>& m, double eps) {
   if constexpr (sizeof(T) == sizeof(double)) {
     const DoubleDouble mean{m.mean, m.mean_lo};
     const DoubleDouble square = variance_of(Moments{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}, 0) + mean * mean;
@@ -215,7 +215,7 @@ DoubleDouble rstd_about_zero(const MomentsOf<double>& m, double eps) {
 // The rstd of y: 0, so that y = beta, where nothing counted, and where a channel without spread has a rstd whose
 // product with gamma is beyond float64.
 template <class T, class V>
-TwoParts<V> forward_rstd(const MomentsOf<V>& m, double eps, const V& gamma) {
+BN_BOTH TwoParts<V> forward_rstd(const MomentsOf<V>& m, double eps, const V& gamma) {
   const TwoParts<V> rstd = rstd_for<T>(m, eps);
   const auto is_beta =
       (m.count == 0) | ((m.m2 == 0) & (absolute(gamma * rstd.hi) > std::numeric_limits<double>::max()));
@@ -275,7 +275,7 @@ BN_FORMULA V least_y(const V& fold, const V& beta) {
 }
 // `spread`: D is at least that. Without it, one in ten channels with a beta near 1e-7 had no room (normals of mean 0).
 template <class T, class V>
-V room_for_rounding(const V& fold, const V& beta, const V& spread) {
+BN_BOTH V room_for_rounding(const V& fold, const V& beta, const V& spread) {
   using Limits = std::numeric_limits<T>;
   constexpr double kSmallest = Limits::min(), kU = Limits::epsilon() / 2;
   const V least = power_of_two_below(least_y(fold, beta));  // 0 for subnormals
@@ -290,8 +290,8 @@ BN_FORMULA auto is_in_binade(const V& rounded, const V& fold, const V& beta) {
 }
 
 // Of float64 tensors: about the mean, or about its neighbour on the other side, which folds the other way.
-inline Coefficients<double, kernels::Affine> folded_coefficients(double mean, double mean_lo, double scale, double beta,
-                                                                 double spread) {
+BN_BOTH inline Coefficients<double, kernels::Affine> folded_coefficients(double mean, double mean_lo, double scale,
+                                                                         double beta, double spread) {
   Coefficients<double, kernels::Affine> k{};
   const double fold = (0 - mean_lo) * scale;
   const DoubleDouble offset = two_sum(beta, fold);
@@ -305,10 +305,8 @@ inline Coefficients<double, kernels::Affine> folded_coefficients(double mean, do
 
 // Of tensors of float32, to be applied in float64 where is_wide(coefficients, exact offset, fold) holds.
 template <class V, class IsWide>
-[[gnu::always_inline]] inline Coefficients<V, kernels::Affine> rounded_coefficients(const V& mean, const V& mean_lo,
-                                                                                    const V& rstd, const V& gamma,
-                                                                                    const V& beta,
-                                                                                    const IsWide& is_wide) {
+BN_BOTH [[gnu::always_inline]] inline Coefficients<V, kernels::Affine> rounded_coefficients(
+    const V& mean, const V& mean_lo, const V& rstd, const V& gamma, const V& beta, const IsWide& is_wide) {
   Coefficients<V, kernels::Affine> k{};
   const V exact = gamma * rstd, scale = round_to<float>(exact), center = round_to<float>(mean);
   const V fold = ((center - mean) - mean_lo) * scale, offset = beta + fold;
@@ -321,9 +319,8 @@ template <class V, class IsWide>
 // some y or beta. `spread`: some y is at least so far from beta. A function of its own, since hardly a channel needs
 // it: training of 32 x 512 values took 1.2 times as long with all of it for every channel.
 template <class V>
-[[gnu::noinline, gnu::cold]] Coefficients<V, kernels::Affine> decided_coefficients(const V& mean, const V& mean_lo,
-                                                                                   const V& rstd, const V& gamma,
-                                                                                   const V& beta, const V& spread) {
+BN_BOTH [[gnu::noinline, gnu::cold]] Coefficients<V, kernels::Affine> decided_coefficients(
+    const V& mean, const V& mean_lo, const V& rstd, const V& gamma, const V& beta, const V& spread) {
   return rounded_coefficients(mean, mean_lo, rstd, gamma, beta, [&](const auto& k, const V& offset, const V& fold) {
     const auto has_room = is_in_binade(k.narrow.offset, fold, beta) |
                           (absolute(k.narrow.offset - offset) <= room_for_rounding<float>(fold, beta, spread));
@@ -343,9 +340,10 @@ BN_FORMULA auto may_be_large(const V& size) {
 }
 // Where is_wide holds for a channel, it is for decided_coefficients() to say whether it is.
 template <class V>
-[[gnu::always_inline]] inline Coefficients<V, kernels::Affine> quick_coefficients(const V& mean, const V& mean_lo,
-                                                                                  const V& rstd, const V& gamma,
-                                                                                  const V& beta) {
+BN_BOTH [[gnu::always_inline]] inline Coefficients<V, kernels::Affine> quick_coefficients(const V& mean,
+                                                                                          const V& mean_lo,
+                                                                                          const V& rstd, const V& gamma,
+                                                                                          const V& beta) {
   return rounded_coefficients(mean, mean_lo, rstd, gamma, beta,
                               [&](const auto& k, const V& offset, const V& fold) __attribute__((always_inline)) {
                                 return may_be_large(absolute(mean) + absolute(k.wide.scale) + absolute(offset)) |
@@ -363,8 +361,8 @@ BN_FORMULA auto may_be_wide(const Coefficients<V, kernels::GradAffine>& k) {
 // Gives the coefficients for given statistics to `to`, which is called in two places: where most of them pass by, it
 // sees them in registers.
 template <class T, class V, class To>
-[[gnu::always_inline]] inline void forward_coefficients(const V& mean, const TwoParts<V>& rstd, const V& gamma,
-                                                        const V& beta, const To& to) {
+BN_BOTH [[gnu::always_inline]] inline void forward_coefficients(const V& mean, const TwoParts<V>& rstd, const V& gamma,
+                                                                const V& beta, const To& to) {
   if constexpr (sizeof(T) == sizeof(double)) {
     to(folded_coefficients(mean, 0, factor<T>(gamma, rstd), beta, 0));
   } else {
@@ -377,21 +375,22 @@ template <class T, class V, class To>
 // The same for the statistics of the values themselves: xhat has a mean square of var*rstd^2, which is at most its own
 // root.
 template <class T, class V>
-V spread_of_y(const MomentsOf<V>& m, const V& rstd, const V& gamma) {
+BN_BOTH V spread_of_y(const MomentsOf<V>& m, const V& rstd, const V& gamma) {
   return absolute(gamma) * ((m.m2 / m.count) * rstd * rstd);
 }
 template <class V>
-[[gnu::noinline, gnu::cold]] Coefficients<V, kernels::Affine> decided_coefficients(const MomentsOf<V>& m, double eps,
-                                                                                   const V& gamma, const V& beta,
-                                                                                   bool is_spread) {
+BN_BOTH [[gnu::noinline, gnu::cold]] Coefficients<V, kernels::Affine> decided_coefficients(const MomentsOf<V>& m,
+                                                                                           double eps, const V& gamma,
+                                                                                           const V& beta,
+                                                                                           bool is_spread) {
   const V rstd = forward_rstd<float>(m, eps, gamma).hi;
   const V spread = is_spread ? spread_of_y<float>(m, rstd, gamma) : V{};
   return decided_coefficients(m.mean, m.mean_lo, rstd, gamma, beta, spread);
 }
 // `is_spread`: whether the moments are those of the channel's own values.
 template <class T, class V, class To>
-[[gnu::always_inline]] inline void forward_coefficients(const MomentsOf<V>& m, double eps, const V& gamma,
-                                                        const V& beta, bool is_spread, const To& to) {
+BN_BOTH [[gnu::always_inline]] inline void forward_coefficients(const MomentsOf<V>& m, double eps, const V& gamma,
+                                                                const V& beta, bool is_spread, const To& to) {
   if constexpr (sizeof(T) == sizeof(double)) {
     const TwoParts<V> rstd = forward_rstd<T>(m, eps, gamma);
     const V spread = is_spread ? spread_of_y<T>(m, rstd.hi, gamma) : V{};

@@ -6,8 +6,14 @@
 
 // How the functions of a formula are declared: whoever compiles for one instruction set has them inlined everywhere, so
 // that no other takes them from there.
+// BN_BOTH: how other functions are that GPUs compute too.
+#if defined(__CUDACC__)
+#define BN_BOTH __host__ __device__
+#else
+#define BN_BOTH
+#endif
 #ifndef BN_FORMULA
-#define BN_FORMULA inline
+#define BN_FORMULA BN_BOTH inline
 #endif
 
 namespace batchnorm {
@@ -26,26 +32,26 @@ BN_FORMULA TwoParts<V> two_sum(V a, V b) {
   return {s, (a - (s - b_part)) + (b - b_part)};
 }
 // a + b exactly where |a| >= |b|, or a is 0.
-inline DoubleDouble fast_two_sum(double a, double b) {
+BN_BOTH inline DoubleDouble fast_two_sum(double a, double b) {
   const double s = a + b;
   return {s, b - (s - a)};
 }
 // a * b exactly, unless it over- or underflows.
-inline DoubleDouble two_product(double a, double b) {
+BN_BOTH inline DoubleDouble two_product(double a, double b) {
   const double p = a * b;
   return {p, std::fma(a, b, -p)};
 }
 
-inline DoubleDouble operator+(DoubleDouble a, DoubleDouble b) {
+BN_BOTH inline DoubleDouble operator+(DoubleDouble a, DoubleDouble b) {
   const DoubleDouble s = two_sum(a.hi, b.hi);
   return fast_two_sum(s.hi, s.lo + (a.lo + b.lo));
 }
-inline DoubleDouble operator-(DoubleDouble a, DoubleDouble b) { return a + DoubleDouble{-b.hi, -b.lo}; }
-inline DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
+BN_BOTH inline DoubleDouble operator-(DoubleDouble a, DoubleDouble b) { return a + DoubleDouble{-b.hi, -b.lo}; }
+BN_BOTH inline DoubleDouble operator*(DoubleDouble a, DoubleDouble b) {
   const DoubleDouble p = two_product(a.hi, b.hi);
   return fast_two_sum(p.hi, p.lo + (a.hi * b.lo + a.lo * b.hi));
 }
-inline DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
+BN_BOTH inline DoubleDouble operator/(DoubleDouble a, DoubleDouble b) {
   const double q = a.hi / b.hi;
   const DoubleDouble rest = a - b * DoubleDouble{q, 0};
   return fast_two_sum(q, rest.hi / b.hi);

@@ -13,7 +13,7 @@ namespace batchnorm {
 class ExactSum {
  public:
   // Finite values only. At most 2^30 additions may lie between two calls of carry().
-  void add(double value) {
+  BN_BOTH void add(double value) {
     const auto bits = std::bit_cast<std::uint64_t>(value);
     const auto exponent = static_cast<int>((bits >> 52) & 0x7ff);
     std::uint64_t mantissa = bits & ((std::uint64_t{1} << 52) - 1);
@@ -30,7 +30,7 @@ class ExactSum {
   }
 
   // Brings every limb but the last back to [0, 2^32).
-  void carry() {
+  BN_BOTH void carry() {
     for (std::size_t k = 0; k + 1 < limbs_.size(); ++k) {
       const std::int64_t over = limbs_[k] >> 32;  // floor, also for negative limbs
       limbs_[k] -= over * (std::int64_t{1} << 32);
@@ -39,7 +39,7 @@ class ExactSum {
   }
 
   // The sum to about 100 bits.
-  [[nodiscard]] DoubleDouble value() {
+  [[nodiscard]] BN_BOTH DoubleDouble value() {
     carry();
     const bool negative = limbs_.back() < 0;
     if (negative) {  // so that all limbs have one sign and nothing cancels below

@@ -24,7 +24,7 @@ namespace batchnorm {
 
 // dx = scale*dy, for statistics that are constants: a normalize pass over dy. The offset -0 keeps the sign of a zero.
 template <class T, class V>
-Coefficients<V, kernels::Affine> frozen_backward_coefficients(const TwoParts<V>& rstd, const V& gamma) {
+BN_BOTH Coefficients<V, kernels::Affine> frozen_backward_coefficients(const TwoParts<V>& rstd, const V& gamma) {
   Coefficients<V, kernels::Affine> k{};
   const V exact = factor<T>(gamma, rstd);
   k.narrow = {V{}, round_to<T>(exact), -V{}};
@@ -78,7 +78,8 @@ struct WeightSizes {
 // the mean of dy and of its share along xhat (p/rstd) might be lost, alone or times the least weight. Of channels that
 // share statistics the mean of dy is in the offset.
 template <class V>
-auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const WeightSizes& weights, bool is_shared) {
+BN_BOTH auto weighted_fits(const kernels::GradAffine<V>& exact, const V& rstd, const WeightSizes& weights,
+                           bool is_shared) {
   constexpr double kMost = 0x1p100;
   // What is formed before a weight is applied counts once, too.
   const double least = 0x1p-100 / std::fmin(1, weights.least), total = std::fmax(1, weights.total);
@@ -122,7 +123,8 @@ struct LineTerms {
   double x_scale = 0, shift = 0;
 };
 template <class A>
-LineTerms line_terms(const MomentsOf<double>& m, const GradSums& of_h, const DoubleDouble& rstd, bool about_zero) {
+BN_BOTH LineTerms line_terms(const MomentsOf<double>& m, const GradSums& of_h, const DoubleDouble& rstd,
+                             bool about_zero) {
   if (m.count == 0) return {};
   const auto s = GradSumsOf<double>::at(&of_h);
   const DoubleDouble dot = about_zero ? s.dy_xmu : centered_dot(m, s), n{m.count, 0};
@@ -141,8 +143,8 @@ LineTerms line_terms(const MomentsOf<double>& m, const GradSums& of_h, const Dou
 
 // What is added to x' of a line, so that gamma*rstd times the sum is the tangent of y: x_scale*xhat + shift.
 template <class A>
-LineTerms tangent_terms(const MomentsOf<double>& m, const GradSums& of_x_dot, const DoubleDouble& rstd,
-                        bool about_zero) {
+BN_BOTH LineTerms tangent_terms(const MomentsOf<double>& m, const GradSums& of_x_dot, const DoubleDouble& rstd,
+                                bool about_zero) {
   if (m.count == 0) return {};
   const auto s = GradSumsOf<double>::at(&of_x_dot);
   const DoubleDouble dot = about_zero ? s.dy_xmu : centered_dot(m, s), n{m.count, 0};
@@ -159,11 +161,11 @@ LineTerms tangent_terms(const MomentsOf<double>& m, const GradSums& of_x_dot, co
 struct LineElement {
   double x_dot, x, mean, mean_lo, rstd, rstd_lo, gamma, gamma_dot, beta_dot;
 };
-inline double line_tangent(const LineElement& e, const LineTerms& terms) {
+BN_BOTH inline double line_tangent(const LineElement& e, const LineTerms& terms) {
   const double xhat = (e.x - e.mean - e.mean_lo) * e.rstd;
   return (e.gamma * e.rstd) * (e.x_dot + (terms.x_scale * xhat + terms.shift)) + (e.gamma_dot * xhat + e.beta_dot);
 }
-inline double exact_line_tangent(const LineElement& e, const LineTerms& terms) {
+BN_BOTH inline double exact_line_tangent(const LineElement& e, const LineTerms& terms) {
   const auto one = [](double v) { return DoubleDouble{v, 0}; };
   const DoubleDouble rstd{e.rstd, e.rstd_lo}, xhat = (two_sum(e.x, -e.mean) + one(-e.mean_lo)) * rstd;
   const DoubleDouble along = one(e.x_dot) + (one(terms.x_scale) * xhat + one(terms.shift));
@@ -175,9 +177,9 @@ inline double exact_line_tangent(const LineElement& e, const LineTerms& terms) {
 
 // `s` are the sums of x' in the place of dy.
 template <class T, class V>
-Coefficients<V, kernels::GradAffine> jvp_coefficients(const MomentsOf<V>& m, const GradSumsOf<V>& s,
-                                                      const TwoParts<V>& rstd, const V& gamma, const V& gamma_dot,
-                                                      const V& beta_dot) {
+BN_BOTH Coefficients<V, kernels::GradAffine> jvp_coefficients(const MomentsOf<V>& m, const GradSumsOf<V>& s,
+                                                              const TwoParts<V>& rstd, const V& gamma,
+                                                              const V& gamma_dot, const V& beta_dot) {
   const TwoParts<V> dot = centered_dot(m, s);
   V p = gamma_dot * rstd.hi - (gamma * rstd.hi * rstd.hi) * (rstd.hi * (dot.hi / m.count));
   if constexpr (sizeof(T) == sizeof(double)) {
@@ -195,15 +197,15 @@ struct SecondFactors {
 };
 // n values a channel; sums of v*(x - mean), dy*(x - mean) and v0*g0; w: the cotangent of dgamma.
 template <class N>
-SecondFactors<N> second_factors(N n, N v_xmu, N dy_xmu, N v_dy, N rstd, N gamma, N w) {
+BN_BOTH SecondFactors<N> second_factors(N n, N v_xmu, N dy_xmu, N v_dy, N rstd, N gamma, N w) {
   const N a = rstd * (v_xmu / n), b = rstd * (dy_xmu / n), c = v_dy / n, ab = a * b;
   const N scale = gamma * rstd, rest = c - (ab + ab + ab);
   return {N{} - scale * (rstd * b), w * rstd - scale * (rstd * a),
           N{} - (scale * (rstd * rest) + w * (rstd * b)) * rstd, rstd * (v_dy - n * ab)};
 }
 // In double-double and rounded once; in float64 where that overflows on the way.
-inline SecondFactors<double> second_factors(double n, DoubleDouble v_xmu, DoubleDouble dy_xmu, DoubleDouble v_dy,
-                                            DoubleDouble rstd, double gamma, double w) {
+BN_BOTH inline SecondFactors<double> second_factors(double n, DoubleDouble v_xmu, DoubleDouble dy_xmu,
+                                                    DoubleDouble v_dy, DoubleDouble rstd, double gamma, double w) {
   const SecondFactors<DoubleDouble> exact = second_factors<DoubleDouble>({n}, v_xmu, dy_xmu, v_dy, rstd, {gamma}, {w});
   const SecondFactors<double> plain = second_factors<double>(n, v_xmu.hi, dy_xmu.hi, v_dy.hi, rstd.hi, gamma, w);
   const auto pick = [](const DoubleDouble& e, double p) { return std::isfinite(e.lo) ? e.hi + e.lo : p; };

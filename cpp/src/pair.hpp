@@ -74,6 +74,7 @@ BN_FORMULA void scatter(const V& v, double* p) {
   std::memcpy(p, &v, sizeof v);
 }
 
+#if !defined(__CUDACC__)  // which has one channel a thread
 // Lane 4*q + j of vector i and lane 4*q + i of vector j change places.
 template <ManyChannels V>
 BN_FORMULA void turn_fours(V& a, V& b, V& c, V& d) {
@@ -116,6 +117,8 @@ BN_FORMULA void scatter_fours(V a, V b, V c, V d, S* s, double S::* first) {
     row(a, 0), row(b, 1), row(c, 2), row(d, 3);
   }(std::make_integer_sequence<int, kChannelsOf<V> / 4>{});
 }
+
+#endif
 
 // The channels of a V, rounded to T.
 template <class T, class V>
@@ -161,7 +164,8 @@ BN_FORMULA V power_of_two_below(const V& v) {
 template <class T>
 BN_FORMULA double round_to(double v) {
   auto rounded = static_cast<T>(v);
-#if defined(__x86_64__)
+#if defined(__CUDACC__)  // whose device code has no such vectors
+#elif defined(__x86_64__)
   __asm__("" : "+x"(rounded));
 #elif defined(__aarch64__)
   __asm__("" : "+w"(rounded));
@@ -184,6 +188,7 @@ BN_FORMULA bool any(const V& holds) {
   return either != 0;
 }
 
+#if !defined(__CUDACC__)
 // f<V>(i) for channels i < n: in pairs for tensors of float32, and one by one.
 template <class T, class F>
 void for_channels(std::int64_t n, const F& f) {
@@ -193,5 +198,6 @@ void for_channels(std::int64_t n, const F& f) {
   }
   for (; i < n; ++i) f.template operator()<double>(i);
 }
+#endif
 
 }  // namespace batchnorm

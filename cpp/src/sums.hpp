@@ -15,7 +15,7 @@
 namespace batchnorm {
 
 // total += part, keeping what the addition rounds off.
-inline void add(kernels::Sums& total, const kernels::Sums& part) {
+BN_BOTH inline void add(kernels::Sums& total, const kernels::Sums& part) {
   const DoubleDouble first = two_sum(total.first, part.first), second = two_sum(total.second, part.second);
   total = {first.hi, total.first_lo + (first.lo + part.first_lo), second.hi,
            total.second_lo + (second.lo + part.second_lo)};

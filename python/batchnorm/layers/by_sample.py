@@ -297,17 +297,17 @@ class GroupNorm(SampleLayer):
 
     Options are keywords here, and attributes to be read:
 
-    ============== ========= ==================================================================================
-    num_groups               int >= 1 that divides the channels
-    channels                 C >= 0, the size of x along `axis`
-    axis           1         the channel axis of x, from -8 to 7, but not that of the samples
-    eps            1e-5      what is added to var, >= 0
-    convention     None      whose axis and eps these are where they are not given: "torch" and "onnx" (1, 1e-5), "keras"
-                             (-1, 1e-3), "flax" (-1, 1e-6)
-    grouping       "contigu  whose channels make a group: "contiguous", neighbours, or "strided", every num_groups-th,
-                   ous"      as in MLX
+    ============== ============ ===============================================================================
+    num_groups                  int >= 1 that divides the channels
+    channels                    C >= 0, the size of x along `axis`
+    axis           1            the channel axis of x, from -8 to 7, but not that of the samples
+    eps            1e-5         what is added to var, >= 0
+    convention     None         whose axis and eps these are where they are not given: "torch" and "onnx" (1, 1e-5),
+                                "keras" (-1, 1e-3), "flax" (-1, 1e-6)
+    grouping       "contiguous" whose channels make a group: "contiguous", neighbours; "strided", every num_groups-th, as
+                                in MLX
     gamma, beta, dtype, activation, num_threads: as in `LayerNorm`; gamma and beta are (C,)
-    ============== ========= ==================================================================================
+    ============== ============ ===============================================================================
 
     All else as of `LayerNorm`.
 

@@ -1,0 +1,174 @@
+// The kernels for GPUs, run on the CPU: they have the bits of the library's own, on any number of blocks, whoever runs
+// first.
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "batchnorm/batchnorm.hpp"
+#include "cuda/resident.hpp"
+#include "expect.hpp"
+
+namespace {
+
+using namespace batchnorm;
+
+constexpr std::int64_t kShared = 227 * 1024;
+constexpr double kEps = 1e-5;
+
+struct Tensors {
+  Problem problem;
+  std::vector<float> x, dy, gamma, beta;
+  std::string name;
+};
+Tensors tensors(const Problem& p, const std::string& kind) {
+  const auto n = static_cast<std::size_t>(p.size()), channels = static_cast<std::size_t>(p.channels);
+  Tensors t{
+      p,   std::vector<float>(n), std::vector<float>(n), std::vector<float>(channels), std::vector<float>(channels),
+      kind};
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  for (std::size_t e = 0; e < n; ++e) {
+    const float v = normal(random);
+    t.dy[e] = normal(random);
+    if (kind == "normal") t.x[e] = v;
+    if (kind == "far from 0") t.x[e] = 1e6f + v;
+    if (kind == "constant") t.x[e] = 3.7f;
+    if (kind == "subnormal") t.x[e] = v * 1e-42f;
+    if (kind == "large") t.x[e] = v * 1e30f, t.dy[e] *= 1e20f;
+    // Pairs that cancel, but for one value that is small against them, or very small.
+    if (kind == "cancelled" || kind == "cancelled to nothing") {
+      t.x[e] = e % 2 == 0 ? 1 + std::abs(v) : -t.x[e - 1];
+      if (e == 1) t.x[e] += kind == "cancelled" ? 1e-6f : 0;
+      if (e == 0 && kind != "cancelled") t.x[e] = 1e-25f;
+    }
+    if (kind == "with a NaN") t.x[e] = e == n / 2 ? std::numeric_limits<float>::quiet_NaN() : v;
+  }
+  for (std::size_t c = 0; c < channels; ++c) t.gamma[c] = normal(random), t.beta[c] = normal(random);
+  return t;
+}
+constexpr const char* kKinds[] = {"normal",    "far from 0",           "constant",  "subnormal", "large",
+                                  "cancelled", "cancelled to nothing", "with a NaN"};
+
+struct Results {
+  std::vector<float> y, dx;
+  std::vector<double> dgamma, dbeta;
+  std::vector<Moments> saved;
+};
+Results room_for(const Tensors& t) {
+  const auto n = t.x.size(), channels = t.gamma.size();
+  constexpr float kNaN = std::numeric_limits<float>::quiet_NaN();
+  return {std::vector<float>(n, kNaN), std::vector<float>(n, kNaN), std::vector<double>(channels, kNaN),
+          std::vector<double>(channels, kNaN), std::vector<Moments>(channels)};
+}
+Results by_library(const Tensors& t) {
+  Results r = room_for(t);
+  const Call<float> call{.problem = t.problem, .gamma = t.gamma, .beta = t.beta, .eps = kEps};
+  batch_norm<float>(t.x, call, r.y, r.saved, {.threads = 1});
+  batch_norm_backward<float>(t.dy, t.x, call, r.saved, {r.dx, {}, r.dgamma, r.dbeta}, {.threads = 1});
+  return r;
+}
+
+struct How {
+  unsigned blocks, threads, clusters;
+  std::uint64_t seed;
+  bool aligned = true;
+};
+// False where a channel does not fit.
+bool by_kernels(const Tensors& t, const How& how, Results& r) {
+  const auto forward = cuda::plan_resident<1>(t.problem, kShared, how.blocks, 16, how.aligned);
+  const auto backward = cuda::plan_resident<2>(t.problem, kShared, how.blocks, 16, how.aligned);
+  if (!forward || !backward) return false;
+  const auto launch = [&](const cuda::Resident& plan) {
+    return simt::Launch{.grid = plan.blocks * how.clusters,
+                        .block = how.threads,
+                        .cluster = plan.blocks,
+                        .shared_bytes = static_cast<std::size_t>(plan.shared_bytes),
+                        .seed = how.seed};
+  };
+  simt::launch(launch(*forward), cuda::resident<cuda::Forward>, forward->span,
+               cuda::Forward{t.x.data(), r.y.data(), t.gamma, t.beta, kEps, r.saved.data()});
+  simt::launch(launch(*backward), cuda::resident<cuda::Backward>, backward->span,
+               cuda::Backward{t.dy.data(), t.x.data(), r.dx.data(), r.saved.data(), t.gamma, kEps, r.dgamma, r.dbeta});
+  return true;
+}
+
+// NaN of any bits is NaN: the sign of one differs between machines.
+template <class V>
+bool same(const std::vector<V>& a, const std::vector<V>& b) {
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(V)) != 0 && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+  }
+  return true;
+}
+std::vector<double> numbers(const std::vector<Moments>& moments) {
+  std::vector<double> all;
+  for (const Moments& m : moments) all.insert(all.end(), {m.count, m.mean, m.mean_lo, m.m2, m.m2_lo});
+  return all;
+}
+void expect_same(const Tensors& t, const How& how, const Results& wanted) {
+  Results got = room_for(t);
+  if (!by_kernels(t, how, got)) return;
+  const std::string where = expect::text("{", t.problem.outer, ", ", t.problem.channels, ", ", t.problem.inner, "} ",
+                                         t.name, ", ", how.blocks, " blocks, seed ", how.seed);
+  EXPECT(same(numbers(got.saved), numbers(wanted.saved)), "moments of ", where);
+  EXPECT(same(got.y, wanted.y), "y of ", where);
+  EXPECT(same(got.dx, wanted.dx), "dx of ", where);
+  EXPECT(same(got.dgamma, wanted.dgamma) && same(got.dbeta, wanted.dbeta), "dgamma or dbeta of ", where);
+}
+
+// Short, uneven and long runs, one channel, several runs a chunk, several chunks a run, more chunks than a bundle.
+const Problem kProblems[] = {{3, 5, 49}, {40, 3, 196}, {2, 4, 5000},   {7, 1, 300},
+                             {2, 6, 17}, {1, 6, 33},   {5, 2, 12'544}, {1, 2, 69'632}};
+
+TEST(each_kernel_has_the_bits_of_the_library) {
+  for (const Problem& problem : kProblems) {
+    for (const char* kind : kKinds) {
+      const Tensors t = tensors(problem, kind);
+      const Results wanted = by_library(t);
+      expect_same(t, {.blocks = 1, .threads = 64, .clusters = 2, .seed = 0}, wanted);
+      expect_same(t, {.blocks = 1, .threads = 64, .clusters = 1, .seed = 0, .aligned = false}, wanted);
+    }
+  }
+}
+
+TEST(a_channel_may_be_held_by_any_number_of_blocks) {
+  for (const Problem& problem : kProblems) {
+    for (const char* kind : {"normal", "far from 0", "cancelled"}) {
+      const Tensors t = tensors(problem, kind);
+      const Results wanted = by_library(t);
+      for (const unsigned blocks : {2u, 4u, 8u, 16u}) {
+        expect_same(t, {.blocks = blocks, .threads = 32, .clusters = 1, .seed = 0}, wanted);
+      }
+    }
+  }
+}
+
+TEST(the_bits_are_those_of_any_schedule) {
+  const Tensors t = tensors({40, 3, 196}, "far from 0");
+  const Results wanted = by_library(t);
+  for (std::uint64_t seed = 1; seed <= 20; ++seed) {
+    expect_same(t, {.blocks = 4, .threads = 64, .clusters = 2, .seed = seed}, wanted);
+  }
+}
+
+TEST(what_is_planned_holds_every_chunk_within_the_memory_that_there_is) {
+  for (const Problem& problem : {Problem{256, 64, 12'544}, {256, 64, 3136}, {256, 512, 49}, {1, 1, 800'000}}) {
+    for (const std::int64_t shared : {std::int64_t{99} * 1024, kShared}) {
+      const auto plan = cuda::plan_resident<1>(problem, shared, 1, 16, true);
+      if (!plan) continue;
+      EXPECT(plan->shared_bytes <= shared, plan->shared_bytes);
+      EXPECT(static_cast<std::int64_t>(plan->blocks) * plan->span.chunks_a_block >= plan->span.chunks, plan->blocks);
+    }
+  }
+  EXPECT(!cuda::plan_resident<1>({256, 64, 12'544}, kShared, 1, 16, true), "a channel of 12.8 MB");
+  EXPECT(cuda::plan_resident<1>({256, 64, 3136}, kShared, 1, 16, true)->blocks == 16, "a channel of 3.2 MB");
+  EXPECT(!cuda::plan_resident<1>({8, 64, 1}, kShared, 1, 16, true), "rows");
+  EXPECT(!cuda::plan_resident<1>({1, 64, 17}, kShared, 1, 16, true), "short runs, which are turned");
+}
+
+}  // namespace
+
+int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }

@@ -1,0 +1,28 @@
+# Compiles the kernels for GPUs with nvcc, for each architecture that they are for, and fails unless that is without a
+# warning and no register is spilled. Prints what each kernel takes.
+#     cmake -D NVCC=nvcc -D SOURCE=REPOSITORY -D BUILD=FOLDER -D INCLUDES=FOLDERS -P gpu_compile.cmake
+cmake_minimum_required(VERSION 3.24...4.3)
+
+file(WRITE ${BUILD}/kernels.cu "#include \"cuda/planar.cuh\"
+namespace batchnorm::cuda {
+template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Forward);
+template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Backward);
+}
+")
+foreach(target "arch=compute_80,code=sm_80" "arch=compute_90,code=sm_90" "arch=compute_90,code=compute_90")
+  # Without contraction: a fused multiply-add has other bits.
+  execute_process(COMMAND ${NVCC} -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -gencode ${target}
+      -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v -I${SOURCE}/cpp/src ${INCLUDES}
+      -c ${BUILD}/kernels.cu -o ${BUILD}/kernels.o
+    RESULT_VARIABLE code OUTPUT_VARIABLE text ERROR_VARIABLE errors)
+  if(NOT code EQUAL 0)
+    message(FATAL_ERROR "kernels must compile for ${target}, got ${code}: ${text}${errors}")
+  endif()
+  if("${text}${errors}" MATCHES "[1-9][0-9]* bytes spill")
+    message(FATAL_ERROR "no register must be spilled for ${target}, got: ${text}${errors}")
+  endif()
+  string(REGEX MATCHALL "entry function '[^']*'|Used [0-9]+ registers" found "${text}${errors}")
+  foreach(line IN LISTS found)
+    message("${target}: ${line}")
+  endforeach()
+endforeach()
