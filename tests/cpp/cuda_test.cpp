@@ -74,7 +74,7 @@ Results by_library(const Tensors& t) {
 struct How {
   unsigned blocks, threads, clusters;
   std::uint64_t seed;
-  bool aligned = true;
+  bool aligned = true, in_place = false;
 };
 // False where a channel does not fit.
 bool by_kernels(const Tensors& t, const How& how, Results& r) {
@@ -88,8 +88,10 @@ bool by_kernels(const Tensors& t, const How& how, Results& r) {
                         .shared_bytes = static_cast<std::size_t>(plan.shared_bytes),
                         .seed = how.seed};
   };
-  simt::launch(launch(*forward), cuda::resident<cuda::Forward>, forward->span,
-               cuda::Forward{t.x.data(), r.y.data(), t.gamma, t.beta, kEps, r.saved.data()});
+  if (how.in_place) r.y = t.x;
+  simt::launch(
+      launch(*forward), cuda::resident<cuda::Forward>, forward->span,
+      cuda::Forward{how.in_place ? r.y.data() : t.x.data(), r.y.data(), t.gamma, t.beta, kEps, r.saved.data()});
   simt::launch(launch(*backward), cuda::resident<cuda::Backward>, backward->span,
                cuda::Backward{t.dy.data(), t.x.data(), r.dx.data(), r.saved.data(), t.gamma, kEps, r.dgamma, r.dbeta});
   return true;
@@ -151,6 +153,16 @@ TEST(the_bits_are_those_of_any_schedule) {
   const Results wanted = by_library(t);
   for (std::uint64_t seed = 1; seed <= 20; ++seed) {
     expect_same(t, {.blocks = 4, .threads = 64, .clusters = 2, .seed = seed}, wanted);
+  }
+}
+
+TEST(y_may_be_x) {
+  for (const char* kind : {"normal", "cancelled to nothing"}) {
+    const Tensors t = tensors({40, 3, 196}, kind);
+    const Results wanted = by_library(t);
+    for (std::uint64_t seed = 0; seed <= 20; ++seed) {
+      expect_same(t, {.blocks = 4, .threads = 64, .clusters = 2, .seed = seed, .in_place = true}, wanted);
+    }
   }
 }
 

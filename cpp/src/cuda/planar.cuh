@@ -163,6 +163,7 @@ BN_DEVICE void store(const Span& span, const Mine& mine, std::int64_t channel, f
 
 // What is to be done with the sums, or next: told in slab.told[0] by the thread that finishes.
 enum Next { kApply, kAboutShift, kCompensate };
+constexpr int kReadMemory = 15;  // in slab.told: whether who finished has read the channel in global memory
 
 // ---- forward ----
 
@@ -200,7 +201,9 @@ struct Forward {
       return;
     }
     told[0] = kApply;
-    if (mean_below(m, Limits::kExactBelow) && std::isfinite(m.m2)) settle_exactly(span, channel, m);
+    const bool exactly = mean_below(m, Limits::kExactBelow) && std::isfinite(m.m2);
+    if (exactly) settle_exactly(span, channel, m);
+    told[kReadMemory] = exactly ? 1 : 0;
     if (device::cluster_rank() == 0) m.put(saved + channel);
     forward_coefficients<float, double>(m, eps, gamma.value_or(channel, 1), beta.value_or(channel, 0), true,
                                         [told](const Coefficients<double, kernels::Affine>& k) {
@@ -261,7 +264,7 @@ struct Backward {
     }
     m.count = m.count == 0 ? 1 : m.count;
     const auto k = backward_coefficients<float, double>(m, m.count, s, rstd, gamma.value_or(channel, 1));
-    told[0] = kApply, told[2] = k.is_wide ? 1 : 0;
+    told[0] = kApply, told[2] = k.is_wide ? 1 : 0, told[kReadMemory] = 0;
     const auto& of = k.is_wide ? k.wide : k.narrow;
     told[3] = of.dy_center, told[4] = of.dy_scale, told[5] = of.x_center, told[6] = of.x_scale, told[7] = of.offset;
   }
@@ -314,6 +317,7 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       __syncthreads();  // all know what is next
       if (slab.told[0] == static_cast<double>(kApply)) break;
     }
+    if (slab.told[kReadMemory] != 0) device::cluster_sync();  // who reads x has done so before it may be written over
     pass.apply(span, slab, mine, channel);
     __syncthreads();  // the slab, and what was told, are free
   }
