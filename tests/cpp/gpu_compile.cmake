@@ -3,6 +3,13 @@
 #     cmake -D NVCC=nvcc -D SOURCE=REPOSITORY -D BUILD=FOLDER -D INCLUDES=FOLDERS -P gpu_compile.cmake
 cmake_minimum_required(VERSION 3.24...4.3)
 
+execute_process(COMMAND ${NVCC} --version OUTPUT_VARIABLE version)
+string(REGEX MATCH "release ([0-9]+)" found "${version}")
+if(NOT CMAKE_MATCH_1 OR CMAKE_MATCH_1 LESS 12)
+  message("SKIPPED: nvcc 12 or later is needed, which knows C++20, got: ${found}")
+  return()
+endif()
+
 file(WRITE ${BUILD}/kernels.cu "#include \"cuda/planar.cuh\"
 namespace batchnorm::cuda {
 template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Forward);
