@@ -4,14 +4,14 @@
 
 #include <cmath>
 
-// How the functions of a formula are declared: whoever compiles for one instruction set has them inlined everywhere, so
-// that no other takes them from there.
-// BN_BOTH: how other functions are that GPUs compute too.
+// Before functions that GPUs compute too.
 #if defined(__CUDACC__)
 #define BN_BOTH __host__ __device__
 #else
 #define BN_BOTH
 #endif
+// How the functions of a formula are declared: whoever compiles for one instruction set has them inlined everywhere, so
+// that no other takes them from there.
 #ifndef BN_FORMULA
 #define BN_FORMULA BN_BOTH inline
 #endif

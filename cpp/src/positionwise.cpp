@@ -224,14 +224,16 @@ class ChunkSums {
   }
   void put(const FirstOutputs<T>& out) const {
     const std::int64_t channels = v_.channels;
+    if (chunks_ == 1) {  // which no thread is worth waking for
+      for (std::int64_t c = 0; c < channels; c += kStripe) {
+        put_sums(of(0, c), kHasLow, c, std::min(kStripe, channels - c), out);
+      }
+      return;
+    }
     double* total = array(chunks_ * kArrays);
     run_tasks(v_.plan.threads, (channels + kStripe - 1) / kStripe, [&](Range stripes) {
       for (std::int64_t s = stripes.begin; s < stripes.end; ++s) {
         const std::int64_t c = s * kStripe, n = std::min(kStripe, channels - c);
-        if (chunks_ == 1) {
-          put_sums(of(0, c), kHasLow, c, n, out);
-          continue;
-        }
         const ColumnSums to{total + c, total + channels + c, total + 2 * channels + c, total + 3 * channels + c};
         v_.table.template of<Arithmetic<T>>().add_blocks(of(0, c), chunks_, kArrays * channels, n, to);
         put_sums(to, true, c, n, out);

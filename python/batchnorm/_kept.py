@@ -201,6 +201,11 @@ class Kept:
         self._rounds = not known
         return np.empty(self.shape, self._dtype if known else np.float64) if needed else None
 
+    def room_of_alpha(self, needed: bool) -> Array | None:
+        """Make room for the gradient of alpha, where there is one."""
+        alpha = self._saved.part.alpha
+        return np.empty(self.channels, _validate.float_dtype(alpha)) if needed and self.alpha is not None else None
+
     def wide(self, needed: bool) -> PerChannel | None:
         """Make room for what such a gradient is made of, for each set."""
         return np.empty(self.channels * self._saved.part.sets) if needed else None

@@ -212,8 +212,7 @@ def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]
     """Give how `x` lies, and what the options of a call count of it, checked.
 
     given : mask, weights, lengths, segments, ghost_size, num_groups, grouping, padding, weights_are, about, where a call
-        has them;
-        `axis` is >= 0; of several axes each position, of the others, has statistics of its own.
+        has them. `axis` is >= 0; of several axes each position, of the others, has statistics of its own.
     """
     told = [name for name in ("mask", "weights", "lengths") if given.get(name) is not None]
     if len(told) > 1:

@@ -250,7 +250,9 @@ def _of_set(
     alpha: Any = 0.0 if call.about_zero else 1.0 if call.alpha is None else call.alpha.reshape(-1, 1)
     h = scale * g
     mean_v = total(share * v + 0 * v)
-    v = v - alpha * mean_v - v_alpha * mean
+    v = v - alpha * mean_v
+    if call.alpha is not None:
+        v = v - v_alpha * mean
     along_v, along_h = total(share * v * xhat), total(h * xhat)
     turned_v = v - along_v * xhat
     if tensors.ddy is not None:

@@ -15,7 +15,7 @@ from numpy.typing import ArrayLike
 
 from batchnorm import _core, _keywords, _validate
 from batchnorm._arrays import Array
-from batchnorm._parts import GROUPINGS, About, Grouping, require_values_of_samples, width_of_groups
+from batchnorm._parts import About, Grouping, require_values_of_samples, width_of_groups
 from batchnorm._validate import WeightsAre
 from batchnorm.forward import Options, normalized_by_batch, ordinary_saved, same
 from batchnorm.saved import Saved
@@ -121,8 +121,7 @@ def group_norm(
     """
     if options:
         _keywords.no_options("group_norm", options)
-    _validate.choice("grouping", grouping, GROUPINGS)
-    if type(num_groups) is int and num_groups > 0 and grouping == "contiguous":
+    if grouping == "contiguous" and type(num_groups) is int and num_groups > 0:
         done = _core.try_batch_norm(
             ordinary_saved, x, gamma, beta, axis, eps, out, num_threads, options or None, num_groups
         )

@@ -113,12 +113,11 @@ def backward(
     residual = Target(of.layout, of.x, to_residual, need_residual and saved.has_residual)
     dgamma, dbeta = of.room(need_gamma, by_core=not of.in_sets), of.room(need_beta, by_core=not of.in_sets)
     results = Gradients(dx.array, dgamma, dbeta, residual.array)
-    dscale, dshift, dalpha = dgamma, dbeta, None
+    dscale, dshift, dalpha = dgamma, dbeta, of.room_of_alpha(need_gamma)
     if of.in_sets:
         dscale, dshift = of.wide(need_gamma), of.wide(need_gamma or need_beta)
     if of.alpha is not None:
-        results = GraphGradients(*results)
-        dalpha = np.empty(of.channels, _validate.float_dtype(saved.part.alpha)) if need_gamma else None
+        results = GraphGradients.beside(results, dalpha)
     to = dx.block, residual.block, dscale, dshift, of.threads
     _core.backward(of.layout.block(dy), of.block, of.call, of.statistics, *to)
     of.sum_up(results, of.turn, dscale, dshift)
@@ -126,10 +125,7 @@ def backward(
         _passes.combine(dalpha, of.alpha_turn, dscale, of.alpha_lift, dshift)
     dx.deliver()
     residual.deliver()
-    given = of.rounded(results)
-    if isinstance(given, GraphGradients):
-        given.dalpha = dalpha
-    return given
+    return of.rounded(results)
 
 
 @_keywords.keywords
@@ -330,9 +326,9 @@ def double_backward(
 
     Returns
     -------
-    SecondGradients(ddy, dx, dgamma), of `graph_norm` GraphSecondGradients, which has dalpha too: ddy and dx like x; dgamma (C,) in the dtype of gamma (float64 where that is
-    None); None where not asked for. Of the sum of its absolute terms, ddy is within 5·2⁻²⁴ (float32), dx and dgamma
-    within 2·2⁻²⁴.
+    SecondGradients(ddy, dx, dgamma), of `graph_norm` GraphSecondGradients, which has dalpha too: ddy and dx like x;
+    dgamma (C,) in the dtype of gamma (float64 where that is None); None where not asked for. Of the sum of its absolute
+    terms, ddy is within 5·2⁻²⁴ (float32), dx and dgamma within 2·2⁻²⁴.
 
     Examples
     --------
@@ -359,10 +355,9 @@ def double_backward(
     layout, call = of.layout, of.call
     ddy, dx = Target(layout, of.x, out_dy, need_dy), Target(layout, of.x, out_x, need_x)
     dgamma = of.room(need_gamma)
-    results, dalpha = SecondGradients(ddy.array, dx.array, dgamma), None
+    results, dalpha = SecondGradients(ddy.array, dx.array, dgamma), of.room_of_alpha(need_gamma)
     if of.alpha is not None:
-        results = GraphSecondGradients(*results)
-        dalpha = np.empty(of.channels, _validate.float_dtype(saved.part.alpha)) if need_gamma else None
+        results = GraphSecondGradients.beside(results, dalpha)
     v = np.zeros(layout.sizes, of.x.dtype) if v_dx is None else layout.block(v_dx)
     to_dy = ddy.block
     if out_dy is not None and need_x and any(_validate.overlap(out_dy, a) for a in inputs.values()):
@@ -392,10 +387,7 @@ def double_backward(
     of.sum_up(results, of.r, dscale, None)
     ddy.deliver()
     dx.deliver()
-    given = of.rounded(results)
-    if isinstance(given, GraphSecondGradients):
-        given.dalpha = dalpha
-    return given
+    return of.rounded(results)
 
 
 def _is_ordinary(saved: Saved) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
@@ -139,12 +140,17 @@ class _BesideAlpha:
 
     dalpha: Array | MaybeNone = None
 
+    @classmethod
+    def beside(cls, others: Iterable[Array | MaybeNone], dalpha: Array | None) -> Self:
+        """Give the entries with dalpha."""
+        new = cls(*others)
+        new.dalpha = dalpha
+        return new
+
     def _replace(self, **fields: Any) -> Self:
         """Return one of which these fields, or dalpha, are others."""
         dalpha = fields.pop("dalpha", self.dalpha)
-        new: Self = super()._replace(**fields)  # type: ignore[misc]
-        new.dalpha = dalpha
-        return new
+        return self.beside(super()._replace(**fields), dalpha)  # type: ignore[misc]
 
     def __repr__(self) -> str:
         return f"{super().__repr__()[:-1]}, dalpha={_validate.shown(self.dalpha)})"

@@ -375,9 +375,6 @@ BN_INLINE void lines_down(const T* dy, const T* x, T* dx, const Lines& lines, co
 BN_INLINE ColumnSums from_column(const ColumnSums& sums, std::int64_t c) {
   return {sums.first + c, sums.first_lo + c, sums.second + c, sums.second_lo + c};
 }
-// Lines that are gone down together: with three streams each, all of a block took 1.1 to 1.25 times as long (8192 x 256
-// to 1024 and 32 x 4096 values, Sapphire Rapids), four as long as eight.
-constexpr std::int64_t kLinesDown = 8;
 template <Stores kStores, class T>
 BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                                 const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
@@ -391,6 +388,9 @@ BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lin
   for (; c + kLanes <= lines.length; c += kLanes) down(c, kLanes);
   if (c < lines.length) down(c, lines.length - c);
 }
+// Lines that are gone down together: with three streams each, all of a block took 1.1 to 1.25 times as long (8192 x 256
+// to 1024 and 32 x 4096 values, Sapphire Rapids), four as long as eight.
+constexpr std::int64_t kLinesDown = 8;
 template <Stores kStores, class T>
 BN_INLINE void lines_by_visits(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                                const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {

@@ -16,12 +16,7 @@
 #define blockDim (simt::machine().block)
 #define gridDim (simt::machine().grid)
 
-struct alignas(16) float4 {
-  float x, y, z, w;
-};
-
 inline void __syncthreads() { simt::wait_at(simt::self().block->barrier); }
-inline void __syncwarp() { simt::wait_at(simt::warp().sync); }
 inline void __nanosleep(unsigned) { simt::yield(); }
 
 template <class T>

@@ -51,7 +51,7 @@ struct Copy {
 constexpr unsigned kWarp = 32;
 // What lanes of a warp hand each other, in turns of two.
 struct Warp {
-  Barrier sync{"__syncwarp"}, exchange{"a warp instruction", false};
+  Barrier exchange{"a warp instruction", false};
   Cell<std::uint64_t> value[2][kWarp];
   Cell<int> instruction[2][kWarp];
 };
@@ -74,7 +74,7 @@ struct Block {
     warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
     for (unsigned w = 0; w < warps.size(); ++w) {
       const unsigned left = threads - w * kWarp, lanes = left < kWarp ? left : kWarp;
-      warps[w].sync.expected = warps[w].exchange.expected = lanes;
+      warps[w].exchange.expected = lanes;
     }
   }
 };
