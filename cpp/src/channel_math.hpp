@@ -403,4 +403,24 @@ BN_BOTH [[gnu::always_inline]] inline void forward_coefficients(const MomentsOf<
   }
 }
 
+// ---- lines -----------------------------------------------------------------------------------------------------
+
+// What a line of float32 is normalized by, along which gamma moves (kernels/table.hpp): fields as LineScale. With
+// d = x - center, xhat = d*rstd + rest: u for d, or for `rest` where d is exact, since no value is nearer to the mean
+// than the center; u for xhat; y is rounded once. So y is right to 2u of |y - beta| beside its rounding, and 3u where
+// gamma is rounded to float32; where xhat itself is below float32's normal range, to |gamma|*2^-150.
+struct LineFactors {
+  float center, rest, rstd, rstd_lo;
+  bool is_wide;  // whether it is to be done in float64
+};
+// Float32 holds factors up to 2^100 with their low parts, differences below 2^103 (center_fits), and an xhat that is
+// not subnormal all along: only an eps far above the variance makes it so. `square`: sum of (x - mean)^2.
+BN_BOTH inline LineFactors line_factors(double count, double mean, double mean_lo, double rstd, double square) {
+  const auto center = static_cast<float>(mean), factor = static_cast<float>(rstd);
+  const bool fits = rstd == 0 || (rstd >= 0x1p-100 && rstd <= 0x1p100);
+  const bool is_spread = square == 0 || square * rstd * rstd >= 0x1p-160 * count;
+  return {center, static_cast<float>(((center - mean) - mean_lo) * rstd), factor, static_cast<float>(rstd - factor),
+          !(fits && is_spread && center_fits(mean))};
+}
+
 }  // namespace batchnorm

@@ -13,8 +13,12 @@
 
 namespace batchnorm {
 
-// Gamma, beta and their like along the channels of a position, in float64, with what kernels may read behind.
-std::unique_ptr<double[]> along(const ChannelValues& values, std::int64_t channels, double absent);
+// Gamma, beta and their like along the channels of a position, in float32 (to which they are rounded) or float64, with
+// what kernels may read behind.
+template <class A>
+std::unique_ptr<A[]> along(const ChannelValues& values, std::int64_t channels, A absent);
+// Whether the float32 that gamma and beta are rounded to keep their digits: always where they are given so.
+bool fit_into_float(const ChannelValues& gamma, const ChannelValues& beta);
 
 // Neighbouring positions, in the order of (outer, inner).
 struct Block {

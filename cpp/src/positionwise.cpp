@@ -9,7 +9,7 @@
 #include "gradient_math.hpp"
 #include "parallel.hpp"
 #include "position_rows.hpp"
-#include "short_runs.hpp"
+#include "position_tasks.hpp"
 #include "workspace.hpp"
 
 namespace batchnorm {
@@ -18,147 +18,26 @@ namespace {
 using kernels::ColumnSums;
 using kernels::Lines;
 using kernels::LineStatistics;
-using kernels::LineTermsOf;
 using kernels::Sums;
 using kernels::Tail;
 
-// ---- the memory of a task ----
-
-// What the lines of a block have: those of a group one behind the other.
-template <class T>
-class Task {
-  using A = Arithmetic<T>;
-
- public:
-  static constexpr int kTiles = 4;
-
-  // Tiles are made where `staged`; moments of a block are taken where `reduces`.
-  static std::size_t bytes(const PositionRows<T>& v, bool staged, bool reduces) {
-    const std::int64_t lines = v.plan.positions_a_block * v.groups;
-    std::size_t all = 6 * Workspace::bytes_for<double>(lines) + Workspace::bytes_for<Sums>(lines);
-    if (staged) all += kTiles * Workspace::bytes_for<A>(v.tile_values());
-    if (reduces) all += bytes_of_moments(v, lines);
-    return all;
-  }
-  Task(const PositionRows<T>& v, std::byte* memory, bool staged) : v_(v) {
-    Workspace workspace(memory);
-    const std::int64_t lines = v.plan.positions_a_block * v.groups;
-    for (double*& of : columns_) of = workspace.take<double>(lines);
-    sums = workspace.take<Sums>(lines);
-    for (int k = 0; staged && k < kTiles; ++k) tile[k] = workspace.take<A>(v.tile_values());
-    rest_ = workspace.take<std::byte>(0);
-  }
-
-  A* tile[kTiles] = {};
-  Sums* sums;
-
-  // Moments of the lines of some rows. Those that do not count have none.
-  template <class V>
-  void take_moments(const V* rows, const Block& block, Moments* out) const {
-    const std::int64_t n = v_.lines_of(block);
-    const PassCall<V> part{.problem = {1, n, v_.call.width}, .options = {.threads = 1, .memory = rest_}};
-    if (is_short(v_.call.width)) {
-      run_short_moments(rows, part, out);
-    } else {
-      Forward<V>{part}.moments(rows, out);
-    }
-    if (!v_.call.positions) return;
-    for (std::int64_t r = 0; r < block.count; ++r) {
-      if (!v_.counts(block.first + r)) std::fill_n(out + r * v_.groups, v_.groups, Moments{});
-    }
-  }
-
-  // From the moments of a block's lines.
-  void set_statistics(const Moments* moments, const Block& block) {
-    for (std::int64_t g = 0; g < v_.groups; ++g) {
-      for (std::int64_t r = 0; r < block.count; ++r) {
-        set_statistics(MomentsOf<double>::at(moments + r * v_.groups + g), g * block.count + r);
-      }
-    }
-  }
-  // From the moments, and sums of h (of x' for tangents) of which `sum(line)` gives those of each.
-  template <bool kTangents, class Sum>
-  void set_terms(const Moments* moments, const Block& block, const Sum& sum) {
-    for (std::int64_t g = 0; g < v_.groups; ++g) {
-      for (std::int64_t r = 0; r < block.count; ++r) {
-        const std::int64_t line = r * v_.groups + g, at = g * block.count + r;
-        const auto m = MomentsOf<double>::at(moments + line);
-        const DoubleDouble rstd{columns_[2][at], columns_[3][at]};
-        const LineTerms terms = kTangents ? tangent_terms<A>(m, sum(line, at), rstd, v_.call.about_zero)
-                                          : line_terms<A>(m, sum(line, at), rstd, v_.call.about_zero);
-        columns_[4][at] = terms.x_scale, columns_[5][at] = terms.shift;
-      }
-    }
-  }
-  // Those of the lines of group g, from row r of `rows` on.
-  [[nodiscard]] LineStatistics statistics(std::int64_t g, std::int64_t rows, std::int64_t r = 0) const {
-    const std::int64_t at = g * rows + r;
-    return {columns_[0] + at, columns_[1] + at, columns_[2] + at, columns_[3] + at};
-  }
-  [[nodiscard]] LineTermsOf terms(std::int64_t g, std::int64_t rows, std::int64_t r = 0) const {
-    return {columns_[4] + g * rows + r, columns_[5] + g * rows + r};
-  }
-
- private:
-  // Lines that are turned, whatever their number: the order in which they are summed is that of their length.
-  static bool is_short(std::int64_t width) { return has_short_runs({1, 2, width}); }
-  static std::size_t bytes_of_moments(const PositionRows<T>& v, std::int64_t lines) {
-    std::size_t needed = 0;
-    if (is_short(v.call.width) || lines == 0) return 0;
-    for (const std::int64_t n : {std::int64_t{1}, lines}) {
-      const PassCall<A> part{.problem = {1, n, v.call.width}, .options = {.threads = 1, .needed = &needed}};
-      Forward<A>{part}.moments(nullptr, nullptr);
-    }
-    return needed;
-  }
-  void set_statistics(const MomentsOf<double>& m, std::int64_t at) {
-    DoubleDouble rstd{};
-    if (m.count > 0) rstd = v_.call.about_zero ? rstd_about_zero<A>(m, v_.call.eps) : rstd_for<A>(m, v_.call.eps);
-    const bool about_mean = m.count > 0 && !v_.call.about_zero;
-    columns_[0][at] = about_mean ? m.mean : 0, columns_[1][at] = about_mean ? m.mean_lo : 0;
-    columns_[2][at] = rstd.hi, columns_[3][at] = rstd.lo;
-  }
-
-  const PositionRows<T>& v_;
-  double* columns_[6];  // mean, mean_lo, rstd, rstd_lo, x_scale, shift
-  std::byte* rest_;
-};
-
-// All positions, in tasks. What can fail is done when there is one of these.
-template <class T>
-class Tasks {
- public:
-  Tasks(const PositionRows<T>& v, bool staged, bool reduces)
-      : v_(v), staged_(staged), memory_(Task<T>::bytes(v, staged, reduces), v.plan.threads) {}
-
-  // f(Task, number of the task, Range), `a_task` positions in each.
-  template <class F>
-  void run(std::int64_t a_task, const F& f) {
-    const std::int64_t tasks = (v_.positions + a_task - 1) / a_task;
-    run_tasks(v_.plan.threads, tasks, [&](Range range) {
-      const ThreadMemory::Place place(memory_);
-      Task<T> task(v_, place.begin(), staged_);
-      for (std::int64_t t = range.begin; t < range.end; ++t) {
-        f(task, t, Range{t * a_task, std::min((t + 1) * a_task, v_.positions)});
-      }
-      if (v_.plan.around_cache) fence_streams();
-    });
-  }
-  // f(Task, Block) for all blocks.
-  template <class F>
-  void run_blocks(const F& f) {
-    run(v_.plan.positions_a_block, [&](Task<T>& task, std::int64_t, Range range) {
-      v_.for_blocks(range, [&](const Block& block) { f(task, block); });
-    });
-  }
-
- private:
-  const PositionRows<T>& v_;
-  bool staged_;
-  ThreadMemory memory_;
-};
-
 // ---- forward ----
+
+double of_channel(const ChannelValues& values, std::int64_t c, double absent) {
+  return values.present() ? values[c % static_cast<std::int64_t>(values.size())] : absent;
+}
+// Lines from channel c on whose coefficients leave float32: in float64 and rounded once.
+template <class T, class A>
+void normalize_wide(const PassCall<T>& call, std::int64_t c, const A* x, A* y, const Lines& lines,
+                    const LineStatistics& s) {
+  for (std::int64_t l = 0; l < lines.count; ++l) {
+    for (std::int64_t i = 0; i < lines.length; ++i) {
+      const double gamma = of_channel(call.gamma, c + i, 1), beta = of_channel(call.beta, c + i, 0);
+      const std::int64_t at = l * lines.stride + i;
+      y[at] = static_cast<A>(((x[at] - s.mean[l]) * s.rstd[l]) * gamma + beta);
+    }
+  }
+}
 
 // Where moments are given they are read, else taken and saved.
 template <class T>
@@ -168,23 +47,29 @@ void forward(const PassCall<T>& call, const T* x, T* y, const Moments* given, Mo
   Tail<T> tail = call.tail;
   if (call.bits_head != nullptr) tail.first_bit = values_past_line(y);
   if (call.problem.size() == 0) return call.write_head(tail.first_bit);
-  const auto gamma = along(call.gamma, v.channels, 1), beta = along(call.beta, v.channels, 0);
+  const auto gamma = along(call.gamma, v.channels, A(1)), beta = along(call.beta, v.channels, A(0));
+  const bool wide = Task<T>::kScales && !fit_into_float(call.gamma, call.beta);
   const bool staged = !v.in_rows() || !std::is_same_v<A, T> || !tail.empty();
   const auto run_block = [&](Task<T>& task, const Block& block) {
     const A* rows = v.rows(x, block, task.tile[0], task.tile[1]);
     const Moments* moments = given;
     if (given == nullptr) task.take_moments(rows, block, saved + block.first * v.groups), moments = saved;
-    task.set_statistics(moments + block.first * v.groups, block);
-    const auto map = [&](std::int64_t r, std::int64_t n, A* to, bool around_cache) {
+    task.set_scales(moments + block.first * v.groups, block, wide);
+    const auto map = [&](std::int64_t first, std::int64_t count, A* to, bool around_cache) {
       for (std::int64_t g = 0; g < v.groups; ++g) {
-        const std::int64_t at = r * v.channels + g * call.width;
-        const Lines lines{.count = n,
-                          .length = call.width,
-                          .stride = v.channels,
-                          .ahead = around_cache ? block.count * v.channels : 0,
-                          .around_cache = around_cache};
-        v.table.template of<A>().lines_normalize(rows + at, to + at, lines, task.statistics(g, block.count, r),
-                                                 gamma.get() + g * call.width, beta.get() + g * call.width);
+        task.for_scales(g, block.count, first, count, [&](std::int64_t r, std::int64_t n, bool in_double) {
+          const std::int64_t c = g * call.width, at = r * v.channels + c;
+          const Lines lines{.count = n,
+                            .length = call.width,
+                            .stride = v.channels,
+                            .ahead = around_cache ? block.count * v.channels : 0,
+                            .around_cache = around_cache};
+          if (in_double) {
+            return normalize_wide(call, c, rows + at, to + at, lines, task.statistics(g, block.count, r));
+          }
+          v.table.template of<A>().lines_normalize(rows + at, to + at, lines, task.scale(g, block.count, r),
+                                                   gamma.get() + c, beta.get() + c);
+        });
       }
     };
     if (staged) {
@@ -301,7 +186,7 @@ void backward(const PassCall<T>& call, const T* dy, const T* x, const Moments* m
     for (std::int64_t c = 0; c < v.channels; ++c) out.dbeta.set(c, 0), out.dgamma.set(c, 0);
     return;
   }
-  const auto gamma = along(call.gamma, v.channels, 1);
+  const auto gamma = along(call.gamma, v.channels, 1.0);
   const bool staged = !v.in_rows() || !std::is_same_v<A, T> || call.tail.bits != nullptr || out.dresidual != nullptr;
   const ChunkSums<T> chunks(v, v.plan.chunks);
   // A line of memory of dx begins where that of the first position does.
@@ -385,7 +270,7 @@ template <class T>
 void Positionwise<T>::grad_sums(const T* dy, const T* x, const Moments* moments, GradSums* out) const {
   const PositionRows<T> v(call_, 2, false);
   if (call_.problem.size() == 0) return;
-  const auto gamma = along(call_.gamma, v.channels, 1);
+  const auto gamma = along(call_.gamma, v.channels, 1.0);
   Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {
     const auto* g_rows = v.rows(dy, block, task.tile[0], task.tile[3], call_.tail.bits);
     const auto* x_rows = v.rows(x, block, task.tile[1], task.tile[3]);
@@ -418,8 +303,8 @@ void Positionwise<T>::batch_norm_jvp(const T* x_dot, const T* x, const Moments* 
   constexpr bool kExact = sizeof(A) == sizeof(double);
   const PositionRows<T> v(call_, 3, true);
   if (call_.problem.size() == 0) return;
-  const auto gamma = along(call_.gamma, v.channels, 1), ones = along({}, v.channels, 1);
-  const auto gamma_dot = along(tangents.gamma, v.channels, 0), beta_dot = along(tangents.beta, v.channels, 0);
+  const auto gamma = along(call_.gamma, v.channels, 1.0), ones = along({}, v.channels, 1.0);
+  const auto gamma_dot = along(tangents.gamma, v.channels, 0.0), beta_dot = along(tangents.beta, v.channels, 0.0);
   Tasks<T>(v, true, false).run_blocks([&](Task<T>& task, const Block& block) {
     A* const* tile = task.tile;
     const A* dots = v.rows(x_dot, block, tile[0], tile[3]);

@@ -5,6 +5,7 @@
 #include <string>
 #include <vector>
 
+#include "channel_math.hpp"
 #include "data.hpp"
 #include "expect.hpp"
 #include "guarded.hpp"
@@ -48,14 +49,29 @@ template <class T>
 struct Inputs {
   Lines lines;
   std::vector<T> x, dy;
-  std::vector<double> mean, mean_lo, rstd, rstd_lo, x_scale, shift, gamma, beta, begun;
+  std::vector<double> mean, mean_lo, rstd, rstd_lo, x_scale, shift, gamma, begun;
+  std::vector<T> scale[4], factor, beta;
+
+  void set_scale() {
+    for (std::size_t l = 0; l < mean.size(); ++l) {
+      if constexpr (sizeof(T) == sizeof(double)) {
+        scale[0].push_back(mean[l]), scale[1].push_back(mean_lo[l]);
+        scale[2].push_back(rstd[l]), scale[3].push_back(rstd_lo[l]);
+      } else {
+        const LineFactors f = line_factors(1, mean[l], 0, rstd[l], 1);
+        scale[0].push_back(f.center), scale[1].push_back(f.rest);
+        scale[2].push_back(f.rstd), scale[3].push_back(f.rstd_lo);
+      }
+    }
+  }
 };
 
 template <class T>
 Inputs<T> make_inputs(const Lines& lines, std::uint64_t seed) {
   data::Generator g(seed);
   const std::int64_t extent = (lines.count - 1) * lines.stride + lines.length;
-  Inputs<T> in{lines, data::values<T>(g, extent), data::values<T>(g, extent), {}, {}, {}, {}, {}, {}, {}, {}, {}};
+  Inputs<T> in{lines, data::values<T>(g, extent), data::values<T>(g, extent), {}, {}, {}, {}, {}, {}, {}, {}, {}, {},
+               {}};
   for (std::int64_t l = 0; l < lines.count; ++l) {
     in.mean.push_back(g.value<double>());
     in.mean_lo.push_back(in.mean.back() * 0x1p-54);
@@ -65,8 +81,10 @@ Inputs<T> make_inputs(const Lines& lines, std::uint64_t seed) {
     in.shift.push_back(g.value<double>() / 7);
   }
   in.gamma = data::values<double>(g, lines.length + kLanes);
-  in.beta = data::values<double>(g, lines.length + kLanes);
+  in.factor.assign(in.gamma.begin(), in.gamma.end());
+  in.beta = data::values<T>(g, lines.length + kLanes);
   in.begun = data::values<double>(g, 4 * lines.length);
+  in.set_scale();
   return in;
 }
 
@@ -83,8 +101,8 @@ struct Outcome {
 
 template <class T>
 struct Arrays {
-  Array<T> x, dy, out;
-  Array<double> mean, mean_lo, rstd, rstd_lo, x_scale, shift, gamma, beta, columns;
+  Array<T> x, dy, out, scale[4], factor, beta;
+  Array<double> mean, mean_lo, rstd, rstd_lo, x_scale, shift, gamma, columns;
   Array<Sums> sums;
 };
 
@@ -101,7 +119,10 @@ Outcome<T> call(const Implementation& implementation, const Inputs<T>& in, Place
   const kernels::LineStatistics statistics{at(a.mean, in.mean), at(a.mean_lo, in.mean_lo), at(a.rstd, in.rstd),
                                            at(a.rstd_lo, in.rstd_lo)};
   const kernels::LineTermsOf terms{at(a.x_scale, in.x_scale), at(a.shift, in.shift)};
-  const double *gamma = at(a.gamma, in.gamma), *beta = at(a.beta, in.beta);
+  const kernels::LineScale<T> scale{at(a.scale[0], in.scale[0]), at(a.scale[1], in.scale[1]),
+                                    at(a.scale[2], in.scale[2]), at(a.scale[3], in.scale[3])};
+  const double* gamma = at(a.gamma, in.gamma);
+  const T *factor = at(a.factor, in.factor), *beta = at(a.beta, in.beta);
   const auto place_of = [&](Onto to) -> Array<T>& { return to == Onto::x ? a.x : to == Onto::dy ? a.dy : a.out; };
   const auto out_of = [&](Onto to) {
     return to == Onto::x ? x : to == Onto::dy ? dy : at(a.out, std::vector<T>(in.x.size(), T(-77)));
@@ -115,7 +136,7 @@ Outcome<T> call(const Implementation& implementation, const Inputs<T>& in, Place
       outcome.sums.push_back(v);
   }
   const Onto of_y = onto == Onto::dy ? Onto::its_own : onto;
-  k.lines_normalize(x, out_of(of_y), lines, statistics, gamma, beta);
+  k.lines_normalize(x, out_of(of_y), lines, scale, factor, beta);
   outcome.y = place_of(of_y).elements(memory);
   EXPECT(place_of(of_y).untouched_outside(memory), "y, ", described());
 
@@ -131,7 +152,8 @@ Outcome<T> call(const Implementation& implementation, const Inputs<T>& in, Place
     std::fill_n(outcome.columns.begin() + n, n, 0.0);
     std::fill_n(outcome.columns.begin() + 3 * n, n, 0.0);
   }
-  EXPECT(a.gamma.untouched() && a.beta.untouched() && a.mean.untouched() && a.rstd.untouched(), described());
+  EXPECT(a.gamma.untouched() && a.factor.untouched() && a.beta.untouched() && a.mean.untouched() && a.rstd.untouched(),
+         described());
   return outcome;
 }
 
@@ -220,11 +242,29 @@ void expect_agreement() {
 TEST(lines_of_float_agree_and_stay_inside_their_arrays) { expect_agreement<float>(); }
 TEST(lines_of_double_agree_and_stay_inside_their_arrays) { expect_agreement<double>(); }
 
+// gamma times xhat is half way between two float32: beta, 2^-80 of it, says which one is nearer. A float64 does not
+// hold their sum.
+TEST(float_lines_round_a_product_and_a_sum_once) {
+  const float half_way = 1 + 0x1p-12F;
+  for (const float beta : {0x1p-80F, -0x1p-80F}) {
+    Inputs<float> in = make_inputs<float>({.count = 1, .length = 40, .stride = 40}, 1);
+    in.x.assign(40, half_way), in.factor.assign(40 + kLanes, half_way), in.beta.assign(40 + kLanes, beta);
+    in.scale[0] = {0}, in.scale[1] = {0}, in.scale[2] = {1}, in.scale[3] = {0};
+    for (const Implementation& implementation : runnable()) {
+      for (const float y : call(implementation, in, Place::ends_at_guard).y) {
+        EXPECT(y == 1 + 0x1p-11F + (beta > 0 ? 0x1p-23F : 0.F), implementation.name, " ", y);
+      }
+    }
+  }
+}
+
 // Of double, whose exact value differs from that of float64 arithmetic in many roundings.
 TEST(double_lines_keep_what_products_and_sums_round_off) {
   const Lines lines{.count = 1, .length = 1000, .stride = 1000};
   Inputs<double> in = make_inputs<double>(lines, 3);
   in.mean = {1e8}, in.mean_lo = {0x1p-30};
+  for (auto& of : in.scale) of.clear();
+  in.set_scale();
   for (double& x : in.x) x += 1e8;
   for (const Implementation& implementation : runnable()) {
     const Outcome<double> got = call(implementation, in, Place::ends_at_guard);

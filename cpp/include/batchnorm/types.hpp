@@ -61,10 +61,11 @@ class ChannelValues {
   [[nodiscard]] constexpr double operator[](std::int64_t c) const {
     return f32_ != nullptr ? static_cast<double>(f32_[c]) : f64_[c];
   }
-  // `count` of them from channel `first` on. Only for present values.
-  constexpr void copy_to(std::int64_t first, std::int64_t count, double* to) const {
-    for (std::int64_t k = 0; f32_ != nullptr && k < count; ++k) to[k] = static_cast<double>(f32_[first + k]);
-    for (std::int64_t k = 0; f32_ == nullptr && k < count; ++k) to[k] = f64_[first + k];
+  // `count` of them from channel `first` on, rounded to the type of `to`. Only for present values.
+  template <std::floating_point V>
+  constexpr void copy_to(std::int64_t first, std::int64_t count, V* to) const {
+    for (std::int64_t k = 0; f32_ != nullptr && k < count; ++k) to[k] = static_cast<V>(f32_[first + k]);
+    for (std::int64_t k = 0; f32_ == nullptr && k < count; ++k) to[k] = static_cast<V>(f64_[first + k]);
   }
   // `count` of them from the first on.
   [[nodiscard]] constexpr ChannelValues part(std::size_t first, std::size_t count) const {

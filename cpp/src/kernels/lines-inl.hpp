@@ -1,5 +1,7 @@
-// Lines: groups whose gamma and beta move along them, each with statistics of its own (layer and RMS norm). All three
-// passes are computed in float64 and rounded once.
+// Lines: groups whose gamma and beta move along them, each with statistics of its own (layer and RMS norm). Sums and
+// gradients are computed in float64 and rounded once. Float32 is normalized in float32, by products and sums that are
+// rounded once together: rstd, and what the center leaves of the mean, come in two parts, so that only what the mean
+// takes away and xhat are rounded, once each.
 #pragma once
 
 #include "kernels/accumulate-inl.hpp"
@@ -81,8 +83,8 @@ BN_INLINE Lanes<double> rounded(const LineLanes<double>& a) {
   BN_UNROLL for (int k = 0; k < Lanes<double>::kVectors; ++k) r.v[k] = a.v[k];
   return r;
 }
-template <class V>
-BN_INLINE V all_lanes(double value) {
+template <class V, class A>
+BN_INLINE V all_lanes(A value) {
   return value - V{};
 }
 
@@ -131,29 +133,34 @@ struct OfLine {
         rstd_lo(all_lanes<V>(s.rstd_lo[l])) {}
 };
 
-// ---- normalize: y = ((x - mean)*rstd)*gamma + beta ----
+// ---- normalize: y = xhat*gamma + beta ----
 
-template <class V>
-BN_INLINE V normalized(const OfLine<float>& of, V x, V gamma, V beta) {
-  return ((x - of.mean) * of.rstd) * gamma + beta;
+template <class T>
+struct ScaleOfLine {
+  using Native = typename Lanes<T>::Native;
+  Native center, rest, rstd, rstd_lo;
+
+  BN_INLINE ScaleOfLine(const LineScale<T>& s, std::int64_t l)
+      : center(all_lanes<Native>(s.center[l])),
+        rest(all_lanes<Native>(s.rest[l])),
+        rstd(all_lanes<Native>(s.rstd[l])),
+        rstd_lo(all_lanes<Native>(s.rstd_lo[l])) {}
+};
+BN_INLINE NativeFloat normalized(const ScaleOfLine<float>& of, NativeFloat x, NativeFloat gamma, NativeFloat beta) {
+  const NativeFloat d = x - of.center;
+  return fused(fused(d, of.rstd, fused(d, of.rstd_lo, of.rest)), gamma, beta);
 }
-BN_RARE NativeDouble normalized(const OfLine<double>& of, NativeDouble x, NativeDouble gamma, NativeDouble beta) {
-  const Exact xhat = times(less(x, of.mean, of.mean_lo), of.rstd, of.rstd_lo);
+BN_RARE NativeDouble normalized(const ScaleOfLine<double>& of, NativeDouble x, NativeDouble gamma, NativeDouble beta) {
+  const Exact xhat = times(less(x, of.center, of.rest), of.rstd, of.rstd_lo);
   return rounded(plus(times(xhat, gamma), beta));
 }
-// gamma and beta may be read up to 16 values from the last one on.
 template <class T>
-struct LineMap {
-  OfLine<T> of;
-
-  BN_INLINE Lanes<T> operator()(const LineLanes<T>& x, const LineLanes<T>& gamma, const LineLanes<T>& beta) const {
-    LineLanes<T> y;
-    BN_UNROLL for (int k = 0; k < LineLanes<T>::kVectors; ++k) {
-      y.v[k] = normalized(of, x.v[k], gamma.v[k], beta.v[k]);
-    }
-    return rounded(y);
-  }
-};
+BN_INLINE Lanes<T> normalized(const ScaleOfLine<T>& of, const Lanes<T>& x, const Lanes<T>& gamma,
+                              const Lanes<T>& beta) {
+  Lanes<T> y;
+  BN_UNROLL for (int k = 0; k < Lanes<T>::kVectors; ++k) y.v[k] = normalized(of, x.v[k], gamma.v[k], beta.v[k]);
+  return y;
+}
 
 // From here on vectors begin at lines of memory; where stores are ordinary that is worth a part of a vector at both
 // ends of a line that is long.
@@ -165,55 +172,55 @@ BN_INLINE std::int64_t first_vector(const T* y, std::int64_t length) {
   return at < length ? at : length;
 }
 
-// kLines lines, of which vectors begin alike where there are several.
+// kLines lines, of which vectors begin alike where there are several. gamma and beta may be read up to 16 values from
+// the last one on.
 template <Stores kStores, int kLines, class T>
-BN_INLINE void normalize_lines(const LineMap<T>* maps, const Lines& lines, const T* x, T* y, const double* gamma,
-                               const double* beta) {
+BN_INLINE void normalize_lines(const ScaleOfLine<T>* of, const Lines& lines, const T* x, T* y, const T* gamma,
+                               const T* beta) {
   const auto part = [&](std::int64_t at, std::int64_t n) {
-    const auto g = load_line_lanes<T>(gamma + at, kLanes), b = load_line_lanes<T>(beta + at, kLanes);
+    const Lanes<T> g = load(gamma + at), b = load(beta + at);
     for (int l = 0; l < kLines; ++l) {
       const std::int64_t p = l * lines.stride + at;
-      store_first(y + p, n, maps[l](load_line_lanes<T>(x + p, n), g, b));
+      store_first(y + p, n, normalized(of[l], load_first<T>(x + p, n, T(0)), g, b));
     }
   };
   std::int64_t at = first_vector<kStores>(y, lines.length);
   if (at > 0) part(0, at);
   for (; at + kLanes <= lines.length; at += kLanes) {
-    const auto g = load_line_lanes<T>(gamma + at, kLanes), b = load_line_lanes<T>(beta + at, kLanes);
+    const Lanes<T> g = load(gamma + at), b = load(beta + at);
     BN_UNROLL for (int l = 0; l < kLines; ++l) {
       const std::int64_t p = l * lines.stride + at;
-      put<kStores>(y + p, maps[l](load_line_lanes<T>(x + p, kLanes), g, b), lines.ahead, x + p);
+      put<kStores>(y + p, normalized(of[l], load(x + p), g, b), lines.ahead, x + p);
     }
   }
   if (at < lines.length) part(at, lines.length - at);
 }
 
 // Lines that are visited together, so that gamma and beta are loaded once for them, where they do not stay in the
-// first-level cache: 16 bytes for each value of a line.
+// first-level cache: 8 bytes for each value of a line.
 constexpr int kLinesAVisit = 4;
 constexpr std::int64_t kVisitedTogether = 1024;
 template <Stores kStores, class T>
-BN_INLINE void lines_normalize(const T* x, T* y, const Lines& lines, const LineStatistics& statistics,
-                               const double* gamma, const double* beta) {
-  const auto map = [&](std::int64_t l) { return LineMap<T>{OfLine<T>(statistics, l)}; };
+BN_INLINE void lines_normalize(const T* x, T* y, const Lines& lines, const LineScale<T>& scale, const T* gamma,
+                               const T* beta) {
   std::int64_t l = 0;
-  if (sizeof(T) < sizeof(double) && lines.length >= kVisitedTogether && lines.stride % kLanes == 0) {
+  if (kStores == Stores::ordinary && sizeof(T) < sizeof(double) && lines.length >= kVisitedTogether &&
+      lines.stride % kLanes == 0) {
     for (; l + kLinesAVisit <= lines.count; l += kLinesAVisit) {
-      const LineMap<T> maps[kLinesAVisit] = {map(l), map(l + 1), map(l + 2), map(l + 3)};
+      const ScaleOfLine<T> of[kLinesAVisit] = {{scale, l}, {scale, l + 1}, {scale, l + 2}, {scale, l + 3}};
       const std::int64_t at = l * lines.stride;
-      normalize_lines<kStores, kLinesAVisit>(maps, lines, x + at, y + at, gamma, beta);
+      normalize_lines<kStores, kLinesAVisit>(of, lines, x + at, y + at, gamma, beta);
     }
   }
   for (; l < lines.count; ++l) {
-    const LineMap<T> one = map(l);
+    const ScaleOfLine<T> one(scale, l);
     normalize_lines<kStores, 1>(&one, lines, x + l * lines.stride, y + l * lines.stride, gamma, beta);
   }
 }
 template <class T>
-void lines_normalize(const T* x, T* y, const Lines& lines, const LineStatistics& statistics, const double* gamma,
-                     const double* beta) {
-  if (lines.around_cache) return lines_normalize<Stores::around_cache>(x, y, lines, statistics, gamma, beta);
-  lines_normalize<Stores::ordinary>(x, y, lines, statistics, gamma, beta);
+void lines_normalize(const T* x, T* y, const Lines& lines, const LineScale<T>& scale, const T* gamma, const T* beta) {
+  if (lines.around_cache) return lines_normalize<Stores::around_cache>(x, y, lines, scale, gamma, beta);
+  lines_normalize<Stores::ordinary>(x, y, lines, scale, gamma, beta);
 }
 
 // ---- grad_sums: sum(gamma*dy), sum(gamma*dy*(x - mean)) ----
@@ -389,15 +396,19 @@ BN_INLINE void lines_by_columns(const T* dy, const T* x, T* dx, const Lines& lin
   if (c < lines.length) down(c, lines.length - c);
 }
 // Lines that are gone down together: with three streams each, all of a block took 1.1 to 1.25 times as long (8192 x 256
-// to 1024 and 32 x 4096 values, Sapphire Rapids), four as long as eight.
-constexpr std::int64_t kLinesDown = 8;
+// to 1024 and 32 x 4096 values, Sapphire Rapids), four as long as eight. Around the caches, lines that lie a multiple
+// of a page apart get into each other's way: with eight backward of 8192 x 1024 to 8192 values took 1.5 to 1.8 times as
+// long as with two (Zen 3).
+constexpr std::int64_t kLinesDown = 8, kPagesDown = 2, kPageBytes = 4096;
 template <Stores kStores, class T>
 BN_INLINE void lines_by_visits(const T* dy, const T* x, T* dx, const Lines& lines, const LineStatistics& statistics,
                                const LineTermsOf& terms, const double* gamma, const ColumnSums& sums) {
+  const bool are_pages = lines.stride * static_cast<std::int64_t>(sizeof(T)) % kPageBytes == 0;
+  const std::int64_t most = kStores == Stores::around_cache && are_pages ? kPagesDown : kLinesDown;
   Lines visit = lines;
-  for (std::int64_t l = 0; l == 0 || l < lines.count; l += kLinesDown, visit.continues = true) {
+  for (std::int64_t l = 0; l == 0 || l < lines.count; l += most, visit.continues = true) {
     const std::int64_t at = l * lines.stride;
-    visit.count = lines.count - l < kLinesDown ? lines.count - l : kLinesDown;
+    visit.count = lines.count - l < most ? lines.count - l : most;
     lines_by_columns<kStores, T>(
         dy + at, x + at, dx == nullptr ? nullptr : dx + at, visit,
         {statistics.mean + l, statistics.mean_lo + l, statistics.rstd + l, statistics.rstd_lo + l},

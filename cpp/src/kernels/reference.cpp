@@ -271,11 +271,16 @@ double rstd_lo(const LineStatistics& s, std::int64_t l) {
 }
 
 template <class T>
-void lines_normalize(const T* x, T* y, const Lines& lines, const LineStatistics& s, const double* gamma,
-                     const double* beta) {
+void lines_normalize(const T* x, T* y, const Lines& lines, const LineScale<T>& s, const T* gamma, const T* beta) {
   for_each(lines, [&](std::int64_t l, std::int64_t i, std::int64_t at) {
-    const Exactly xhat = centered(x[at], s, l).times(s.rstd[l], rstd_lo<T>(s, l));
-    y[at] = static_cast<T>(xhat.times(gamma[i]).plus(Exactly(beta[i])).rounded());
+    if constexpr (sizeof(T) == sizeof(double)) {
+      Exactly d(x[at], s.center[l], s.rest[l]);
+      y[at] = d.times(s.rstd[l], s.rstd_lo[l]).times(gamma[i]).plus(Exactly(beta[i])).rounded();
+    } else {
+      const T d = x[at] - s.center[l];
+      const T xhat = __builtin_fmaf(d, s.rstd[l], __builtin_fmaf(d, s.rstd_lo[l], s.rest[l]));
+      y[at] = __builtin_fmaf(xhat, gamma[i], beta[i]);
+    }
   });
 }
 template <class T>

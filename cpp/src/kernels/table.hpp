@@ -85,6 +85,12 @@ struct LineStatistics {
 struct LineTermsOf {
   const double *x_scale, *shift;
 };
+// What a line is normalized by, in the type that its values are computed in. double: mean, mean_lo, rstd, rstd_lo.
+// float: the nearest to the mean, what that leaves of the mean times rstd, and rstd in two parts.
+template <class A>
+struct LineScale {
+  const A *center, *rest, *rstd, *rstd_lo;
+};
 
 // Two sums of one channel, each as high and low part (plain sums have a low part of 0):
 // moments: sum(x - shift), sum((x - shift)^2); grad_sums: sum(dy), sum(dy*(x - mean)).
@@ -220,14 +226,14 @@ struct Kernels {
   void (*add_blocks)(const ColumnSums& first, std::int64_t count, std::int64_t stride, std::int64_t columns,
                      const ColumnSums& total);
 
-  // Lines, of float and double alone: in float64 whatever T is, rounded once; of double products and sums keep what
-  // they round off. gamma and beta are `length` values, behind which kVectorColumns more may be read.
-  //     normalize: y = ((x - mean)*rstd)*gamma + beta; y may be exactly x.
+  // Lines, of float and double alone. gamma and beta are `length` values, behind which kVectorColumns more may be read.
+  //     normalize: y = xhat*gamma + beta; y may be exactly x. float: with fma for a fused multiplication and addition
+  //                xhat = fma(d, rstd, fma(d, rstd_lo, rest)) of d = x - center, y = fma(xhat, gamma, beta).
+  // The rest, and all of double, in float64 and rounded once; of double products and sums keep what they round off.
   //     grad_sums: per line sum(gamma*dy) and sum(gamma*dy*(x - mean)), without mean_lo.
   //     grad_input: dx = dy*rstd*gamma + (x_scale*(x - mean) + shift), which may be exactly dy or x; null: not wanted.
   //                 Per column sum(dy) and sum(dy*rstd*(x - mean)), lines in order.
-  void (*lines_normalize)(const T* x, T* y, const Lines&, const LineStatistics&, const double* gamma,
-                          const double* beta);
+  void (*lines_normalize)(const T* x, T* y, const Lines&, const LineScale<A>&, const A* gamma, const A* beta);
   void (*lines_grad_sums)(const T* dy, const T* x, const Lines&, const LineStatistics&, const double* gamma, Sums*);
   void (*lines_grad_input)(const T* dy, const T* x, T* dx, const Lines&, const LineStatistics&, const LineTermsOf&,
                            const double* gamma, const ColumnSums&);

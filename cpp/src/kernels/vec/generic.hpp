@@ -14,6 +14,7 @@ constexpr int kVectorRegisters = 16;
 }  // namespace
 }  // namespace batchnorm::kernels
 
+#include "kernels/vec/fused_by_doubles.hpp"
 #include "kernels/vec/sixteen_by_integers.hpp"
 
 namespace batchnorm::kernels {

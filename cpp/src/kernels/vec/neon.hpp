@@ -67,6 +67,8 @@ BN_INLINE NativeFloat relu(NativeFloat v) { return v < 0 ? NativeFloat{} : v; }
 BN_INLINE NativeDouble relu(NativeDouble v) { return v < 0 ? NativeDouble{} : v; }
 // a*b + c where a*b is exact, so that fusing changes no bit.
 BN_INLINE NativeDouble multiply_add_exact(NativeDouble a, NativeDouble b, NativeDouble c) { return vfmaq_f64(c, a, b); }
+// a*b + c, rounded once.
+BN_INLINE NativeFloat fused(NativeFloat a, NativeFloat b, NativeFloat c) { return vfmaq_f32(c, a, b); }
 // a + b and a - b, for machines that can do more sums at once in another way.
 BN_INLINE NativeDouble other_add(NativeDouble a, NativeDouble b) { return a + b; }
 BN_INLINE NativeDouble other_subtract(NativeDouble a, NativeDouble b) { return a - b; }
