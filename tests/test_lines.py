@@ -69,7 +69,8 @@ class Oracle:
         apart = np.abs(self.xhat * self.gamma)
         scale = np.broadcast_to(apart.max(self.axes, keepdims=True), y.shape)
         at = np.maximum(np.abs(self.y), np.abs(self.beta))
-        assert_within("y", dtype, y, exact(self.y), scale=scale.astype(np.float64), at=at.astype(np.float64))
+        quantity = "y of lines" if (self.gamma.astype(dtype) == self.gamma).all() else "y"
+        assert_within(quantity, dtype, y, exact(self.y), scale=scale.astype(np.float64), at=at.astype(np.float64))
 
     def check_gradients(self, got, dy, dtype):
         dy = dy.astype(Wide)

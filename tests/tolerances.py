@@ -36,6 +36,14 @@ def _contract(dtype, u):
             "scale: the channel's max |y - beta|. The folded beta and the last sum round once each: half an ulp "
             "at |beta| and half at |y|; at: the larger of both",
         ),
+        ("y of lines", dtype): Bound(
+            2 * u,
+            1,
+            0,
+            "x - m_hi (or, where that is exact, what m_hi leaves of the mean) and xhat round once each: 2u of |y - beta|; "
+            "scale: the line's max |y - beta|. beta and y round once each, as for y. A gamma that is not of dtype is "
+            "rounded too, which the bound of y allows",
+        ),
         ("dx", dtype): Bound(
             4 * u,
             0,
