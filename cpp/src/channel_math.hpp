@@ -55,7 +55,7 @@ template <class V>
 struct GradSumsOf {
   TwoParts<V> dy, dy_xmu;
 
-  static GradSumsOf at(const GradSums* s) {
+  BN_FORMULA static GradSumsOf at(const GradSums* s) {
     return {{gather<V>(s, &GradSums::sum_dy), gather<V>(s, &GradSums::sum_dy_lo)},
             {gather<V>(s, &GradSums::sum_dy_xmu), gather<V>(s, &GradSums::sum_dy_xmu_lo)}};
   }

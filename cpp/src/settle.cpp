@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
 
 #include "channel_math.hpp"
-#include "exact_sum.hpp"
+#include "resum.hpp"
 #include "sums.hpp"
 
 namespace batchnorm {
@@ -114,73 +113,18 @@ void settle_tile(const Plan& plan, const SummedValues<T>& values, Range channels
   }
 }
 
-// f(value, weight) for the values of channel c that count, in the order of memory.
-template <class T, class F>
-void for_values(const Problem& p, const SummedValues<T>& values, std::int64_t c, const F& f) {
-  const Positions<T>& positions = values.operands.positions;
-  for (std::int64_t o = 0; o < p.outer; ++o) {
-    for (std::int64_t i = 0; i < p.inner; ++i) {
-      const double weight = positions ? static_cast<double>(positions.values[o * p.inner + i]) : 1;
-      if (weight != 0) f(static_cast<double>(values.operands.x[(o * p.channels + c) * p.inner + i]), weight);
+// Calls f(value, weight) for the values of channel c that count, in the order of memory.
+template <class T>
+auto each_value(const Problem& p, const SummedValues<T>& values, std::int64_t c) {
+  return [&p, &values, c](const auto& f) {
+    const Positions<T>& positions = values.operands.positions;
+    for (std::int64_t o = 0; o < p.outer; ++o) {
+      for (std::int64_t i = 0; i < p.inner; ++i) {
+        const double weight = positions ? static_cast<double>(positions.values[o * p.inner + i]) : 1;
+        if (weight != 0) f(static_cast<double>(values.operands.x[(o * p.channels + c) * p.inner + i]), weight);
+      }
     }
-  }
-}
-
-// The sum of values times weights, both scaled by these powers of two.
-template <class T>
-DoubleDouble exact_sum(const Problem& p, const SummedValues<T>& values, std::int64_t c, int of_x, int of_weights) {
-  ExactSum sum;
-  std::int64_t since_carry = 0;
-  for_values(p, values, c, [&](double x, double weight) {
-    const DoubleDouble term = two_product(std::ldexp(weight, of_weights), std::ldexp(x, of_x));
-    sum.add(term.hi);
-    if (term.lo != 0) sum.add(term.lo);
-    if (++since_carry == (std::int64_t{1} << 29)) {
-      sum.carry();
-      since_carry = 0;
-    }
-  });
-  return sum.value();
-}
-
-template <class T>
-void settle_exactly(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
-  const DoubleDouble mean = exact_sum(p, values, c, 0, 0) / values.count;
-  m.mean = mean.hi;
-  m.mean_lo = mean.lo;  // m2 is about the old mean, which is off by less than 2^-40 std: no digit of m2
-}
-
-// With values and weights scaled by powers of two, so that the largest are near 1: the mean exactly, then sums about
-// it. An m2 beyond float64 becomes infinity; that of a channel with a value that is not finite, NaN.
-template <class T>
-void settle_scaled(const Problem& p, const SummedValues<T>& values, std::int64_t c, Moments& m) {
-  double most_x = 0, most_weight = 0;
-  for_values(p, values, c, [&](double x, double weight) {
-    most_x = most_x < std::abs(x) || std::isnan(x) ? std::abs(x) : most_x;
-    most_weight = std::max(most_weight, weight);
-  });
-  if (!std::isfinite(most_x)) {
-    m.m2 = std::numeric_limits<double>::quiet_NaN();
-    return;
-  }
-  const int of_x = most_x > 0 ? std::ilogb(most_x) : 0, of_weights = std::ilogb(most_weight);
-  DoubleDouble count;
-  for_values(p, values, c,
-             [&](double, double weight) { count = count + DoubleDouble{std::ldexp(weight, -of_weights), 0}; });
-  const DoubleDouble mean = exact_sum(p, values, c, -of_x, -of_weights) / count;
-  const double shift = mean.hi;
-  DoubleDouble first, second;
-  for_values(p, values, c, [&](double x, double weight) {
-    const DoubleDouble d = two_sum(std::ldexp(x, -of_x), -shift);
-    const DoubleDouble term = DoubleDouble{std::ldexp(weight, -of_weights), 0} * d;
-    first = first + term;
-    second = second + term * d;
-  });
-  const auto scaled = moments_from_sums<double, double>(count, shift, first, second);
-  const int of_squares = 2 * of_x + of_weights;
-  // The mean of equal values is one of them.
-  m = {values.count.hi, std::ldexp(mean.hi, of_x), scaled.m2 == 0 ? 0 : std::ldexp(mean.lo, of_x),
-       std::ldexp(scaled.m2, of_squares), std::ldexp(scaled.m2_lo, of_squares)};
+  };
 }
 
 // The channels that sums about 0 are not good enough for, most of which are none.
@@ -198,10 +142,7 @@ void sum_again(const Plan& plan, const SummedValues<T>& values, Range channels, 
     }
   }
   for (std::int64_t c = channels.begin; c < channels.end; ++c) {
-    if (mean_below(out[c], Conditioning<Arithmetic<T>>::kExactBelow) && std::isfinite(out[c].m2)) {
-      settle_exactly(problem, values, c, out[c]);
-    }
-    if (left_range<Arithmetic<T>>(MomentsOf<double>::at(out + c))) settle_scaled(problem, values, c, out[c]);
+    settle_value_by_value<Arithmetic<T>>(each_value(problem, values, c), values.count, out[c]);
   }
 }
 

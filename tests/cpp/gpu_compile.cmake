@@ -10,26 +10,37 @@ if(NOT CMAKE_MATCH_1 OR CMAKE_MATCH_1 LESS 12)
   return()
 endif()
 
-file(WRITE ${BUILD}/kernels.cu "#include \"cuda/planar.cuh\"
+file(WRITE ${BUILD}/kernels.cu "#include \"cuda/passes.hpp\"
+#include \"cuda/planar.cuh\"
 namespace batchnorm::cuda {
+struct Stream {
+  cudaStream_t stream;
+  template <class Kernel, class... Args>
+  void launch(Kernel kernel, unsigned grid, unsigned block, const Args&... args) {
+    kernel<<<grid, block, 0, stream>>>(args...);
+  }
+};
+template class Passes<float, Stream>;
+template class Passes<double, Stream>;
+template class Passes<Float16, Stream>;
+template class Passes<BFloat16, Stream>;
 template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Forward);
 template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Backward);
 }
 ")
-foreach(target "arch=compute_80,code=sm_80" "arch=compute_90,code=sm_90" "arch=compute_90,code=compute_90")
-  # Without contraction: a fused multiply-add has other bits.
-  execute_process(COMMAND ${NVCC} -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr -gencode ${target}
-      -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v -I${SOURCE}/cpp/src ${INCLUDES}
-      -c ${BUILD}/kernels.cu -o ${BUILD}/kernels.o
-    RESULT_VARIABLE code OUTPUT_VARIABLE text ERROR_VARIABLE errors)
-  if(NOT code EQUAL 0)
-    message(FATAL_ERROR "kernels must compile for ${target}, got ${code}: ${text}${errors}")
-  endif()
-  if("${text}${errors}" MATCHES "[1-9][0-9]* bytes spill")
-    message(FATAL_ERROR "no register must be spilled for ${target}, got: ${text}${errors}")
-  endif()
-  string(REGEX MATCHALL "entry function '[^']*'|Used [0-9]+ registers" found "${text}${errors}")
-  foreach(line IN LISTS found)
-    message("${target}: ${line}")
-  endforeach()
+# Without contraction: a fused multiply-add has other bits.
+execute_process(COMMAND ${NVCC} -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr
+    -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
+    -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v -I${SOURCE}/cpp/src ${INCLUDES}
+    -c ${BUILD}/kernels.cu -o ${BUILD}/kernels.o
+  RESULT_VARIABLE code OUTPUT_VARIABLE text ERROR_VARIABLE errors)
+if(NOT code EQUAL 0)
+  message(FATAL_ERROR "kernels must compile, got ${code}: ${text}${errors}")
+endif()
+if("${text}${errors}" MATCHES "[1-9][0-9]* bytes spill")
+  message(FATAL_ERROR "no register must be spilled, got: ${text}${errors}")
+endif()
+string(REGEX MATCHALL "entry function '[^']*' for '[^']*'|Used [0-9]+ registers" found "${text}${errors}")
+foreach(line IN LISTS found)
+  message("${line}")
 endforeach()

@@ -4,9 +4,9 @@
 #pragma once
 
 #include "cuda/sums.cuh"
-#include "exact_sum.hpp"
 #include "gradient_math.hpp"
 #include "plan.hpp"
+#include "resum.hpp"
 
 namespace batchnorm::cuda {
 
@@ -114,7 +114,21 @@ BN_DEVICE void load(const Span& span, const Slab<Pass::kInputs>& slab, const Pas
 
 // ---- summing ----
 
-// The sums of this block's chunks, to every block of the cluster. make() gives Terms.
+// Terms of a value in shared memory; of two of them, dy and, `apart` values behind, x.
+template <class Terms>
+struct OfValue {
+  Terms terms;
+
+  BN_DEVICE void add(const float* x) { terms.add(*x); }
+};
+struct OfPair {
+  int apart;
+  GradientTerms<Plain> terms;
+
+  BN_DEVICE void add(const float* dy) { terms.add(dy[0], dy[apart]); }
+};
+
+// The sums of this block's chunks, to every block of the cluster. make() gives one of these.
 template <int kInputs, class Make>
 BN_DEVICE void sum_chunks(const Span& span, const Slab<kInputs>& slab, const Mine& mine, std::int64_t channel,
                           int awaited, kernels::Sums* to, const Make& make) {
@@ -122,16 +136,16 @@ BN_DEVICE void sum_chunks(const Span& span, const Slab<kInputs>& slab, const Min
   // Whole warps go round together, since their lanes fold together.
   for (int q0 = 0; q0 < mine.count; q0 += side_by_side) {
     const int q = q0 + static_cast<int>(threadIdx.x) / kLanes;
-    auto terms = make();
+    auto values = make();
     if (q < mine.count) {
       if (awaited >= 0) device::wait(slab.arrived + q, static_cast<unsigned>(awaited));
       const Piece piece = piece_of(span, channel, mine.first + q);
       const float* run = slab.chunk(span, q);
       for (int r = 0; r < piece.runs; ++r, run += piece.length) {
-        for (int j = lane; j < piece.length; j += kLanes) terms.add(run + j);
+        for (int j = lane; j < piece.length; j += kLanes) values.add(run + j);
       }
     }
-    const kernels::Sums sums = folded(terms);
+    const kernels::Sums sums = folded(values.terms);
     if (q < mine.count && lane < static_cast<int>(device::cluster_size())) {
       device::of_rank(to, static_cast<unsigned>(lane))[mine.first + q] = sums;
     }
@@ -180,9 +194,9 @@ struct Forward {
   // sum(make) with what is summed next.
   template <class Sum>
   BN_DEVICE void with_terms(const Span&, const double* told, std::int64_t, Next next, const Sum& sum) const {
-    if (next == kApply) sum([] { return AboutZero{}; });
-    if (next == kAboutShift) sum([told] { return AboutShift{told[1], {}, {}}; });
-    if (next == kCompensate) sum([] { return CompensatedAboutZero{}; });
+    if (next == kApply) sum([] { return OfValue<AboutZero>{}; });
+    if (next == kAboutShift) sum([told] { return OfValue<AboutShift>{{told[1], {}, {}}}; });
+    if (next == kCompensate) sum([] { return OfValue<CompensatedAboutZero>{}; });
   }
   // By one thread of each block, all of which find the same; `done` is what the sums were taken for.
   BN_DEVICE_CALL void finish(const Span& span, double* told, std::int64_t channel, const kernels::Sums& total,
@@ -202,7 +216,7 @@ struct Forward {
     }
     told[0] = kApply;
     const bool exactly = mean_below(m, Limits::kExactBelow) && std::isfinite(m.m2);
-    if (exactly) settle_exactly(span, channel, m);
+    if (exactly) settle_in_memory(span, channel, m);
     told[kReadMemory] = exactly ? 1 : 0;
     if (device::cluster_rank() == 0) m.put(saved + channel);
     forward_coefficients<float, double>(m, eps, gamma.value_or(channel, 1), beta.value_or(channel, 0), true,
@@ -213,17 +227,17 @@ struct Forward {
                                         });
   }
   // Of all values in memory, one after the other: a mean that nothing else tells, once in a blue moon.
-  BN_DEVICE_CALL void settle_exactly(const Span& span, std::int64_t channel, MomentsOf<double>& m) const {
+  BN_DEVICE_CALL void settle_in_memory(const Span& span, std::int64_t channel, MomentsOf<double>& of) const {
     const Problem& p = span.problem;
-    ExactSum sum;
-    for (std::int64_t o = 0, since = 0; o < p.outer; ++o) {
-      for (std::int64_t i = 0; i < p.inner; ++i) {
-        sum.add(x[(o * p.channels + channel) * p.inner + i]);
-        if (++since == (std::int64_t{1} << 29)) sum.carry(), since = 0;
+    const auto each = [&](const auto& f) {
+      for (std::int64_t o = 0; o < p.outer; ++o) {
+        for (std::int64_t i = 0; i < p.inner; ++i) f(double{x[(o * p.channels + channel) * p.inner + i]}, 1.0);
       }
-    }
-    const DoubleDouble mean = sum.value() / DoubleDouble{m.count, 0};
-    m.mean = mean.hi, m.mean_lo = mean.lo;
+    };
+    Moments m;
+    of.put(&m);
+    settle_exactly(each, {m.count, 0}, m);
+    of = MomentsOf<double>::at(&m);
   }
   BN_DEVICE void apply(const Span& span, const Slab<1>& slab, const Mine& mine, std::int64_t channel) const {
     const double* k = slab.told + 3;
@@ -252,7 +266,7 @@ struct Backward {
   template <class Sum>
   BN_DEVICE void with_terms(const Span& span, const double*, std::int64_t channel, Next, const Sum& sum) const {
     const double mean = saved[channel].mean;
-    sum([&] { return Gradients{mean, span.stride * span.chunks_a_block, {}, {}}; });
+    sum([&] { return OfPair{span.stride * span.chunks_a_block, {mean, {}, {}}}; });
   }
   BN_DEVICE_CALL void finish(const Span&, double* told, std::int64_t channel, const kernels::Sums& total, Next) const {
     auto m = MomentsOf<double>::at(saved + channel);
@@ -313,7 +327,8 @@ __global__ void __launch_bounds__(kMostThreads, 1)
       pass.with_terms(span, slab.told, channel, next,
                       [&](const auto& make) { sum_chunks(span, slab, mine, channel, awaited, sums, make); });
       device::cluster_sync();  // all sums are there
-      if (threadIdx.x == 0) pass.finish(span, slab.told, channel, added_up(sums, span.chunks), next);
+      if (threadIdx.x == 0)
+        pass.finish(span, slab.told, channel, added_up(span.chunks, [sums](std::int64_t k) { return sums[k]; }), next);
       __syncthreads();  // all know what is next
       if (slab.told[0] == static_cast<double>(kApply)) break;
     }

@@ -39,14 +39,13 @@ struct Compensated {
   [[nodiscard]] BN_DEVICE double low() const { return rest; }
 };
 
-// What is summed of values of float32: each Terms adds what one position gives.
+// What is summed: each Terms adds what one value gives, in float64.
 
-// sum(x), sum(x^2). Products are exact, so that fused and split additions give the same bits.
+// sum(x), sum(x^2). Products of float32 are exact, so that fused and split additions give the same bits.
 struct AboutZero {
   Plain first, second;
 
-  BN_DEVICE void add(const float* x) {
-    const double v = *x;
+  BN_DEVICE void add(double v) {
     first.add(v);
     second.sum = fma(v, v, second.sum);
   }
@@ -56,31 +55,43 @@ struct AboutShift {
   double shift;
   Plain first, second;
 
-  BN_DEVICE void add(const float* x) {
-    const double d = *x - shift;
+  BN_DEVICE void add(double v) {
+    const double d = v - shift;
     first.add(d), second.add(d * d);
   }
 };
-// sum(x), sum(x^2), keeping what is rounded off. An error that float64 may not hold is left out.
+// What rounding took from a square. An error that float64 may not hold is left out.
+BN_DEVICE double square_error(double v, double square) { return square >= 0x1p-960 ? fma(v, v, -square) : 0; }
+// The same sums, keeping what is rounded off.
 struct CompensatedAboutZero {
   Compensated first, second;
 
-  BN_DEVICE void add(const float* x) {
-    const double v = *x, square = v * v;
+  BN_DEVICE void add(double v) {
+    const double square = v * v;
     first.add(v), second.add(square);
-    if (square >= 0x1p-960) second.rest += fma(v, v, -square);
+    second.rest += square_error(v, square);
   }
 };
-// sum(dy), sum(dy*(x - mean)): dy and, `apart` values behind, x.
-struct Gradients {
-  double mean;
-  int apart;
-  Plain first, second;
+struct CompensatedAboutShift {
+  double shift;
+  Compensated first, second;
 
-  BN_DEVICE void add(const float* dy) {
-    const double g = *dy;
-    first.add(g), second.add(g * (dy[apart] - mean));
+  BN_DEVICE void add(double v) {
+    const DoubleDouble d = two_sum(v, -shift);
+    const double square = d.hi * d.hi;
+    first.add(d.hi);
+    first.rest += d.lo;
+    second.add(square);
+    second.rest += square_error(d.hi, square) + (d.hi + d.hi) * d.lo;
   }
+};
+// sum(dy), sum(dy*(x - mean)).
+template <class Accumulator>
+struct GradientTerms {
+  double mean;
+  Accumulator first, second;
+
+  BN_DEVICE void add(double dy, double x) { first.add(dy), second.add(dy * (x - mean)); }
 };
 
 template <class Terms>
@@ -89,13 +100,21 @@ BN_DEVICE kernels::Sums folded(Terms& terms) {
   return {terms.first.sum, terms.first.low(), terms.second.sum, terms.second.low()};
 }
 
-// Sums of the chunks of a channel, first chunk first, in bundles: what add_pieces() gives.
-BN_DEVICE kernels::Sums added_up(const kernels::Sums* chunks, int count) {
-  constexpr int kBundle = static_cast<int>(kernels::kBundle);
+// Sums of a piece to out[piece], of lanes that are folded or of one that has it all; below 0: to nowhere.
+template <class Terms>
+BN_DEVICE void put(Terms& terms, std::int64_t piece, bool folds, kernels::Sums* out) {
+  if (folds) terms.first.fold(), terms.second.fold();
+  if (piece < 0 || (folds && threadIdx.x % kLanes != 0)) return;
+  out[piece] = {terms.first.sum, terms.first.low(), terms.second.sum, terms.second.low()};
+}
+
+// Sums of the chunks of a channel, of which at(k) gives one, first chunk first, in bundles: what add_pieces() gives.
+template <class At>
+BN_DEVICE kernels::Sums added_up(std::int64_t count, const At& at) {
   kernels::Sums total;
-  for (int begin = 0; begin < count; begin += kBundle) {
-    kernels::Sums bundle = chunks[begin];
-    for (int k = begin + 1; k < begin + kBundle && k < count; ++k) batchnorm::add(bundle, chunks[k]);
+  for (std::int64_t begin = 0; begin < count; begin += kernels::kBundle) {
+    kernels::Sums bundle = at(begin);
+    for (std::int64_t k = begin + 1; k < begin + kernels::kBundle && k < count; ++k) batchnorm::add(bundle, at(k));
     begin == 0 ? void(total = bundle) : batchnorm::add(total, bundle);
   }
   return total;

@@ -1,0 +1,64 @@
+// What the kernels for GPUs are tried on (cuda_test, cuda_steps_test, cuda_schedules), and how results are compared.
+#pragma once
+
+#include <cmath>
+#include <cstring>
+#include <limits>
+#include <random>
+#include <string>
+#include <vector>
+
+#include "batchnorm/types.hpp"
+
+namespace cuda_tensors {
+
+using namespace batchnorm;
+
+struct Tensors {
+  Problem problem;
+  std::vector<float> x, dy, gamma, beta;
+  std::string name;
+};
+inline Tensors tensors(const Problem& p, const std::string& kind) {
+  const auto n = static_cast<std::size_t>(p.size()), channels = static_cast<std::size_t>(p.channels);
+  Tensors t{
+      p,   std::vector<float>(n), std::vector<float>(n), std::vector<float>(channels), std::vector<float>(channels),
+      kind};
+  std::mt19937 random(7);
+  std::normal_distribution<float> normal;
+  for (std::size_t e = 0; e < n; ++e) {
+    const float v = normal(random);
+    t.dy[e] = normal(random);
+    if (kind == "normal") t.x[e] = v;
+    if (kind == "far from 0") t.x[e] = 1e6f + v;
+    if (kind == "constant") t.x[e] = 3.7f;
+    if (kind == "subnormal") t.x[e] = v * 1e-42f;
+    if (kind == "large") t.x[e] = v * 1e30f, t.dy[e] *= 1e20f;
+    // Pairs that cancel, but for one value that is small against them, or very small.
+    if (kind == "cancelled" || kind == "cancelled to nothing") {
+      t.x[e] = e % 2 == 0 ? 1 + std::abs(v) : -t.x[e - 1];
+      if (e == 1) t.x[e] += kind == "cancelled" ? 1e-6f : 0;
+      if (e == 0 && kind != "cancelled") t.x[e] = 1e-25f;
+    }
+    if (kind == "with a NaN") t.x[e] = e == n / 2 ? std::numeric_limits<float>::quiet_NaN() : v;
+  }
+  for (std::size_t c = 0; c < channels; ++c) t.gamma[c] = normal(random), t.beta[c] = normal(random);
+  return t;
+}
+inline constexpr const char* kKinds[] = {"normal",    "far from 0",           "constant",  "subnormal", "large",
+                                         "cancelled", "cancelled to nothing", "with a NaN"};
+
+// NaN of any bits is NaN: the sign of one differs between machines.
+template <class V>
+bool same(const std::vector<V>& a, const std::vector<V>& b) {
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    if (std::memcmp(&a[i], &b[i], sizeof(V)) != 0 && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+  }
+  return true;
+}
+inline std::vector<double> numbers(const std::vector<Moments>& moments) {
+  std::vector<double> all;
+  for (const Moments& m : moments) all.insert(all.end(), {m.count, m.mean, m.mean_lo, m.m2, m.m2_lo});
+  return all;
+}
+}  // namespace cuda_tensors
