@@ -7,7 +7,7 @@
 #include <random>
 #include <vector>
 
-#include "cuda/resident.hpp"
+#include "cuda_tensors.hpp"
 
 namespace {
 
@@ -20,7 +20,7 @@ struct Results {
 };
 
 // Far from 0, so that sums are taken twice. Of threads enough for two chunks of four at a time.
-Results run(const Problem& problem, bool aligned, std::uint64_t seed) {
+Results run(const Problem& problem, bool aligned, bool through_memory, std::uint64_t seed) {
   const auto n = static_cast<std::size_t>(problem.size()), channels = static_cast<std::size_t>(problem.channels);
   std::vector<float> x(n), dy(n);
   std::mt19937 random(1);
@@ -29,20 +29,13 @@ Results run(const Problem& problem, bool aligned, std::uint64_t seed) {
   const float kNaN = std::numeric_limits<float>::quiet_NaN();
   Results r{std::vector<float>(n, kNaN), std::vector<float>(n, kNaN), std::vector<double>(channels),
             std::vector<double>(channels), std::vector<Moments>(channels)};
-  const auto forward = cuda::plan_resident<1>(problem, 227 * 1024, 4, 16, aligned);
-  const auto backward = cuda::plan_resident<2>(problem, 227 * 1024, 4, 16, aligned);
+  const cuda::Device device = cuda_tensors::device(through_memory, 4, 1);
+  const auto forward = cuda::plan_resident<float, 1>(problem, device, aligned, 4);
+  const auto backward = cuda::plan_resident<float, 2>(problem, device, aligned, 4);
   if (!forward || !backward) std::abort();
-  const auto launch = [&](const cuda::Resident& plan) {
-    return simt::Launch{.grid = plan.blocks,
-                        .block = 64,
-                        .cluster = plan.blocks,
-                        .shared_bytes = static_cast<std::size_t>(plan.shared_bytes),
-                        .seed = seed};
-  };
-  simt::launch(launch(*forward), cuda::resident<cuda::Forward>, forward->span,
-               cuda::Forward{x.data(), r.y.data(), {}, {}, 1e-5, r.saved.data()});
-  simt::launch(launch(*backward), cuda::resident<cuda::Backward>, backward->span,
-               cuda::Backward{dy.data(), x.data(), r.dx.data(), r.saved.data(), {}, 1e-5, r.dgamma, r.dbeta});
+  cuda_tensors::run(*forward, cuda::Forward<float>{x.data(), r.y.data(), {}, {}, 1e-5, r.saved.data()}, 64, seed);
+  const cuda::Backward<float> to_dx{dy.data(), x.data(), r.dx.data(), r.saved.data(), {}, 1e-5, r.dgamma, r.dbeta};
+  cuda_tensors::run(*backward, to_dx, 64, seed);
   return r;
 }
 
@@ -56,11 +49,12 @@ bool same(const std::vector<V>& a, const std::vector<V>& b) {
 int main(int argc, char** argv) {
   const int schedules = argc > 1 ? std::atoi(argv[1]) : 20;
   int others = 0, all = 0;
-  for (const bool aligned : {true, false}) {
+  for (const int kind : {0, 1, 2}) {
+    const bool aligned = kind != 1, through_memory = kind == 2;
     const Problem problem{80, 3, 196};
-    const Results wanted = run(problem, aligned, 0);
+    const Results wanted = run(problem, aligned, through_memory, 0);
     for (int k = 1; k <= schedules; ++k, ++all) {
-      const Results got = run(problem, aligned, static_cast<std::uint64_t>(k) * 7919);
+      const Results got = run(problem, aligned, through_memory, static_cast<std::uint64_t>(k) * 7919);
       others += !(same(got.y, wanted.y) && same(got.dx, wanted.dx) && same(got.saved, wanted.saved) &&
                   same(got.dgamma, wanted.dgamma) && same(got.dbeta, wanted.dbeta));
     }

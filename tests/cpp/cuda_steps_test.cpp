@@ -12,6 +12,7 @@ namespace {
 
 using namespace batchnorm;
 using cuda_tensors::same;
+using cuda_tensors::TensorsOf;
 
 constexpr double kEps = 1e-5;
 
@@ -26,25 +27,13 @@ struct Machine {
 };
 
 template <class T>
-struct Tensors {
-  Problem problem;
-  std::vector<T> x, dy;
-  std::vector<float> gamma, beta;
-  std::string name;
-
-  explicit Tensors(const cuda_tensors::Tensors& t) : problem(t.problem), gamma(t.gamma), beta(t.beta), name(t.name) {
-    for (const float v : t.x) x.push_back(T(v));
-    for (const float v : t.dy) dy.push_back(T(v));
-  }
-};
-template <class T>
 struct Results {
   std::vector<Moments> saved;
   std::vector<T> y, inferred, dx, from_sums;
   std::vector<GradSums> sums;
   std::vector<double> dgamma, dbeta, mean, var;
 
-  explicit Results(const Tensors<T>& t)
+  explicit Results(const TensorsOf<T>& t)
       : saved(t.gamma.size()),
         y(t.x),
         inferred(t.x),
@@ -57,7 +46,7 @@ struct Results {
         var(t.gamma.size(), 2) {}
 };
 template <class T>
-Results<T> by_library(const Tensors<T>& t) {
+Results<T> by_library(const TensorsOf<T>& t) {
   Results<T> r(t);
   const Call<T> call{.problem = t.problem, .gamma = t.gamma, .beta = t.beta, .eps = kEps};
   const std::span<const T> x = t.x, dy = t.dy;
@@ -70,7 +59,7 @@ Results<T> by_library(const Tensors<T>& t) {
   return r;
 }
 template <class T>
-Results<T> by_kernels(const Tensors<T>& t, std::uint64_t seed) {
+Results<T> by_kernels(const TensorsOf<T>& t, std::uint64_t seed) {
   using Passes = cuda::Passes<T, Machine>;
   Results<T> r(t);
   Machine machine{seed};
@@ -91,7 +80,7 @@ std::vector<double> numbers(const std::vector<GradSums>& sums) {
 }
 template <class T>
 void expect_same(const Problem& problem, const char* kind, std::uint64_t seed = 0) {
-  const Tensors<T> t(cuda_tensors::tensors(problem, kind));
+  const TensorsOf<T> t(cuda_tensors::tensors(problem, kind));
   const Results<T> got = by_kernels(t, seed), wanted = by_library(t);
   const std::string where = expect::text("{", problem.outer, ", ", problem.channels, ", ", problem.inner, "} ", kind,
                                          ", items of ", sizeof(T), " bytes, seed ", seed);

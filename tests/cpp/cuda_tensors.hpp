@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "batchnorm/types.hpp"
+#include "cuda/resident.hpp"
 
 namespace cuda_tensors {
 
@@ -48,6 +49,20 @@ inline Tensors tensors(const Problem& p, const std::string& kind) {
 inline constexpr const char* kKinds[] = {"normal",    "far from 0",           "constant",  "subnormal", "large",
                                          "cancelled", "cancelled to nothing", "with a NaN"};
 
+// The same of a type.
+template <class T>
+struct TensorsOf {
+  Problem problem;
+  std::vector<T> x, dy;
+  std::vector<float> gamma, beta;
+  std::string name;
+
+  explicit TensorsOf(const Tensors& t) : problem(t.problem), gamma(t.gamma), beta(t.beta), name(t.name) {
+    for (const float v : t.x) x.push_back(T(v));
+    for (const float v : t.dy) dy.push_back(T(v));
+  }
+};
+
 // NaN of any bits is NaN: the sign of one differs between machines.
 template <class V>
 bool same(const std::vector<V>& a, const std::vector<V>& b) {
@@ -61,4 +76,26 @@ inline std::vector<double> numbers(const std::vector<Moments>& moments) {
   for (const Moments& m : moments) all.insert(all.end(), {m.count, m.mean, m.mean_lo, m.m2, m.m2_lo});
   return all;
 }
+// A device that runs `spans` spans at once: clusters of any size, or blocks that meet through memory alone.
+constexpr std::int64_t kShared = 227 * 1024;
+inline cuda::Device device(bool through_memory, unsigned blocks, unsigned spans) {
+  const int n = static_cast<int>(spans);
+  cuda::Device d{90, static_cast<int>(blocks * spans), kShared, {n, n, n, n, n}};
+  if (through_memory) d.clusters = {};
+  return d;
+}
+template <class Pass>
+void run(cuda::Resident plan, const Pass& pass, unsigned threads, std::uint64_t seed) {
+  std::vector<kernels::Sums> sums(static_cast<std::size_t>(plan.kept_sums()));
+  std::vector<unsigned> counts(plan.spans);
+  const unsigned grid = plan.span.blocks * plan.spans;
+  if (plan.through_memory) plan.span.sums = sums.data(), plan.span.count = counts.data();
+  simt::launch({.grid = grid,
+                .block = threads,
+                .cluster = plan.through_memory ? grid : plan.span.blocks,
+                .shared_bytes = static_cast<std::size_t>(plan.shared_bytes),
+                .seed = seed},
+               cuda::resident<Pass>, plan.span, pass);
+}
+
 }  // namespace cuda_tensors

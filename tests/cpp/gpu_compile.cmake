@@ -24,8 +24,10 @@ template class Passes<float, Stream>;
 template class Passes<double, Stream>;
 template class Passes<Float16, Stream>;
 template class Passes<BFloat16, Stream>;
-template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Forward);
-template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Backward);
+#define HELD(T) \\
+  template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Forward<T>); \\
+  template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Backward<T>);
+HELD(float) HELD(double) HELD(Float16) HELD(BFloat16)
 }
 ")
 # Without contraction: a fused multiply-add has other bits.

@@ -11,7 +11,7 @@ cmake_minimum_required(VERSION 3.24...4.3)
 # aarch64 and copies lanes with memcpy without optimization. It then also writes exception tables, which point to
 # libstdc++ through a weak pointer that holds no code of ours. Bits of a byte that pieces share are set in one step, on
 # aarch64 by functions of libgcc that ask the machine how. The definition takes the errors of products from the C library.
-set(allowed_undefined fma memcpy memset __gxx_personality_v0 __aarch64_cas1_relax __aarch64_ldclr1_relax
+set(allowed_undefined fma fmaf memcpy memset __gxx_personality_v0 __aarch64_cas1_relax __aarch64_ldclr1_relax
     __aarch64_ldset1_relax)
 set(allowed_weak DW.ref.__gxx_personality_v0)
 

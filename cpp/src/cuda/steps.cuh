@@ -155,6 +155,10 @@ struct SumMoments {
   BN_DEVICE void end(State& state, std::int64_t piece, bool folds) const { put(state.terms, piece, folds, out); }
 };
 
+template <class T>
+using TermsOfGradients =
+    std::conditional_t<sizeof(T) == sizeof(double), GradientTerms<Compensated>, GradientTerms<Plain>>;
+
 // sum(dy), sum(dy*(x - mean)).
 template <class T>
 struct SumGradients {
@@ -166,7 +170,7 @@ struct SumGradients {
   struct State {
     const T *dy, *x;
     bool goes;
-    std::conditional_t<sizeof(T) == sizeof(double), GradientTerms<Compensated>, GradientTerms<Plain>> terms;
+    TermsOfGradients<T> terms;
 
     BN_DEVICE void add(std::int64_t at) {
       using A = Arithmetic<T>;
@@ -373,10 +377,21 @@ struct GradientOutputs {
   Factors* factors = nullptr;
 };
 template <class T>
+BN_DEVICE void set_gradients(const GradSums& sums, const Moments& saved, double gamma, double eps, std::int64_t c,
+                             const GradientOutputs& out) {
+  using A = Arithmetic<T>;
+  auto m = MomentsOf<double>::at(&saved);
+  const GradSumsOf<double> s{{sums.sum_dy, sums.sum_dy_lo}, {sums.sum_dy_xmu, sums.sum_dy_xmu_lo}};
+  const DoubleDouble rstd = m.count == 0 ? DoubleDouble{} : rstd_for<A>(m, eps);
+  out.dgamma.set(c, dgamma_of<A>(m, s, rstd));
+  out.dbeta.set(c, dbeta_of(s));
+  m.count = m.count == 0 ? 1 : m.count;
+  if (out.factors != nullptr) out.factors->set(backward_coefficients<A, double>(m, m.count, s, rstd, gamma));
+}
+template <class T>
 __global__ void __launch_bounds__(kStepThreads)
     finish_backward(const __grid_constant__ Cut cut, const kernels::Sums* taken, const GradSums* given,
                     const Moments* saved, ChannelValues gamma, double eps, GradientOutputs out) {
-  using A = Arithmetic<T>;
   const std::int64_t c = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
   if (c >= cut.problem.channels) return;
   GradSums sums;
@@ -387,14 +402,8 @@ __global__ void __launch_bounds__(kStepThreads)
     sums = {total.first, total.first_lo, total.second, total.second_lo};
   }
   if (out.sums != nullptr) out.sums[c] = sums;
-  auto m = MomentsOf<double>::at(saved + c);
-  const GradSumsOf<double> s{{sums.sum_dy, sums.sum_dy_lo}, {sums.sum_dy_xmu, sums.sum_dy_xmu_lo}};
-  const DoubleDouble rstd = m.count == 0 ? DoubleDouble{} : rstd_for<A>(m, eps);
-  out.dgamma.set(c, dgamma_of<A>(m, s, rstd));
-  out.dbeta.set(c, dbeta_of(s));
-  m.count = m.count == 0 ? 1 : m.count;
-  if (out.factors == nullptr) return;
-  out.factors[c].set(backward_coefficients<A, double>(m, m.count, s, rstd, gamma.value_or(c, 1)));
+  if (out.factors != nullptr) out.factors += c;
+  set_gradients<T>(sums, saved[c], gamma.value_or(c, 1), eps, c, out);
 }
 
 }  // namespace batchnorm::cuda

@@ -3,8 +3,9 @@
 // cluster.
 //
 // A seed shuffles who runs next and when copies land; 0 takes threads in order and lands copies when nobody can run
-// without them. Shared memory begins as bytes of 0xFF (NaN, -1), and is filled with 0xFB when its block ends. With
-// -fsanitize=thread it is barriers that order memory, and nothing else: a missing one is reported as a race.
+// without them or somebody sleeps. Shared memory begins as bytes of 0xFF (NaN, -1), and is filled with 0xFB when its
+// block ends. With -fsanitize=thread it is barriers that order memory, and nothing else: a missing one is reported as a
+// race.
 #pragma once
 
 #include <cstring>
@@ -105,6 +106,7 @@ struct Machine {
   Cell<Copy*> issued;            // since the scheduler has looked
   std::vector<Copy*> in_flight;  // whose order is as good as any
   bool phase_is_over = false;    // of some barrier of copies, since the scheduler has looked
+  bool sleeps = false;           // whether a thread has waited for time to pass, in which copies land
   char begin_tag = 0, copy_tag = 0;
 };
 inline Machine& machine() {
@@ -214,6 +216,7 @@ inline void land_some() {
   for (Copy* copy = m.issued.get(); copy != nullptr; copy = copy->next) m.in_flight.push_back(copy);
   m.issued.set(nullptr);
   while (m.seed != 0 && !m.in_flight.empty() && draw(4) == 0) land(draw(m.in_flight.size()));
+  if (std::exchange(m.sleeps, false) && !m.in_flight.empty()) land(m.seed == 0 ? 0 : draw(m.in_flight.size()));
   release_polling();
   while (m.ready.empty() && !m.in_flight.empty()) {
     land(m.seed == 0 ? 0 : draw(m.in_flight.size()));
@@ -263,6 +266,7 @@ inline void run_cluster() {
       arrive(thread);
     } else {
       m.ready.insert(m.ready.begin(), thread);  // it only let others run
+      m.sleeps = true;
     }
   }
   if (m.issued.get() != nullptr || !m.in_flight.empty()) fail("a kernel ended before its copies");
