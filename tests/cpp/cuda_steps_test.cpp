@@ -29,9 +29,9 @@ struct Machine {
 template <class T>
 struct Results {
   std::vector<Moments> saved;
-  std::vector<T> y, inferred, dx, from_sums;
+  std::vector<T> y, inferred, dx, from_sums, constant_dx;
   std::vector<GradSums> sums;
-  std::vector<double> dgamma, dbeta, mean, var;
+  std::vector<double> dgamma, dbeta, constant_dgamma, constant_dbeta, mean, var;
 
   explicit Results(const TensorsOf<T>& t)
       : saved(t.gamma.size()),
@@ -39,9 +39,12 @@ struct Results {
         inferred(t.x),
         dx(t.x),
         from_sums(t.x),
+        constant_dx(t.x),
         sums(t.gamma.size()),
         dgamma(t.gamma.size()),
-        dbeta(t.gamma.size()),
+        dbeta(dgamma),
+        constant_dgamma(dgamma),
+        constant_dbeta(dgamma),
         mean(t.gamma.size(), 0.25),
         var(t.gamma.size(), 2) {}
 };
@@ -56,6 +59,8 @@ Results<T> by_library(const TensorsOf<T>& t) {
   batch_norm_backward<T>(dy, x, call, saved, {r.dx, {}, r.dgamma, r.dbeta}, {.threads = 1});
   grad_sums<T>(dy, x, call, saved, r.sums, {.threads = 1});
   grad_input<T>(dy, x, call, saved, std::span<const GradSums>(r.sums), r.from_sums, {}, {.threads = 1});
+  normalize_backward<T>(dy, x, call, r.mean, r.var, {r.constant_dx, {}, r.constant_dgamma, r.constant_dbeta},
+                        {.threads = 1});
   return r;
 }
 template <class T>
@@ -70,6 +75,8 @@ Results<T> by_kernels(const TensorsOf<T>& t, std::uint64_t seed) {
   passes.backward(t.dy.data(), t.x.data(), r.saved.data(), t.gamma, kEps, r.dx.data(), r.dgamma, r.dbeta);
   passes.grad_sums(t.dy.data(), t.x.data(), r.saved.data(), r.sums.data());
   passes.grad_input(t.dy.data(), t.x.data(), r.saved.data(), r.sums.data(), t.gamma, kEps, r.from_sums.data());
+  passes.normalize_backward(t.dy.data(), t.x.data(), r.mean, r.var, t.gamma, kEps, r.constant_dx.data(),
+                            r.constant_dgamma, r.constant_dbeta);
   return r;
 }
 
@@ -91,6 +98,9 @@ void expect_same(const Problem& problem, const char* kind, std::uint64_t seed = 
   EXPECT(same(got.dgamma, wanted.dgamma) && same(got.dbeta, wanted.dbeta), "dgamma or dbeta of ", where);
   EXPECT(same(numbers(got.sums), numbers(wanted.sums)), "sums of ", where);
   EXPECT(same(got.from_sums, wanted.from_sums), "grad_input of ", where);
+  EXPECT(same(got.constant_dx, wanted.constant_dx), "dx of constants of ", where);
+  EXPECT(same(got.constant_dgamma, wanted.constant_dgamma) && same(got.constant_dbeta, wanted.constant_dbeta),
+         "dgamma or dbeta of constants of ", where);
 }
 
 // Runs: short, uneven, long, of several chunks. Rows: alone and side by side, with some left over, of more blocks than

@@ -47,7 +47,7 @@ class Passes {
   }
 
   void grad_sums(const T* dy, const T* x, const Moments* saved, GradSums* out) {
-    visit_all(cut_, SumGradients<T>{dy, x, saved, sums_});
+    visit_all(cut_, SumGradients<T>{dy, x, saved, {}, sums_});
     finish_gradients(nullptr, saved, {}, 0, {out, {}, {}, nullptr});
   }
   void grad_input(const T* dy, const T* x, const Moments* saved, const GradSums* sums, ChannelValues gamma, double eps,
@@ -58,9 +58,19 @@ class Passes {
   // dx may be null.
   void backward(const T* dy, const T* x, const Moments* saved, ChannelValues gamma, double eps, T* dx,
                 ChannelOutput dgamma, ChannelOutput dbeta) {
-    visit_all(cut_, SumGradients<T>{dy, x, saved, sums_});
+    visit_all(cut_, SumGradients<T>{dy, x, saved, {}, sums_});
     finish_gradients(nullptr, saved, gamma, eps, {nullptr, dgamma, dbeta, dx == nullptr ? nullptr : factors_});
     if (dx != nullptr) visit_all(cut_, GradInput<T>{dy, x, dx, factors_});
+  }
+
+  // Of normalize() with a mean and var that are constants. x is read where dgamma is wanted.
+  void normalize_backward(const T* dy, const T* x, ChannelValues mean, ChannelValues var, ChannelValues gamma,
+                          double eps, T* dx, ChannelOutput dgamma, ChannelOutput dbeta) {
+    const bool sums = dgamma.wanted() || dbeta.wanted();
+    if (sums) visit_all(cut_, SumGradients<T>{dy, dgamma.wanted() ? x : dy, nullptr, mean, sums_});
+    const GradientOutputs out{nullptr, dgamma, dbeta, dx == nullptr ? nullptr : factors_};
+    each_channel(finish_constant<T>, cut_, sums ? sums_ : nullptr, mean, var, gamma, eps, out);
+    if (dx != nullptr) visit_all(cut_, Normalize<T>{dy, dx, factors_});
   }
 
  private:

@@ -159,12 +159,13 @@ template <class T>
 using TermsOfGradients =
     std::conditional_t<sizeof(T) == sizeof(double), GradientTerms<Compensated>, GradientTerms<Plain>>;
 
-// sum(dy), sum(dy*(x - mean)).
+// sum(dy), sum(dy*(x - mean)), with the mean of moments or, where these are null, one that is given.
 template <class T>
 struct SumGradients {
   static constexpr bool kSums = true;
   const T *dy, *x;
   const Moments* saved;
+  ChannelValues mean;
   kernels::Sums* out;
 
   struct State {
@@ -177,7 +178,9 @@ struct SumGradients {
       terms.add(static_cast<double>(static_cast<A>(dy[at])), static_cast<double>(static_cast<A>(x[at])));
     }
   };
-  [[nodiscard]] BN_DEVICE State begin(std::int64_t c) const { return {dy, x, true, {saved[c].mean, {}, {}}}; }
+  [[nodiscard]] BN_DEVICE State begin(std::int64_t c) const {
+    return {dy, x, true, {saved == nullptr ? mean[c] : saved[c].mean, {}, {}}};
+  }
   BN_DEVICE void end(State& state, std::int64_t piece, bool folds) const { put(state.terms, piece, folds, out); }
 };
 
@@ -404,6 +407,25 @@ __global__ void __launch_bounds__(kStepThreads)
   if (out.sums != nullptr) out.sums[c] = sums;
   if (out.factors != nullptr) out.factors += c;
   set_gradients<T>(sums, saved[c], gamma.value_or(c, 1), eps, c, out);
+}
+
+// The same where statistics are constants: dx = gamma*rstd*dy. `taken` may be null, where no sums are wanted.
+template <class T>
+__global__ void __launch_bounds__(kStepThreads)
+    finish_constant(const __grid_constant__ Cut cut, const kernels::Sums* taken, ChannelValues mean, ChannelValues var,
+                    ChannelValues gamma, double eps, GradientOutputs out) {
+  using A = Arithmetic<T>;
+  const std::int64_t c = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  if (c >= cut.problem.channels) return;
+  if (taken != nullptr) {
+    const kernels::Sums total = sums_of_channel(cut, taken, c, false);
+    const GradSumsOf<double> s{{total.first, total.first_lo}, {total.second, total.second_lo}};
+    const MomentsOf<double> about{0, mean[c], 0, 0, 0};
+    out.dgamma.set(c, dgamma_of<double>(about, s, rstd_of(DoubleDouble{var[c], 0}, eps)));
+    out.dbeta.set(c, dbeta_of(s));
+  }
+  if (out.factors == nullptr) return;
+  out.factors[c].set(frozen_backward_coefficients<A>(rstd_for<A, double>(var[c], eps), gamma.value_or(c, 1)));
 }
 
 }  // namespace batchnorm::cuda
