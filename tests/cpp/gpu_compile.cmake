@@ -1,4 +1,4 @@
-# Compiles the kernels for GPUs with nvcc, for each architecture that they are for, and fails unless that is without a
+# Compiles the functions for GPUs with nvcc, for each architecture that they are for, and fails unless that is without a
 # warning and no register is spilled. Prints what each kernel takes.
 #     cmake -D NVCC=nvcc -D SOURCE=REPOSITORY -D BUILD=FOLDER -D INCLUDES=FOLDERS -P gpu_compile.cmake
 cmake_minimum_required(VERSION 3.24...4.3)
@@ -10,31 +10,11 @@ if(NOT CMAKE_MATCH_1 OR CMAKE_MATCH_1 LESS 12)
   return()
 endif()
 
-file(WRITE ${BUILD}/kernels.cu "#include \"cuda/passes.hpp\"
-#include \"cuda/planar.cuh\"
-namespace batchnorm::cuda {
-struct Stream {
-  cudaStream_t stream;
-  template <class Kernel, class... Args>
-  void launch(Kernel kernel, unsigned grid, unsigned block, const Args&... args) {
-    kernel<<<grid, block, 0, stream>>>(args...);
-  }
-};
-template class Passes<float, Stream>;
-template class Passes<double, Stream>;
-template class Passes<Float16, Stream>;
-template class Passes<BFloat16, Stream>;
-#define HELD(T) \\
-  template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Forward<T>); \\
-  template __global__ void resident(const __grid_constant__ Span, const __grid_constant__ Backward<T>);
-HELD(float) HELD(double) HELD(Float16) HELD(BFloat16)
-}
-")
 # Without contraction: a fused multiply-add has other bits.
 execute_process(COMMAND ${NVCC} -std=c++20 -O3 -fmad=false --expt-relaxed-constexpr
     -gencode arch=compute_80,code=sm_80 -gencode arch=compute_90,code=sm_90 -gencode arch=compute_90,code=compute_90
     -Werror all-warnings -Xcompiler -Wall,-Wextra -Xptxas -v -I${SOURCE}/cpp/src ${INCLUDES}
-    -c ${BUILD}/kernels.cu -o ${BUILD}/kernels.o
+    -c ${SOURCE}/cpp/src/cuda/api.cu -o ${BUILD}/api.o
   RESULT_VARIABLE code OUTPUT_VARIABLE text ERROR_VARIABLE errors)
 if(NOT code EQUAL 0)
   message(FATAL_ERROR "kernels must compile, got ${code}: ${text}${errors}")

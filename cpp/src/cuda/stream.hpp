@@ -1,0 +1,158 @@
+// A stream of the current device: where kernels are launched, and where memory to work in comes from. With any other
+// compiler than nvcc, the machine that runs kernels on the CPU (tests/cpp/simt).
+#pragma once
+
+#include "cuda/resident.hpp"
+
+#if !defined(__CUDACC__)
+#include "simt/stream.hpp"
+#else
+
+#include <cstdlib>
+#include <map>
+#include <mutex>
+#include <new>
+#include <stdexcept>
+#include <string>
+
+namespace batchnorm::cuda {
+
+inline void check_runtime(cudaError_t status, const char* what) {
+  if (status == cudaSuccess) return;
+  static_cast<void>(cudaGetLastError());  // so that it is told once
+  if (status == cudaErrorMemoryAllocation) throw std::bad_alloc();
+  throw std::runtime_error(std::string(what) + " failed: " + cudaGetErrorString(status));
+}
+
+// That there is a device, by name of what is missing: without a driver the runtime says that it is too old.
+inline void require_device() {
+  int driver = 0, runtime = 0, devices = 0;
+  const auto version = [](int number) {
+    return std::to_string(number / 1000) + "." + std::to_string(number % 1000 / 10);
+  };
+  check_runtime(cudaDriverGetVersion(&driver), "asking for the driver");
+  if (driver == 0) throw std::runtime_error("no NVIDIA driver was found on this machine");
+  const cudaError_t status = cudaGetDeviceCount(&devices);
+  if (status == cudaErrorInsufficientDriver) {
+    check_runtime(cudaRuntimeGetVersion(&runtime), "asking for the runtime");
+    throw std::runtime_error("the NVIDIA driver is too old: CUDA " + version(runtime) + " is needed, it offers " +
+                             version(driver));
+  }
+  if (status == cudaErrorNoDevice || (status == cudaSuccess && devices == 0)) {
+    const char* visible = std::getenv("CUDA_VISIBLE_DEVICES");
+    throw std::runtime_error("no CUDA device is visible" +
+                             (visible == nullptr ? "" : " (CUDA_VISIBLE_DEVICES=\"" + std::string(visible) + "\")"));
+  }
+  check_runtime(status, "counting devices");
+}
+
+class Stream {
+ public:
+  explicit Stream(void* stream) : stream_(static_cast<cudaStream_t>(stream)) { device(); }
+
+  template <class Kernel, class... Args>
+  void launch(Kernel kernel, unsigned grid, unsigned block, const Args&... args) {
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(grid);
+    config.blockDim = dim3(block);
+    config.stream = stream_;
+    check_runtime(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
+  }
+  // All spans at once: clusters, or blocks that meet through memory.
+  template <class Pass>
+  void launch_held(const Resident& plan, const Pass& pass) {
+    constexpr auto kernel = resident<Pass>;
+    check_runtime(
+        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
+        "asking for shared memory");
+    cudaLaunchAttribute attribute = {};
+    if (plan.through_memory) {
+      attribute.id = cudaLaunchAttributeCooperative;
+      attribute.val.cooperative = 1;
+    } else {
+      attribute.id = cudaLaunchAttributeClusterDimension;
+      attribute.val.clusterDim = {plan.span.blocks, 1, 1};
+      check_runtime(cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1),
+                    "asking for large clusters");
+    }
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(plan.span.blocks * plan.spans);
+    config.blockDim = dim3(kMostThreads);
+    config.dynamicSmemBytes = static_cast<std::size_t>(plan.shared_bytes);
+    config.stream = stream_;
+    config.attrs = &attribute;
+    config.numAttrs = plan.through_memory || plan.span.blocks > 1 ? 1 : 0;
+    check_runtime(cudaLaunchKernelEx(&config, kernel, plan.span, pass), "launching a kernel");
+  }
+
+  std::byte* allocate(std::size_t bytes) {
+    void* memory = nullptr;
+    check_runtime(cudaMallocAsync(&memory, bytes, stream_), "asking for memory");
+    return static_cast<std::byte*>(memory);
+  }
+  void free(std::byte* memory) { static_cast<void>(cudaFreeAsync(memory, stream_)); }
+  void zero(void* memory, std::size_t bytes) {
+    check_runtime(cudaMemsetAsync(memory, 0, bytes, stream_), "clearing memory");
+  }
+
+  // The current one, asked once.
+  static Device device() {
+    static std::mutex mutex;
+    static std::map<int, Device> known;
+    int number = 0;
+    const std::lock_guard lock(mutex);
+    if (known.empty()) require_device();
+    check_runtime(cudaGetDevice(&number), "asking for the current device");
+    const auto found = known.find(number);
+    return found != known.end() ? found->second : known[number] = ask(number);
+  }
+
+ private:
+  static int attribute_of(int device, cudaDeviceAttr which) {
+    int value = 0;
+    check_runtime(cudaDeviceGetAttribute(&value, which, device), "asking for an attribute of the device");
+    return value;
+  }
+  static Device ask(int number) {
+    Device d;
+    d.capability = 10 * attribute_of(number, cudaDevAttrComputeCapabilityMajor) +
+                   attribute_of(number, cudaDevAttrComputeCapabilityMinor);
+    if (d.capability < 80) {
+      cudaDeviceProp properties = {};
+      check_runtime(cudaGetDeviceProperties(&properties, number), "asking for the device's name");
+      throw std::runtime_error("device " + std::to_string(number) + " (" + properties.name +
+                               ") has compute capability " + std::to_string(properties.major) + "." +
+                               std::to_string(properties.minor) + "; 8.0 or later is needed");
+    }
+    d.multiprocessors = attribute_of(number, cudaDevAttrMultiProcessorCount);
+    d.shared_bytes = attribute_of(number, cudaDevAttrMaxSharedMemoryPerBlockOptin);
+    d.clusters[0] = d.multiprocessors;
+    for (unsigned k = 1; d.capability >= 90 && k < d.clusters.size(); ++k) d.clusters[k] = clusters_of(1u << k, d);
+    return d;
+  }
+  // How many run at once with all the shared memory there is; 0 where the device has no such clusters.
+  static int clusters_of(unsigned blocks, const Device& device) {
+    constexpr auto kernel = resident<Forward<float> >;
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes));
+    cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
+    cudaLaunchAttribute attribute = {};
+    attribute.id = cudaLaunchAttributeClusterDimension;
+    attribute.val.clusterDim = {blocks, 1, 1};
+    cudaLaunchConfig_t config = {};
+    config.gridDim = dim3(blocks);
+    config.blockDim = dim3(kMostThreads);
+    config.dynamicSmemBytes = static_cast<std::size_t>(device.shared_bytes);
+    config.attrs = &attribute;
+    config.numAttrs = 1;
+    int clusters = 0;
+    const cudaError_t status = cudaOccupancyMaxActiveClusters(&clusters, kernel, &config);
+    static_cast<void>(cudaGetLastError());
+    return status == cudaSuccess ? clusters : 0;
+  }
+
+  cudaStream_t stream_;
+};
+
+}  // namespace batchnorm::cuda
+
+#endif

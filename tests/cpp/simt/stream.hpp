@@ -1,0 +1,49 @@
+// A stream of the machine that runs kernels on the CPU (cuda/stream.hpp): launches are done when they return. The
+// device is what a test says.
+#pragma once
+
+#include <cstring>
+#include <new>
+
+#include "cuda/resident.hpp"
+
+namespace batchnorm::cuda {
+
+class Stream {
+ public:
+  static constexpr unsigned kThreads = 64;  // of a block that holds chunks: fibers are begun for each
+  inline static Device current = {};
+  inline static int held = 0, blocks_in_use = 0;  // launches of held channels, and memory that is not given back
+
+  explicit Stream(void*) {}
+
+  template <class Kernel, class... Args>
+  void launch(Kernel kernel, unsigned grid, unsigned block, const Args&... args) {
+    simt::launch({.grid = grid, .block = block, .cluster = 1, .shared_bytes = 64, .seed = 0}, kernel, args...);
+  }
+  template <class Pass>
+  void launch_held(const Resident& plan, const Pass& pass) {
+    const unsigned grid = plan.span.blocks * plan.spans;
+    ++held;
+    simt::launch({.grid = grid,
+                  .block = kThreads,
+                  .cluster = plan.through_memory ? grid : plan.span.blocks,
+                  .shared_bytes = static_cast<std::size_t>(plan.shared_bytes),
+                  .seed = 0},
+                 resident<Pass>, plan.span, pass);
+  }
+  std::byte* allocate(std::size_t bytes) {
+    auto* memory = static_cast<std::byte*>(::operator new(bytes, std::align_val_t{256}));
+    std::memset(memory, 0xFF, bytes);
+    ++blocks_in_use;
+    return memory;
+  }
+  void free(std::byte* memory) {
+    --blocks_in_use;
+    ::operator delete(memory, std::align_val_t{256});
+  }
+  void zero(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
+  static Device device() { return current; }
+};
+
+}  // namespace batchnorm::cuda
