@@ -158,9 +158,9 @@ TEST(what_is_wrong_is_refused_by_name) {
   expect_refused("mean must have 3 values (one per channel), got none",
                  [&] { cuda::normalize<float>(x, t.problem, ChannelValues{}, t.gamma, {}, {}, kEps, y); });
   expect_refused(
-      "problem must have at most 2^36 values and 2^32 - 1 channels on a device, got {outer 1099511627776, "
-      "channels 1, inner 1}",
-      [&] { cuda::moments<float>(x, {std::int64_t{1} << 40, 1, 1}, saved); });
+      "problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got {outer 2, "
+      "channels 536870912, inner 16}",
+      [&] { cuda::moments<float>(x, {2, 1 << 29, 16}, saved); });
 }
 
 }  // namespace

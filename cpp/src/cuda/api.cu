@@ -1,4 +1,5 @@
 // The public functions on a device: check, plan, launch, return.
+#include <algorithm>
 #include <cstdint>
 
 #include "batchnorm/cuda.hpp"
@@ -14,10 +15,9 @@ class Checked {
  public:
   explicit Checked(const Problem& problem) : problem_(problem) {
     check::problem(problem);
-    // Pieces of a tensor are counted by 32 bits (steps.cuh), and are at least of so many values where they are many.
-    constexpr std::int64_t kMost = std::int64_t{1} << 36;
-    if (problem.size() > kMost || problem.channels > UINT32_MAX) {
-      check::fail("problem must have at most 2^36 values and 2^32 - 1 channels on a device, got ",
+    const Cut cut = make_cut(problem);  // whose pieces are counted by 32 bits (steps.cuh)
+    if (std::max({cut.pieces(), single_rows(cut).pieces(), problem.channels}) > UINT32_MAX) {
+      check::fail("problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got ",
                   check::text(problem));
     }
   }

@@ -16,7 +16,7 @@ namespace batchnorm::cuda {
 
 constexpr unsigned kStepThreads = 128;
 
-// Quotient and remainder of numbers of pieces, channels and columns, of which there are fewer than 2^32 (Passes): to
+// Quotient and remainder of numbers of pieces, channels and columns, of which there are fewer than 2^32 (api.cu): to
 // divide 64 bits is a call, for which registers are spilled.
 struct Divided {
   std::int64_t quotient, rest;
