@@ -46,6 +46,13 @@ class Checked {
     check::channels(name, values.size(), problem_.channels);
     memories_.writes(name, values.bytes());
   }
+  // What is empty is not wanted.
+  template <class T>
+  void writes_gradients(std::span<T> dx, const ChannelOutput& dgamma, const ChannelOutput& dbeta) {
+    if (!dx.empty()) writes("dx", dx);
+    writes("dgamma", dgamma);
+    writes("dbeta", dbeta);
+  }
   template <class V>
   void reads_each(const char* name, std::span<const V> values) {
     check::channels(name, values.size(), problem_.channels);
@@ -92,7 +99,7 @@ template <class... P>
 bool begin_vectors(const P*... tensors) {
   return ((reinterpret_cast<std::uintptr_t>(tensors) % 16 == 0) && ...);
 }
-// Whether channels were held (planar.cuh) by a Pass of `inputs` tensors.
+// Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
 template <class Pass>
 bool run_held(const Problem& problem, const Options& options, const Pass& pass, bool aligned) {
   if (problem.size() == 0) return false;
@@ -208,9 +215,7 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Prob
   checked.reads("x", x);
   checked.reads_each("saved", saved);
   checked.reads("gamma", gamma);
-  if (!dx.empty()) checked.writes("dx", dx);
-  checked.writes("dgamma", dgamma);
-  checked.writes("dbeta", dbeta);
+  checked.writes_gradients(dx, dgamma, dbeta);
   const Backward<T> pass{dy.data(), x.data(), dx.data(), saved.data(), gamma, eps, dgamma, dbeta};
   if (!dx.empty() && run_held(problem, options, pass, begin_vectors(dy.data(), x.data(), dx.data()))) return;
   with_passes<T>(problem, options, [&](auto& passes) {
@@ -229,9 +234,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Probl
   checked.reads_given("mean", mean);
   checked.reads_given("var", var);
   checked.reads("gamma", gamma);
-  if (!dx.empty()) checked.writes("dx", dx);
-  checked.writes("dgamma", dgamma);
-  checked.writes("dbeta", dbeta);
+  checked.writes_gradients(dx, dgamma, dbeta);
   with_passes<T>(problem, options, [&](auto& passes) {
     passes.normalize_backward(dy.data(), x.data(), mean, var, gamma, eps, dx.empty() ? nullptr : dx.data(), dgamma,
                               dbeta);

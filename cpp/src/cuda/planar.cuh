@@ -5,9 +5,6 @@
 #pragma once
 
 #include "cuda/steps.cuh"
-#include "gradient_math.hpp"
-#include "plan.hpp"
-#include "resum.hpp"
 
 namespace batchnorm::cuda {
 
@@ -147,11 +144,6 @@ BN_DEVICE void load(const Span& span, const Slab<typename Pass::Value, Pass::kIn
 
 // ---- summing ----
 
-// A value as it is summed.
-template <class T>
-BN_DEVICE double widened(T value) {
-  return static_cast<double>(static_cast<Arithmetic<T>>(value));
-}
 // Terms of a value in shared memory; of two of them, dy and, `apart` values behind, x.
 template <class Terms>
 struct OfValue {
@@ -274,7 +266,7 @@ struct Forward {
     }
     told[0] = kApply;
     const bool is_told = !(mean_below(m, Conditioning<A>::kExactBelow) && std::isfinite(m.m2)) && !left_range<A>(m);
-    if (!is_told) settle_in_memory(span, channel, m);
+    if (!is_told) settle(span, channel, m);
     told[kReadMemory] = is_told ? 0 : 1;
     if (mine.rank == 0) m.put(saved + channel);
     forward_coefficients<A, double>(m, eps, gamma.value_or(channel, 1), beta.value_or(channel, 0), true,
@@ -284,23 +276,17 @@ struct Forward {
                                       tell_factors(told, factors);
                                     });
   }
-  // Of all values in memory, one after the other: what nothing else tells, once in a blue moon.
-  BN_DEVICE_CALL void settle_in_memory(const Span& span, std::int64_t channel, MomentsOf<double>& of) const {
-    const Problem& p = span.problem;
-    const auto each = [&](const auto& f) {
-      for (std::int64_t o = 0; o < p.outer; ++o) {
-        for (std::int64_t i = 0; i < p.inner; ++i) f(widened(x[(o * p.channels + channel) * p.inner + i]), 1.0);
-      }
-    };
+  // Once in a blue moon.
+  BN_DEVICE_CALL void settle(const Span& span, std::int64_t channel, MomentsOf<double>& of) const {
     Moments m;
     of.put(&m);
-    settle_value_by_value<A>(each, {m.count, 0}, m);
+    settle_in_memory(span.problem, x, channel, m);
     of = MomentsOf<double>::at(&m);
   }
   BN_DEVICE void apply(const Span& span, const Slab<T, 1>& slab, const Mine& mine, std::int64_t channel) const {
     const Maps<T, 3> maps(told_factors(slab.told));
-    const auto map = [](const auto* k, auto v) { return (v - k[0]) * k[1] + k[2]; };
-    store(span, mine, channel, y, [&](int q, int e) { return maps.of(map, static_cast<A>(slab.chunk(span, q)[e])); });
+    store(span, mine, channel, y,
+          [&](int q, int e) { return maps.of(AffineMap{}, static_cast<A>(slab.chunk(span, q)[e])); });
   }
 };
 
@@ -338,9 +324,9 @@ struct Backward {
   }
   BN_DEVICE void apply(const Span& span, const Slab<T, 2>& slab, const Mine& mine, std::int64_t channel) const {
     const Maps<T, 5> maps(told_factors(slab.told));
-    const auto map = [](const auto* k, auto g, auto v) { return (g - k[0]) * k[1] + (v - k[2]) * k[3] + k[4]; };
     store(span, mine, channel, dx, [&](int q, int e) {
-      return maps.of(map, static_cast<A>(slab.chunk(span, q)[e]), static_cast<A>(slab.chunk(span, q, 1)[e]));
+      return maps.of(GradAffineMap{}, static_cast<A>(slab.chunk(span, q)[e]),
+                     static_cast<A>(slab.chunk(span, q, 1)[e]));
     });
   }
 };

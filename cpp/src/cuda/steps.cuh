@@ -66,7 +66,7 @@ inline Cut single_rows(Cut cut) {
 // ---- visiting ----
 
 // A Body gives of each piece a State begin(channel): whether it `goes` there, add(at) for each value, and where the
-// Body sums end(State&, Sums*, whether lanes are to be folded), with null for threads that have no piece.
+// Body sums end(State&, piece, whether lanes are to be folded), with a piece of -1 for threads that have none.
 template <class Body>
 BN_DEVICE void visit_chunk(const Cut& cut, const Body& body, std::int64_t index) {
   const std::int64_t piece = index / kLanes, channels = cut.problem.channels;
@@ -144,7 +144,7 @@ struct SumMoments {
     bool goes;
     typename TermsOfMoments<T, kAgain>::Type terms;
 
-    BN_DEVICE void add(std::int64_t at) { terms.add(static_cast<double>(static_cast<Arithmetic<T>>(x[at]))); }
+    BN_DEVICE void add(std::int64_t at) { terms.add(widened(x[at])); }
   };
   [[nodiscard]] BN_DEVICE State begin(std::int64_t c) const {
     State state{x, true, {}};
@@ -173,10 +173,7 @@ struct SumGradients {
     bool goes;
     TermsOfGradients<T> terms;
 
-    BN_DEVICE void add(std::int64_t at) {
-      using A = Arithmetic<T>;
-      terms.add(static_cast<double>(static_cast<A>(dy[at])), static_cast<double>(static_cast<A>(x[at])));
-    }
+    BN_DEVICE void add(std::int64_t at) { terms.add(widened(dy[at]), widened(x[at])); }
   };
   [[nodiscard]] BN_DEVICE State begin(std::int64_t c) const {
     return {dy, x, true, {saved == nullptr ? mean[c] : saved[c].mean, {}, {}}};
@@ -223,6 +220,20 @@ struct Maps {
   }
 };
 
+// The maps of kernels/table.hpp, of the fields of Factors.
+struct AffineMap {
+  template <class A>
+  BN_DEVICE A operator()(const A* k, A x) const {
+    return (x - k[0]) * k[1] + k[2];
+  }
+};
+struct GradAffineMap {
+  template <class A>
+  BN_DEVICE A operator()(const A* k, A dy, A x) const {
+    return (dy - k[0]) * k[1] + (x - k[2]) * k[3] + k[4];
+  }
+};
+
 // y = (x - center)*scale + offset.
 template <class T>
 struct Normalize {
@@ -237,10 +248,7 @@ struct Normalize {
     bool goes;
     Maps<T, 3> maps;
 
-    BN_DEVICE void add(std::int64_t at) {
-      const auto map = [](const auto* k, auto v) { return (v - k[0]) * k[1] + k[2]; };
-      y[at] = maps.of(map, static_cast<Arithmetic<T>>(x[at]));
-    }
+    BN_DEVICE void add(std::int64_t at) { y[at] = maps.of(AffineMap{}, static_cast<Arithmetic<T>>(x[at])); }
   };
   [[nodiscard]] BN_DEVICE State begin(std::int64_t c) const { return {x, y, true, Maps<T, 3>(factors[c])}; }
 };
@@ -261,8 +269,7 @@ struct GradInput {
 
     BN_DEVICE void add(std::int64_t at) {
       using A = Arithmetic<T>;
-      const auto map = [](const auto* k, auto g, auto v) { return (g - k[0]) * k[1] + (v - k[2]) * k[3] + k[4]; };
-      dx[at] = maps.of(map, static_cast<A>(dy[at]), static_cast<A>(x[at]));
+      dx[at] = maps.of(GradAffineMap{}, static_cast<A>(dy[at]), static_cast<A>(x[at]));
     }
   };
   [[nodiscard]] BN_DEVICE State begin(std::int64_t c) const { return {dy, x, dx, true, Maps<T, 5>(factors[c])}; }
@@ -336,21 +343,22 @@ __global__ void __launch_bounds__(kStepThreads)
     how.again = Again::compensated;
   }
 }
-// At last, value by value where no sum tells enough: by threads of which nearly all leave at once.
+// Of the values of channel c in memory, one after the other: what no sum tells.
+template <class T>
+BN_DEVICE void settle_in_memory(const Problem& p, const T* x, std::int64_t c, Moments& m) {
+  const auto each = [&](const auto& f) {
+    for (std::int64_t o = 0; o < p.outer; ++o) {
+      for (std::int64_t i = 0; i < p.inner; ++i) f(widened(x[(o * p.channels + c) * p.inner + i]), 1.0);
+    }
+  };
+  settle_value_by_value<Arithmetic<T>>(each, {static_cast<double>(p.count()), 0}, m);
+}
+// At last, where no sum tells enough: by threads of which nearly all leave at once.
 template <class T>
 __global__ void __launch_bounds__(kStepThreads)
     settle_moments(const __grid_constant__ Problem p, const T* x, Moments* saved) {
-  using A = Arithmetic<T>;
   const std::int64_t c = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (c >= p.channels || p.count() == 0) return;
-  const auto each = [&](const auto& f) {
-    for (std::int64_t o = 0; o < p.outer; ++o) {
-      for (std::int64_t i = 0; i < p.inner; ++i) {
-        f(static_cast<double>(static_cast<A>(x[(o * p.channels + c) * p.inner + i])), 1.0);
-      }
-    }
-  };
-  settle_value_by_value<A>(each, {static_cast<double>(p.count()), 0}, saved[c]);
+  if (c < p.channels && p.count() > 0) settle_in_memory(p, x, c, saved[c]);
 }
 
 // What a tensor is normalized by: moments, or where these are null the mean and var that are given.

@@ -1,8 +1,8 @@
-// Sums of chunks in shared memory, in the order of the CPU's kernels (kernels/accumulate-inl.hpp): value j of a run
-// goes to lane j % 16 of its chunk, lanes are folded by halves, chunks are added in bundles (sums.hpp). A thread is a
-// lane.
+// What kernels sum, in the order of the CPU's (kernels/accumulate-inl.hpp): value j of a run goes to lane j % 16 of its
+// chunk, lanes are folded by halves, chunks are added in bundles (sums.hpp). A thread is a lane, or a column of rows.
 #pragma once
 
+#include "arithmetic.hpp"
 #include "channel_math.hpp"
 #include "cuda/device.hpp"
 #include "kernels/table.hpp"
@@ -11,6 +11,12 @@
 namespace batchnorm::cuda {
 
 constexpr int kLanes = static_cast<int>(kernels::kVectorColumns);
+
+// A value as it is summed.
+template <class T>
+BN_DEVICE double widened(T value) {
+  return static_cast<double>(static_cast<Arithmetic<T>>(value));
+}
 
 struct Plain {
   double sum = 0;
@@ -95,17 +101,20 @@ struct GradientTerms {
 };
 
 template <class Terms>
+BN_DEVICE kernels::Sums sums_of(const Terms& terms) {
+  return {terms.first.sum, terms.first.low(), terms.second.sum, terms.second.low()};
+}
+template <class Terms>
 BN_DEVICE kernels::Sums folded(Terms& terms) {
   terms.first.fold(), terms.second.fold();
-  return {terms.first.sum, terms.first.low(), terms.second.sum, terms.second.low()};
+  return sums_of(terms);
 }
 
 // Sums of a piece to out[piece], of lanes that are folded or of one that has it all; below 0: to nowhere.
 template <class Terms>
 BN_DEVICE void put(Terms& terms, std::int64_t piece, bool folds, kernels::Sums* out) {
-  if (folds) terms.first.fold(), terms.second.fold();
-  if (piece < 0 || (folds && threadIdx.x % kLanes != 0)) return;
-  out[piece] = {terms.first.sum, terms.first.low(), terms.second.sum, terms.second.low()};
+  const kernels::Sums sums = folds ? folded(terms) : sums_of(terms);
+  if (piece >= 0 && (!folds || threadIdx.x % kLanes == 0)) out[piece] = sums;
 }
 
 // Sums of the chunks of a channel, of which at(k) gives one, first chunk first, in bundles: what add_pieces() gives.
