@@ -18,13 +18,6 @@ T* data_or_null(std::span<T> s, std::int64_t at = 0) {
 }
 
 template <class T>
-void write_gradients(CheckedCall<T>& checked, const Gradients<T>& out) {
-  if (!out.dx.empty()) checked.writes("dx", out.dx);
-  checked.writes("dbeta", out.dbeta);
-  checked.writes("dgamma", out.dgamma);
-  if (!out.dresidual.empty()) checked.writes("dresidual", out.dresidual);
-}
-template <class T>
 FirstOutputs<T> outputs(const Gradients<T>& out, std::int64_t at) {
   return {data_or_null(out.dx, at), data_or_null(out.dresidual, at), out.dgamma, out.dbeta};
 }
@@ -196,7 +189,7 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call
   checked.let_through();
   const Gradients<T> out{dx, dresidual};
   check::size("dx", dx.size(), call.problem);
-  write_gradients(checked, out);
+  checked.writes_gradients(out);
   checked.run([&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
     Backward<T>{part}.grad_input(dy.data() + at, x.data() + at, moments.data() + entry / part.width,
                                  sums.data() + entry, outputs(out, at));
@@ -212,25 +205,23 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   checked.reads("x", x);
   checked.reads_counts("saved", saved);
   checked.let_through();
-  write_gradients(checked, out);
-  // Of segments dgamma and dbeta are sums, where those of each are not wanted.
-  const auto is_sum = [&](const ChannelOutput& to) { return to.wanted() && to.size() != checked.entries(); };
-  std::vector<double> of_gamma(is_sum(out.dgamma) ? checked.entries() : 0),
-      of_beta(is_sum(out.dbeta) ? checked.entries() : 0);
+  checked.writes_gradients(out);
+  std::vector<double> of_gamma(checked.is_sum(out.dgamma) ? checked.entries() : 0),
+      of_beta(checked.is_sum(out.dbeta) ? checked.entries() : 0);
   checked.run(
       [&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
         FirstOutputs<T> to = outputs(out, at);
         const auto of_part = [&](std::vector<double>& all, const ChannelOutput& wanted) {
-          if (all.empty()) return checked.part_of(wanted, entry, part.problem);
-          return checked.part_of(ChannelOutput(std::span<double>(all)), entry, part.problem);
+          if (all.empty()) return checked.part_of(wanted, entry, part.problem.channels);
+          return checked.part_of(ChannelOutput(std::span<double>(all)), entry, part.problem.channels);
         };
         to.dgamma = of_part(of_gamma, out.dgamma);
         to.dbeta = of_part(of_beta, out.dbeta);
         Backward<T>{part}.batch_norm(dy.data() + at, x.data() + at, saved.data() + entry / part.width, to);
       },
       2);
-  if (is_sum(out.dgamma)) sum_over_segments(of_gamma, call.problem.channels, options.threads, out.dgamma);
-  if (is_sum(out.dbeta)) sum_over_segments(of_beta, call.problem.channels, options.threads, out.dbeta);
+  if (checked.is_sum(out.dgamma)) sum_over_segments(of_gamma, call.problem.channels, options.threads, out.dgamma);
+  if (checked.is_sum(out.dbeta)) sum_over_segments(of_beta, call.problem.channels, options.threads, out.dbeta);
 }
 
 template <class T>
@@ -242,7 +233,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
   checked.reads("x", x);
   checked.reads_statistics(mean, var);
   checked.let_through();
-  write_gradients(checked, out);
+  checked.writes_gradients(out);
   Backward<T>{checked.whole()}.normalize(dy.data(), x.data(), {mean, var}, outputs(out, 0));
 }
 
@@ -255,8 +246,10 @@ void batch_norm_jvp(std::span<const T> x_dot, std::span<const T> x, const Call<T
   check_jvp(checked, x_dot, x, {gamma_dot, beta_dot, {}, {}}, y_dot);
   checked.run(
       [&](const PassCall<T>& part, std::int64_t at, std::int64_t entry) {
-        const Tangents along{
-            checked.part_of(gamma_dot, entry, part.problem), checked.part_of(beta_dot, entry, part.problem), {}, {}};
+        const Tangents along{checked.part_of(gamma_dot, entry, part.problem.channels),
+                             checked.part_of(beta_dot, entry, part.problem.channels),
+                             {},
+                             {}};
         Backward<T>{part}.batch_norm_jvp(x_dot.data() + at, x.data() + at, saved.data() + entry / part.width, nullptr,
                                          along, y_dot.data() + at);
       },

@@ -4,71 +4,26 @@
 #include <span>
 #include <vector>
 
-#include "batchnorm/call.hpp"
-#include "check.hpp"
-#include "passes.hpp"
+#include "arguments.hpp"
 #include "segments.hpp"
 
 namespace batchnorm {
 
-inline std::int64_t bits_bytes(const Problem& problem) {
-  // The head, a bit an element, up to 15 bits before them, and what kernels may read behind.
-  return kBitsHead + (problem.size() + 15 + 7) / 8 + 4;
-}
-
+// Of the CPU, which looks at values too.
 template <class T>
-class CheckedCall {
+class CheckedCall : public Arguments<T> {
  public:
-  CheckedCall(const Call<T>& call, const Options& options)
-      : call_(call),
-        whole_{.problem = call.problem,
-               .width = call.groups.width,
-               .strided = call.groups.strided,
-               .each_position = call.groups.each_position,
-               .about_zero = call.groups.about == About::zero,
-               .alpha = call.groups.alpha,
-               .padding = call.counted.padding,
-               .gamma = call.gamma,
-               .beta = call.beta,
-               .eps = call.eps,
-               .options = {.threads = options.threads}} {
-    check::problem(call.problem);
-    check::named(call.groups, call.counted.padding);
-    check::width(call.groups.width, call.problem);
+  CheckedCall(const Call<T>& call, const Options& options) : Arguments<T>(call) {
     check::threads(options.threads);
-    if (by_segments()) check::offsets(call.groups.offsets, call.problem);
-    if (by_segments() && call.groups.each_position) check::no_segments(call.groups.offsets.size());
-    if (call.groups.alpha.present()) check::alpha(call.groups, call.problem);
-    memories_.reads("offsets", std::as_bytes(call.groups.offsets));
-    memories_.reads("alpha", call.groups.alpha.bytes());
-    reads("gamma", call.gamma);
-    reads("beta", call.beta);
-    check::eps(call.eps);
-    if (!call.tail.residual.empty()) check::size("residual", call.tail.residual.size(), call.problem);
-    if (!call.tail.bits.empty()) check_bits();
+    whole_.options.threads = options.threads;
     if (!call.counted.weights.empty()) sum_weights();
   }
 
-  // ---- arguments of the function: what is read, then what is written ----
+  // ---- values, beside what Arguments checks ----
 
-  void reads(const char* name, std::span<const T> tensor) {
-    check::size(name, tensor.size(), call_.problem);
-    memories_.reads(name, std::as_bytes(tensor), true);
-  }
-  // Per channel, or per segment and channel; or absent.
-  void reads(const char* name, const ChannelValues& values) {
-    if (values.present()) check_channels(name, values.size());
-    memories_.reads(name, values.bytes());
-  }
-  // One entry per channel, or per segment and channel; moments of each group of channels.
-  template <class Entry>
-  void reads_entries(const char* name, std::span<const Entry> table) {
-    check_entries<Entry>(name, table.size());
-    memories_.reads(name, std::as_bytes(table));
-  }
   // Moments that are read to take gradients: of at least one value, where there are some and all count.
   void reads_counts(const char* name, std::span<const Moments> moments) {
-    reads_entries(name, moments);
+    this->reads_entries(name, moments);
     if (check::all_count(moments)) return;
     check::counts(name, moments);
     if (!call_.counted.weights.empty() || call_.problem.size() == 0) return;
@@ -80,58 +35,25 @@ class CheckedCall {
       check::counts_of_values(name, moments.subspan(s * channels, channels), static_cast<std::int64_t>(s));
     }
   }
-  // Statistics that are given are those of one group.
   void reads_statistics(const ChannelValues& mean, const ChannelValues& var) {
-    check::one_group(call_);
-    check::given("mean", mean, call_.problem.channels);
-    check::given("var", var, call_.problem.channels);
+    this->reads_given(mean, var);
     check::variances(var);
-    memories_.reads("mean", mean.bytes());
-    memories_.reads("var", var.bytes());
-  }
-
-  // A tensor: one that is read, or apart from all else.
-  void writes(const char* name, std::span<T> tensor) {
-    check::size(name, tensor.size(), call_.problem);
-    memories_.writes(name, std::as_bytes(tensor), true);
-  }
-  void writes_apart(const char* name, std::span<T> tensor) {
-    check::size(name, tensor.size(), call_.problem);
-    memories_.writes(name, std::as_bytes(tensor));
-  }
-  void writes(const char* name, const ChannelOutput& values) {
-    if (values.wanted()) check_channels(name, values.size());
-    memories_.writes(name, values.bytes());
-  }
-  template <class Entry>
-  void writes_entries(const char* name, std::span<Entry> table) {
-    check_entries<Entry>(name, table.size());
-    memories_.writes(name, std::as_bytes(table));
   }
 
   // ---- what the call adds, by what the function does ----
 
-  // Forward: what follows is done, and bits are written.
+  // The bits of y: where they begin.
   void follow(const T* y) {
-    follow_residual();
-    whole_.tail.relu = call_.tail.relu;
-    if (call_.tail.bits.empty()) return;
-    memories_.writes("bits", std::as_bytes(call_.tail.bits));
-    whole_.bits_head = call_.tail.bits.data();
-    whole_.tail.bits = call_.tail.bits.data() + kBitsHead;
-    if (by_segments()) whole_.tail.first_bit = values_past_line(y);
+    Arguments<T>::follow();
+    if (whole_.tail.bits != nullptr && by_segments()) whole_.tail.first_bit = values_past_line(y);
   }
-  // Backward: bits are read.
   void let_through() {
-    if (!call_.tail.relu) return;
-    check_bits();
-    memories_.reads("bits", std::as_bytes(call_.tail.bits));
-    whole_.tail.bits = call_.tail.bits.data() + kBitsHead;
-    whole_.tail.first_bit = call_.tail.bits[0] % kernels::kVectorColumns;
+    Arguments<T>::let_through();
+    if (whole_.tail.bits != nullptr) whole_.tail.first_bit = call_.tail.bits[0] % kernels::kVectorColumns;
   }
   // Forward-mode: the residual is a tangent.
   void follow_along() {
-    follow_residual();
+    this->follow_residual();
     let_through();
   }
 
@@ -143,15 +65,6 @@ class CheckedCall {
     if (by_segments() || whole_.is_grouped() || whole_.each_position) return;
     if (call_.counted.weights.empty()) return check::batch_values(call_.problem);
     check::counted_positions(whole_.summary.counted, call_.problem);
-  }
-
-  // Those of a part, whose entries begin at `entry`.
-  template <class Values>
-  [[nodiscard]] Values part_of(const Values& values, std::int64_t entry, const Problem& part) const {
-    const std::int64_t channels = call_.problem.channels;
-    const bool again = entry > 0 && static_cast<std::int64_t>(values.size()) == channels;  // the same of each segment
-    const std::int64_t first = again ? entry % channels : entry;
-    return values.part(static_cast<std::size_t>(first), static_cast<std::size_t>(part.channels));
   }
 
   // f(PassCall, its place in tensors, its place in tables), of all or of each segment, or part of one. What can fail
@@ -169,13 +82,6 @@ class CheckedCall {
     whole_.write_head(whole_.tail.first_bit);
     each.run();
   }
-  // Entries of tables: one per segment and channel.
-  [[nodiscard]] std::size_t entries() const {
-    const std::size_t segments = by_segments() ? call_.groups.offsets.size() - 1 : 1;
-    return segments * static_cast<std::size_t>(call_.problem.channels);
-  }
-  // Where there are no segments.
-  [[nodiscard]] const PassCall<T>& whole() const { return whole_; }
 
  private:
   using W = kernels::WeightOf<T>;
@@ -208,31 +114,8 @@ class CheckedCall {
                            available_threads(whole_.options.threads));
   }
 
-  [[nodiscard]] bool by_segments() const { return !call_.groups.offsets.empty(); }
-  template <class Entry>
-  void check_entries(const char* name, std::size_t got) const {
-    if (call_.groups.each_position) {
-      return check::lines(name, got, call_.problem.count() * (call_.problem.channels / call_.groups.width));
-    }
-    const std::int64_t width = std::is_same_v<Entry, Moments> ? call_.groups.width : 1;
-    if (!by_segments() && width == 1) return check::channels(name, got, call_.problem.channels);
-    check::entries(name, got, entries() / static_cast<std::size_t>(width), width);
-  }
-  void check_channels(const char* name, std::size_t got) const {
-    if (!by_segments() || got != entries()) check::channels(name, got, call_.problem.channels);
-  }
-  void check_bits() const { check::bits(call_.tail.bits.size(), bits_bytes(call_.problem), call_.tail.relu); }
-
-  void follow_residual() {
-    memories_.reads("residual", std::as_bytes(call_.tail.residual), true);
-    whole_.tail.residual = call_.tail.residual.empty() ? nullptr : call_.tail.residual.data();
-  }
-
   void sum_weights() {
     const std::span<const W> weights = call_.counted.weights;
-    check::positions("weights", weights.size(), call_.problem);
-    memories_.reads("weights", std::as_bytes(weights));
-    whole_.positions = {.values = weights.data(), .is_mask = true, .problem = call_.problem};
     if (!by_segments()) {
       whole_.summary = summary_of(0, weights.size());
       whole_.positions.is_mask = whole_.summary.is_mask;
@@ -263,7 +146,7 @@ class CheckedCall {
     const std::int64_t position = segment.first_row * p.inner, at = position * p.channels + channels.begin * p.inner;
     part.problem = {segment.rows, channels.end - channels.begin, p.inner};
     const auto of_part = [&](const ChannelValues& values) {
-      return part_of(values, segment.number * p.channels + channels.begin, part.problem);
+      return this->part_of(values, segment.number * p.channels + channels.begin, part.problem.channels);
     };
     part.gamma = of_part(call_.gamma), part.beta = of_part(call_.beta), part.alpha = of_part(whole_.alpha);
     if (part.positions) {
@@ -277,9 +160,10 @@ class CheckedCall {
     return part;
   }
 
-  const Call<T>& call_;
-  check::Memories memories_;
-  PassCall<T> whole_;
+  using Arguments<T>::by_segments;
+  using Arguments<T>::call_;
+  using Arguments<T>::whole_;
+
   std::vector<WeightSummary> summaries_;
 };
 

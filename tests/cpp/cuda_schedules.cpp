@@ -33,8 +33,8 @@ Results run(const Problem& problem, bool aligned, bool through_memory, std::uint
   const auto forward = cuda::plan_resident<float, 1>(problem, device, aligned, 4);
   const auto backward = cuda::plan_resident<float, 2>(problem, device, aligned, 4);
   if (!forward || !backward) std::abort();
-  cuda_tensors::run(*forward, cuda::Forward<float>{x.data(), r.y.data(), {}, {}, 1e-5, r.saved.data()}, 64, seed);
-  const cuda::Backward<float> to_dx{dy.data(), x.data(), r.dx.data(), r.saved.data(), {}, 1e-5, r.dgamma, r.dbeta};
+  cuda_tensors::run(*forward, cuda::HeldForward<float>{x.data(), r.y.data(), {}, {}, 1e-5, r.saved.data()}, 64, seed);
+  const cuda::HeldBackward<float> to_dx{dy.data(), x.data(), r.dx.data(), r.saved.data(), {}, 1e-5, r.dgamma, r.dbeta};
   cuda_tensors::run(*backward, to_dx, 64, seed);
   return r;
 }

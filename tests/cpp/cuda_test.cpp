@@ -54,9 +54,10 @@ bool by_kernels(const TensorsOf<T>& t, const How& how, Results<T>& r) {
   if (!forward || !backward) return false;
   if (how.in_place) r.y = t.x;
   const T* x = how.in_place ? r.y.data() : t.x.data();
-  const cuda::Forward<T> to_y{x, r.y.data(), t.gamma, t.beta, kEps, r.saved.data()};
+  const cuda::HeldForward<T> to_y{x, r.y.data(), t.gamma, t.beta, kEps, r.saved.data()};
   cuda_tensors::run(*forward, to_y, how.threads, how.seed);
-  const cuda::Backward<T> to_dx{t.dy.data(), t.x.data(), r.dx.data(), r.saved.data(), t.gamma, kEps, r.dgamma, r.dbeta};
+  const cuda::HeldBackward<T> to_dx{t.dy.data(), t.x.data(), r.dx.data(), r.saved.data(),
+                                    t.gamma,     kEps,       r.dgamma,    r.dbeta};
   cuda_tensors::run(*backward, to_dx, how.threads, how.seed);
   return true;
 }

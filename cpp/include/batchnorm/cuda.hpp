@@ -1,18 +1,23 @@
-// Batch norm on NVIDIA GPUs, of tensors that live there: in builds with -DBATCHNORM_CUDA=ON.
+// The passes on NVIDIA GPUs, of tensors that live there: in builds with -DBATCHNORM_CUDA=ON.
 //
-// The functions are those of batchnorm.hpp without a Call, with the same formulas, checks of sizes and bits. All memory
-// that they are given is the device's: tensors, gamma and beta, moments and sums. They launch work on a stream and
-// return: what they read and write must stay until it is done. They never wait, and take memory to work in by
-// cudaMallocAsync on that stream, so that a call can be captured in a graph. Values in device memory are not looked at:
-// a negative variance gives NaN. T is Float16, BFloat16, float or double.
+// The functions are those of batchnorm.hpp, of the same Call, with the same formulas, checks of sizes and bits. All
+// memory that they are given is the device's: tensors, gamma, beta and alpha, weights, the bits of a ReLU, moments and
+// sums; but call.groups.offsets, which is read before they return. They launch work on a stream and return: what they
+// read and write must stay until it is done. They never wait, and take memory to work in by cudaMallocAsync on that
+// stream, so that a call can be captured in a graph. T is Float16, BFloat16, float or double.
 //
-// Throws std::invalid_argument for sizes and overlaps as batchnorm.hpp does, before anything is launched;
+// Values in device memory are not looked at, so that what batchnorm.hpp refuses for its values is not refused here: a
+// negative variance gives NaN, a channel with a single value that counts a variance of 0; weights that are not finite
+// and >= 0 give what they give.
+//
+// Throws std::invalid_argument for sizes, overlaps and settings as batchnorm.hpp does, before anything is launched;
 // std::bad_alloc where the device has no memory; std::runtime_error where there is no driver, none that is new enough,
 // no device, or one below compute capability 8.0, and with what the runtime says of all else.
 #pragma once
 
 #include <span>
 
+#include "batchnorm/call.hpp"
 #include "batchnorm/float16.hpp"
 #include "batchnorm/types.hpp"
 
@@ -23,45 +28,41 @@ struct Options {
   void* stream = nullptr;
 };
 
-// Moments of each channel into out, problem.channels of them.
+// Moments of each channel, or of what else shares statistics, into out.
 template <class T>
-void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options = {});
+void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, const Options& options = {});
 
-// y = (x - mean)*rstd*gamma + beta with the mean and the biased variance of x, whose moments go to saved. y may be
-// exactly x.
+// y from the statistics of this batch, which go to saved. y may be exactly x or exactly the residual.
 template <class T>
-void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps,
-                std::span<T> y, std::span<Moments> saved, const Options& options = {});
+void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::span<Moments> saved,
+                const Options& options = {});
 
-// The same with a mean and a variance that are given, or with moments: the second half.
+// y from a mean and a variance that are given, or from moments: the second half.
 template <class T>
-void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
-               ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
+void normalize(std::span<const T> x, const Call<T>& call, ChannelValues mean, ChannelValues var, std::span<T> y,
+               const Options& options = {});
 template <class T>
-void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
-               ChannelValues beta, double eps, std::span<T> y, const Options& options = {});
+void normalize(std::span<const T> x, const Call<T>& call, std::span<const Moments> moments, std::span<T> y,
+               const Options& options = {});
 
-// sum(dy) and sum(dy*(x - mean)) of each channel.
+// sum(dy) and sum(dy*(x - mean)): the first half of the gradients; and dx from these: the second. dx and dresidual may
+// each be exactly dy or x.
 template <class T>
-void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
+void grad_sums(std::span<const T> dy, std::span<const T> x, const Call<T>& call, std::span<const Moments> moments,
                std::span<GradSums> out, const Options& options = {});
-
-// dx from these: the second half. dx may be exactly dy or x.
 template <class T>
-void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
-                std::span<const GradSums> sums, ChannelValues gamma, double eps, std::span<T> dx,
+void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call, std::span<const Moments> moments,
+                std::span<const GradSums> sums, std::span<T> dx, std::span<T> dresidual = {},
                 const Options& options = {});
 
 // Gradients of batch_norm() from what it saved; what is empty is not computed.
 template <class T>
-void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
-                         std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
-                         ChannelOutput dgamma, ChannelOutput dbeta, const Options& options = {});
+void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call,
+                         std::span<const Moments> saved, const Gradients<T>& out, const Options& options = {});
 
 // Gradients of normalize() with a mean and a variance that are constants. x is read where dgamma is asked for.
 template <class T>
-void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
-                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
-                        ChannelOutput dbeta, const Options& options = {});
+void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call, ChannelValues mean,
+                        ChannelValues var, const Gradients<T>& out, const Options& options = {});
 
 }  // namespace batchnorm::cuda

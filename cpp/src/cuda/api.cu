@@ -1,264 +1,158 @@
 // The public functions on a device: check, plan, launch, return.
-#include <algorithm>
 #include <cstdint>
 
 #include "batchnorm/cuda.hpp"
-#include "check.hpp"
-#include "cuda/passes.hpp"
-#include "cuda/stream.hpp"
+#include "cuda/call_on_device.hpp"
 
 namespace batchnorm::cuda {
 namespace {
 
-// The arguments of a call: sizes, and that what is written is memory of its own.
-class Checked {
- public:
-  explicit Checked(const Problem& problem) : problem_(problem) {
-    check::problem(problem);
-    const Cut cut = make_cut(problem);  // whose pieces are counted by 32 bits (steps.cuh)
-    if (std::max({cut.pieces(), single_rows(cut).pieces(), problem.channels}) > UINT32_MAX) {
-      check::fail("problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got ",
-                  check::text(problem));
-    }
-  }
-
-  template <class T>
-  void reads(const char* name, std::span<const T> tensor) {
-    check::size(name, tensor.size(), problem_);
-    memories_.reads(name, std::as_bytes(tensor), true);
-  }
-  template <class T>
-  void writes(const char* name, std::span<T> tensor) {
-    check::size(name, tensor.size(), problem_);
-    memories_.writes(name, std::as_bytes(tensor), true);
-  }
-  void reads(const char* name, const ChannelValues& values) {
-    if (!values.present()) return;
-    check::channels(name, values.size(), problem_.channels);
-    memories_.reads(name, values.bytes());
-  }
-  void reads_given(const char* name, const ChannelValues& values) {
-    check::given(name, values, problem_.channels);
-    memories_.reads(name, values.bytes());
-  }
-  void writes(const char* name, const ChannelOutput& values) {
-    if (!values.wanted()) return;
-    check::channels(name, values.size(), problem_.channels);
-    memories_.writes(name, values.bytes());
-  }
-  // What is empty is not wanted.
-  template <class T>
-  void writes_gradients(std::span<T> dx, const ChannelOutput& dgamma, const ChannelOutput& dbeta) {
-    if (!dx.empty()) writes("dx", dx);
-    writes("dgamma", dgamma);
-    writes("dbeta", dbeta);
-  }
-  template <class V>
-  void reads_each(const char* name, std::span<const V> values) {
-    check::channels(name, values.size(), problem_.channels);
-    memories_.reads(name, std::as_bytes(values));
-  }
-  template <class V>
-  void writes_each(const char* name, std::span<V> values) {
-    check::channels(name, values.size(), problem_.channels);
-    memories_.writes(name, std::as_bytes(values));
-  }
-
- private:
-  Problem problem_;
-  check::Memories memories_;
-};
-
-// Memory of the device, given back in the stream's order.
-class Lent {
- public:
-  Lent(Stream& stream, std::size_t bytes) : stream_(stream), memory_(bytes == 0 ? nullptr : stream.allocate(bytes)) {}
-  ~Lent() {
-    if (memory_ != nullptr) stream_.free(memory_);
-  }
-  Lent(const Lent&) = delete;
-  Lent& operator=(const Lent&) = delete;
-  [[nodiscard]] std::byte* get() const { return memory_; }
-
- private:
-  Stream& stream_;
-  std::byte* memory_;
-};
-
-// f(Passes) with memory to work in.
-template <class T, class F>
-void with_passes(const Problem& problem, const Options& options, const F& f) {
-  if (problem.channels == 0) return;
-  Stream stream(options.stream);
-  const Lent memory(stream, Passes<T, Stream>::bytes(problem));
-  Passes<T, Stream> passes(stream, problem, memory.get());
-  f(passes);
+template <class T>
+T* data_or_null(std::span<T> s, std::int64_t at) {
+  return s.empty() ? nullptr : s.data() + at;
 }
-
 template <class... P>
 bool begin_vectors(const P*... tensors) {
   return ((reinterpret_cast<std::uintptr_t>(tensors) % 16 == 0) && ...);
-}
-// Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
-template <class Pass>
-bool run_held(const Problem& problem, const Options& options, const Pass& pass, bool aligned) {
-  if (problem.size() == 0) return false;
-  Stream stream(options.stream);
-  auto plan = plan_resident<typename Pass::Value, Pass::kInputs>(problem, Stream::device(), aligned);
-  if (!plan) return false;
-  const auto sums = Workspace::bytes_for<kernels::Sums>(plan->kept_sums());
-  const auto counts = plan->through_memory ? Workspace::bytes_for<unsigned>(plan->spans) : 0;
-  const Lent memory(stream, sums + counts);
-  if (plan->through_memory) {
-    Workspace workspace(memory.get());
-    plan->span.sums = workspace.take<kernels::Sums>(plan->kept_sums());
-    plan->span.count = workspace.take<unsigned>(plan->spans);
-    stream.zero(plan->span.count, counts);
-  }
-  stream.launch_held(*plan, pass);
-  return true;
 }
 
 }  // namespace
 
 template <class T>
-void moments(std::span<const T> x, const Problem& problem, std::span<Moments> out, const Options& options) {
-  Checked checked(problem);
+void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, const Options& options) {
+  CallOnDevice<T> checked(call, options);
   checked.reads("x", x);
-  checked.writes_each("out", out);
-  with_passes<T>(problem, options, [&](auto& passes) { passes.moments(x.data(), out.data()); });
-}
-
-template <class T>
-void batch_norm(std::span<const T> x, const Problem& problem, ChannelValues gamma, ChannelValues beta, double eps,
-                std::span<T> y, std::span<Moments> saved, const Options& options) {
-  Checked checked(problem);
-  check::eps(eps);
-  check::batch_values(problem);
-  checked.reads("x", x);
-  checked.reads("gamma", gamma);
-  checked.reads("beta", beta);
-  checked.writes("y", y);
-  checked.writes_each("saved", saved);
-  const Forward<T> pass{x.data(), y.data(), gamma, beta, eps, saved.data()};
-  if (run_held(problem, options, pass, begin_vectors(x.data(), y.data()))) return;
-  with_passes<T>(problem, options,
-                 [&](auto& passes) { passes.batch_norm(x.data(), gamma, beta, eps, y.data(), saved.data()); });
-}
-
-template <class T>
-void normalize(std::span<const T> x, const Problem& problem, ChannelValues mean, ChannelValues var, ChannelValues gamma,
-               ChannelValues beta, double eps, std::span<T> y, const Options& options) {
-  Checked checked(problem);
-  check::eps(eps);
-  checked.reads("x", x);
-  checked.reads_given("mean", mean);
-  checked.reads_given("var", var);
-  checked.reads("gamma", gamma);
-  checked.reads("beta", beta);
-  checked.writes("y", y);
-  with_passes<T>(problem, options,
-                 [&](auto& passes) { passes.normalize(x.data(), {nullptr, mean, var}, gamma, beta, eps, y.data()); });
-}
-
-template <class T>
-void normalize(std::span<const T> x, const Problem& problem, std::span<const Moments> moments, ChannelValues gamma,
-               ChannelValues beta, double eps, std::span<T> y, const Options& options) {
-  Checked checked(problem);
-  check::eps(eps);
-  checked.reads("x", x);
-  checked.reads_each("moments", moments);
-  checked.reads("gamma", gamma);
-  checked.reads("beta", beta);
-  checked.writes("y", y);
-  with_passes<T>(problem, options, [&](auto& passes) {
-    passes.normalize(x.data(), {moments.data(), {}, {}}, gamma, beta, eps, y.data());
+  checked.writes_entries("out", out);
+  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
+    passes.moments(x.data() + at, out.data() + entry / call.groups.width);
   });
 }
 
 template <class T>
-void grad_sums(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
-               std::span<GradSums> out, const Options& options) {
-  Checked checked(problem);
-  checked.reads("dy", dy);
-  checked.reads("x", x);
-  checked.reads_each("moments", moments);
-  checked.writes_each("out", out);
-  with_passes<T>(problem, options,
-                 [&](auto& passes) { passes.grad_sums(dy.data(), x.data(), moments.data(), out.data()); });
-}
-
-template <class T>
-void grad_input(std::span<const T> dy, std::span<const T> x, const Problem& problem, std::span<const Moments> moments,
-                std::span<const GradSums> sums, ChannelValues gamma, double eps, std::span<T> dx,
+void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::span<Moments> saved,
                 const Options& options) {
-  Checked checked(problem);
-  check::eps(eps);
-  checked.reads("dy", dy);
+  CallOnDevice<T> checked(call, options);
   checked.reads("x", x);
-  checked.reads_each("moments", moments);
-  checked.reads_each("sums", sums);
-  checked.reads("gamma", gamma);
-  checked.writes("dx", dx);
-  with_passes<T>(problem, options, [&](auto& passes) {
-    passes.grad_input(dy.data(), x.data(), moments.data(), sums.data(), gamma, eps, dx.data());
+  checked.check_batch();
+  checked.follow();
+  checked.writes("y", y);
+  checked.writes_entries("saved", saved);
+  const HeldForward<T> held{x.data(), y.data(), call.gamma, call.beta, call.eps, saved.data()};
+  if (checked.run_held(held, begin_vectors(x.data(), y.data()))) return;
+  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
+    passes.batch_norm(x.data() + at, y.data() + at, saved.data() + entry / call.groups.width);
   });
 }
 
 template <class T>
-void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem,
-                         std::span<const Moments> saved, ChannelValues gamma, double eps, std::span<T> dx,
-                         ChannelOutput dgamma, ChannelOutput dbeta, const Options& options) {
-  Checked checked(problem);
-  check::eps(eps);
-  checked.reads("dy", dy);
+void normalize(std::span<const T> x, const Call<T>& call, ChannelValues mean, ChannelValues var, std::span<T> y,
+               const Options& options) {
+  CallOnDevice<T> checked(call, options);
   checked.reads("x", x);
-  checked.reads_each("saved", saved);
-  checked.reads("gamma", gamma);
-  checked.writes_gradients(dx, dgamma, dbeta);
-  const Backward<T> pass{dy.data(), x.data(), dx.data(), saved.data(), gamma, eps, dgamma, dbeta};
-  if (!dx.empty() && run_held(problem, options, pass, begin_vectors(dy.data(), x.data(), dx.data()))) return;
-  with_passes<T>(problem, options, [&](auto& passes) {
-    passes.backward(dy.data(), x.data(), saved.data(), gamma, eps, dx.empty() ? nullptr : dx.data(), dgamma, dbeta);
+  checked.reads_given(mean, var);
+  checked.follow();
+  checked.writes("y", y);
+  checked.run([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
+    passes.normalize(x.data(), {nullptr, mean, var}, y.data());
   });
 }
 
 template <class T>
-void normalize_backward(std::span<const T> dy, std::span<const T> x, const Problem& problem, ChannelValues mean,
-                        ChannelValues var, ChannelValues gamma, double eps, std::span<T> dx, ChannelOutput dgamma,
-                        ChannelOutput dbeta, const Options& options) {
-  Checked checked(problem);
-  check::eps(eps);
-  checked.reads("dy", dy);
+void normalize(std::span<const T> x, const Call<T>& call, std::span<const Moments> moments, std::span<T> y,
+               const Options& options) {
+  CallOnDevice<T> checked(call, options);
   checked.reads("x", x);
-  checked.reads_given("mean", mean);
-  checked.reads_given("var", var);
-  checked.reads("gamma", gamma);
-  checked.writes_gradients(dx, dgamma, dbeta);
-  with_passes<T>(problem, options, [&](auto& passes) {
-    passes.normalize_backward(dy.data(), x.data(), mean, var, gamma, eps, dx.empty() ? nullptr : dx.data(), dgamma,
-                              dbeta);
+  checked.reads_entries("moments", moments);
+  checked.follow();
+  checked.writes("y", y);
+  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
+    passes.normalize(x.data() + at, {moments.data() + entry / call.groups.width, {}, {}}, y.data() + at);
   });
 }
 
-#define BN_INSTANTIATE(T)                                                                                             \
-  template void moments(std::span<const T>, const Problem&, std::span<Moments>, const Options&);                      \
-  template void batch_norm(std::span<const T>, const Problem&, ChannelValues, ChannelValues, double, std::span<T>,    \
-                           std::span<Moments>, const Options&);                                                       \
-  template void normalize(std::span<const T>, const Problem&, ChannelValues, ChannelValues, ChannelValues,            \
-                          ChannelValues, double, std::span<T>, const Options&);                                       \
-  template void normalize(std::span<const T>, const Problem&, std::span<const Moments>, ChannelValues, ChannelValues, \
-                          double, std::span<T>, const Options&);                                                      \
-  template void grad_sums(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,           \
-                          std::span<GradSums>, const Options&);                                                       \
-  template void grad_input(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>,          \
-                           std::span<const GradSums>, ChannelValues, double, std::span<T>, const Options&);           \
-  template void batch_norm_backward(std::span<const T>, std::span<const T>, const Problem&, std::span<const Moments>, \
-                                    ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,                \
-                                    const Options&);                                                                  \
-  template void normalize_backward(std::span<const T>, std::span<const T>, const Problem&, ChannelValues,             \
-                                   ChannelValues, ChannelValues, double, std::span<T>, ChannelOutput, ChannelOutput,  \
-                                   const Options&);
+template <class T>
+void grad_sums(std::span<const T> dy, std::span<const T> x, const Call<T>& call, std::span<const Moments> moments,
+               std::span<GradSums> out, const Options& options) {
+  CallOnDevice<T> checked(call, options);
+  checked.reads("dy", dy);
+  checked.reads("x", x);
+  checked.reads_entries("moments", moments);
+  checked.let_through();
+  checked.writes_entries("out", out);
+  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
+    passes.grad_sums(dy.data() + at, x.data() + at, moments.data() + entry / call.groups.width, out.data() + entry);
+  });
+}
+
+template <class T>
+void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call, std::span<const Moments> moments,
+                std::span<const GradSums> sums, std::span<T> dx, std::span<T> dresidual, const Options& options) {
+  CallOnDevice<T> checked(call, options);
+  checked.reads("dy", dy);
+  checked.reads("x", x);
+  checked.reads_entries("moments", moments);
+  checked.reads_entries("sums", sums);
+  checked.let_through();
+  check::size("dx", dx.size(), call.problem);
+  checked.writes_gradients({dx, dresidual});
+  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
+    passes.grad_input(dy.data() + at, x.data() + at, moments.data() + entry / call.groups.width, sums.data() + entry,
+                      {data_or_null(dx, at), data_or_null(dresidual, at)});
+  });
+}
+
+template <class T>
+void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call,
+                         std::span<const Moments> saved, const Gradients<T>& out, const Options& options) {
+  CallOnDevice<T> checked(call, options);
+  checked.reads("dy", dy);
+  checked.reads("x", x);
+  checked.reads_entries("saved", saved);
+  checked.let_through();
+  checked.writes_gradients(out);
+  const HeldBackward<T> held{dy.data(),  x.data(), out.dx.data(), saved.data(),
+                             call.gamma, call.eps, out.dgamma,    out.dbeta};
+  const bool can_hold = !out.dx.empty() && out.dresidual.empty();
+  if (can_hold && checked.run_held(held, begin_vectors(dy.data(), x.data(), out.dx.data()))) return;
+  checked.with_parameters(out, [&](const ChannelOutput& dgamma, const ChannelOutput& dbeta) {
+    checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t count) {
+      passes.backward(
+          dy.data() + at, x.data() + at, saved.data() + entry / call.groups.width,
+          {data_or_null(out.dx, at), data_or_null(out.dresidual, at),
+           checked.Arguments<T>::part_of(dgamma, entry, count), checked.Arguments<T>::part_of(dbeta, entry, count)});
+    });
+  });
+}
+
+template <class T>
+void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call, ChannelValues mean,
+                        ChannelValues var, const Gradients<T>& out, const Options& options) {
+  CallOnDevice<T> checked(call, options);
+  checked.reads("dy", dy);
+  checked.reads("x", x);
+  checked.reads_given(mean, var);
+  checked.let_through();
+  checked.writes_gradients(out);
+  checked.run([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
+    passes.normalize_backward(dy.data(), x.data(), mean, var,
+                              {data_or_null(out.dx, 0), data_or_null(out.dresidual, 0), out.dgamma, out.dbeta});
+  });
+}
+
+#define BN_INSTANTIATE(T)                                                                                              \
+  template void moments(std::span<const T>, const Call<T>&, std::span<Moments>, const Options&);                       \
+  template void batch_norm(std::span<const T>, const Call<T>&, std::span<T>, std::span<Moments>, const Options&);      \
+  template void normalize(std::span<const T>, const Call<T>&, ChannelValues, ChannelValues, std::span<T>,              \
+                          const Options&);                                                                             \
+  template void normalize(std::span<const T>, const Call<T>&, std::span<const Moments>, std::span<T>, const Options&); \
+  template void grad_sums(std::span<const T>, std::span<const T>, const Call<T>&, std::span<const Moments>,            \
+                          std::span<GradSums>, const Options&);                                                        \
+  template void grad_input(std::span<const T>, std::span<const T>, const Call<T>&, std::span<const Moments>,           \
+                           std::span<const GradSums>, std::span<T>, std::span<T>, const Options&);                     \
+  template void batch_norm_backward(std::span<const T>, std::span<const T>, const Call<T>&, std::span<const Moments>,  \
+                                    const Gradients<T>&, const Options&);                                              \
+  template void normalize_backward(std::span<const T>, std::span<const T>, const Call<T>&, ChannelValues,              \
+                                   ChannelValues, const Gradients<T>&, const Options&);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)

@@ -3,6 +3,7 @@
 //
 //   BN_DEVICE      before functions of the GPU; BN_DEVICE_CALL where they are called, as those of one thread are, whose
 //                  registers are then not asked for by all
+//   BN_UNROLLED    before loops whose turns are to have registers of their own
 //   BN_SHARED(p)   unsigned char* p, the block's dynamic shared memory, at a line of 128 bytes
 //   cluster_*      blocks that run at once and reach each other's shared memory; where there are none, of one block
 //   CopyBarrier    copies to shared memory that arrive on their own, and what waits for them
@@ -17,11 +18,13 @@
 #define BN_SHARED(name) extern __shared__ __align__(128) unsigned char name[]
 #define BN_DEVICE __device__ __forceinline__
 #define BN_DEVICE_CALL __device__ __noinline__
+#define BN_UNROLLED _Pragma("unroll")
 #else
 #include "simt/cuda.hpp"
 #define BN_SHARED(name) unsigned char* const name = simt::self().block->shared.get()
 #define BN_DEVICE inline
 #define BN_DEVICE_CALL inline
+#define BN_UNROLLED
 #endif
 
 namespace batchnorm::device {

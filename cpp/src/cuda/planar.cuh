@@ -4,7 +4,7 @@
 // memory.
 #pragma once
 
-#include "cuda/steps.cuh"
+#include "cuda/finish.cuh"
 
 namespace batchnorm::cuda {
 
@@ -219,18 +219,24 @@ enum Next { kApply, kAboutShift, kCompensate };
 constexpr int kReadMemory = 15;  // in slab.told: whether who finished has read the channel in global memory
 
 // Coefficients, from told[2] on: whether they are wide, and these.
-BN_DEVICE void tell_factors(double* told, const Factors& factors) {
-  told[2] = factors.is_wide ? 1 : 0;
-  for (int f = 0; f < 5; ++f) told[3 + f] = factors.of[f];
+BN_DEVICE void tell(double* told, const Coefficients<double, kernels::Affine>& k) {
+  const auto& f = k.is_wide ? k.wide : k.narrow;
+  told[2] = k.is_wide ? 1 : 0, told[3] = f.center, told[4] = f.scale, told[5] = f.offset;
 }
-BN_DEVICE Factors told_factors(const double* told) {
-  return {{told[3], told[4], told[5], told[6], told[7]}, told[2] != 0};
+BN_DEVICE void tell(double* told, const Coefficients<double, kernels::GradAffine>& k) {
+  const auto& f = k.is_wide ? k.wide : k.narrow;
+  told[2] = k.is_wide ? 1 : 0, told[3] = f.dy_center, told[4] = f.dy_scale, told[5] = f.x_center;
+  told[6] = f.x_scale, told[7] = f.offset;
+}
+template <class T, int N>
+BN_DEVICE Maps<T, N> told_maps(const double* told) {
+  return {told + 3, told[2] != 0};
 }
 
 // ---- forward ----
 
 template <class T>
-struct Forward {
+struct HeldForward {
   using Value = T;
   using A = Arithmetic<T>;
   static constexpr int kInputs = 1;
@@ -270,30 +276,26 @@ struct Forward {
     told[kReadMemory] = is_told ? 0 : 1;
     if (mine.rank == 0) m.put(saved + channel);
     forward_coefficients<A, double>(m, eps, gamma.value_or(channel, 1), beta.value_or(channel, 0), true,
-                                    [told](const Coefficients<double, kernels::Affine>& k) {
-                                      Factors factors{};
-                                      factors.set(k);
-                                      tell_factors(told, factors);
-                                    });
+                                    [told](const Coefficients<double, kernels::Affine>& k) { tell(told, k); });
   }
   // Once in a blue moon.
   BN_DEVICE_CALL void settle(const Span& span, std::int64_t channel, MomentsOf<double>& of) const {
     Moments m;
     of.put(&m);
-    settle_in_memory(span.problem, x, channel, m);
+    settle_in_memory(span.problem, x, Weights<A>{}, 0, channel, m);
     of = MomentsOf<double>::at(&m);
   }
   BN_DEVICE void apply(const Span& span, const Slab<T, 1>& slab, const Mine& mine, std::int64_t channel) const {
-    const Maps<T, 3> maps(told_factors(slab.told));
+    const auto maps = told_maps<T, 3>(slab.told);
     store(span, mine, channel, y,
-          [&](int q, int e) { return maps.of(AffineMap{}, static_cast<A>(slab.chunk(span, q)[e])); });
+          [&](int q, int e) { return static_cast<T>(maps.of(AffineMap{}, static_cast<A>(slab.chunk(span, q)[e]))); });
   }
 };
 
 // ---- backward ----
 
 template <class T>
-struct Backward {
+struct HeldBackward {
   using Value = T;
   using A = Arithmetic<T>;
   static constexpr int kInputs = 2;
@@ -313,20 +315,16 @@ struct Backward {
   }
   BN_DEVICE_CALL void finish(const Span&, const Mine& mine, double* told, std::int64_t channel,
                              const kernels::Sums& total, Next) const {
-    GradientOutputs out;
-    Factors factors;
-    if (mine.rank == 0) out.dgamma = dgamma, out.dbeta = dbeta;
-    out.factors = &factors;
-    set_gradients<T>({total.first, total.first_lo, total.second, total.second_lo}, saved[channel],
-                     gamma.value_or(channel, 1), eps, channel, out);
+    const bool puts = mine.rank == 0;
     told[0] = kApply, told[kReadMemory] = 0;
-    tell_factors(told, factors);
+    tell(told, set_gradients<T>(grad_sums_of(total), saved[channel], gamma.value_or(channel, 1), eps, channel,
+                                puts ? dgamma : ChannelOutput(), puts ? dbeta : ChannelOutput()));
   }
   BN_DEVICE void apply(const Span& span, const Slab<T, 2>& slab, const Mine& mine, std::int64_t channel) const {
-    const Maps<T, 5> maps(told_factors(slab.told));
+    const auto maps = told_maps<T, 5>(slab.told);
     store(span, mine, channel, dx, [&](int q, int e) {
-      return maps.of(GradAffineMap{}, static_cast<A>(slab.chunk(span, q)[e]),
-                     static_cast<A>(slab.chunk(span, q, 1)[e]));
+      return static_cast<T>(
+          maps.of(GradAffineMap{}, static_cast<A>(slab.chunk(span, q)[e]), static_cast<A>(slab.chunk(span, q, 1)[e])));
     });
   }
 };

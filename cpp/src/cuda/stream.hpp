@@ -132,7 +132,7 @@ class Stream {
   }
   // How many run at once with all the shared memory there is; 0 where the device has no such clusters.
   static int clusters_of(unsigned blocks, const Device& device) {
-    constexpr auto kernel = resident<Forward<float> >;
+    constexpr auto kernel = resident<HeldForward<float> >;
     cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(device.shared_bytes));
     cudaFuncSetAttribute(kernel, cudaFuncAttributeNonPortableClusterSizeAllowed, 1);
     cudaLaunchAttribute attribute = {};

@@ -45,7 +45,7 @@ struct Compensated {
   [[nodiscard]] BN_DEVICE double low() const { return rest; }
 };
 
-// What is summed: each Terms adds what one value gives, in float64.
+// What is summed: each Terms adds what one value gives, in float64; add_weighted() with a weight that is not 0.
 
 // sum(x), sum(x^2). Products of float32 are exact, so that fused and split additions give the same bits.
 struct AboutZero {
@@ -54,6 +54,10 @@ struct AboutZero {
   BN_DEVICE void add(double v) {
     first.add(v);
     second.sum = fma(v, v, second.sum);
+  }
+  BN_DEVICE void add_weighted(double w, double v) {
+    first.sum = fma(w, v, first.sum);
+    second.add(w * v * v);
   }
 };
 // sum(x - shift), sum((x - shift)^2).
@@ -65,9 +69,28 @@ struct AboutShift {
     const double d = v - shift;
     first.add(d), second.add(d * d);
   }
+  BN_DEVICE void add_weighted(double w, double v) {
+    const double d = v - shift, term = w * d;
+    first.add(term), second.add(term * d);
+  }
 };
 // What rounding took from a square. An error that float64 may not hold is left out.
 BN_DEVICE double square_error(double v, double square) { return square >= 0x1p-960 ? fma(v, v, -square) : 0; }
+// The same of a product, which may not be split either (kernels/lanes-inl.hpp).
+BN_DEVICE double normal_product_error(double a, double b, double product) {
+  const bool is_normal = std::abs(product) >= 0x1p-960 && std::abs(a) < 0x1p995 && std::abs(b) < 0x1p995;
+  return is_normal ? fma(a, b, -product) : 0;
+}
+// Compensated, with a weight.
+template <class Terms>
+BN_DEVICE void add_compensated(Terms& terms, double w, double v, double shift) {
+  const DoubleDouble d = two_sum(v, -shift);
+  const double term = w * d.hi, term_lo = normal_product_error(w, d.hi, term) + w * d.lo, square = term * d.hi;
+  terms.first.add(term);
+  terms.first.rest += term_lo;
+  terms.second.add(square);
+  terms.second.rest += normal_product_error(term, d.hi, square) + (term_lo * d.hi + term * d.lo);
+}
 // The same sums, keeping what is rounded off.
 struct CompensatedAboutZero {
   Compensated first, second;
@@ -77,6 +100,7 @@ struct CompensatedAboutZero {
     first.add(v), second.add(square);
     second.rest += square_error(v, square);
   }
+  BN_DEVICE void add_weighted(double w, double v) { add_compensated(*this, w, v, 0); }
 };
 struct CompensatedAboutShift {
   double shift;
@@ -90,6 +114,7 @@ struct CompensatedAboutShift {
     second.add(square);
     second.rest += square_error(d.hi, square) + (d.hi + d.hi) * d.lo;
   }
+  BN_DEVICE void add_weighted(double w, double v) { add_compensated(*this, w, v, shift); }
 };
 // sum(dy), sum(dy*(x - mean)).
 template <class Accumulator>

@@ -27,6 +27,13 @@ template <class T>
 T __shfl_sync(unsigned mask, T value, unsigned from) {
   return simt::exchange(mask, value, from, 2);
 }
+inline unsigned __ballot_sync(unsigned mask, bool value) {
+  unsigned set = 0;
+  simt::exchange_all(mask, value, 3, [&](const auto& of_lane) {
+    for (unsigned lane = 0; lane < simt::kWarp; ++lane) set |= (of_lane(lane) ? 1u : 0u) << lane;
+  });
+  return set;
+}
 template <class T>
 T atomicAdd(T* to, T value) {
   static_assert(std::is_integral_v<T>, "a sum of floating-point numbers would depend on their order");

@@ -165,21 +165,30 @@ inline void wait_for_copies(CopyBarrier* barrier, unsigned phase) {
   __tsan_acquire(barrier);
 }
 
-// What lane `from` of the warp gives. Its lanes all come, to the same instruction.
-template <class T>
-T exchange(unsigned mask, T value, unsigned from, int instruction) {
+// f(lane) is what a lane of the warp gives. All lanes come, to the same instruction.
+template <class T, class F>
+void exchange_all(unsigned mask, T value, int instruction, const F& f) {
   static_assert(sizeof(T) <= 8 && std::is_trivially_copyable_v<T>);
   Warp& w = warp();
   const unsigned lane = self().index.x % kWarp, lanes = w.exchange.expected, turn = w.exchange.phase.get() & 1;
   if (mask != (lanes < kWarp ? (1u << lanes) - 1 : ~0u)) fail("a warp instruction of part of a warp");
-  if (from >= lanes) fail("a warp instruction that reads a lane which is not there");
   std::uint64_t bits = 0;
   std::memcpy(&bits, &value, sizeof value);
   w.value[turn][lane].set(bits), w.instruction[turn][lane].set(instruction);
   wait_at(w.exchange);
-  if (w.instruction[turn][from].get() != instruction) fail("lanes of a warp met at different instructions");
-  bits = w.value[turn][from].get();
-  std::memcpy(&value, &bits, sizeof value);
+  f([&w, lanes, turn, instruction](unsigned from) {
+    if (from >= lanes) fail("a warp instruction that reads a lane which is not there");
+    if (w.instruction[turn][from].get() != instruction) fail("lanes of a warp met at different instructions");
+    T given;
+    const std::uint64_t all = w.value[turn][from].get();
+    std::memcpy(&given, &all, sizeof given);
+    return given;
+  });
+}
+// What lane `from` gives.
+template <class T>
+T exchange(unsigned mask, T value, unsigned from, int instruction) {
+  exchange_all(mask, value, instruction, [&](const auto& of_lane) { value = of_lane(from); });
   return value;
 }
 

@@ -14,12 +14,13 @@ class Stream {
   static constexpr unsigned kThreads = 64;  // of a block that holds chunks: fibers are begun for each
   inline static Device current = {};
   inline static int held = 0, blocks_in_use = 0;  // launches of held channels, and memory that is not given back
+  inline static std::uint64_t seed = 0;           // of schedules
 
   explicit Stream(void*) {}
 
   template <class Kernel, class... Args>
   void launch(Kernel kernel, unsigned grid, unsigned block, const Args&... args) {
-    simt::launch({.grid = grid, .block = block, .cluster = 1, .shared_bytes = 64, .seed = 0}, kernel, args...);
+    simt::launch({.grid = grid, .block = block, .cluster = 1, .shared_bytes = 64, .seed = seed}, kernel, args...);
   }
   template <class Pass>
   void launch_held(const Resident& plan, const Pass& pass) {
@@ -29,7 +30,7 @@ class Stream {
                   .block = kThreads,
                   .cluster = plan.through_memory ? grid : plan.span.blocks,
                   .shared_bytes = static_cast<std::size_t>(plan.shared_bytes),
-                  .seed = 0},
+                  .seed = seed},
                  resident<Pass>, plan.span, pass);
   }
   std::byte* allocate(std::size_t bytes) {

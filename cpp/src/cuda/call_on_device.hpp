@@ -1,0 +1,163 @@
+// A call on a device: its arguments checked, then its passes launched, with memory for them.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+
+#include "arguments.hpp"
+#include "batchnorm/cuda.hpp"
+#include "cuda/passes_on_device.hpp"
+#include "cuda/stream.hpp"
+
+namespace batchnorm::cuda {
+
+// Memory of the device, given back in the stream's order.
+class Lent {
+ public:
+  Lent(Stream& stream, std::size_t bytes) : stream_(stream), memory_(bytes == 0 ? nullptr : stream.allocate(bytes)) {}
+  ~Lent() {
+    if (memory_ != nullptr) stream_.free(memory_);
+  }
+  Lent(const Lent&) = delete;
+  Lent& operator=(const Lent&) = delete;
+  [[nodiscard]] std::byte* get() const { return memory_; }
+
+ private:
+  Stream& stream_;
+  std::byte* memory_;
+};
+
+// Segments one after another that have as many rows: they are worked on together.
+struct Alike {
+  std::int64_t number, count, first_row, rows;
+};
+// f(Alike) of all segments, or of all there is.
+template <class T, class F>
+void for_alike(const Call<T>& call, const F& f) {
+  const auto offsets = call.groups.offsets;
+  if (offsets.empty()) return f(Alike{0, 1, 0, call.problem.outer});
+  const auto rows = [&](std::size_t s) { return offsets[s + 1] - offsets[s]; };
+  for (std::size_t s = 0, end = 0; s + 1 < offsets.size(); s = end) {
+    while (end + 1 < offsets.size() && rows(end) == rows(s)) ++end;
+    f(Alike{static_cast<std::int64_t>(s), static_cast<std::int64_t>(end - s), offsets[s], rows(s)});
+  }
+}
+
+// The arguments of a call, and how it is run.
+template <class T>
+class CallOnDevice : public Arguments<T> {
+ public:
+  CallOnDevice(const Call<T>& call, const Options& options) : Arguments<T>(call), options_(options) {
+    if (call.groups.each_position) check::fail("each_position must be false on a device, got true");
+    // By 32 bits (visit.cuh).
+    std::int64_t most = call.problem.channels * this->segments();
+    for_alike(call, [&](const Alike& some) {
+      const Cut cut = make_cut(problem_of(some), some.count);
+      most = std::max(most, some.count * std::max(cut.pieces(), single_rows(cut).pieces()));
+    });
+    if (most > UINT32_MAX) {
+      check::fail("problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got ",
+                  check::text(call.problem));
+    }
+  }
+
+  // One value has no variance; those of segments have one of 0 (batchnorm.hpp).
+  void check_batch() const {
+    if (!this->by_segments() && !whole_.is_grouped() && !whole_.each_position && !whole_.positions) {
+      check::batch_values(call_.problem);
+    }
+  }
+
+  // f(Passes, place in tensors, entry) of segments that are alike, or of all.
+  template <class F>
+  void run(const F& f) const {
+    if (call_.problem.channels == 0) return;
+    Stream stream(options_.stream);
+    std::size_t bytes = 0;
+    const bool weighs = static_cast<bool>(whole_.positions);
+    for_alike(call_, [&](const Alike& some) {
+      bytes = std::max(bytes, Passes<T, Stream>::bytes(problem_of(some), some.count, weighs));
+    });
+    const Lent memory(stream, bytes);
+    if (whole_.bits_head != nullptr) stream.zero(whole_.bits_head, kBitsHead);
+    for_alike(call_, [&](const Alike& some) {
+      const std::int64_t at = some.first_row * call_.problem.channels * call_.problem.inner;
+      const PassCall<T> part = part_of(some, at);
+      Passes<T, Stream> passes(stream, part, some.count, at, memory.get());
+      f(passes, at, some.number * call_.problem.channels, some.count * call_.problem.channels);
+    });
+  }
+  // Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
+  template <class Pass>
+  [[nodiscard]] bool run_held(const Pass& pass, bool aligned) const {
+    const bool is_plain = !this->by_segments() && !whole_.is_grouped() && !whole_.positions && whole_.tail.empty() &&
+                          whole_.tail.bits == nullptr;
+    if (!is_plain || call_.problem.size() == 0) return false;
+    Stream stream(options_.stream);
+    auto plan = plan_resident<T, Pass::kInputs>(call_.problem, Stream::device(), aligned);
+    if (!plan) return false;
+    const auto sums = Workspace::bytes_for<kernels::Sums>(plan->kept_sums());
+    const auto counts = plan->through_memory ? Workspace::bytes_for<unsigned>(plan->spans) : 0;
+    const Lent memory(stream, sums + counts);
+    if (plan->through_memory) {
+      Workspace workspace(memory.get());
+      plan->span.sums = workspace.take<kernels::Sums>(plan->kept_sums());
+      plan->span.count = workspace.take<unsigned>(plan->spans);
+      stream.zero(plan->span.count, counts);
+    }
+    stream.launch_held(*plan, pass);
+    return true;
+  }
+
+  // Sums over segments of what `f(dgamma, dbeta)` gives of each, where they are wanted.
+  template <class F>
+  void with_parameters(const Gradients<T>& out, const F& f) const {
+    const bool sums_gamma = this->is_sum(out.dgamma), sums_beta = this->is_sum(out.dbeta);
+    const auto entries = static_cast<std::int64_t>(this->entries());
+    Stream stream(options_.stream);
+    const std::size_t of_one = Workspace::bytes_for<double>(entries);
+    const Lent memory(stream, (sums_gamma ? of_one : 0) + (sums_beta ? of_one : 0));
+    Workspace workspace(memory.get());
+    const auto of_each = [&](bool sums, const ChannelOutput& to) -> ChannelOutput {
+      return sums ? std::span(workspace.take<double>(entries), this->entries()) : to;
+    };
+    const ChannelOutput dgamma = of_each(sums_gamma, out.dgamma), dbeta = of_each(sums_beta, out.dbeta);
+    f(dgamma, dbeta);
+    if (sums_gamma) sum_over_segments(stream, dgamma, out.dgamma);
+    if (sums_beta) sum_over_segments(stream, dbeta, out.dbeta);
+  }
+
+ private:
+  using Arguments<T>::call_;
+  using Arguments<T>::whole_;
+
+  [[nodiscard]] Problem problem_of(const Alike& some) const {
+    return {some.rows, call_.problem.channels, call_.problem.inner};
+  }
+  [[nodiscard]] PassCall<T> part_of(const Alike& some, std::int64_t at) const {
+    PassCall<T> part = whole_;
+    part.problem = problem_of(some);
+    const auto of_part = [&](const ChannelValues& values) {
+      const bool of_entries = values.present() && values.size() == this->entries();
+      const std::int64_t channels = part.problem.channels;
+      return of_entries ? values.part(static_cast<std::size_t>(some.number * channels),
+                                      static_cast<std::size_t>(some.count * channels))
+                        : values;
+    };
+    part.gamma = of_part(whole_.gamma), part.beta = of_part(whole_.beta);
+    if (part.positions) part.positions.values += some.first_row * call_.problem.inner;
+    if (part.tail.residual != nullptr) part.tail.residual += at;
+    return part;
+  }
+  void sum_over_segments(Stream& stream, const ChannelOutput& of_each, const ChannelOutput& out) const {
+    const std::int64_t channels = call_.problem.channels;
+    if (channels == 0) return;
+    const auto* values = reinterpret_cast<const double*>(of_each.bytes().data());
+    stream.launch(sum_segments<T>, static_cast<unsigned>((channels + kStepThreads - 1) / kStepThreads), kStepThreads,
+                  channels, this->segments(), values, out);
+  }
+
+  Options options_;
+};
+
+}  // namespace batchnorm::cuda
