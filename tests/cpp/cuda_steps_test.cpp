@@ -66,7 +66,10 @@ std::vector<NamedGroups> all_groups(const Inputs<T>& t, std::span<const std::int
           {" by strided groups", {samples, half, false, About::mean, {}, true}},
           {" by groups of all", {{}, half}},
           {" about 0", {ragged, 1, false, About::zero}},
-          {" about alpha", {ragged, 1, false, About::mean, t.alpha}}};
+          {" about alpha", {ragged, 1, false, About::mean, t.alpha}},
+          {" of each position", {{}, t.problem.channels, true}},
+          {" of half of each position", {{}, half, true}},
+          {" of each position about 0", {{}, t.problem.channels, true, About::zero}}};
 }
 template <class T>
 void expect_combinations_same(const Problem& problem, const char* kind) {
@@ -106,6 +109,35 @@ TEST(combinations_have_the_bits_of_the_library) {
     expect_combinations_same<float>(problem, "large");
     expect_combinations_same<float>(problem, "cancelled");
     expect_combinations_same<double>(problem, "cancelled to nothing");
+  }
+}
+
+// Lines of some values, which are turned, of many, of more than a chunk, of one; side by side and by columns; more
+// positions than a chunk has.
+TEST(lines_have_the_bits_of_the_library) {
+  Stream::current = kTiny;
+  for (const Problem& problem : {Problem{9, 20, 1},
+                                 {3, 5000, 1},
+                                 {1, 70'000, 1},
+                                 {5, 1, 7},
+                                 {3, 40, 5},
+                                 {700, 6, 1},
+                                 {2, 5000, 3},
+                                 {0, 4, 2},
+                                 {2, 3, 0},
+                                 {1, 17, 1}}) {
+    for (const char* kind : kKinds) {
+      for (const About about : {About::mean, About::zero}) {
+        const auto same_lines = [&]<class T>(const Inputs<T>& t) {
+          Call<T> call = plain(t);
+          call.groups = {{}, problem.channels, true, about};
+          expect_same(t, call, about == About::mean ? " of each position" : " of each position about 0");
+        };
+        same_lines(Inputs<float>(problem, kind));
+        same_lines(Inputs<double>(problem, kind));
+        same_lines(Inputs<BFloat16>(problem, kind));
+      }
+    }
   }
 }
 

@@ -52,7 +52,7 @@ void normalize(std::span<const T> x, const Call<T>& call, ChannelValues mean, Ch
   checked.reads_given(mean, var);
   checked.follow();
   checked.writes("y", y);
-  checked.run([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
+  checked.run_channels([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
     passes.normalize(x.data(), {nullptr, mean, var}, y.data());
   });
 }
@@ -133,7 +133,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
   checked.reads_given(mean, var);
   checked.let_through();
   checked.writes_gradients(out);
-  checked.run([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
+  checked.run_channels([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
     passes.normalize_backward(dy.data(), x.data(), mean, var,
                               {data_or_null(out.dx, 0), data_or_null(out.dresidual, 0), out.dgamma, out.dbeta});
   });

@@ -6,6 +6,7 @@
 
 #include "arguments.hpp"
 #include "batchnorm/cuda.hpp"
+#include "cuda/lines_on_device.hpp"
 #include "cuda/passes_on_device.hpp"
 #include "cuda/stream.hpp"
 
@@ -48,13 +49,15 @@ template <class T>
 class CallOnDevice : public Arguments<T> {
  public:
   CallOnDevice(const Call<T>& call, const Options& options) : Arguments<T>(call), options_(options) {
-    if (call.groups.each_position) check::fail("each_position must be false on a device, got true");
     // By 32 bits (visit.cuh).
     std::int64_t most = call.problem.channels * this->segments();
-    for_alike(call, [&](const Alike& some) {
-      const Cut cut = make_cut(problem_of(some), some.count);
-      most = std::max(most, some.count * std::max(cut.pieces(), single_rows(cut).pieces()));
-    });
+    if (call.groups.each_position) {
+      const Cut cut = make_line_cut(call.problem, call.groups.width);
+      most = std::max({most_pieces(cut), cut.entries(), call.problem.channels * LinePasses<T, Stream>::chunks(whole_)});
+    } else {
+      for_alike(call,
+                [&](const Alike& some) { most = std::max(most, most_pieces(make_cut(problem_of(some), some.count))); });
+    }
     if (most > UINT32_MAX) {
       check::fail("problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got ",
                   check::text(call.problem));
@@ -68,9 +71,19 @@ class CallOnDevice : public Arguments<T> {
     }
   }
 
-  // f(Passes, place in tensors, entry) of segments that are alike, or of all.
+  // f(Passes, place in tensors, first entry, how many) of segments that are alike, or of all; or f(LinePasses, ...).
   template <class F>
   void run(const F& f) const {
+    if (!whole_.each_position) return run_channels(f);
+    if (call_.problem.channels == 0) return;
+    Stream stream(options_.stream);
+    const Lent memory(stream, LinePasses<T, Stream>::bytes(whole_));
+    clear_head(stream);
+    LinePasses<T, Stream> passes(stream, whole_, memory.get());
+    f(passes, std::int64_t{0}, std::int64_t{0}, call_.problem.channels);
+  }
+  template <class F>
+  void run_channels(const F& f) const {
     if (call_.problem.channels == 0) return;
     Stream stream(options_.stream);
     std::size_t bytes = 0;
@@ -79,7 +92,7 @@ class CallOnDevice : public Arguments<T> {
       bytes = std::max(bytes, Passes<T, Stream>::bytes(problem_of(some), some.count, weighs));
     });
     const Lent memory(stream, bytes);
-    if (whole_.bits_head != nullptr) stream.zero(whole_.bits_head, kBitsHead);
+    clear_head(stream);
     for_alike(call_, [&](const Alike& some) {
       const std::int64_t at = some.first_row * call_.problem.channels * call_.problem.inner;
       const PassCall<T> part = part_of(some, at);
@@ -90,8 +103,8 @@ class CallOnDevice : public Arguments<T> {
   // Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
   template <class Pass>
   [[nodiscard]] bool run_held(const Pass& pass, bool aligned) const {
-    const bool is_plain = !this->by_segments() && !whole_.is_grouped() && !whole_.positions && whole_.tail.empty() &&
-                          whole_.tail.bits == nullptr;
+    const bool is_plain = !this->by_segments() && !whole_.is_grouped() && !whole_.each_position && !whole_.positions &&
+                          whole_.tail.empty() && whole_.tail.bits == nullptr;
     if (!is_plain || call_.problem.size() == 0) return false;
     Stream stream(options_.stream);
     auto plan = plan_resident<T, Pass::kInputs>(call_.problem, Stream::device(), aligned);
@@ -130,6 +143,11 @@ class CallOnDevice : public Arguments<T> {
  private:
   using Arguments<T>::call_;
   using Arguments<T>::whole_;
+
+  // The first bit is that of the first byte.
+  void clear_head(Stream& stream) const {
+    if (whole_.bits_head != nullptr) stream.zero(whole_.bits_head, kBitsHead);
+  }
 
   [[nodiscard]] Problem problem_of(const Alike& some) const {
     return {some.rows, call_.problem.channels, call_.problem.inner};

@@ -104,12 +104,22 @@ BN_DEVICE void settle_in_memory(const Problem& p, const T* x, const Weights<Arit
   };
   settle_value_by_value<Arithmetic<T>>(each, weights.count(s, p.count()), m);
 }
+// The same of a line.
+template <class T>
+BN_DEVICE void settle_in_memory(const LinesOf& lines, const T* x, std::int64_t line, Moments& m) {
+  const T* from = x + lines.begin(line);
+  const auto each = [&](const auto& f) {
+    for (std::int64_t j = 0; j < lines.width; ++j) f(widened(from[j * lines.inner]), 1.0);
+  };
+  settle_value_by_value<Arithmetic<T>>(each, {static_cast<double>(lines.width), 0}, m);
+}
 // At last, where no sum tells enough: by threads of which nearly all leave at once.
 template <class T>
 __global__ void __launch_bounds__(kStepThreads)
     settle_moments(const __grid_constant__ Cut cut, const T* x, Weights<Arithmetic<T>> weights, Moments* saved) {
   const std::int64_t e = this_thread();
   if (e >= cut.entries() || !(saved[e].count > 0)) return;
+  if (cut.lines.width > 0) return settle_in_memory(cut.lines, x, e, saved[e]);
   const Divided place(e, cut.problem.channels);
   settle_in_memory(cut.problem, x, weights, place.quotient, place.rest, saved[e]);
 }

@@ -165,8 +165,9 @@ BN_DEVICE void put_bits(std::uint8_t* bits, std::int64_t at, bool is_there, bool
   byte = static_cast<std::uint8_t>(there == 0xFF ? set : (byte & ~there) | set);
 }
 
-// A Body has the inputs input(0), ... of a value, null where it has none; put(Maps, values, at, position), where
-// `at` counts from the first value here, gives whether a bit is set, which goes to bits(), if that is not null.
+// A Body has the inputs input(0), ... of a value, null where it has none. know() is told its place, to have in Known
+// what belongs there; put(Known, values, place, at, position), where `at` counts from the first value here, gives
+// whether a bit is set, which goes to bits(), if that is not null.
 template <class Body>
 __global__ void __launch_bounds__(kStepThreads)
     map(const __grid_constant__ Elements elements, const __grid_constant__ Body body) {
@@ -181,19 +182,17 @@ __global__ void __launch_bounds__(kStepThreads)
       if (from != nullptr && at >= 0 && at < elements.size) values[n][k] = from[at];
     }
   }
-  std::int64_t at = begin, known = -1;
+  std::int64_t at = begin;
+  typename Body::Known known;
   Place place = elements.place(at < 0 ? at + kStepThreads : at);
-  Maps<T, Body::kFields> maps;
   BN_UNROLLED for (int k = 0; k < kEach; ++k, at += kStepThreads) {
     const bool is_there = at >= 0 && at < elements.size;
     bool bit = false;
     if (is_there) {
-      const std::int64_t entry = elements.entry(place);
-      if (body.factors.narrow != nullptr && entry != known) maps = Maps<T, Body::kFields>(body.factors, entry);
-      known = entry;
+      body.know(known, elements, place);
       T of[Body::kInputs];
       for (int n = 0; n < Body::kInputs; ++n) of[n] = values[n][k];
-      bit = body.put(maps, of, at, elements.position(place));
+      bit = body.put(known, of, place, at, elements.position(place));
     }
     if (at >= 0) elements.advance(place);
     if (body.bits() != nullptr) put_bits(body.bits(), elements.first + at, is_there, bit);
@@ -213,26 +212,55 @@ struct Padded {
   }
 };
 
-// y = (x - center)*scale + offset, and what follows.
+// The coefficients of the entry that a value belongs to.
+template <class T, int N>
+struct KnownEntry {
+  std::int64_t entry = -1;
+  Maps<T, N> maps;
+
+  BN_DEVICE void know(const FactorTable<Arithmetic<T>>& factors, std::int64_t e) {
+    if (factors.narrow != nullptr && e != entry) maps = Maps<T, N>(factors, e);
+    entry = e;
+  }
+};
+// (x - center)*scale + offset.
 template <class T>
+struct OfEntry {
+  using A = Arithmetic<T>;
+  using Known = KnownEntry<T, 3>;
+  FactorTable<A> factors;
+
+  BN_DEVICE void know(Known& known, const Elements& elements, const Place& place) const {
+    known.know(factors, elements.entry(place));
+  }
+  [[nodiscard]] BN_DEVICE A at(const Known& known, A x, std::int64_t) const { return known.maps.of(AffineMap{}, x); }
+};
+
+// y from x as Of says, and what follows.
+template <class T, class Of = OfEntry<T>>
 struct Normalize {
   using Value = T;
   using A = Arithmetic<T>;
-  static constexpr int kInputs = 2, kFields = 3;
+  using Known = typename Of::Known;
+  static constexpr int kInputs = 2;
   const T *x, *residual;  // no residual: null
   T* y;
-  FactorTable<A> factors;
+  Of of;
   bool relu = false;
   std::uint8_t* bits_of_relu = nullptr;  // of the tensor
   Padded<A> padded = {};
 
   [[nodiscard]] BN_DEVICE const T* input(int n) const { return n == 0 ? x : residual; }
   [[nodiscard]] BN_DEVICE std::uint8_t* bits() const { return bits_of_relu; }
-  BN_DEVICE bool put(const Maps<T, kFields>& maps, const T* in, std::int64_t at, std::int64_t position) const {
-    A s = maps.of(AffineMap{}, static_cast<A>(in[0]));
+  BN_DEVICE void know(Known& known, const Elements& elements, const Place& place) const {
+    of.know(known, elements, place);
+  }
+  BN_DEVICE bool put(const Known& known, const T* in, const Place& place, std::int64_t to,
+                     std::int64_t position) const {
+    A s = of.at(known, static_cast<A>(in[0]), place.c);
     if (residual != nullptr) s += static_cast<A>(in[1]);
     const bool is_padded = padded.at(position);
-    y[at] = is_padded ? (padded.padding == Padding::zero ? T(0) : in[0]) : (relu && s < 0) ? T(0) : static_cast<T>(s);
+    y[to] = is_padded ? (padded.padding == Padding::zero ? T(0) : in[0]) : (relu && s < 0) ? T(0) : static_cast<T>(s);
     return !(s <= 0);
   }
 };
@@ -243,7 +271,8 @@ template <class T>
 struct GradInput {
   using Value = T;
   using A = Arithmetic<T>;
-  static constexpr int kInputs = 2, kFields = 5;
+  using Known = KnownEntry<T, 5>;
+  static constexpr int kInputs = 2;
   const T *dy, *x;
   T *dx, *dresidual;  // null: not wanted
   FactorTable<A> factors;
@@ -253,19 +282,22 @@ struct GradInput {
 
   [[nodiscard]] BN_DEVICE const T* input(int n) const { return n == 0 ? dy : x; }
   [[nodiscard]] BN_DEVICE std::uint8_t* bits() const { return nullptr; }
-  BN_DEVICE bool put(const Maps<T, kFields>& maps, const T* in, std::int64_t at, std::int64_t position) const {
+  BN_DEVICE void know(Known& known, const Elements& elements, const Place& place) const {
+    known.know(factors, elements.entry(place));
+  }
+  BN_DEVICE bool put(const Known& known, const T* in, const Place&, std::int64_t at, std::int64_t position) const {
     const T through = gate.lets_through(at) ? in[0] : T(0);
     const bool is_padded = padded.at(position);
     if (dx != nullptr) {
       const T zero_or_dy = padded.padding == Padding::zero ? T(0) : in[0];
-      dx[at] = is_padded ? zero_or_dy : static_cast<T>(gradient(maps, static_cast<A>(through), in[1], position));
+      dx[at] = is_padded ? zero_or_dy : static_cast<T>(gradient(known.maps, static_cast<A>(through), in[1], position));
     }
     if (dresidual != nullptr) dresidual[at] = is_padded ? T(0) : through;
     return false;
   }
 
  private:
-  [[nodiscard]] BN_DEVICE A gradient(const Maps<T, kFields>& maps, A g, T x_value, std::int64_t position) const {
+  [[nodiscard]] BN_DEVICE A gradient(const Maps<T, 5>& maps, A g, T x_value, std::int64_t position) const {
     if (x == nullptr) return maps.of(ScaleMap{}, g);
     const auto v = static_cast<A>(x_value);
     if (weights == nullptr) return maps.of(GradAffineMap{}, g, v);

@@ -2,16 +2,14 @@
 // looks at values.
 #pragma once
 
-#include <algorithm>
 #include <cstddef>
 
-#include "cuda/finish.cuh"
+#include "cuda/launches.hpp"
 #include "workspace.hpp"
 
 namespace batchnorm::cuda {
 
-// Of some segments of as many rows each, or of all of a call. On is where kernels are launched: on.launch(kernel, grid,
-// block, arguments...).
+// Of some segments of as many rows each, or of all of a call. On: where kernels are launched (launches.hpp).
 template <class T, class On>
 class Passes {
   using A = Arithmetic<T>;
@@ -21,7 +19,7 @@ class Passes {
   static std::size_t bytes(const Problem& problem, std::int64_t segments, bool weighs) {
     const Cut cut = make_cut(problem, segments);
     const std::int64_t entries = cut.entries();
-    std::size_t all = Workspace::bytes_for<kernels::Sums>(segments * most_pieces(cut)) +
+    std::size_t all = Workspace::bytes_for<kernels::Sums>(most_pieces(cut)) +
                       Workspace::bytes_for<Conditioned>(entries) + Workspace::bytes_for<Moments>(entries) +
                       2 * Workspace::bytes_for<GradSums>(entries) + Workspace::bytes_for<A>(kMostFields * entries) +
                       Workspace::bytes_for<double>(kMostFields * entries) + Workspace::bytes_for<bool>(entries);
@@ -37,12 +35,11 @@ class Passes {
       : on_(on),
         call_(call),
         cut_(make_cut(call.problem, segments)),
-        again_(single_rows(cut_)),
         elements_(call.problem, segments, first),
         how_{call.problem.channels, call.width, call.strided, call.about_zero, call.alpha} {
     Workspace workspace(memory);
     const std::int64_t entries = cut_.entries();
-    sums_ = workspace.take<kernels::Sums>(segments * most_pieces(cut_));
+    sums_ = workspace.take<kernels::Sums>(most_pieces(cut_));
     conditioned_ = workspace.take<Conditioned>(entries);
     cells_ = workspace.take<Moments>(entries);
     grad_sums_ = workspace.take<GradSums>(entries);
@@ -58,14 +55,8 @@ class Passes {
 
   void moments(const T* x, Moments* out) {
     Moments* const cells = is_shared() ? cells_ : out;
-    visit_all(cut_, SumMoments<T, Again::no>{x, weights_, conditioned_, sums_});
-    finish(cut_, Again::no, cells);
-    visit_all(again_, SumMoments<T, Again::about_shift>{x, weights_, conditioned_, sums_});
-    finish(again_, Again::about_shift, cells);
-    visit_all(again_, SumMoments<T, Again::compensated>{x, weights_, conditioned_, sums_});
-    finish(again_, Again::compensated, cells);
-    each(cut_.entries(), settle_moments<T>, cut_, x, weights_, cells);
-    if (is_shared()) each(groups(), merge_groups<T>, how_, cut_.segments, cells, out);
+    MomentsTaken<T>{x, weights_, sums_, conditioned_}.run(on_, cut_, cells);
+    if (is_shared()) on_.each(groups(), merge_groups<T>, how_, cut_.segments, cells, out);
   }
   void batch_norm(const T* x, T* y, Moments* saved) {
     moments(x, saved);
@@ -74,11 +65,11 @@ class Passes {
   void normalize(const T* x, const Statistics& given, T* y) {
     Statistics of = given;
     if (given.moments != nullptr) of.moments = of_cells(given.moments);
-    each(cut_.entries(), finish_forward<T>, call_.problem.channels, !is_shared(), of, call_.gamma, call_.beta,
-         call_.eps, factors_);
+    on_.each(cut_.entries(), finish_forward<T>, call_.problem.channels, !is_shared(), of, call_.gamma, call_.beta,
+             call_.eps, factors_);
     Normalize<T> body{x, call_.tail.residual, y, factors_};
     body.relu = call_.tail.relu, body.bits_of_relu = call_.tail.bits, body.padded = padded();
-    map_all(body);
+    on_.map_all(elements_, body);
   }
 
   void grad_sums(const T* dy, const T* x, const Moments* saved, GradSums* out) {
@@ -99,14 +90,13 @@ class Passes {
   // Of normalize() with a mean and var that are constants. x is read where dgamma is wanted.
   void normalize_backward(const T* dy, const T* x, ChannelValues mean, ChannelValues var, const FirstOutputs<T>& out) {
     const bool sums = out.dgamma.wanted() || out.dbeta.wanted();
-    if (sums) visit_all(cut_, gradients(dy, out.dgamma.wanted() ? x : dy, nullptr, mean));
-    each(cut_.entries(), finish_constant<T>, cut_, sums ? sums_ : nullptr, mean, var, call_.gamma, call_.eps,
-         out.dgamma, out.dbeta, factors_);
+    if (sums) on_.visit_all(cut_, gradients(dy, out.dgamma.wanted() ? x : dy, nullptr, mean));
+    on_.each(cut_.entries(), finish_constant<T>, cut_, sums ? sums_ : nullptr, mean, var, call_.gamma, call_.eps,
+             out.dgamma, out.dbeta, factors_);
     map_gradients(dy, nullptr, out);
   }
 
  private:
-  static std::int64_t most_pieces(const Cut& cut) { return std::max(cut.pieces(), single_rows(cut).pieces()); }
   // Whether the moments of a channel are those of a group (grouped.hpp).
   [[nodiscard]] bool is_shared() const { return call_.is_grouped(); }
   [[nodiscard]] std::int64_t groups() const { return cut_.segments * how_.groups(); }
@@ -115,35 +105,16 @@ class Passes {
     return {call_.tail.bits == nullptr ? nullptr : call_.tail.bits - kBitsHead, elements_.first};
   }
 
-  // ---- launches ----
-
-  template <class Kernel, class... Args>
-  void each(std::int64_t threads, Kernel kernel, const Args&... args) {
-    if (threads == 0) return;
-    on_.launch(kernel, static_cast<unsigned>((threads + kStepThreads - 1) / kStepThreads), kStepThreads, args...);
-  }
-  template <class Body>
-  void visit_all(const Cut& cut, const Body& body) {
-    each(cut.threads(), visit<Body>, cut, body);
-  }
-  template <class Body>
-  void map_all(const Body& body) {
-    each(elements_.threads(), map<Body>, elements_, body);
-  }
-
   void weigh(WeighedChunk* of_chunks, Weighed* of_segments) {
     const std::int64_t count = call_.problem.count(), chunks = chunks_of_weights(count);
     weights_ = {call_.positions.values, of_segments};
-    each(cut_.segments * chunks * kLanes, weigh_chunks<A>, weights_.values, count, cut_.segments, of_chunks);
-    each(cut_.segments, weigh_segments<A>, of_chunks, chunks, cut_.segments, of_segments);
-  }
-  void finish(const Cut& cut, Again taken, Moments* out) {
-    each(cut.entries(), finish_moments<T>, cut, sums_, weights_, taken, conditioned_, out);
+    on_.each(cut_.segments * chunks * kLanes, weigh_chunks<A>, weights_.values, count, cut_.segments, of_chunks);
+    on_.each(cut_.segments, weigh_segments<A>, of_chunks, chunks, cut_.segments, of_segments);
   }
   // The moments of channels, of given ones of what they share.
   const Moments* of_cells(const Moments* given) {
     if (!is_shared()) return given;
-    each(cut_.entries(), share_moments<T>, how_, cut_.segments, given, cells_);
+    on_.each(cut_.entries(), share_moments<T>, how_, cut_.segments, given, cells_);
     return cells_;
   }
 
@@ -152,26 +123,26 @@ class Passes {
     return {dy, x, gate(), call_.padding == Padding::normalize ? nullptr : weights_.values, cells, mean, sums_};
   }
   void take_sums(const T* dy, const T* x, const Moments* cells, const GradientOutputs& out) {
-    visit_all(cut_, gradients(dy, x, cells, {}));
-    each(cut_.entries(), finish_sums<T>, cut_, sums_, cells, call_.eps, out);
+    on_.visit_all(cut_, gradients(dy, x, cells, {}));
+    on_.each(cut_.entries(), finish_sums<T>, cut_, sums_, cells, call_.eps, out);
   }
   void set_factors(const Moments* saved, const Moments* cells, const GradSums* sums) {
     if (is_shared()) {
-      each(groups(), set_terms<T>, how_, cut_.segments, saved, cells, sums, call_.gamma, call_.eps, terms_);
+      on_.each(groups(), set_terms<T>, how_, cut_.segments, saved, cells, sums, call_.gamma, call_.eps, terms_);
     }
-    each(cut_.entries(), finish_backward<T>, call_.problem.channels, is_shared(), is_shared() ? terms_ : sums, cells,
-         weights_, call_.gamma, call_.eps, factors_);
+    on_.each(cut_.entries(), finish_backward<T>, call_.problem.channels, is_shared(), is_shared() ? terms_ : sums,
+             cells, weights_, call_.gamma, call_.eps, factors_);
   }
   void map_gradients(const T* dy, const T* x, const FirstOutputs<T>& out) {
     if (out.dx == nullptr && out.dresidual == nullptr) return;
     GradInput<T> body{dy, x, out.dx, out.dresidual, out.dx == nullptr ? FactorTable<A>{} : factors_};
     body.gate = gate(), body.weights = weights_.values, body.padded = padded();
-    map_all(body);
+    on_.map_all(elements_, body);
   }
 
-  On& on_;
+  Launches<On> on_;
   const PassCall<T>& call_;
-  Cut cut_, again_;
+  Cut cut_;
   Elements elements_;
   Sharing how_;
   Weights<A> weights_;

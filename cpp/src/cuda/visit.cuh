@@ -29,6 +29,19 @@ struct Divided {
   }
 };
 
+// Lines of a tensor, each position's channels `width` at a time, that share statistics (positionwise.hpp).
+struct LinesOf {
+  std::int64_t width = 0, groups = 1, channels = 1, inner = 1;  // groups of a position; width 0: none
+
+  [[nodiscard]] std::int64_t count(const Problem& p) const { return p.count() * groups; }
+  // The position of a line, and where its first value lies; the next are `inner` values apart.
+  [[nodiscard]] BN_DEVICE std::int64_t position(std::int64_t line) const { return Divided(line, groups).quotient; }
+  [[nodiscard]] BN_DEVICE std::int64_t begin(std::int64_t line) const {
+    const Divided place(line, groups), of_row(place.quotient, inner);
+    return (of_row.quotient * channels + place.rest * width) * inner + of_row.rest;
+  }
+};
+
 // How a tensor is cut. Interleaved: columns, of rows that lie `down` values apart, in blocks; of short runs, which are
 // turned, a column is a channel.
 struct Cut {
@@ -39,6 +52,7 @@ struct Cut {
   RowCut rows;
   std::int64_t width = 1, across = 1;  // columns of a single row; values between neighbouring columns
   std::int64_t inner = 1;              // columns of a channel
+  LinesOf lines;                       // or channels are these
 
   // Of a segment.
   [[nodiscard]] BN_BOTH std::int64_t pieces() const {
@@ -47,8 +61,7 @@ struct Cut {
   [[nodiscard]] BN_BOTH std::int64_t entries() const { return segments * problem.channels; }
   [[nodiscard]] std::int64_t threads() const { return segments * pieces() * (planar ? kLanes : 1); }
 };
-inline Cut make_cut(const Problem& problem, std::int64_t segments = 1) {
-  const bool turned = has_short_runs(problem);
+inline Cut make_cut(const Problem& problem, std::int64_t segments, bool turned) {
   const Problem seen = turned ? Problem{problem.inner, problem.channels, 1} : problem;
   const Plan plan = make_plan(seen, {true, false, 1, sizeof(float), 0, turned}, Machine{}, 1);
   Cut cut;
@@ -56,6 +69,17 @@ inline Cut make_cut(const Problem& problem, std::int64_t segments = 1) {
   cut.runs = plan.sum_runs, cut.rows = plan.sum_rows;
   cut.inner = plan.problem.inner, cut.width = plan.problem.channels * plan.problem.inner;
   cut.across = turned ? problem.inner : 1;
+  return cut;
+}
+inline Cut make_cut(const Problem& problem, std::int64_t segments = 1) {
+  return make_cut(problem, segments, has_short_runs(problem));
+}
+// Of lines: the order in which one is summed is that of its length, however many there are.
+inline Cut make_line_cut(const Problem& problem, std::int64_t width) {
+  LinesOf lines{width, problem.channels / width, problem.channels, problem.inner};
+  const Problem seen{1, lines.count(problem), width};
+  Cut cut = make_cut(seen, 1, has_short_runs({1, 2, width}));
+  cut.problem = seen, cut.lines = lines;
   return cut;
 }
 // As channels are summed again: rows by themselves (settle.cpp).
@@ -89,9 +113,10 @@ BN_DEVICE void visit_chunk(const Cut& cut, const Body& body, std::int64_t index)
     const std::int64_t count = left < runs.runs_per_chunk ? left : runs.runs_per_chunk;
     const std::int64_t length = behind < runs.piece_length ? behind : runs.piece_length;
     const std::int64_t row = s * cut.problem.outer + o;
-    std::int64_t at = (row * channels + c) * inner + i, position = row * inner + i;
+    std::int64_t at = (row * channels + c) * inner + i, position = row * inner + i, along = 1;
+    if (cut.lines.width > 0) along = cut.lines.inner, at = cut.lines.begin(c) + i * along;
     for (std::int64_t r = 0; r < count; ++r, at += channels * inner, position += inner) {
-      for (std::int64_t j = index % kLanes; j < length; j += kLanes) state.add(at + j, position + j);
+      for (std::int64_t j = index % kLanes; j < length; j += kLanes) state.add(at + j * along, position + j);
     }
   }
   body.end(state, is_there && state.goes ? piece : -1, true);
@@ -112,8 +137,12 @@ BN_DEVICE void visit_columns(const Cut& cut, const Body& body, std::int64_t inde
   const std::int64_t first = is_rest ? rows.rows : b * rows.block_rows, left = rows.rows - first;
   const std::int64_t count = is_rest ? rows.rest_rows : left < rows.block_rows ? left : rows.block_rows;
   const bool turned = cut.across != 1;
-  const std::int64_t down = turned ? 1 : is_rest ? cut.width : rows.columns;
+  std::int64_t down = turned ? 1 : is_rest ? cut.width : rows.columns;
   std::int64_t at = s * cut.problem.size() + first * (turned ? 1 : rows.columns) + e * cut.across;
+  if (cut.lines.width > 0) {
+    down = cut.lines.inner;
+    at = cut.lines.begin(of_channel.quotient) + (turned ? first : of_channel.rest) * down;
+  }
   // The row of the tensor that this is, and how many on the next is.
   const std::int64_t row = first * rows.repeat + of_row.quotient, rows_on = is_rest ? 1 : rows.repeat;
   std::int64_t position = s * cut.problem.count() + row * cut.inner + of_channel.rest;
