@@ -45,6 +45,37 @@ TEST(channels_are_held_where_the_device_can) {
   }
 }
 
+// Whole vectors and not, of chunks of several runs and of several chunks a run; samples each by itself are held, too.
+template <class T>
+void expect_held_same(const Problem& problem, const cuda::Device& device) {
+  Stream::current = device;
+  const Inputs<T> t(problem, "normal");
+  std::vector<std::int64_t> samples;
+  for (std::int64_t s = 0; s <= problem.outer; ++s) samples.push_back(s);
+  for (const auto& [name, groups] : {std::pair<const char*, Groups>{"", {}}, {" by samples", {samples}}}) {
+    for (const auto& [tail, what] : {std::pair<const char*, Tail<T>>{"", {}},
+                                     {", ReLU", {{}, true}},
+                                     {", residual", {t.residual}},
+                                     {", residual and ReLU", {t.residual, true}}}) {
+      Call<T> call = plain(t);
+      call.groups = groups, call.tail = what;
+      Stream::held = 0;
+      expect_same(t, call, expect::text(name, tail));
+      EXPECT(Stream::held == 2, Stream::held, " held of ", problem.inner, name, tail);
+    }
+  }
+}
+TEST(what_follows_is_done_where_channels_are_held) {
+  for (const cuda::Device& device : {kLarge, kWithoutClusters}) {
+    for (const Problem& problem : {Problem{6, 3, 196}, {3, 4, 49}, {2, 2, 10'000}}) {
+      expect_held_same<float>(problem, device);
+      expect_held_same<double>(problem, device);
+      expect_held_same<BFloat16>(problem, device);
+      expect_held_same<Float16>(problem, device);
+    }
+  }
+}
+
 template <class F>
 void expect_refused(const std::string& message, const F& f) {
   Stream::held = 0;

@@ -73,13 +73,11 @@ struct EveryResult {
     }                                                                                                             \
     const std::span<const T> x = t.x, dy = t.dy;                                                                  \
     const std::span<const Moments> saved = r.saved;                                                               \
-    const bool follows = !call.tail.residual.empty() || call.tail.relu || !call.counted.weights.empty();          \
-    const std::span<T> residual_wanted = follows ? std::span<T>(r.dresidual) : std::span<T>();                    \
     const std::span<const GradSums> sums = r.sums;                                                                \
     space::moments<T>(x, call, r.moments);                                                                        \
     space::batch_norm<T>(x, call, r.y, r.saved);                                                                  \
     space::normalize<T>(x, call, saved, r.from_moments);                                                          \
-    space::batch_norm_backward<T>(dy, x, call, saved, {r.dx, residual_wanted, r.dgamma, r.dbeta});                \
+    space::batch_norm_backward<T>(dy, x, call, saved, {r.dx, r.dresidual, r.dgamma, r.dbeta});                    \
     space::grad_sums<T>(dy, x, call, saved, r.sums);                                                              \
     space::grad_input<T>(dy, x, call, saved, sums, r.from_sums, r.residual_from_sums);                            \
     if (is_given) {                                                                                               \

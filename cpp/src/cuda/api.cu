@@ -37,7 +37,9 @@ void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::
   checked.follow();
   checked.writes("y", y);
   checked.writes_entries("saved", saved);
-  const HeldForward<T> held{x.data(), y.data(), call.gamma, call.beta, call.eps, saved.data()};
+  const kernels::Tail<T>& tail = checked.whole().tail;
+  HeldForward<T> held{x.data(), y.data(), call.gamma, call.beta, call.eps, saved.data()};
+  held.residual = tail.residual, held.relu = tail.relu, held.bits = tail.bits;
   if (checked.run_held(held, begin_vectors(x.data(), y.data()))) return;
   checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
     passes.batch_norm(x.data() + at, y.data() + at, saved.data() + entry / call.groups.width);
@@ -110,11 +112,11 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   checked.reads_entries("saved", saved);
   checked.let_through();
   checked.writes_gradients(out);
-  const HeldBackward<T> held{dy.data(),  x.data(), out.dx.data(), saved.data(),
-                             call.gamma, call.eps, out.dgamma,    out.dbeta};
-  const bool can_hold = !out.dx.empty() && out.dresidual.empty();
-  if (can_hold && checked.run_held(held, begin_vectors(dy.data(), x.data(), out.dx.data()))) return;
   checked.with_parameters(out, [&](const ChannelOutput& dgamma, const ChannelOutput& dbeta) {
+    HeldBackward<T> held{dy.data(), x.data(), out.dx.data(), saved.data(), call.gamma, call.eps, dgamma, dbeta};
+    held.gate.head = call.tail.relu ? call.tail.bits.data() : nullptr, held.dresidual = data_or_null(out.dresidual, 0);
+    const bool aligned = begin_vectors(dy.data(), x.data(), out.dx.data(), held.dresidual);
+    if (!out.dx.empty() && checked.run_held(held, aligned)) return;
     checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t count) {
       passes.backward(
           dy.data() + at, x.data() + at, saved.data() + entry / call.groups.width,

@@ -3,6 +3,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <optional>
 
 #include "arguments.hpp"
 #include "batchnorm/cuda.hpp"
@@ -102,13 +103,14 @@ class CallOnDevice : public Arguments<T> {
   }
   // Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
   template <class Pass>
-  [[nodiscard]] bool run_held(const Pass& pass, bool aligned) const {
-    const bool is_plain = !this->by_segments() && !whole_.is_grouped() && !whole_.each_position && !whole_.positions &&
-                          whole_.tail.empty() && whole_.tail.bits == nullptr;
-    if (!is_plain || call_.problem.size() == 0) return false;
+  [[nodiscard]] bool run_held(Pass pass, bool aligned) const {
+    const std::optional<Problem> channels = held_channels();
+    if (!channels) return false;
     Stream stream(options_.stream);
-    auto plan = plan_resident<T, Pass::kInputs>(call_.problem, Stream::device(), aligned);
+    auto plan = plan_resident<T, Pass::kInputs>(*channels, Stream::device(), aligned);
     if (!plan) return false;
+    pass.channels = call_.problem.channels;
+    if (whole_.bits_head != nullptr) stream.zero(whole_.bits_head, call_.tail.bits.size());
     const auto sums = Workspace::bytes_for<kernels::Sums>(plan->kept_sums());
     const auto counts = plan->through_memory ? Workspace::bytes_for<unsigned>(plan->spans) : 0;
     const Lent memory(stream, sums + counts);
@@ -144,6 +146,21 @@ class CallOnDevice : public Arguments<T> {
   using Arguments<T>::call_;
   using Arguments<T>::whole_;
 
+  // The problem whose channels are what shares statistics, if there is one: of samples each, that of all of them.
+  [[nodiscard]] std::optional<Problem> held_channels() const {
+    const Problem& p = call_.problem;
+    if (whole_.is_grouped() || whole_.each_position || whole_.positions || p.size() == 0) return std::nullopt;
+    if (!this->by_segments()) return p;
+    const auto offsets = call_.groups.offsets;
+    for (std::size_t s = 0; s < offsets.size(); ++s) {
+      if (offsets[s] != static_cast<std::int64_t>(s)) return std::nullopt;
+    }
+    // The chunks are those of a sample.
+    const Problem all{1, this->segments() * p.channels, p.inner};
+    const RunCut of_one = make_cut({1, p.channels, p.inner}).runs, of_all = make_cut(all).runs;
+    const bool are_same = of_one.piece_length == of_all.piece_length && of_one.chunks == of_all.chunks;
+    return are_same && make_cut({1, p.channels, p.inner}).planar ? std::optional(all) : std::nullopt;
+  }
   // The first bit is that of the first byte.
   void clear_head(Stream& stream) const {
     if (whole_.bits_head != nullptr) stream.zero(whole_.bits_head, kBitsHead);

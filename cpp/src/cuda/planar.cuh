@@ -144,23 +144,26 @@ BN_DEVICE void load(const Span& span, const Slab<typename Pass::Value, Pass::kIn
 
 // ---- summing ----
 
-// Terms of a value in shared memory; of two of them, dy and, `apart` values behind, x.
+// Terms of a value in shared memory, which is number `at` of the tensor; of two of them, dy and, `apart` values behind,
+// x.
 template <class Terms>
 struct OfValue {
   Terms terms;
 
   template <class T>
-  BN_DEVICE void add(const T* x) {
+  BN_DEVICE void add(T* x, std::int64_t) {
     terms.add(widened(*x));
   }
 };
 template <class Terms>
 struct OfPair {
   int apart;
+  Gate gate;  // what it does not let through is 0 from here on
   Terms terms;
 
   template <class T>
-  BN_DEVICE void add(const T* dy) {
+  BN_DEVICE void add(T* dy, std::int64_t at) {
+    if (!gate.lets_through(at)) *dy = T(0);
     terms.add(widened(dy[0]), widened(dy[apart]));
   }
 };
@@ -177,9 +180,10 @@ BN_DEVICE void sum_chunks(const Span& span, const Slab<T, kInputs>& slab, const 
     if (q < mine.count) {
       if (awaited >= 0) device::wait(slab.arrived + q, static_cast<unsigned>(awaited));
       const Piece piece = piece_of(span, channel, mine.first + q);
-      const T* run = slab.chunk(span, q);
-      for (int r = 0; r < piece.runs; ++r, run += piece.length) {
-        for (int j = lane; j < piece.length; j += kLanes) values.add(run + j);
+      T* run = slab.chunk(span, q);
+      std::int64_t at = piece.at;
+      for (int r = 0; r < piece.runs; ++r, run += piece.length, at += span.problem.channels * span.problem.inner) {
+        for (int j = lane; j < piece.length; j += kLanes) values.add(run + j, at + j);
       }
     }
     const kernels::Sums sums = folded(values.terms);
@@ -193,23 +197,38 @@ template <class T>
 struct alignas(16) Vector {
   T of[16 / sizeof(T)];
 };
-// f(q, e) gives the output of value e of chunk q.
+// Bits of some neighbouring values, the first of which is number `at`, all in one byte: all began as 0.
+BN_DEVICE void set_bits(std::uint8_t* bits, std::int64_t at, unsigned set) {
+  const auto address = reinterpret_cast<std::uintptr_t>(bits + at / 8);
+  auto* word = reinterpret_cast<unsigned*>(address & ~std::uintptr_t{3});
+  if (set != 0) atomicOr(word, set << (8 * (address % 4) + static_cast<unsigned>(at % 8)));
+}
+// f(q, e, at, bit) gives the output of value e of chunk q, number `at` of the tensor, and its bit, which goes to `bits`
+// where that is not null.
 template <class T, class F>
-BN_DEVICE void store(const Span& span, const Mine& mine, std::int64_t channel, T* to, const F& f) {
+BN_DEVICE void store(const Span& span, const Mine& mine, std::int64_t channel, T* to, std::uint8_t* bits, const F& f) {
   constexpr int kVector = 16 / sizeof(T);
   const std::int64_t apart = span.problem.channels * span.problem.inner;
   const int step = span.whole_vectors ? kVector : 1;
   for (int q = 0; q < mine.count; ++q) {
     const Piece piece = piece_of(span, channel, mine.first + q);
     for (int e = step * static_cast<int>(threadIdx.x); e < piece.values(); e += step * static_cast<int>(blockDim.x)) {
-      T* const at = to + piece.at + e / piece.length * apart + e % piece.length;
+      const std::int64_t at = piece.at + e / piece.length * apart + e % piece.length;
+      unsigned set = 0;
+      const auto value = [&](int k) {
+        bool bit = false;
+        const T output = f(q, e + k, at + k, bit);
+        set |= static_cast<unsigned>(bit) << k;
+        return output;
+      };
       if (span.whole_vectors) {
         Vector<T> vector;
-        for (int k = 0; k < kVector; ++k) vector.of[k] = f(q, e + k);
-        *reinterpret_cast<Vector<T>*>(at) = vector;
+        for (int k = 0; k < kVector; ++k) vector.of[k] = value(k);
+        *reinterpret_cast<Vector<T>*>(to + at) = vector;
       } else {
-        *at = f(q, e);
+        to[at] = value(0);
       }
+      if (bits != nullptr) set_bits(bits, at, set);
     }
   }
 }
@@ -245,6 +264,10 @@ struct HeldForward {
   ChannelValues gamma, beta;
   double eps;
   Moments* saved;
+  std::int64_t channels = 0;  // of gamma and beta, which repeat where there are fewer; 0: all
+  const T* residual = nullptr;
+  bool relu = false;
+  std::uint8_t* bits = nullptr;  // of the ReLU, which began as 0
 
   [[nodiscard]] BN_DEVICE const T* input(int) const { return x; }
 
@@ -275,7 +298,7 @@ struct HeldForward {
     if (!is_told) settle(span, channel, m);
     told[kReadMemory] = is_told ? 0 : 1;
     if (mine.rank == 0) m.put(saved + channel);
-    forward_coefficients<A, double>(m, eps, gamma.value_or(channel, 1), beta.value_or(channel, 0), true,
+    forward_coefficients<A, double>(m, eps, of_channel(gamma, channel, 1), of_channel(beta, channel, 0), true,
                                     [told](const Coefficients<double, kernels::Affine>& k) { tell(told, k); });
   }
   // Once in a blue moon.
@@ -287,8 +310,17 @@ struct HeldForward {
   }
   BN_DEVICE void apply(const Span& span, const Slab<T, 1>& slab, const Mine& mine, std::int64_t channel) const {
     const auto maps = told_maps<T, 3>(slab.told);
-    store(span, mine, channel, y,
-          [&](int q, int e) { return static_cast<T>(maps.of(AffineMap{}, static_cast<A>(slab.chunk(span, q)[e]))); });
+    store(span, mine, channel, y, bits, [&](int q, int e, std::int64_t at, bool& bit) {
+      A s = maps.of(AffineMap{}, static_cast<A>(slab.chunk(span, q)[e]));
+      if (residual != nullptr) s += static_cast<A>(residual[at]);
+      bit = !(s <= 0);
+      return relu && s < 0 ? T(0) : static_cast<T>(s);
+    });
+  }
+
+ private:
+  [[nodiscard]] BN_DEVICE double of_channel(const ChannelValues& values, std::int64_t c, double absent) const {
+    return value_of(values, c, channels, absent);
   }
 };
 
@@ -305,27 +337,33 @@ struct HeldBackward {
   ChannelValues gamma;
   double eps;
   ChannelOutput dgamma, dbeta;
+  std::int64_t channels = 0;  // of gamma, as above
+  Gate gate = {};
+  T* dresidual = nullptr;
 
   [[nodiscard]] BN_DEVICE const T* input(int i) const { return i == 0 ? dy : x; }
 
   template <class Sum>
   BN_DEVICE void with_terms(const Span& span, const double*, std::int64_t channel, Next, const Sum& sum) const {
     const double mean = saved[channel].mean;
-    sum([&] { return OfPair<TermsOfGradients<T>>{span.stride * span.chunks_a_block, {mean, {}, {}}}; });
+    sum([&] { return OfPair<TermsOfGradients<T>>{span.stride * span.chunks_a_block, gate, {mean, {}, {}}}; });
   }
   BN_DEVICE_CALL void finish(const Span&, const Mine& mine, double* told, std::int64_t channel,
                              const kernels::Sums& total, Next) const {
     const bool puts = mine.rank == 0;
     told[0] = kApply, told[kReadMemory] = 0;
-    tell(told, set_gradients<T>(grad_sums_of(total), saved[channel], gamma.value_or(channel, 1), eps, channel,
-                                puts ? dgamma : ChannelOutput(), puts ? dbeta : ChannelOutput()));
+    tell(told, set_gradients<T>(grad_sums_of(total), saved[channel], value_of(gamma, channel, channels, 1), eps,
+                                channel, puts ? dgamma : ChannelOutput(), puts ? dbeta : ChannelOutput()));
   }
   BN_DEVICE void apply(const Span& span, const Slab<T, 2>& slab, const Mine& mine, std::int64_t channel) const {
     const auto maps = told_maps<T, 5>(slab.told);
-    store(span, mine, channel, dx, [&](int q, int e) {
+    store(span, mine, channel, dx, nullptr, [&](int q, int e, std::int64_t, bool&) {
       return static_cast<T>(
           maps.of(GradAffineMap{}, static_cast<A>(slab.chunk(span, q)[e]), static_cast<A>(slab.chunk(span, q, 1)[e])));
     });
+    if (dresidual == nullptr) return;
+    store(span, mine, channel, dresidual, nullptr,
+          [&](int q, int e, std::int64_t, bool&) { return slab.chunk(span, q)[e]; });
   }
 };
 

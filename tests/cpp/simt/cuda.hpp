@@ -39,3 +39,7 @@ T atomicAdd(T* to, T value) {
   static_assert(std::is_integral_v<T>, "a sum of floating-point numbers would depend on their order");
   return __atomic_fetch_add(to, value, __ATOMIC_RELAXED);
 }
+template <class T>
+T atomicOr(T* to, T value) {
+  return __atomic_fetch_or(to, value, __ATOMIC_RELAXED);
+}
