@@ -71,27 +71,32 @@ std::vector<NamedGroups> all_groups(const Inputs<T>& t, std::span<const std::int
           {" of half of each position", {{}, half, true}},
           {" of each position about 0", {{}, t.problem.channels, true, About::zero}}};
 }
+// All combinations, or a fifth of them, in which each two of groups, weights and what follows meet.
+enum class Some { all, fifth };
 template <class T>
-void expect_combinations_same(const Problem& problem, const char* kind) {
+void expect_combinations_same(const Problem& problem, const char* kind, Some some = Some::fifth) {
   const Inputs<T> t(problem, kind);
   // One row, none, some, and as many again.
-  const std::int64_t n = problem.outer, some = (n - 1) / 2;
-  const std::vector<std::int64_t> ragged{0, 1, 1, 1 + some, n};
+  const std::int64_t n = problem.outer, half = (n - 1) / 2;
+  const std::vector<std::int64_t> ragged{0, 1, 1, 1 + half, n};
   std::vector<std::int64_t> samples;
   for (std::int64_t s = 0; s <= n; ++s) samples.push_back(s);
+  const std::pair<const char*, Counted<T>> counted[] = {{"", {}},
+                                                        {", masked with zeros", {t.mask, Padding::zero}},
+                                                        {", masked and kept", {t.mask, Padding::keep}},
+                                                        {", weighted", {t.weights, Padding::normalize}},
+                                                        {", weighted with zeros", {t.weights, Padding::zero}}};
+  const std::pair<const char*, Tail<T>> tails[] = {
+      {"", {}}, {", ReLU", {{}, true}}, {", residual", {t.residual}}, {", residual and ReLU", {t.residual, true}}};
+  std::size_t of_groups = 0;
   for (const auto& [groups, how] : all_groups(t, ragged, samples)) {
-    for (const auto& [counted, of] : {std::pair<const char*, Counted<T>>{"", {}},
-                                      {", masked with zeros", {t.mask, Padding::zero}},
-                                      {", masked and kept", {t.mask, Padding::keep}},
-                                      {", weighted", {t.weights, Padding::normalize}},
-                                      {", weighted with zeros", {t.weights, Padding::zero}}}) {
-      for (const auto& [tail, what] : {std::pair<const char*, Tail<T>>{"", {}},
-                                       {", ReLU", {{}, true}},
-                                       {", residual", {t.residual}},
-                                       {", residual and ReLU", {t.residual, true}}}) {
+    ++of_groups;
+    for (std::size_t c = 0; c < std::size(counted); ++c) {
+      for (std::size_t w = 0; w < std::size(tails); ++w) {
+        if (some == Some::fifth && (of_groups + c + w) % 5 != 0) continue;
         Call<T> call = plain(t);
-        call.groups = how, call.counted = of, call.tail = what;
-        expect_same(t, call, expect::text(groups, counted, tail));
+        call.groups = how, call.counted = counted[c].second, call.tail = tails[w].second;
+        expect_same(t, call, expect::text(groups, counted[c].first, tails[w].first));
       }
     }
   }
@@ -100,15 +105,15 @@ void expect_combinations_same(const Problem& problem, const char* kind) {
 TEST(combinations_have_the_bits_of_the_library) {
   Stream::current = kTiny;
   for (const Problem& problem : {Problem{5, 4, 37}, {7, 6, 1}, {9, 4, 9}}) {
-    for (const char* kind : {"normal", "far from 0"}) {
-      expect_combinations_same<float>(problem, kind);
-      expect_combinations_same<double>(problem, kind);
-      expect_combinations_same<BFloat16>(problem, kind);
-    }
-    expect_combinations_same<Float16>(problem, "normal");
+    expect_combinations_same<float>(problem, "normal", Some::all);
+    expect_combinations_same<float>(problem, "far from 0");
     expect_combinations_same<float>(problem, "large");
     expect_combinations_same<float>(problem, "cancelled");
+    expect_combinations_same<double>(problem, "normal");
+    expect_combinations_same<double>(problem, "far from 0");
     expect_combinations_same<double>(problem, "cancelled to nothing");
+    expect_combinations_same<BFloat16>(problem, "normal");
+    expect_combinations_same<Float16>(problem, "normal");
   }
 }
 
