@@ -7,6 +7,7 @@
 #include <algorithm>
 #include <cstdio>
 #include <cstdlib>
+#include <deque>
 #include <exception>
 #include <fstream>
 #include <stdexcept>
@@ -16,6 +17,7 @@
 
 #include "batchnorm/batchnorm.hpp"
 #include "cases.hpp"
+#include "device.hpp"
 #include "measure.hpp"
 #include "report.hpp"
 
@@ -27,11 +29,11 @@ using Words = std::vector<std::string>;
 
 struct Settings {
   Words cases, passes, layouts, dtypes;  // empty: all, for dtypes float32
-  int threads = 0, rounds = 15;
+  int threads = 0, rounds = 15, samples = 0;
   double max_mb = 450;
   std::string json, spoil;
   bench::Out out = bench::Out::given;
-  bool only_list = false;
+  bool only_list = false, on_device = false;
 };
 
 constexpr const char* kHelp =
@@ -46,8 +48,10 @@ constexpr const char* kHelp =
     "                    infer_add_relu, backward_add_relu\n"
     "  --layout NAME     nchw, nhwc or nc\n"
     "  --dtype NAME      float16, bfloat16, float32 (default) or float64\n"
+    "  --device NAME     cpu (default) or cuda: an NVIDIA GPU, where the program was built with -DBATCHNORM_CUDA=ON\n"
     "  --isa NAME        the kernels to use, as the environment variable BATCHNORM_ISA\n"
     "  --threads N       at most; default: as many as the library takes by itself\n"
+    "  --samples N       in each case instead of its own number\n"
     "  --rounds N        samples of each time (15)\n"
     "  --out given|fresh write to memory in use (default), or to memory that each call's time includes getting\n"
     "  --max-mb N        skip tensors that are larger (450)\n"
@@ -58,8 +62,19 @@ bool among(const Words& words, std::string_view name) {
   return words.empty() || std::find(words.begin(), words.end(), name) != words.end();
 }
 
+// A case of other samples: "resnet50-32x64x7x7" becomes "resnet50-256x64x7x7".
+Case with_samples(Case c, int samples) {
+  static std::deque<std::string> names;  // which stay where they are
+  const std::string name = c.name;
+  const std::size_t at = name.rfind('-') + 1;
+  names.push_back(name.substr(0, at) + std::to_string(samples) + name.substr(name.find_first_of("x", at)));
+  c.name = names.back().c_str();
+  c.shape[0] = samples;
+  return c;
+}
+
 // A name picks exactly its case, or else every case whose name contains it.
-std::vector<Case> picked(const Words& names) {
+std::vector<Case> picked(const Words& names, int samples = 0) {
   std::vector<Case> result;
   const auto exact = [&](const std::string& name) {
     return std::any_of(bench::kCases.begin(), bench::kCases.end(), [&](const Case& c) { return name == c.name; });
@@ -69,7 +84,7 @@ std::vector<Case> picked(const Words& names) {
     const bool wanted = std::any_of(names.begin(), names.end(), [&](const std::string& name) {
       return exact(name) ? name == has : has.find(name) != std::string_view::npos;
     });
-    if (names.empty() || wanted) result.push_back(c);
+    if (names.empty() || wanted) result.push_back(samples == 0 ? c : with_samples(c, samples));
   }
   if (result.empty()) throw std::invalid_argument("no case has such a name; --list names them all");
   return result;
@@ -79,6 +94,7 @@ std::vector<bench::PassFacts> passes_for(const Settings& settings, const batchno
   std::vector<bench::PassFacts> result;
   for (const auto& facts : bench::kPasses) {
     if (facts.by_name && settings.passes.empty()) continue;
+    if (settings.on_device && !bench::is_on_device(facts.pass)) continue;
     if (among(settings.passes, facts.name) && problem.count() >= facts.values_needed) result.push_back(facts);
   }
   return result;
@@ -91,10 +107,12 @@ bool too_large(const Case& c, const std::string& dtype, double max_mb) {
   return mb > max_mb;
 }
 
-decltype(&bench::measure<float>) measure_of(const std::string& dtype) {
-  if (dtype == "float16") return bench::measure<batchnorm::Float16>;
-  if (dtype == "bfloat16") return bench::measure<batchnorm::BFloat16>;
-  return dtype == "float32" ? bench::measure<float> : bench::measure<double>;
+// f(T{}) with the type of that name.
+template <class F>
+bench::Measured with_type(const std::string& dtype, const F& f) {
+  if (dtype == "float16") return f(batchnorm::Float16{});
+  if (dtype == "bfloat16") return f(batchnorm::BFloat16{});
+  return dtype == "float32" ? f(float{}) : f(double{});
 }
 
 void measure_case(const Settings& settings, const Case& c, const std::string& dtype, bench::Team& team,
@@ -105,8 +123,10 @@ void measure_case(const Settings& settings, const Case& c, const std::string& dt
     const bench::Request request{passes, team.size(), settings.rounds, settings.out, settings.spoil};
     const bench::Subject subject{&c, layout, dtype};
     try {
-      const auto measure = measure_of(dtype);
-      results.push_back({subject, measure(c, layout, request, team)});
+      results.push_back({subject, with_type(dtype, [&]<class T>(T) {
+                           return settings.on_device ? bench::measure_on_device<T>(c, layout, request)
+                                                     : bench::measure<T>(c, layout, request, team);
+                         })});
     } catch (const std::exception& error) {
       throw std::runtime_error(std::string(c.name) + " " + name_of(layout) + " " + dtype + ": " + error.what());
     }
@@ -115,12 +135,11 @@ void measure_case(const Settings& settings, const Case& c, const std::string& dt
 }
 
 int run(const Settings& settings) {
-  const std::vector<Case> cases = picked(settings.cases);
+  const std::vector<Case> cases = picked(settings.cases, settings.samples);
   const int threads = settings.threads > 0 ? settings.threads : batchnorm::get_num_threads();
-  const bench::Run common{batchnorm::active_isa(), settings.out == bench::Out::given ? "given" : "fresh", threads,
-                          settings.rounds};
-  std::printf("batchnorm %s, %s, %d threads, %d rounds\n", BATCHNORM_VERSION, common.isa.c_str(), threads,
-              settings.rounds);
+  const std::string where = settings.on_device ? bench::device_name() : batchnorm::active_isa();
+  const bench::Run common{where, settings.out == bench::Out::given ? "given" : "fresh", threads, settings.rounds};
+  std::printf("batchnorm %s, %s, %d threads, %d rounds\n", BATCHNORM_VERSION, where.c_str(), threads, settings.rounds);
   std::ofstream file;
   if (!settings.json.empty()) file.open(settings.json);
   if (!settings.json.empty() && !file) throw std::runtime_error("cannot write " + settings.json);
@@ -184,11 +203,17 @@ void take(Settings& settings, char option, const char* text) {
     case 'd':
       settings.dtypes.emplace_back(one_of({"float16", "bfloat16", "float32", "float64"}, "--dtype", text));
       break;
+    case 'g':
+      settings.on_device = one_of({"cpu", "cuda"}, "--device", text) == std::string_view("cuda");
+      break;
     case 'i':
       setenv("BATCHNORM_ISA", text, 1);
       break;
     case 't':
       settings.threads = at_least(1, "--threads", text);
+      break;
+    case 'n':
+      settings.samples = at_least(1, "--samples", text);
       break;
     case 'r':
       settings.rounds = at_least(1, "--rounds", text);
@@ -215,13 +240,14 @@ void take(Settings& settings, char option, const char* text) {
 
 int main_or_throw(int argc, char** argv) {
   // --spoil makes a result of that pass wrong, so that a test can see it refused.
-  const option options[] = {{"case", required_argument, nullptr, 'c'},   {"pass", required_argument, nullptr, 'p'},
-                            {"layout", required_argument, nullptr, 'a'}, {"dtype", required_argument, nullptr, 'd'},
-                            {"isa", required_argument, nullptr, 'i'},    {"threads", required_argument, nullptr, 't'},
-                            {"rounds", required_argument, nullptr, 'r'}, {"out", required_argument, nullptr, 'o'},
-                            {"max-mb", required_argument, nullptr, 'm'}, {"json", required_argument, nullptr, 'j'},
-                            {"spoil", required_argument, nullptr, 's'},  {"list", no_argument, nullptr, 'l'},
-                            {"help", no_argument, nullptr, 'h'},         {}};
+  const option options[] = {{"case", required_argument, nullptr, 'c'},    {"pass", required_argument, nullptr, 'p'},
+                            {"layout", required_argument, nullptr, 'a'},  {"dtype", required_argument, nullptr, 'd'},
+                            {"device", required_argument, nullptr, 'g'},  {"isa", required_argument, nullptr, 'i'},
+                            {"threads", required_argument, nullptr, 't'}, {"samples", required_argument, nullptr, 'n'},
+                            {"rounds", required_argument, nullptr, 'r'},  {"out", required_argument, nullptr, 'o'},
+                            {"max-mb", required_argument, nullptr, 'm'},  {"json", required_argument, nullptr, 'j'},
+                            {"spoil", required_argument, nullptr, 's'},   {"list", no_argument, nullptr, 'l'},
+                            {"help", no_argument, nullptr, 'h'},          {}};
   Settings settings;
   for (int o = 0; (o = getopt_long(argc, argv, "", options, nullptr)) != -1;) {
     if (o == 'h' || o == '?') {

@@ -150,6 +150,22 @@ def test_a_full_name_picks_its_case_only(cases):
     assert [case["case"] for case in programs.run_bench(None, ["--list", "--case", name])["cases"]] == [name]
 
 
+def test_cases_of_other_samples_are_named_so():
+    rows = programs.run_bench(None, ["--case", TINY, "--samples", "5", "--rounds", "1"])["rows"]
+    assert {(row["case"], tuple(row["shape"])) for row in rows} == {("tiny-5x8x4x4", (5, 8, 4, 4))}
+
+
+def test_what_of_a_gpu_is_not_measured_is_told(tmp_path):
+    check, file = README.with_name("gpu_check"), tmp_path / "table.json"
+    words = [sys.executable, str(check), "--only", "clean", "fast", "verdict", "--out", str(file)]
+    environment = {**os.environ, "PATH": str(tmp_path)}  # without nvidia-smi
+    done = subprocess.run(words, capture_output=True, text=True, check=False, timeout=120, env=environment)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(file.read_text())["table"]
+    assert ["machine", "no device: what needs one is not measured"] in told
+    assert [part for part, text in told if "not measured" in text] == ["machine", "clean", "fast", *4 * ["verdict"]]
+
+
 def test_fresh_outputs_are_measured_and_named():
     arguments = ["--case", TINY, "--pass", "train", "--out", "fresh", "--rounds", "1"]
     assert {row["out"] for row in programs.run_bench(None, arguments)["rows"]} == {"fresh"}
@@ -162,6 +178,9 @@ def test_fresh_outputs_are_measured_and_named():
         (["--pass", "nothing"], "--pass must be one of train, infer"),
         (["--threads", "0"], "--threads must be >= 1, got 0"),
         (["--isa", "nothing"], "BATCHNORM_ISA must be one of"),
+        (["--samples", "0"], "--samples must be >= 1, got 0"),
+        (["--device", "tpu"], "--device must be one of cpu, cuda, got tpu"),
+        (["--device", "cuda"], "--device cuda needs a batchnorm-bench that was built with -DBATCHNORM_CUDA=ON"),
         (["stray"], "stray"),
     ],
 )

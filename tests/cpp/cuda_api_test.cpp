@@ -76,6 +76,28 @@ TEST(what_follows_is_done_where_channels_are_held) {
   }
 }
 
+TEST(the_plan_tells_kernels_and_bytes) {
+  const Inputs<float> t({40, 3, 196}, "normal");
+  const double n = 40 * 3 * 196;
+  Call<float> call = plain(t);
+  Stream::current = kLarge;
+  const cuda::Planned forward = cuda::plan_batch_norm(call), backward = cuda::plan_batch_norm_backward(call);
+  EXPECT(forward.kernels == "1-block cluster holds a channel, 3 at once, up to 2 of 2 chunks and 31744 bytes a block",
+         forward.kernels);
+  EXPECT(forward.bytes == 2 * 4 * n && backward.bytes == 3 * 4 * n, forward.bytes, ", ", backward.bytes);
+  call.tail = {t.residual, true};
+  EXPECT(cuda::plan_batch_norm(call).bytes == 3 * 4 * n + n / 8, cuda::plan_batch_norm(call).bytes);
+  EXPECT(cuda::plan_batch_norm_backward(call).bytes == 4 * 4 * n + n / 8);
+  Stream::current = kTiny;
+  const cuda::Planned tiny = cuda::plan_batch_norm_backward(call);
+  EXPECT(tiny.kernels == "sums of 6 pieces through memory, then each value", tiny.kernels);
+  EXPECT(tiny.bytes == 6 * 4 * n + 2 * n / 8, tiny.bytes);
+  call = plain(t);
+  call.groups = {{}, 3, true};
+  call.counted = {t.mask, Padding::zero};
+  EXPECT(cuda::plan_batch_norm(call).bytes == 3 * 4 * n + 2 * 4 * n / 3, cuda::plan_batch_norm(call).bytes);
+}
+
 template <class F>
 void expect_refused(const std::string& message, const F& f) {
   Stream::held = 0;

@@ -1,27 +1,47 @@
 // All public functions that GPUs have, of one Call, by the library's own and by those for GPUs on the machine that runs
-// kernels on the CPU; and whether both give the same bits.
+// kernels on the CPU, or with BATCHNORM_ON_DEVICE on a GPU; and whether both give the same bits.
 #pragma once
 
 #include <string>
 #include <vector>
 
 #include "batchnorm/batchnorm.hpp"
-#include "cuda/api.cu"
+#include "batchnorm/cuda.hpp"
 #include "cuda_tensors.hpp"
 #include "expect.hpp"
+#if !defined(BATCHNORM_ON_DEVICE)
+#include "cuda/api.cu"
+#endif
 
 namespace cuda_tensors {
 
+#if defined(BATCHNORM_ON_DEVICE)
+// The device is the one that there is.
+struct Stream {
+  inline static cuda::Device current = {};
+  inline static int held = 0, blocks_in_use = 0;
+  inline static std::uint64_t seed = 0;
+};
+// Says what is missing.
+inline void require_device() { static_cast<void>(cuda::plan_batch_norm<float>({.problem = {2, 1, 1}})); }
+inline void wait() {
+  const cudaError_t status = cudaDeviceSynchronize();
+  if (status != cudaSuccess) throw std::runtime_error(cudaGetErrorString(status));
+}
+#else
 using cuda::Stream;
+inline void require_device() {}
+inline void wait() {}
+#endif
 
 // Tensors, and what else a Call may have.
 template <class T>
 struct Inputs : TensorsOf<T> {
   using W = kernels::WeightOf<T>;
-  std::vector<T> residual;
-  std::vector<W> mask, weights;
-  std::vector<float> alpha;
-  std::vector<double> mean, var;
+  Array<T> residual;
+  Array<W> mask, weights;
+  Array<float> alpha;
+  Array<double> mean, var;
 
   Inputs(const Problem& problem, const char* kind) : TensorsOf<T>(tensors(problem, kind)) {
     std::mt19937 random(11);
@@ -39,11 +59,11 @@ struct Inputs : TensorsOf<T> {
 
 template <class T>
 struct EveryResult {
-  std::vector<Moments> moments, saved;
-  std::vector<GradSums> sums;
-  std::vector<T> y, from_moments, inferred, dx, dresidual, from_sums, residual_from_sums, constant_dx;
-  std::vector<float> dgamma, dbeta, constant_dgamma, constant_dbeta;
-  std::vector<std::uint8_t> bits;
+  Array<Moments> moments, saved;
+  Array<GradSums> sums;
+  Array<T> y, from_moments, inferred, dx, dresidual, from_sums, residual_from_sums, constant_dx;
+  Array<float> dgamma, dbeta, constant_dgamma, constant_dbeta;
+  Array<std::uint8_t> bits;
 };
 
 // In the functions of `space`.
@@ -85,6 +105,7 @@ struct EveryResult {
       space::normalize_backward<T>(dy, x, call, t.mean, t.var,                                                    \
                                    {r.constant_dx, {}, r.constant_dgamma, r.constant_dbeta});                     \
     }                                                                                                             \
+    wait();                                                                                                       \
     return r;                                                                                                     \
   }
 namespace on_cpu {
@@ -95,12 +116,12 @@ BN_FUNCTIONS(batchnorm::cuda)
 }
 #undef BN_FUNCTIONS
 
-inline std::vector<double> numbers(const std::vector<GradSums>& sums) {
+inline std::vector<double> numbers(const Array<GradSums>& sums) {
   std::vector<double> all;
   for (const GradSums& s : sums) all.insert(all.end(), {s.sum_dy, s.sum_dy_lo, s.sum_dy_xmu, s.sum_dy_xmu_lo});
   return all;
 }
-inline bool is_set(const std::vector<std::uint8_t>& bits, std::size_t at) {
+inline bool is_set(const Array<std::uint8_t>& bits, std::size_t at) {
   const std::size_t bit = bits[0] % 16 + at;
   return ((bits[8 + bit / 8] >> (bit % 8)) & 1) != 0;
 }

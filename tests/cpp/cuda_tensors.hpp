@@ -1,4 +1,5 @@
 // What the kernels for GPUs are tried on (cuda_test, cuda_steps_test, cuda_schedules), and how results are compared.
+// With BATCHNORM_ON_DEVICE in memory that a GPU reaches, too.
 #pragma once
 
 #include <cmath>
@@ -9,11 +10,42 @@
 #include <vector>
 
 #include "batchnorm/types.hpp"
+#if defined(BATCHNORM_ON_DEVICE)
+#include <cuda_runtime_api.h>
+
+#include <new>
+
+#include "cuda/gpu.hpp"
+#include "kernels/table.hpp"
+#else
 #include "cuda/resident.hpp"
+#endif
 
 namespace cuda_tensors {
 
 using namespace batchnorm;
+
+#if defined(BATCHNORM_ON_DEVICE)
+template <class V>
+struct Managed {
+  using value_type = V;
+  Managed() = default;
+  template <class U>
+  Managed(const Managed<U>&) {}
+  V* allocate(std::size_t count) {
+    void* memory = nullptr;
+    if (cudaMallocManaged(&memory, count * sizeof(V), cudaMemAttachGlobal) != cudaSuccess) throw std::bad_alloc();
+    return static_cast<V*>(memory);
+  }
+  void deallocate(V* memory, std::size_t) { static_cast<void>(cudaFree(memory)); }
+  bool operator==(const Managed&) const { return true; }
+};
+template <class V>
+using Array = std::vector<V, Managed<V>>;
+#else
+template <class V>
+using Array = std::vector<V>;
+#endif
 
 struct Tensors {
   Problem problem;
@@ -53,31 +85,33 @@ inline constexpr const char* kKinds[] = {"normal",    "far from 0",           "c
 template <class T>
 struct TensorsOf {
   Problem problem;
-  std::vector<T> x, dy;
-  std::vector<float> gamma, beta;
+  Array<T> x, dy;
+  Array<float> gamma, beta;
   std::string name;
 
-  explicit TensorsOf(const Tensors& t) : problem(t.problem), gamma(t.gamma), beta(t.beta), name(t.name) {
+  explicit TensorsOf(const Tensors& t)
+      : problem(t.problem), gamma(t.gamma.begin(), t.gamma.end()), beta(t.beta.begin(), t.beta.end()), name(t.name) {
     for (const float v : t.x) x.push_back(T(v));
     for (const float v : t.dy) dy.push_back(T(v));
   }
 };
 
 // NaN of any bits is NaN: the sign of one differs between machines.
-template <class V>
-bool same(const std::vector<V>& a, const std::vector<V>& b) {
+template <class Values>
+bool same(const Values& a, const Values& b) {
   for (std::size_t i = 0; i < a.size(); ++i) {
-    if (std::memcmp(&a[i], &b[i], sizeof(V)) != 0 && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
+    if (std::memcmp(&a[i], &b[i], sizeof a[i]) != 0 && !(std::isnan(a[i]) && std::isnan(b[i]))) return false;
   }
   return true;
 }
-inline std::vector<double> numbers(const std::vector<Moments>& moments) {
+inline std::vector<double> numbers(const Array<Moments>& moments) {
   std::vector<double> all;
   for (const Moments& m : moments) all.insert(all.end(), {m.count, m.mean, m.mean_lo, m.m2, m.m2_lo});
   return all;
 }
 // A device that runs `spans` spans at once: clusters of any size, or blocks that meet through memory alone.
 constexpr std::int64_t kShared = 227 * 1024;
+#if !defined(BATCHNORM_ON_DEVICE)
 inline cuda::Device device(bool through_memory, unsigned blocks, unsigned spans) {
   const int n = static_cast<int>(spans);
   cuda::Device d{90, static_cast<int>(blocks * spans), kShared, {n, n, n, n, n}};
@@ -97,5 +131,6 @@ void run(cuda::Resident plan, const Pass& pass, unsigned threads, std::uint64_t 
                 .seed = seed},
                cuda::resident<Pass>, plan.span, pass);
 }
+#endif
 
 }  // namespace cuda_tensors

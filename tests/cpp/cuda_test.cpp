@@ -11,6 +11,7 @@
 namespace {
 
 using namespace batchnorm;
+using cuda_tensors::Array;
 using cuda_tensors::kKinds;
 using cuda_tensors::kShared;
 using cuda_tensors::numbers;
@@ -21,9 +22,9 @@ constexpr double kEps = 1e-5;
 
 template <class T>
 struct Results {
-  std::vector<T> y, dx;
+  Array<T> y, dx;
   std::vector<double> dgamma, dbeta;
-  std::vector<Moments> saved;
+  Array<Moments> saved;
 
   explicit Results(const TensorsOf<T>& t)
       : y(t.x.size(), T(kNaN)), dx(y), dgamma(t.gamma.size(), kNaN), dbeta(dgamma), saved(t.gamma.size()) {}

@@ -16,6 +16,7 @@
 #pragma once
 
 #include <span>
+#include <string>
 
 #include "batchnorm/call.hpp"
 #include "batchnorm/float16.hpp"
@@ -64,5 +65,17 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
 template <class T>
 void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call, ChannelValues mean,
                         ChannelValues var, const Gradients<T>& out, const Options& options = {});
+
+// What batch_norm() and batch_norm_backward() are planned to do on the current device, without doing it: a function of
+// the call's sizes and settings and of the device alone. `bytes`: of tensors, weights and bits that move through its
+// memory, where nothing stays in caches. Backward with dx, and with dresidual where the call has a residual.
+struct Planned {
+  std::string kernels;
+  double bytes = 0;
+};
+template <class T>
+Planned plan_batch_norm(const Call<T>& call, const Options& options = {});
+template <class T>
+Planned plan_batch_norm_backward(const Call<T>& call, const Options& options = {});
 
 }  // namespace batchnorm::cuda

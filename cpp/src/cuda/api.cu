@@ -141,6 +141,15 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
   });
 }
 
+template <class T>
+Planned plan_batch_norm(const Call<T>& call, const Options& options) {
+  return CallOnDevice<T>(call, options).template planned<1>();
+}
+template <class T>
+Planned plan_batch_norm_backward(const Call<T>& call, const Options& options) {
+  return CallOnDevice<T>(call, options).template planned<2>();
+}
+
 #define BN_INSTANTIATE(T)                                                                                              \
   template void moments(std::span<const T>, const Call<T>&, std::span<Moments>, const Options&);                       \
   template void batch_norm(std::span<const T>, const Call<T>&, std::span<T>, std::span<Moments>, const Options&);      \
@@ -154,7 +163,9 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
   template void batch_norm_backward(std::span<const T>, std::span<const T>, const Call<T>&, std::span<const Moments>,  \
                                     const Gradients<T>&, const Options&);                                              \
   template void normalize_backward(std::span<const T>, std::span<const T>, const Call<T>&, ChannelValues,              \
-                                   ChannelValues, const Gradients<T>&, const Options&);
+                                   ChannelValues, const Gradients<T>&, const Options&);                                \
+  template Planned plan_batch_norm(const Call<T>&, const Options&);                                                    \
+  template Planned plan_batch_norm_backward(const Call<T>&, const Options&);
 BN_INSTANTIATE(Float16)
 BN_INSTANTIATE(BFloat16)
 BN_INSTANTIATE(float)

@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cstdint>
 #include <optional>
+#include <string>
 
 #include "arguments.hpp"
 #include "batchnorm/cuda.hpp"
@@ -101,14 +102,25 @@ class CallOnDevice : public Arguments<T> {
       f(passes, at, some.number * call_.problem.channels, some.count * call_.problem.channels);
     });
   }
+  // Forward reads x, backward dy and x: with kInputs tensors held, or as they are read once more.
+  template <int kInputs>
+  [[nodiscard]] Planned planned() const {
+    const auto plan = plan_held<kInputs>(true);
+    const auto n = static_cast<double>(call_.problem.size());
+    const double of_tensor = n * sizeof(T), of_bits = call_.tail.relu ? n / 8 : 0;
+    const double of_weights = whole_.positions ? static_cast<double>(call_.problem.count()) * sizeof(Arithmetic<T>) : 0;
+    const int times = plan ? 1 : 2;  // that inputs are read
+    const bool reads_bits = kInputs == 2, has_residual = !call_.tail.residual.empty();
+    const double tensors = kInputs * times + 1 + (has_residual ? 1 : 0);
+    return {plan ? to_string(*plan) : through_memory(),
+            tensors * of_tensor + of_bits * (reads_bits ? times : 1) + of_weights * times};
+  }
   // Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
   template <class Pass>
   [[nodiscard]] bool run_held(Pass pass, bool aligned) const {
-    const std::optional<Problem> channels = held_channels();
-    if (!channels) return false;
-    Stream stream(options_.stream);
-    auto plan = plan_resident<T, Pass::kInputs>(*channels, Stream::device(), aligned);
+    auto plan = plan_held<Pass::kInputs>(aligned);
     if (!plan) return false;
+    Stream stream(options_.stream);
     pass.channels = call_.problem.channels;
     if (whole_.bits_head != nullptr) stream.zero(whole_.bits_head, call_.tail.bits.size());
     const auto sums = Workspace::bytes_for<kernels::Sums>(plan->kept_sums());
@@ -146,6 +158,23 @@ class CallOnDevice : public Arguments<T> {
   using Arguments<T>::call_;
   using Arguments<T>::whole_;
 
+  template <int kInputs>
+  [[nodiscard]] std::optional<Resident> plan_held(bool aligned) const {
+    const std::optional<Problem> channels = held_channels();
+    if (!channels) return std::nullopt;
+    return plan_resident<T, kInputs>(*channels, Stream::device(), aligned);
+  }
+  [[nodiscard]] std::string through_memory() const {
+    const std::int64_t lines = whole_.each_position ? make_line_cut(call_.problem, call_.groups.width).entries() : 0;
+    if (whole_.each_position) return "sums of " + std::to_string(lines) + " lines through memory, then each value";
+    std::int64_t pieces = 0, launches = 0;
+    for_alike(call_, [&](const Alike& some) {
+      const Cut cut = make_cut(problem_of(some), some.count);
+      pieces += cut.segments * cut.pieces(), ++launches;
+    });
+    return "sums of " + std::to_string(pieces) + " pieces through memory, then each value" +
+           (launches == 1 ? "" : ", of " + std::to_string(launches) + " runs of segments of as many rows");
+  }
   // The problem whose channels are what shares statistics, if there is one: of samples each, that of all of them.
   [[nodiscard]] std::optional<Problem> held_channels() const {
     const Problem& p = call_.problem;

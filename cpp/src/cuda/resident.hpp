@@ -2,20 +2,13 @@
 #pragma once
 
 #include <algorithm>
-#include <array>
 #include <optional>
+#include <string>
 
+#include "cuda/gpu.hpp"
 #include "cuda/planar.cuh"
 
 namespace batchnorm::cuda {
-
-// What is known of a GPU.
-struct Device {
-  int capability = 0;  // 90 is 9.0
-  int multiprocessors = 0;
-  std::int64_t shared_bytes = 0;     // that a block may have
-  std::array<int, 5> clusters = {};  // of 1, 2, 4, 8 and 16 blocks of so many bytes that run at once; 0: none
-};
 
 struct Resident {
   Span span;
@@ -25,6 +18,15 @@ struct Resident {
 
   [[nodiscard]] std::int64_t kept_sums() const { return through_memory ? std::int64_t{2} * spans * span.chunks : 0; }
 };
+
+// In words, the same for the same plan.
+inline std::string to_string(const Resident& r) {
+  const std::string blocks = std::to_string(r.span.blocks);
+  const char* kind = r.through_memory ? " blocks that meet through memory" : "-block cluster";
+  return blocks + kind + (r.through_memory ? " hold" : " holds") + " a channel, " + std::to_string(r.spans) +
+         " at once, up to " + std::to_string(r.span.chunks_a_block) + " of " + std::to_string(r.span.chunks) +
+         " chunks and " + std::to_string(r.shared_bytes) + " bytes a block";
+}
 
 // More would leave no memory for values: a block of a cluster has the sums of all chunks of a channel. Through memory,
 // as many as an `int` counts.
