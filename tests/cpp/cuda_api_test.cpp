@@ -96,6 +96,12 @@ TEST(the_plan_tells_kernels_and_bytes) {
   call.groups = {{}, 3, true};
   call.counted = {t.mask, Padding::zero};
   EXPECT(cuda::plan_batch_norm(call).bytes == 3 * 4 * n + 2 * 4 * n / 3, cuda::plan_batch_norm(call).bytes);
+  const Inputs<float> tokens({5, 256, 1}, "normal");
+  call = plain(tokens);
+  call.groups = {{}, 256, true};
+  Stream::current = kLarge;
+  EXPECT(cuda::plan_batch_norm(call).kernels == "blocks hold 8 lines each, of 5", cuda::plan_batch_norm(call).kernels);
+  EXPECT(cuda::plan_batch_norm(call).bytes == 2 * 4 * 5 * 256, cuda::plan_batch_norm(call).bytes);
 }
 
 template <class F>

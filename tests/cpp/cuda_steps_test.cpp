@@ -8,6 +8,8 @@ using namespace cuda_tensors;
 
 // Holds no channel.
 constexpr cuda::Device kTiny{80, 1, 4096, {1, 0, 0, 0, 0}};
+// The same, but that lines up to a chunk are held.
+constexpr cuda::Device kOfLines{80, 1, 227 * 1024, {0, 0, 0, 0, 0}};
 
 template <class T>
 Call<T> plain(const Inputs<T>& t) {
@@ -101,9 +103,11 @@ void expect_combinations_same(const Problem& problem, const char* kind, Some som
     }
   }
 }
-// Planar, rows, and short runs.
+// Planar, rows, short runs, and lines that are held.
 TEST(combinations_have_the_bits_of_the_library) {
   Stream::current = kTiny;
+  expect_combinations_same<float>({5, 40, 1}, "normal");
+  expect_combinations_same<BFloat16>({5, 80, 1}, "normal");
   for (const Problem& problem : {Problem{5, 4, 37}, {7, 6, 1}, {9, 4, 9}}) {
     expect_combinations_same<float>(problem, "normal", Some::all);
     expect_combinations_same<float>(problem, "far from 0");
@@ -120,7 +124,6 @@ TEST(combinations_have_the_bits_of_the_library) {
 // Lines of some values, which are turned, of many, of more than a chunk, of one; side by side and by columns; more
 // positions than a chunk has.
 TEST(lines_have_the_bits_of_the_library) {
-  Stream::current = kTiny;
   for (const Problem& problem : {Problem{9, 20, 1},
                                  {3, 5000, 1},
                                  {1, 70'000, 1},
@@ -138,6 +141,9 @@ TEST(lines_have_the_bits_of_the_library) {
           call.groups = {{}, problem.channels, true, about};
           expect_same(t, call, about == About::mean ? " of each position" : " of each position about 0");
         };
+        Stream::current = kTiny;
+        same_lines(Inputs<float>(problem, kind));
+        Stream::current = kOfLines;
         same_lines(Inputs<float>(problem, kind));
         same_lines(Inputs<double>(problem, kind));
         same_lines(Inputs<BFloat16>(problem, kind));

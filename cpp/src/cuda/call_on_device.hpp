@@ -81,7 +81,7 @@ class CallOnDevice : public Arguments<T> {
     Stream stream(options_.stream);
     const Lent memory(stream, LinePasses<T, Stream>::bytes(whole_));
     clear_head(stream);
-    LinePasses<T, Stream> passes(stream, whole_, memory.get());
+    LinePasses<T, Stream> passes(stream, whole_, Stream::device(), memory.get());
     f(passes, std::int64_t{0}, std::int64_t{0}, call_.problem.channels);
   }
   template <class F>
@@ -106,13 +106,14 @@ class CallOnDevice : public Arguments<T> {
   template <int kInputs>
   [[nodiscard]] Planned planned() const {
     const auto plan = plan_held<kInputs>(true);
+    const int held_lines = kInputs == 1 && whole_.each_position ? lines_held() : 0;
     const auto n = static_cast<double>(call_.problem.size());
     const double of_tensor = n * sizeof(T), of_bits = call_.tail.relu ? n / 8 : 0;
     const double of_weights = whole_.positions ? static_cast<double>(call_.problem.count()) * sizeof(Arithmetic<T>) : 0;
-    const int times = plan ? 1 : 2;  // that inputs are read
+    const int times = plan || held_lines > 0 ? 1 : 2;  // that inputs are read
     const bool reads_bits = kInputs == 2, has_residual = !call_.tail.residual.empty();
     const double tensors = kInputs * times + 1 + (has_residual ? 1 : 0);
-    return {plan ? to_string(*plan) : through_memory(),
+    return {plan ? to_string(*plan) : through_memory(held_lines),
             tensors * of_tensor + of_bits * (reads_bits ? times : 1) + of_weights * times};
   }
   // Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
@@ -164,8 +165,13 @@ class CallOnDevice : public Arguments<T> {
     if (!channels) return std::nullopt;
     return plan_resident<T, kInputs>(*channels, Stream::device(), aligned);
   }
-  [[nodiscard]] std::string through_memory() const {
+  // Of a block.
+  [[nodiscard]] int lines_held() const { return LinePasses<T, Stream>::held(whole_, Stream::device()).lines; }
+  [[nodiscard]] std::string through_memory(int held_lines) const {
     const std::int64_t lines = whole_.each_position ? make_line_cut(call_.problem, call_.groups.width).entries() : 0;
+    if (held_lines > 0) {
+      return "blocks hold " + std::to_string(held_lines) + " lines each, of " + std::to_string(lines);
+    }
     if (whole_.each_position) return "sums of " + std::to_string(lines) + " lines through memory, then each value";
     std::int64_t pieces = 0, launches = 0;
     for_alike(call_, [&](const Alike& some) {
@@ -218,7 +224,7 @@ class CallOnDevice : public Arguments<T> {
     if (channels == 0) return;
     const auto* values = reinterpret_cast<const double*>(of_each.bytes().data());
     stream.launch(sum_segments<T>, static_cast<unsigned>((channels + kStepThreads - 1) / kStepThreads), kStepThreads,
-                  channels, this->segments(), values, out);
+                  std::int64_t{0}, channels, this->segments(), values, out);
   }
 
   Options options_;

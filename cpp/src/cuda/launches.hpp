@@ -7,7 +7,7 @@
 
 namespace batchnorm::cuda {
 
-// On is where kernels are launched: on.launch(kernel, grid, block, arguments...).
+// On is where kernels are launched: on.launch(kernel, grid, block, bytes of shared memory, arguments...).
 template <class On>
 class Launches {
  public:
@@ -17,12 +17,18 @@ class Launches {
   template <class Kernel, class... Args>
   void each(std::int64_t threads, Kernel kernel, const Args&... args) {
     if (threads == 0) return;
-    on_.launch(kernel, static_cast<unsigned>((threads + kStepThreads - 1) / kStepThreads), kStepThreads, args...);
+    on_.launch(kernel, static_cast<unsigned>((threads + kStepThreads - 1) / kStepThreads), kStepThreads,
+               std::int64_t{0}, args...);
+  }
+  template <class Kernel, class... Args>
+  void blocks(std::int64_t count, int threads, std::int64_t shared_bytes, Kernel kernel, const Args&... args) {
+    if (count == 0) return;
+    on_.launch(kernel, static_cast<unsigned>(count), static_cast<unsigned>(threads), shared_bytes, args...);
   }
   // One warp.
   template <class Kernel, class... Args>
   void warp(Kernel kernel, const Args&... args) {
-    on_.launch(kernel, 1u, 32u, args...);
+    on_.launch(kernel, 1u, 32u, std::int64_t{0}, args...);
   }
   template <class Body>
   void visit_all(const Cut& cut, const Body& body) {

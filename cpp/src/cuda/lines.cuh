@@ -58,6 +58,14 @@ BN_DEVICE LineStatistics statistics_of(const MomentsOf<double>& m, double eps, b
   return s;
 }
 
+// Of float32 and narrower; `wide`: gamma or beta are.
+BN_DEVICE LineFactors factors_of(const MomentsOf<double>& m, const LineStatistics& s, bool about_zero, bool wide) {
+  const double square = about_zero ? m.m2 + m.count * (m.mean * m.mean) : m.m2;
+  LineFactors factors = line_factors(m.count, s.mean, s.mean_lo, s.rstd.hi, square);
+  factors.is_wide |= wide;
+  return factors;
+}
+
 // Whether float32 does not hold a gamma or beta, as one warp finds (fit_into_float, position_rows.cpp).
 template <class T>
 __global__ void find_wide(const __grid_constant__ LineCall call, int* found) {
@@ -81,10 +89,7 @@ __global__ void __launch_bounds__(kStepThreads)
   const auto m = MomentsOf<double>::at(moments + l);
   const LineStatistics s = statistics_of<Arithmetic<T>>(m, call.eps, call.about_zero);
   to.mean[l] = s.mean, to.mean_lo[l] = s.mean_lo, to.rstd[l] = s.rstd.hi, to.rstd_lo[l] = s.rstd.lo;
-  if (sizeof(T) == sizeof(double)) return;
-  const double square = call.about_zero ? m.m2 + m.count * (m.mean * m.mean) : m.m2;
-  to.factors[l] = line_factors(m.count, s.mean, s.mean_lo, s.rstd.hi, square);
-  to.factors[l].is_wide |= *wide != 0;
+  if (sizeof(T) < sizeof(double)) to.factors[l] = factors_of(m, s, call.about_zero, *wide != 0);
 }
 // Those that do not count have no moments.
 template <class T>
@@ -107,6 +112,13 @@ struct OfLine {
   LineCall call;
   LineTable table;
 
+  // Of a line whose moments these are.
+  BN_DEVICE static Known known_of(const MomentsOf<double>& m, const LineCall& call, bool wide) {
+    Known known;
+    known.of = statistics_of<A>(m, call.eps, call.about_zero);
+    if constexpr (sizeof(A) < sizeof(double)) known.factors = factors_of(m, known.of, call.about_zero, wide);
+    return known;
+  }
   BN_DEVICE void know(Known& known, const Elements& elements, const Place& place) const {
     const std::int64_t line =
         elements.position(place) * call.lines.groups + Divided(place.c, call.lines.width).quotient;

@@ -3,8 +3,8 @@
 
 #include <cstddef>
 
+#include "cuda/held_lines.cuh"
 #include "cuda/launches.hpp"
-#include "cuda/lines.cuh"
 #include "workspace.hpp"
 
 namespace batchnorm::cuda {
@@ -24,8 +24,14 @@ class LinePasses {
            Workspace::bytes_for<LineTerms>(lines) + Workspace::bytes_for<GradSums>(lines) +
            Workspace::bytes_for<kernels::Sums>(chunks(call) * call.problem.channels) + Workspace::bytes_for<int>(1);
   }
-  LinePasses(On& on, const PassCall<T>& call, std::byte* memory)
+  // How lines are held where y is wanted.
+  static HeldLines held(const PassCall<T>& call, const Device& device) {
+    if (call.problem.size() == 0) return {};
+    return plan_held_lines<T>(make_line_cut(call.problem, call.width), device, call.tail.bits != nullptr);
+  }
+  LinePasses(On& on, const PassCall<T>& call, const Device& device, std::byte* memory)
       : on_(on),
+        held_(held(call, device)),
         call_(call),
         plan_(plan_of(call)),
         cut_(make_line_cut(call.problem, call.width)),
@@ -50,14 +56,17 @@ class LinePasses {
     if (call_.positions) on_.each(how_.count, leave_out<T>, how_, call_.positions.values, out);
   }
   void batch_norm(const T* x, T* y, Moments* saved) {
+    if (held_.lines > 0) {
+      find_wide_parameters();
+      return on_.blocks((how_.count + held_.lines - 1) / held_.lines, held_.lines * kLanes, held_.shared_bytes,
+                        hold_lines<T>, how_, body_of(x, y), call_.positions.values, wide_, held_.stride, saved);
+    }
     moments(x, saved);
     normalize(x, {saved, {}, {}}, y);
   }
   void normalize(const T* x, const Statistics& given, T* y) {
     finish(given.moments);
-    Normalize<T, OfLine<T>> body{x, call_.tail.residual, y, {how_, table_}};
-    body.relu = call_.tail.relu, body.bits_of_relu = call_.tail.bits, body.padded = padded();
-    on_.map_all(elements_, body);
+    on_.map_all(elements_, body_of(x, y));
   }
 
   void grad_sums(const T* dy, const T* x, const Moments* saved, GradSums* out) {
@@ -87,9 +96,15 @@ class LinePasses {
     return {dy, x, {call_.tail.bits == nullptr ? nullptr : call_.tail.bits - kBitsHead, 0}, padded()};
   }
 
+  [[nodiscard]] Normalize<T, OfLine<T>> body_of(const T* x, T* y) const {
+    Normalize<T, OfLine<T>> body{x, call_.tail.residual, y, {how_, table_}};
+    body.relu = call_.tail.relu, body.bits_of_relu = call_.tail.bits, body.padded = padded();
+    return body;
+  }
+  void find_wide_parameters() { on_.warp(find_wide<T>, how_, wide_); }
   void finish(const Moments* moments) {
     if (how_.count == 0) return;
-    if (sizeof(A) < sizeof(double)) on_.warp(find_wide<T>, how_, wide_);
+    find_wide_parameters();
     on_.each(how_.count, finish_lines<T>, how_, moments, wide_, table_);
   }
   void go_down(const T* dy, const T* x, const Moments* saved, const GradSums* sums, const FirstOutputs<T>& out) {
@@ -99,6 +114,7 @@ class LinePasses {
   }
 
   Launches<On> on_;
+  HeldLines held_;
   const PassCall<T>& call_;
   LinePlan plan_;
   Cut cut_;

@@ -51,10 +51,12 @@ class Stream {
   explicit Stream(void* stream) : stream_(static_cast<cudaStream_t>(stream)) { device(); }
 
   template <class Kernel, class... Args>
-  void launch(Kernel kernel, unsigned grid, unsigned block, const Args&... args) {
+  void launch(Kernel kernel, unsigned grid, unsigned block, std::int64_t shared_bytes, const Args&... args) {
+    if (shared_bytes > 0) ask_for_shared(kernel, shared_bytes);
     cudaLaunchConfig_t config = {};
     config.gridDim = dim3(grid);
     config.blockDim = dim3(block);
+    config.dynamicSmemBytes = static_cast<std::size_t>(shared_bytes);
     config.stream = stream_;
     check_runtime(cudaLaunchKernelEx(&config, kernel, args...), "launching a kernel");
   }
@@ -62,9 +64,7 @@ class Stream {
   template <class Pass>
   void launch_held(const Resident& plan, const Pass& pass) {
     constexpr auto kernel = resident<Pass>;
-    check_runtime(
-        cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(plan.shared_bytes)),
-        "asking for shared memory");
+    ask_for_shared(kernel, plan.shared_bytes);
     cudaLaunchAttribute attribute = {};
     if (plan.through_memory) {
       attribute.id = cudaLaunchAttributeCooperative;
@@ -108,6 +108,11 @@ class Stream {
   }
 
  private:
+  template <class Kernel>
+  static void ask_for_shared(Kernel kernel, std::int64_t bytes) {
+    check_runtime(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, static_cast<int>(bytes)),
+                  "asking for shared memory");
+  }
   static int attribute_of(int device, cudaDeviceAttr which) {
     int value = 0;
     check_runtime(cudaDeviceGetAttribute(&value, which, device), "asking for an attribute of the device");

@@ -17,6 +17,7 @@
 #define gridDim (simt::machine().grid)
 
 inline void __syncthreads() { simt::wait_at(simt::self().block->barrier); }
+inline void __syncwarp() { simt::wait_at(simt::warp().sync); }
 inline void __nanosleep(unsigned) { simt::yield(); }
 
 template <class T>

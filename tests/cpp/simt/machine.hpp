@@ -52,7 +52,7 @@ struct Copy {
 constexpr unsigned kWarp = 32;
 // What lanes of a warp hand each other, in turns of two.
 struct Warp {
-  Barrier exchange{"a warp instruction", false};
+  Barrier exchange{"a warp instruction", false}, sync{"__syncwarp"};
   Cell<std::uint64_t> value[2][kWarp];
   Cell<int> instruction[2][kWarp];
 };
@@ -75,7 +75,7 @@ struct Block {
     warps = std::vector<Warp>((threads + kWarp - 1) / kWarp);
     for (unsigned w = 0; w < warps.size(); ++w) {
       const unsigned left = threads - w * kWarp, lanes = left < kWarp ? left : kWarp;
-      warps[w].exchange.expected = lanes;
+      warps[w].exchange.expected = warps[w].sync.expected = lanes;
     }
   }
 };

@@ -19,8 +19,13 @@ class Stream {
   explicit Stream(void*) {}
 
   template <class Kernel, class... Args>
-  void launch(Kernel kernel, unsigned grid, unsigned block, const Args&... args) {
-    simt::launch({.grid = grid, .block = block, .cluster = 1, .shared_bytes = 64, .seed = seed}, kernel, args...);
+  void launch(Kernel kernel, unsigned grid, unsigned block, std::int64_t shared_bytes, const Args&... args) {
+    simt::launch({.grid = grid,
+                  .block = block,
+                  .cluster = 1,
+                  .shared_bytes = static_cast<std::size_t>(shared_bytes),
+                  .seed = seed},
+                 kernel, args...);
   }
   template <class Pass>
   void launch_held(const Resident& plan, const Pass& pass) {
