@@ -133,7 +133,9 @@ TEST(lines_have_the_bits_of_the_library) {
                                  {2, 5000, 3},
                                  {0, 4, 2},
                                  {2, 3, 0},
-                                 {1, 17, 1}}) {
+                                 {1, 17, 1},
+                                 {21, 200, 1},
+                                 {5, 4096, 1}}) {
     for (const char* kind : kKinds) {
       for (const About about : {About::mean, About::zero}) {
         const auto same_lines = [&]<class T>(const Inputs<T>& t) {

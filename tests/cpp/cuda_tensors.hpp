@@ -73,13 +73,16 @@ inline Tensors tensors(const Problem& p, const std::string& kind) {
       if (e == 1) t.x[e] += kind == "cancelled" ? 1e-6f : 0;
       if (e == 0 && kind != "cancelled") t.x[e] = 1e-25f;
     }
+    // At three scales, of which twice the digits of float64 hold two: the sum is 1e-25.
+    constexpr float kScales[] = {1e18f, 1, -1e18f, -1, 1e-25f};
+    if (kind == "cancelled twice") t.x[e] = e < std::size(kScales) ? kScales[e] : 0;
     if (kind == "with a NaN") t.x[e] = e == n / 2 ? std::numeric_limits<float>::quiet_NaN() : v;
   }
   for (std::size_t c = 0; c < channels; ++c) t.gamma[c] = normal(random), t.beta[c] = normal(random);
   return t;
 }
-inline constexpr const char* kKinds[] = {"normal",    "far from 0",           "constant",  "subnormal", "large",
-                                         "cancelled", "cancelled to nothing", "with a NaN"};
+inline constexpr const char* kKinds[] = {"normal",    "far from 0",           "constant",        "subnormal", "large",
+                                         "cancelled", "cancelled to nothing", "cancelled twice", "with a NaN"};
 
 // The same of a type.
 template <class T>
