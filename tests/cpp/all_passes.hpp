@@ -194,11 +194,13 @@ void append(Bits& out, const std::vector<T>& values) {
   for (const T& v : values) out.push_back(data::bits(v));
 }
 inline void append(Bits& out, const std::vector<Moments>& values) {
-  for (const Moments& m : values) append(out, std::vector<double>{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo});
+  for (const Moments& m : values) {
+    for (const double v : {m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}) out.push_back(data::bits(v));
+  }
 }
 inline void append(Bits& out, const std::vector<GradSums>& values) {
   for (const GradSums& s : values) {
-    append(out, std::vector<double>{s.sum_dy, s.sum_dy_lo, s.sum_dy_xmu, s.sum_dy_xmu_lo});
+    for (const double v : {s.sum_dy, s.sum_dy_lo, s.sum_dy_xmu, s.sum_dy_xmu_lo}) out.push_back(data::bits(v));
   }
 }
 

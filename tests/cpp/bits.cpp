@@ -1,8 +1,8 @@
 // Prints a hash of the bits of every result, one line a pass or call, shape and type. Two machines, or two instruction
-// sets, that print the same have computed the same bits. The threads 1, 2, 3, 7 and 16 are held against each other at
-// once.
+// sets, that print the same have computed the same bits. One thread and seven are held against each other at once.
 //     bits                  the hashes, after a line that names the instruction set in use
 //     bits --bench-shapes   those of the benchmark's shapes of up to 3 million values instead, in float32
+//     bits ... --threads    holds 2, 3, 7 and 16 threads against one
 //     bits --list           the instruction sets that run here
 #include <algorithm>
 #include <array>
@@ -10,6 +10,7 @@
 #include <cstring>
 #include <exception>
 #include <set>
+#include <span>
 #include <string>
 #include <type_traits>
 #include <utility>
@@ -62,16 +63,32 @@ const std::vector<Shape>& shapes() {
 class Hash {
  public:
   template <class T>
-  Hash& add(const std::vector<T>& values) {
-    for (const T& v : values) add_word(data::bits(v));
+  Hash& add(std::span<const T> values) {
+    auto [a, b, c, d] = lanes_;  // in registers
+    std::size_t e = 0;
+    for (; e + 4 <= values.size(); e += 4) {
+      a = (a ^ data::bits(values[e])) * kPrime;
+      b = (b ^ data::bits(values[e + 1])) * kPrime;
+      c = (c ^ data::bits(values[e + 2])) * kPrime;
+      d = (d ^ data::bits(values[e + 3])) * kPrime;
+    }
+    for (; e < values.size(); ++e) a = (a ^ data::bits(values[e])) * kPrime;
+    lanes_ = {a, b, c, d};
+    count_ += values.size();
     return *this;
   }
+  template <class T>
+  Hash& add(const std::vector<T>& values) {
+    return add(std::span<const T>(values));
+  }
   Hash& add(const std::vector<Moments>& values) {
-    for (const Moments& m : values) add(std::vector{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo});
+    for (const Moments& m : values) add(std::span<const double>(std::array{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}));
     return *this;
   }
   Hash& add(const std::vector<GradSums>& values) {
-    for (const GradSums& s : values) add(std::vector{s.sum_dy, s.sum_dy_lo, s.sum_dy_xmu, s.sum_dy_xmu_lo});
+    for (const GradSums& s : values) {
+      add(std::span<const double>(std::array{s.sum_dy, s.sum_dy_lo, s.sum_dy_xmu, s.sum_dy_xmu_lo}));
+    }
     return *this;
   }
   [[nodiscard]] std::uint64_t value() const {
@@ -82,10 +99,6 @@ class Hash {
 
  private:
   static constexpr std::uint64_t kPrime = 0x100000001b3u, kStart = 0xcbf29ce484222325u;
-  void add_word(std::uint64_t word) {
-    std::uint64_t& lane = lanes_[count_++ % 4];
-    lane = (lane ^ word) * kPrime;
-  }
   std::array<std::uint64_t, 4> lanes_ = {kStart, kStart + 1, kStart + 2, kStart + 3};
   std::uint64_t count_ = 0;
 };
@@ -135,7 +148,7 @@ void print_line(const Problem& p, Kind kind, const char* pass, std::uint64_t has
 
 // Returns whether all numbers of threads gave the same bits.
 template <class T>
-bool print(const Problem& p, Kind kind, std::initializer_list<int> numbers,
+bool print(const Problem& p, Kind kind, const std::vector<int>& numbers,
            all_passes::Order order = all_passes::Order::second) {
   const all_passes::Batch<T> batch = all_passes::make_batch<T>(p, kind);
   all_passes::Results<T> results = all_passes::room_for(batch);
@@ -156,7 +169,7 @@ bool print(const Problem& p, Kind kind, std::initializer_list<int> numbers,
 // The calls with weights, segments and a tail too. Where bits of a ReLU lie depends on addresses; y and dresidual tell
 // them.
 template <class T>
-bool print_calls(const Problem& p, Kind kind) {
+bool print_calls(const Problem& p, Kind kind, const std::vector<int>& numbers) {
   every_call::Arguments<T> a(p);
   a.x = all_passes::make_batch<T>(p, kind).x;
   const auto hash_after = [&a](const every_call::NamedCall& call) {
@@ -169,7 +182,7 @@ bool print_calls(const Problem& p, Kind kind) {
   };
   const auto calls = every_call::of<T>(a, {.threads = 1});
   std::vector<std::vector<every_call::NamedCall>> shared;
-  for (const int threads : {2, 3, 7, 16}) shared.push_back(every_call::of<T>(a, {.threads = threads}));
+  for (const int threads : numbers) shared.push_back(every_call::of<T>(a, {.threads = threads}));
   bool all_same = true;
   for (std::size_t k = 0; k < calls.size(); ++k) {
     if (calls[k].name.ends_with("in place")) continue;
@@ -181,7 +194,8 @@ bool print_calls(const Problem& p, Kind kind) {
   return all_same;
 }
 
-bool print_bench_shapes() {
+bool print_bench_shapes(bool all_threads) {
+  const std::vector<int> numbers = all_threads ? std::vector{3, 16} : std::vector{16};
   constexpr std::int64_t kMostValues = 3'000'000;
   bool same = true;
   std::set<std::array<std::int64_t, 3>> seen;
@@ -189,41 +203,45 @@ bool print_bench_shapes() {
     for (const bench::Layout layout : bench::layouts_of(c.shape)) {
       const Problem p = bench::problem_of(c.shape, layout);
       if (p.count() < 2 || p.size() > kMostValues || !seen.insert({p.outer, p.channels, p.inner}).second) continue;
-      same = print<float>(p, Kind::ordinary, {3, 16}, all_passes::Order::first) && same;
+      same = print<float>(p, Kind::ordinary, numbers, all_passes::Order::first) && same;
     }
   }
   return same;
 }
 
 template <class T>
-bool print_own_shapes() {
+bool print_own_shapes(const std::vector<int>& numbers) {
   bool same = true;
   for (const Shape& shape : shapes()) {
-    for (const Kind kind : shape.kinds) same = print<T>(shape.problem, kind, {2, 3, 7, 16}) && same;
+    for (const Kind kind : shape.kinds) same = print<T>(shape.problem, kind, numbers) && same;
   }
   // Rows side by side, wide rows, short runs, long ones, several chunks.
   for (const Problem& p : {Problem{301, 7, 1}, {40, 700, 1}, {5, 4100, 1}, {50, 6, 4}, {4, 90, 17}, {3, 2, 5000}}) {
-    for (const Kind kind : {Kind::ordinary, Kind::wide}) same = print_calls<T>(p, kind) && same;
+    for (const Kind kind : {Kind::ordinary, Kind::wide}) same = print_calls<T>(p, kind, numbers) && same;
   }
   return same;
 }
-bool print_own_shapes() {
-  bool same = print_own_shapes<Float16>();
-  same = print_own_shapes<BFloat16>() && same;
-  same = print_own_shapes<float>() && same;
-  return print_own_shapes<double>() && same;
+bool print_own_shapes(bool all_threads) {
+  const std::vector<int> numbers = all_threads ? std::vector{2, 3, 7, 16} : std::vector{7};
+  bool same = print_own_shapes<Float16>(numbers);
+  same = print_own_shapes<BFloat16>(numbers) && same;
+  same = print_own_shapes<float>(numbers) && same;
+  return print_own_shapes<double>(numbers) && same;
 }
 
 }  // namespace
 
 int main(int argc, char** argv) try {
-  if (argc > 1 && std::strcmp(argv[1], "--list") == 0) {
+  const auto has = [&](const char* option) {
+    return std::any_of(argv + 1, argv + argc, [&](const char* given) { return std::strcmp(given, option) == 0; });
+  };
+  if (has("--list")) {
     for (const std::string& isa : available_isas()) std::printf("%s\n", isa.c_str());
     return 0;
   }
   std::printf("isa %s\n", active_isa().c_str());
-  const bool bench_shapes = argc > 1 && std::strcmp(argv[1], "--bench-shapes") == 0;
-  return (bench_shapes ? print_bench_shapes() : print_own_shapes()) ? 0 : 1;
+  const bool all_threads = has("--threads");
+  return (has("--bench-shapes") ? print_bench_shapes(all_threads) : print_own_shapes(all_threads)) ? 0 : 1;
 } catch (const std::exception& error) {
   std::fprintf(stderr, "%s\n", error.what());
   return 2;

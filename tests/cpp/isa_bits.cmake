@@ -15,9 +15,13 @@ run_bits("" names --list)
 string(STRIP "${names}" names)
 string(REPLACE "\n" ";" names "${names}")
 
+# How a tensor is cut for any number of threads is decided above the kernels: every number is tried on the first, and one
+# on each of the others, which kernels_test holds to the first piece by piece.
+set(threads --threads)
 set(expected "")
 foreach(isa IN LISTS names)
-  run_bits(${isa} text ${OF})
+  run_bits(${isa} text ${OF} ${threads})
+  set(threads "")
   if(NOT text MATCHES "^isa ${isa}\n(.+)$")
     message(FATAL_ERROR "bits must run on ${isa}, got: ${text}")
   endif()

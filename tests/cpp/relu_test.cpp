@@ -1,5 +1,7 @@
 // The calls with a ReLU: what normalizing, adding, taking the maximum and masking dy one after the other give, bit for
 // bit; on the instruction set of BATCHNORM_ISA.
+#include <malloc.h>
+
 #include <algorithm>
 #include <cmath>
 #include <cstring>
@@ -303,4 +305,9 @@ TEST(arguments_that_do_not_fit_are_named) {
 
 }  // namespace
 
-int main(int argc, char** argv) { return expect::run_tests(argc > 1 ? argv[1] : nullptr); }
+int main(int argc, char** argv) {
+  // Memory is kept: pages that are given back and asked for again take as long as what is tried.
+  mallopt(M_MMAP_MAX, 0);
+  mallopt(M_TRIM_THRESHOLD, std::numeric_limits<int>::max());
+  return expect::run_tests(argc > 1 ? argv[1] : nullptr);
+}
