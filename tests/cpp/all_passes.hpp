@@ -2,6 +2,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <bit>
 #include <cstdint>
 #include <limits>
@@ -190,17 +191,21 @@ Results<T> run(const Batch<T>& b, const Options& options, double eps = 1e-5, Ord
 using Bits = std::vector<std::uint64_t>;
 
 template <class T>
+void append(Bits& out, const T* values, std::size_t count) {
+  out.resize(out.size() + count);
+  std::uint64_t* to = out.data() + out.size() - count;
+  for (std::size_t e = 0; e < count; ++e) to[e] = data::bits(values[e]);
+}
+template <class T>
 void append(Bits& out, const std::vector<T>& values) {
-  for (const T& v : values) out.push_back(data::bits(v));
+  append(out, values.data(), values.size());
 }
 inline void append(Bits& out, const std::vector<Moments>& values) {
-  for (const Moments& m : values) {
-    for (const double v : {m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}) out.push_back(data::bits(v));
-  }
+  for (const Moments& m : values) append(out, std::array{m.count, m.mean, m.mean_lo, m.m2, m.m2_lo}.data(), 5);
 }
 inline void append(Bits& out, const std::vector<GradSums>& values) {
   for (const GradSums& s : values) {
-    for (const double v : {s.sum_dy, s.sum_dy_lo, s.sum_dy_xmu, s.sum_dy_xmu_lo}) out.push_back(data::bits(v));
+    append(out, std::array{s.sum_dy, s.sum_dy_lo, s.sum_dy_xmu, s.sum_dy_xmu_lo}.data(), 4);
   }
 }
 

@@ -5,6 +5,7 @@
 #include <cmath>
 #include <cstddef>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 #include <vector>
 
@@ -63,9 +64,15 @@ template <class T>
 bool same_bits(T a, T b) {
   return bits(a) == bits(b);
 }
+// Whether they are the same byte by byte; if not they may still have the same bits, with other NaNs.
+template <class T>
+bool same_bytes(const std::vector<T>& a, const std::vector<T>& b) {
+  return a.size() == b.size() && (a.empty() || std::memcmp(a.data(), b.data(), a.size() * sizeof(T)) == 0);
+}
 template <class T>
 bool same_bits(const std::vector<T>& a, const std::vector<T>& b) {
   if (a.size() != b.size()) return false;
+  if (same_bytes(a, b)) return true;
   for (std::size_t e = 0; e < a.size(); ++e) {
     if (!same_bits(a[e], b[e])) return false;
   }
