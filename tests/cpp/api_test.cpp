@@ -41,11 +41,19 @@ const std::vector<Problem>& shapes() {
   return list;
 }
 
+// ThreadSanitizer looks at who reads what another thread wrote. Values decide how a channel is finished, not who does
+// it: two kinds, which have ordinary channels too, take every way there is (summed again; applied in float64).
+#ifdef __SANITIZE_THREAD__
+constexpr Kind kKinds[] = {Kind::cancelling, Kind::wide};
+#else
+constexpr auto& kKinds = all_passes::kKinds;
+#endif
+
 // f(batch, name) for every shape and kind of values.
 template <class T, class F>
 void for_each_batch(F&& f) {
   for (const Problem& p : shapes()) {
-    for (const Kind kind : all_passes::kKinds) {
+    for (const Kind kind : kKinds) {
       f(make_batch<T>(p, kind), expect::text(text(p), " ", all_passes::kKindNames[static_cast<int>(kind)]));
     }
   }
@@ -606,7 +614,12 @@ TEST(running_statistics_blend_with_the_variance_of_ddof) {
 // Values from subnormal to large, so that flushing or another rounding would show.
 template <class T>
 void expect_environment_kept() {
-  for (const Kind kind : {Kind::ordinary, Kind::wide, Kind::cancelling}) {
+#ifdef __SANITIZE_THREAD__
+  constexpr Kind kOfEnvironments[] = {Kind::ordinary};
+#else
+  constexpr Kind kOfEnvironments[] = {Kind::ordinary, Kind::wide, Kind::cancelling};
+#endif
+  for (const Kind kind : kOfEnvironments) {
     for (const Problem& p : {Problem{6, 5, 40}, Problem{500, 9, 1}, Problem{4, 3, 9000}}) {
       const Batch<T> b = make_batch<T>(p, kind);
       const auto expected = bits_of(all_passes::run(b, {.threads = 1}));
