@@ -118,10 +118,9 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
     const bool aligned = begin_vectors(dy.data(), x.data(), out.dx.data(), held.dresidual);
     if (!out.dx.empty() && checked.run_held(held, aligned)) return;
     checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t count) {
-      passes.backward(
-          dy.data() + at, x.data() + at, saved.data() + entry / call.groups.width,
-          {data_or_null(out.dx, at), data_or_null(out.dresidual, at),
-           checked.Arguments<T>::part_of(dgamma, entry, count), checked.Arguments<T>::part_of(dbeta, entry, count)});
+      passes.backward(dy.data() + at, x.data() + at, saved.data() + entry / call.groups.width,
+                      {data_or_null(out.dx, at), data_or_null(out.dresidual, at),
+                       checked.of_entries(dgamma, entry, count), checked.of_entries(dbeta, entry, count)});
     });
   });
 }

@@ -97,7 +97,7 @@ class CallOnDevice : public Arguments<T> {
     clear_head(stream);
     for_alike(call_, [&](const Alike& some) {
       const std::int64_t at = some.first_row * call_.problem.channels * call_.problem.inner;
-      const PassCall<T> part = part_of(some, at);
+      const PassCall<T> part = call_of(some, at);
       Passes<T, Stream> passes(stream, part, some.count, at, memory.get());
       f(passes, at, some.number * call_.problem.channels, some.count * call_.problem.channels);
     });
@@ -113,7 +113,7 @@ class CallOnDevice : public Arguments<T> {
     const int times = plan || held_lines > 0 ? 1 : 2;  // that inputs are read
     const bool reads_bits = kInputs == 2, has_residual = !call_.tail.residual.empty();
     const double tensors = kInputs * times + 1 + (has_residual ? 1 : 0);
-    return {plan ? to_string(*plan) : through_memory(held_lines),
+    return {plan ? to_string(*plan) : in_words(held_lines),
             tensors * of_tensor + of_bits * (reads_bits ? times : 1) + of_weights * times};
   }
   // Whether a Pass that holds channels (planar.cuh) was launched: they fit into the device.
@@ -137,6 +137,12 @@ class CallOnDevice : public Arguments<T> {
     return true;
   }
 
+  // `count` of them from `entry` on, where there is one of each entry; else those of channels.
+  template <class Values>
+  [[nodiscard]] Values of_entries(const Values& values, std::int64_t entry, std::int64_t count) const {
+    if (values.size() != this->entries()) return values;
+    return values.part(static_cast<std::size_t>(entry), static_cast<std::size_t>(count));
+  }
   // Sums over segments of what `f(dgamma, dbeta)` gives of each, where they are wanted.
   template <class F>
   void with_parameters(const Gradients<T>& out, const F& f) const {
@@ -165,9 +171,10 @@ class CallOnDevice : public Arguments<T> {
     if (!channels) return std::nullopt;
     return plan_resident<T, kInputs>(*channels, Stream::device(), aligned);
   }
-  // Of a block.
+  // By a block.
   [[nodiscard]] int lines_held() const { return LinePasses<T, Stream>::held(whole_, Stream::device()).lines; }
-  [[nodiscard]] std::string through_memory(int held_lines) const {
+  // Where channels are not held.
+  [[nodiscard]] std::string in_words(int held_lines) const {
     const std::int64_t lines = whole_.each_position ? make_line_cut(call_.problem, call_.groups.width).entries() : 0;
     if (held_lines > 0) {
       return "blocks hold " + std::to_string(held_lines) + " lines each, of " + std::to_string(lines);
@@ -204,17 +211,12 @@ class CallOnDevice : public Arguments<T> {
   [[nodiscard]] Problem problem_of(const Alike& some) const {
     return {some.rows, call_.problem.channels, call_.problem.inner};
   }
-  [[nodiscard]] PassCall<T> part_of(const Alike& some, std::int64_t at) const {
+  [[nodiscard]] PassCall<T> call_of(const Alike& some, std::int64_t at) const {
     PassCall<T> part = whole_;
     part.problem = problem_of(some);
-    const auto of_part = [&](const ChannelValues& values) {
-      const bool of_entries = values.present() && values.size() == this->entries();
-      const std::int64_t channels = part.problem.channels;
-      return of_entries ? values.part(static_cast<std::size_t>(some.number * channels),
-                                      static_cast<std::size_t>(some.count * channels))
-                        : values;
-    };
-    part.gamma = of_part(whole_.gamma), part.beta = of_part(whole_.beta);
+    const std::int64_t channels = part.problem.channels;
+    part.gamma = of_entries(whole_.gamma, some.number * channels, some.count * channels);
+    part.beta = of_entries(whole_.beta, some.number * channels, some.count * channels);
     if (part.positions) part.positions.values += some.first_row * call_.problem.inner;
     if (part.tail.residual != nullptr) part.tail.residual += at;
     return part;

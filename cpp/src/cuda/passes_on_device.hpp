@@ -49,11 +49,13 @@ class Passes {
     factors_.is_wide = workspace.take<bool>(entries);
     factors_.entries = entries;
     if (!call.positions) return;
-    weigh(workspace.take<WeighedChunk>(segments * chunks_of_weights(call.problem.count())),
-          workspace.take<Weighed>(segments));
+    of_chunks_ = workspace.take<WeighedChunk>(segments * chunks_of_weights(call.problem.count()));
+    of_segments_ = workspace.take<Weighed>(segments);
+    weights_ = {call.positions.values, of_segments_};
   }
 
   void moments(const T* x, Moments* out) {
+    weigh();
     Moments* const cells = is_shared() ? cells_ : out;
     MomentsTaken<T>{x, weights_, sums_, conditioned_}.run(on_, cut_, cells);
     if (is_shared()) on_.each(groups(), merge_groups<T>, how_, cut_.segments, cells, out);
@@ -105,11 +107,12 @@ class Passes {
     return {call_.tail.bits == nullptr ? nullptr : call_.tail.bits - kBitsHead, elements_.first};
   }
 
-  void weigh(WeighedChunk* of_chunks, Weighed* of_segments) {
+  // What is known of weights, for moments and coefficients of dx.
+  void weigh() {
+    if (!call_.positions) return;
     const std::int64_t count = call_.problem.count(), chunks = chunks_of_weights(count);
-    weights_ = {call_.positions.values, of_segments};
-    on_.each(cut_.segments * chunks * kLanes, weigh_chunks<A>, weights_.values, count, cut_.segments, of_chunks);
-    on_.each(cut_.segments, weigh_segments<A>, of_chunks, chunks, cut_.segments, of_segments);
+    on_.each(cut_.segments * chunks * kLanes, weigh_chunks<A>, weights_.values, count, cut_.segments, of_chunks_);
+    on_.each(cut_.segments, weigh_segments<A>, of_chunks_, chunks, cut_.segments, of_segments_);
   }
   // The moments of channels, of given ones of what they share.
   const Moments* of_cells(const Moments* given) {
@@ -127,6 +130,7 @@ class Passes {
     on_.each(cut_.entries(), finish_sums<T>, cut_, sums_, cells, call_.eps, out);
   }
   void set_factors(const Moments* saved, const Moments* cells, const GradSums* sums) {
+    weigh();
     if (is_shared()) {
       on_.each(groups(), set_terms<T>, how_, cut_.segments, saved, cells, sums, call_.gamma, call_.eps, terms_);
     }
@@ -145,6 +149,8 @@ class Passes {
   Cut cut_;
   Elements elements_;
   Sharing how_;
+  WeighedChunk* of_chunks_ = nullptr;
+  Weighed* of_segments_ = nullptr;
   Weights<A> weights_;
   kernels::Sums* sums_;
   Conditioned* conditioned_;
