@@ -121,6 +121,25 @@ TEST(combinations_have_the_bits_of_the_library) {
   }
 }
 
+// More of as many rows than a list has, one after another and every other one.
+TEST(many_segments_have_the_bits_of_the_library) {
+  Stream::current = kTiny;
+  const auto of_rows = [](std::int64_t count, const auto& rows) {
+    std::vector<std::int64_t> offsets{0};
+    for (std::int64_t s = 0; s < count; ++s) offsets.push_back(offsets.back() + rows(s));
+    return offsets;
+  };
+  for (const auto& offsets : {of_rows(303, [](std::int64_t s) { return s < 300 ? 2 : s - 297; }),
+                              of_rows(500, [](std::int64_t s) { return s % 2 + 1; })}) {
+    for (const std::int64_t inner : {1, 4, 20}) {
+      const Inputs<float> t({offsets.back(), 3, inner}, "far from 0");
+      Call<float> call = plain(t);
+      call.groups = {offsets}, call.counted = {t.weights, Padding::zero}, call.tail = {t.residual, true};
+      expect_same(t, call, expect::text(" by ", offsets.size() - 1, " segments"));
+    }
+  }
+}
+
 // Lines of some values, which are turned, of many, of more than a chunk, of one; side by side and by columns; more
 // positions than a chunk has.
 TEST(lines_have_the_bits_of_the_library) {

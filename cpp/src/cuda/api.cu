@@ -8,8 +8,8 @@ namespace batchnorm::cuda {
 namespace {
 
 template <class T>
-T* data_or_null(std::span<T> s, std::int64_t at) {
-  return s.empty() ? nullptr : s.data() + at;
+T* data_or_null(std::span<T> s) {
+  return s.empty() ? nullptr : s.data();
 }
 template <class... P>
 bool begin_vectors(const P*... tensors) {
@@ -23,9 +23,7 @@ void moments(std::span<const T> x, const Call<T>& call, std::span<Moments> out, 
   CallOnDevice<T> checked(call, options);
   checked.reads("x", x);
   checked.writes_entries("out", out);
-  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
-    passes.moments(x.data() + at, out.data() + entry / call.groups.width);
-  });
+  checked.run([&](auto& passes) { passes.moments(x.data(), out.data()); });
 }
 
 template <class T>
@@ -41,9 +39,7 @@ void batch_norm(std::span<const T> x, const Call<T>& call, std::span<T> y, std::
   HeldForward<T> held{x.data(), y.data(), call.gamma, call.beta, call.eps, saved.data()};
   held.residual = tail.residual, held.relu = tail.relu, held.bits = tail.bits;
   if (checked.run_held(held, begin_vectors(x.data(), y.data()))) return;
-  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
-    passes.batch_norm(x.data() + at, y.data() + at, saved.data() + entry / call.groups.width);
-  });
+  checked.run([&](auto& passes) { passes.batch_norm(x.data(), y.data(), saved.data()); });
 }
 
 template <class T>
@@ -54,9 +50,7 @@ void normalize(std::span<const T> x, const Call<T>& call, ChannelValues mean, Ch
   checked.reads_given(mean, var);
   checked.follow();
   checked.writes("y", y);
-  checked.run_channels([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
-    passes.normalize(x.data(), {nullptr, mean, var}, y.data());
-  });
+  checked.run_channels([&](auto& passes) { passes.normalize(x.data(), {nullptr, mean, var}, y.data()); });
 }
 
 template <class T>
@@ -67,9 +61,7 @@ void normalize(std::span<const T> x, const Call<T>& call, std::span<const Moment
   checked.reads_entries("moments", moments);
   checked.follow();
   checked.writes("y", y);
-  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
-    passes.normalize(x.data() + at, {moments.data() + entry / call.groups.width, {}, {}}, y.data() + at);
-  });
+  checked.run([&](auto& passes) { passes.normalize(x.data(), {moments.data(), {}, {}}, y.data()); });
 }
 
 template <class T>
@@ -81,9 +73,7 @@ void grad_sums(std::span<const T> dy, std::span<const T> x, const Call<T>& call,
   checked.reads_entries("moments", moments);
   checked.let_through();
   checked.writes_entries("out", out);
-  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
-    passes.grad_sums(dy.data() + at, x.data() + at, moments.data() + entry / call.groups.width, out.data() + entry);
-  });
+  checked.run([&](auto& passes) { passes.grad_sums(dy.data(), x.data(), moments.data(), out.data()); });
 }
 
 template <class T>
@@ -97,9 +87,8 @@ void grad_input(std::span<const T> dy, std::span<const T> x, const Call<T>& call
   checked.let_through();
   check::size("dx", dx.size(), call.problem);
   checked.writes_gradients({dx, dresidual});
-  checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t) {
-    passes.grad_input(dy.data() + at, x.data() + at, moments.data() + entry / call.groups.width, sums.data() + entry,
-                      {data_or_null(dx, at), data_or_null(dresidual, at)});
+  checked.run([&](auto& passes) {
+    passes.grad_input(dy.data(), x.data(), moments.data(), sums.data(), {data_or_null(dx), data_or_null(dresidual)});
   });
 }
 
@@ -114,13 +103,12 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
   checked.writes_gradients(out);
   checked.with_parameters(out, [&](const ChannelOutput& dgamma, const ChannelOutput& dbeta) {
     HeldBackward<T> held{dy.data(), x.data(), out.dx.data(), saved.data(), call.gamma, call.eps, dgamma, dbeta};
-    held.gate.head = call.tail.relu ? call.tail.bits.data() : nullptr, held.dresidual = data_or_null(out.dresidual, 0);
+    held.gate.head = call.tail.relu ? call.tail.bits.data() : nullptr, held.dresidual = data_or_null(out.dresidual);
     const bool aligned = begin_vectors(dy.data(), x.data(), out.dx.data(), held.dresidual);
     if (!out.dx.empty() && checked.run_held(held, aligned)) return;
-    checked.run([&](auto& passes, std::int64_t at, std::int64_t entry, std::int64_t count) {
-      passes.backward(dy.data() + at, x.data() + at, saved.data() + entry / call.groups.width,
-                      {data_or_null(out.dx, at), data_or_null(out.dresidual, at),
-                       checked.of_entries(dgamma, entry, count), checked.of_entries(dbeta, entry, count)});
+    checked.run([&](auto& passes) {
+      passes.backward(dy.data(), x.data(), saved.data(),
+                      {data_or_null(out.dx), data_or_null(out.dresidual), dgamma, dbeta});
     });
   });
 }
@@ -134,9 +122,9 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
   checked.reads_given(mean, var);
   checked.let_through();
   checked.writes_gradients(out);
-  checked.run_channels([&](auto& passes, std::int64_t, std::int64_t, std::int64_t) {
+  checked.run_channels([&](auto& passes) {
     passes.normalize_backward(dy.data(), x.data(), mean, var,
-                              {data_or_null(out.dx, 0), data_or_null(out.dresidual, 0), out.dgamma, out.dbeta});
+                              {data_or_null(out.dx), data_or_null(out.dresidual), out.dgamma, out.dbeta});
   });
 }
 

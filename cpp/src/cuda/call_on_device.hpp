@@ -3,8 +3,10 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <map>
 #include <optional>
 #include <string>
+#include <vector>
 
 #include "arguments.hpp"
 #include "batchnorm/cuda.hpp"
@@ -30,20 +32,43 @@ class Lent {
   std::byte* memory_;
 };
 
-// Segments one after another that have as many rows: they are worked on together.
-struct Alike {
-  std::int64_t number, count, first_row, rows;
-};
-// f(Alike) of all segments, or of all there is.
-template <class T, class F>
-void for_alike(const Call<T>& call, const F& f) {
+// The segments of a call: those of as many rows, one after another, are cut together where there are many or these are
+// all; else from a list of all such, wherever they are.
+template <class T>
+CutSegments cut_segments(const Call<T>& call) {
+  const Problem& p = call.problem;
   const auto offsets = call.groups.offsets;
-  if (offsets.empty()) return f(Alike{0, 1, 0, call.problem.outer});
-  const auto rows = [&](std::size_t s) { return offsets[s + 1] - offsets[s]; };
-  for (std::size_t s = 0, end = 0; s + 1 < offsets.size(); s = end) {
-    while (end + 1 < offsets.size() && rows(end) == rows(s)) ++end;
-    f(Alike{static_cast<std::int64_t>(s), static_cast<std::int64_t>(end - s), offsets[s], rows(s)});
+  CutSegments all;
+  if (offsets.empty()) {
+    all.cuts.push_back(make_cut(p));
+    return all;
   }
+  all.count = static_cast<std::int64_t>(offsets.size()) - 1;
+  const auto rows = [&](std::int64_t s) {
+    return offsets[static_cast<std::size_t>(s) + 1] - offsets[static_cast<std::size_t>(s)];
+  };
+  const auto position = [&](std::int64_t s) { return offsets[static_cast<std::size_t>(s)] * p.inner; };
+  std::map<std::int64_t, std::vector<std::int64_t>> listed;  // by rows
+  for (std::int64_t s = 0, end = 0; s < all.count; s = end) {
+    while (end < all.count && rows(end) == rows(s)) ++end;
+    if (end - s >= kMostListed || end - s == all.count) {
+      const Segments these{.count = end - s, .number = s, .first = position(s)};
+      all.cuts.push_back(make_cut({rows(s), p.channels, p.inner}, these));
+    } else {
+      for (std::int64_t k = s; k < end; ++k) listed[rows(s)].push_back(k);
+    }
+  }
+  for (const auto& [of_rows, numbers] : listed) {
+    for (std::size_t first = 0; first < numbers.size(); first += kMostListed) {
+      Segments these{.count = 0, .listed = true};
+      for (std::size_t k = first; k < std::min(first + kMostListed, numbers.size()); ++k) {
+        these.numbers[these.count] = static_cast<int>(numbers[k]);
+        these.positions[these.count++] = position(numbers[k]);
+      }
+      all.cuts.push_back(make_cut({of_rows, p.channels, p.inner}, these));
+    }
+  }
+  return all;
 }
 
 // The arguments of a call, and how it is run.
@@ -51,14 +76,12 @@ template <class T>
 class CallOnDevice : public Arguments<T> {
  public:
   CallOnDevice(const Call<T>& call, const Options& options) : Arguments<T>(call), options_(options) {
+    if (!call.groups.each_position) segments_ = cut_segments(call);
     // By 32 bits (visit.cuh).
-    std::int64_t most = call.problem.channels * this->segments();
+    std::int64_t most = std::max(call.problem.channels * this->segments(), segments_.most(most_pieces));
     if (call.groups.each_position) {
       const Cut cut = make_line_cut(call.problem, call.groups.width);
       most = std::max({most_pieces(cut), cut.entries(), call.problem.channels * LinePasses<T, Stream>::chunks(whole_)});
-    } else {
-      for_alike(call,
-                [&](const Alike& some) { most = std::max(most, most_pieces(make_cut(problem_of(some), some.count))); });
     }
     if (most > UINT32_MAX) {
       check::fail("problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got ",
@@ -73,7 +96,7 @@ class CallOnDevice : public Arguments<T> {
     }
   }
 
-  // f(Passes, place in tensors, first entry, how many) of segments that are alike, or of all; or f(LinePasses, ...).
+  // f(Passes), or f(LinePasses) of positions that have statistics of their own.
   template <class F>
   void run(const F& f) const {
     if (!whole_.each_position) return run_channels(f);
@@ -82,25 +105,16 @@ class CallOnDevice : public Arguments<T> {
     const Lent memory(stream, LinePasses<T, Stream>::bytes(whole_));
     clear_head(stream);
     LinePasses<T, Stream> passes(stream, whole_, Stream::device(), memory.get());
-    f(passes, std::int64_t{0}, std::int64_t{0}, call_.problem.channels);
+    f(passes);
   }
   template <class F>
   void run_channels(const F& f) const {
     if (call_.problem.channels == 0) return;
     Stream stream(options_.stream);
-    std::size_t bytes = 0;
-    const bool weighs = static_cast<bool>(whole_.positions);
-    for_alike(call_, [&](const Alike& some) {
-      bytes = std::max(bytes, Passes<T, Stream>::bytes(problem_of(some), some.count, weighs));
-    });
-    const Lent memory(stream, bytes);
+    const Lent memory(stream, Passes<T, Stream>::bytes(whole_, segments_));
     clear_head(stream);
-    for_alike(call_, [&](const Alike& some) {
-      const std::int64_t at = some.first_row * call_.problem.channels * call_.problem.inner;
-      const PassCall<T> part = call_of(some, at);
-      Passes<T, Stream> passes(stream, part, some.count, at, memory.get());
-      f(passes, at, some.number * call_.problem.channels, some.count * call_.problem.channels);
-    });
+    Passes<T, Stream> passes(stream, whole_, segments_, memory.get());
+    f(passes);
   }
   // Forward reads x, backward dy and x: with kInputs tensors held, or as they are read once more.
   template <int kInputs>
@@ -137,12 +151,6 @@ class CallOnDevice : public Arguments<T> {
     return true;
   }
 
-  // `count` of them from `entry` on, where there is one of each entry; else those of channels.
-  template <class Values>
-  [[nodiscard]] Values of_entries(const Values& values, std::int64_t entry, std::int64_t count) const {
-    if (values.size() != this->entries()) return values;
-    return values.part(static_cast<std::size_t>(entry), static_cast<std::size_t>(count));
-  }
   // Sums over segments of what `f(dgamma, dbeta)` gives of each, where they are wanted.
   template <class F>
   void with_parameters(const Gradients<T>& out, const F& f) const {
@@ -180,13 +188,11 @@ class CallOnDevice : public Arguments<T> {
       return "blocks hold " + std::to_string(held_lines) + " lines each, of " + std::to_string(lines);
     }
     if (whole_.each_position) return "sums of " + std::to_string(lines) + " lines through memory, then each value";
-    std::int64_t pieces = 0, launches = 0;
-    for_alike(call_, [&](const Alike& some) {
-      const Cut cut = make_cut(problem_of(some), some.count);
-      pieces += cut.segments * cut.pieces(), ++launches;
-    });
-    return "sums of " + std::to_string(pieces) + " pieces through memory, then each value" +
-           (launches == 1 ? "" : ", of " + std::to_string(launches) + " runs of segments of as many rows");
+    std::int64_t pieces = 0;
+    for (const Cut& cut : segments_.cuts) pieces += cut.segments.count * cut.pieces();
+    const std::size_t launches = segments_.cuts.size();
+    return "sums of " + std::to_string(pieces) + " pieces through memory" +
+           (launches == 1 ? "" : ", by " + std::to_string(launches) + " launches") + ", then each value";
   }
   // The problem whose channels are what shares statistics, if there is one: of samples each, that of all of them.
   [[nodiscard]] std::optional<Problem> held_channels() const {
@@ -208,19 +214,6 @@ class CallOnDevice : public Arguments<T> {
     if (whole_.bits_head != nullptr) stream.zero(whole_.bits_head, kBitsHead);
   }
 
-  [[nodiscard]] Problem problem_of(const Alike& some) const {
-    return {some.rows, call_.problem.channels, call_.problem.inner};
-  }
-  [[nodiscard]] PassCall<T> call_of(const Alike& some, std::int64_t at) const {
-    PassCall<T> part = whole_;
-    part.problem = problem_of(some);
-    const std::int64_t channels = part.problem.channels;
-    part.gamma = of_entries(whole_.gamma, some.number * channels, some.count * channels);
-    part.beta = of_entries(whole_.beta, some.number * channels, some.count * channels);
-    if (part.positions) part.positions.values += some.first_row * call_.problem.inner;
-    if (part.tail.residual != nullptr) part.tail.residual += at;
-    return part;
-  }
   void sum_over_segments(Stream& stream, const ChannelOutput& of_each, const ChannelOutput& out) const {
     const std::int64_t channels = call_.problem.channels;
     if (channels == 0) return;
@@ -230,6 +223,7 @@ class CallOnDevice : public Arguments<T> {
   }
 
   Options options_;
+  CutSegments segments_;
 };
 
 }  // namespace batchnorm::cuda

@@ -13,16 +13,20 @@ BN_DEVICE std::int64_t this_thread() { return std::int64_t{blockIdx.x} * blockDi
 // ---- sums of pieces ----
 
 // Sums of the blocks of a column, as kernels add blocks (kernels/accumulate-inl.hpp): bundles, each begun at 0.
-BN_DEVICE kernels::Sums sum_of_column(const Cut& cut, const kernels::Sums* sums, std::int64_t e) {
-  const std::int64_t blocks = e < cut.width ? cut.rows.blocks : cut.rows.full_blocks;
+// There are `columns` in each.
+BN_DEVICE kernels::Sums sum_of_blocks(std::int64_t blocks, std::int64_t columns, const kernels::Sums* sums,
+                                      std::int64_t e) {
   kernels::Sums total, bundle;
   for (std::int64_t b = 0; b < blocks; ++b) {
-    batchnorm::add(bundle, sums[b * cut.rows.columns + e]);
+    batchnorm::add(bundle, sums[b * columns + e]);
     if (b + 1 < blocks && (b + 1) % kernels::kBundle != 0) continue;
     batchnorm::add(total, bundle);
     bundle = {};
   }
   return total;
+}
+BN_DEVICE kernels::Sums sum_of_column(const Cut& cut, const kernels::Sums* sums, std::int64_t e) {
+  return sum_of_blocks(e < cut.width ? cut.rows.blocks : cut.rows.full_blocks, cut.rows.columns, sums, e);
 }
 // Of rows side by side: half of them to the other half, until there is one. Of column e of a single row.
 BN_DEVICE kernels::Sums sum_side_by_side(const Cut& cut, const kernels::Sums* sums, std::int64_t e) {
@@ -68,10 +72,10 @@ __global__ void __launch_bounds__(kStepThreads)
     finish_moments(const __grid_constant__ Cut cut, const kernels::Sums* sums, Weights<Arithmetic<T>> weights,
                    Again taken, Conditioned* conditioned, Moments* saved) {
   using A = Arithmetic<T>;
-  const std::int64_t e = this_thread();
-  if (e >= cut.entries()) return;
-  const Divided place(e, cut.problem.channels);
-  const DoubleDouble count = weights.count(place.quotient, cut.problem.count());
+  if (this_thread() >= cut.entries()) return;
+  const Divided place(this_thread(), cut.problem.channels);
+  const std::int64_t s = place.quotient, e = cut.entry_of(s) + place.rest;
+  const DoubleDouble count = weights.count(cut.segments.number_of(s), cut.problem.count());
   Conditioned& how = conditioned[e];
   if (!(count.hi > 0)) {
     saved[e] = {};
@@ -80,7 +84,7 @@ __global__ void __launch_bounds__(kStepThreads)
   }
   if (taken == Again::no || how.again == taken) {
     const double shift = taken == Again::about_shift ? how.shift : 0;
-    const kernels::Sums total = called_sums(cut, sums, place.quotient, place.rest, taken != Again::no);
+    const kernels::Sums total = called_sums(cut, sums, s, place.rest, taken != Again::no);
     moments_from_sums<A, double>(count, shift, &total).put(saved + e);
   }
   Moments& m = saved[e];
@@ -90,19 +94,19 @@ __global__ void __launch_bounds__(kStepThreads)
     how.again = Again::compensated;
   }
 }
-// Of the values of channel c of segment s in memory, one after the other: what no sum tells.
+// Of the values of channel c in memory, one after the other: what no sum tells. x and weights are of this problem.
 template <class T>
-BN_DEVICE void settle_in_memory(const Problem& p, const T* x, const Weights<Arithmetic<T>>& weights, std::int64_t s,
+BN_DEVICE void settle_in_memory(const Problem& p, const T* x, const Arithmetic<T>* weights, const DoubleDouble& count,
                                 std::int64_t c, Moments& m) {
   const auto each = [&](const auto& f) {
-    for (std::int64_t o = s * p.outer; o < (s + 1) * p.outer; ++o) {
+    for (std::int64_t o = 0; o < p.outer; ++o) {
       for (std::int64_t i = 0; i < p.inner; ++i) {
-        const double w = weights.values == nullptr ? 1 : static_cast<double>(weights.values[o * p.inner + i]);
+        const double w = weights == nullptr ? 1 : static_cast<double>(weights[o * p.inner + i]);
         if (w != 0) f(widened(x[(o * p.channels + c) * p.inner + i]), w);
       }
     }
   };
-  settle_value_by_value<Arithmetic<T>>(each, weights.count(s, p.count()), m);
+  settle_value_by_value<Arithmetic<T>>(each, count, m);
 }
 // The same of a line.
 template <class T>
@@ -117,11 +121,15 @@ BN_DEVICE void settle_in_memory(const LinesOf& lines, const T* x, std::int64_t l
 template <class T>
 __global__ void __launch_bounds__(kStepThreads)
     settle_moments(const __grid_constant__ Cut cut, const T* x, Weights<Arithmetic<T>> weights, Moments* saved) {
-  const std::int64_t e = this_thread();
-  if (e >= cut.entries() || !(saved[e].count > 0)) return;
-  if (cut.lines.width > 0) return settle_in_memory(cut.lines, x, e, saved[e]);
-  const Divided place(e, cut.problem.channels);
-  settle_in_memory(cut.problem, x, weights, place.quotient, place.rest, saved[e]);
+  if (this_thread() >= cut.entries()) return;
+  const Divided place(this_thread(), cut.problem.channels);
+  const std::int64_t s = place.quotient, c = place.rest, e = cut.entry_of(s) + c;
+  if (!(saved[e].count > 0)) return;
+  if (cut.lines.width > 0) return settle_in_memory(cut.lines, x, c, saved[e]);
+  const std::int64_t first = cut.position_of(s);
+  settle_in_memory(cut.problem, x + first * cut.problem.channels,
+                   weights.values == nullptr ? nullptr : weights.values + first,
+                   weights.count(cut.segments.number_of(s), cut.problem.count()), c, saved[e]);
 }
 
 // ---- groups of channels (grouped.hpp) ----
@@ -246,9 +254,9 @@ struct GradientOutputs {
 template <class T>
 __global__ void __launch_bounds__(kStepThreads) finish_sums(const __grid_constant__ Cut cut, const kernels::Sums* taken,
                                                             const Moments* saved, double eps, GradientOutputs out) {
-  const std::int64_t e = this_thread();
-  if (e >= cut.entries()) return;
-  const Divided place(e, cut.problem.channels);
+  if (this_thread() >= cut.entries()) return;
+  const Divided place(this_thread(), cut.problem.channels);
+  const std::int64_t e = cut.entry_of(place.quotient) + place.rest;
   const GradSums sums = grad_sums_of(sums_of_channel(cut, taken, place.quotient, place.rest, false));
   if (out.sums != nullptr) out.sums[e] = sums;
   set_gradients<T>(sums, saved[e], 1, eps, e, out.dgamma, out.dbeta);
@@ -311,6 +319,16 @@ __global__ void __launch_bounds__(kStepThreads)
     return kernels::GradAffine<double>{a.center, a.scale, 0, 0, a.offset};
   };
   factors.set(c, Coefficients<double, kernels::GradAffine>{of_dy(k.narrow), of_dy(k.wide), k.is_wide});
+}
+
+// To which segment each row belongs, of segments of `rows` rows of `inner` places.
+template <class T>
+__global__ void __launch_bounds__(kStepThreads)
+    number_rows(const __grid_constant__ Cut cut, std::int64_t rows, std::int64_t inner, int* numbers) {
+  if (this_thread() >= cut.segments.count * rows) return;
+  const Divided place(this_thread(), rows);
+  const std::int64_t s = place.quotient;
+  numbers[cut.position_of(s) / inner + place.rest] = static_cast<int>(cut.segments.number_of(s));
 }
 
 // Gradients of channels from those of their segments, first segment first, errors kept (segments.hpp).

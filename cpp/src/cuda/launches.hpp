@@ -43,7 +43,7 @@ class Launches {
   On& on_;
 };
 
-// Sums of the first kind, then those of channels that want it again, which all others leave at once: moments of `cut`.
+// Of a cut: sums of the first kind, then those of channels that want it again, which all others leave at once.
 template <class T>
 struct MomentsTaken {
   const T* x;
@@ -69,7 +69,7 @@ struct MomentsTaken {
 };
 // Pieces of a cut, whichever way it is summed.
 inline std::int64_t most_pieces(const Cut& cut) {
-  return cut.segments * std::max(cut.pieces(), single_rows(cut).pieces());
+  return cut.segments.count * std::max(cut.pieces(), single_rows(cut).pieces());
 }
 
 }  // namespace batchnorm::cuda

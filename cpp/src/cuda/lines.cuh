@@ -255,14 +255,7 @@ __global__ void __launch_bounds__(kStepThreads)
                    ChannelOutput dbeta) {
   const std::int64_t c = this_thread();
   if (c >= channels) return;
-  kernels::Sums total;
-  if (chunks == 1) {
-    total = sums[c];
-  } else {
-    Cut cut;
-    cut.width = channels, cut.rows.columns = channels, cut.rows.blocks = chunks;
-    total = sum_of_column(cut, sums, c);
-  }
+  const kernels::Sums total = chunks == 1 ? sums[c] : sum_of_blocks(chunks, channels, sums, c);
   const auto value = [](double sum, double low) { return std::isfinite(low) ? sum + low : sum; };
   dbeta.set(c, value(total.first, total.first_lo));
   dgamma.set(c, value(total.second, total.second_lo));

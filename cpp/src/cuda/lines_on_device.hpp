@@ -35,7 +35,7 @@ class LinePasses {
         call_(call),
         plan_(plan_of(call)),
         cut_(make_line_cut(call.problem, call.width)),
-        elements_(call.problem, 1, 0),
+        elements_(call.problem, 1),
         how_{cut_.lines, cut_.entries(), call.eps, call.about_zero, call.gamma, call.beta} {
     Workspace workspace(memory);
     const std::int64_t lines = cut_.entries();
@@ -93,7 +93,7 @@ class LinePasses {
   }
   [[nodiscard]] Padded<A> padded() const { return {call_.positions.values, call_.padding}; }
   [[nodiscard]] LineInputs<T> inputs(const T* dy, const T* x) const {
-    return {dy, x, {call_.tail.bits == nullptr ? nullptr : call_.tail.bits - kBitsHead, 0}, padded()};
+    return {dy, x, {call_.tail.bits == nullptr ? nullptr : call_.tail.bits - kBitsHead}, padded()};
   }
 
   [[nodiscard]] Normalize<T, OfLine<T>> body_of(const T* x, T* y) const {

@@ -104,25 +104,24 @@ struct Place {
 };
 constexpr std::int64_t kEach = 8, kTile = kEach * kStepThreads;  // values of a thread, kStepThreads apart; of a block
 
-// The values of some segments, as many rows each: `size` in all, the first of which is number `first` of the tensor.
+// The values of a tensor: of segments of as many rows each, or of one that has all rows and tells the segment of each.
 struct Elements {
   Problem problem;
-  std::int64_t size = 0, first = 0;
+  std::int64_t size = 0;
+  const int* numbers = nullptr;               // of the segments of rows
   Place step{};                               // from a value to the one kStepThreads on
   double per_inner, per_channels, per_outer;  // one over each
 
-  Elements(const Problem& p, std::int64_t segments, std::int64_t at)
+  Elements(const Problem& p, std::int64_t segments, const int* of_rows = nullptr)
       : problem(p),
         size(segments * p.size()),
-        first(at),
+        numbers(of_rows),
         per_inner(1 / static_cast<double>(p.inner)),
         per_channels(1 / static_cast<double>(p.channels)),
         per_outer(1 / static_cast<double>(p.outer)) {
     if (size > 0) step = place(kStepThreads);
   }
-  // Tiles begin at whole bytes of the bits of the tensor.
-  [[nodiscard]] BN_BOTH std::int64_t begin() const { return -(first % 8); }
-  [[nodiscard]] std::int64_t threads() const { return size == 0 ? 0 : (size - begin() + kEach - 1) / kEach; }
+  [[nodiscard]] std::int64_t threads() const { return (size + kEach - 1) / kEach; }
 
   [[nodiscard]] BN_BOTH Place place(std::int64_t at) const {
     Place p{};
@@ -138,7 +137,9 @@ struct Elements {
     if (p.c >= problem.channels) p.c -= problem.channels, ++p.o;
     if (p.o >= problem.outer) p.o -= problem.outer, ++p.s;
   }
-  [[nodiscard]] BN_DEVICE std::int64_t entry(const Place& p) const { return p.s * problem.channels + p.c; }
+  [[nodiscard]] BN_DEVICE std::int64_t entry(const Place& p) const {
+    return (numbers == nullptr ? p.s : numbers[p.o]) * problem.channels + p.c;
+  }
   [[nodiscard]] BN_DEVICE std::int64_t position(const Place& p) const {
     return (p.s * problem.outer + p.o) * problem.inner + p.i;
   }
@@ -155,38 +156,35 @@ struct Elements {
   }
 };
 
-// The bits of eight neighbouring lanes are a byte, of which the first `at` begins one; of a byte that others have a
-// part in, who do not write meanwhile, the rest stays.
+// The bits of eight neighbouring lanes are a byte, of which the first `at` begins one.
 BN_DEVICE void put_bits(std::uint8_t* bits, std::int64_t at, bool is_there, bool bit) {
   const unsigned lane = threadIdx.x % 32, first = lane & ~7u;
-  const unsigned there = __ballot_sync(~0u, is_there) >> first & 0xFF, set = __ballot_sync(~0u, bit) >> first & 0xFF;
-  if (lane != first || there == 0) return;
-  std::uint8_t& byte = bits[at / 8];
-  byte = static_cast<std::uint8_t>(there == 0xFF ? set : (byte & ~there) | set);
+  const unsigned set = __ballot_sync(~0u, bit) >> first & 0xFF;
+  if (lane == first && is_there) bits[at / 8] = static_cast<std::uint8_t>(set);
 }
 
 // A Body has the inputs input(0), ... of a value, null where it has none. know() is told its place, to have in Known
-// what belongs there; put(Known, values, place, at, position), where `at` counts from the first value here, gives
-// whether a bit is set, which goes to bits(), if that is not null.
+// what belongs there; put(Known, values, place, at, position) gives whether a bit is set, which goes to bits(), if that
+// is not null.
 template <class Body>
 __global__ void __launch_bounds__(kStepThreads)
     map(const __grid_constant__ Elements elements, const __grid_constant__ Body body) {
   using T = typename Body::Value;
-  const std::int64_t begin = elements.begin() + std::int64_t{blockIdx.x} * kTile + threadIdx.x;
+  const std::int64_t begin = std::int64_t{blockIdx.x} * kTile + threadIdx.x;
   // All are read before any is written: outputs may be inputs.
   T values[Body::kInputs][kEach];
   BN_UNROLLED for (int n = 0; n < Body::kInputs; ++n) {
     const T* from = body.input(n);
     std::int64_t at = begin;
     BN_UNROLLED for (int k = 0; k < kEach; ++k, at += kStepThreads) {
-      if (from != nullptr && at >= 0 && at < elements.size) values[n][k] = from[at];
+      if (from != nullptr && at < elements.size) values[n][k] = from[at];
     }
   }
   std::int64_t at = begin;
   typename Body::Known known;
-  Place place = elements.place(at < 0 ? at + kStepThreads : at);
+  Place place = elements.place(at);
   BN_UNROLLED for (int k = 0; k < kEach; ++k, at += kStepThreads) {
-    const bool is_there = at >= 0 && at < elements.size;
+    const bool is_there = at < elements.size;
     bool bit = false;
     if (is_there) {
       body.know(known, elements, place);
@@ -194,8 +192,8 @@ __global__ void __launch_bounds__(kStepThreads)
       for (int n = 0; n < Body::kInputs; ++n) of[n] = values[n][k];
       bit = body.put(known, of, place, at, elements.position(place));
     }
-    if (at >= 0) elements.advance(place);
-    if (body.bits() != nullptr) put_bits(body.bits(), elements.first + at, is_there, bit);
+    elements.advance(place);
+    if (body.bits() != nullptr) put_bits(body.bits(), at, is_there, bit);
   }
 }
 

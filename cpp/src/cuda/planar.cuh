@@ -305,7 +305,8 @@ struct HeldForward {
   BN_DEVICE_CALL void settle(const Span& span, std::int64_t channel, MomentsOf<double>& of) const {
     Moments m;
     of.put(&m);
-    settle_in_memory(span.problem, x, Weights<A>{}, 0, channel, m);
+    settle_in_memory(span.problem, x, static_cast<const A*>(nullptr), {static_cast<double>(span.problem.count()), 0},
+                     channel, m);
     of = MomentsOf<double>::at(&m);
   }
   BN_DEVICE void apply(const Span& span, const Slab<T, 1>& slab, const Mine& mine, std::int64_t channel) const {

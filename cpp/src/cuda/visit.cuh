@@ -5,8 +5,8 @@
 // (plan.hpp). Sums of pieces have the order of the CPU's kernels inside, and are added up in its order by the thread
 // that finishes a channel (finish.cuh).
 //
-// Segments of a call that have as many rows are cut alike, and are visited together: segment s of them has the pieces
-// behind those of segment s - 1, and the entries of tables from s*channels on.
+// Segments of a call that have as many rows are cut alike, and are visited together: segment s of those of a cut has
+// the pieces behind those of segment s - 1.
 #pragma once
 
 #include "arithmetic.hpp"
@@ -42,11 +42,27 @@ struct LinesOf {
   }
 };
 
+// Which segments of a call these are: `number` and those behind, or some of a list. A position is what the channels of
+// a row and place have in common (call.hpp).
+constexpr int kMostListed = 224;  // so that all arguments of a kernel are less than 4 KB
+struct Segments {
+  std::int64_t count = 1, number = 0, first = 0;  // first: position of the first one
+  bool listed = false;
+  int numbers[kMostListed] = {};
+  std::int64_t positions[kMostListed] = {};
+
+  [[nodiscard]] BN_DEVICE std::int64_t number_of(std::int64_t s) const { return listed ? numbers[s] : number + s; }
+  // The first position, of segments of `each`.
+  [[nodiscard]] BN_DEVICE std::int64_t position_of(std::int64_t s, std::int64_t each) const {
+    return listed ? positions[s] : first + s * each;
+  }
+};
+
 // How a tensor is cut. Interleaved: columns, of rows that lie `down` values apart, in blocks; of short runs, which are
 // turned, a column is a channel.
 struct Cut {
   Problem problem;  // of a segment, whose channels are these
-  std::int64_t segments = 1;
+  Segments segments;
   bool planar = false;
   RunCut runs;
   RowCut rows;
@@ -58,10 +74,17 @@ struct Cut {
   [[nodiscard]] BN_BOTH std::int64_t pieces() const {
     return planar ? problem.channels * runs.chunks : rows.blocks * rows.columns;
   }
-  [[nodiscard]] BN_BOTH std::int64_t entries() const { return segments * problem.channels; }
-  [[nodiscard]] std::int64_t threads() const { return segments * pieces() * (planar ? kLanes : 1); }
+  [[nodiscard]] BN_BOTH std::int64_t entries() const { return segments.count * problem.channels; }
+  [[nodiscard]] std::int64_t threads() const { return segments.count * pieces() * (planar ? kLanes : 1); }
+  // The first position of segment s, and the entry of its first channel.
+  [[nodiscard]] BN_DEVICE std::int64_t position_of(std::int64_t s) const {
+    return segments.position_of(s, problem.count());
+  }
+  [[nodiscard]] BN_DEVICE std::int64_t entry_of(std::int64_t s) const {
+    return segments.number_of(s) * problem.channels;
+  }
 };
-inline Cut make_cut(const Problem& problem, std::int64_t segments, bool turned) {
+inline Cut make_cut(const Problem& problem, const Segments& segments, bool turned) {
   const Problem seen = turned ? Problem{problem.inner, problem.channels, 1} : problem;
   const Plan plan = make_plan(seen, {true, false, 1, sizeof(float), 0, turned}, Machine{}, 1);
   Cut cut;
@@ -71,14 +94,14 @@ inline Cut make_cut(const Problem& problem, std::int64_t segments, bool turned) 
   cut.across = turned ? problem.inner : 1;
   return cut;
 }
-inline Cut make_cut(const Problem& problem, std::int64_t segments = 1) {
+inline Cut make_cut(const Problem& problem, const Segments& segments = {}) {
   return make_cut(problem, segments, has_short_runs(problem));
 }
 // Of lines: the order in which one is summed is that of its length, however many there are.
 inline Cut make_line_cut(const Problem& problem, std::int64_t width) {
   LinesOf lines{width, problem.channels / width, problem.channels, problem.inner};
   const Problem seen{1, lines.count(problem), width};
-  Cut cut = make_cut(seen, 1, has_short_runs({1, 2, width}));
+  Cut cut = make_cut(seen, {}, has_short_runs({1, 2, width}));
   cut.problem = seen, cut.lines = lines;
   return cut;
 }
@@ -99,12 +122,10 @@ inline Cut single_rows(Cut cut) {
 template <class Body>
 BN_DEVICE void visit_chunk(const Cut& cut, const Body& body, std::int64_t index) {
   const std::int64_t piece = index / kLanes, channels = cut.problem.channels, pieces = cut.pieces();
-  const bool is_there = piece < cut.segments * pieces;
-  const Divided of_all(piece, pieces);
-  const std::int64_t s = is_there ? of_all.quotient : 0;
-  const Divided place(of_all.rest, channels);
-  const std::int64_t c = is_there ? place.rest : 0, inner = cut.problem.inner;
-  auto state = body.begin(s * channels + c, s);
+  const bool is_there = piece < cut.segments.count * pieces;
+  const Divided of_all(is_there ? piece : 0, pieces), place(of_all.rest, channels);
+  const std::int64_t s = of_all.quotient, c = place.rest, inner = cut.problem.inner;
+  auto state = body.begin(cut.entry_of(s) + c, cut.segments.number_of(s));
   if (is_there && state.goes) {
     const RunCut& runs = cut.runs;
     const Divided of_run(place.quotient, runs.pieces_per_run);
@@ -112,8 +133,8 @@ BN_DEVICE void visit_chunk(const Cut& cut, const Body& body, std::int64_t index)
     const std::int64_t left = cut.problem.outer - o, behind = inner - i;
     const std::int64_t count = left < runs.runs_per_chunk ? left : runs.runs_per_chunk;
     const std::int64_t length = behind < runs.piece_length ? behind : runs.piece_length;
-    const std::int64_t row = s * cut.problem.outer + o;
-    std::int64_t at = (row * channels + c) * inner + i, position = row * inner + i, along = 1;
+    const std::int64_t first = cut.position_of(s);
+    std::int64_t at = first * channels + (o * channels + c) * inner + i, position = first + o * inner + i, along = 1;
     if (cut.lines.width > 0) along = cut.lines.inner, at = cut.lines.begin(c) + i * along;
     for (std::int64_t r = 0; r < count; ++r, at += channels * inner, position += inner) {
       for (std::int64_t j = index % kLanes; j < length; j += kLanes) state.add(at + j * along, position + j);
@@ -124,7 +145,7 @@ BN_DEVICE void visit_chunk(const Cut& cut, const Body& body, std::int64_t index)
 template <class Body>
 BN_DEVICE void visit_columns(const Cut& cut, const Body& body, std::int64_t index) {
   const std::int64_t pieces = cut.pieces();
-  if (index >= cut.segments * pieces) return;
+  if (index >= cut.segments.count * pieces) return;
   const RowCut& rows = cut.rows;
   const Divided of_all(index, pieces);
   const Divided place(of_all.rest, rows.columns);
@@ -132,20 +153,21 @@ BN_DEVICE void visit_columns(const Cut& cut, const Body& body, std::int64_t inde
   const bool is_rest = b >= rows.full_blocks;  // of single rows
   if (is_rest && e >= cut.width) return;
   const Divided of_row(e, cut.width), of_channel(of_row.rest, cut.inner);
-  auto state = body.begin(s * cut.problem.channels + of_channel.quotient, s);
+  auto state = body.begin(cut.entry_of(s) + of_channel.quotient, cut.segments.number_of(s));
   if (!state.goes) return;
   const std::int64_t first = is_rest ? rows.rows : b * rows.block_rows, left = rows.rows - first;
   const std::int64_t count = is_rest ? rows.rest_rows : left < rows.block_rows ? left : rows.block_rows;
   const bool turned = cut.across != 1;
   std::int64_t down = turned ? 1 : is_rest ? cut.width : rows.columns;
-  std::int64_t at = s * cut.problem.size() + first * (turned ? 1 : rows.columns) + e * cut.across;
+  const std::int64_t begin = cut.position_of(s);
+  std::int64_t at = begin * cut.problem.channels + first * (turned ? 1 : rows.columns) + e * cut.across;
   if (cut.lines.width > 0) {
     down = cut.lines.inner;
     at = cut.lines.begin(of_channel.quotient) + (turned ? first : of_channel.rest) * down;
   }
   // The row of the tensor that this is, and how many on the next is.
   const std::int64_t row = first * rows.repeat + of_row.quotient, rows_on = is_rest ? 1 : rows.repeat;
-  std::int64_t position = s * cut.problem.count() + row * cut.inner + of_channel.rest;
+  std::int64_t position = begin + row * cut.inner + of_channel.rest;
   for (std::int64_t r = 0; r < count; ++r, at += down, position += rows_on * cut.inner) state.add(at, position);
   body.end(state, index, false);
 }
@@ -179,7 +201,7 @@ struct Weights {
   [[nodiscard]] BN_DEVICE bool is_mask(std::int64_t s) const { return values == nullptr || weighed[s].is_mask; }
 };
 
-// Sums of the weights of chunks (counted.cpp), of `count` weights a segment; then a thread adds those of a segment.
+// Sums of the weights of chunks (counted.cpp); then a thread adds those of a segment.
 struct WeighedChunk {
   DoubleDouble total;
   double least;
@@ -191,17 +213,18 @@ BN_BOTH inline std::int64_t chunks_of_weights(std::int64_t count) {
 }
 template <class W>
 __global__ void __launch_bounds__(kStepThreads)
-    weigh_chunks(const W* weights, std::int64_t count, std::int64_t segments, WeighedChunk* out) {
+    weigh_chunks(const __grid_constant__ Cut cut, const W* weights, WeighedChunk* out) {
   const std::int64_t index = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x, chunk = index / kLanes;
-  const std::int64_t chunks = chunks_of_weights(count);
-  const bool is_there = chunk < segments * chunks;
+  const std::int64_t count = cut.problem.count(), chunks = chunks_of_weights(count);
+  const bool is_there = chunk < cut.segments.count * chunks;
   const Divided place(is_there ? chunk : 0, chunks);
   const std::int64_t first = place.rest * kWeightsOfChunk, left = count - first;
   const std::int64_t n = !is_there ? 0 : left < kWeightsOfChunk ? left : kWeightsOfChunk;
+  const W* const from = weights + cut.position_of(place.quotient) + first;
   Compensated sum;
   double least = 1, others = 0;
   for (std::int64_t i = index % kLanes; i < n; i += kLanes) {
-    const auto w = static_cast<double>(weights[place.quotient * count + first + i]);
+    const auto w = static_cast<double>(from[i]);
     sum.add(w);
     if (w > 0 && w < least) least = w;
     if (w != 0 && w != 1) others = 1;
@@ -215,16 +238,17 @@ __global__ void __launch_bounds__(kStepThreads)
 }
 template <class W>
 __global__ void __launch_bounds__(kStepThreads)
-    weigh_segments(const WeighedChunk* of_chunks, std::int64_t chunks, std::int64_t segments, Weighed* out) {
+    weigh_segments(const __grid_constant__ Cut cut, const WeighedChunk* of_chunks, Weighed* out) {
   const std::int64_t s = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
-  if (s >= segments) return;
+  if (s >= cut.segments.count) return;
+  const std::int64_t chunks = chunks_of_weights(cut.problem.count());
   Weighed all{{}, 1, true};
   for (std::int64_t k = s * chunks; k < (s + 1) * chunks; ++k) {
     all.total = all.total + of_chunks[k].total;
     all.least = std::fmin(all.least, of_chunks[k].least);
     all.is_mask = all.is_mask && of_chunks[k].is_mask;
   }
-  out[s] = all;
+  out[cut.segments.number_of(s)] = all;
 }
 
 // ---- what is summed ----
@@ -276,11 +300,10 @@ struct SumMoments {
 // The bits of a ReLU behind their head (passes.hpp), or none.
 struct Gate {
   const std::uint8_t* head = nullptr;
-  std::int64_t at = 0;  // of the first value here
 
   [[nodiscard]] BN_DEVICE bool lets_through(std::int64_t value) const {
     if (head == nullptr) return true;
-    const std::int64_t bit = head[0] % kernels::kVectorColumns + at + value;
+    const std::int64_t bit = head[0] % kernels::kVectorColumns + value;
     return ((head[kBitsHead + bit / 8] >> (bit % 8)) & 1) != 0;
   }
 };
