@@ -11,6 +11,16 @@ constexpr cuda::Device kTiny{80, 1, 4096, {1, 0, 0, 0, 0}};
 // The same, but that lines up to a chunk are held.
 constexpr cuda::Device kOfLines{80, 1, 227 * 1024, {0, 0, 0, 0, 0}};
 
+// Sanitizers look at who touches what, ten times as slowly: kinds that take each way of summing, and fewer
+// combinations.
+#if defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+constexpr bool kSanitized = true;
+constexpr const char* kTriedKinds[] = {"far from 0", "cancelled twice"};
+#else
+constexpr bool kSanitized = false;
+constexpr auto& kTriedKinds = kKinds;
+#endif
+
 template <class T>
 Call<T> plain(const Inputs<T>& t) {
   return {.problem = t.problem, .gamma = t.gamma, .beta = t.beta, .eps = 1e-5};
@@ -26,7 +36,7 @@ template <class T>
 void expect_all_same() {
   Stream::current = kTiny;
   for (const Problem& problem : kProblems) {
-    for (const char* kind : kKinds) {
+    for (const char* kind : kTriedKinds) {
       const Inputs<T> t(problem, kind);
       expect_same(t, plain(t), "");
     }
@@ -109,7 +119,8 @@ TEST(combinations_have_the_bits_of_the_library) {
   expect_combinations_same<float>({5, 40, 1}, "normal");
   expect_combinations_same<BFloat16>({5, 80, 1}, "normal");
   for (const Problem& problem : {Problem{5, 4, 37}, {7, 6, 1}, {9, 4, 9}}) {
-    expect_combinations_same<float>(problem, "normal", Some::all);
+    expect_combinations_same<float>(problem, "normal", kSanitized ? Some::fifth : Some::all);
+    if (kSanitized) continue;
     expect_combinations_same<float>(problem, "far from 0");
     expect_combinations_same<float>(problem, "large");
     expect_combinations_same<float>(problem, "cancelled");
@@ -155,7 +166,7 @@ TEST(lines_have_the_bits_of_the_library) {
                                  {1, 17, 1},
                                  {21, 200, 1},
                                  {5, 4096, 1}}) {
-    for (const char* kind : kKinds) {
+    for (const char* kind : kTriedKinds) {
       for (const About about : {About::mean, About::zero}) {
         const auto same_lines = [&]<class T>(const Inputs<T>& t) {
           Call<T> call = plain(t);

@@ -4,8 +4,8 @@
 // memory that they are given is the device's: tensors, gamma, beta and alpha, weights, the bits of a ReLU, moments and
 // sums; but call.groups.offsets, which is read before they return. They launch work on a stream and return: what they
 // read and write must stay until it is done. They never wait, and take memory to work in by cudaMallocAsync on that
-// stream, so that a call can be captured in a graph. Segments are launched together where neighbours have as many rows,
-// others one after the other. T is Float16, BFloat16, float or double.
+// stream, so that a call can be captured in a graph. Segments that have as many rows are launched together. T is
+// Float16, BFloat16, float or double.
 //
 // Values in device memory are not looked at, so that what batchnorm.hpp refuses for its values is not refused here: a
 // negative variance gives NaN, a channel with a single value that counts a variance of 0; weights that are not finite

@@ -257,7 +257,7 @@ __global__ void __launch_bounds__(kStepThreads) finish_sums(const __grid_constan
   if (this_thread() >= cut.entries()) return;
   const Divided place(this_thread(), cut.problem.channels);
   const std::int64_t e = cut.entry_of(place.quotient) + place.rest;
-  const GradSums sums = grad_sums_of(sums_of_channel(cut, taken, place.quotient, place.rest, false));
+  const GradSums sums = grad_sums_of(called_sums(cut, taken, place.quotient, place.rest, false));
   if (out.sums != nullptr) out.sums[e] = sums;
   set_gradients<T>(sums, saved[e], 1, eps, e, out.dgamma, out.dbeta);
 }

@@ -166,8 +166,10 @@ BN_DEVICE void put_bits(std::uint8_t* bits, std::int64_t at, bool is_there, bool
 // A Body has the inputs input(0), ... of a value, null where it has none. know() is told its place, to have in Known
 // what belongs there; put(Known, values, place, at, position) gives whether a bit is set, which goes to bits(), if that
 // is not null.
+// Four blocks to a multiprocessor are 128 registers a thread: with 64, which the compiler took by itself, and with 80
+// some were spilled.
 template <class Body>
-__global__ void __launch_bounds__(kStepThreads)
+__global__ void __launch_bounds__(kStepThreads, 4)
     map(const __grid_constant__ Elements elements, const __grid_constant__ Body body) {
   using T = typename Body::Value;
   const std::int64_t begin = std::int64_t{blockIdx.x} * kTile + threadIdx.x;

@@ -406,8 +406,9 @@ __global__ void __launch_bounds__(kMostThreads, 1)
     }
     if (slab.told[kReadMemory] != 0) mine.meet(span);  // who reads x has done so before it may be written over
     pass.apply(span, slab, mine, channel);
-    device::before_copies();  // that thread 0 issues
-    __syncthreads();          // the slab, and what was told, are free
+    // The copies that thread 0 issues come behind what each thread has written there.
+    device::before_copies();
+    __syncthreads();  // the slab, and what was told, are free
   }
   if (span.sums == nullptr) device::cluster_sync();  // nobody writes to the memory of a block that has ended
 }
