@@ -151,10 +151,18 @@ TEST(what_is_wrong_is_refused_by_name) {
   });
   expect_refused("mean must have 3 values (one per channel), got none",
                  [&] { cuda::normalize<float>(x, {.problem = t.problem}, ChannelValues{}, t.gamma, y); });
-  expect_refused(
-      "problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got {outer 2, "
-      "channels 536870912, inner 16}",
-      [&] { cuda::moments<float>(x, {.problem = {2, 1 << 29, 16}}, saved); });
+  const auto too_many = [](const char* got) {
+    return std::string(
+               "problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), "
+               "and rows in segments of other lengths, got ") +
+           got;
+  };
+  expect_refused(too_many("{outer 2, channels 536870912, inner 16}"),
+                 [&] { cuda::moments<float>(x, {.problem = {2, 1 << 29, 16}}, saved); });
+  const std::int64_t far_apart[] = {0, 1, std::int64_t{1} << 33};
+  expect_refused(too_many("{outer 8589934592, channels 1, inner 1}"), [&] {
+    cuda::moments<float>(x, {.problem = {std::int64_t{1} << 33, 1, 1}, .groups = {far_apart}}, saved);
+  });
 }
 
 }  // namespace

@@ -76,16 +76,21 @@ template <class T>
 class CallOnDevice : public Arguments<T> {
  public:
   CallOnDevice(const Call<T>& call, const Options& options) : Arguments<T>(call), options_(options) {
-    if (!call.groups.each_position) segments_ = cut_segments(call);
     // By 32 bits (visit.cuh).
-    std::int64_t most = std::max(call.problem.channels * this->segments(), segments_.most(most_pieces));
+    std::int64_t most = call.problem.channels * this->segments();
     if (call.groups.each_position) {
       const Cut cut = make_line_cut(call.problem, call.groups.width);
       most = std::max({most_pieces(cut), cut.entries(), call.problem.channels * LinePasses<T, Stream>::chunks(whole_)});
+    } else {
+      segments_ = cut_segments(call);
+      most = std::max(most, segments_.most(most_pieces));
+      if (!segments_.are_alike()) most = std::max(most, call.problem.outer);  // each is told its segment
     }
     if (most > UINT32_MAX) {
-      check::fail("problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), got ",
-                  check::text(call.problem));
+      check::fail(
+          "problem must have fewer than 2^32 channels and pieces (chunks, or columns of blocks of rows), and rows in "
+          "segments of other lengths, got ",
+          check::text(call.problem));
     }
   }
 
