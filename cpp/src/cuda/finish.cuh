@@ -8,8 +8,6 @@
 
 namespace batchnorm::cuda {
 
-BN_DEVICE std::int64_t this_thread() { return std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
-
 // ---- sums of pieces ----
 
 // Sums of the blocks of a column, as kernels add blocks (kernels/accumulate-inl.hpp): bundles, each begun at 0.
@@ -108,14 +106,13 @@ BN_DEVICE void settle_in_memory(const Problem& p, const T* x, const Arithmetic<T
   };
   settle_value_by_value<Arithmetic<T>>(each, count, m);
 }
-// The same of a line.
+// The same of a line, whose values are `apart`.
 template <class T>
-BN_DEVICE void settle_in_memory(const LinesOf& lines, const T* x, std::int64_t line, Moments& m) {
-  const T* from = x + lines.begin(line);
+BN_DEVICE void settle_line(const T* from, std::int64_t width, std::int64_t apart, Moments& m) {
   const auto each = [&](const auto& f) {
-    for (std::int64_t j = 0; j < lines.width; ++j) f(widened(from[j * lines.inner]), 1.0);
+    for (std::int64_t j = 0; j < width; ++j) f(widened(from[j * apart]), 1.0);
   };
-  settle_value_by_value<Arithmetic<T>>(each, {static_cast<double>(lines.width), 0}, m);
+  settle_value_by_value<Arithmetic<T>>(each, {static_cast<double>(width), 0}, m);
 }
 // At last, where no sum tells enough: by threads of which nearly all leave at once.
 template <class T>
@@ -125,7 +122,8 @@ __global__ void __launch_bounds__(kStepThreads)
   const Divided place(this_thread(), cut.problem.channels);
   const std::int64_t s = place.quotient, c = place.rest, e = cut.entry_of(s) + c;
   if (!(saved[e].count > 0)) return;
-  if (cut.lines.width > 0) return settle_in_memory(cut.lines, x, c, saved[e]);
+  const LinesOf& lines = cut.lines;
+  if (lines.width > 0) return settle_line(x + lines.begin(c), lines.width, lines.inner, saved[e]);
   const std::int64_t first = cut.position_of(s);
   settle_in_memory(cut.problem, x + first * cut.problem.channels,
                    weights.values == nullptr ? nullptr : weights.values + first,

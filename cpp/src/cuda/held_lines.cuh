@@ -53,12 +53,7 @@ struct HeldLine {
     for (std::int64_t j = lane; j < width; j += kLanes) terms.add(widened(values[j]));
   }
   // Once in a blue moon, by each thread alone.
-  BN_DEVICE_CALL void settle(Moments& m) const {
-    const auto each = [&](const auto& f) {
-      for (std::int64_t j = 0; j < width; ++j) f(widened(values[j]), 1.0);
-    };
-    settle_value_by_value<Arithmetic<T>>(each, {static_cast<double>(width), 0}, m);
-  }
+  BN_DEVICE_CALL void settle(Moments& m) const { settle_line(values, width, 1, m); }
 };
 
 // The moments of a line, which all its threads get. All threads of a warp come; a line that is not there has a width of

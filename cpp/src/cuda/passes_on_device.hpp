@@ -40,8 +40,7 @@ class Passes {
                       2 * Workspace::bytes_for<GradSums>(entries) + Workspace::bytes_for<A>(kMostFields * entries) +
                       Workspace::bytes_for<double>(kMostFields * entries) + Workspace::bytes_for<bool>(entries);
     if (call.positions) {
-      all +=
-          Workspace::bytes_for<WeighedChunk>(segments.most(chunks_of)) + Workspace::bytes_for<Weighed>(segments.count);
+      all += Workspace::bytes_for<Weighed>(segments.most(chunks_of)) + Workspace::bytes_for<Weighed>(segments.count);
     }
     return all + (segments.are_alike() ? 0 : Workspace::bytes_for<int>(call.problem.outer));
   }
@@ -63,7 +62,7 @@ class Passes {
     factors_.is_wide = workspace.take<bool>(entries());
     factors_.entries = entries();
     if (call.positions) {
-      of_chunks_ = workspace.take<WeighedChunk>(segments.most(chunks_of));
+      of_chunks_ = workspace.take<Weighed>(segments.most(chunks_of));
       of_segments_ = workspace.take<Weighed>(segments.count);
       weights_ = {call.positions.values, of_segments_};
     }
@@ -180,7 +179,7 @@ class Passes {
   const PassCall<T>& call_;
   const CutSegments& segments_;
   Sharing how_;
-  WeighedChunk* of_chunks_ = nullptr;
+  Weighed* of_chunks_ = nullptr;
   Weighed* of_segments_ = nullptr;
   Weights<A> weights_;
   kernels::Sums* sums_;

@@ -17,9 +17,10 @@
 namespace batchnorm::cuda {
 
 constexpr unsigned kStepThreads = 128;
+BN_DEVICE std::int64_t this_thread() { return std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x; }
 
-// Quotient and remainder of numbers of pieces, channels and columns, of which there are fewer than 2^32 (api.cu): to
-// divide 64 bits is a call, for which registers are spilled.
+// Quotient and remainder of numbers of pieces, channels and columns, of which there are fewer than 2^32
+// (call_on_device.hpp): to divide 64 bits is a call, for which registers are spilled.
 struct Divided {
   std::int64_t quotient, rest;
 
@@ -175,14 +176,14 @@ BN_DEVICE void visit_columns(const Cut& cut, const Body& body, std::int64_t inde
 template <class Body>
 __global__ void __launch_bounds__(kStepThreads, 6)
     visit(const __grid_constant__ Cut cut, const __grid_constant__ Body body) {
-  const std::int64_t index = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+  const std::int64_t index = this_thread();
   if (cut.planar) return visit_chunk(cut, body, index);
   visit_columns(cut, body, index);
 }
 
 // ---- weights ----
 
-// What the weights of a segment are (counted.hpp).
+// What the weights of a segment are, or of a chunk of it (counted.hpp).
 struct Weighed {
   DoubleDouble total;
   double least;  // of those above 0, where not all are 0 or 1
@@ -201,20 +202,15 @@ struct Weights {
   [[nodiscard]] BN_DEVICE bool is_mask(std::int64_t s) const { return values == nullptr || weighed[s].is_mask; }
 };
 
-// Sums of the weights of chunks (counted.cpp); then a thread adds those of a segment.
-struct WeighedChunk {
-  DoubleDouble total;
-  double least;
-  bool is_mask;
-};
+// What the weights of chunks are (counted.cpp); then a thread adds those of a segment.
 constexpr std::int64_t kWeightsOfChunk = 16 * 1024;
 BN_BOTH inline std::int64_t chunks_of_weights(std::int64_t count) {
   return (count + kWeightsOfChunk - 1) / kWeightsOfChunk;
 }
 template <class W>
 __global__ void __launch_bounds__(kStepThreads)
-    weigh_chunks(const __grid_constant__ Cut cut, const W* weights, WeighedChunk* out) {
-  const std::int64_t index = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x, chunk = index / kLanes;
+    weigh_chunks(const __grid_constant__ Cut cut, const W* weights, Weighed* out) {
+  const std::int64_t index = this_thread(), chunk = index / kLanes;
   const std::int64_t count = cut.problem.count(), chunks = chunks_of_weights(count);
   const bool is_there = chunk < cut.segments.count * chunks;
   const Divided place(is_there ? chunk : 0, chunks);
@@ -238,8 +234,8 @@ __global__ void __launch_bounds__(kStepThreads)
 }
 template <class W>
 __global__ void __launch_bounds__(kStepThreads)
-    weigh_segments(const __grid_constant__ Cut cut, const WeighedChunk* of_chunks, Weighed* out) {
-  const std::int64_t s = std::int64_t{blockIdx.x} * blockDim.x + threadIdx.x;
+    weigh_segments(const __grid_constant__ Cut cut, const Weighed* of_chunks, Weighed* out) {
+  const std::int64_t s = this_thread();
   if (s >= cut.segments.count) return;
   const std::int64_t chunks = chunks_of_weights(cut.problem.count());
   Weighed all{{}, 1, true};
