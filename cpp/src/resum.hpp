@@ -68,7 +68,12 @@ BN_BOTH void settle_scaled(const Each& each, const DoubleDouble& total, Moments&
        std::ldexp(scaled.m2, of_squares), std::ldexp(scaled.m2_lo, of_squares)};
 }
 
-// A channel whose sums have been taken again where they had to be.
+// Whether no sum tells enough of a channel whose sums have been taken again where they had to be.
+template <class A>
+BN_BOTH bool wants_values(const MomentsOf<double>& m) {
+  return (mean_below(m, Conditioning<A>::kExactBelow) && std::isfinite(m.m2)) || left_range<A>(m);
+}
+// Such a channel; others stay as they are.
 template <class A, class Each>
 BN_BOTH void settle_value_by_value(const Each& each, const DoubleDouble& count, Moments& m) {
   if (mean_below(m, Conditioning<A>::kExactBelow) && std::isfinite(m.m2)) settle_exactly(each, count, m);

@@ -83,9 +83,7 @@ BN_DEVICE Moments moments_of(const HeldLine<T>& line) {
     const kernels::Sums again = folded(compensated);
     if (cancels) moments_from_sums<A, double>(count, 0, &again).put(&m);
   }
-  const bool is_told = !(mean_below(m, Conditioning<A>::kExactBelow) && std::isfinite(m.m2)) &&
-                       !left_range<A>(MomentsOf<double>::at(&m));
-  if (line.width > 0 && !is_told) line.settle(m);
+  if (line.width > 0 && wants_values<A>(MomentsOf<double>::at(&m))) line.settle(m);
   return m;
 }
 

@@ -294,9 +294,9 @@ struct HeldForward {
       return;
     }
     told[0] = kApply;
-    const bool is_told = !(mean_below(m, Conditioning<A>::kExactBelow) && std::isfinite(m.m2)) && !left_range<A>(m);
-    if (!is_told) settle(span, channel, m);
-    told[kReadMemory] = is_told ? 0 : 1;
+    const bool reads_memory = wants_values<A>(m);
+    if (reads_memory) settle(span, channel, m);
+    told[kReadMemory] = reads_memory ? 1 : 0;
     if (mine.rank == 0) m.put(saved + channel);
     forward_coefficients<A, double>(m, eps, of_channel(gamma, channel, 1), of_channel(beta, channel, 0), true,
                                     [told](const Coefficients<double, kernels::Affine>& k) { tell(told, k); });
