@@ -103,16 +103,11 @@ void update_running(std::span<double> running_mean, std::span<double> running_va
   check::update_rate(update_rate);
   check::ddof(ddof);
   check::counts_above("batch", batch, ddof);
-  const auto blend = [update_rate](double& running, double value) {
-    // The ends are exact: (1 - 0)*running + 0*value would lose a running value to value = infinity.
-    if (update_rate == 0) return;
-    running = update_rate == 1 ? value : (1 - update_rate) * running + update_rate * value;
-  };
   run_here([&] {
     for (std::size_t c = 0; c < batch.size(); ++c) {
       if (batch[c].count == 0) continue;
-      blend(running_mean[c], batch[c].mean);
-      blend(running_var[c], variance_of(batch[c], ddof).hi);
+      running_mean[c] = blended(running_mean[c], batch[c].mean, update_rate);
+      running_var[c] = blended(running_var[c], variance_of(batch[c], ddof).hi, update_rate);
     }
   });
 }

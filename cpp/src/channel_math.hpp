@@ -167,6 +167,13 @@ BN_BOTH inline DoubleDouble variance_of(const Moments& m, int ddof) {
   return DoubleDouble{m.m2, m.m2_lo} / DoubleDouble{freedom, 0};
 }
 
+// A running statistic after one more batch. The ends are exact: (1 - 0)*running + 0*value would lose a running value to
+// value = infinity.
+BN_BOTH inline double blended(double running, double value, double update_rate) {
+  if (update_rate == 0) return running;
+  return update_rate == 1 ? value : (1 - update_rate) * running + update_rate * value;
+}
+
 // 1/sqrt(var + eps) to about 100 bits; 0 where var + eps is 0, so that a channel without spread gives exactly beta.
 BN_BOTH inline DoubleDouble rstd_of(DoubleDouble var, double eps) {
   if (!std::isfinite(var.hi)) return {1 / std::sqrt(var.hi), 0};  // infinity gives 0, NaN itself

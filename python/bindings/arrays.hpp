@@ -29,10 +29,9 @@ inline bool is_float32(const py::array& a) { return has_dtype(a, kFloat32); }
 inline bool is_float64(const py::array& a) { return has_dtype(a, kFloat64); }
 
 inline bool is_float16(const py::array& a) { return has_dtype(a, 23); }  // NPY_HALF
-// That of ml_dtypes, known by its scalar type's name alone: NumPy gives it a number of the process's own.
+// That of ml_dtypes, known by its name alone: NumPy gives it a number of the process's own.
 inline bool is_bfloat16(const py::array& a) {
-  return a.dtype().kind() == 'V' && a.itemsize() == 2 &&
-         a.dtype().attr("type").attr("__name__").cast<std::string>() == "bfloat16";
+  return a.dtype().kind() == 'V' && a.itemsize() == 2 && a.dtype().attr("name").cast<std::string>() == "bfloat16";
 }
 template <class T>
 bool holds(const py::array& a) {

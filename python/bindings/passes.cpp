@@ -1,4 +1,5 @@
-// The passes, each as one function of a call. As module.cpp: views in, GIL released, core called.
+// The passes, each as one function of a call. As module.cpp: views in, GIL released, core called. Compiled once for
+// _core and once for _cuda (site.hpp).
 //
 // A call comes as a tuple (sizes, offsets, width, weights, padding, gamma, beta, eps, residual, relu, bits,
 // each_position, about_zero, alpha, strided); what is absent is None.
@@ -6,8 +7,8 @@
 
 #include <optional>
 
-#include "batchnorm/batchnorm.hpp"
 #include "calls.hpp"
+#include "site.hpp"
 
 namespace batchnorm::bindings {
 namespace {
@@ -114,18 +115,19 @@ class Statistics {
   ChannelValues mean_, var_;
 };
 
-void py_moments(const py::array& x, const py::tuple& call, py::array out, int threads) {
+void py_moments(const py::array& x, const py::tuple& call, py::array out, const Where& where) {
   const GivenCall given(call);
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
     const Call<T> of = given.as<T>();
     const auto to = rows<Moments>(out, "moments");
     const ReleaseForWork gil(x.size());
-    moments<T>(in, of, to, {threads});
+    const Site at(where);
+    site::moments<T>(in, of, to, at.options());
   });
 }
 
-void py_batch_norm(const py::array& x, const py::tuple& call, py::array y, py::array saved, int threads) {
+void py_batch_norm(const py::array& x, const py::tuple& call, py::array y, py::array saved, const Where& where) {
   const GivenCall given(call);
   with_dtype_of(x, [&]<class T>(T) {
     const auto in = tensor<T>(x, "x");
@@ -133,11 +135,13 @@ void py_batch_norm(const py::array& x, const py::tuple& call, py::array y, py::a
     const auto out = output<T>(y, "out");
     const auto to = rows<Moments>(saved, "moments");
     const ReleaseForWork gil(x.size());
-    batch_norm<T>(in, of, out, to, {threads});
+    const Site at(where);
+    site::batch_norm<T>(in, of, out, to, at.options());
   });
 }
 
-void py_normalize(const py::array& x, const py::tuple& call, const py::object& statistics, py::array y, int threads) {
+void py_normalize(const py::array& x, const py::tuple& call, const py::object& statistics, py::array y,
+                  const Where& where) {
   const GivenCall given(call);
   const Statistics by(statistics);
   with_dtype_of(x, [&]<class T>(T) {
@@ -145,13 +149,14 @@ void py_normalize(const py::array& x, const py::tuple& call, const py::object& s
     const Call<T> of = given.as<T>();
     const auto out = output<T>(y, "out");
     const ReleaseForWork gil(x.size());
-    by.visit([&](auto moments) { normalize<T>(in, of, moments, out, {threads}); },
-             [&](auto mean, auto var) { normalize<T>(in, of, mean, var, out, {threads}); });
+    const Site at(where);
+    by.visit([&](auto moments) { site::normalize<T>(in, of, moments, out, at.options()); },
+             [&](auto mean, auto var) { site::normalize<T>(in, of, mean, var, out, at.options()); });
   });
 }
 
 void py_grad_sums(const py::array& dy, const py::array& x, const py::tuple& call, const py::array& saved, py::array out,
-                  int threads) {
+                  const Where& where) {
   const GivenCall given(call);
   const auto stats = table<Moments>(saved, "moments");
   with_dtype_of(x, [&]<class T>(T) {
@@ -160,12 +165,13 @@ void py_grad_sums(const py::array& dy, const py::array& x, const py::tuple& call
     const Call<T> of = given.as<T>();
     const auto to = rows<GradSums>(out, "sums");
     const ReleaseForWork gil(x.size());
-    grad_sums<T>(g, in, of, stats, to, {threads});
+    const Site at(where);
+    site::grad_sums<T>(g, in, of, stats, to, at.options());
   });
 }
 
 void py_grad_input(const py::array& dy, const py::array& x, const py::tuple& call, const py::array& saved,
-                   const py::array& sums, py::array dx, MaybeArray dresidual, int threads) {
+                   const py::array& sums, py::array dx, MaybeArray dresidual, const Where& where) {
   const GivenCall given(call);
   const auto stats = table<Moments>(saved, "moments");
   const auto of_sums = table<GradSums>(sums, "sums");
@@ -175,12 +181,13 @@ void py_grad_input(const py::array& dy, const py::array& x, const py::tuple& cal
     const Call<T> of = given.as<T>();
     const auto out = output<T>(dx, "out"), passed_on = output_or_none<T>(dresidual, "out");
     const ReleaseForWork gil(x.size());
-    grad_input<T>(g, in, of, stats, of_sums, out, passed_on, {threads});
+    const Site at(where);
+    site::grad_input<T>(g, in, of, stats, of_sums, out, passed_on, at.options());
   });
 }
 
 void py_backward(const py::array& dy, const py::array& x, const py::tuple& call, const py::object& statistics,
-                 MaybeArray dx, MaybeArray dresidual, MaybeArray dgamma, MaybeArray dbeta, int threads) {
+                 MaybeArray dx, MaybeArray dresidual, MaybeArray dgamma, MaybeArray dbeta, const Where& where) {
   const GivenCall given(call);
   const Statistics by(statistics);
   const GradientInto to_gamma(dgamma, "dgamma"), to_beta(dbeta, "dbeta");
@@ -191,17 +198,19 @@ void py_backward(const py::array& dy, const py::array& x, const py::tuple& call,
     const Gradients<T> out{output_or_none<T>(dx, "out"), output_or_none<T>(dresidual, "out"), to_gamma.output(),
                            to_beta.output()};
     const ReleaseForWork gil(x.size());
-    by.visit([&](auto moments) { batch_norm_backward<T>(g, in, of, moments, out, {threads}); },
-             [&](auto mean, auto var) { normalize_backward<T>(g, in, of, mean, var, out, {threads}); });
+    const Site at(where);
+    by.visit([&](auto moments) { site::batch_norm_backward<T>(g, in, of, moments, out, at.options()); },
+             [&](auto mean, auto var) { site::normalize_backward<T>(g, in, of, mean, var, out, at.options()); });
   });
   to_gamma.deliver();
   to_beta.deliver();
 }
 
+#if !defined(BATCHNORM_ON_DEVICE)  // which has no derivatives of second order, and none along tangents
 // mean_dot and var_dot are None where the statistics are moments, which follow x.
 void py_jvp(const py::array& x_dot, const py::array& x, const py::tuple& call, const py::object& statistics,
             const py::object& mean_dot, const py::object& var_dot, const py::object& gamma_dot,
-            const py::object& beta_dot, py::array y_dot, int threads) {
+            const py::object& beta_dot, py::array y_dot, const Where& where) {
   const GivenCall given(call);
   const Statistics by(statistics);
   const ChannelValues m = channel_values(mean_dot, "mean_dot"), v = channel_values(var_dot, "var_dot");
@@ -212,14 +221,17 @@ void py_jvp(const py::array& x_dot, const py::array& x, const py::tuple& call, c
     const Call<T> of = given.as<T>();
     const auto out = output<T>(y_dot, "out");
     const ReleaseForWork gil(x.size());
-    by.visit([&](auto moments) { batch_norm_jvp<T>(tangent, in, of, moments, g, b, out, {threads}); },
-             [&](auto mean, auto var) { normalize_jvp<T>(tangent, in, of, mean, var, m, v, g, b, out, {threads}); });
+    const Site at(where);
+    by.visit([&](auto moments) { site::batch_norm_jvp<T>(tangent, in, of, moments, g, b, out, at.options()); },
+             [&](auto mean, auto var) {
+               site::normalize_jvp<T>(tangent, in, of, mean, var, m, v, g, b, out, at.options());
+             });
   });
 }
 
 void py_double_backward(const py::array& v, const py::array& dy, const py::array& x, const py::tuple& call,
                         const py::object& statistics, const py::object& v_dgamma, const py::object& v_dbeta,
-                        MaybeArray ddy, MaybeArray dx, MaybeArray dgamma, int threads) {
+                        MaybeArray ddy, MaybeArray dx, MaybeArray dgamma, const Where& where) {
   const GivenCall given(call);
   const Statistics by(statistics);
   const ChannelValues w = channel_values(v_dgamma, "v_dgamma"), b = channel_values(v_dbeta, "v_dbeta");
@@ -230,16 +242,19 @@ void py_double_backward(const py::array& v, const py::array& dy, const py::array
     const auto to_dy = output_or_none<T>(ddy, "out"), to_x = output_or_none<T>(dx, "out");
     const ChannelOutput dg = to_gamma.output();
     const ReleaseForWork gil(x.size());
+    const Site at(where);
     by.visit(
         [&](auto moments) {
-          batch_norm_double_backward<T>(of_dx, g, in, of, moments, w, b, to_dy, to_x, dg, {threads});
+          site::batch_norm_double_backward<T>(of_dx, g, in, of, moments, w, b, to_dy, to_x, dg, at.options());
         },
         [&](auto mean, auto var) {
-          normalize_double_backward<T>(of_dx, g, in, of, mean, var, w, b, to_dy, to_x, dg, {threads});
+          site::normalize_double_backward<T>(of_dx, g, in, of, mean, var, w, b, to_dy, to_x, dg, at.options());
         });
   });
   to_gamma.deliver();
 }
+
+#endif
 
 }  // namespace
 
@@ -250,23 +265,25 @@ void add_passes(py::module_& m) {
       "relu_mask_bytes", [](const Sizes& sizes) { return relu_mask_bytes(problem_of(sizes)); }, arg("sizes"),
       "Bytes of the bits of a ReLU.");
   def("moments", &py_moments, "Moments of each set and channel, into out.", arg("x"), arg("call"), arg("out"),
-      arg("threads"));
+      arg("where"));
   def("batch_norm", &py_batch_norm, "Training forward into out and moments.", arg("x"), arg("call"), arg("out"),
-      arg("moments"), arg("threads"));
+      arg("moments"), arg("where"));
   def("normalize", &py_normalize, "Inference forward, or the second half of training forward, into out.", arg("x"),
-      arg("call"), arg("statistics"), arg("out"), arg("threads"));
+      arg("call"), arg("statistics"), arg("out"), arg("where"));
   def("grad_sums", &py_grad_sums, "First half of the backward pass, into out.", arg("dy"), arg("x"), arg("call"),
-      arg("moments"), arg("out"), arg("threads"));
+      arg("moments"), arg("out"), arg("where"));
   def("grad_input", &py_grad_input, "Second half of the backward pass, into out.", arg("dy"), arg("x"), arg("call"),
-      arg("moments"), arg("sums"), arg("out"), arg("dresidual"), arg("threads"));
+      arg("moments"), arg("sums"), arg("out"), arg("dresidual"), arg("where"));
   def("backward", &py_backward, "Gradients of batch_norm and normalize.", arg("dy"), arg("x"), arg("call"),
-      arg("statistics"), arg("out"), arg("dresidual"), arg("dgamma"), arg("dbeta"), arg("threads"));
+      arg("statistics"), arg("out"), arg("dresidual"), arg("dgamma"), arg("dbeta"), arg("where"));
+#if !defined(BATCHNORM_ON_DEVICE)
   def("jvp", &py_jvp, "Derivative of batch_norm and normalize along tangents, into out.", arg("x_dot"), arg("x"),
       arg("call"), arg("statistics"), arg("mean_dot"), arg("var_dot"), arg("gamma_dot"), arg("beta_dot"), arg("out"),
-      arg("threads"));
+      arg("where"));
   def("double_backward", &py_double_backward, "Gradients of backward, of one set.", arg("v_dx"), arg("dy"), arg("x"),
       arg("call"), arg("statistics"), arg("v_dgamma"), arg("v_dbeta"), arg("ddy"), arg("dx"), arg("dgamma"),
-      arg("threads"));
+      arg("where"));
+#endif
 }
 
 }  // namespace batchnorm::bindings

@@ -16,6 +16,8 @@
 // no device, or one below compute capability 8.0, and with what the runtime says of all else.
 #pragma once
 
+#include <cstddef>
+#include <cstdint>
 #include <span>
 #include <string>
 
@@ -66,6 +68,72 @@ void batch_norm_backward(std::span<const T> dy, std::span<const T> x, const Call
 template <class T>
 void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<T>& call, ChannelValues mean,
                         ChannelValues var, const Gradients<T>& out, const Options& options = {});
+
+// ---- what becomes of results between calls ----
+
+// The running statistics after one more batch, those of update_running() of batchnorm.hpp, from (mean, var) to
+// (to_mean, to_var), which may be the same memory. `only_finite`: nothing is learned of a batch with a channel whose
+// mean or m2 is not finite, or whose count leaves no variance.
+void update_running(std::span<const double> mean, std::span<const double> var, std::span<const Moments> batch,
+                    double update_rate, int ddof, bool only_finite, std::span<double> to_mean, std::span<double> to_var,
+                    const Options& options = {});
+
+// Moments of the union of all that was pooled and a batch, merge() of batchnorm.hpp, to `to`, which may be `pooled`;
+// their mean, and their variance, 1 where they have none. ddof 0 or 1. `only_finite`: nothing is learned of a batch
+// that leaves a mean or m2 that is not finite.
+void pool(std::span<const Moments> pooled, std::span<const Moments> batch, int ddof, bool only_finite,
+          std::span<Moments> to, std::span<double> mean, std::span<double> var, const Options& options = {});
+
+// to = the sum over segments of a*x + b*y, values of segments and channels: gradients of channels from those of each
+// segment. a may be empty for 1, b and y for 0.
+void combine(ChannelOutput to, std::span<const double> a, std::span<const double> x, std::span<const double> b,
+             std::span<const double> y, const Options& options = {});
+
+// An array of up to 8 dimensions, of any strides (in bytes), of such elements.
+enum class Element {
+  boolean,
+  int8,
+  int16,
+  int32,
+  int64,
+  uint8,
+  uint16,
+  uint32,
+  uint64,
+  float16,
+  bfloat16,
+  float32,
+  float64
+};
+struct View {
+  void* data = nullptr;
+  Element element = Element::float32;
+  std::span<const std::int64_t> sizes = {}, strides = {};  // read before lay_out() returns
+};
+// Copies the values of one array to another of the same sizes, in its order and rounded to its elements; `as_flags`: 1
+// for what is not 0. They must not overlap.
+void lay_out(const View& from, const View& to, bool as_flags = false, const Options& options = {});
+
+// ---- devices and memory, for those who link no CUDA runtime of their own ----
+
+// How many devices there are; throws, as all functions here, where something is missing.
+int count_devices();
+// What show_config() of the Python package tells of a device: its name and compute capability.
+std::string describe_device(int device);
+// Makes a device the calling thread's current one; gives the one before.
+int set_device(int device);
+
+// Memory of the current device, in the order of a stream: cudaMallocAsync and cudaFreeAsync.
+void* allocate(std::size_t bytes, const Options& options = {});
+void release(void* memory, const Options& options = {}) noexcept;
+// Waits until the stream has come so far.
+void copy_to_host(void* to, const void* from, std::size_t bytes, const Options& options = {});
+// `from` may be used again as soon as this returns.
+void copy_to_device(void* to, const void* from, std::size_t bytes, const Options& options = {});
+// What is launched on options.stream from now on comes after all that has been launched on `other`.
+void wait_for(void* other, const Options& options = {});
+
+// ---- plans ----
 
 // What batch_norm() and batch_norm_backward() are planned to do on the current device, without doing it: a function of
 // the call's sizes and settings and of the device alone. `bytes`: of tensors, weights and bits that move through its

@@ -95,6 +95,44 @@ class Stream {
     check_runtime(cudaMemsetAsync(memory, 0, bytes, stream_), "clearing memory");
   }
 
+  void copy_to_host(void* to, const void* from, std::size_t bytes) {
+    check_runtime(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "copying to the host");
+    check_runtime(cudaStreamSynchronize(stream_), "waiting for a stream");
+  }
+  // From memory that is not locked: it is read before this returns.
+  void copy_to_device(void* to, const void* from, std::size_t bytes) {
+    check_runtime(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "copying to the device");
+  }
+  void wait_for(void* other) {
+    cudaEvent_t event = nullptr;
+    check_runtime(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
+    const cudaError_t recorded = cudaEventRecord(event, static_cast<cudaStream_t>(other));
+    const cudaError_t waits = recorded == cudaSuccess ? cudaStreamWaitEvent(stream_, event, 0) : recorded;
+    static_cast<void>(cudaEventDestroy(event));  // once it has passed
+    check_runtime(waits, "letting a stream wait for another");
+  }
+
+  static int count_devices() {
+    require_device();
+    int devices = 0;
+    check_runtime(cudaGetDeviceCount(&devices), "counting devices");
+    return devices;
+  }
+  static int set_device(int device) {
+    static const bool is_there = (require_device(), true);
+    static_cast<void>(is_there);
+    int before = 0;
+    check_runtime(cudaGetDevice(&before), "asking for the current device");
+    if (before != device) check_runtime(cudaSetDevice(device), "choosing a device");
+    return before;
+  }
+  static std::string describe_device(int device) {
+    cudaDeviceProp properties = {};
+    check_runtime(cudaGetDeviceProperties(&properties, device), "asking for the device's name");
+    return std::string(properties.name) + ", compute capability " + std::to_string(properties.major) + "." +
+           std::to_string(properties.minor);
+  }
+
   // The current one, asked once.
   static Device device() {
     static std::mutex mutex;

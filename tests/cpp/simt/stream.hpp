@@ -4,6 +4,7 @@
 
 #include <cstring>
 #include <new>
+#include <string>
 
 #include "cuda/resident.hpp"
 
@@ -13,6 +14,7 @@ class Stream {
  public:
   static constexpr unsigned kThreads = 64;  // of a block that holds chunks: fibers are begun for each
   inline static Device current = {};
+  inline static int number = 0;                   // of it
   inline static int held = 0, blocks_in_use = 0;  // launches of held channels, and memory that is not given back
   inline static std::uint64_t seed = 0;           // of schedules
 
@@ -49,6 +51,16 @@ class Stream {
     ::operator delete(memory, std::align_val_t{256});
   }
   void zero(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
+  void copy_to_host(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void copy_to_device(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void wait_for(void*) {}
+  static int count_devices() { return 2; }
+  static int set_device(int device) {
+    const int before = number;
+    number = device;
+    return before;
+  }
+  static std::string describe_device(int) { return "emulated"; }
   static Device device() { return current; }
 };
 
