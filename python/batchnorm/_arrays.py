@@ -13,6 +13,8 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from batchnorm import _where
+
 Array = NDArray[Any]
 PerChannel = NDArray[np.float64]  # one or several values for each channel, or set and channel
 Sizes = tuple[int, int, int]
@@ -64,7 +66,7 @@ class Layout(NamedTuple):
 
     def block(self, a: Array) -> Array:
         """Give `a`, of that shape, as (outer, channels, inner): a view where it lies so, else a copy."""
-        return np.ascontiguousarray(a.transpose(self.order)).reshape(self.sizes)
+        return _where.contiguous(a.transpose(self.order)).reshape(self.sizes)
 
     def array(self, block: Array) -> Array:
         """Give a block as an array of the shape of x."""
@@ -76,7 +78,8 @@ class Layout(NamedTuple):
         others = others_than(axis, len(self.shape))
         without = [others.index(d) for d in self.order if d in others]
         with np.errstate(all="ignore"):  # a weight beyond float32 is refused by the core, as an infinity
-            return np.array(values.transpose(without), dtype, order="C").reshape(-1)
+            flat: Array = _where.copy(values.transpose(without), dtype).reshape(-1)
+        return flat
 
 
 def others_than(axis: Axis, ndim: int) -> list[int]:
@@ -96,10 +99,10 @@ class Target:
         """Make room for what is like `x`."""
         if not needed:
             return
-        self.array = np.empty_like(x, subok=False) if out is None else out
+        self.array = _where.empty_like(x) if out is None else out
         self._copied = not self.array.transpose(layout.order).flags.c_contiguous
         if self._copied:
-            self.block = np.empty(layout.sizes, x.dtype)
+            self.block = _where.empty(x, layout.sizes, x.dtype)
             self._from = layout.array(self.block)
         else:
             self.block = layout.block(self.array)
@@ -108,13 +111,16 @@ class Target:
         """Copy where that is still to be done, and give the array; asks for no memory."""
         array: Array = self.array
         if self._copied:
-            array[...] = self._from
+            _where.copy_into(array, self._from)
         return array
 
 
 def _order(x: Array) -> tuple[int, ...]:
     """All axes of `x` in the order in which they, or those of a copy, lie in memory."""
-    order = _memory_order(x) or _memory_order(np.empty_like(x, subok=False)) or []
+    order = _memory_order(x)
+    if order is None:
+        order = _where.memory_order(x) if type(x) is _where.DeviceArray else _memory_order(np.empty_like(x, subok=False))
+        order = [d for d in order or [] if x.shape[d] != 1]
     return tuple(d for d in range(x.ndim) if d not in order) + tuple(order)
 
 

@@ -8,11 +8,11 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from batchnorm import _core, _passes, _validate
+from batchnorm import _core, _passes, _validate, _where
 from batchnorm._arrays import Array, Layout, PerChannel
 from batchnorm._parts import Part
 from batchnorm._passes import ReluMask, Standard, Statistics
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, table_of
 from batchnorm.running import Renorm
 from batchnorm.saved import Gradients, Saved, SecondGradients
 
@@ -60,10 +60,11 @@ class Kept:
             raise ValueError(f"saved.relu must have {needed} bytes, got {saved.relu.data.size}")
         self.statistics: Statistics = self._statistics_of(saved)
         gamma = self.channel_values("gamma", saved.gamma)
+        _where.require_together(self.x, gamma=gamma)
         self.apart: dict[str, Array | None] = {"gamma": gamma, "alpha": part.alpha}
         self.r: PerChannel | None = None if renorm is None else saved.r
         self.d: PerChannel | None = None if renorm is None else saved.d
-        self.turn, self.scale = self.r, of_sets(gamma, self.r)
+        self.turn, self.scale = self.r, gamma if self.r is None else of_sets(_where.on_host(gamma), self.r)
         self._dtype, self._rounds = _validate.float_dtype(saved.gamma), False
         self.block = self.layout.block(self.x)
         self.call = part.call(self.layout, self.scale, None, eps, saved.given is not None)
@@ -74,10 +75,10 @@ class Kept:
         # Of each set and channel; what alpha's tangent is to those of gamma and beta (cpp/include/batchnorm/call.hpp).
         self.alpha: PerChannel | None = None
         if part.alpha is not None and not isinstance(self.statistics, tuple):
-            mean, rstd = self.statistics[:, 1], saved.rstd
-            self.alpha = np.resize(part.alpha, rstd.shape).astype(np.float64)
+            mean, rstd = _where.on_host(self.statistics)[:, 1], saved.rstd
+            self.alpha = np.resize(_where.on_host(part.alpha), rstd.shape).astype(np.float64)
             with np.errstate(all="ignore"):
-                scale = 1.0 if self.scale is None else np.resize(self.scale, rstd.shape)
+                scale = 1.0 if self.scale is None else np.resize(_where.on_host(self.scale), rstd.shape)
                 lift: PerChannel = -scale * rstd * mean
                 self.alpha_turn, self.alpha_lift = -lift * rstd * (1 - self.alpha) * mean, lift
 
@@ -108,7 +109,7 @@ class Kept:
         needed = saved.part.entries(self.layout)
         if saved.moments.channels != needed:
             raise ValueError(f"saved.moments must have {needed} channels, got {saved.moments.channels}")
-        table: PerChannel = saved.moments._table
+        table: PerChannel = table_of(saved.moments, self.x)
         return table
 
     def _as_if_input(self) -> None:
@@ -123,7 +124,8 @@ class Kept:
         if isinstance(self.statistics, tuple):
             self.statistics = self.shift, size * size
         else:
-            count, table = self.statistics[:, 0], np.zeros_like(self.statistics)
+            known = _where.on_host(self.statistics)
+            count, table = known[:, 0], np.zeros_like(known)
             table[:, 0], table[:, 1], table[:, 3] = count, np.where(count > 0, self.shift, 0.0), count * (size * size)
             self.statistics = table
         with np.errstate(all="ignore"):  # a channel that is not finite stays so
@@ -162,6 +164,12 @@ class Kept:
             mean, center, rest = center, self.alpha * center, self.alpha * rest
         return Standard(count, center, rest, rstd, scale, rstd, mean)
 
+    def like_x(self, name: str, a: Array) -> Array:
+        """Give an array that has the shape and dtype of x and is where x is."""
+        checked = _validate.array_like(name, a, self.x)
+        _where.require_together(self.x, **{name: checked})
+        return checked
+
     def like_residual(self, name: str, a: Array | None) -> Array | None:
         """Give a tangent or gradient of the residual as a block; None for none."""
         if a is None:
@@ -197,18 +205,25 @@ class Kept:
 
     def room(self, needed: bool, *, by_core: bool = False) -> Array | None:
         """Make room for one gradient a channel: in its own dtype, where what writes it knows that."""
-        known = self._dtype in (np.float32, np.float64) or (by_core and _validate.is_of_core(self._dtype))
+        known = self._dtype in (np.float32, np.float64)
+        if by_core and type(self.x) is not _where.DeviceArray:
+            known = known or _validate.is_of_core(self._dtype)
         self._rounds = not known
-        return np.empty(self.shape, self._dtype if known else np.float64) if needed else None
+        # One rounding alone: by float32, of which the core makes 16 bits.
+        between = np.float32 if self._dtype.itemsize == 2 and by_core else np.float64
+        return _where.empty(self.x, self.shape, self._dtype if known else between) if needed else None
 
     def room_of_alpha(self, needed: bool) -> Array | None:
         """Make room for the gradient of alpha, where there is one."""
         alpha = self._saved.part.alpha
-        return np.empty(self.channels, _validate.float_dtype(alpha)) if needed and self.alpha is not None else None
+        if not needed or self.alpha is None:
+            return None
+        room: Array = _where.empty(self.x, self.channels, _validate.float_dtype(alpha))
+        return room
 
     def wide(self, needed: bool) -> PerChannel | None:
         """Make room for what such a gradient is made of, for each set."""
-        return np.empty(self.channels * self._saved.part.sets) if needed else None
+        return _where.empty(self.x, self.channels * self._saved.part.sets) if needed else None
 
     def sum_up(self, results: Any, turn: PerChannel | None, dscale: Array | None, dshift: Array | None) -> None:
         """Write dgamma = turn·dscale + d·dshift and dbeta = dshift, summed over the sets, to gradients that have room."""
@@ -227,7 +242,7 @@ class Kept:
 def _rounded(results: _Results, dtype: np.dtype[Any]) -> _Results:
     named = results._asdict()
     with np.errstate(all="ignore"):  # a float16 gradient may well over- or underflow; dx is written already
-        of_channels = {n: a.astype(dtype) for n, a in named.items() if n in ("dgamma", "dbeta") and a is not None}
+        of_channels = {n: _where.copy(a, dtype) for n, a in named.items() if n in ("dgamma", "dbeta") and a is not None}
     return results._replace(**of_channels)
 
 

@@ -9,7 +9,7 @@ from typing import Any, Literal, NamedTuple, get_args
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm import _validate
+from batchnorm import _validate, _where
 from batchnorm._arrays import Array, Axis, Layout, PerChannel, others_than
 from batchnorm._passes import Call
 from batchnorm._validate import PADDINGS, WEIGHTS_ARE, Padding, WeightsAre
@@ -95,6 +95,8 @@ class Part(NamedTuple):
         """Give that of the weights for each set and channel; None where each weight is 0 or 1, or counts."""
         if self.weights is None or self.source != "weights" or self.weights_are == "counts":
             return None
+        if type(self.weights) is _where.DeviceArray:
+            return self._replace(weights=_where.on_host(self.weights)).importance_dof(layout)
         if ((self.weights == 0) | (self.weights == 1)).all():
             return None
         of_sets = [importance_dof(w, self.width) for w in self.of_each_set(layout)]
@@ -135,10 +137,14 @@ class Part(NamedTuple):
     def has_one(self) -> bool:
         """Tell whether just one position has a weight, and all are what weights may be."""
         assert self.weights is not None
+        if type(self.weights) is _where.DeviceArray:
+            return False
         return np.count_nonzero(self.weights) == 1 and bool(self._are_good().all())
 
     def require_weights(self) -> None:
         """Refuse what no weight may be, where the core does not look at them before it writes."""
+        if type(self.weights) is _where.DeviceArray:
+            return  # which is not looked at
         if self.weights is not None and self.source == "weights" and not self._are_good().all():
             at = int(self._are_good().argmin())
             raise ValueError(
@@ -154,7 +160,7 @@ class Part(NamedTuple):
         """Give the sum of the weights of each set and channel."""
         outer, channels, inner = layout.sizes
         if self.table is not None:
-            return self.spread(self.table[:, 0])
+            return self.spread(_where.on_host(self.table)[:, 0])
         assert self.weights is None
         if self.each_position:
             return np.full(self.entries(layout), float(self.width))
@@ -264,7 +270,7 @@ def parts(x: Array, axis: Axis, given: Mapping[str, Any]) -> tuple[Layout, Part]
     part = Part(weights, padding or otherwise, source, weights_are, **shared)
     if each:  # of a position by itself a weight says no more than whether it counts
         part.require_weights()
-        part = part._replace(weights=(weights != 0).astype(weights.dtype))
+        part = part._replace(weights=_where.as_flags(weights))
     return layout, part
 
 
@@ -278,6 +284,8 @@ def require_values(x: Array, axis: Axis, layout: Layout, part: Part, given: Mapp
     elif part.offsets is not None:  # else the core looks before it writes
         part.require_weights()
         one_is_enough = given.get("segments") is not None or part.width > 1
+        if type(part.weights) is _where.DeviceArray:
+            return
         for weights in () if one_is_enough else part.of_each_set(layout):
             _validate.several_positions(part.source, weights)
 
@@ -324,6 +332,8 @@ def _positions(source: str, values: Any, x: Array, axis: Axis) -> Array:
 
 def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
     a = _validate.numbers(name, values)
+    if type(a) is _where.DeviceArray and name != "weights":  # they say how work is cut
+        raise ValueError(f"{name} must be on the host, got one on cuda:{a.device} (np.asarray copies and waits)")
     if not a.size and "i" in kinds:  # an empty list has no dtype of its own
         return a.astype(np.int64)
     if a.dtype.kind not in kinds:
@@ -339,6 +349,8 @@ def _flags(mask: Any) -> Array:
         raise TypeError(f"mask must have a bool dtype{hint}, got {a.dtype}")
     if a.dtype.kind == "b":
         return a
+    if type(a) is _where.DeviceArray:
+        raise TypeError(f"mask must have a bool dtype on a device (write mask != 0), got {a.dtype}")
     other = a[(a != 0) & (a != 1)]
     if other.size:
         raise ValueError(f"mask must be bools, or integers 0 and 1, got {other[0]}")
@@ -351,11 +363,11 @@ def _spread(name: str, a: Array, x: Array, axis: Axis) -> Array:
     positions = tuple(x.shape[d] for d in others)
     values, named = a, "its channel axis" if isinstance(axis, int) else "the axes that are normalized"
     if a.ndim == x.ndim and all(a.shape[d] == 1 for d in range(x.ndim) if d not in others):
-        values = a.reshape([a.shape[d] for d in others])
+        values = a.reshape(tuple(a.shape[d] for d in others))
     elif a.ndim != len(others):
         values = np.empty((0,) * (x.ndim + 1), np.bool)  # fits nothing
     if values.ndim == len(positions) and all(n in (1, m) for n, m in zip(values.shape, positions, strict=True)):
-        return np.broadcast_to(values, positions)
+        return _where.broadcast_to(values, positions)
     raise ValueError(
         f"{name} must have the shape of x without {named}, {positions}, or with 1 there "
         f"(and 1 wherever it is the same along an axis), got {a.shape}"

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm import _core, _validate
+from batchnorm import _core, _validate, _where
 from batchnorm._arrays import Array, Layout, PerChannel, Sizes
 
 Statistics = PerChannel | tuple[PerChannel, PerChannel]  # the moments of a batch, or mean and var (C,) that were given
@@ -40,9 +40,9 @@ class ReluMask:
     __repr__ = _validate.summary
 
     @classmethod
-    def room(cls, layout: Layout) -> ReluMask:
-        """Give one whose bits are still to be written."""
-        data = np.empty(_core.relu_mask_bytes(layout.sizes), np.uint8)
+    def room(cls, layout: Layout, x: Array) -> ReluMask:
+        """Give one whose bits, of what is like x, are still to be written."""
+        data = _where.empty(x, _core.relu_mask_bytes(layout.sizes), np.uint8)
         data.flags.writeable = False  # for all but the core
         return cls(layout, data)
 
@@ -54,8 +54,9 @@ class ReluMask:
     def block(self) -> NDArray[np.bool]:
         """Give the mask as the core sees x: (outer, channels, inner)."""
         outer, channels, inner = self.layout.sizes
-        size, first = outer * channels * inner, 8 * _HEAD + int(self.data[0])
-        bits = np.unpackbits(self.data, bitorder="little", count=first + size)[first:]
+        data = _where.on_host(self.data)
+        size, first = outer * channels * inner, 8 * _HEAD + int(data[0])
+        bits = np.unpackbits(data, bitorder="little", count=first + size)[first:]
         return bits.view(np.bool).reshape(self.layout.sizes)
 
     def to_bool(self) -> NDArray[np.bool]:
@@ -121,6 +122,9 @@ def combine(to: Array, a: PerChannel | None, x: PerChannel, b: PerChannel | None
     a may be None for 1, b and y for 0. Where there is one set no memory is asked for, so that it may follow a call that
     has written.
     """
+    if type(to) is _where.DeviceArray:
+        _where.passes(to).combine(to, a, x, b, y if b is not None else None, 0)
+        return
     if len(x) == to.size:
         _core.combine(to, a, x, b, y if b is not None else None)
         return

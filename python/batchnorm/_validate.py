@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeVar, get_args
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
+from batchnorm import _where
 from batchnorm._arrays import Array
 
 _FLOATS = (np.dtype(np.float32), np.dtype(np.float64))
@@ -52,6 +53,9 @@ def array(name: str, a: object, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Ar
     None where there is nothing to write instead.
     """
     if type(a) is not np.ndarray and type(a) is not np.memmap:
+        on_device = None if isinstance(a, np.ndarray) else _where.recognized(name, a)
+        a = a if on_device is None else on_device
+    if type(a) is not np.ndarray and type(a) is not np.memmap and type(a) is not _where.DeviceArray:
         # The values of a masked array mean something else.
         if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a numpy.ndarray{to_write(name, a, wanted)}, got {kind(a)}")
@@ -66,7 +70,11 @@ def array(name: str, a: object, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Ar
         raise TypeError(f"{name} must have dtype float16, bfloat16, float32 or float64{hint}, got {a.dtype}")
     if not 1 <= a.ndim <= _MOST_DIMENSIONS:
         raise ValueError(f"{name} must have 1 to {_MOST_DIMENSIONS} dimensions, got {a.ndim}")
-    return a if a.flags.aligned else np.array(a, order="K")
+    if a.flags.aligned:
+        return a  # type: ignore[return-value]  # of a device, which is to the package as an array
+    if type(a) is _where.DeviceArray:
+        raise ValueError(f"{name} must be aligned to its item size on a device, got an address that is not")
+    return np.array(a, order="K")
 
 
 def _name(dtype: np.dtype[Any] | None) -> str:
@@ -209,6 +217,10 @@ def channel_values(name: str, values: Any, channels: int) -> Array:
         raise ValueError(f"{name} must have shape ({channels},), got {a.shape}")
     if a.dtype in _FLOATS and a.flags.c_contiguous and a.flags.aligned:
         return a
+    if type(a) is _where.DeviceArray:
+        wanted = np.float32 if a.dtype.itemsize <= 4 and a.dtype.kind not in "iu" else np.float64
+        of_device: Array = _where.copy(a, np.dtype(wanted))
+        return of_device
     with np.errstate(all="ignore"):  # a long double may well be beyond float64
         is_narrow = a.dtype.itemsize <= 4 and a.dtype.kind not in "iu"
         return np.array(a, dtype=np.float32 if is_narrow else np.float64)
@@ -218,6 +230,9 @@ def numbers(name: str, values: Any) -> Array:
     """Give an array of what is one or a sequence."""
     if type(values) is np.ndarray:
         return values
+    on_device = None if isinstance(values, np.ndarray) else _where.recognized(name, values)
+    if on_device is not None:
+        return on_device  # type: ignore[return-value]
     # The values of a masked array mean something else. (NumPy imports np.ma only where it is asked for.)
     if isinstance(values, np.ndarray) and isinstance(values, np.ma.MaskedArray):
         hint = f" (write {name}.filled(0), say)"
@@ -231,7 +246,9 @@ def numbers(name: str, values: Any) -> Array:
 
 def float_dtype(values: ArrayLike | None) -> np.dtype[Any]:
     """Tell the dtype of gradients of what a caller gave: its own where that floats, else float64."""
-    dtype = np.dtype(np.float64) if values is None else np.asarray(values).dtype
+    if values is None or (isinstance(values, list | tuple) and not values):
+        return np.dtype(np.float64)
+    dtype = numbers("gamma", values).dtype
     return np.dtype(np.float64) if dtype.kind in "iu" else dtype
 
 
@@ -258,7 +275,9 @@ def statistics(mean: Any, var: Any, channels: int) -> tuple[Array, Array]:
 
 
 def not_negative(name: str, a: Array) -> None:
-    """Refuse a negative value, naming its channel. NaN passes."""
+    """Refuse a negative value, naming its channel. NaN passes. Values on a device are not looked at."""
+    if type(a) is _where.DeviceArray:
+        return
     each_channel(name, a, ~(a < 0), "be >= 0 in every channel")
 
 
@@ -444,6 +463,7 @@ def _one_address_per_value(out: Array) -> None:
 
 def same_memory(a: Array, b: Array) -> bool:
     """Tell whether two arrays of one shape are the same values in the same memory."""
+    a, b = _where.addresses(a), _where.addresses(b)
     if a is b or not np.may_share_memory(a, b):
         return a is b
     here, there = (v.__array_interface__["data"][0] for v in (a, b))
@@ -452,6 +472,7 @@ def same_memory(a: Array, b: Array) -> bool:
 
 def overlap(a: Array, b: Array) -> bool:
     """Tell whether two arrays have a byte in common. Where that is hard to know, they do."""
+    a, b = _where.addresses(a), _where.addresses(b)
     if not np.may_share_memory(a, b):
         return False
     try:

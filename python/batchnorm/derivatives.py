@@ -17,7 +17,7 @@ from typing import Literal, Unpack, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _core, _keywords, _passes, _validate
+from batchnorm import _core, _keywords, _passes, _validate, _where
 from batchnorm._arrays import ORDERS, Array, Layout, Target
 from batchnorm._kept import Kept
 from batchnorm._keywords import NoOptions
@@ -25,7 +25,7 @@ from batchnorm._parts import ABOUTS, Part
 from batchnorm._passes import ReluMask
 from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
-from batchnorm.saved import Gradients, GradSums, GraphGradients, GraphSecondGradients, Saved, SecondGradients
+from batchnorm.saved import Gradients, GradSums, GraphGradients, GraphSecondGradients, Saved, SecondGradients, grad_sums_of
 
 Outputs = tuple[Array | None, Array | None]
 Gradient = Literal["x", "gamma", "beta", "residual"]
@@ -90,7 +90,7 @@ def backward(
     """
     if others:
         _keywords.no_options("backward", others)
-    if type(saved) is Saved and _is_ordinary(saved):
+    if type(saved) is Saved and isinstance(saved.x, np.ndarray) and _is_ordinary(saved):
         part, axis = saved.part, saved.axis[0] if isinstance(saved.axis, tuple) else saved.axis
         rest, done = (saved.gamma, axis, saved.eps, needs, out, num_threads), None
         if isinstance(saved.moments, Moments):
@@ -106,8 +106,8 @@ def backward(
 
     of = Kept(saved, num_threads)
     need_x, need_gamma, need_beta, need_residual = _validate.needs_among(NEEDS, needs)
-    dy = _validate.array_like("dy", dy, of.x)
-    outputs = out if isinstance(out, tuple) else (out, None)
+    dy = of.like_x("dy", dy)
+    outputs = tuple(_where.recognized_or_same("out", a) for a in (out if isinstance(out, tuple) else (out, None)))
     to_x, to_residual = _validate.two_outputs(outputs, of.x, {"dy": dy, "x": of.x}, of.apart, "dx, dresidual")
     dx = Target(of.layout, of.x, to_x, need_x)
     residual = Target(of.layout, of.x, to_residual, need_residual and saved.has_residual)
@@ -119,13 +119,13 @@ def backward(
     if of.alpha is not None:
         results = GraphGradients.beside(results, dalpha)
     to = dx.block, residual.block, dscale, dshift, of.threads
-    _core.backward(of.layout.block(dy), of.block, of.call, of.statistics, *to)
+    _where.passes(of.x).backward(of.layout.block(dy), of.block, of.call, of.statistics, *to)
     of.sum_up(results, of.turn, dscale, dshift)
     if dalpha is not None and dscale is not None:
         _passes.combine(dalpha, of.alpha_turn, dscale, of.alpha_lift, dshift)
     dx.deliver()
     residual.deliver()
-    return of.rounded(results)
+    return _where.given_back(of.rounded(results))
 
 
 @_keywords.keywords
@@ -155,10 +155,10 @@ def grad_sums(dy: Array, saved: Saved, *, num_threads: int | None = None) -> Gra
     """
     of = Kept(saved, num_threads)
     moments = of.moments("grad_sums")
-    dy = _validate.array_like("dy", dy, of.x)
-    table = np.empty((len(moments) * saved.part.sums_an_entry, 4))
-    _core.grad_sums(of.layout.block(dy), of.block, of.call, moments, table, of.threads)
-    return GradSums(saved.part.counts(of.layout), table)
+    dy = of.like_x("dy", dy)
+    table = _where.empty(of.x, (len(moments) * saved.part.sums_an_entry, 4))
+    _where.passes(of.x).grad_sums(of.layout.block(dy), of.block, of.call, moments, table, of.threads)
+    return grad_sums_of(lambda: saved.part.counts(of.layout), table)
 
 
 @_keywords.keywords
@@ -191,14 +191,18 @@ def grad_input(
     of = Kept(saved, num_threads)
     moments = of.moments("grad_input")
     _validate.instance("sums", sums, GradSums, "GradSums")
-    dy = _validate.array_like("dy", dy, of.x)
+    dy, out = of.like_x("dy", dy), _where.recognized_or_same("out", out)
     if out is not None:
         _validate.output(out, of.x, {"dy": dy, "x": of.x}, of.apart)
-    if not np.array_equal(sums.count, saved.part.spread(moments[:, 0])):
+    is_there = type(of.x) is _where.DeviceArray
+    if is_there and sums.at is not None and sums.at.shape[0] == len(moments) * saved.part.sums_an_entry:
+        pass  # of the same device, where counts are not looked at
+    elif not np.array_equal(sums.count, saved.part.spread(_where.on_host(moments)[:, 0])):
         raise ValueError("sums must count the values that saved.moments count, got others")
     dx = Target(of.layout, of.x, out)
-    _core.grad_input(of.layout.block(dy), of.block, of.call, moments, sums._table, dx.block, None, of.threads)
-    return dx.deliver()
+    table = sums.at if is_there and sums.at is not None else sums._table
+    _where.passes(of.x).grad_input(of.layout.block(dy), of.block, of.call, moments, table, dx.block, None, of.threads)
+    return _where.given_back(dx.deliver())
 
 
 @_keywords.keywords
@@ -256,6 +260,7 @@ def jvp(
     """
     _refuse_third_order(x_dot=x_dot, saved=saved)
     of = Kept(saved, num_threads)
+    _where.require_host("jvp", saved=of.x)
     x_dot = _validate.array_like("x_dot", x_dot, of.x)
     given = {"gamma_dot": gamma_dot, "beta_dot": beta_dot, "mean_dot": mean_dot, "var_dot": var_dot}
     dots = {name: of.channel_values(name, a) for name, a in given.items()}
@@ -341,6 +346,7 @@ def double_backward(
     """
     _refuse_third_order(v_dx=v_dx, dy=dy, saved=saved)
     of = Kept(saved, num_threads)
+    _where.require_host("double_backward", saved=of.x)
     dy = _validate.array_like("dy", dy, of.x)
     v_dx = None if v_dx is None else _validate.array_like("v_dx", v_dx, of.x)
     need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)

@@ -16,12 +16,12 @@ from typing import Any, Literal, TypeVar, Unpack, overload
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _core, _keywords, _validate
+from batchnorm import _core, _keywords, _validate, _where
 from batchnorm._arrays import ORDERS, Array, Axis, Layout, PerChannel, Target
 from batchnorm._parts import ALL, Part, parts, require_values, shared_by
 from batchnorm._passes import Call, ReluMask
 from batchnorm._validate import Activation, Keep, MaybeNone, Padding, WeightsAre
-from batchnorm.moments import Moments
+from batchnorm.moments import Moments, moments_to_be
 from batchnorm.running import Renorm
 from batchnorm.saved import Saved, affine
 
@@ -220,15 +220,15 @@ def normalize(
             return done
     of = _Forward(x, gamma, beta, axis, eps, options, out, num_threads, (mean, var))
     of.part.require_weights()
-    call, saved, y = of.call(save), None, Target(of.layout, of.x, out)
+    call, saved, y = of.call(save), None, Target(of.layout, of.x, of.out)
     if save:
         saved = of.saved(None, of.part, y.array)
         if of.keep == "y":
             require_invertible(*saved.affine(), of.x)
     results = y.array if saved is None else (y.array, saved)
-    _core.normalize(of.layout.block(of.x), call, of.given, y.block, of.threads)
+    _where.passes(of.x).normalize(of.layout.block(of.x), call, of.given, y.block, of.threads)
     y.deliver()
-    return results
+    return _where.given_back(results)
 
 
 def ordinary_saved(x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float, *rest: Any) -> Saved:
@@ -282,10 +282,8 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
         assert isinstance(of.axis, int)
         _validate.renorm_samples(renorm.parity, renorm.samples, x, of.axis, part.offsets)
     call, block, y = of.call(True), of.layout.block(x), Target(of.layout, x, of.out)
-    table = np.zeros((part.entries(of.layout), 5))
-    shown = table.view()
-    shown.flags.writeable = False
-    moments = Moments._from_core(shown, part.importance_dof(of.layout))
+    table = _where.empty(x, (part.entries(of.layout), 5))
+    moments, shown = moments_to_be(table, part, of.layout)
     part = part if part.weights is None else part._replace(table=shown)
     saved = of.saved(moments, part, y.array, renorm)
     results = y.array, made(saved)
@@ -293,27 +291,27 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
         require_invertible(*saved.affine(), x)
     try:
         if renorm is None:
-            _core.batch_norm(block, call, y.block, table, of.threads)
+            _where.passes(x).batch_norm(block, call, y.block, table, of.threads)
         else:
-            _core.moments(block, call, table, of.threads)
-            scale, shift = affine(of.gamma, of.beta, renorm.correction(moments, of.eps))
+            _where.passes(x).moments(block, call, table, of.threads)
+            scale, shift = affine(_where.on_host(of.gamma), _where.on_host(of.beta), renorm.correction(moments, of.eps))
             if of.keep == "y":
                 require_invertible(scale, shift, x)
-            _core.normalize(block, call._replace(scale=scale, shift=shift), table, y.block, of.threads)
+            _where.passes(x).normalize(block, call._replace(scale=scale, shift=shift), table, y.block, of.threads)
     except ValueError:  # the core knows only of weights
-        if part.weights is not None and part.source != "weights":
+        if isinstance(part.weights, np.ndarray) and part.source != "weights":
             _validate.several_positions(part.source, part.weights)
         raise
     y.deliver()
-    return results
+    return _where.given_back(results)
 
 
 def given_moments(x: Array, table: PerChannel, *, axis: int, out: Array | None, num_threads: int | None) -> Array:
     """Give x normalized by moments that are known already, eps being 0."""
     of = _Forward(x, None, None, axis, 0.0, {}, out, num_threads)
-    y = Target(of.layout, of.x, out)
-    _core.normalize(of.layout.block(of.x), of.call(False), table, y.block, of.threads)
-    return y.deliver()
+    y = Target(of.layout, of.x, of.out)
+    _where.passes(of.x).normalize(of.layout.block(of.x), of.call(False), table, y.block, of.threads)
+    return _where.given_back(y.deliver())
 
 
 class _Forward:
@@ -333,7 +331,8 @@ class _Forward:
         num_threads: int | None,
         given: tuple[ArrayLike, ArrayLike] | None = None,
     ) -> None:
-        self.x, self.options, self.out = _validate.array("x", x), options, out
+        self.x, self.options = _validate.array("x", x), options
+        self.out = out = _where.recognized_or_same("out", out)
         apart: dict[str, Array | None] = {}
         self.axis: Axis
         if "about" in options and isinstance(axis, tuple):  # of layer_norm and its like
@@ -365,13 +364,15 @@ class _Forward:
             may_be = {"x": self.x} if self.residual is None else {"x": self.x, "residual": self.residual}
             _validate.output(out, self.x, may_be, apart)
         self.layout, self.part = parts(self.x, self.axis, options)
+        others = {"residual": self.residual, self.part.source: self.part.weights, "alpha": self.part.alpha, "out": out}
+        _where.require_together(self.x, **apart, **others)
         self._relu_mask: ReluMask | None = None
 
     def call(self, saves: bool) -> Call:
         """Give the call of all this, with a mask of ReLU where anything is kept."""
         of = self.part.call(self.layout, self.gamma, self.beta, self.eps, self.given is not None)
         if self.relu and saves and self.keep is not None:
-            self._relu_mask = ReluMask.room(self.layout)
+            self._relu_mask = ReluMask.room(self.layout, self.x)
         if not self.relu and self.residual is None:
             return of
         added = None if self.residual is None else self.layout.block(self.residual)
@@ -380,21 +381,29 @@ class _Forward:
 
     def saved(self, moments: Moments | None, part: Part, y: Array, renorm: Renorm | None = None) -> Saved:
         """Give what is saved, once there is a call."""
-        gamma = None if self._given_gamma is None else np.asarray(self._given_gamma)
+        gamma = _known(self._given_gamma)
         overwritten = self.out is not None and _validate.same_memory(self.out, self.x)
         told = {"part": part, "renorm": renorm, "relu": self._relu_mask, "has_residual": self.residual is not None}
         others: dict[str, Any] = {
             name: v for name, v in told.items() if v is not None and v is not False and v is not ALL
         }
         if self.keep == "y":
-            gamma = None if gamma is None else np.array(gamma)
-            others |= {"y": y, "beta": None if self._given_beta is None else np.array(self._given_beta)}
+            gamma = None if gamma is None else np.array(_where.on_host(self.gamma))
+            beta = None if self._given_beta is None else np.array(_where.on_host(self.beta))
+            others |= {"y": _where.kept(y), "beta": beta}
         if others or self.layout.order != ORDERS[self.x.ndim]:
             others["layout"] = self.layout
         if self.given is not None:
-            others["given"] = tuple(np.array(a, np.float64) for a in self.given)
-        x = self.x if self.keep == "x" and not overwritten else None
+            others["given"] = tuple(_where.copy(a, np.float64) for a in self.given)
+        x = _where.kept(self.x) if self.keep == "x" and not overwritten else None
         return Saved(x, moments, gamma, self.axis, self.eps, **others)
+
+
+def _known(gamma: Any) -> Any:
+    """Give gamma as it is kept: of the host as an array."""
+    if gamma is None or _where.recognized("gamma", gamma) is not None:
+        return gamma
+    return np.asarray(gamma)
 
 
 # beta and y round to 2⁻²⁴ of themselves (float32), so that x̂ is known to 2⁻²³·abs(beta/gamma): 13 bits are left here.

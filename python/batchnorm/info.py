@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import numpy as np
 from numpy.typing import DTypeLike
 
-from batchnorm import _core, _keywords, _validate
+from batchnorm import _core, _keywords, _validate, _where
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -104,18 +104,19 @@ def config() -> dict[str, dict[str, Any]]:
         "compiler": {"name": build["compiler"], "flags": build["flags"], "assertions": build["assertions"]},
         "isa": {"built": _core.built_isas(), "available": available_isas(), "active": active_isa()},
         "threads": {"openmp": build["openmp"], "num_threads": get_num_threads()},
+        "cuda": _where.facts(),
         "python": {"version": platform.python_version(), "numpy": np.__version__, "platform": platform.platform()},
     }
 
 
 @_keywords.keywords
 def show_config(mode: Literal["stdout", "dicts"] = "stdout") -> dict[str, dict[str, Any]] | None:
-    """Show version, compiler, flags, instruction sets (built, available, active) and threads.
+    """Show version, compiler, flags, instruction sets (built, available, active), threads, and GPUs or what is missing for them.
 
     mode : "stdout" prints text; "dicts" returns the same as nested dictionaries that JSON can hold. ValueError for others.
 
     >>> sorted(show_config("dicts"))
-    ['batchnorm', 'compiler', 'isa', 'python', 'threads']
+    ['batchnorm', 'compiler', 'cuda', 'isa', 'python', 'threads']
     """
     if mode not in ("stdout", "dicts"):
         raise ValueError(f"mode must be 'stdout' or 'dicts', got {mode!r}")

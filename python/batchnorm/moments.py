@@ -9,9 +9,9 @@ from typing import Any, Self, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _core, _keywords, _parts, _validate
-from batchnorm._arrays import Array, PerChannel
-from batchnorm._parts import Grouping
+from batchnorm import _core, _keywords, _parts, _validate, _where
+from batchnorm._arrays import Array, Layout, PerChannel
+from batchnorm._parts import Grouping, Part
 from batchnorm._validate import WeightsAre
 
 _FIELDS = 5  # count, mean, mean_lo, m2, m2_lo
@@ -220,6 +220,60 @@ class Moments:
         return f"Moments(channels={self.channels}, count={values})"
 
 
+def moments_to_be(table: Any, part: Part, layout: Layout) -> tuple[Moments, Any]:
+    """Give the moments of a table that is still to be filled, and the table as one that is read alone."""
+    if type(table) is _where.DeviceArray:
+        return _DeviceMoments(table, part, layout), table
+    table[...] = 0
+    shown = table.view()
+    shown.flags.writeable = False
+    return Moments._from_core(shown, part.importance_dof(layout)), shown
+
+
+def table_of(moments: Moments, x: Any) -> Any:
+    """Give the table of moments where x is, or where it can go there from."""
+    return moments.at if type(moments) is _DeviceMoments and type(x) is _where.DeviceArray else moments._table
+
+
+class _DeviceMoments(Moments):
+    """Moments of an array on a device, where they are until somebody looks at them: then they are copied, and waited for."""
+
+    __slots__ = ("_of", "_on_host", "at")
+    at: Any  # the table
+    _on_host: Moments | None
+    _of: tuple[Part, Layout]
+
+    def __new__(cls, *_: Any) -> Self:
+        """Give one without values."""
+        return object.__new__(cls)
+
+    def __init__(self, table: Any, part: Part, layout: Layout) -> None:
+        for name, value in (("at", table), ("_on_host", None), ("_of", (part, layout))):
+            object.__setattr__(self, name, value)
+
+    def _looked_at(self) -> Moments:
+        if self._on_host is None:
+            part, layout = self._of
+            known = Moments._from_table(self.at.to_numpy(), part.importance_dof(layout))
+            object.__setattr__(self, "_on_host", known)
+        return self._on_host  # type: ignore[return-value]
+
+    @property
+    def _table(self) -> PerChannel:  # type: ignore[override]
+        return self._looked_at()._table
+
+    @property
+    def _dof(self) -> PerChannel | None:  # type: ignore[override]
+        part, _ = self._of
+        may_have = part.weights is not None and part.source == "weights" and part.weights_are != "counts"
+        return self._looked_at()._dof if may_have else None
+
+    @property
+    def channels(self) -> int:
+        """How many channels there are, as `Moments` has them."""
+        return int(self.at.shape[0])
+
+
 class _WeightedMoments(Moments):
     """Moments of weights other than 0 and 1. A class of its own, so that the others need not carry what they have not."""
 
@@ -335,6 +389,8 @@ def moments(x: Array, *, axis: int = 1, num_threads: int | None = None, **parts:
         raise ValueError(f"{shared[0]} must be None beside axes, of which each index of the others is by itself")
     at = _validate.axis(axis, x.ndim) if axes is None else _validate.axes(axes, x.ndim)
     layout, part = _parts.parts(x, at, parts)
-    table = np.zeros((part.entries(layout), _FIELDS))
-    _core.moments(layout.block(x), part.call(layout, None, None, 0.0), table, threads)
-    return Moments._from_table(table, part.importance_dof(layout))
+    _where.require_together(x, **{part.source: part.weights})
+    table = _where.empty(x, (part.entries(layout), _FIELDS))
+    results, _ = moments_to_be(table, part, layout)
+    _where.passes(x).moments(layout.block(x), part.call(layout, None, None, 0.0), table, threads)
+    return results

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, NamedTuple, Self
 
 import numpy as np
 
-from batchnorm import _core, _validate
+from batchnorm import _core, _validate, _where
 from batchnorm._arrays import Array, Axis, Layout, PerChannel
 from batchnorm._parts import ALL, Part
 from batchnorm._passes import ReluMask, two_sum
@@ -83,7 +83,7 @@ class Saved:
         """
         alpha: PerChannel | float = 0.0
         if self.part.alpha is not None and self.moments is not None:
-            alpha = np.resize(self.part.alpha, self.moments.channels).astype(np.float64)
+            alpha = np.resize(_where.on_host(self.part.alpha), self.moments.channels).astype(np.float64)
         if self.moments is not None and (self.part.about == "zero" or self.part.alpha is not None):
             with np.errstate(all="ignore"):
                 total = self.moments.var() + ((1 - alpha) * self.moments.mean) ** 2 + self.eps
@@ -92,7 +92,7 @@ class Saved:
             return _core.rstd(self.moments._table, self.eps)
         assert self.given is not None
         with np.errstate(all="ignore"):
-            total = self.given[1] + self.eps
+            total = _where.on_host(self.given[1]) + self.eps
             return np.where(total == 0, 0.0, 1.0 / np.sqrt(total))
 
     @property
@@ -115,7 +115,8 @@ class Saved:
 
     def affine(self) -> tuple[PerChannel, PerChannel]:
         """Scale and shift of y = x̂·scale + shift, of each set and channel, float64: gamma·r and beta + gamma·d."""
-        return affine(self.gamma, self.beta, (self.r, self.d))
+        gamma = _where.on_host(_where.recognized_or_same("gamma", self.gamma))
+        return affine(gamma, self.beta, (self.r, self.d))
 
     @property
     def saved_bytes(self) -> int:
@@ -193,10 +194,12 @@ class GradSums:
         in the place of a mean.
     """
 
-    __slots__ = ("_table", "count")
+    __slots__ = ("_table", "at", "count")
+    at: Any  # the table on a device, where it is there
 
     def __init__(self, count: PerChannel, table: PerChannel) -> None:
         # The table is (C, 4): sum_dy, its low part, sum_dy_xmu, its low part. Made by grad_sums, added here.
+        self.at = None
         if type(table) is not np.ndarray or table.dtype != np.float64 or table.ndim != 2:
             raise TypeError(f"table must be a float64 array of 2 dimensions, got {_validate.kind(table)}")
         if table.shape[1] != 4:
@@ -231,6 +234,31 @@ class GradSums:
 
     def __repr__(self) -> str:
         return f"GradSums(channels={self._table.shape[0]})"
+
+
+class _DeviceGradSums(GradSums):
+    """Sums on a device, where they are until somebody looks at them."""
+
+    __slots__ = ("_on_host", "_total")
+
+    def __init__(self, total: Callable[[], PerChannel], table: Any) -> None:
+        self.at, self._total, self._on_host = table, total, None
+
+    @property
+    def _table(self) -> PerChannel:  # type: ignore[override]
+        if self._on_host is None:
+            self._on_host = self.at.to_numpy()
+        return self._on_host
+
+    @property
+    def count(self) -> PerChannel:  # type: ignore[override]
+        """As `GradSums` has it."""
+        return self._total()
+
+
+def grad_sums_of(total: Callable[[], PerChannel], table: Any) -> GradSums:
+    """Give the sums of a table, of which total() tells the counts."""
+    return _DeviceGradSums(total, table) if type(table) is _where.DeviceArray else GradSums(total(), table)
 
 
 def affine(

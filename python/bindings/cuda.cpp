@@ -146,6 +146,10 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.def("wait_for", &py_wait_for, "Let a stream wait for another.", arg("other"), arg("where"));
   m.def("count_devices", &batchnorm::cuda::count_devices, "How many devices there are.");
   m.def("describe_device", &batchnorm::cuda::describe_device, "Its name and compute capability.", arg("device"));
+  m.def(
+      "device_of",
+      [](std::uintptr_t address) { return batchnorm::cuda::device_of(reinterpret_cast<const void*>(address)); },
+      arg("address"), "The device whose memory this is.");
   m.def("from_dlpack", &dlpack::from_capsule, "What a capsule of DLPack tells, which is taken.", arg("capsule"));
   m.def("to_dlpack", &py_to_dlpack, "A capsule of DLPack.", arg("address"), arg("device"), arg("type"), arg("shape"),
         arg("strides"), arg("keeper"), arg("versioned"));

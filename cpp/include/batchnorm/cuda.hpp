@@ -120,6 +120,8 @@ void lay_out(const View& from, const View& to, bool as_flags = false, const Opti
 int count_devices();
 // What show_config() of the Python package tells of a device: its name and compute capability.
 std::string describe_device(int device);
+// The device whose memory this is.
+int device_of(const void* memory);
 // Makes a device the calling thread's current one; gives the one before.
 int set_device(int device);
 

@@ -149,6 +149,7 @@ void normalize_backward(std::span<const T> dy, std::span<const T> x, const Call<
 
 int count_devices() { return Stream::count_devices(); }
 std::string describe_device(int device) { return Stream::describe_device(device); }
+int device_of(const void* memory) { return Stream::device_of(memory); }
 int set_device(int device) { return Stream::set_device(device); }
 void* allocate(std::size_t bytes, const Options& options) { return Stream(options.stream).allocate(bytes); }
 void release(void* memory, const Options& options) noexcept {

@@ -126,6 +126,14 @@ class Stream {
     if (before != device) check_runtime(cudaSetDevice(device), "choosing a device");
     return before;
   }
+  static int device_of(const void* memory) {
+    cudaPointerAttributes attributes = {};
+    check_runtime(cudaPointerGetAttributes(&attributes, memory), "asking where memory is");
+    if (attributes.type != cudaMemoryTypeDevice && attributes.type != cudaMemoryTypeManaged) {
+      throw std::invalid_argument("memory must be of a CUDA device, got an address of the host");
+    }
+    return attributes.device;
+  }
   static std::string describe_device(int device) {
     cudaDeviceProp properties = {};
     check_runtime(cudaGetDeviceProperties(&properties, device), "asking for the device's name");

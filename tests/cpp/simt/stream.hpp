@@ -60,6 +60,7 @@ class Stream {
     number = device;
     return before;
   }
+  static int device_of(const void*) { return 0; }
   static std::string describe_device(int) { return "emulated"; }
   static Device device() { return current; }
 };
