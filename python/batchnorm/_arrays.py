@@ -119,7 +119,9 @@ def _order(x: Array) -> tuple[int, ...]:
     """All axes of `x` in the order in which they, or those of a copy, lie in memory."""
     order = _memory_order(x)
     if order is None:
-        order = _where.memory_order(x) if type(x) is _where.DeviceArray else _memory_order(np.empty_like(x, subok=False))
+        order = (
+            _where.memory_order(x) if type(x) is _where.DeviceArray else _memory_order(np.empty_like(x, subok=False))
+        )
         order = [d for d in order or [] if x.shape[d] != 1]
     return tuple(d for d in range(x.ndim) if d not in order) + tuple(order)
 

@@ -167,7 +167,7 @@ class Kept:
     def like_x(self, name: str, a: Array) -> Array:
         """Give an array that has the shape and dtype of x and is where x is."""
         checked = _validate.array_like(name, a, self.x)
-        _where.require_together(self.x, **{name: checked})
+        _where.require_like(self.x, **{name: checked})
         return checked
 
     def like_residual(self, name: str, a: Array | None) -> Array | None:

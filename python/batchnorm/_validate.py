@@ -400,10 +400,10 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
         raise ValueError("out must be writeable, got a read-only array")
     _one_address_per_value(checked)
     for name, a in may_be.items():
-        if overlap(checked, a) and not same_memory(checked, a):
+        if _where.overlap(checked, a) and not _where.same_memory(checked, a):
             raise ValueError(f"out must be {name} itself or share no memory with {name}, got a partial overlap")
     for name, values in apart_from.items():
-        if values is not None and overlap(checked, values):
+        if values is not None and _where.overlap(checked, values):
             raise ValueError(f"out must share no memory with {name}, got an overlap")
     return checked
 
@@ -419,7 +419,7 @@ def two_outputs(
     for a in out:
         if a is not None:
             output(a, x, may_be, apart_from)
-    if out[0] is not None and out[1] is not None and overlap(out[0], out[1]):
+    if out[0] is not None and out[1] is not None and _where.overlap(out[0], out[1]):
         raise ValueError("out must be two arrays that share no memory, got an overlap")
     return out
 
@@ -459,27 +459,6 @@ def _one_address_per_value(out: Array) -> None:
         if n > 1 and stride < block + out.itemsize:
             raise ValueError(f"out must have one address per value, got overlapping strides {out.strides}")
         block += (n - 1) * stride
-
-
-def same_memory(a: Array, b: Array) -> bool:
-    """Tell whether two arrays of one shape are the same values in the same memory."""
-    a, b = _where.addresses(a), _where.addresses(b)
-    if a is b or not np.may_share_memory(a, b):
-        return a is b
-    here, there = (v.__array_interface__["data"][0] for v in (a, b))
-    return here == there and all(s == t or n == 1 for s, t, n in zip(a.strides, b.strides, a.shape, strict=True))
-
-
-def overlap(a: Array, b: Array) -> bool:
-    """Tell whether two arrays have a byte in common. Where that is hard to know, they do."""
-    a, b = _where.addresses(a), _where.addresses(b)
-    if not np.may_share_memory(a, b):
-        return False
-    try:
-        # Two strided views of one buffer are a small integer problem; a hard one counts as an overlap.
-        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # its stub knows 0 and -1
-    except np.exceptions.TooHardError:
-        return True
 
 
 def kind(value: object) -> str:

@@ -18,8 +18,30 @@ from batchnorm.cuda.coming import recognized
 from batchnorm.cuda.driver import facts
 
 __all__ = [
-    "DeviceArray", "addresses", "as_flags", "broadcast_to", "contiguous", "copy", "copy_into", "empty", "empty_like", "facts", "given_back", "kept", "on_host", "passes",
-    "memory_order", "recognized", "recognized_or_same", "require_host", "require_together",
+    "DeviceArray",
+    "as_flags",
+    "broadcast_to",
+    "contiguous",
+    "copy",
+    "copy_into",
+    "empty",
+    "empty_like",
+    "facts",
+    "fetched",
+    "given_back",
+    "kept",
+    "memory_order",
+    "on_host",
+    "overlap",
+    "passes",
+    "recognized",
+    "recognized_or_same",
+    "require_host",
+    "require_like",
+    "require_together",
+    "rows",
+    "same_memory",
+    "uploaded",
 ]  # fmt: skip
 
 _Results = TypeVar("_Results")
@@ -51,6 +73,14 @@ def require_together(x: Any, **others: Any) -> None:
             raise ValueError(f"{name} must be on the device of x (cuda:{x.device}), got cuda:{a.device}")
 
 
+def require_like(x: Any, **tensors: Any) -> None:
+    """Refuse a tensor that is not where x is; None through."""
+    require_together(x, **tensors)
+    for name, a in tensors.items():
+        if type(x) is DeviceArray and a is not None and type(a) is not DeviceArray:
+            raise ValueError(f"{name} must be on the device of x (cuda:{x.device}), got one on the host")
+
+
 def require_host(function: str, **arrays: Any) -> None:
     """Refuse what a function that there is on the host alone would have to take from a device."""
     for name, a in arrays.items():
@@ -71,30 +101,68 @@ def recognized_or_same(name: str, value: Any) -> Any:
     return value if on_device is None else on_device
 
 
+def fetched(a: Any) -> Any:
+    """Give the values of what may be an array of another library on a device as one of NumPy's; all else as it is."""
+    return on_host(recognized_or_same("an array", a))
+
+
 def kept(a: Any) -> Any:
     """Give what a caller knows an array as, to be kept."""
     return a.owner if type(a) is DeviceArray else a
 
 
-def given_back(results: _Results) -> _Results:
-    """Give results, an array or a tuple of some, as arrays of the library that x is of. Nothing changes on the host."""
+def given_back(results: _Results, x: Any) -> _Results:
+    """Give results, an array or a tuple of some, as arrays of the library that x is of.
+
+    On the host they are that, and no memory is asked for, so that this may follow a call that has written.
+    """
+    if type(x) is not DeviceArray:
+        return results
+    return _handed_over(results)
+
+
+def _handed_over(results: Any) -> Any:
     if type(results) is DeviceArray:
-        handed: _Results = results.library.handed_over(results)
-        return handed
-    if not isinstance(results, tuple) or not any(type(a) is DeviceArray for a in results):
+        return results.library.handed_over(results)
+    if not isinstance(results, tuple):
         return results
     if hasattr(results, "_fields"):
-        fields = {name: given_back(a) for name, a in zip(results._fields, results, strict=True)}
+        fields = {name: _handed_over(a) for name, a in zip(results._fields, results, strict=True)}
         if getattr(results, "dalpha", None) is not None:
-            fields["dalpha"] = given_back(results.dalpha)  # type: ignore[attr-defined]
-        replaced: _Results = results._replace(**fields)
-        return replaced
-    return tuple(map(given_back, results))  # type: ignore[return-value]
+            fields["dalpha"] = _handed_over(results.dalpha)
+        return results._replace(**fields)
+    return tuple(map(_handed_over, results))
 
 
-def addresses(a: Any) -> Any:
+def same_memory(a: Any, b: Any) -> bool:
+    """Tell whether two arrays of one shape are the same values in the same memory."""
+    a, b = _addresses(a), _addresses(b)
+    if a is b or not np.may_share_memory(a, b):
+        return a is b
+    here, there = (v.__array_interface__["data"][0] for v in (a, b))
+    return here == there and all(s == t or n == 1 for s, t, n in zip(a.strides, b.strides, a.shape, strict=True))
+
+
+def overlap(a: Any, b: Any) -> bool:
+    """Tell whether two arrays have a byte in common. Where that is hard to know, they do."""
+    a, b = _addresses(a), _addresses(b)
+    if not np.may_share_memory(a, b):
+        return False
+    try:
+        # Two strided views of one buffer are a small integer problem; a hard one counts as an overlap.
+        return bool(np.shares_memory(a, b, max_work=100_000))  # type: ignore[arg-type]  # its stub knows 0 and -1
+    except np.exceptions.TooHardError:
+        return True
+
+
+def _addresses(a: Any) -> Any:
     """Give an array whose memory may be compared with that of others, but not looked at."""
     return a._at if type(a) is DeviceArray else a
+
+
+def uploaded(values: Any, like: DeviceArray) -> Any:
+    """Copy an array of the host to the device of `like`."""
+    return launch.uploaded(values, like)
 
 
 # ---- room and copies, which NumPy makes on the host ----
@@ -135,6 +203,11 @@ def broadcast_to(a: Any, shape: tuple[int, ...]) -> Any:
 def as_flags(a: Any) -> Any:
     """Give 1 for what is not 0, of the same dtype."""
     return launch.contiguous(a, as_flags=True) if type(a) is DeviceArray else (a != 0).astype(a.dtype)
+
+
+def rows(a: Any, first: int, end: int) -> Any:
+    """Give a view of the indices from `first` to `end` of axis 0."""
+    return a.rows(first, end) if type(a) is DeviceArray else a[first:end]
 
 
 def copy_into(to: Any, a: Any) -> None:

@@ -13,7 +13,7 @@ from typing import Any, Unpack
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _core, _keywords, _validate
+from batchnorm import _core, _keywords, _validate, _where
 from batchnorm._arrays import Array
 from batchnorm._parts import About, Grouping, require_values_of_samples, width_of_groups
 from batchnorm._validate import WeightsAre
@@ -187,7 +187,7 @@ def graph_norm(
     shares = np.ones(channels) if alpha is None else _validate.channel_values("alpha", alpha, channels)
     # A single node has the variance 0, as in a segment of one.
     ids = np.zeros(len(x), np.int64) if segments is None else segments
-    told = {**options, "segments": ids, "alpha": np.array(shares)}
+    told = {**options, "segments": ids, "alpha": _where.copy(shares)}
     return normalized_by_batch(same, x, gamma, beta, axis, eps, told, out, num_threads)
 
 

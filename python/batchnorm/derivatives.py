@@ -25,7 +25,15 @@ from batchnorm._parts import ABOUTS, Part
 from batchnorm._passes import ReluMask
 from batchnorm._validate import PADDINGS
 from batchnorm.moments import Moments
-from batchnorm.saved import Gradients, GradSums, GraphGradients, GraphSecondGradients, Saved, SecondGradients, grad_sums_of
+from batchnorm.saved import (
+    Gradients,
+    GradSums,
+    GraphGradients,
+    GraphSecondGradients,
+    Saved,
+    SecondGradients,
+    grad_sums_of,
+)
 
 Outputs = tuple[Array | None, Array | None]
 Gradient = Literal["x", "gamma", "beta", "residual"]
@@ -125,7 +133,7 @@ def backward(
         _passes.combine(dalpha, of.alpha_turn, dscale, of.alpha_lift, dshift)
     dx.deliver()
     residual.deliver()
-    return _where.given_back(of.rounded(results))
+    return _where.given_back(of.rounded(results), of.x)
 
 
 @_keywords.keywords
@@ -202,7 +210,7 @@ def grad_input(
     dx = Target(of.layout, of.x, out)
     table = sums.at if is_there and sums.at is not None else sums._table
     _where.passes(of.x).grad_input(of.layout.block(dy), of.block, of.call, moments, table, dx.block, None, of.threads)
-    return _where.given_back(dx.deliver())
+    return _where.given_back(dx.deliver(), of.x)
 
 
 @_keywords.keywords
@@ -366,7 +374,7 @@ def double_backward(
         results = GraphSecondGradients.beside(results, dalpha)
     v = np.zeros(layout.sizes, of.x.dtype) if v_dx is None else layout.block(v_dx)
     to_dy = ddy.block
-    if out_dy is not None and need_x and any(_validate.overlap(out_dy, a) for a in inputs.values()):
+    if out_dy is not None and need_x and any(_where.overlap(out_dy, a) for a in inputs.values()):
         # ddy is written first: not to what dx is then computed from.
         to_dy = np.empty(layout.sizes, of.x.dtype)
     second = _passes.Second(of.block, v, layout.block(dy), to_dy, dx.block)

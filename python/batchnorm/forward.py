@@ -228,7 +228,7 @@ def normalize(
     results = y.array if saved is None else (y.array, saved)
     _where.passes(of.x).normalize(of.layout.block(of.x), call, of.given, y.block, of.threads)
     y.deliver()
-    return _where.given_back(results)
+    return _where.given_back(results, of.x)
 
 
 def ordinary_saved(x: Array | None, table: PerChannel, gamma: Array | None, axis: int, eps: float, *rest: Any) -> Saved:
@@ -303,7 +303,7 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
             _validate.several_positions(part.source, part.weights)
         raise
     y.deliver()
-    return _where.given_back(results)
+    return results if type(x) is not _where.DeviceArray else (_where.given_back(results[0], x), results[1])
 
 
 def given_moments(x: Array, table: PerChannel, *, axis: int, out: Array | None, num_threads: int | None) -> Array:
@@ -311,7 +311,7 @@ def given_moments(x: Array, table: PerChannel, *, axis: int, out: Array | None, 
     of = _Forward(x, None, None, axis, 0.0, {}, out, num_threads)
     y = Target(of.layout, of.x, of.out)
     _where.passes(of.x).normalize(of.layout.block(of.x), of.call(False), table, y.block, of.threads)
-    return _where.given_back(y.deliver())
+    return _where.given_back(y.deliver(), of.x)
 
 
 class _Forward:
@@ -364,8 +364,9 @@ class _Forward:
             may_be = {"x": self.x} if self.residual is None else {"x": self.x, "residual": self.residual}
             _validate.output(out, self.x, may_be, apart)
         self.layout, self.part = parts(self.x, self.axis, options)
-        others = {"residual": self.residual, self.part.source: self.part.weights, "alpha": self.part.alpha, "out": out}
+        others = {self.part.source: self.part.weights, "alpha": self.part.alpha}
         _where.require_together(self.x, **apart, **others)
+        _where.require_like(self.x, residual=self.residual, out=out)
         self._relu_mask: ReluMask | None = None
 
     def call(self, saves: bool) -> Call:
@@ -382,7 +383,7 @@ class _Forward:
     def saved(self, moments: Moments | None, part: Part, y: Array, renorm: Renorm | None = None) -> Saved:
         """Give what is saved, once there is a call."""
         gamma = _known(self._given_gamma)
-        overwritten = self.out is not None and _validate.same_memory(self.out, self.x)
+        overwritten = self.out is not None and _where.same_memory(self.out, self.x)
         told = {"part": part, "renorm": renorm, "relu": self._relu_mask, "has_residual": self.residual is not None}
         others: dict[str, Any] = {
             name: v for name, v in told.items() if v is not None and v is not False and v is not ALL

@@ -235,26 +235,41 @@ def table_of(moments: Moments, x: Any) -> Any:
     return moments.at if type(moments) is _DeviceMoments and type(x) is _where.DeviceArray else moments._table
 
 
+def moments_at(moments: Moments, like: Any) -> Moments:
+    """Give moments where `like` is, or on the host for None; those of weights that are not counts stay there."""
+    if like is None:
+        return moments._looked_at() if type(moments) is _DeviceMoments else moments
+    if moments._dof is not None or (type(moments) is _DeviceMoments and moments.at.device == like.device):
+        return moments
+    return of_device_table(_where.uploaded(moments._table, like))
+
+
+def of_device_table(table: Any) -> Moments:
+    """Give the moments of a table on a device, of no weights but 0 and 1."""
+    return _DeviceMoments(table, _parts.ALL, None)
+
+
 class _DeviceMoments(Moments):
     """Moments of an array on a device, where they are until somebody looks at them: then they are copied, and waited for."""
 
     __slots__ = ("_of", "_on_host", "at")
     at: Any  # the table
     _on_host: Moments | None
-    _of: tuple[Part, Layout]
+    _of: tuple[Part, Layout | None]
 
     def __new__(cls, *_: Any) -> Self:
         """Give one without values."""
         return object.__new__(cls)
 
-    def __init__(self, table: Any, part: Part, layout: Layout) -> None:
+    def __init__(self, table: Any, part: Part, layout: Layout | None) -> None:
         for name, value in (("at", table), ("_on_host", None), ("_of", (part, layout))):
             object.__setattr__(self, name, value)
 
     def _looked_at(self) -> Moments:
         if self._on_host is None:
             part, layout = self._of
-            known = Moments._from_table(self.at.to_numpy(), part.importance_dof(layout))
+            dof = None if layout is None else part.importance_dof(layout)
+            known = Moments._from_table(self.at.to_numpy(), dof)
             object.__setattr__(self, "_on_host", known)
         return self._on_host  # type: ignore[return-value]
 

@@ -115,7 +115,7 @@ class Saved:
 
     def affine(self) -> tuple[PerChannel, PerChannel]:
         """Scale and shift of y = x̂·scale + shift, of each set and channel, float64: gamma·r and beta + gamma·d."""
-        gamma = _where.on_host(_where.recognized_or_same("gamma", self.gamma))
+        gamma = _where.fetched(self.gamma)
         return affine(gamma, self.beta, (self.r, self.d))
 
     @property

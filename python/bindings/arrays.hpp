@@ -51,7 +51,7 @@ inline void check_memory(const py::array& a, const char* name, Access access) {
     throw py::type_error(std::string(name) + " must have dtype float16, bfloat16, float32 or float64, got " +
                          py::str(a.dtype()).cast<std::string>());
   }
-  if (a.dtype().byteorder() != '=') {
+  if (a.dtype().byteorder() != '=' && a.dtype().byteorder() != '|') {
     throw py::type_error(std::string(name) + " must be in native byte order, got dtype " +
                          a.dtype().attr("str").cast<std::string>());
   }

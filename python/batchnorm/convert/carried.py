@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, TypedDict
 import numpy as np
 from numpy.typing import DTypeLike
 
-from batchnorm import _validate
+from batchnorm import _validate, _where
 from batchnorm._arrays import Array
 from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import CONVENTIONS, Library
@@ -149,7 +149,7 @@ def exported(layer: BatchNorm, library: Library, dtype: DTypeLike | None, any_dd
     """
     _check_export(layer, library, any_ddof)
     wanted = np.result_type(layer.dtype, np.float32) if dtype is None else parameter_dtype(dtype)
-    gamma, beta = layer.gamma, layer.beta
+    gamma, beta = _where.fetched(layer.gamma), _where.fetched(layer.beta)
     if NAMES[library].fills:
         gamma = np.ones(layer.channels) if gamma is None else gamma
         beta = np.zeros(layer.channels) if beta is None else beta

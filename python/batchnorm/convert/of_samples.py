@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 import numpy as np
 from numpy.typing import DTypeLike
 
-from batchnorm import _validate
+from batchnorm import _validate, _where
 from batchnorm._arrays import Array
 from batchnorm.conventions import Library
 from batchnorm.convert.carried import numpy_of, only
@@ -143,7 +143,7 @@ def exported(layer: SampleLayer, library: Library, dtype: DTypeLike | None) -> d
         raise ValueError(f"the layer must have beta=False for {name}, which has no shift, got beta=True")
     wanted = np.result_type(layer.dtype, np.float32) if dtype is None else parameter_dtype(dtype)
     with np.errstate(all="ignore"):
-        values = {name: getattr(layer, ours) for ours, name in named.items()}
+        values = {name: _where.fetched(getattr(layer, ours)) for ours, name in named.items()}
         given = {name: a.astype(wanted) for name, a in values.items() if a is not None}
         kept = _kept(layer, library, wanted)
     # A module of PyTorch has all parameters or none, but that LayerNorm may lack a bias.

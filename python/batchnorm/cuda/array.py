@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from math import prod
 from typing import Any, Self
 
@@ -16,7 +17,7 @@ _BFLOAT = 4
 _NO_ADDRESS = 256  # of nothing
 
 
-class bfloat(np.void):  # noqa: N801 - NumPy adds its bits to the name: bfloat16
+class bfloat(np.void):
     """Two bytes that are a bfloat16, where ml_dtypes is not there to say so."""
 
 
@@ -159,6 +160,8 @@ class DeviceArray:
         source = contiguous(self)
         values = np.empty(self.shape, self.dtype)
         module().copy_to_host(values, source._at, (self.device, source.stream or LEGACY_STREAM))
+        if self.dtype == BFLOAT16 and "ml_dtypes" in sys.modules:
+            values = values.view(sys.modules["ml_dtypes"].bfloat16)
         return values
 
     def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:

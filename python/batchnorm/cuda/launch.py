@@ -89,9 +89,7 @@ def _address(a: Any) -> Any:
     return tuple(map(_address, a)) if isinstance(a, tuple) else a
 
 
-def empty(
-    like: DeviceArray, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None
-) -> DeviceArray:
+def empty(like: DeviceArray, shape: tuple[int, ...], dtype: Any, strides: tuple[int, ...] | None = None) -> DeviceArray:
     """Make room for an array of the library of `like`."""
     room: DeviceArray = like.library.empty(shape, np.dtype(dtype), strides, like.device, launch_stream(like))
     return room

@@ -49,9 +49,7 @@ class Torch(Library):
         steps = _c_order(shape) if strides is None else tuple(s // dtype.itemsize for s in strides)
         tensor = torch.empty_strided(shape, steps, dtype=getattr(torch, dtype.name), device=f"cuda:{device}")
         of = self.stream(device)
-        return DeviceArray.at_address(
-            tensor.data_ptr(), shape, dtype, strides, device, of, owner=tensor, library=self
-        )
+        return DeviceArray.at_address(tensor.data_ptr(), shape, dtype, strides, device, of, owner=tensor, library=self)
 
 
 class CuPy(Library):

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from batchnorm import _validate
+from batchnorm import _validate, _where
 from batchnorm._arrays import Array
 from batchnorm._parts import parts
 from batchnorm.derivatives import backward
@@ -81,6 +81,7 @@ def _ghosts_and_one(layer: BatchNorm, x: Array, out: Array | None, told: Options
     """Normalize ghosts, and one value a channel behind them as `single_value` says."""
     settings, state = layer.settings, layer._state
     x = _validate.array("x", x)
+    _where.require_host("a last ghost of one value with single_value", x=x)
     gamma, beta, now = snapshot(state.gamma), state.beta, state.statistics[k]
     if out is not None:
         _validate.output(out, x, {"x": x}, {"gamma": gamma, "beta": beta})

@@ -11,7 +11,7 @@ from typing import Any, Self, Unpack, cast
 import numpy as np
 from numpy.typing import DTypeLike, NDArray
 
-from batchnorm import _keywords, _validate, conventions
+from batchnorm import _keywords, _validate, _where, conventions
 from batchnorm._arrays import Array, PerChannel
 from batchnorm._validate import Activation, Parity, WeightsAre
 from batchnorm.conventions import Library
@@ -20,6 +20,7 @@ from batchnorm.layers import calls
 from batchnorm.layers.apart import COUNTS, of_one_value
 from batchnorm.layers.calls import CallOptions, Options
 from batchnorm.layers.layer import SHOWN_FROZEN, Call, Default, Layer, State, is_x, snapshot
+from batchnorm.layers.place import beside, follow, statistics_at
 from batchnorm.layers.settings import BatchSettings, Nonfinite, Setting, SingleValue, flag
 from batchnorm.layers.statistics import Following, Statistics, fill, first_nonfinite, following, merged, updated
 from batchnorm.moments import Moments, moments
@@ -192,9 +193,10 @@ class BatchNorm(Layer):
     def reset_statistics(self) -> None:
         """Forget all batches: running mean 0, running variance 1, update count 0. Parameters stay."""
         fresh = self._initial_statistics()
-        self._state = self._state._replace(statistics=fresh, batch=None, largest_size=0)
+        self._take(self._on_host()._replace(statistics=fresh, batch=None, largest_size=0))
 
     def _of_domains(self, values: list[PerChannel]) -> PerChannel:
+        values = [_where.on_host(a) for a in values]
         array = values[0] if self.settings.domains is None else np.stack(values)
         array.flags.writeable = False  # nobody has written to it, and nobody can from now on
         return array
@@ -235,6 +237,8 @@ class BatchNorm(Layer):
         is_own = options and not options.keys() <= calls.OF_FUNCTIONS
         if is_own:
             _keywords.no_options("BatchNorm.__call__", options)
+        if type(x) is not np.ndarray or self._place is not None:
+            x = follow(self, x)
         by_batch = update = self._training and not self._frozen[0]
         told, k = self._fixed, 0
         if options:
@@ -277,7 +281,7 @@ class BatchNorm(Layer):
             x = calls.x_channels(x, settings.axis, settings.channels)
         if may_raise:  # x is read once more, before out is written
             update = self._is_finite(now, self._moments(x, told))
-        room = new_room(gamma, now.mean) or (None, np.empty_like(now.mean), np.empty_like(now.mean))
+        room = new_room(gamma, now.mean) or (snapshot(gamma), _where.empty_like(now.mean), _where.empty_like(now.mean))
         given = state, x, told, k, update, room
         keep: Any = same
         keep_of: Any = ordinary_saved
@@ -311,7 +315,7 @@ class BatchNorm(Layer):
         if size and update and (not told or told.get("segments") is None):
             nexts = following(statistics[k], seen, self.settings, room)
         weights = saved.part.weights
-        if size and (nexts is not None or not is_before or weights is None or weights.any()):
+        if size and (nexts is not None or not is_before or not isinstance(weights, np.ndarray) or weights.any()):
             batch = (k, seen, size)
             if size > largest:  # noqa: PLR1730 - max() takes a fiftieth of the call
                 largest = size
@@ -325,7 +329,7 @@ class BatchNorm(Layer):
     def _after(self, after: State, before: State, k: int, saved: Saved, update: bool) -> State:
         """Give the state after a call that is not known to have been a batch, and what it learns."""
         weights, seen = saved.part.weights, saved.moments
-        if weights is not None and seen is not None and not seen.count.any():
+        if isinstance(weights, np.ndarray) and seen is not None and not seen.count.any():
             return before._replace(call=after.call)  # as of no values
         return after._replace(statistics=self._learned(before.statistics, k, saved)) if update else after
 
@@ -333,7 +337,7 @@ class BatchNorm(Layer):
         settings = self.settings
         assert settings.renorm is not None
         limits = settings.renorm(now.update_count)._asdict()
-        return Renorm(now.mean, now.var, parity=settings.parity, **limits)
+        return Renorm(_where.on_host(now.mean), _where.on_host(now.var), parity=settings.parity, **limits)
 
     def _by_running(
         self,
@@ -409,8 +413,8 @@ class BatchNorm(Layer):
     def _initial_statistics(self) -> tuple[Statistics, ...]:
         return tuple(Statistics.initial(self.settings) for _ in range(self.settings.domains or 1))
 
-    def _statistics_arrays(self) -> dict[str, Array]:
-        parts = [s.arrays(self.settings) for s in self._state.statistics]
+    def _statistics_arrays(self, statistics: tuple[Statistics, ...]) -> dict[str, Array]:
+        parts = [s.arrays(self.settings) for s in statistics]
         if self.settings.domains is None:
             return parts[0]
         return {name: np.stack([part[name] for part in parts]) for name in parts[0]}
@@ -427,9 +431,10 @@ class BatchNorm(Layer):
 
     def _learned(self, before: tuple[Statistics, ...], k: int, batch: Saved | Moments) -> tuple[Statistics, ...]:
         """Return the statistics of all domains after one more batch of domain `k`, as the policies say."""
-        if not self._is_finite(before[k], batch):
+        now = statistics_at(before[k], None)
+        if not self._is_finite(now, batch):
             return before
-        return _with(before, k, updated(before[k], batch, self.settings))
+        return _with(before, k, beside(before[k], updated(now, batch, self.settings)))
 
     def _is_finite(self, now: Statistics, batch: Saved | Moments) -> bool:
         """Tell whether a batch may be learned, after saying what the policy has to say of one that is not finite."""
@@ -457,7 +462,7 @@ class BatchNorm(Layer):
         >>> print(layer.report())
         warning nonfinite_batch: the last batch's mean or variance is not finite in channel 0
         """
-        state, settings = self._state, self.settings
+        state, settings = self._on_host(), self.settings
         seen = None if state.batch is None else merged(state.batch[1], settings.channels)
         evaluates = not self._training or self._frozen[0]
         return Report(findings(state, settings, seen, evaluates=evaluates))

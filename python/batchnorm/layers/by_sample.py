@@ -14,9 +14,11 @@ from batchnorm import _keywords, _validate, by_sample, conventions
 from batchnorm._arrays import Array
 from batchnorm._parts import GROUPINGS, About, Grouping
 from batchnorm._validate import Activation, Keep
+from batchnorm._where import DeviceArray
 from batchnorm.conventions import Library
 from batchnorm.layers import calls
 from batchnorm.layers.layer import Default, Layer, snapshot
+from batchnorm.layers.place import follow
 from batchnorm.layers.settings import Setting, Settings, int_within
 from batchnorm.report import Report, parameter_findings
 from batchnorm.saved import Saved
@@ -61,6 +63,8 @@ class SampleLayer(Layer):
         return self._called(x, out, options)
 
     def _called(self, x: Array, out: Array | None, options: Mapping[str, Any]) -> Array:
+        if type(x) is not np.ndarray or self._place is not None:
+            x = follow(self, x)
         y, saved = self._of_call(x, out, options)
         # One assignment once y is written; what backward has not is an empty call.
         self._state = self._state._replace(call=[] if saved.x is None and saved.y is None else [x, saved])
@@ -96,7 +100,8 @@ class SampleLayer(Layer):
         warning dead: gamma is 0 or below 0.001 of the median abs(gamma), 0.0 at the least, in channel 1
         """
         with np.errstate(all="ignore"):
-            return Report(parameter_findings(self._state.gamma, self._state.beta, self._state.alpha))
+            state = self._on_host()
+            return Report(parameter_findings(state.gamma, state.beta, state.alpha))
 
 
 _keywords.options(SampleOptions, keep="x")(SampleLayer.__call__)
@@ -157,7 +162,7 @@ class _LineLayer(SampleLayer):
     def _fits(self, x: Any) -> None:
         """Refuse an x whose axes are of other sizes; what else is wrong is the function's to say."""
         shape, axes = self.settings.shape, self.settings.axes
-        if not isinstance(x, np.ndarray) or not all(-x.ndim <= d < x.ndim for d in axes):
+        if not isinstance(x, np.ndarray | DeviceArray) or not all(-x.ndim <= d < x.ndim for d in axes):
             return
         if tuple(x.shape[d] for d in axes) != shape:
             raise ValueError(f"x must have shape {shape} on axes {axes}, got shape {x.shape}")

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _keywords
+from batchnorm import _keywords, _where
 from batchnorm._arrays import Array
 from batchnorm._validate import Keep
 from batchnorm.layers.settings import int_within
@@ -42,7 +42,7 @@ def x_channels(x: Any, axis: int, needed: int) -> Any:
     """
     if type(x) is not np.ndarray and isinstance(x, np.ndarray) and type(x) is not np.memmap:
         x = x if isinstance(x, np.ma.MaskedArray) else np.asarray(x)
-    if isinstance(x, np.ndarray) and -x.ndim <= axis < x.ndim and x.shape[axis] != needed:
+    if isinstance(x, np.ndarray | _where.DeviceArray) and -x.ndim <= axis < x.ndim and x.shape[axis] != needed:
         raise ValueError(f"x must have {needed} channels on axis {axis}, got shape {x.shape}")
     return x
 

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from batchnorm import _validate
+from batchnorm import _validate, _where
 from batchnorm._arrays import Array
 from batchnorm.layers.settings import kind
 from batchnorm.state_file import Entry
@@ -33,6 +33,18 @@ def checked(values: object, entries: Mapping[str, Entry]) -> dict[str, Array]:
     return {
         name: (_counts if entry.dtype == COUNT else array)(name, values[name], entry) for name, entry in entries.items()
     }
+
+
+def parameter(name: str, value: object, shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
+    """Return a copy of what is assigned to a parameter, where it lies: as `array`, or of a device."""
+    there = None if isinstance(value, np.ndarray) else _where.recognized(name, value)
+    if there is None:
+        return array(name, value, Entry(shape, dtype))
+    if there.dtype.name != dtype.name:
+        raise TypeError(f"{name} must have dtype {dtype}, got {there.dtype.name}")
+    if there.shape != shape:
+        raise ValueError(f"{name} must have shape {shape}, got {there.shape}")
+    return _where.given_back(_where.copy(there), there)
 
 
 def array(name: str, value: object, entry: Entry) -> Array:

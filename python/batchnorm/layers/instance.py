@@ -10,7 +10,7 @@ from typing import Any, ClassVar, Self, cast
 import numpy as np
 from numpy.typing import DTypeLike
 
-from batchnorm import _keywords, _validate, by_sample, conventions
+from batchnorm import _keywords, _validate, _where, by_sample, conventions
 from batchnorm._arrays import Array, PerChannel
 from batchnorm._validate import Activation, MaybeNone, WeightsAre
 from batchnorm.conventions import Library
@@ -18,6 +18,7 @@ from batchnorm.forward import normalize
 from batchnorm.layers import calls
 from batchnorm.layers.by_sample import SampleLayer
 from batchnorm.layers.layer import SHOWN_FROZEN, Default, is_x
+from batchnorm.layers.place import beside, follow, statistics_at
 from batchnorm.layers.settings import Setting, Settings, flag, int_within
 from batchnorm.layers.statistics import MOST_UPDATES, Statistics
 from batchnorm.saved import Saved
@@ -171,15 +172,15 @@ class InstanceNorm(SampleLayer):
     def _of_statistics(self, name: str) -> PerChannel | None:
         if not self.settings.running:
             return None
-        values: PerChannel = getattr(self._state.statistics[0], name)
+        values: PerChannel = _where.on_host(getattr(self._state.statistics[0], name))
         values.flags.writeable = False
         return values
 
     def _initial_statistics(self) -> tuple[Statistics, ...]:
         return (Statistics.initial(self.settings),) if self.settings.running else ()
 
-    def _statistics_arrays(self) -> dict[str, Array]:
-        return self._state.statistics[0].arrays(self.settings) if self.settings.running else {}
+    def _statistics_arrays(self, statistics: tuple[Statistics, ...]) -> dict[str, Array]:
+        return statistics[0].arrays(self.settings) if self.settings.running else {}
 
     def _statistics_of(self, arrays: Mapping[str, Array], strict: bool) -> tuple[Statistics, ...]:
         return (Statistics.of_arrays(arrays, self.settings, strict),) if self.settings.running else ()
@@ -189,6 +190,8 @@ class InstanceNorm(SampleLayer):
     def _called(self, x: Array, out: Array | None, options: Mapping[str, Any]) -> Array:
         if not self.settings.running:
             return super()._called(x, out, options)
+        if type(x) is not np.ndarray or self._place is not None:
+            x = follow(self, x)
         if not self._learns():
             y, saved = self._of_call(x, out, options)
             before = (
@@ -198,17 +201,18 @@ class InstanceNorm(SampleLayer):
             before.clear()  # backward does not look there any more
             return y
         if out is not None:  # which is written last, as what comes before may fail
-            x = _validate.array("x", x)
+            x, out = _validate.array("x", x), _where.recognized_or_same("out", out)
             others = {"x": x} if options.get("residual") is None else {"x": x, "residual": options["residual"]}
-            _validate.output(out, x, others, {"gamma": self.gamma, "beta": self.beta})
+            apart = {name: _where.recognized_or_same(name, getattr(self, name)) for name in ("gamma", "beta")}
+            _validate.output(out, x, others, apart)
         y, saved = self._of_call(x, None, options)
         statistics = self._learned(saved)
         is_kept = saved.x is not None and not is_x(out, x)
         after = self._state._replace(call=[x, saved] if is_kept else [], statistics=(statistics,))
         if out is not None:
-            np.copyto(out, y)
+            _where.copy_into(out, _where.recognized_or_same("y", y))
         self._state, self._evaluation = after, None
-        return y if out is None else out
+        return y if out is None else _where.given_back(out, x)
 
     def _learns(self) -> bool:
         return self.settings.running and self._training and not self._frozen[0]
@@ -223,14 +227,15 @@ class InstanceNorm(SampleLayer):
 
     def _learned(self, saved: Saved) -> Statistics:
         """Give the running statistics after a batch."""
-        now, seen, settings = self._state.statistics[0], saved.moments, self.settings
+        before, seen, settings = self._state.statistics[0], saved.moments, self.settings
+        now = statistics_at(before, None)
         assert seen is not None
         samples = len(seen.count) // settings.channels if settings.channels else 0
         counts, mean, var = (
             a.reshape(samples, settings.channels) for a in (seen.count > 0, seen.mean, seen.var(settings.ddof))
         )
         if not counts.any():
-            return now
+            return before
         with np.errstate(all="ignore"):
             new = [_blend(old, a, counts, settings.update_rate) for old, a in ((now.mean, mean), (now.var, var))]
         bad = ~(np.isfinite(new[0]) & np.isfinite(new[1]))
@@ -241,8 +246,8 @@ class InstanceNorm(SampleLayer):
                 RuntimeWarning,
                 stacklevel=calls.stacklevel_of_caller(),
             )
-            return now
-        return Statistics(new[0], new[1], min(now.update_count + 1, MOST_UPDATES), None)
+            return before
+        return beside(before, Statistics(new[0], new[1], min(now.update_count + 1, MOST_UPDATES), None))
 
 
 def _blend(old: PerChannel, values: Array, counts: Array, rate: float) -> PerChannel:

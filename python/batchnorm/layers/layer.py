@@ -9,16 +9,16 @@ from typing import Any, NamedTuple, Self, Unpack
 
 import numpy as np
 
-from batchnorm import _keywords, _validate, state_file
+from batchnorm import _keywords, _validate, _where, state_file
 from batchnorm._arrays import Array
 from batchnorm._keywords import NoOptions
 from batchnorm._validate import MaybeNone
 from batchnorm.derivatives import NEEDS, Gradient, backward
 from batchnorm.layers import entries
+from batchnorm.layers.place import Place, state_at
 from batchnorm.layers.settings import Setting, Settings, flag, kind
 from batchnorm.layers.statistics import Statistics
 from batchnorm.saved import Saved
-from batchnorm.state_file import Entry
 
 # What backward needs of a call: [x, what the function saved or what gives the gradients for a dy]; empty where there is
 # no backward (any more). Each call makes one, so that it also tells calls apart. A class of its own takes four times as
@@ -75,9 +75,11 @@ class Parameter:
             if value is not None:
                 raise ValueError(f"{name} must be None in a layer built with {name}=False, got {kind(value)}")
             return
-        checked = entries.array(name, value, Entry(now.shape, now.dtype))
+        checked = entries.parameter(name, value, layer.settings.parameter_shape, layer.settings.dtype)
         if value is not now:  # in-place operators assign the very array they have changed: it must stay the same array
             layer._state = layer._state._replace(**{name: checked})
+            if layer._place is not None or not isinstance(checked, np.ndarray):
+                layer._place = ()  # nowhere as a whole
 
 
 # What a repr says of freeze() where anything is frozen: statistics, affine.
@@ -106,6 +108,7 @@ class Layer:
         # The last, and the call of _state that it came after.
         self._evaluation: tuple[Call, Call] | None = None
         self._results: Results = [None, None, None, None]
+        self._place: Place | tuple[()] | None = None  # where the state is: that of the last x
         self._training = True
         self._frozen = False, False  # statistics, affine
 
@@ -222,7 +225,7 @@ class Layer:
     def _as_gradient(self, gradient: Array | None, parameter: Array | None) -> Array | None:
         if gradient is None or parameter is None:
             return None
-        if gradient.dtype == self.settings.dtype:
+        if not isinstance(gradient, np.ndarray) or gradient.dtype == self.settings.dtype:
             return gradient
         with np.errstate(all="ignore"):  # a float16 gradient may well over- or underflow; dx is written already
             return gradient.astype(self.settings.dtype)
@@ -232,16 +235,26 @@ class Layer:
     def _initial_statistics(self) -> tuple[Statistics, ...]:
         return ()
 
-    def _statistics_arrays(self) -> dict[str, Array]:
+    def _statistics_arrays(self, statistics: tuple[Statistics, ...]) -> dict[str, Array]:
         return {}
+
+    def _on_host(self) -> State:
+        """Give the state with all arrays on the host, copied where they are on a device."""
+        return self._state if self._place is None else state_at(self._state, None)
+
+    def _take(self, state: State) -> None:
+        """Take over a state of the host; the next call brings it to where its x is."""
+        self._state, self._place = state, None
 
     def _statistics_of(self, arrays: Mapping[str, Array], strict: bool) -> tuple[Statistics, ...]:
         return ()
 
     def _arrays(self) -> dict[str, Array]:
         """Give the state without its settings, in fresh arrays."""
-        given = {"gamma": self._state.gamma, "beta": self._state.beta, "alpha": self._state.alpha}
-        return {name: value.copy() for name, value in given.items() if value is not None} | self._statistics_arrays()
+        state = self._on_host()
+        given = {"gamma": state.gamma, "beta": state.beta, "alpha": state.alpha}
+        arrays = {name: value.copy() for name, value in given.items() if value is not None}
+        return arrays | self._statistics_arrays(state.statistics)
 
     def _of_arrays(self, arrays: Mapping[str, Array], strict: bool) -> State:
         """Give the state of such arrays, which fit, after refusing values that cannot be."""
@@ -291,7 +304,7 @@ class Layer:
             if is_strict:
                 self.settings.require(state.get("settings"))
             state = {name: value for name, value in state.items() if name != "settings"}
-        self._state = self._of_arrays(entries.checked(state, entries.of(self._arrays())), is_strict)
+        self._take(self._of_arrays(entries.checked(state, entries.of(self._arrays())), is_strict))
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write `state_dict` to the file `path` (.npz, no pickle, no suffix added), all or nothing (`write_state`).
@@ -325,7 +338,7 @@ class Layer:
         text = state_file.Text("settings", 4 * len(settings.text()), settings.require if is_strict else lambda _: None)
         needed = entries.of(self._arrays())
         arrays = state_file.read_state(path, needed, text)
-        self._state = self._of_arrays(entries.checked(arrays, needed), is_strict)
+        self._take(self._of_arrays(entries.checked(arrays, needed), is_strict))
 
     # ---- as a Python object ----
 
@@ -341,14 +354,22 @@ class Layer:
         return copy.deepcopy(self)  # layers that share gamma but not running statistics would help nobody
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_state": self._state._replace(call=[]), "_evaluation": None}
+        results = [_where.fetched(a) for a in self._results]
+        own = {"_state": self._on_host()._replace(call=[]), "_evaluation": None, "_results": results, "_place": None}
+        return self.__dict__ | own
 
 
 def is_x(out: Array | None, x: Array) -> bool:
     """Tell whether a call with this `out` leaves nothing of x."""
-    return out is not None and isinstance(x, np.ndarray) and x.size > 0 and _validate.same_memory(out, x)
+    if out is None or not (isinstance(x, np.ndarray) or type(x) is _where.DeviceArray) or not x.size:
+        return False
+    there = _where.recognized_or_same("out", out)
+    return type(there) is type(x) and _where.same_memory(there, x)
 
 
 def snapshot(parameter: Array | None) -> Array | None:
     """Give a copy of gamma or beta."""
-    return None if parameter is None else parameter.copy()
+    if parameter is None or isinstance(parameter, np.ndarray):
+        return None if parameter is None else parameter.copy()
+    own: Array = _where.copy(_where.recognized_or_same("gamma", parameter))
+    return own

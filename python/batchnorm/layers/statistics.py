@@ -9,13 +9,13 @@ from typing import Any, Self
 
 import numpy as np
 
-from batchnorm import _validate
+from batchnorm import _validate, _where
 from batchnorm._arrays import Array, PerChannel
 from batchnorm._parts import Part
 from batchnorm._validate import WeightsAre
 from batchnorm.layers import entries
 from batchnorm.layers.settings import BatchSettings, LearningSettings
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments, merge, of_device_table, table_of
 from batchnorm.running import pool_into, update_into, update_running
 from batchnorm.saved import Saved
 
@@ -124,7 +124,7 @@ def following(now: Statistics, seen: Moments, settings: BatchSettings, room: Any
 
     `room` is anything, and arrays for mean and var.
     """
-    count, table, channels = now.update_count, seen._table, settings.channels
+    count, table, channels = now.update_count, table_of(seen, now.mean), settings.channels
     _, mean, var = room
     if count < MOST_UPDATES:
         count += 1
@@ -132,13 +132,16 @@ def following(now: Statistics, seen: Moments, settings: BatchSettings, room: Any
         return None
     if settings.follows_plainly and len(table) == channels:
         return Statistics(mean, var, count, None), ((table, settings.update_rate),), room
-    tables = [table[at : at + channels] for at in range(0, len(table), channels)] if channels else [table]
+    tables = [table]
+    if channels:
+        tables = [_where.rows(table, at, at + channels) for at in range(0, len(table), channels)]
     rate = settings.update_rate
     if rate is None:
         if settings.weights_are == "importance" or now.pooled is None or now.pooled._dof is not None:
             return None
-        pooled = np.empty((channels, 5))
-        new = Statistics(mean, var, count, Moments._from_table(pooled))
+        pooled = _where.empty(mean, (channels, 5))
+        of_table = Moments._from_table if isinstance(pooled, np.ndarray) else of_device_table
+        new = Statistics(mean, var, count, of_table(pooled))
         return new, [(one, None) for one in tables], (pooled, mean, var)
     counts = [min(now.set_count + 1 + t, MOST_UPDATES) for t in range(len(tables))] if settings.debias else []
     rates = [debiased_rate(rate, t) for t in counts] or [rate] * len(tables)
@@ -149,6 +152,8 @@ def following(now: Statistics, seen: Moments, settings: BatchSettings, room: Any
 def fill(now: Statistics, after: Following, settings: BatchSettings) -> bool:
     """Fill the statistics after `now`; false where there is nothing to learn, or nothing that may be."""
     new, sets, into = after
+    if type(now.mean) is _where.DeviceArray:
+        return _fill_on_device(now, after, settings)
     finite, ddof, t = settings.nonfinite != "propagate", settings.ddof, 0
     while t < len(sets):  # without the iterator of a for
         table, rate = sets[t]
@@ -160,6 +165,25 @@ def fill(now: Statistics, after: Following, settings: BatchSettings) -> bool:
         if not learned:
             return False
         now, t = new, t + 1
+    return True
+
+
+def _fill_on_device(now: Statistics, after: Following, settings: BatchSettings) -> bool:
+    """Queue what `fill` does. What is not finite, or leaves no variance, is then not learned, without a word.
+
+    Where it is to raise, each batch is looked at, which waits for it.
+    """
+    new, sets, into = after
+    finite, of = settings.nonfinite != "propagate", _where.passes(now.mean)
+    for table, rate in sets:
+        if settings.nonfinite == "raise" and of_device_table(table)._first_nonfinite() >= 0:
+            return False
+        if rate is not None:
+            of.update_running(now.mean, now.var, table, rate, settings.ddof, finite, *into[-2:], 0)
+        else:
+            assert now.pooled is not None
+            of.pool(table_of(now.pooled, now.mean), table, settings.ddof, finite, *into, 0)
+        now = new
     return True
 
 
