@@ -5,15 +5,17 @@ are there (emulated.py). What a GPU alone can show, `bench/gpu_check` is for.
 """
 
 import copy
+import gc
 import pickle
 import subprocess
 import sys
+import weakref
 
 import numpy as np
 import pytest
 
 import batchnorm as bn
-from batchnorm.cuda import DeviceArray, libraries
+from batchnorm.cuda import DeviceArray, driver, libraries
 from batchnorm.cuda import stream as on_stream
 from emulated import Foreign, Older, module, module_file, values_of
 
@@ -343,6 +345,21 @@ def test_memory_is_given_back_when_nobody_holds_it(device, monkeypatch):
     assert not held
 
 
+def test_arrays_are_held_until_calls_that_read_them_are_done(device, monkeypatch):
+    past = []
+    monkeypatch.setattr(device, "is_past", lambda mark: bool(past))
+    x = Foreign(X.copy())
+    gone = weakref.ref(x)
+    bn.normalize(x, BETA, GAMMA**2)
+    del x
+    gc.collect()
+    assert gone() is not None
+    past.append(True)
+    bn.normalize(Foreign(X), BETA, GAMMA**2)
+    gc.collect()
+    assert gone() is None
+
+
 class Torch:
     """What the package asks of PyTorch, of tensors that say they are on a device."""
 
@@ -406,8 +423,7 @@ def test_a_build_without_cuda_says_so():
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert done.stdout.splitlines() == [
         "{'built': False}",
-        "x is on a CUDA device, but this batchnorm was built without CUDA; build it with -DBATCHNORM_CUDA=ON or pass a "
-        "NumPy array",
+        driver.NOT_BUILT.format("x"),
     ]
 
 

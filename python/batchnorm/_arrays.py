@@ -66,7 +66,8 @@ class Layout(NamedTuple):
 
     def block(self, a: Array) -> Array:
         """Give `a`, of that shape, as (outer, channels, inner): a view where it lies so, else a copy."""
-        return _where.contiguous(a.transpose(self.order)).reshape(self.sizes)
+        block: Array = _where.contiguous(a.transpose(self.order)).reshape(self.sizes)
+        return block
 
     def array(self, block: Array) -> Array:
         """Give a block as an array of the shape of x."""
@@ -119,9 +120,7 @@ def _order(x: Array) -> tuple[int, ...]:
     """All axes of `x` in the order in which they, or those of a copy, lie in memory."""
     order = _memory_order(x)
     if order is None:
-        order = (
-            _where.memory_order(x) if type(x) is _where.DeviceArray else _memory_order(np.empty_like(x, subok=False))
-        )
+        order = _where.memory_order(x) if _where.on_device(x) else _memory_order(np.empty_like(x, subok=False))
         order = [d for d in order or [] if x.shape[d] != 1]
     return tuple(d for d in range(x.ndim) if d not in order) + tuple(order)
 

@@ -206,7 +206,7 @@ class Kept:
     def room(self, needed: bool, *, by_core: bool = False) -> Array | None:
         """Make room for one gradient a channel: in its own dtype, where what writes it knows that."""
         known = self._dtype in (np.float32, np.float64)
-        if by_core and type(self.x) is not _where.DeviceArray:
+        if by_core and not _where.on_device(self.x):
             known = known or _validate.is_of_core(self._dtype)
         self._rounds = not known
         # One rounding alone: by float32, of which the core makes 16 bits.

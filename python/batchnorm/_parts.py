@@ -95,7 +95,7 @@ class Part(NamedTuple):
         """Give that of the weights for each set and channel; None where each weight is 0 or 1, or counts."""
         if self.weights is None or self.source != "weights" or self.weights_are == "counts":
             return None
-        if type(self.weights) is _where.DeviceArray:
+        if _where.on_device(self.weights):
             return self._replace(weights=_where.on_host(self.weights)).importance_dof(layout)
         if ((self.weights == 0) | (self.weights == 1)).all():
             return None
@@ -137,13 +137,13 @@ class Part(NamedTuple):
     def has_one(self) -> bool:
         """Tell whether just one position has a weight, and all are what weights may be."""
         assert self.weights is not None
-        if type(self.weights) is _where.DeviceArray:
+        if _where.on_device(self.weights):
             return False
         return np.count_nonzero(self.weights) == 1 and bool(self._are_good().all())
 
     def require_weights(self) -> None:
         """Refuse what no weight may be, where the core does not look at them before it writes."""
-        if type(self.weights) is _where.DeviceArray:
+        if _where.on_device(self.weights):
             return  # which is not looked at
         if self.weights is not None and self.source == "weights" and not self._are_good().all():
             at = int(self._are_good().argmin())
@@ -284,7 +284,7 @@ def require_values(x: Array, axis: Axis, layout: Layout, part: Part, given: Mapp
     elif part.offsets is not None:  # else the core looks before it writes
         part.require_weights()
         one_is_enough = given.get("segments") is not None or part.width > 1
-        if type(part.weights) is _where.DeviceArray:
+        if _where.on_device(part.weights):
             return
         for weights in () if one_is_enough else part.of_each_set(layout):
             _validate.several_positions(part.source, weights)
@@ -332,7 +332,7 @@ def _positions(source: str, values: Any, x: Array, axis: Axis) -> Array:
 
 def _numbers(name: str, values: Any, kinds: str, wanted: str) -> Array:
     a = _validate.numbers(name, values)
-    if type(a) is _where.DeviceArray and name != "weights":  # they say how work is cut
+    if _where.on_device(a) and name != "weights":  # they say how work is cut
         raise ValueError(f"{name} must be on the host, got one on cuda:{a.device} (np.asarray copies and waits)")
     if not a.size and "i" in kinds:  # an empty list has no dtype of its own
         return a.astype(np.int64)
@@ -349,7 +349,7 @@ def _flags(mask: Any) -> Array:
         raise TypeError(f"mask must have a bool dtype{hint}, got {a.dtype}")
     if a.dtype.kind == "b":
         return a
-    if type(a) is _where.DeviceArray:
+    if _where.on_device(a):
         raise TypeError(f"mask must have a bool dtype on a device (write mask != 0), got {a.dtype}")
     other = a[(a != 0) & (a != 1)]
     if other.size:
@@ -367,7 +367,8 @@ def _spread(name: str, a: Array, x: Array, axis: Axis) -> Array:
     elif a.ndim != len(others):
         values = np.empty((0,) * (x.ndim + 1), np.bool)  # fits nothing
     if values.ndim == len(positions) and all(n in (1, m) for n, m in zip(values.shape, positions, strict=True)):
-        return _where.broadcast_to(values, positions)
+        spread: Array = _where.broadcast_to(values, positions)
+        return spread
     raise ValueError(
         f"{name} must have the shape of x without {named}, {positions}, or with 1 there "
         f"(and 1 wherever it is the same along an axis), got {a.shape}"

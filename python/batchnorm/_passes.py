@@ -122,7 +122,7 @@ def combine(to: Array, a: PerChannel | None, x: PerChannel, b: PerChannel | None
     a may be None for 1, b and y for 0. Where there is one set no memory is asked for, so that it may follow a call that
     has written.
     """
-    if type(to) is _where.DeviceArray:
+    if _where.on_device(to):
         _where.passes(to).combine(to, a, x, b, y if b is not None else None, 0)
         return
     if len(x) == to.size:

@@ -46,7 +46,7 @@ Choice = TypeVar("Choice", bound=str)
 # ---- arrays ----------------------------------------------------------------------------------------------
 
 
-def array(name: str, a: object, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Array:
+def array(name: str, a: Any, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Array:
     """Give an ndarray of a floating dtype that the core can read: `a` itself, or a copy where it is not aligned.
 
     A subclass of ndarray is taken by its memory. `wanted` is the dtype that an error says to write,
@@ -55,7 +55,7 @@ def array(name: str, a: object, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Ar
     if type(a) is not np.ndarray and type(a) is not np.memmap:
         on_device = None if isinstance(a, np.ndarray) else _where.recognized(name, a)
         a = a if on_device is None else on_device
-    if type(a) is not np.ndarray and type(a) is not np.memmap and type(a) is not _where.DeviceArray:
+    if type(a) is not np.ndarray and type(a) is not np.memmap and not _where.on_device(a):
         # The values of a masked array mean something else.
         if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
             raise TypeError(f"{name} must be a numpy.ndarray{to_write(name, a, wanted)}, got {kind(a)}")
@@ -71,8 +71,9 @@ def array(name: str, a: object, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Ar
     if not 1 <= a.ndim <= _MOST_DIMENSIONS:
         raise ValueError(f"{name} must have 1 to {_MOST_DIMENSIONS} dimensions, got {a.ndim}")
     if a.flags.aligned:
-        return a  # type: ignore[return-value]  # of a device, which is to the package as an array
-    if type(a) is _where.DeviceArray:
+        as_one: Array = a  # which one of a device is to the package
+        return as_one
+    if _where.on_device(a):
         raise ValueError(f"{name} must be aligned to its item size on a device, got an address that is not")
     return np.array(a, order="K")
 
@@ -217,7 +218,7 @@ def channel_values(name: str, values: Any, channels: int) -> Array:
         raise ValueError(f"{name} must have shape ({channels},), got {a.shape}")
     if a.dtype in _FLOATS and a.flags.c_contiguous and a.flags.aligned:
         return a
-    if type(a) is _where.DeviceArray:
+    if _where.on_device(a):
         wanted = np.float32 if a.dtype.itemsize <= 4 and a.dtype.kind not in "iu" else np.float64
         of_device: Array = _where.copy(a, np.dtype(wanted))
         return of_device
@@ -276,7 +277,7 @@ def statistics(mean: Any, var: Any, channels: int) -> tuple[Array, Array]:
 
 def not_negative(name: str, a: Array) -> None:
     """Refuse a negative value, naming its channel. NaN passes. Values on a device are not looked at."""
-    if type(a) is _where.DeviceArray:
+    if _where.on_device(a):
         return
     each_channel(name, a, ~(a < 0), "be >= 0 in every channel")
 

@@ -31,6 +31,7 @@ __all__ = [
     "given_back",
     "kept",
     "memory_order",
+    "on_device",
     "on_host",
     "overlap",
     "passes",
@@ -42,7 +43,7 @@ __all__ = [
     "rows",
     "same_memory",
     "uploaded",
-]  # fmt: skip
+]
 
 _Results = TypeVar("_Results")
 
@@ -55,6 +56,11 @@ class _OnDevice:
 
 
 _on_device: Any = _OnDevice()
+
+
+def on_device(x: Any) -> bool:
+    """Tell whether an array is in the memory of a CUDA device."""
+    return type(x) is DeviceArray
 
 
 def passes(x: Any) -> Any:
@@ -112,26 +118,25 @@ def kept(a: Any) -> Any:
 
 
 def given_back(results: _Results, x: Any) -> _Results:
-    """Give results, an array or a tuple of some, as arrays of the library that x is of.
+    """Give results, an array or a NamedTuple of some, as arrays of the library that x is of.
 
     On the host they are that, and no memory is asked for, so that this may follow a call that has written.
     """
     if type(x) is not DeviceArray:
         return results
-    return _handed_over(results)
+    handed: _Results = _handed_over(results)
+    return handed
 
 
 def _handed_over(results: Any) -> Any:
     if type(results) is DeviceArray:
         return results.library.handed_over(results)
-    if not isinstance(results, tuple):
+    if not hasattr(results, "_fields"):
         return results
-    if hasattr(results, "_fields"):
-        fields = {name: _handed_over(a) for name, a in zip(results._fields, results, strict=True)}
-        if getattr(results, "dalpha", None) is not None:
-            fields["dalpha"] = _handed_over(results.dalpha)
-        return results._replace(**fields)
-    return tuple(map(_handed_over, results))
+    fields = {name: _handed_over(getattr(results, name)) for name in results._fields}
+    if getattr(results, "dalpha", None) is not None:
+        fields["dalpha"] = _handed_over(results.dalpha)
+    return results._replace(**fields)
 
 
 def same_memory(a: Any, b: Any) -> bool:
@@ -227,6 +232,6 @@ def _dense_strides(x: DeviceArray) -> tuple[int, ...]:
     return tuple(strides)
 
 
-def memory_order(x: DeviceArray) -> list[int]:
+def memory_order(x: Any) -> list[int]:
     """Give all axes, outermost first, as they lie."""
     return sorted(range(x.ndim), key=lambda d: (-abs(x.strides[d]), d))

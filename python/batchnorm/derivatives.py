@@ -202,7 +202,7 @@ def grad_input(
     dy, out = of.like_x("dy", dy), _where.recognized_or_same("out", out)
     if out is not None:
         _validate.output(out, of.x, {"dy": dy, "x": of.x}, of.apart)
-    is_there = type(of.x) is _where.DeviceArray
+    is_there = _where.on_device(of.x)
     if is_there and sums.at is not None and sums.at.shape[0] == len(moments) * saved.part.sums_an_entry:
         pass  # of the same device, where counts are not looked at
     elif not np.array_equal(sums.count, saved.part.spread(_where.on_host(moments)[:, 0])):

@@ -303,7 +303,7 @@ def normalized_by_batch(made: Callable[[Saved], _Kept], *given: Any) -> tuple[Ar
             _validate.several_positions(part.source, part.weights)
         raise
     y.deliver()
-    return results if type(x) is not _where.DeviceArray else (_where.given_back(results[0], x), results[1])
+    return results if not _where.on_device(x) else (_where.given_back(results[0], x), results[1])
 
 
 def given_moments(x: Array, table: PerChannel, *, axis: int, out: Array | None, num_threads: int | None) -> Array:

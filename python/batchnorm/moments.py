@@ -222,7 +222,7 @@ class Moments:
 
 def moments_to_be(table: Any, part: Part, layout: Layout) -> tuple[Moments, Any]:
     """Give the moments of a table that is still to be filled, and the table as one that is read alone."""
-    if type(table) is _where.DeviceArray:
+    if _where.on_device(table):
         return _DeviceMoments(table, part, layout), table
     table[...] = 0
     shown = table.view()
@@ -232,7 +232,7 @@ def moments_to_be(table: Any, part: Part, layout: Layout) -> tuple[Moments, Any]
 
 def table_of(moments: Moments, x: Any) -> Any:
     """Give the table of moments where x is, or where it can go there from."""
-    return moments.at if type(moments) is _DeviceMoments and type(x) is _where.DeviceArray else moments._table
+    return moments.at if type(moments) is _DeviceMoments and _where.on_device(x) else moments._table
 
 
 def moments_at(moments: Moments, like: Any) -> Moments:

@@ -242,13 +242,15 @@ class _DeviceGradSums(GradSums):
     __slots__ = ("_on_host", "_total")
 
     def __init__(self, total: Callable[[], PerChannel], table: Any) -> None:
-        self.at, self._total, self._on_host = table, total, None
+        self.at, self._total = table, total
+        self._on_host: PerChannel | None = None
 
     @property
     def _table(self) -> PerChannel:  # type: ignore[override]
         if self._on_host is None:
             self._on_host = self.at.to_numpy()
-        return self._on_host
+        known: PerChannel = self._on_host
+        return known
 
     @property
     def count(self) -> PerChannel:  # type: ignore[override]
@@ -258,7 +260,7 @@ class _DeviceGradSums(GradSums):
 
 def grad_sums_of(total: Callable[[], PerChannel], table: Any) -> GradSums:
     """Give the sums of a table, of which total() tells the counts."""
-    return _DeviceGradSums(total, table) if type(table) is _where.DeviceArray else GradSums(total(), table)
+    return _DeviceGradSums(total, table) if _where.on_device(table) else GradSums(total(), table)
 
 
 def affine(

@@ -112,6 +112,11 @@ void py_wait_for(std::uintptr_t other, const Where& where) {
   cuda::wait_for(reinterpret_cast<void*>(other), at.options());
 }
 
+std::uintptr_t py_mark(const Where& where) {
+  const Site at(where);
+  return reinterpret_cast<std::uintptr_t>(cuda::mark(at.options()));
+}
+
 py::object py_to_dlpack(std::uintptr_t address, int device, std::pair<int, int> type, std::vector<std::int64_t> shape,
                         std::vector<std::int64_t> strides, const py::object& keeper, bool versioned) {
   constexpr int kCuda = 2;
@@ -144,6 +149,10 @@ PYBIND11_MODULE(_cuda, m, pybind11::mod_gil_not_used()) {
   m.def("copy_to_host", &py_copy_to_host, "Wait, and copy.", arg("to"), arg("source"), arg("where"));
   m.def("copy_to_device", &py_copy_to_device, "Copy.", arg("to"), arg("source"), arg("where"));
   m.def("wait_for", &py_wait_for, "Let a stream wait for another.", arg("other"), arg("where"));
+  m.def("mark", &py_mark, "A mark behind what a stream has to do.", arg("where"));
+  m.def(
+      "is_past", [](std::uintptr_t mark) { return batchnorm::cuda::is_past(reinterpret_cast<void*>(mark)); },
+      arg("mark"), "Whether that is done; then the mark is no more.");
   m.def("count_devices", &batchnorm::cuda::count_devices, "How many devices there are.");
   m.def("describe_device", &batchnorm::cuda::describe_device, "Its name and compute capability.", arg("device"));
   m.def(

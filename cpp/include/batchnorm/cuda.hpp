@@ -132,6 +132,9 @@ void release(void* memory, const Options& options = {}) noexcept;
 void copy_to_host(void* to, const void* from, std::size_t bytes, const Options& options = {});
 // `from` may be used again as soon as this returns.
 void copy_to_device(void* to, const void* from, std::size_t bytes, const Options& options = {});
+// A mark behind all that has been launched on the stream; and whether that is done, once it is the mark is no more.
+void* mark(const Options& options = {});
+bool is_past(void* mark);
 // What is launched on options.stream from now on comes after all that has been launched on `other`.
 void wait_for(void* other, const Options& options = {});
 

@@ -161,6 +161,8 @@ void copy_to_host(void* to, const void* from, std::size_t bytes, const Options& 
 void copy_to_device(void* to, const void* from, std::size_t bytes, const Options& options) {
   if (bytes > 0) Stream(options.stream).copy_to_device(to, from, bytes);
 }
+void* mark(const Options& options) { return Stream(options.stream).mark(); }
+bool is_past(void* mark) { return Stream::is_past(mark); }
 void wait_for(void* other, const Options& options) { Stream(options.stream).wait_for(other); }
 
 template <class T>

@@ -103,11 +103,25 @@ class Stream {
   void copy_to_device(void* to, const void* from, std::size_t bytes) {
     check_runtime(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "copying to the device");
   }
-  void wait_for(void* other) {
+  cudaEvent_t mark() {
     cudaEvent_t event = nullptr;
     check_runtime(cudaEventCreateWithFlags(&event, cudaEventDisableTiming), "making an event");
-    const cudaError_t recorded = cudaEventRecord(event, static_cast<cudaStream_t>(other));
-    const cudaError_t waits = recorded == cudaSuccess ? cudaStreamWaitEvent(stream_, event, 0) : recorded;
+    const cudaError_t recorded = cudaEventRecord(event, stream_);
+    if (recorded != cudaSuccess) static_cast<void>(cudaEventDestroy(event));
+    check_runtime(recorded, "recording an event");
+    return event;
+  }
+  static bool is_past(void* mark) {
+    const auto event = static_cast<cudaEvent_t>(mark);
+    const cudaError_t status = cudaEventQuery(event);
+    static_cast<void>(cudaGetLastError());
+    if (status == cudaErrorNotReady) return false;
+    static_cast<void>(cudaEventDestroy(event));  // also of a stream that has failed, which the next call tells
+    return true;
+  }
+  void wait_for(void* other) {
+    cudaEvent_t event = Stream(other).mark();
+    const cudaError_t waits = cudaStreamWaitEvent(stream_, event, 0);
     static_cast<void>(cudaEventDestroy(event));  // once it has passed
     check_runtime(waits, "letting a stream wait for another");
   }

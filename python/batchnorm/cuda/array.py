@@ -17,7 +17,7 @@ _BFLOAT = 4
 _NO_ADDRESS = 256  # of nothing
 
 
-class bfloat(np.void):
+class bfloat(np.void):  # type: ignore[misc]  # NumPy does let it
     """Two bytes that are a bfloat16, where ml_dtypes is not there to say so."""
 
 
@@ -164,7 +164,7 @@ class DeviceArray:
             values = values.view(sys.modules["ml_dtypes"].bfloat16)
         return values
 
-    def __array__(self, dtype: DTypeLike = None, copy: bool | None = None) -> NDArray[Any]:
+    def __array__(self, dtype: DTypeLike | None = None, copy: bool | None = None) -> NDArray[Any]:
         if copy is False:
             raise ValueError("an array on a device must be copied to be one of NumPy's, got copy=False")
         return self.to_numpy().astype(self.dtype if dtype is None else dtype, copy=False)

@@ -9,6 +9,11 @@ from typing import Any
 Where = tuple[int, int]  # a device and the address of a stream
 LEGACY_STREAM = 1  # the default stream, by the handle that says so
 
+NOT_BUILT = (
+    "{} is on a CUDA device, but this batchnorm was built without CUDA; build it with -DBATCHNORM_CUDA=ON or pass a NumPy "
+    "array"
+)
+
 
 @functools.cache
 def _found() -> Any:
@@ -22,10 +27,7 @@ def module(name: str = "x") -> Any:
     """Give ``batchnorm._cuda``. RuntimeError where this build has none, of which `name` is the argument that asks."""
     found = _found()
     if found is None:
-        raise RuntimeError(
-            f"{name} is on a CUDA device, but this batchnorm was built without CUDA; build it with -DBATCHNORM_CUDA=ON or "
-            "pass a NumPy array"
-        )
+        raise RuntimeError(NOT_BUILT.format(name))
     return found
 
 

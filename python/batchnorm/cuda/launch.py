@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
@@ -11,9 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from batchnorm.cuda.array import DeviceArray
-from batchnorm.cuda.driver import LEGACY_STREAM, module
+from batchnorm.cuda.driver import LEGACY_STREAM, Where, module
 
 _OFFSETS = 1  # the entry of a call that stays on the host
+
+# Arrays that calls read or write, of libraries that may reuse their memory as soon as nobody holds it, and marks behind
+# these calls: held until then.
+_held: deque[tuple[int, list[DeviceArray]]] = deque()
 
 _stream: ContextVar[int | None] = ContextVar("batchnorm.cuda.stream", default=None)
 
@@ -62,8 +67,21 @@ def run(function: str, *arguments: Any) -> None:
         of.wait_for(other, where)
     here = [_on_device(a, arrays[0]) for a in arguments]
     getattr(of, function)(*(_address(a) for a in here), where)
+    foreign = [a for a in arrays if not a.library.reuses_in_order and a.owner is not a]
+    if foreign:
+        _hold(foreign, where)
     for other in others:  # what is queued there next finds what was written, and may reuse what was read
         of.wait_for(where[1], (where[0], other))
+
+
+def _hold(arrays: list[DeviceArray], where: Where) -> None:
+    """Hold arrays until all that has been launched is done; let those go of which it is."""
+    of = module()
+    _held.append((of.mark(where), arrays))
+    for _ in range(len(_held)):
+        mark, others = _held.popleft()
+        if not of.is_past(mark):
+            _held.append((mark, others))
 
 
 def _flat(arguments: Any) -> Iterator[Any]:

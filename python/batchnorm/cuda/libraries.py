@@ -16,6 +16,8 @@ class Library:
     """One of which only the protocols are known: its arrays are ready on the default stream, results are `DeviceArray`."""
 
     is_writeable = True
+    # Whether memory that nobody holds is reused in the order of `stream`, so that what was launched there is done then.
+    reuses_in_order = False
 
     def stream(self, device: int) -> int:
         """Give the stream that the library computes on now."""
@@ -37,6 +39,8 @@ class Library:
 class Torch(Library):
     """PyTorch."""
 
+    reuses_in_order = True
+
     def stream(self, device: int) -> int:
         """Give torch.cuda.current_stream()."""
         return sys.modules["torch"].cuda.current_stream(device).cuda_stream or LEGACY_STREAM
@@ -54,6 +58,8 @@ class Torch(Library):
 
 class CuPy(Library):
     """CuPy."""
+
+    reuses_in_order = True
 
     def stream(self, device: int) -> int:
         """Give cupy.cuda.get_current_stream()."""

@@ -361,7 +361,7 @@ class Layer:
 
 def is_x(out: Array | None, x: Array) -> bool:
     """Tell whether a call with this `out` leaves nothing of x."""
-    if out is None or not (isinstance(x, np.ndarray) or type(x) is _where.DeviceArray) or not x.size:
+    if out is None or not (isinstance(x, np.ndarray) or _where.on_device(x)) or not x.size:
         return False
     there = _where.recognized_or_same("out", out)
     return type(there) is type(x) and _where.same_memory(there, x)

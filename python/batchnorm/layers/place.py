@@ -37,7 +37,7 @@ def state_at(state: State, like: DeviceArray | None) -> State:
     return state._replace(gamma=gamma, beta=beta, alpha=alpha, statistics=statistics)
 
 
-def statistics_at(statistics: Statistics, like: DeviceArray | None) -> Statistics:
+def statistics_at(statistics: Statistics, like: Any) -> Statistics:
     """Give the same statistics where `like` is."""
     pooled: Moments | None = statistics.pooled
     if pooled is not None:
@@ -47,7 +47,7 @@ def statistics_at(statistics: Statistics, like: DeviceArray | None) -> Statistic
 
 def beside(before: Statistics, new: Statistics) -> Statistics:
     """Give new statistics, of the host, where those before them are."""
-    return statistics_at(new, before.mean) if type(before.mean) is DeviceArray else new
+    return statistics_at(new, before.mean) if _where.on_device(before.mean) else new
 
 
 def _at(a: Any, like: DeviceArray | None) -> Any:

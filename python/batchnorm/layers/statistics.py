@@ -152,7 +152,7 @@ def following(now: Statistics, seen: Moments, settings: BatchSettings, room: Any
 def fill(now: Statistics, after: Following, settings: BatchSettings) -> bool:
     """Fill the statistics after `now`; false where there is nothing to learn, or nothing that may be."""
     new, sets, into = after
-    if type(now.mean) is _where.DeviceArray:
+    if _where.on_device(now.mean):
         return _fill_on_device(now, after, settings)
     finite, ddof, t = settings.nonfinite != "propagate", settings.ddof, 0
     while t < len(sets):  # without the iterator of a for

@@ -53,6 +53,8 @@ class Stream {
   void zero(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
   void copy_to_host(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void copy_to_device(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
+  void* mark() { return this; }
+  static bool is_past(void*) { return true; }
   void wait_for(void*) {}
   static int count_devices() { return 2; }
   static int set_device(int device) {
