@@ -67,7 +67,7 @@ def run(function: str, *arguments: Any) -> None:
         of.wait_for(other, where)
     here = [_on_device(a, arrays[0]) for a in arguments]
     getattr(of, function)(*(_address(a) for a in here), where)
-    foreign = [a for a in arrays if not a.library.reuses_in_order and a.owner is not a]
+    foreign = [a for a in arrays if not a.library.reuses_in_order]
     if foreign:
         _hold(foreign, where)
     for other in others:  # what is queued there next finds what was written, and may reuse what was read
