@@ -115,6 +115,92 @@ void expect_refused(const std::string& message, const F& f) {
   }
   EXPECT(Stream::held == 0 && Stream::blocks_in_use == 0, "launched before: ", message);
 }
+// What becomes of results between calls.
+template <class F>
+void with_batch(F f) {
+  Stream::current = kLarge;
+  std::vector<Moments> batch(600);
+  for (std::size_t c = 0; c < batch.size(); ++c) {
+    const auto k = static_cast<double>(c);
+    batch[c] = c % 7 == 0 ? Moments{} : Moments{2 + k, 0.1 * k, 0, 0.3 * k, 0};
+  }
+  f(batch, std::vector<double>(batch.size(), 0.7), std::vector<double>(batch.size(), 1.3));
+}
+
+TEST(running_statistics_have_the_bits_of_the_library) {
+  with_batch([](std::vector<Moments>& batch, std::vector<double> mean, std::vector<double> var) {
+    for (const double rate : {0.0, 0.1, 1.0}) {
+      std::vector<double> to_mean = mean, to_var = var, new_mean(600), new_var(600);
+      update_running(to_mean, to_var, batch, rate, 1);
+      cuda::update_running(mean, var, batch, rate, 1, true, new_mean, new_var);
+      EXPECT(same(to_mean, new_mean) && same(to_var, new_var), rate);
+    }
+    for (const Moments bad : {Moments{5, std::numeric_limits<double>::infinity(), 0, 1, 0}, Moments{1, 2, 0, 0, 0}}) {
+      batch[599] = bad;
+      std::vector<double> new_mean(600), new_var(600);
+      cuda::update_running(mean, var, batch, 0.1, 1, true, new_mean, new_var);
+      EXPECT(same(mean, new_mean) && same(var, new_var), "learned of what is not finite");
+      cuda::update_running(mean, var, batch, 0.1, 1, false, new_mean, new_var);
+      EXPECT(new_mean[1] != mean[1] && !std::isfinite(new_mean[599] + new_var[599]), "finite");
+    }
+  });
+}
+
+TEST(pooled_moments_have_the_bits_of_the_library) {
+  with_batch([](std::vector<Moments>& batch, std::vector<double> mean, std::vector<double> var) {
+    std::vector<Moments> pooled(batch.rbegin(), batch.rend()), to(600), wanted(600);
+    const auto expect_merged = [&](int ddof) {
+      for (std::size_t c = 0; c < 600; ++c) {
+        wanted[c] = merge(pooled[c], batch[c]);
+        const double variance_or_1 = wanted[c].count < 2 ? 1 : variance(wanted[c], ddof);
+        EXPECT(mean[c] == wanted[c].mean && var[c] == variance_or_1, c);
+      }
+      EXPECT(same(numbers(to), numbers(wanted)), ddof);
+    };
+    for (const int ddof : {0, 1}) {
+      cuda::pool(pooled, batch, ddof, true, to, mean, var);
+      expect_merged(ddof);
+    }
+    const std::vector<Moments> before = to;
+    batch[3].m2 = std::numeric_limits<double>::infinity();
+    cuda::pool(to, batch, 1, true, to, mean, var);  // in place
+    EXPECT(same(numbers(to), numbers(before)), "pooled what is not finite");
+  });
+}
+
+TEST(gradients_of_segments_are_put_together_in_their_order) {
+  Stream::current = kLarge;
+  const std::vector<double> a = {1, 2, 3, 4}, x = {1e17, 1, -1e17, 1}, b = {1, 1, 1, 1}, y = {0.5, 0.25, 8, 4};
+  std::vector<double> to(2);
+  cuda::combine(to, {}, x, {}, {});
+  EXPECT(to[0] == 0 && to[1] == 2, to[0], to[1]);
+  cuda::combine(to, a, x, b, y);
+  EXPECT(to[0] == -2e17 + 8.5 && to[1] == 2 + 0.25 + 4 + 4, to[0], to[1]);
+  std::vector<float> negative(4);
+  cuda::combine(negative, {}, std::vector<double>{-0.0, 1, 2, 3}, {}, {});
+  EXPECT(std::signbit(negative[0]) && negative[3] == 3, negative[0]);
+}
+
+TEST(arrays_are_laid_out_in_another_order_and_type) {
+  Stream::current = kLarge;
+  std::vector<std::int32_t> from = {0, 1, 2, 3, 4, 5};  // 2 x 3
+  std::vector<float> to(6);
+  const std::int64_t sizes[] = {3, 2}, from_strides[] = {4, 12}, to_strides[] = {8, 4};
+  const cuda::View source{from.data(), cuda::Element::int32, sizes, from_strides};
+  const cuda::View target{to.data(), cuda::Element::float32, sizes, to_strides};
+  cuda::lay_out(source, target);
+  EXPECT(to == std::vector<float>({0, 3, 1, 4, 2, 5}), to[1]);
+  cuda::lay_out(source, target, true);
+  EXPECT(to == std::vector<float>({0, 1, 1, 1, 1, 1}), to[0]);
+  std::vector<BFloat16> halves(6);
+  const std::int64_t of_halves[] = {4, 2};
+  cuda::lay_out(target, {halves.data(), cuda::Element::bfloat16, sizes, of_halves});
+  EXPECT(float{halves[1]} == 1, float{halves[1]});
+  expect_refused("arrays must have the same sizes and a stride for each, got 2 and 1", [&] {
+    cuda::lay_out(source, {to.data(), cuda::Element::float32, std::span(sizes).first(1), to_strides});
+  });
+}
+
 TEST(what_is_wrong_is_refused_by_name) {
   Stream::current = kLarge;
   const Inputs<float> t({2, 3, 4}, "normal");
@@ -159,6 +245,14 @@ TEST(what_is_wrong_is_refused_by_name) {
   };
   expect_refused(too_many("{outer 2, channels 536870912, inner 16}"),
                  [&] { cuda::moments<float>(x, {.problem = {2, 1 << 29, 16}}, saved); });
+  const std::vector<double> three(3);
+  std::vector<double> into(3);
+  expect_refused("var must have 3 values (one per channel), got 2",
+                 [&] { cuda::update_running(three, std::span(three).first(2), saved, 0.1, 1, true, into, into); });
+  expect_refused("update_rate must be in [0, 1], got 2",
+                 [&] { cuda::update_running(three, three, saved, 2, 1, true, into, into); });
+  expect_refused("ddof must be >= 0, got -1", [&] { cuda::pool(saved, saved, -1, true, saved, into, into); });
+  expect_refused("y must have 3 values (one per channel), got 0", [&] { cuda::combine(into, {}, three, three, {}); });
   const std::int64_t far_apart[] = {0, 1, std::int64_t{1} << 33};
   expect_refused(too_many("{outer 8589934592, channels 1, inner 1}"), [&] {
     cuda::moments<float>(x, {.problem = {std::int64_t{1} << 33, 1, 1}, .groups = {far_apart}}, saved);

@@ -53,7 +53,7 @@ class Stream {
   void zero(void* memory, std::size_t bytes) { std::memset(memory, 0, bytes); }
   void copy_to_host(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
   void copy_to_device(void* to, const void* from, std::size_t bytes) { std::memcpy(to, from, bytes); }
-  void* mark() { return this; }
+  void* mark() { return &number; }
   static bool is_past(void*) { return true; }
   void wait_for(void*) {}
   static int count_devices() { return 2; }
