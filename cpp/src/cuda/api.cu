@@ -216,8 +216,10 @@ void combine(ChannelOutput to, std::span<const double> a, std::span<const double
   const std::int64_t sets = static_cast<std::int64_t>(x.size()) / channels;
   check::channels("x", x.size(), sets * channels);
   if (!a.empty()) check::channels("a", a.size(), sets * channels);
-  check::channels("b", b.size(), y.empty() ? 0 : sets * channels);
-  check::channels("y", y.size(), b.empty() ? 0 : sets * channels);
+  if (!b.empty() || !y.empty()) {
+    check::channels("b", b.size(), sets * channels);
+    check::channels("y", y.size(), sets * channels);
+  }
   Stream stream(options.stream);
   stream.launch(combine_sets<Combined>, blocks_of(channels), kStepThreads, std::int64_t{0},
                 Combined{channels, sets, data_or_null(a), x.data(), data_or_null(b), data_or_null(y), to});
