@@ -176,12 +176,15 @@ def test_moments_and_running_statistics_have_the_bits_of_the_host(counted):
     on_device = bn.moments(Foreign(X), **{n: there(v) if n != "segments" else v for n, v in options.items()})
     assert here == on_device
     assert np.array_equal(here.importance_dof, on_device.importance_dof)
+    options["weights_are"] = "counts" if counted == "weights" else None
     _, saved = bn.batch_norm(X, **options)
     _, saved_there = bn.batch_norm(Foreign(X), **options)
     for segments in ("each", "pooled"):
         running = bn.update_running(BETA, GAMMA**2, saved, segments=segments)
         by_there = bn.update_running(BETA, GAMMA**2, saved_there, segments=segments)
         assert all(map(np.array_equal, running, by_there))
+        on_device = bn.update_running(Foreign(BETA), Foreign(GAMMA**2), saved_there, segments=segments)
+        assert all(map(same, running, on_device))
 
 
 @pytest.mark.parametrize(
@@ -192,6 +195,8 @@ def test_what_is_computed_from_statistics_on_the_host_has_its_bits_too(options):
     yd, saved_there = bn.batch_norm(Foreign(X), Foreign(GAMMA), Foreign(BETA), **options)
     assert same(y, yd)
     assert all(map(same, bn.backward(DY, saved), bn.backward(Foreign(DY), saved_there)))
+    running = bn.update_running(BETA, GAMMA**2, saved)
+    assert all(map(same, running, bn.update_running(Foreign(BETA), Foreign(GAMMA**2), saved_there)))
 
 
 def test_nothing_waits_in_a_training_step(waits):
@@ -475,9 +480,11 @@ def test_a_dtype_that_does_not_fit_is_refused(call, text):
 
 def test_derivatives_that_there_are_on_the_host_alone_say_so():
     _, saved = bn.batch_norm(Foreign(X))
-    with pytest.raises(NotImplementedError, match="jvp must have arrays of the host"):
+    with pytest.raises(NotImplementedError, match="jvp must have x on the host, got one on cuda:0"):
         bn.jvp(Foreign(X), saved)
-    with pytest.raises(NotImplementedError, match="double_backward must have arrays of the host"):
+    with pytest.raises(NotImplementedError, match="Standardizer must have x on the host"):
+        bn.Standardizer(4)(Foreign(X[:, :, 0, 0].copy()))
+    with pytest.raises(NotImplementedError, match="double_backward must have x on the host"):
         bn.double_backward(Foreign(X), Foreign(DY), saved)
 
 

@@ -91,7 +91,7 @@ def require_host(function: str, **arrays: Any) -> None:
     """Refuse what a function that there is on the host alone would have to take from a device."""
     for name, a in arrays.items():
         if type(a) is DeviceArray:
-            raise NotImplementedError(f"{function} must have arrays of the host, got {name} of an x on cuda:{a.device}")
+            raise NotImplementedError(f"{function} must have {name} on the host, got one on cuda:{a.device}")
 
 
 def on_host(a: Any) -> Any:
@@ -186,9 +186,9 @@ def empty_like(x: Any) -> Any:
     return launch.empty(x, x.shape, x.dtype, _dense_strides(x))
 
 
-def contiguous(a: Any) -> Any:
-    """Give an array in C order: itself or a copy."""
-    return launch.contiguous(a) if type(a) is DeviceArray else np.ascontiguousarray(a)
+def contiguous(a: Any, dtype: Any = None) -> Any:
+    """Give an array in C order, of that dtype: itself or a copy."""
+    return launch.contiguous(a, dtype) if type(a) is DeviceArray else np.ascontiguousarray(a, dtype)
 
 
 def copy(a: Any, dtype: Any = None) -> Any:

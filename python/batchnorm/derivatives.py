@@ -268,7 +268,7 @@ def jvp(
     """
     _refuse_third_order(x_dot=x_dot, saved=saved)
     of = Kept(saved, num_threads)
-    _where.require_host("jvp", saved=of.x)
+    _where.require_host("jvp", x=of.x)
     x_dot = _validate.array_like("x_dot", x_dot, of.x)
     given = {"gamma_dot": gamma_dot, "beta_dot": beta_dot, "mean_dot": mean_dot, "var_dot": var_dot}
     dots = {name: of.channel_values(name, a) for name, a in given.items()}
@@ -354,7 +354,7 @@ def double_backward(
     """
     _refuse_third_order(v_dx=v_dx, dy=dy, saved=saved)
     of = Kept(saved, num_threads)
-    _where.require_host("double_backward", saved=of.x)
+    _where.require_host("double_backward", x=of.x)
     dy = _validate.array_like("dy", dy, of.x)
     v_dx = None if v_dx is None else _validate.array_like("v_dx", v_dx, of.x)
     need_dy, need_x, need_gamma = _validate.needs_among(_SECOND, needs)

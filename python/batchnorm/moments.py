@@ -283,6 +283,12 @@ class _DeviceMoments(Moments):
         may_have = part.weights is not None and part.source == "weights" and part.weights_are != "counts"
         return self._looked_at()._dof if may_have else None
 
+    def split(self, channels: int) -> tuple[Moments, ...]:
+        """Give those of each segment or ghost, as `Moments` does, where they are."""
+        if channels < 1 or self.channels % channels or self._dof is not None:
+            return self._looked_at().split(channels)
+        return tuple(of_device_table(self.at.rows(c, c + channels)) for c in range(0, self.channels, channels))
+
     @property
     def channels(self) -> int:
         """How many channels there are, as `Moments` has them."""

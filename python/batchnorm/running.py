@@ -26,16 +26,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Literal, NamedTuple, Self, Unpack, get_args
+from typing import Any, Literal, NamedTuple, Self, Unpack, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _core, _keywords, _validate
+from batchnorm import _core, _keywords, _validate, _where
 from batchnorm._arrays import PerChannel
 from batchnorm._keywords import NoOptions
 from batchnorm._validate import Parity, WeightsAre
-from batchnorm.moments import Moments, merge
+from batchnorm.moments import Moments, merge, table_of
 from batchnorm.saved import Saved
 
 Points = tuple[tuple[int, float], ...]
@@ -229,6 +229,10 @@ def update_running(
         _keywords.no_options("update_running", others)
     if segments not in _SEGMENTS:
         _validate.choice("segments", segments, _SEGMENTS)
+    mean_there = _where.recognized_or_same("running_mean", running_mean)
+    if _where.on_device(mean_there):
+        told = {"update_rate": update_rate, "ddof": ddof, "weights_are": weights_are, "segments": segments}
+        return _updated_on_device(mean_there, running_var, batch, told)
     now: _Running = running_mean, running_var
     if type(batch) is Moments:
         return _updated(now, batch, update_rate, ddof, weights_are)
@@ -288,6 +292,34 @@ def _updated(
     if moments._dof is not None:
         _validate.weights_leave_variance(moments.count, moments._dof, ddof, weights_are)
     return _core.update_running(mean, var, table, rate, counted_ddof)
+
+
+def _updated_on_device(
+    mean: Any, running_var: ArrayLike, batch: Moments | Saved, told: dict[str, Any]
+) -> tuple[PerChannel, PerChannel]:
+    """Do `update_running` where the running statistics are, without waiting where no weights or renorm have a say."""
+    var: Any = _validate.numbers("running_var", running_var)
+    _where.require_like(mean, running_var=var)
+    seen = batch if isinstance(batch, Moments) else getattr(batch, "moments", None)
+    is_plain = isinstance(batch, Moments) or (
+        type(batch) is Saved and batch.renorm is None and batch.part.has_own_statistics and told["segments"] == "each"
+    )
+    if seen is None or not is_plain or seen._dof is not None:
+        here = update_running(_where.on_host(mean), _where.on_host(var), batch, **told)
+        new_mean, new_var = (_where.given_back(_where.uploaded(a, mean), mean) for a in here)
+        return new_mean, new_var
+    rate = _validate.share("update_rate", told["update_rate"])
+    ddof = 1 if told["ddof"] is None else _validate.int_at_least("ddof", told["ddof"], 0)
+    sets = [batch] if isinstance(batch, Moments) else [one for one, _ in _sets(batch, "each")]
+    now: Any = tuple(
+        _where.contiguous(_validate.channel_values(name, a, sets[0].channels), np.float64)
+        for name, a in (("running_mean", mean), ("running_var", var))
+    )
+    for one in sets:
+        new = _where.empty_like(now[0]), _where.empty_like(now[1])
+        _where.passes(mean).update_running(*now, table_of(one, mean), rate, ddof, False, *new, 0)
+        now = new
+    return _where.given_back(now[0], mean), _where.given_back(now[1], mean)
 
 
 def _renorm_updated(

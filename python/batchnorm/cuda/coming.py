@@ -25,7 +25,10 @@ def recognized(name: str, value: Any) -> DeviceArray | None:
         return value
     kind = type(value)
     if hasattr(kind, "__dlpack_device__") and hasattr(kind, "__dlpack__"):
-        device_type, device = value.__dlpack_device__()
+        try:
+            device_type, device = value.__dlpack_device__()
+        except Exception:  # noqa: BLE001 - of any library: what cannot say where it is, is on no device
+            return None
         if device_type in _ON_CUDA:
             return _by_dlpack(name, value, int(device))
         return None

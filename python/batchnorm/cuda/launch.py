@@ -59,13 +59,14 @@ def launch_stream(array: DeviceArray) -> int:
 
 def run(function: str, *arguments: Any) -> None:
     """Call a function of `_cuda` with arrays as addresses; those of the host are copied to the device before."""
-    arrays = [a for a in _flat(arguments) if type(a) is DeviceArray]
-    where = arrays[0].device, launch_stream(arrays[0])
+    first = next(a for a in _flat(arguments) if type(a) is DeviceArray)
+    where = first.device, launch_stream(first)
+    here = [_on_device(a, first) for a in arguments]
+    arrays = [a for a in _flat(here) if type(a) is DeviceArray]
     others = {a.stream for a in arrays} - {None, where[1]}
     of = module()
     for other in others:
         of.wait_for(other, where)
-    here = [_on_device(a, arrays[0]) for a in arguments]
     getattr(of, function)(*(_address(a) for a in here), where)
     foreign = [a for a in arrays if not a.library.reuses_in_order]
     if foreign:

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal, Self
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _validate
+from batchnorm import _validate, _where
 from batchnorm._arrays import Array, PerChannel
 
 Container = Literal["default", "pandas", "polars"]
@@ -281,7 +281,7 @@ def _of_features(table: Array, to: Estimator) -> tuple[int, str]:
 
 def row_weights(name: str, weights: ArrayLike, shape: tuple[int, ...]) -> Array:
     """Give a weight of each observation, of that shape, flat."""
-    given = _validate.numbers(name, weights)
+    given: Array = _where.on_host(_validate.numbers(name, weights))
     if given.dtype.kind not in "biuf" and not _validate.is_bfloat16(given.dtype):
         raise TypeError(f"{name} must be numbers, got dtype {given.dtype}")
     if given.shape != shape:

@@ -11,7 +11,7 @@ from typing import Any, Literal, NamedTuple, Self, get_args
 import numpy as np
 from numpy.typing import ArrayLike
 
-from batchnorm import _keywords, _validate, state_file
+from batchnorm import _keywords, _validate, _where, state_file
 from batchnorm._arrays import Array, PerChannel
 from batchnorm.forward import given_moments, normalize
 from batchnorm.layers import entries
@@ -183,6 +183,7 @@ class Standardizer(Estimator):
                     self.__dict__["_known"] = done[0]
                 return done[1]
         x = _validate.array("x", x)
+        _where.require_host("Standardizer", x=x)
         ready, known = self._of(x.shape[-1], f"x must have {{}} features on its last axis, got shape {x.shape}")
         if out is not None:
             _validate.output(out, x, {"x": x}, {"mask": _as_array(mask), "weights": _as_array(weights)})
@@ -204,6 +205,7 @@ class Standardizer(Estimator):
         for what does not fit; where nothing has been seen x is y.
         """
         y = _validate.array("y", y)
+        _where.require_host("Standardizer", y=y)
         ready, known = self._of(y.shape[-1], f"y must have {{}} features on its last axis, got shape {y.shape}")
         line = _line(ready, known[0])
         mean, scale = np.array(line[:, 1]), np.sqrt(line[:, 3] / line[:, 0])
@@ -483,7 +485,7 @@ def _as_array(values: ArrayLike | None) -> Array | None:
 
 
 def _mask(mask: ArrayLike, x: Array) -> Array:
-    checked = _validate.numbers("mask", mask)
+    checked: Array = _where.on_host(_validate.numbers("mask", mask))
     if checked.dtype != np.bool_:
         raise TypeError(f"mask must have bools, True where there is a value, got dtype {checked.dtype}")
     if checked.shape != x.shape:
