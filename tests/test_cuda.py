@@ -392,7 +392,7 @@ class Tensor(Foreign):
 Tensor.__module__ = "torch"
 
 
-def test_tensors_of_pytorch_are_launched_on_its_stream_and_given_back(monkeypatch):
+def test_tensors_of_pytorch_are_launched_on_its_stream_and_given_back(device, monkeypatch):
     torch = Torch()
     monkeypatch.setitem(sys.modules, "torch", torch)
     x = X.transpose(0, 2, 3, 1).copy().transpose(0, 3, 1, 2)
@@ -408,7 +408,16 @@ def test_tensors_of_pytorch_are_launched_on_its_stream_and_given_back(monkeypatc
     layer = bn.BatchNorm(4)
     layer(given)
     assert type(layer.gamma) is Tensor
-    assert all(type(made) is Tensor for made in torch.made)
+    assert torch.made
+    # On another current stream all is launched there, and nothing is made to wait for the one before: a graph that is
+    # captured could not have it.
+    launched, call = [], device.batch_norm
+    monkeypatch.setattr(device, "batch_norm", lambda *given: (launched.append(given[-1]), call(*given))[1])
+    monkeypatch.setattr(device, "wait_for", lambda *given: pytest.fail(f"waits: {given}"))
+    torch.cuda_stream = 8
+    layer(given)
+    layer.backward(Tensor(DY))
+    assert launched == [(0, 8)]
 
 
 # ---- errors ----

@@ -54,11 +54,10 @@ class DeviceArray:
     Attributes
     ----------
     device : int, the device's number.
-    stream : int, the address of the stream on which its values are computed, or None where they are.
     owner : the array of another library that this is a view of, or itself.
     """
 
-    __slots__ = ("__weakref__", "_at", "_keeps", "_owner", "device", "library", "stream")
+    __slots__ = ("__weakref__", "_at", "_keeps", "_owner", "_stream", "device", "library")
 
     def __init__(
         self, at: NDArray[Any], device: int, stream: int | None, *, owner: object = None, library: Any = None,
@@ -66,7 +65,7 @@ class DeviceArray:
     ) -> None:  # fmt: skip
         # An array of NumPy's whose address is one of the device: nobody may look at its values.
         self._at = at
-        self.device, self.stream, self.library = device, stream, library
+        self.device, self._stream, self.library = device, stream, library
         self._owner, self._keeps = owner, keeps
 
     @classmethod
@@ -81,6 +80,15 @@ class DeviceArray:
     def owner(self) -> Any:
         """What this is a view of; itself where it has memory of its own."""
         return self if self._owner is None else self._owner
+
+    @property
+    def stream(self) -> int | None:
+        """The address of the stream on which its values are computed, None where they are.
+
+        Of a library that orders all by its current stream (PyTorch, CuPy) that one.
+        """
+        in_order = self.library is not None and self.library.reuses_in_order
+        return self.library.stream(self.device) if in_order else self._stream
 
     # ---- as an array ----
 
@@ -149,7 +157,7 @@ class DeviceArray:
         return self._view(self._at[first:end])
 
     def _view(self, at: NDArray[Any]) -> Self:
-        return type(self)(at, self.device, self.stream, library=self.library, keeps=(self._keeps, self._owner))
+        return type(self)(at, self.device, self._stream, library=self.library, keeps=(self._keeps, self._owner))
 
     # ---- to the host and to other libraries ----
 

@@ -16,7 +16,8 @@ class Library:
     """One of which only the protocols are known: its arrays are ready on the default stream, results are `DeviceArray`."""
 
     is_writeable = True
-    # Whether memory that nobody holds is reused in the order of `stream`, so that what was launched there is done then.
+    # Whether the library orders all by its current stream, which users keep in order with others themselves: arrays are
+    # ready there, and memory that nobody holds is reused there, when what was launched before is done.
     reuses_in_order = False
 
     def stream(self, device: int) -> int:
@@ -52,8 +53,8 @@ class Torch(Library):
         torch = sys.modules["torch"]
         steps = _c_order(shape) if strides is None else tuple(s // dtype.itemsize for s in strides)
         tensor = torch.empty_strided(shape, steps, dtype=getattr(torch, dtype.name), device=f"cuda:{device}")
-        of = self.stream(device)
-        return DeviceArray.at_address(tensor.data_ptr(), shape, dtype, strides, device, of, owner=tensor, library=self)
+        at = tensor.data_ptr(), shape, dtype, strides
+        return DeviceArray.at_address(*at, device, None, owner=tensor, library=self)
 
 
 class CuPy(Library):
@@ -75,8 +76,7 @@ class CuPy(Library):
         with cupy.cuda.Device(device):
             memory = cupy.cuda.alloc(max(prod(shape) * dtype.itemsize, 1))
             array = cupy.ndarray(shape, dtype, memory, strides=strides)
-        of = self.stream(device)
-        return DeviceArray.at_address(memory.ptr, shape, dtype, strides, device, of, owner=array, library=self)
+        return DeviceArray.at_address(memory.ptr, shape, dtype, strides, device, None, owner=array, library=self)
 
 
 class Jax(Library):
