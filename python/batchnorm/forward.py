@@ -80,6 +80,7 @@ def batch_norm(
     x : ndarray of float16, bfloat16 (ml_dtypes), float32 or float64, 1 to 8 dimensions, any memory order. An array
         that fills one block of memory (C-contiguous, channels-last, transposed) is used in place; a sliced, strided,
         broadcast or not aligned one costs a copy. A subclass is taken by its memory, but a masked array is refused.
+        Or an array on a CUDA device, where the call is then queued: results are of its library (`batchnorm.cuda`).
     gamma, beta : (C,) of any floating or integer dtype, or None for 1 and 0.
     axis : the channel axis; every other axis is summed over.
     eps : added to the variance; finite, >= 0. Frameworks differ: 1e-5 in PyTorch and Flax, 1e-3 in Keras.

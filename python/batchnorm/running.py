@@ -200,7 +200,8 @@ def update_running(
 
     Parameters
     ----------
-    running_mean, running_var : (C,) of any floating or integer dtype. Not changed.
+    running_mean, running_var : (C,) of any floating or integer dtype. Not changed. Where running_mean is on a CUDA
+        device, the results are there too, and numbers of values are not looked at.
     batch : what `batch_norm` saved, or Moments. A channel of count 0 leaves its running statistics alone.
     update_rate : from 0 (leaves the bits) to 1 (stores the batch's).
     ddof : 1 (None) for the unbiased variance (PyTorch), 0 for the biased one (Keras, Flax, ONNX). None with `renorm`,

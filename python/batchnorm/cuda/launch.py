@@ -80,7 +80,10 @@ def _hold(arrays: list[DeviceArray], where: Where) -> None:
     of = module()
     _held.append((of.mark(where), arrays))
     for _ in range(len(_held)):
-        mark, others = _held.popleft()
+        try:
+            mark, others = _held.popleft()
+        except IndexError:  # another thread has looked meanwhile
+            return
         if not of.is_past(mark):
             _held.append((mark, others))
 
