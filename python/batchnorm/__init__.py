@@ -18,6 +18,6 @@ from batchnorm.saved import Gradients, GradSums, GraphGradients, GraphSecondGrad
 __all__ = [
     "BatchNorm", "Finding", "GradSums", "Gradients", "GraphGradients", "GraphNorm", "GraphSecondGradients", "GroupNorm", "InstanceNorm", "LayerNorm", "Moments", "RMSNorm",
     "Renorm", "RenormSchedule", "Report", "Saved", "SecondGradients", "Standardizer", "__version__", "active_isa", "available_isas", "backward", "batch_norm", "convert",
-    "cuda",     "double_backward", "explain", "get_num_threads", "grad_input", "grad_sums", "graph_norm", "group_norm", "instance_norm",
+    "cuda", "double_backward", "explain", "get_num_threads", "grad_input", "grad_sums", "graph_norm", "group_norm", "instance_norm",
     "jvp", "layer_norm", "merge", "moments", "normalize", "rms_norm", "set_num_threads", "show_config", "update_running",
 ]  # fmt: skip
