@@ -105,6 +105,7 @@ def test_each_norm_has_the_bits_of_the_host_with_each_option(norm, counted, tail
     assert isinstance(yd, DeviceArray)
     assert same(y, yd)
     assert saved_there.moments == saved.moments
+    assert same(saved.part.weights, values_of(saved_there.part.weights))
     gradients, gradients_there = bn.backward(DY, saved), bn.backward(Foreign(DY), saved_there)
     for name in ("dx", "dgamma", "dbeta", "dresidual", "dalpha"):
         assert same(getattr(gradients, name, None), getattr(gradients_there, name, None)), name
