@@ -284,6 +284,15 @@ def _after(x):
     return layer
 
 
+def test_a_layer_follows_x_to_another_device_and_library():
+    here, on_device = bn.BatchNorm(4), bn.BatchNorm(4)
+    for x in (Foreign(X), Foreign(X, device=1), Older(X), Foreign(X)):
+        dy = Foreign(DY, device=getattr(x, "device", 0))
+        assert same(here(X), on_device(x))
+        assert same(here.backward(DY), on_device.backward(dy))
+    assert np.array_equal(here.running_var, on_device.running_var)
+
+
 def test_converters_take_a_layer_whose_state_is_on_a_device():
     here, on_device = bn.BatchNorm(4), bn.BatchNorm(4)
     here(X), on_device(Foreign(X))

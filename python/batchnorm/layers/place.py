@@ -64,6 +64,6 @@ def _parameter_at(a: Any, like: DeviceArray | None) -> Any:
     known = _where.recognized_or_same("gamma", a)
     if isinstance(known, np.ndarray) and like is None:
         return a
-    if like is not None and type(known) is DeviceArray and known.library is like.library:
+    if like is not None and type(known) is DeviceArray and (known.library, known.device) == (like.library, like.device):
         return a
     return _where.given_back(_at(known, like), like)
