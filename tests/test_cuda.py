@@ -437,6 +437,43 @@ def test_tensors_of_pytorch_are_launched_on_its_stream_and_given_back(device, mo
     assert launched == [(0, 8)]
 
 
+def test_copies_have_memory_of_their_own_and_pickles_are_refused_or_of_the_host():
+    y, saved = bn.batch_norm(Foreign(X), GAMMA, activation="relu")
+    wanted = y.to_numpy()
+    for made in (copy.copy, copy.deepcopy):
+        other = made(y)
+        assert other._address() != y._address()
+        assert same(wanted, other)
+    again = copy.deepcopy(saved)
+    assert same(bn.backward(DY, bn.batch_norm(X, GAMMA, activation="relu")[1]).dx, bn.backward(Foreign(DY), again).dx)
+    with pytest.raises(TypeError, match="a DeviceArray must be copied to the host to be pickled"):
+        pickle.dumps(y)
+    sums = bn.grad_sums(Foreign(DY), saved)
+    assert np.array_equal(pickle.loads(pickle.dumps(sums)).sum_dy, sums.sum_dy)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "float32"])
+@pytest.mark.parametrize("gamma", [True, False])
+def test_gradients_of_layers_have_the_dtype_of_parameters(dtype, gamma):
+    for made in (bn.BatchNorm, bn.GraphNorm):
+        here, on_device = (made(4, dtype=dtype, gamma=gamma) for _ in range(2))
+        here(X), on_device(Foreign(X))
+        here.backward(DY), on_device.backward(Foreign(DY))
+        assert same(here.dbeta, on_device.dbeta)
+        assert same(here.dgamma, on_device.dgamma)
+        if made is bn.GraphNorm:
+            assert same(here.dalpha, on_device.dalpha)
+
+
+@pytest.mark.parametrize("policy", ["skip", "use_running"])
+def test_one_value_a_channel_is_what_the_layer_says(policy):
+    one = X[:1, :, :1, :1].copy()
+    here, on_device = (bn.BatchNorm(4, single_value=policy) for _ in range(2))
+    for x in (X, one):
+        assert same(here(x), on_device(Foreign(x)))
+    assert np.array_equal(here.running_mean, on_device.running_mean)
+
+
 # ---- errors ----
 
 
@@ -482,6 +519,10 @@ def test_what_is_missing_on_this_machine_is_said(text, device, monkeypatch):
         (lambda: bn.backward(DY, bn.batch_norm(Foreign(X))[1]), "dy must be on the device of x"),
         (lambda: bn.backward(Foreign(DY), bn.batch_norm(X)[1]), "dy must be on the host, as x is"),
         (lambda: bn.batch_norm(Foreign(X[:1, :, :1, :1])), "at least 2 values"),
+        (lambda: bn.backward(Foreign(DY), bn.batch_norm(Foreign(X))[1], out=X.copy()), "out must be on the device of x"),
+        (lambda: bn.backward(DY, bn.batch_norm(X)[1], out=Foreign(X.copy())), "out must be on the host, as x is"),
+        (lambda: bn.InstanceNorm(4, running=True)(Foreign(X), out=X.copy()), "out must be on the device of x"),
+        (lambda: bn.update_running(BETA, Foreign(GAMMA), bn.moments(X)), "running_var must be on the host"),
     ],
 )  # fmt: skip
 def test_what_is_elsewhere_is_refused_by_name(call, text):
@@ -508,6 +549,8 @@ def test_derivatives_that_there_are_on_the_host_alone_say_so():
     _, saved = bn.batch_norm(Foreign(X))
     with pytest.raises(NotImplementedError, match="jvp must have x on the host, got one on cuda:0"):
         bn.jvp(Foreign(X), saved)
+    with pytest.raises(NotImplementedError, match="jvp must have x_dot on the host"):
+        bn.jvp(Foreign(X), bn.batch_norm(X)[1])
     with pytest.raises(NotImplementedError, match="Standardizer must have x on the host"):
         bn.Standardizer(4)(Foreign(X[:, :, 0, 0].copy()))
     with pytest.raises(NotImplementedError, match="double_backward must have x on the host"):

@@ -391,6 +391,7 @@ def output(out: object, x: Array, may_be: dict[str, Array], apart_from: dict[str
     `may_be` are the inputs it may be exactly; the first gives its name to the error text.
     """
     checked = array_like("out", out, x)
+    _where.require_like(x, out=checked)
     if checked is not out:
         if (type(out) is np.ndarray or type(out) is np.memmap) and not out.flags.aligned:
             raise ValueError(

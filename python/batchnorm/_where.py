@@ -195,9 +195,7 @@ def copy(a: Any, dtype: Any = None) -> Any:
     """Give a copy in C order, of that dtype."""
     if type(a) is not DeviceArray:
         return np.array(a, dtype, order="C")
-    room = launch.empty(a, a.shape, a.dtype if dtype is None else dtype)
-    launch.lay_out(a, room)
-    return room
+    return launch.copied(a, dtype)
 
 
 def broadcast_to(a: Any, shape: tuple[int, ...]) -> Any:

@@ -275,6 +275,7 @@ def jvp(
     if saved.given is None and (mean_dot is not None or var_dot is not None):
         raise ValueError("mean_dot and var_dot must be None where the statistics are those of the batch")
     added = of.like_residual("residual_dot", residual_dot)
+    _where.require_host("jvp", x_dot=x_dot, residual_dot=added, **dots)
     of_alpha = of.channel_values("alpha_dot", alpha_dot)
     if of_alpha is not None and of.alpha is None:
         raise ValueError("alpha_dot must be None where there was no alpha, as graph_norm has")
@@ -363,6 +364,8 @@ def double_backward(
     if v_alpha is not None and of.alpha is None:
         raise ValueError("v_dalpha must be None where there was no alpha, as graph_norm has")
     added = of.like_residual("v_dresidual", v_dresidual)
+    others = {"v_dx": v_dx, "dy": dy, "v_dgamma": v_scale, "v_dbeta": v_shift, "v_dalpha": v_alpha}
+    _where.require_host("double_backward", v_dresidual=added, **others)
     inputs = {name: a for name, a in (("v_dx", v_dx), ("dy", dy), ("x", of.x)) if a is not None}
     apart = of.apart | {"v_dgamma": v_scale, "v_dbeta": v_shift, "v_dalpha": v_alpha}
     out_dy, out_x = _validate.two_outputs(out, of.x, inputs, apart, "ddy, dx")

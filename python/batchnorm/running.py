@@ -201,7 +201,7 @@ def update_running(
     Parameters
     ----------
     running_mean, running_var : (C,) of any floating or integer dtype. Not changed. Where running_mean is on a CUDA
-        device, the results are there too, and numbers of values are not looked at.
+        device, the results are there too, and numbers of values are not looked at: too few give a variance of NaN.
     batch : what `batch_norm` saved, or Moments. A channel of count 0 leaves its running statistics alone.
     update_rate : from 0 (leaves the bits) to 1 (stores the batch's).
     ddof : 1 (None) for the unbiased variance (PyTorch), 0 for the biased one (Keras, Flax, ONNX). None with `renorm`,
@@ -234,6 +234,8 @@ def update_running(
     if _where.on_device(mean_there):
         told = {"update_rate": update_rate, "ddof": ddof, "weights_are": weights_are, "segments": segments}
         return _updated_on_device(mean_there, running_var, batch, told)
+    if _where.on_device(_where.recognized_or_same("running_var", running_var)):
+        raise ValueError("running_var must be on the host, as running_mean is, got one on a CUDA device")
     now: _Running = running_mean, running_var
     if type(batch) is Moments:
         return _updated(now, batch, update_rate, ddof, weights_are)
@@ -309,6 +311,8 @@ def _updated_on_device(
         here = update_running(_where.on_host(mean), _where.on_host(var), batch, **told)
         new_mean, new_var = (_where.given_back(_where.uploaded(a, mean), mean) for a in here)
         return new_mean, new_var
+    if told["weights_are"] is not None:
+        _validate.choice("weights_are", told["weights_are"], _validate.WEIGHTS_ARE)
     rate = _validate.share("update_rate", told["update_rate"])
     ddof = 1 if told["ddof"] is None else _validate.int_at_least("ddof", told["ddof"], 0)
     sets = [batch] if isinstance(batch, Moments) else [one for one, _ in _sets(batch, "each")]

@@ -245,6 +245,9 @@ class _DeviceGradSums(GradSums):
         self.at, self._total = table, total
         self._on_host: PerChannel | None = None
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return GradSums, (self.count, self._table)
+
     @property
     def _table(self) -> PerChannel:  # type: ignore[override]
         if self._on_host is None:

@@ -39,6 +39,9 @@ class Memory:
         """Where it begins; of no bytes anywhere."""
         return self._address or _NO_ADDRESS
 
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("memory of a device must be copied as an array")  # it would be given back twice
+
     def __del__(self) -> None:
         if getattr(self, "_address", 0):
             self._release(self._address, self._where)
@@ -134,6 +137,17 @@ class DeviceArray:
 
     def __len__(self) -> int:
         return len(self._at)
+
+    def __copy__(self) -> DeviceArray:
+        return self.__deepcopy__({})
+
+    def __deepcopy__(self, memo: Any) -> DeviceArray:
+        from batchnorm.cuda.launch import copied
+
+        return copied(self)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        raise TypeError("a DeviceArray must be copied to the host to be pickled: write to_numpy()")
 
     def __repr__(self) -> str:
         return f"DeviceArray(shape={self.shape}, dtype={self.dtype.name}, device=cuda:{self.device})"

@@ -24,6 +24,8 @@ def recognized(name: str, value: Any) -> DeviceArray | None:
     if type(value) is DeviceArray:
         return value
     kind = type(value)
+    if kind in (list, tuple, int, float):
+        return None
     if hasattr(kind, "__dlpack_device__") and hasattr(kind, "__dlpack__"):
         try:
             device_type, device = value.__dlpack_device__()

@@ -130,6 +130,13 @@ def lay_out(source: DeviceArray, to: DeviceArray, *, as_flags: bool = False) -> 
     run("lay_out", source, to, as_flags)
 
 
+def copied(a: DeviceArray, dtype: Any = None) -> DeviceArray:
+    """Give a copy in C order, of that dtype."""
+    room = empty(a, a.shape, a.dtype if dtype is None else dtype)
+    lay_out(a, room)
+    return room
+
+
 def contiguous(a: DeviceArray, dtype: Any = None, *, as_flags: bool = False) -> DeviceArray:
     """Give `a` in C order and of a dtype: itself, or a copy."""
     wanted = a.dtype if dtype is None else np.dtype(dtype)

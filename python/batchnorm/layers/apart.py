@@ -56,7 +56,11 @@ class Apart:
 def of_one_value(layer: BatchNorm, x: Array, out: Array | None, told: Options, k: int, update: bool) -> Array | None:
     """Normalize x where one value a channel counts, in all or in a last ghost; None where it is not so."""
     settings, axis, size = layer.settings, layer.settings.axis, layer.settings.ghost_size
-    if not isinstance(x, np.ndarray) or not -x.ndim <= axis < x.ndim or told.get("segments") is not None:
+    if (
+        not isinstance(x, np.ndarray | _where.DeviceArray)
+        or not -x.ndim <= axis < x.ndim
+        or told.get("segments") is not None
+    ):
         return None
     axis %= x.ndim
     counts = {name: told[name] for name in COUNTS if told.get(name) is not None}

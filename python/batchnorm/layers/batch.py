@@ -83,7 +83,7 @@ class BatchNorm(Layer):
     TypeError and ValueError are raised for options that do not fit.
     A call that raises changes nothing: statistics, counts, gradients, mode and what is kept for backward are as before.
     An x on a CUDA device takes parameters and statistics there, one on the host takes them back. There nothing is looked at:
-    "warn" is as "skip", and `update_count` counts calls.
+    "warn" is as "skip", of each ghost and segment by itself, and `update_count` counts calls.
     Memory: a reference to the x of the last call, to its residual in evaluation, and arrays of size C. Copies and pickles
     are layers of their own, without what is kept for backward. Threads: train from one at a time; evaluation calls may
     run at once, also beside training. Layers of other libraries: `batchnorm.convert`.

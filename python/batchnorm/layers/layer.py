@@ -225,8 +225,12 @@ class Layer:
     def _as_gradient(self, gradient: Array | None, parameter: Array | None) -> Array | None:
         if gradient is None or parameter is None:
             return None
-        if not isinstance(gradient, np.ndarray) or gradient.dtype == self.settings.dtype:
+        there = _where.recognized_or_same("a gradient", gradient)
+        if there.dtype == self.settings.dtype:
             return gradient
+        if _where.on_device(there):
+            rounded: Array = _where.given_back(_where.copy(there, self.settings.dtype), there)
+            return rounded
         with np.errstate(all="ignore"):  # a float16 gradient may well over- or underflow; dx is written already
             return gradient.astype(self.settings.dtype)
 
