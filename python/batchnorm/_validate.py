@@ -53,8 +53,7 @@ def array(name: str, a: Any, wanted: np.dtype[Any] | None = _FLOATS[0]) -> Array
     None where there is nothing to write instead.
     """
     if type(a) is not np.ndarray and type(a) is not np.memmap:
-        on_device = None if isinstance(a, np.ndarray) else _where.recognized(name, a)
-        a = a if on_device is None else on_device
+        a = _where.recognized_or_same(name, a)
     if type(a) is not np.ndarray and type(a) is not np.memmap and not _where.on_device(a):
         # The values of a masked array mean something else.
         if not isinstance(a, np.ndarray) or isinstance(a, np.ma.MaskedArray):
@@ -231,9 +230,10 @@ def numbers(name: str, values: Any) -> Array:
     """Give an array of what is one or a sequence."""
     if type(values) is np.ndarray:
         return values
-    on_device = None if isinstance(values, np.ndarray) else _where.recognized(name, values)
-    if on_device is not None:
-        return on_device  # type: ignore[return-value]
+    values = _where.recognized_or_same(name, values)
+    if _where.on_device(values):
+        of_device: Array = values
+        return of_device
     # The values of a masked array mean something else. (NumPy imports np.ma only where it is asked for.)
     if isinstance(values, np.ndarray) and isinstance(values, np.ma.MaskedArray):
         hint = f" (write {name}.filled(0), say)"

@@ -383,7 +383,9 @@ class _Forward:
 
     def saved(self, moments: Moments | None, part: Part, y: Array, renorm: Renorm | None = None) -> Saved:
         """Give what is saved, once there is a call."""
-        gamma = _known(self._given_gamma)
+        gamma: Any = self._given_gamma
+        if gamma is not None and not _where.on_device(self.gamma):
+            gamma = np.asarray(gamma)
         overwritten = self.out is not None and _where.same_memory(self.out, self.x)
         told = {"part": part, "renorm": renorm, "relu": self._relu_mask, "has_residual": self.residual is not None}
         others: dict[str, Any] = {
@@ -399,13 +401,6 @@ class _Forward:
             others["given"] = tuple(_where.copy(a, np.float64) for a in self.given)
         x = _where.kept(self.x) if self.keep == "x" and not overwritten else None
         return Saved(x, moments, gamma, self.axis, self.eps, **others)
-
-
-def _known(gamma: Any) -> Any:
-    """Give gamma as it is kept: of the host as an array."""
-    if gamma is None or _where.recognized("gamma", gamma) is not None:
-        return gamma
-    return np.asarray(gamma)
 
 
 # beta and y round to 2⁻²⁴ of themselves (float32), so that x̂ is known to 2⁻²³·abs(beta/gamma): 13 bits are left here.

@@ -118,7 +118,7 @@ void lay_out(const View& from, const View& to, bool as_flags = false, const Opti
 
 // How many devices there are; throws, as all functions here, where something is missing.
 int count_devices();
-// What show_config() of the Python package tells of a device: its name and compute capability.
+// A device's name and compute capability.
 std::string describe_device(int device);
 // The device whose memory this is.
 int device_of(const void* memory);

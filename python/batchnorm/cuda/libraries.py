@@ -89,8 +89,8 @@ class Jax(Library):
         return array.owner if array.owner is not array else sys.modules["jax"].dlpack.from_dlpack(array)
 
 
-_OTHER = Library()
-_BY_MODULE: dict[str, Library] = {"torch": Torch(), "cupy": CuPy(), "jaxlib": Jax(), "jax": Jax()}
+_OTHER, _JAX = Library(), Jax()
+_BY_MODULE: dict[str, Library] = {"torch": Torch(), "cupy": CuPy(), "jaxlib": _JAX, "jax": _JAX}
 
 
 def library_of(value: object) -> Library:
